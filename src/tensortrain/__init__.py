@@ -1,0 +1,77 @@
+"""Tensor trains for machine learning and everything else, on PyTorch.
+
+``tensortrain.compress(model, budget="20x", data=loader)`` makes a trained model smaller and reports on it;
+``tensortrain.nn`` has layers to build with; ``TensorTrain`` and ``TTMatrix`` are the numbers behind both.
+"""
+
+from . import contract, errors, formats, models, nn, tensor
+from ._version import __version__
+from .compress import (
+    CompressionPlan,
+    CompressionResult,
+    Heal,
+    Report,
+    apply_plan_,
+    compress,  # the function; the folder of that name is imported as tensortrain.compress.<module>
+    inspect,
+    plan_compression,
+    to_dense_,
+)
+from .errors import TTError
+from .io import load_pretrained, save_pretrained
+from .tensor import (
+    Approximation,
+    TensorTrain,
+    TTMatrix,
+    cat,
+    diag,
+    dot,
+    eye,
+    kron,
+    ones,
+    pad,
+    randn,
+    randn_matrix,
+    round_tt,
+    stack,
+    tt_svd,
+    zeros,
+)
+
+__all__ = [
+    "Approximation",
+    "CompressionPlan",
+    "CompressionResult",
+    "Heal",
+    "Report",
+    "TTError",
+    "TTMatrix",
+    "TensorTrain",
+    "__version__",
+    "apply_plan_",
+    "cat",
+    "compress",
+    "contract",
+    "diag",
+    "dot",
+    "errors",
+    "eye",
+    "formats",
+    "inspect",
+    "kron",
+    "load_pretrained",
+    "models",
+    "nn",
+    "ones",
+    "pad",
+    "plan_compression",
+    "randn",
+    "randn_matrix",
+    "round_tt",
+    "save_pretrained",
+    "stack",
+    "tensor",
+    "to_dense_",
+    "tt_svd",
+    "zeros",
+]

@@ -1,0 +1,190 @@
+"""The commands. Each one parses, calls one function of the package, and prints what came back.
+
+Whatever a user can get wrong ends in exit code 2 and one line; a traceback is a bug of ours.
+Imports that take long stand inside the commands, so that ``--help`` does not wait for them.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from tensortrain.errors import TTError
+
+__all__ = ["app", "main", "run"]
+
+app = typer.Typer(
+    name="tensortrain",
+    help="Make trained PyTorch models smaller and faster, and prove it.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+# The classes of typer's errors have moved between releases; their names have not.
+_UsageError: type[Any] = next(cls for cls in typer.BadParameter.__mro__ if cls.__name__ == "ClickException")
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="conv-fc, mlp, package.module:function, or a folder that save_pretrained wrote.",
+    ),
+]
+Weights = Annotated[Path | None, typer.Option(help="State dict (.safetensors or .pt) or checkpoint folder for MODEL.")]
+Data = Annotated[Path | None, typer.Option(help="Folder with the four files of Fashion-MNIST.")]
+Dataset = Annotated[str | None, typer.Option(help="fashion-mnist or digits.")]
+Shape = Annotated[str | None, typer.Option(help="Shape of one input, such as 1x28x28.")]
+Seed = Annotated[int, typer.Option(help="Of everything random.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, progress on stderr.")]
+Limit = Annotated[int | None, typer.Option(help="Use the first so many test images only.")]
+
+
+@app.command()
+def inspect(
+    model: Model,
+    weights: Weights = None,
+    shape: Shape = None,
+    seed: Seed = 0,
+    json: Json = False,
+) -> None:
+    """List the layers that can be compressed, and how fast their singular values fall."""
+    from tensortrain.cli import commands
+
+    commands.inspect(model, weights, shape=shape, seed=seed, json=json)
+
+
+@app.command()
+def compress(
+    model: Model,
+    budget: Annotated[str, typer.Option(help="20x, a share such as 0.05, params=N or flops=4x.")],
+    out: Annotated[Path, typer.Option(help="Folder for model/, report.json, report.html, plan.json.")],
+    weights: Weights = None,
+    data: Data = None,
+    dataset: Dataset = None,
+    epochs: Annotated[int, typer.Option(help="Passes over the data to heal.")] = 1,
+    lr: Annotated[float, typer.Option(help="Learning rate of healing.")] = 1e-3,
+    no_heal: Annotated[bool, typer.Option("--no-heal", help="Do not train after compression.")] = False,
+    formats: Annotated[str | None, typer.Option(help="Weight formats to choose among, such as tt,low_rank.")] = None,
+    include: Annotated[list[str] | None, typer.Option(help="Layer names or patterns to compress.")] = None,
+    exclude: Annotated[list[str] | None, typer.Option(help="Layer names or patterns to leave.")] = None,
+    allow_slower: Annotated[
+        bool, typer.Option("--allow-slower", help="Also take forms that are predicted slower than dense.")
+    ] = False,
+    shape: Shape = None,
+    seed: Seed = 0,
+    json: Json = False,
+) -> None:
+    """Fit a model into a budget, heal it, and write checkpoint and report.
+
+    Without --data and --dataset, models of the package take Fashion-MNIST, and others are compressed by
+    their weights alone.
+    """
+    from tensortrain.cli import commands
+
+    options = commands.CompressOptions(
+        budget=budget,
+        out=out,
+        epochs=epochs,
+        lr=lr,
+        heal=not no_heal,
+        formats=_split([formats] if formats else None),
+        include=_split(include),
+        exclude=_split(exclude),
+        allow_slower=allow_slower,
+        seed=seed,
+    )
+    commands.compress(model, weights, options, data=data, dataset=dataset, shape=shape, json=json)
+
+
+@app.command()
+def evaluate(
+    model: Model,
+    weights: Weights = None,
+    data: Data = None,
+    dataset: Dataset = None,
+    limit: Limit = None,
+    seed: Seed = 0,
+    json: Json = False,
+) -> None:
+    """Measure accuracy on the test images of a data set (Fashion-MNIST unless --dataset names another)."""
+    from tensortrain.cli import commands
+
+    commands.evaluate(model, weights, data=data, dataset=dataset, limit=limit, seed=seed, json=json)
+
+
+@app.command()
+def bench(
+    model: Model,
+    other: Annotated[str | None, typer.Argument(metavar="[MODEL2]", help="Timed turn about.")] = None,
+    weights: Weights = None,
+    batch: Annotated[str, typer.Option(help="Batch sizes, with commas between.")] = "1,128",
+    repeats: Annotated[int, typer.Option(help="Least runs of each model and batch size.")] = 20,
+    shape: Shape = None,
+    seed: Seed = 0,
+    json: Json = False,
+) -> None:
+    """Time forward passes: medians and 90th percentiles, models in alternation."""
+    from tensortrain.cli import commands
+
+    commands.bench(model, other, weights, batch=batch, repeats=repeats, shape=shape, seed=seed, json=json)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for checkpoints and reports; work is resumed from it.")] = Path(
+        "runs/demo"
+    ),
+    data: Data = None,
+    dataset: Dataset = None,
+    budget: Annotated[str, typer.Option(help="20x, a share such as 0.05, params=N or flops=4x.")] = "40x",
+    seed: Seed = 0,
+    quick: Annotated[bool, typer.Option("--quick", help="A minute's worth of images and epochs.")] = False,
+    json: Json = False,
+) -> None:
+    """Train a network, compress it, heal it, and check the checkpoint in a new process.
+
+    It can be killed at any moment: the same command goes on and ends with the same result.
+    """
+    from tensortrain.cli import commands
+
+    agrees = commands.demo(out, data=data, dataset=dataset, budget=budget, seed=seed, quick=quick, json=json)
+    if not agrees:
+        raise typer.Exit(1)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line and exit."""
+    sys.exit(run(arguments))
+
+
+def run(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        arguments: Those of the process when None.
+
+    Returns:
+        int: 0; 1 where a check of the command failed; 2 for bad input; 130 when interrupted.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        code: Any = app(args=given or ["--help"], prog_name="tensortrain", standalone_mode=False)
+    except _UsageError as error:
+        return _fail(error.format_message())
+    except (TTError, OSError) as error:
+        return _fail(str(error))
+    return code if isinstance(code, int) else 0
+
+
+def _fail(message: str) -> int:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    return 2
+
+
+def _split(values: list[str] | None) -> list[str] | None:
+    """Several options, or one with commas, or both."""
+    return [part.strip() for value in values for part in value.split(",") if part.strip()] if values else None

@@ -1,0 +1,314 @@
+"""What the commands do, on parsed arguments; each ends by printing a table or JSON."""
+
+from __future__ import annotations
+
+import json as json_module
+import re
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from tensortrain import models
+from tensortrain.cli.datasets import (
+    accuracy_on_test,
+    check_fits,
+    example_images,
+    first,
+    load_images,
+    train_batches,
+)
+from tensortrain.cli.demo import DemoResult, DemoSettings, run_demo
+from tensortrain.cli.output import print_json, print_rich
+from tensortrain.cli.progress import observing
+from tensortrain.cli.resolve import ResolvedModel, example_inputs, resolve_model
+from tensortrain.compress.api import CompressionResult
+from tensortrain.compress.api import compress as compress_model
+from tensortrain.compress.budget import BudgetLike
+from tensortrain.compress.candidates import DEFAULT_FORMATS
+from tensortrain.compress.heal import Heal
+from tensortrain.compress.inspect import LayerRow
+from tensortrain.compress.inspect import inspect as inspect_model
+from tensortrain.compress.layers import count_params
+from tensortrain.compress.measure import measure_latency
+from tensortrain.compress.observer import Observer
+from tensortrain.compress.report import write_text_atomic
+from tensortrain.data import ImageData
+from tensortrain.errors import BudgetError, RankError, ShapeError
+from tensortrain.io import save_pretrained
+from tensortrain.viz import inspect_table, report_table, write_html
+
+__all__ = ["CompressOptions", "bench", "compress", "demo", "evaluate", "inspect", "read_budget_text"]
+
+
+def inspect(text: str, weights: Path | None, *, shape: str | None, seed: int, json: bool) -> None:
+    """Print the layers that can be compressed."""
+    with observing(json=json) as observer:
+        found = resolve_model(text, weights, seed=seed, observer=observer)
+        example = example_inputs(found.model, shape)
+        if example is not None:
+            check_fits(found.model, example, found.name)
+        inspection = inspect_model(found.model, example)
+    if json:
+        print_json({"model": found.name, **inspection.to_dict()})
+        return
+    in_all = f"{inspection.params:,} parameters, {sum(r.params for r in inspection):,} in these layers"
+    rest = [f"left alone: {layer.name} ({layer.kind}): {layer.reason}" for layer in inspection.left_alone]
+    print_rich(inspect_table([_brief(row) for row in inspection], title=found.name), in_all, *rest)
+
+
+def _brief(row: LayerRow) -> dict[str, Any]:
+    """A row of ``inspect`` under headings short enough for a terminal."""
+    return {
+        "layer": row.name,
+        "kind": row.kind,
+        "shape": "×".join(map(str, row.shape)),
+        "params": row.params,
+        "share": f"{row.share:.1%}",
+        "flops": row.flops,
+        "rank": row.full_rank,
+        "90 %": row.rank_90,
+        "99 %": row.rank_99,
+        "gain": f"{row.gain_99:.3g}×",
+    }
+
+
+def evaluate(
+    text: str,
+    weights: Path | None,
+    *,
+    data: Path | None,
+    dataset: str | None,
+    limit: int | None,
+    seed: int,
+    json: bool,
+) -> None:
+    """Print the accuracy on test images."""
+    with observing(json=json) as observer:
+        found = resolve_model(text, weights, seed=seed, observer=observer)
+        images = first(load_images(dataset, data, observer), n_test=limit)
+        check_fits(found.model, example_images(images, 2), found.name)
+        accuracy = accuracy_on_test(found.model, images)
+    n = images.test_labels.numel()
+    result = {
+        "model": found.name,
+        "dataset": images.name,
+        "source": images.source,
+        "n_examples": n,
+        "accuracy": accuracy,
+        "params": count_params(found.model),
+    }
+    if json:
+        print_json(result)
+    else:
+        print_rich(
+            f"{found.name}: {100 * accuracy:.2f} % of {n:,} test images right ({images.name}), "
+            f"{result['params']:,} parameters"
+        )
+
+
+def bench(
+    text: str,
+    other: str | None,
+    weights: Path | None,
+    *,
+    batch: str,
+    repeats: int,
+    shape: str | None,
+    seed: int,
+    json: bool,
+) -> None:
+    """Print latencies."""
+    sizes = _batch_sizes(batch)
+    if repeats < 1:
+        raise RankError(f"a number of runs must be positive: --repeats has {repeats}. Ask for 1 or more.")
+    with observing(json=json) as observer:
+        found = resolve_model(text, weights, seed=seed, observer=observer)
+        contestants: dict[str, nn.Module] = {found.name: found.model}
+        if other is not None:
+            second = resolve_model(other, seed=seed, observer=observer)
+            contestants[second.name if second.name != found.name else f"{second.name} (2)"] = second.model
+        example = example_inputs(found.model, shape)
+        if example is None:
+            raise ShapeError(
+                f"a model must be given inputs: those of {found.name} are not known. Pass their shape, such "
+                "as "
+                "--shape 3x224x224."
+            )
+        for name, model in contestants.items():
+            check_fits(model, example.expand(2, *example.shape[1:]), name)
+        rows = measure_latency(contestants, example, batches=sizes, repeats=repeats)
+    if json:
+        print_json({"shape": list(example.shape[1:]), "latency": [asdict(row) for row in rows]})
+    else:
+        print_rich(inspect_table(rows, title="One forward pass, milliseconds"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompressOptions:
+    """What ``compress`` was asked for, beside model and data."""
+
+    budget: str
+    out: Path
+    epochs: int = 1
+    lr: float = 1e-3
+    heal: bool = True
+    formats: list[str] | None = None
+    include: list[str] | None = None
+    exclude: list[str] | None = None
+    allow_slower: bool = False
+    seed: int = 0
+
+
+def compress(
+    text: str,
+    weights: Path | None,
+    options: CompressOptions,
+    *,
+    data: Path | None,
+    dataset: str | None,
+    shape: str | None,
+    json: bool,
+) -> None:
+    """Compress, write checkpoint and report, and print the latter."""
+    budget = read_budget_text(options.budget)
+    if options.epochs < 0 or not options.lr > 0:
+        raise RankError(
+            f"healing must have a length and a rate: --epochs has {options.epochs} and --lr has "
+            f"{options.lr}. "
+            "Pass epochs of 0 or more and a positive rate."
+        )
+    options.out.mkdir(parents=True, exist_ok=True)  # a folder that cannot be made is known before the work
+    with observing(json=json) as observer:
+        found = resolve_model(text, weights, seed=options.seed, observer=observer)
+        images = _images_for(found.model, data, dataset, observer)
+        result = _compressed(found, images, budget, options, shape, observer)
+        files = _write(result, options.out)
+    if json:
+        print_json({**json_module.loads(result.report.to_json()), "files": files})
+    else:
+        print_rich(report_table(result.report), *(f"{what}: {path}" for what, path in files.items()))
+
+
+def _images_for(model: nn.Module, data: Path | None, dataset: str | None, observer: Observer) -> ImageData | None:
+    """The images that were asked for; without a word about it, Fashion-MNIST for models of the package."""
+    if data is None and dataset is None and models.describe(model) is None:
+        observer.message("No data given: the weights alone decide, and nothing is healed.")
+        return None
+    return load_images(dataset, data, observer)
+
+
+def _compressed(
+    found: ResolvedModel,
+    images: ImageData | None,
+    budget: BudgetLike,
+    options: CompressOptions,
+    shape: str | None,
+    observer: Observer,
+) -> CompressionResult:
+    example = example_inputs(found.model, shape, batch=128) if images is None else example_images(images)
+    if example is not None:
+        check_fits(found.model, example, found.name)
+    result = compress_model(
+        found.model,
+        budget=budget,
+        data=None if images is None else train_batches(images, seed=options.seed),
+        heal=Heal(epochs=options.epochs, lr=options.lr) if options.heal else False,
+        evaluate=None if images is None else lambda model: accuracy_on_test(model, images),
+        metric_name="accuracy",
+        example_inputs=example,
+        formats=options.formats or DEFAULT_FORMATS,
+        include=options.include,
+        exclude=options.exclude,
+        allow_slower=options.allow_slower,
+        checkpoint=options.out / "heal.ckpt",
+        seed=options.seed,
+        name=found.name,
+        observer=observer,
+    )
+    notes = [] if found.trained else ["The weights before compression were random or set by the model's function."]
+    if images is not None:
+        notes.append(f"Data: {images.name} ({images.source}).")
+    return replace(result, report=replace(result.report, notes=(*result.report.notes, *notes)))
+
+
+def _write(result: CompressionResult, out: Path) -> dict[str, str]:
+    save_pretrained(result.model, out / "model")
+    write_text_atomic(out / "plan.json", result.plan.to_json())
+    result.report.save(out / "report.json")
+    write_html(result.report, out / "report.html")
+    return {
+        "model": str(out / "model"),
+        "plan": str(out / "plan.json"),
+        "report": str(out / "report.json"),
+        "page": str(out / "report.html"),
+    }
+
+
+def demo(
+    out: Path,
+    *,
+    data: Path | None,
+    dataset: str | None,
+    budget: str,
+    seed: int,
+    quick: bool,
+    json: bool,
+) -> bool:
+    """Run the demo and print its result; tell whether the reloaded model agrees."""
+    settings = DemoSettings(
+        out=out, data=data, dataset=dataset, budget=read_budget_text(budget), seed=seed, quick=quick
+    )
+    with observing(json=json) as observer:
+        result = run_demo(settings, observer)
+    if json:
+        print_json(result.to_dict())
+    else:
+        print_rich(report_table(result.report), *_demo_lines(result))
+    return result.agrees
+
+
+def _demo_lines(result: DemoResult) -> list[str]:
+    verdict = "the same to the last digit" if result.agrees else "NOT THE SAME"
+    return [
+        f"accuracy, dense:                       {result.dense_accuracy!r}",
+        f"accuracy, compressed:                  {result.compressed_accuracy!r}",
+        f"accuracy, reloaded in a new process:   {result.reloaded_accuracy!r}  ({verdict})",
+        *(f"{what}: {path}" for what, path in result.files.items()),
+    ]
+
+
+def read_budget_text(text: str) -> str | float | dict[str, Any]:
+    """A budget from the command line: ``20x``, ``0.05``, ``params=10000``, ``flops=4x``.
+
+    Raises:
+        BudgetError: It cannot be read.
+    """
+    measure, equals, value = text.partition("=")
+    if equals:
+        return {measure.strip(): _budget_value(value.strip(), text)}
+    if re.fullmatch(r"0?\.\d+|1(\.0*)?", text.strip()):
+        return float(text)
+    return text
+
+
+def _budget_value(value: str, text: str) -> int | float | str:
+    if re.fullmatch(r"[\d_,]+", value):
+        return int(re.sub("[_,]", "", value) or 0)
+    if re.fullmatch(r"0?\.\d+", value):
+        return float(value)
+    if re.fullmatch(r"\d+(\.\d+)?[xX]", value):
+        return value
+    raise BudgetError(
+        f"a budget must name a number: --budget has {text!r}, expected such as params=100000 or flops=4x. "
+        "Write the number after the equals sign."
+    )
+
+
+def _batch_sizes(text: str) -> list[int]:
+    if not re.fullmatch(r"\s*[1-9]\d*(\s*,\s*[1-9]\d*)*\s*", text):
+        raise ShapeError(
+            f"batch sizes must be positive numbers: --batch has {text!r}, expected such as 1,128. Put commas between."
+        )
+    return [int(size) for size in text.split(",")]

@@ -1,0 +1,356 @@
+"""The demonstration: train a network, compress it, heal it, and check its checkpoint in a new process.
+
+Each stage leaves its result in the output folder, under a key made of everything that it depends on. A run
+that was killed goes on from there, and ends as if nothing had happened.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import tensortrain
+from tensortrain import models
+from tensortrain.cli.datasets import accuracy_on_test, first, load_images, train_batches
+from tensortrain.compress.api import CompressionResult, compress
+from tensortrain.compress.budget import BudgetLike, read_budget
+from tensortrain.compress.heal import Heal
+from tensortrain.compress.layers import count_params
+from tensortrain.compress.losses import cross_entropy_loss
+from tensortrain.compress.observer import Observer, Silent
+from tensortrain.compress.report import Report, write_text_atomic
+from tensortrain.compress.training import fit
+from tensortrain.contract import CostModel, use_cost_model
+from tensortrain.data import ImageData
+from tensortrain.errors import CheckpointError, DataError
+from tensortrain.io import load_pretrained, save_pretrained
+from tensortrain.models import DENSE_RECIPE
+from tensortrain.viz import write_html
+
+__all__ = ["DEMO_HEAL", "DemoResult", "DemoSettings", "Stages", "run_demo"]
+
+MODEL = "conv-fc"
+DEMO_HEAL = Heal(epochs=4, lr=3e-3, weight_decay=0.0, schedule="cosine", alpha=0.9, temperature=4.0)
+
+# The quick run takes a smaller network of the same kind: it shows and tests the way, not the gain.
+_QUICK_IMAGES = {"n_train": 1024, "n_test": 360}
+_QUICK_MODEL: dict[str, Any] = {"width": 0.125, "hidden": [768, 256]}
+_QUICK_BATCH, _QUICK_DENSE_EPOCHS, _QUICK_HEAL_EPOCHS = 64, 3, 3
+_FLOPS_NOT_KNOWN_YET = 10**15
+_DENSE, _COMPRESSED = "dense", "compressed"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoSettings:
+    """What a demo was asked for; ``budget`` as for ``compress``."""
+
+    out: Path
+    data: Path | None = None
+    dataset: str | None = None
+    budget: BudgetLike = "40x"
+    seed: int = 0
+    quick: bool = False
+
+    @property
+    def model(self) -> dict[str, Any]:
+        """Arguments of the network."""
+        return _QUICK_MODEL if self.quick else {}
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """How the dense network is trained."""
+        batches = {**DENSE_RECIPE["data"], "seed": self.seed}
+        training = {**DENSE_RECIPE["fit"], "seed": self.seed}
+        if self.quick:
+            batches["batch_size"], training["epochs"] = _QUICK_BATCH, _QUICK_DENSE_EPOCHS
+        return {**DENSE_RECIPE, "data": batches, "fit": training}
+
+    @property
+    def heal(self) -> Heal:
+        """How the compressed network is healed."""
+        return replace(DEMO_HEAL, epochs=_QUICK_HEAL_EPOCHS, steps=None) if self.quick else DEMO_HEAL
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoResult:
+    """Accuracies are fractions of the test images; ``reloaded_accuracy`` is that of a new process."""
+
+    dense_accuracy: float
+    compressed_accuracy: float
+    reloaded_accuracy: float
+    dataset: str
+    source: str
+    n_test: int
+    quick: bool
+    report: Report
+    files: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def agrees(self) -> bool:
+        """Whether the checkpoint gives the very accuracy that was measured before it was written."""
+        return self.reloaded_accuracy == self.compressed_accuracy
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        plain = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "report"}
+        return {
+            **plain,
+            "agrees": self.agrees,
+            "params_before": self.report.params_before,
+            "params_after": self.report.params_after,
+            "compression": self.report.compression,
+            "report": json.loads(self.report.to_json()),
+        }
+
+
+def run_demo(settings: DemoSettings, observer: Observer | None = None) -> DemoResult:
+    """Run all stages, or what is left of them.
+
+    Plans are made with fixed constants rather than timings, so that the same settings give the same model;
+    the latencies in the report are measured.
+
+    Raises:
+        DataError: The data cannot be read.
+        BudgetError: The budget cannot be met.
+        CheckpointError: The new process cannot load the checkpoint.
+    """
+    observer = observer or Silent()
+    _check_budget(settings)
+    settings.out.mkdir(parents=True, exist_ok=True)
+    data = _images(settings, observer)
+    stages = Stages(settings.out / "stages.json")
+    with use_cost_model(CostModel.reference("cpu")):
+        dense, dense_key = _dense_model(settings, data, stages, observer)
+        report = _compression(settings, data, dense, dense_key, stages, observer)
+    assert report.metric_before is not None
+    assert report.metric_after is not None
+    return DemoResult(
+        dense_accuracy=report.metric_before,
+        compressed_accuracy=report.metric_after,
+        reloaded_accuracy=_accuracy_in_new_process(settings, data, observer),
+        dataset=data.name,
+        source=data.source,
+        n_test=data.test_labels.numel(),
+        quick=settings.quick,
+        report=report,
+        files=_files(settings.out),
+    )
+
+
+class Stages:
+    """Which stages are done, and for which settings: a small JSON file, replaced by rename."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            found = {}
+        self.known: dict[str, Any] = found if isinstance(found, dict) else {}
+
+    def begin(self, name: str, key: str, *, leftovers: Path) -> bool:
+        """Tell whether the stage is done with this key; unfinished work under another key is removed."""
+        entry = self.known.get(name)
+        if isinstance(entry, dict) and entry.get("key") == key:
+            return entry.get("done") is True
+        leftovers.unlink(missing_ok=True)
+        self._record(name, key, done=False)
+        return False
+
+    def finish(self, name: str, key: str) -> None:
+        """Remember that the stage's files are in place."""
+        self._record(name, key, done=True)
+
+    def _record(self, name: str, key: str, *, done: bool) -> None:
+        self.known[name] = {"key": key, "done": done}
+        write_text_atomic(self.path, json.dumps(self.known, indent=1) + "\n")
+
+
+# -- stages ------------------------------------------------------------------------------------------
+
+
+def _check_budget(settings: DemoSettings) -> None:
+    """Refuse a budget that cannot be read before minutes go into training."""
+    with torch.device("meta"):
+        model = models.build(MODEL, **settings.model)
+    read_budget(settings.budget, params=count_params(model), flops=_FLOPS_NOT_KNOWN_YET)
+
+
+def _images(settings: DemoSettings, observer: Observer) -> ImageData:
+    data = load_images(settings.dataset, settings.data, observer)
+    if data.train_images.shape[1:] != (28, 28) or int(data.train_labels.max()) > 9:
+        raise DataError(
+            f"the demo's network takes 28 x 28 pixels and ten classes: {data.source} has "
+            f"{tuple(data.train_images.shape[1:])} and {int(data.train_labels.max()) + 1}. Use "
+            "Fashion-MNIST's files."
+        )
+    if settings.quick:
+        data = first(data, **_QUICK_IMAGES)
+        observer.message(f"Quick run: {data.train_labels.numel()} images, a smaller network; figures mean little.")
+    return data
+
+
+def _dense_model(settings: DemoSettings, data: ImageData, stages: Stages, observer: Observer) -> tuple[nn.Module, str]:
+    """The trained dense network, from its checkpoint where there is one of these settings."""
+    model = [MODEL, settings.model]
+    key = _key(data=_fingerprint(data), model=model, recipe=settings.recipe, torch=torch.__version__)
+    folder, unfinished = settings.out / _DENSE, settings.out / "dense.ckpt"
+    done = stages.begin(_DENSE, key, leftovers=unfinished)
+    if not (done and _loads(folder, observer)):
+        save_pretrained(_train(settings, data, unfinished, observer), folder)
+        stages.finish(_DENSE, key)
+    # Read back even when it was trained just now, so that a resumed run goes the same way.
+    return load_pretrained(folder), key
+
+
+def _train(settings: DemoSettings, data: ImageData, checkpoint: Path, observer: Observer) -> nn.Module:
+    recipe = settings.recipe
+    observer.message(f"Training {MODEL} on {data.name} ({data.source}).")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed)
+        model = models.build(MODEL, **settings.model)
+    if recipe["channels_last"]:
+        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    fit(
+        model,
+        train_batches(data, **recipe["data"]),
+        loss=cross_entropy_loss(),
+        checkpoint=checkpoint,
+        observer=observer,
+        **recipe["fit"],
+    )
+    return model
+
+
+def _compression(
+    settings: DemoSettings,
+    data: ImageData,
+    dense: nn.Module,
+    dense_key: str,
+    stages: Stages,
+    observer: Observer,
+) -> Report:
+    """Compress, heal and report, unless that is done; the checkpoint is in the folder after."""
+    key = _key(
+        dense=dense_key,
+        budget=settings.budget,
+        heal=asdict(settings.heal),
+        seed=settings.seed,
+        version=tensortrain.__version__,
+    )
+    unfinished = settings.out / "heal.ckpt"
+    if stages.begin(_COMPRESSED, key, leftovers=unfinished) and _loads(settings.out / _COMPRESSED, observer):
+        report = _saved_report(settings.out / "report.json")
+        if report is not None:
+            return report
+    observer.message(f"Compressing to {settings.budget}.")
+    result = compress(
+        dense,
+        budget=settings.budget,
+        data=train_batches(data, **settings.recipe["data"]),
+        heal=settings.heal,
+        evaluate=lambda model: accuracy_on_test(model, data),
+        metric_name="accuracy",
+        checkpoint=unfinished,
+        seed=settings.seed,
+        name=MODEL,
+        observer=observer,
+    )
+    report = replace(
+        result.report,
+        title=f"{MODEL} on {data.name} at {result.plan.budget}",
+        notes=(*result.report.notes, *_notes(settings, data)),
+    )
+    _write(settings.out, result, report)
+    stages.finish(_COMPRESSED, key)
+    return report
+
+
+def _write(out: Path, result: CompressionResult, report: Report) -> None:
+    save_pretrained(result.model, out / _COMPRESSED)
+    write_text_atomic(out / "plan.json", result.plan.to_json())
+    report.save(out / "report.json")
+    write_html(report, out / "report.html")
+
+
+def _accuracy_in_new_process(settings: DemoSettings, data: ImageData, observer: Observer) -> float:
+    """Evaluate the checkpoint in a Python that has seen nothing of this one."""
+    observer.message("Reading the checkpoint in a new process.")
+    command = [sys.executable, "-m", "tensortrain", "evaluate", str(settings.out / _COMPRESSED), "--json"]
+    command += ["--limit", str(data.test_labels.numel()), "--dataset", data.name]
+    if settings.data is not None:
+        command += ["--data", str(settings.data)]
+    done = subprocess.run(command, capture_output=True, text=True, env=_environment(), check=False)
+    if done.returncode != 0:
+        reason = (done.stderr.strip() or "no message").splitlines()[-1]
+        raise CheckpointError(
+            f"a new process must be able to load the checkpoint: {settings.out / _COMPRESSED} fails with: {reason}"
+        )
+    return float(json.loads(done.stdout)["accuracy"])
+
+
+# -- small things ------------------------------------------------------------------------------------
+
+
+def _environment() -> dict[str, str]:
+    """For the new process: this very package, and as many threads, on which the rounding of sums depends."""
+    package_root = str(Path(tensortrain.__file__).resolve().parent.parent)
+    paths = [package_root, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    threads = str(torch.get_num_threads())
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": threads}
+
+
+def _key(**parts: Any) -> str:
+    """A checksum of what a stage depends on."""
+    text = json.dumps(parts, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _fingerprint(data: ImageData) -> str:
+    digest = hashlib.sha256(data.name.encode())
+    for tensor in (data.train_images, data.train_labels, data.test_images, data.test_labels):
+        digest.update(str(tuple(tensor.shape)).encode())
+        digest.update(tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _loads(folder: Path, observer: Observer) -> bool:
+    """Whether a finished stage's checkpoint is still good."""
+    try:
+        load_pretrained(folder)
+    except CheckpointError as error:
+        observer.message(f"Making {folder.name} again: {error}")
+        return False
+    return True
+
+
+def _saved_report(path: Path) -> Report | None:
+    try:
+        report = Report.from_json(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, DataError):
+        return None
+    return report if report.metric_before is not None and report.metric_after is not None else None
+
+
+def _notes(settings: DemoSettings, data: ImageData) -> list[str]:
+    notes = [f"Data: {data.name} ({data.source})."]
+    if settings.quick:
+        notes.append(
+            f"Quick run on {data.train_labels.numel()} training and {data.test_labels.numel()} test images "
+            "with a smaller network: the figures say nothing about the method."
+        )
+    return notes
+
+
+def _files(out: Path) -> dict[str, str]:
+    names = {"model": _COMPRESSED, "dense": _DENSE, "plan": "plan.json", "report": "report.json"}
+    return {what: str(out / name) for what, name in {**names, "page": "report.html"}.items()}

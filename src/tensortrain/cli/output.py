@@ -1,0 +1,34 @@
+"""Printing results: tables for people, one JSON document for programs."""
+
+from __future__ import annotations
+
+import json as json_module
+import math
+import sys
+from typing import Any
+
+__all__ = ["print_json", "print_rich"]
+
+_WIDTH = 100  # of pipes and logs, where a terminal's width is not known
+
+
+def print_json(value: Any) -> None:
+    """Print one JSON document on stdout; numbers that are not finite become null."""
+    print(json_module.dumps(_finite(value), indent=1, allow_nan=False, ensure_ascii=False, default=str))
+
+
+def print_rich(*things: Any) -> None:
+    """Print tables and lines on stdout, in colour on a terminal."""
+    from rich.console import Console
+
+    console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else _WIDTH)
+    for thing in things:
+        console.print(thing, markup=False, highlight=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, (list, tuple)) else value

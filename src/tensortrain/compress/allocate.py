@@ -1,0 +1,99 @@
+"""Spending one budget over many layers: each parameter goes where it lowers the error most.
+
+Every layer brings a menu of options (format, modes, ranks) with a cost and an error. Minimising the sum of
+errors under a budget on the sum of costs is a knapsack. Taking the steepest descent of any layer first walks
+down the lower convex hulls of the menus, which is optimal up to the last step (Lagrangian duality). Where a
+step no longer fits, the layer goes on with the steepest one that does, so that a single large step (such as the
+one to the dense layer) does not keep it from ranks that it needs.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tensortrain.errors import BudgetError
+
+__all__ = ["Option", "allocate"]
+
+
+@dataclass(frozen=True)
+class Option:
+    """One way to store one layer.
+
+    Attributes:
+        cost: In the budget's unit (parameters or flops).
+        loss: What the choice is predicted to cost in quality; any additive figure.
+        choice: What it stands for.
+    """
+
+    cost: int
+    loss: float
+    choice: Any = None
+
+
+def allocate(menus: Sequence[Sequence[Option]], budget: int) -> list[Option]:
+    """Pick one option per menu with the least total loss found within the budget.
+
+    Args:
+        menus: At least one option each.
+        budget: Largest total cost.
+
+    Returns:
+        list: One option per menu, in order.
+
+    Raises:
+        BudgetError: Even the cheapest options cost more than the budget.
+
+    Cost: a look at the layer's menu for every step taken.
+    """
+    cleaned = [_efficient(menu) for menu in menus]
+    smallest = sum(menu[0].cost for menu in cleaned)
+    if smallest > budget:
+        raise BudgetError(
+            f"a budget must be reachable: the layers need at least {smallest:,}, expected at most {budget:,}. "
+            "Allow a larger budget or more formats, or exclude fewer layers."
+        )
+    return _descend(cleaned, budget - smallest)
+
+
+def _efficient(menu: Sequence[Option]) -> list[Option]:
+    """Options by rising cost, without those that cost more and lose no less."""
+    kept: list[Option] = []
+    for option in sorted(menu, key=lambda o: (o.cost, o.loss)):
+        if not kept or option.loss < kept[-1].loss:
+            kept.append(option)
+    return kept
+
+
+def _descend(menus: Sequence[Sequence[Option]], left: int) -> list[Option]:
+    """From the cheapest options down, always by the steepest step that fits into what is left."""
+    picks = [menu[0] for menu in menus]
+    queue: list[tuple[float, int, Option]] = []  # one step per menu, so options are never compared
+
+    def consider(k: int) -> None:
+        step = _steepest(menus[k], picks[k], left)
+        if step is not None:
+            heapq.heappush(queue, (_slope(picks[k], step), k, step))
+
+    for k in range(len(menus)):
+        consider(k)
+    while queue:
+        _, k, option = heapq.heappop(queue)
+        extra = option.cost - picks[k].cost
+        if extra <= left:
+            picks[k], left = option, left - extra
+        consider(k)
+    return picks
+
+
+def _steepest(menu: Sequence[Option], here: Option, left: int) -> Option | None:
+    """The option with the largest gain for its extra cost, of those that can be paid."""
+    better = [option for option in menu if here.cost < option.cost <= here.cost + left]
+    return min(better, key=lambda option: _slope(here, option), default=None)
+
+
+def _slope(a: Option, b: Option) -> float:
+    return (b.loss - a.loss) / (b.cost - a.cost)

@@ -1,0 +1,395 @@
+"""What will be done to a model, decided and printed before anything is changed."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, get_args
+
+from torch import nn
+
+from tensortrain.errors import BudgetError, CheckpointError
+from tensortrain.formats import FactorSpec, energy, get_format
+from tensortrain.nn.base import Implementation
+
+from .allocate import Option, allocate
+from .budget import Budget, BudgetLike, read_budget
+from .calibrate import Calibration, calibrate
+from .candidates import DEFAULT_FORMATS, Candidate, candidates
+from .cost import LayerCost, dense_cost, spec_cost
+from .layers import FoundLayer, LeftAlone, count_params, find_layers
+from .observer import Observer, Silent
+from .output_weights import OutputFunction
+
+__all__ = ["CompressionPlan", "LayerPlan", "plan_compression"]
+
+_SLACK = 0.01  # of the whole model's time: what a layer may lose before it counts as slower
+_VERSION = 1
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What becomes of one layer; ``spec`` is ``None`` where it stays dense."""
+
+    names: tuple[str, ...]
+    kind: str
+    shape: tuple[int, ...]
+    spec: FactorSpec | None
+    params_before: int
+    params_after: int
+    flops_before: int | None
+    flops_after: int | None
+    rel_error: float | None
+    decision: str
+    implementation: str = "auto"
+    spectra: tuple[tuple[float, ...], ...] = ()
+
+    @property
+    def name(self) -> str:
+        return self.names[0]
+
+    @property
+    def format(self) -> str:
+        return "dense" if self.spec is None else self.spec.format
+
+
+@dataclass(frozen=True)
+class CompressionPlan:
+    """Formats, modes and ranks for a whole model. Prints as a table; ``to_json`` gives it as text.
+
+    ``calibration`` holds the input statistics it was made with; they are not part of the text.
+    """
+
+    layers: tuple[LayerPlan, ...]
+    budget: str
+    params_before: int
+    params_after: int
+    left_alone: tuple[LeftAlone, ...] = ()
+    calibration: Calibration | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def compression(self) -> float:
+        return self.params_before / max(1, self.params_after)
+
+    def to_json(self) -> str:
+        data = {
+            "version": _VERSION,
+            "budget": self.budget,
+            "params_before": self.params_before,
+            "params_after": self.params_after,
+            "layers": [_layer_to_dict(layer) for layer in self.layers],
+            "left_alone": [asdict(layer) for layer in self.left_alone],
+        }
+        return json.dumps(data, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> CompressionPlan:
+        """Read a plan back.
+
+        Raises:
+            CheckpointError: The text is not a plan, or was damaged.
+        """
+        try:
+            data = json.loads(text)
+            if data["version"] != _VERSION:
+                raise ValueError(f"version {data['version']}")
+            return cls(
+                layers=tuple(_layer_from_dict(layer) for layer in data["layers"]),
+                budget=str(data["budget"]),
+                params_before=int(data["params_before"]),
+                params_after=int(data["params_after"]),
+                left_alone=tuple(LeftAlone(**layer) for layer in data["left_alone"]),
+            )
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+            raise CheckpointError(
+                f"a plan must be the text that to_json() wrote: {error!r}. Make it again with plan_compression()."
+            ) from error
+
+    def __str__(self) -> str:
+        width = max([len(layer.name) for layer in self.layers] + [5])
+        head = f"{'layer':<{width}}  {'format':<9} {'modes out x in':<28} {'ranks':<22} {'params':>23} {'error':>7}"
+        rows = [head, "-" * len(head)] + [_row(layer, width) for layer in self.layers]
+        rows.append(
+            f"budget {self.budget}: {self.params_before:,} -> {self.params_after:,} parameters "
+            f"({self.compression:.4g}x fewer)"
+        )
+        rows += [f"left alone: {layer.name} ({layer.kind}): {layer.reason}" for layer in self.left_alone]
+        return "\n".join(rows)
+
+
+def plan_compression(
+    model: nn.Module,
+    *,
+    budget: BudgetLike,
+    data: Iterable[Any] | None = None,
+    example_inputs: Any = None,
+    formats: Sequence[str] = DEFAULT_FORMATS,
+    include: Sequence[str] | str | None = None,
+    exclude: Sequence[str] | str | None = None,
+    allow_slower: bool = False,
+    batch_size: int | None = None,
+    n_batches: int = 16,
+    output: OutputFunction | None = None,
+    observer: Observer | None = None,
+) -> CompressionPlan:
+    """Choose format, modes and ranks of every layer so that the model fits a budget. Changes nothing.
+
+    Every layer brings a menu of candidates with their predicted errors, weighted by the second moments of
+    its inputs and by how far the error reaches the model's output where ``data`` is given. One allocation
+    over all menus then spends the budget where it lowers the error most.
+
+    Args:
+        model: Any module; a bare layer too.
+        budget: ``"20x"``, a share, ``{"params": n}`` or ``{"flops": n}``; every parameter of the model
+            counts, shared ones once.
+        data: Calibration batches, as for training (labels are not used).
+        example_inputs: A batch to take shapes from, when there is no ``data``.
+        formats: Names to choose among.
+        include, exclude: Layer names or fnmatch patterns.
+        allow_slower: Take candidates that are predicted slower than the dense layer. Without it a layer may
+            lose at most 1 % of the whole model's predicted time at this batch size.
+        batch_size: Rows to judge speed at; by default the batch size of the data.
+        output: ``(model, batch) -> tensor`` the model is judged by; logits or hidden states by default.
+
+    Returns:
+        CompressionPlan: Print it, save it as JSON, or hand it to ``apply_plan_``.
+
+    Raises:
+        BudgetError: The budget cannot be read or not be reached.
+        FilterError: A pattern matches no layer.
+        NonFiniteError: A weight holds NaN or Inf.
+
+    Cost: singular values of every candidate matricization, plus ``n_batches`` forward passes and one per layer.
+    """
+    observer = observer or Silent()
+    layers, left = find_layers(model, include=include, exclude=exclude)
+    if not layers:
+        raise BudgetError(
+            f"a model must have layers to compress: none of its {sum(1 for _ in model.modules())} modules is a plain "
+            "Linear, Conv or Embedding. Check include= and exclude=, or tensortrain.inspect(model)."
+        )
+    calibration = _calibration(model, layers, data, example_inputs, n_batches, output, observer)
+    costs = {layer.name: dense_cost(layer, calibration, batch_size) for layer in layers}
+    total = count_params(model)
+    flops = sum(cost.flops or 0 for cost in costs.values()) if calibration is not None else None
+    limit = read_budget(budget, params=total, flops=flops)
+    menus = _menus(layers, calibration, formats, observer)
+    weights = {layer.name: _weight(layer, calibration) for layer in layers}
+    chooser = _Chooser(layers, menus, weights, costs, calibration, limit, total, batch_size, allow_slower)
+    plans = chooser.choose()
+    after = total - sum(layer.params_before - layer.params_after for layer in plans)
+    return CompressionPlan(tuple(plans), limit.text, total, after, tuple(left), calibration)
+
+
+def _calibration(
+    model: nn.Module,
+    layers: Sequence[FoundLayer],
+    data: Iterable[Any] | None,
+    example_inputs: Any,
+    n_batches: int,
+    output: OutputFunction | None,
+    observer: Observer,
+) -> Calibration | None:
+    if data is not None:
+        return calibrate(model, layers, data, n_batches=n_batches, output=output, observer=observer)
+    if example_inputs is not None:
+        return calibrate(model, layers, [example_inputs], n_batches=1, grams=False, observer=observer)
+    return None
+
+
+def _menus(
+    layers: Sequence[FoundLayer], calibration: Calibration | None, formats: Sequence[str], observer: Observer
+) -> dict[str, list[Candidate]]:
+    for name in formats:
+        get_format(name)  # an unknown name is an error before the work starts
+    menus = {}
+    observer.on_start("candidates", len(layers))
+    for k, layer in enumerate(layers):
+        gram, output_gram = calibration.weighing(layer.name) if calibration else (None, None)
+        structure = calibration.structures.get(layer.name) if calibration else None
+        menus[layer.name] = candidates(layer, formats=formats, gram=gram, output_gram=output_gram, structure=structure)
+        observer.on_step(k + 1)
+    observer.on_end()
+    return menus
+
+
+def _weight(layer: FoundLayer, calibration: Calibration | None) -> float:
+    """What losing a layer wholly would change: a relative squared error times this adds up over layers.
+
+    With gradients, the mean square of the model's output that the layer carries; else all layers count alike.
+    """
+    gram, output_gram = calibration.weighing(layer.name) if calibration else (None, None)
+    if calibration is None or gram is None or output_gram is None:
+        return 1.0
+    weight: Any = layer.module.weight
+    matrix = weight.detach().flatten(1)
+    matrix = matrix.T if layer.weight.kind == "embedding" else matrix
+    return energy(matrix, gram, output_gram) / calibration.output_scale
+
+
+_Banned = dict[str, dict[tuple[Any, ...], int]]
+
+
+@dataclass
+class _Chooser:
+    """Allocation, then a check of every choice's speed; what fails is struck off the menu and it goes again."""
+
+    layers: Sequence[FoundLayer]
+    menus: Mapping[str, list[Candidate]]
+    weights: Mapping[str, float]
+    costs: Mapping[str, LayerCost]
+    calibration: Calibration | None
+    budget: Budget
+    total_params: int
+    batch_size: int | None
+    allow_slower: bool
+
+    def choose(self) -> list[LayerPlan]:
+        # Per layer: formats and modes that are too slow from so many parameters on.
+        banned: _Banned = {layer.name: {} for layer in self.layers}
+        while True:
+            picks = self._allocate(banned)
+            slower = [] if self.allow_slower else self._slower(picks)
+            if not slower:
+                return [
+                    self._plan(layer, pick, bool(banned[layer.name]))
+                    for layer, pick in zip(self.layers, picks, strict=True)
+                ]
+            for layer, candidate in slower:
+                banned[layer.name][_family(candidate)] = candidate.point.n_params
+
+    def _allocate(self, banned: _Banned) -> list[Candidate | None]:
+        menus = []
+        for layer in self.layers:
+            options = [Option(self._price(layer, None), 0.0, None)]
+            for candidate in self.menus[layer.name]:
+                if candidate.point.n_params < banned[layer.name].get(_family(candidate), math.inf):
+                    loss = self.weights[layer.name] * candidate.point.rel_error**2
+                    options.append(Option(self._price(layer, candidate), loss, candidate))
+            menus.append(options)
+        try:
+            picks = allocate(menus, self.budget.limit - self._fixed())
+        except BudgetError as error:
+            raise self._unreachable(menus, banned) from error
+        return [pick.choice for pick in picks]
+
+    def _fixed(self) -> int:
+        """What the model costs outside the weights that can be chosen."""
+        if self.budget.measure == "flops":
+            return 0
+        return self.total_params - sum(layer.weight.n_params for layer in self.layers)
+
+    def _price(self, layer: FoundLayer, candidate: Candidate | None) -> int:
+        if self.budget.measure == "params":
+            return layer.weight.n_params if candidate is None else candidate.point.n_params
+        if candidate is None:
+            return self.costs[layer.name].flops or 0
+        return spec_cost(layer, candidate.spec, self.calibration, self.batch_size).flops or 0
+
+    def _slower(self, picks: Sequence[Candidate | None]) -> list[tuple[FoundLayer, Candidate]]:
+        slack = _SLACK * sum(cost.seconds for cost in self.costs.values())
+        slower = []
+        for layer, pick in zip(self.layers, picks, strict=True):
+            if pick is None:
+                continue
+            after = spec_cost(layer, pick.spec, self.calibration, self.batch_size)
+            if after.seconds > self.costs[layer.name].seconds + slack:
+                slower.append((layer, pick))
+        return slower
+
+    def _unreachable(self, menus: Sequence[Sequence[Option]], banned: _Banned) -> BudgetError:
+        least = self._fixed() + sum(min(option.cost for option in menu) for menu in menus)
+        cause = ""
+        if any(banned.values()):
+            names = [name for name, families in banned.items() if families]
+            cause = f" {len(names)} layers would become slower (such as {names[0]!r}); allow_slower=True admits them."
+        return BudgetError(
+            f"a budget must be reachable: {self.budget.text} allows {self.budget.limit:,} {self.budget.measure}, but "
+            f"the smallest that this model can be made is {least:,}.{cause} Ask for at least {least:,}."
+        )
+
+    def _plan(self, layer: FoundLayer, pick: Candidate | None, was_slower: bool) -> LayerPlan:
+        cost = self.costs[layer.name]
+        common: dict[str, Any] = {
+            "names": layer.names,
+            "kind": layer.kind,
+            "shape": layer.weight.dense_shape,
+            "params_before": layer.n_params,
+            "flops_before": cost.flops,
+        }
+        if pick is None:
+            slow = "every form that fits is predicted slower at this batch size; allow_slower=True admits them"
+            return LayerPlan(
+                **common,
+                spec=None,
+                params_after=layer.n_params,
+                flops_after=cost.flops,
+                rel_error=None,
+                decision=f"left dense: {slow if was_slower else 'worth its parameters'}",
+            )
+        return LayerPlan(
+            **common,
+            spec=pick.spec,
+            params_after=layer.n_params - layer.weight.n_params + pick.point.n_params,
+            flops_after=spec_cost(layer, pick.spec, self.calibration, self.batch_size).flops,
+            rel_error=pick.point.rel_error,
+            decision="compressed",
+            # A budget in flops is only kept if the layer really runs core by core.
+            implementation="factorized" if self.budget.measure == "flops" else "auto",
+            spectra=pick.spectra,
+        )
+
+
+def _family(candidate: Candidate) -> tuple[Any, ...]:
+    """Format and modes: within them, higher ranks are not faster."""
+    spec = candidate.spec
+    return (spec.format, spec.out_modes, spec.in_modes)
+
+
+def _row(layer: LayerPlan, width: int) -> str:
+    spec = layer.spec
+    modes = "" if spec is None else f"{_by(spec.out_modes)} x {_by(spec.in_modes)}"
+    ranks = "" if spec is None else ",".join(map(str, get_format(spec.format).inner_ranks(spec)))
+    error = "" if layer.rel_error is None else f"{layer.rel_error:.3f}"
+    params = f"{layer.params_before:,} -> {layer.params_after:,}"
+    return f"{layer.name:<{width}}  {layer.format:<9} {modes:<28} {ranks:<22} {params:>23} {error:>7}"
+
+
+def _by(modes: Sequence[int]) -> str:
+    return "(" + ",".join(map(str, modes)) + ")"
+
+
+def _layer_to_dict(layer: LayerPlan) -> dict[str, Any]:
+    data = {name: getattr(layer, name) for name in LayerPlan.__dataclass_fields__}
+    return {**data, "spec": None if layer.spec is None else layer.spec.to_dict()}
+
+
+def _layer_from_dict(data: Mapping[str, Any]) -> LayerPlan:
+    spec = None if data["spec"] is None else FactorSpec.from_dict(data["spec"])
+    fields = {
+        **data,
+        "spec": spec,
+        "names": tuple(data["names"]),
+        "shape": tuple(data["shape"]),
+        "spectra": tuple(tuple(values) for values in data["spectra"]),
+    }
+    layer = LayerPlan(**fields)
+    if not _is_sound(layer) or isinstance(data["names"], str):
+        raise ValueError(f"layer {data['names']!r} has values of the wrong type")
+    return layer
+
+
+def _is_sound(layer: LayerPlan) -> bool:
+    """Whether values that were read have their types; JSON does not see to that."""
+    texts = (layer.kind, layer.decision, *layer.names)
+    counts = (layer.params_before, layer.params_after, layer.flops_before or 0, layer.flops_after or 0, *layer.shape)
+    numbers = (layer.rel_error or 0.0, *(value for values in layer.spectra for value in values))
+    return (
+        len(layer.names) > 0
+        and all(isinstance(text, str) for text in texts)
+        and all(isinstance(count, int) for count in counts)
+        and all(isinstance(number, (int, float)) for number in numbers)
+        and layer.implementation in get_args(Implementation)
+    )

@@ -1,0 +1,24 @@
+"""Shapes to plan to execution: how a TT-matrix multiplies, chosen by predicted time."""
+
+from tensortrain.contract.cache import WeightCache
+from tensortrain.contract.chain import Chain
+from tensortrain.contract.choose import plan_chain
+from tensortrain.contract.cost import CostModel, cost_model, measure_cost_model, use_cost_model
+from tensortrain.contract.lookup import chain_lookup
+from tensortrain.contract.merge import chain_to_dense, merge_cores
+from tensortrain.contract.plan import ContractionPlan, Step
+
+__all__ = [
+    "Chain",
+    "ContractionPlan",
+    "CostModel",
+    "Step",
+    "WeightCache",
+    "chain_lookup",
+    "chain_to_dense",
+    "cost_model",
+    "measure_cost_model",
+    "merge_cores",
+    "plan_chain",
+    "use_cost_model",
+]

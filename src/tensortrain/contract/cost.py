@@ -1,0 +1,401 @@
+"""What an operation costs on a device: a few measured constants, and time predicted from them.
+
+The model is coarse on purpose. It only has to rank plans, so it knows a peak rate, how that rate
+falls off for thin operands, bandwidths of cache and memory, and a fixed cost per call.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import asdict, dataclass, fields
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+__all__ = ["CostModel", "cost_model", "measure_cost_model", "use_cost_model"]
+
+# glibc maps results above this size anew at every call, and first touch of the pages then dominates.
+_FRESH_BYTES = 32 * 2**20
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """Predicts seconds from shapes.
+
+    A product of ``m x k`` by ``k x n`` runs at ``peak * e(m) * e(n) * e(k)``, where ``n`` is the side
+    whose entries lie next to each other in the result, ``e(m) = m / (m + half)``, ``e(k)`` likewise
+    and ``e(n) = 1 / (1 + (half / n)^2)``: below the vector width the loss is steeper than linear.
+
+    Args:
+        gemm_flops_s: Peak float32 rate of one large product, flops per second.
+        gemm_half: ``(m, n, k)`` at which one product runs at half its rate.
+        batched_flops_s: Peak float32 rate inside a batch of products, flops per second.
+        batched_half: As ``gemm_half``, for each product of a batch.
+        matrix_s: Fixed cost of each product of a batch, seconds.
+        bandwidth_bytes_s: Memory bandwidth, bytes per second.
+        cache_bandwidth_bytes_s: Bandwidth while everything fits in ``cache_bytes``.
+        cache_bytes: Footprint up to which the cache bandwidth holds.
+        fresh_bytes_s: Rate of writing a result of more than 32 MiB, bytes per second.
+        permute_bytes_s: Rate of a copy that transposes, bytes read plus bytes written per second.
+        overhead_s: Cost of calling one small operation, seconds.
+        float64_rate, half_rate, complex64_rate, complex128_rate: Rate of that dtype over float32's.
+    """
+
+    gemm_flops_s: float
+    gemm_half: tuple[float, float, float]
+    batched_flops_s: float
+    batched_half: tuple[float, float, float]
+    matrix_s: float
+    bandwidth_bytes_s: float
+    cache_bandwidth_bytes_s: float
+    cache_bytes: float
+    fresh_bytes_s: float
+    permute_bytes_s: float
+    overhead_s: float
+    float64_rate: float = 0.5
+    half_rate: float = 1.0
+    complex64_rate: float = 0.25
+    complex128_rate: float = 0.12
+
+    @classmethod
+    def reference(cls, device_type: str = "cpu") -> CostModel:
+        """Return fixed constants of a usual machine, for tests and for devices that cannot be timed."""
+        return _REFERENCE.get(device_type, _REFERENCE["cpu"])
+
+    def gemm_s(
+        self,
+        m: int,
+        n: int,
+        k: int,
+        *,
+        batch: int = 1,
+        batched: bool | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> float:
+        """Seconds for ``batch`` products of ``m x k`` by ``k x n``.
+
+        Args:
+            m, n, k: Sizes of each product.
+            batch: How many.
+            batched: Whether the call is that of a batch, even of one; by default if there are several.
+            dtype: Of both operands.
+
+        Example:
+            >>> model = CostModel.reference("cpu")
+            >>> model.gemm_s(64, 64, 64) < model.gemm_s(128, 64, 64)
+            True
+        """
+        flops = 2.0 * batch * m * n * k
+        # In a batch one operand is the same for all products, so it is read once.
+        n_bytes = float(dtype.itemsize) * (batch * (m * n + min(m, n) * k) + max(m, n) * k)
+        fixed = self.overhead_s + (self.matrix_s * batch if batch > 1 else 0.0)
+        rate = self._rate(m, n, k, batch > 1 if batched is None else batched)
+        arithmetic = flops / (rate * self._dtype_rate(dtype))
+        write = self._fresh_s(float(dtype.itemsize) * batch * m * n)
+        return fixed + write + max(arithmetic, n_bytes / self._bandwidth(n_bytes))
+
+    def linear_s(self, b: int, out_features: int, in_features: int, *, dtype: torch.dtype = torch.float32) -> float:
+        """Seconds for a dense layer on ``b`` rows; reading the weight bounds small ``b``."""
+        return self.gemm_s(b, out_features, in_features, dtype=dtype)
+
+    def copy_s(self, n_bytes: float) -> float:
+        """Seconds for a transposing copy that reads and writes ``n_bytes`` together."""
+        return self.overhead_s + n_bytes / self.permute_bytes_s + self._fresh_s(n_bytes / 2)
+
+    def stream_s(self, n_bytes: float) -> float:
+        """Seconds for passing over ``n_bytes`` in order, as a sum does."""
+        return self.overhead_s + n_bytes / self._bandwidth(n_bytes)
+
+    def conv_s(self, flops: float, n_bytes: float, *, dtype: torch.dtype = torch.float32) -> float:
+        """Seconds for a convolution, roughly: half the peak rate, or bandwidth."""
+        arithmetic = flops / (0.5 * self.gemm_flops_s * self._dtype_rate(dtype))
+        return self.overhead_s + max(arithmetic, n_bytes / self._bandwidth(n_bytes))
+
+    def _rate(self, m: int, n: int, k: int, batched: bool) -> float:
+        peak = self.batched_flops_s if batched else self.gemm_flops_s
+        half_m, half_n, half_k = self.batched_half if batched else self.gemm_half
+        return peak * m / (m + half_m) * k / (k + half_k) / (1 + (half_n / n) ** 2)
+
+    def _bandwidth(self, n_bytes: float) -> float:
+        return self.cache_bandwidth_bytes_s if n_bytes <= self.cache_bytes else self.bandwidth_bytes_s
+
+    def _fresh_s(self, result_bytes: float) -> float:
+        return result_bytes / self.fresh_bytes_s if result_bytes > _FRESH_BYTES else 0.0
+
+    def _dtype_rate(self, dtype: torch.dtype) -> float:
+        if dtype == torch.float64:
+            return self.float64_rate
+        if dtype.is_complex:
+            return self.complex128_rate if dtype == torch.complex128 else self.complex64_rate
+        return self.half_rate if dtype.itemsize == 2 else 1.0
+
+
+_REFERENCE = {
+    "cpu": CostModel(
+        gemm_flops_s=1.5e11,
+        gemm_half=(4.0, 7.0, 5.0),
+        batched_flops_s=1.3e11,
+        batched_half=(10.0, 12.0, 5.0),
+        matrix_s=5e-8,
+        bandwidth_bytes_s=2.2e10,
+        cache_bandwidth_bytes_s=8e10,
+        cache_bytes=8e6,
+        fresh_bytes_s=2e9,
+        permute_bytes_s=1e10,
+        overhead_s=2.5e-6,
+    ),
+    "cuda": CostModel(
+        gemm_flops_s=5e13,
+        gemm_half=(64.0, 32.0, 32.0),
+        batched_flops_s=3e13,
+        batched_half=(16.0, 16.0, 16.0),
+        matrix_s=1e-9,
+        bandwidth_bytes_s=2e12,
+        cache_bandwidth_bytes_s=4e12,
+        cache_bytes=3e7,
+        fresh_bytes_s=2e12,
+        permute_bytes_s=1e12,
+        overhead_s=8e-6,
+        half_rate=8.0,
+    ),
+}
+
+_OVERRIDE: ContextVar[CostModel | None] = ContextVar("tensortrain_cost_model", default=None)
+_KNOWN: dict[str, CostModel] = {}
+
+
+def cost_model(device: torch.device | str = "cpu") -> CostModel:
+    """Return the cost model in force: the one set by ``use_cost_model``, else this device's.
+
+    The constants of a device are measured once, in one to two seconds, and kept in
+    ``$XDG_CACHE_HOME/tensortrain`` (``~/.cache/tensortrain``). A cache file that cannot be read or
+    written is passed over. Devices other than cpu and cuda get the reference constants.
+    """
+    override = _OVERRIDE.get()
+    if override is not None:
+        return override
+    device = torch.device(device)
+    if device.type not in ("cpu", "cuda"):
+        return CostModel.reference(device.type)
+    key = _device_key(device)
+    if key not in _KNOWN:
+        _KNOWN[key] = _load(_cache_file(key)) or _measure_and_store(device, _cache_file(key))
+    return _KNOWN[key]
+
+
+@contextmanager
+def use_cost_model(model: CostModel) -> Iterator[CostModel]:
+    """Plan with ``model`` inside the ``with`` block.
+
+    Example:
+        >>> with use_cost_model(CostModel.reference("cpu")) as model:
+        ...     cost_model() is model
+        True
+    """
+    token = _OVERRIDE.set(model)
+    try:
+        yield model
+    finally:
+        _OVERRIDE.reset(token)
+
+
+def measure_cost_model(device: torch.device | str = "cpu") -> CostModel:
+    """Time a dozen small operations on ``device`` and return the constants, to two digits.
+
+    Cost: one to two seconds; about 200 MB for a moment.
+    """
+    with torch.no_grad(), torch.autocast(torch.device(device).type, enabled=False):
+        return _Stopwatch(torch.device(device)).cost_model()
+
+
+class _Stopwatch:
+    """Times products and copies on one device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.side = 512 if device.type == "cpu" else 4096  # large enough to reach the peak rate
+        self.generator = torch.Generator().manual_seed(0)
+
+    def cost_model(self) -> CostModel:
+        overhead = self.best_s(*self.linear(1, 4, 4))
+        peak = self.rate(overhead, self.side, self.side, self.side)
+        batched_peak = self.rate(overhead, 64, 64, 64, batch=64)
+        bandwidth = self.bandwidth()
+        constants: dict[str, Any] = {
+            "gemm_flops_s": peak,
+            "gemm_half": self.halves(overhead, peak, many=self.side * 8, batch=1),
+            "batched_flops_s": batched_peak,
+            "batched_half": self.halves(overhead, batched_peak, many=64, batch=256),
+            "matrix_s": max(self.best_s(*self.batched(4096, 2, 2, 2)) - overhead, 1e-12) / 4096,
+            "bandwidth_bytes_s": bandwidth,
+            "cache_bandwidth_bytes_s": max(self.clone_rate(2**18), bandwidth),
+            "cache_bytes": 8e6 if self.device.type == "cpu" else 3e7,
+            "fresh_bytes_s": self.clone_rate(12 * 2**20) / 2,
+            "permute_bytes_s": self.permute_rate(),
+            "overhead_s": overhead,
+            **self.dtype_rates(),
+        }
+        return CostModel(**{name: _round2(value) for name, value in constants.items()})
+
+    def halves(self, overhead: float, peak: float, *, many: int, batch: int) -> tuple[float, float, float]:
+        """One thin product per side; its loss against the peak gives the side of half rate."""
+        thin = 4
+        loss_m = peak / self.rate(overhead, thin, 64, 64, batch=4 * batch) - 1
+        loss_n = peak / self.rate(overhead, many, thin, 64, batch=batch) - 1
+        loss_k = peak / self.rate(overhead, many, 64, thin, batch=batch) - 1
+        half_n = thin * math.sqrt(max(loss_n, 0.0))
+        return _clamp(thin * loss_m), _clamp(half_n), _clamp(thin * loss_k)
+
+    def rate(self, overhead: float, m: int, n: int, k: int, *, batch: int = 1) -> float:
+        call = self.linear(m, n, k) if batch == 1 else self.batched(batch, m, n, k)
+        # A call cannot be all overhead; a noisy clock must not give a negative or endless rate.
+        seconds = self.best_s(*call)
+        return 2.0 * batch * m * n * k / max(seconds - overhead, 0.1 * seconds)
+
+    def bandwidth(self) -> float:
+        side = 4096
+        return 4.0 * side * side / self.best_s(*self.linear(1, side, side))
+
+    def clone_rate(self, numel: int) -> float:
+        x = torch.zeros(numel, device=self.device)
+        return 8.0 * numel / self.best_s(torch.clone, x)
+
+    def permute_rate(self) -> float:
+        x = self.randn(256, 4, 4, 4, 16)  # as cut up between two steps of a sweep
+        return 8.0 * x.numel() / self.best_s(lambda t: t.permute(0, 3, 4, 1, 2).contiguous(), x)
+
+    def dtype_rates(self) -> dict[str, float]:
+        side = self.side // 2
+        seconds = {dtype: self.dtype_s(side, dtype) for dtype in _DTYPE_FIELDS}
+        base = self.dtype_s(side, torch.float32)
+        return {name: base / seconds[dtype] for dtype, name in _DTYPE_FIELDS.items()}
+
+    def dtype_s(self, side: int, dtype: torch.dtype) -> float:
+        x = self.randn(side, side).to(dtype)
+        return self.best_s(torch.matmul, x, x)
+
+    def linear(self, m: int, n: int, k: int) -> tuple[Callable[..., object], torch.Tensor, torch.Tensor]:
+        return torch.nn.functional.linear, self.randn(m, k), self.randn(n, k)
+
+    def batched(self, batch: int, m: int, n: int, k: int) -> tuple[Callable[..., object], torch.Tensor, torch.Tensor]:
+        return torch.bmm, self.randn(m, k).expand(batch, -1, -1), self.randn(batch, k, n)
+
+    def randn(self, *shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=self.generator).to(self.device)
+
+    def best_s(self, function: Callable[..., object], *args: torch.Tensor) -> float:
+        """The fastest of several calls: other work on the machine only ever adds time."""
+        function(*args)
+        self.synchronize()
+        best, spent, calls = math.inf, 0.0, 0
+        while calls < 5 or (spent < 0.03 and calls < 200):
+            start = time.perf_counter()
+            function(*args)
+            self.synchronize()
+            elapsed = time.perf_counter() - start
+            best, spent, calls = min(best, elapsed), spent + elapsed, calls + 1
+        return max(best, 1e-9)
+
+    def synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+_DTYPE_FIELDS = {
+    torch.float64: "float64_rate",
+    torch.bfloat16: "half_rate",
+    torch.complex64: "complex64_rate",
+    torch.complex128: "complex128_rate",
+}
+
+
+def _clamp(half: float) -> float:
+    return min(max(half, 0.1), 256.0)
+
+
+def _round2(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(float(f"{v:.2g}") for v in value)
+    return float(f"{value:.2g}")
+
+
+def _device_key(device: torch.device) -> str:
+    if device.type == "cuda":
+        hardware = torch.cuda.get_device_name(device)
+    else:
+        hardware = f"{_cpu_name()}, {torch.get_num_threads()} threads"
+    return f"{device.type}: {hardware}, torch {torch.__version__}"
+
+
+@cache
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _cache_file(key: str) -> Path:
+    root = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    digest = hashlib.sha256(key.encode()).hexdigest()[:16]
+    return Path(root) / "tensortrain" / f"cost-model-{digest}.json"
+
+
+def _measure_and_store(device: torch.device, path: Path) -> CostModel:
+    model = measure_cost_model(device)
+    _store(path, model, _device_key(device))
+    return model
+
+
+def _store(path: Path, model: CostModel, key: str) -> None:
+    text = json.dumps({"measured_on": key, "constants": asdict(model)}, indent=1)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
+        try:
+            with os.fdopen(handle, "w") as file:
+                file.write(text)
+            os.replace(temporary, path)
+        except OSError:
+            os.unlink(temporary)
+    except OSError:
+        pass  # a cache that cannot be kept costs a second at the next start, nothing else
+
+
+def _load(path: Path) -> CostModel | None:
+    try:
+        constants = json.loads(path.read_text())["constants"]
+        model = CostModel(**{name: _as_constant(value) for name, value in constants.items()})
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return None
+    return model if _is_sound(model) else None
+
+
+def _as_constant(value: Any) -> Any:
+    return tuple(float(v) for v in value) if isinstance(value, list) else float(value)
+
+
+def _is_sound(model: CostModel) -> bool:
+    """Every constant a positive number, the half sizes three of them."""
+    for field in fields(model):
+        value = getattr(model, field.name)
+        is_triple = field.name.endswith("_half")
+        if is_triple != isinstance(value, tuple) or (is_triple and len(value) != 3):
+            return False
+        if not all(0 < v < math.inf for v in (value if is_triple else (value,))):
+            return False
+    return True

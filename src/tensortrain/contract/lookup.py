@@ -1,0 +1,224 @@
+"""Rows of a TT table by number: an embedding whose table is never built."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from math import prod
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from tensortrain.contract.chain import Chain
+from tensortrain.contract.cost import CostModel, cost_model
+from tensortrain.contract.merge import merge_cores, merge_order, run_numel
+from tensortrain.errors import DTypeError, ModeIndexError, ShapeError
+
+__all__ = ["chain_lookup", "lookup_groups"]
+
+# Fewer distinct ids than this are multiplied sooner than their common digits are found.
+_MIN_SHARED = 256
+
+
+def chain_lookup(
+    ids: Tensor,
+    cores: Sequence[Tensor],
+    in_modes: Sequence[int],
+    *,
+    deduplicate: bool = True,
+    max_bytes: int = 2**26,
+) -> Tensor:
+    """Return rows of the transposed TT-matrix, that is, of a table ``(N, M)``.
+
+    Equal ids are computed once, and so are equal leading digits where that halves the work. Neighbouring
+    cores are merged where the number of ids pays for it. Ids are taken in chunks so that intermediate
+    results stay below ``max_bytes``; with gradients, chunks are computed again in the backward pass.
+
+    Args:
+        ids: Integers of any shape in ``[0, N)``, ``N`` the product of ``in_modes``; the digits of an id
+            in that mixed radix, first slowest, index the input modes.
+        cores: Cores ``(r, i, j, s)``.
+        in_modes: Input mode sizes of the cores (the vocabulary).
+        deduplicate: Whether to look for equal ids; off, nothing waits for the device.
+        max_bytes: Bound on intermediate results and on merged tables.
+
+    Returns:
+        Tensor: ``(*ids.shape, M)``, ``M`` the product of the output modes.
+
+    Raises:
+        DTypeError: ``ids`` are not integers.
+        ModeIndexError: An id is negative or not below ``N``.
+        ShapeError: ``in_modes`` are not those of the cores.
+
+    Cost: about ``2 M r`` flops for each distinct id.
+    Source: Khrulkov et al., arXiv:1901.10787; sharing of prefixes after TT-Rec, arXiv:2101.11714.
+
+    Example:
+        >>> cores = [torch.randn(1, 2, 5, 3), torch.randn(3, 4, 6, 1)]
+        >>> chain_lookup(torch.tensor([[0, 29, 29]]), cores, (5, 6)).shape
+        torch.Size([1, 3, 8])
+    """
+    chain = Chain.of(cores)
+    _check_lookup(ids, chain, tuple(in_modes))
+    flat, inverse = ids.reshape(-1).long(), None
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    if deduplicate and not traced:
+        flat, inverse = torch.unique(flat, return_inverse=True)
+        _check_range(flat, chain.in_features)
+    training = torch.is_grad_enabled() and any(core.requires_grad for core in cores)
+    # A traced program must not depend on the number of ids, so it takes the cores as they are.
+    groups = [(k, k + 1) for k in range(chain.order)]
+    if not traced:
+        model, n_ids = cost_model(cores[0].device), _power_of_two(flat.shape[0])
+        groups = list(lookup_groups(chain, n_ids, cores[0].dtype, training, max_bytes, model))
+    tables = [core.permute(2, 0, 1, 3) for core in merge_cores(cores, groups)]  # j r i s
+    if not traced:
+        # Rows gather faster from contiguous slices, which pays once there are as many rows as slices.
+        tables = [t.contiguous() if t.shape[0] <= flat.shape[0] else t for t in tables]
+    share = inverse is not None and flat.shape[0] >= _MIN_SHARED
+    if traced:
+        rows = _rows(flat, tables, share)
+    else:
+        rows = _rows_in_chunks(flat, tables, share, max_bytes, training)
+    if inverse is not None:
+        rows = rows.index_select(0, inverse.reshape(-1))
+    return rows.reshape(*ids.shape, chain.out_features)
+
+
+@lru_cache(maxsize=1024)
+def lookup_groups(
+    chain: Chain, n_ids: int, dtype: torch.dtype, training: bool, max_bytes: int, model: CostModel
+) -> tuple[tuple[int, int], ...]:
+    """Return the merges with which ``n_ids`` rows are predicted to take least time.
+
+    A merged group is a table of partial products for all its ids: costly once, then one gather.
+
+    Args:
+        chain: The shapes; input modes are the vocabulary.
+        n_ids: Distinct ids.
+        dtype: Of the cores.
+        training: Whether merges are differentiated too.
+        max_bytes: Bound on one merged table.
+        model: Constants.
+
+    Example:
+        >>> chain = Chain((4, 4, 4), (4, 4, 4), (1, 16, 16, 1))
+        >>> lookup_groups(chain, 1 << 20, torch.float32, False, 2**26, CostModel.reference())
+        ((0, 3),)
+    """
+    best: list[tuple[float, tuple[tuple[int, int], ...]]] = [(0.0, ())]
+    for stop in range(1, chain.order + 1):
+        candidates = []
+        for start in range(stop):
+            if stop - start > 1 and run_numel(chain, start, stop) * dtype.itemsize > max_bytes:
+                continue
+            seconds = _group_s(chain, start, stop, n_ids, dtype, training, model)
+            candidates.append((best[start][0] + seconds, (*best[start][1], (start, stop))))
+        best.append(min(candidates))
+    return best[-1][1]
+
+
+def _group_s(
+    chain: Chain, start: int, stop: int, n_ids: int, dtype: torch.dtype, training: bool, model: CostModel
+) -> float:
+    """Merge one group, gather its slices, and multiply them on."""
+    passes = 3 if training else 1
+    seconds = model.copy_s(2 * run_numel(chain, start, stop) * dtype.itemsize)
+    for merge in merge_order(chain.core_shapes[start:stop]):
+        seconds += model.gemm_s(merge.m, merge.n, merge.k, dtype=dtype)
+        seconds += model.copy_s(2 * merge.m * merge.n * dtype.itemsize)
+    # Ids that share all digits up to here share the work: there are no more prefixes than this.
+    n_rows = min(n_ids, prod(chain.in_modes[:stop]))
+    rank, width = chain.ranks[start], prod(chain.out_modes[start:stop]) * chain.ranks[stop]
+    seconds += model.copy_s(2 * n_rows * rank * width * dtype.itemsize)
+    if start > 0:
+        lead = prod(chain.out_modes[:start])
+        seconds += model.gemm_s(lead, width, rank, batch=n_rows, dtype=dtype)
+    return passes * seconds
+
+
+def _rows_in_chunks(ids: Tensor, tables: Sequence[Tensor], share: bool, max_bytes: int, training: bool) -> Tensor:
+    size = max(1, max_bytes // _row_bytes(tables))
+    if ids.shape[0] <= size:
+        return _rows(ids, tables, share)
+    chunks = ids.split(size)
+    if not training:
+        return torch.cat([_rows(chunk, tables, share) for chunk in chunks])
+    again = [checkpoint(_rows, c, tables, share, use_reentrant=False, preserve_rng_state=False) for c in chunks]
+    return torch.cat(again)
+
+
+def _row_bytes(tables: Sequence[Tensor]) -> int:
+    """Most bytes for one id at one step: state, slice and product."""
+    most, lead = 1, 1
+    for table in tables:
+        _, r, i, s = table.shape
+        most = max(most, lead * r + r * i * s + lead * i * s)
+        lead *= i
+    return most * tables[0].element_size()
+
+
+def _rows(ids: Tensor, tables: Sequence[Tensor], share: bool) -> Tensor:
+    """Multiply, for each id, the slices that its digits pick: ``(n, M)``."""
+    levels = _prefixes(ids, [table.shape[0] for table in tables], share)
+    state = None  # n, output modes so far, r
+    for (digits, parents), table in zip(levels, tables, strict=True):
+        _, r, i, s = table.shape
+        slices = table.index_select(0, digits)  # n r i s
+        if state is None:
+            state = slices.reshape(-1, i, s)
+            continue
+        state = state if parents is None else state.index_select(0, parents)
+        lead = state.shape[1]
+        state = torch.bmm(state, slices.reshape(-1, r, i * s)).reshape(-1, lead * i, s)
+    assert state is not None
+    return state.reshape(-1, state.shape[1])
+
+
+def _prefixes(ids: Tensor, modes: Sequence[int], share: bool) -> list[tuple[Tensor, Tensor | None]]:
+    """For each mode, the digit of every distinct prefix, and where its parent stands in the level before.
+
+    Parents are None where every prefix keeps its place: sharing is left out unless it halves the work.
+    """
+    levels: list[tuple[Tensor, Tensor | None]] = []
+    for mode in reversed(modes[1:]):
+        parents = torch.div(ids, mode, rounding_mode="floor")
+        digits, places = ids - parents * mode, None
+        if share:
+            distinct, inverse = torch.unique_consecutive(parents, return_inverse=True)
+            if 2 * distinct.shape[0] <= parents.shape[0]:
+                parents, places = distinct, inverse
+        levels.append((digits, places))
+        ids = parents
+    levels.append((ids, None))
+    return levels[::-1]
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def _check_lookup(ids: Tensor, chain: Chain, in_modes: tuple[int, ...]) -> None:
+    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        raise DTypeError(
+            f"ids must be integers: ids has dtype {ids.dtype}, expected torch.int64 or smaller. "
+            "Convert them with ids.long()."
+        )
+    if in_modes != chain.in_modes:
+        raise ShapeError(
+            f"in_modes must be the input modes of the cores: in_modes has {in_modes}, "
+            f"expected {chain.in_modes}. Take them from the third size of each core."
+        )
+
+
+def _check_range(distinct: Tensor, n_rows: int) -> None:
+    """``distinct`` is sorted, so its ends tell; deduplication has waited for the device already."""
+    if distinct.shape[0] == 0:
+        return
+    lowest, highest = int(distinct[0]), int(distinct[-1])
+    if lowest < 0 or highest >= n_rows:
+        raise ModeIndexError(
+            f"ids must be rows of the table: ids has values from {lowest} to {highest}, "
+            f"expected 0 to {n_rows - 1}. Check the vocabulary that made the ids."
+        )

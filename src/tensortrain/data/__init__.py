@@ -1,0 +1,16 @@
+"""Data sets that install as ordinary packages, and batches of them."""
+
+from tensortrain.data.batches import ImageBatches, image_batches
+from tensortrain.data.image_sets import ImageData, digits, fashion_mnist, images
+from tensortrain.data.text_sets import TextData, movie_snippets
+
+__all__ = [
+    "ImageBatches",
+    "ImageData",
+    "TextData",
+    "digits",
+    "fashion_mnist",
+    "image_batches",
+    "images",
+    "movie_snippets",
+]

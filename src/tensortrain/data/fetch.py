@@ -1,0 +1,92 @@
+"""Where data sets are kept, and how files get there: whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from tensortrain.errors import DataError
+
+_COMMAND_TIMEOUT_S = 600
+
+
+class Messages(Protocol):
+    """The part of an observer that loaders use."""
+
+    def message(self, text: str) -> None:
+        """Say one sentence to the person who waits."""
+
+
+def say(observer: Messages | None, text: str) -> None:
+    """Pass a sentence to the observer, if there is one."""
+    if observer is not None:
+        observer.message(text)
+
+
+def cache_folder(name: str) -> Path:
+    """Return the user's cache folder for a data set: under ``XDG_CACHE_HOME``, else under ``~/.cache``."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "tensortrain" / name
+
+
+def fill_folder(folder: Path, fill: Callable[[Path], None]) -> None:
+    """Let ``fill`` write into a new folder beside ``folder``, then move it there by rename.
+
+    A folder that is in the place already, damaged or outdated, is replaced. When ``fill`` raises, nothing
+    changes.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
+        new, old = Path(scratch) / "new", Path(scratch) / "old"
+        new.mkdir()
+        fill(new)
+        if folder.exists():
+            os.rename(folder, old)
+        try:
+            os.rename(new, folder)
+        except OSError:
+            if not folder.exists():  # otherwise another process has just put its own there
+                raise
+
+
+def run(command: Sequence[str], *, cwd: Path) -> None:
+    """Run a command to its end.
+
+    Raises:
+        DataError: It is not installed, fails, or takes more than ten minutes.
+    """
+    try:
+        subprocess.run(command, cwd=cwd, check=True, capture_output=True, text=True, timeout=_COMMAND_TIMEOUT_S)
+    except FileNotFoundError as error:
+        raise DataError(f"{command[0]} is not installed") from error
+    except subprocess.TimeoutExpired as error:
+        raise DataError(f"{command[0]} took more than {_COMMAND_TIMEOUT_S} s") from error
+    except subprocess.CalledProcessError as error:
+        last = (error.stderr.strip() or "no message").splitlines()[-1]
+        raise DataError(f"{command[0]} failed: {last}") from error
+
+
+def check_sha256(content: bytes, expected: str, *, where: str) -> None:
+    """Refuse content of another checksum.
+
+    Raises:
+        DataError: The checksum differs.
+    """
+    actual = hashlib.sha256(content).hexdigest()
+    if actual != expected:
+        raise DataError(
+            f"a data file must be the published one: {where} has sha256 {actual[:12]}.., expected "
+            f"{expected[:12]}... Remove it, so that it is fetched again."
+        )
+
+
+def copy_files(names: Sequence[str], source: Path, target: Path) -> None:
+    """Copy named files from one folder into another."""
+    for name in names:
+        shutil.copyfile(source / name, target / name)

@@ -1,0 +1,77 @@
+"""The exception family: every error is a ``TTError`` and the built-in that a caller would catch.
+
+Messages read: what must hold: where has what was found, expected what. What to do.
+"""
+
+__all__ = [
+    "BudgetError",
+    "CheckpointError",
+    "ConvergenceError",
+    "DTypeError",
+    "DataError",
+    "DeviceError",
+    "FilterError",
+    "KindError",
+    "ModeIndexError",
+    "NonFiniteError",
+    "OptionalDependencyError",
+    "RankError",
+    "ShapeError",
+    "TTError",
+]
+
+
+class TTError(Exception):
+    """Base of all errors raised on purpose by tensortrain."""
+
+
+class ShapeError(TTError, ValueError):
+    """Sizes that do not fit together: cores, modes, inputs."""
+
+
+class RankError(TTError, ValueError):
+    """A rank, share or tolerance outside its range."""
+
+
+class NonFiniteError(TTError, ValueError):
+    """NaN or Inf where finite numbers are needed."""
+
+
+class DeviceError(TTError, ValueError):
+    """Tensors of one object on different devices."""
+
+
+class DTypeError(TTError, TypeError):
+    """Tensors of one object with different or unusable dtypes."""
+
+
+class KindError(TTError, TypeError):
+    """An operand of a kind that the operation does not take."""
+
+
+class ModeIndexError(TTError, IndexError):
+    """An index outside its mode, or too many indices."""
+
+
+class BudgetError(TTError, ValueError):
+    """A compression budget that cannot be read or cannot be met."""
+
+
+class FilterError(TTError, ValueError):
+    """An include or exclude pattern that matches no layer."""
+
+
+class CheckpointError(TTError, ValueError):
+    """A checkpoint that is truncated, edited, or does not fit the model."""
+
+
+class DataError(TTError, ValueError):
+    """A data set that is missing, damaged, or of the wrong form."""
+
+
+class ConvergenceError(TTError, RuntimeError):
+    """A factorization that failed to converge after every fallback."""
+
+
+class OptionalDependencyError(TTError, ImportError):
+    """A feature that needs an extra which is not installed."""

@@ -1,0 +1,43 @@
+"""Weight formats: how a dense weight is written as a few small cores. One file each, one registry."""
+
+from . import low_rank, tt, tt_naive, tucker2  # each registers itself
+from .base import (
+    Factorization,
+    FactorSpec,
+    Format,
+    Kind,
+    Rank,
+    WeightShape,
+    format_names,
+    get_format,
+    register,
+)
+from .chain import ChainFormat, balance_chain
+from .modes import default_order, suggest_modes, suggest_padded_modes
+from .rank_path import RankPoint, rank_path
+from .whitening import energy, output_error
+
+__all__ = [
+    "ChainFormat",
+    "FactorSpec",
+    "Factorization",
+    "Format",
+    "Kind",
+    "Rank",
+    "RankPoint",
+    "WeightShape",
+    "balance_chain",
+    "default_order",
+    "energy",
+    "format_names",
+    "get_format",
+    "low_rank",
+    "output_error",
+    "rank_path",
+    "register",
+    "suggest_modes",
+    "suggest_padded_modes",
+    "tt",
+    "tt_naive",
+    "tucker2",
+]

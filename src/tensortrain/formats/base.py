@@ -1,0 +1,479 @@
+"""What a weight format is, and the registry: a new format is one new file.
+
+A format turns a dense weight into a few cores and back. The layer kinds it serves, the shapes of its cores
+and its error all follow from a ``FactorSpec``, which is plain data: it prints, it compares, it goes to JSON.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from tensortrain.contract import Chain, ContractionPlan
+from tensortrain.errors import DTypeError, KindError, NonFiniteError, ShapeError
+from tensortrain.tensor import Approximation, default_eps
+from tensortrain.tensor.tolerance import compute_dtype
+
+__all__ = [
+    "FactorSpec",
+    "Factorization",
+    "Format",
+    "Kind",
+    "Rank",
+    "WeightShape",
+    "format_names",
+    "get_format",
+    "register",
+]
+
+Kind = Literal["linear", "conv", "embedding"]
+Rank = int | float | str | Sequence[int]
+Spatial = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class WeightShape:
+    """The dense weight that a format stands for.
+
+    ``out_features`` counts all outputs (rows of a linear weight, output channels, embedding dimension);
+    ``in_features`` counts the inputs that one output sees (columns, input channels per group, vocabulary).
+    """
+
+    kind: Kind
+    out_features: int
+    in_features: int
+    kernel: tuple[int, ...] = ()
+    groups: int = 1
+
+    @property
+    def dense_shape(self) -> tuple[int, ...]:
+        """Shape of the weight in torch's own layout."""
+        if self.kind == "embedding":
+            return (self.in_features, self.out_features)
+        return (self.out_features, self.in_features, *self.kernel)
+
+    @property
+    def n_params(self) -> int:
+        """Entries of the dense weight."""
+        return math.prod(self.dense_shape)
+
+    @property
+    def fan_in(self) -> int:
+        """Inputs that one output sums over, kernel positions included."""
+        return self.in_features * math.prod(self.kernel)
+
+    def one_group(self) -> WeightShape:
+        """The shape of a single group's weight."""
+        return replace(self, out_features=self.out_features // self.groups, groups=1)
+
+
+@dataclass(frozen=True)
+class FactorSpec:
+    """A weight's format, modes and ranks: all that is needed to lay out its cores.
+
+    The modes are those of one group's weight (channels for a convolution).
+    """
+
+    format: str
+    weight: WeightShape
+    out_modes: tuple[int, ...]
+    in_modes: tuple[int, ...]
+    ranks: tuple[int, ...]
+
+    @property
+    def core_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Shapes of the stored cores; grouped convolutions have the group as leading axis."""
+        shapes = get_format(self.format).group_core_shapes(self)
+        groups = self.weight.groups
+        return shapes if groups == 1 else tuple((groups, *shape) for shape in shapes)
+
+    @property
+    def n_params(self) -> int:
+        """Entries of all cores."""
+        return sum(math.prod(shape) for shape in self.core_shapes)
+
+    def one_group(self) -> FactorSpec:
+        """The spec of a single group's cores."""
+        return replace(self, weight=self.weight.one_group())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, strings and lists, ready for JSON; ``from_dict`` reads them back."""
+        weight = self.weight
+        return {
+            "format": self.format,
+            "kind": weight.kind,
+            "out_features": weight.out_features,
+            "in_features": weight.in_features,
+            "kernel": list(weight.kernel),
+            "groups": weight.groups,
+            "out_modes": list(self.out_modes),
+            "in_modes": list(self.in_modes),
+            "ranks": list(self.ranks),
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> FactorSpec:
+        """Read a spec back and check it.
+
+        Raises:
+            ShapeError: A field is missing, or the numbers do not describe a weight.
+        """
+        try:
+            weight = WeightShape(
+                data["kind"],
+                int(data["out_features"]),
+                int(data["in_features"]),
+                tuple(int(k) for k in data["kernel"]),
+                int(data["groups"]),
+            )
+            modes = (tuple(int(n) for n in data["out_modes"]), tuple(int(n) for n in data["in_modes"]))
+            given = tuple(int(r) for r in data["ranks"])
+            name = str(data["format"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ShapeError(
+                f"a factorization needs kind, sizes, modes and ranks as whole numbers: {error!r} in {dict(data)}. "
+                "Write it again with to_dict()."
+            ) from error
+        return get_format(name).spec(weight, rank=given, out_modes=modes[0], in_modes=modes[1], clip=False)
+
+
+@dataclass(frozen=True)
+class Factorization:
+    """Cores together with the spec that lays them out."""
+
+    spec: FactorSpec
+    cores: tuple[Tensor, ...]
+
+    def to_dense(self) -> Tensor:
+        """The dense weight in torch's layout."""
+        return get_format(self.spec.format).to_dense(self.cores, self.spec)
+
+
+class Format(ABC):
+    """One way to write a weight as a product of small cores.
+
+    A subclass says how a single group's weight is laid out, taken apart and put together; groups, checks
+    and initialisation are the same for all and live here.
+    """
+
+    name: ClassVar[str]
+    kinds: ClassVar[frozenset[Kind]]
+    description: ClassVar[str] = ""
+
+    # -- what a subclass provides -------------------------------------------------------------------
+
+    @abstractmethod
+    def spec(
+        self,
+        weight: WeightShape,
+        *,
+        rank: Rank,
+        out_modes: Sequence[int] | None = None,
+        in_modes: Sequence[int] | None = None,
+        clip: bool | None = None,
+    ) -> FactorSpec:
+        """Fill in modes and ranks. ``clip=None`` clips a number or share, and takes a tuple as given."""
+
+    @abstractmethod
+    def group_core_shapes(self, spec: FactorSpec) -> tuple[tuple[int, ...], ...]:
+        """Core shapes of one group."""
+
+    @abstractmethod
+    def factorize_group(
+        self,
+        dense: Tensor,
+        spec: FactorSpec,
+        *,
+        eps: float | None,
+        gram: Tensor | None,
+        output_gram: Tensor | None = None,
+    ) -> tuple[tuple[int, ...], tuple[Tensor, ...], float]:
+        """Best cores for one group's dense weight: ranks reached, cores, promised relative error.
+
+        With ``eps`` the ranks follow from the tolerance, and ``spec.ranks`` are only caps.
+        With ``gram`` the error is that of the layer's output, ``||(W - W') H^(1/2)|| / ||W H^(1/2)||``;
+        ``output_gram`` weighs the outputs.
+        """
+
+    @abstractmethod
+    def dense_group(self, cores: Sequence[Tensor], spec: FactorSpec) -> Tensor:
+        """The dense weight of one group in torch's layout, differentiable."""
+
+    @abstractmethod
+    def n_paths(self, spec: FactorSpec) -> int:
+        """How many products of one entry per core are summed in an entry of the dense weight."""
+
+    @abstractmethod
+    def spectra(
+        self, dense: Tensor, spec: FactorSpec, *, gram: Tensor | None, output_gram: Tensor | None = None
+    ) -> list[Tensor]:
+        """Singular values of every matricization that a rank of ``spec`` cuts (one group, float64)."""
+
+    def rank_caps(self, spec: FactorSpec) -> tuple[int, ...]:
+        """Largest useful ranks for these modes."""
+        return self.spec(spec.weight, rank="same", out_modes=spec.out_modes, in_modes=spec.in_modes).ranks
+
+    @abstractmethod
+    def inner_ranks(self, spec: FactorSpec) -> tuple[int, ...]:
+        """The ranks that can be chosen (without fixed boundary ones), one per entry of ``spectra``."""
+
+    def probe(self, dense: Tensor, spec: FactorSpec, gram: Tensor | None, output_gram: Tensor | None = None) -> float:
+        """Relative error that a decomposition at these ranks reaches, perhaps estimated.
+
+        For comparing candidates: cheaper than ``factorize`` where the format knows how.
+        """
+        found = self.factorize(
+            dense,
+            spec.weight,
+            rank=spec.ranks,
+            out_modes=spec.out_modes,
+            in_modes=spec.in_modes,
+            gram=gram,
+            output_gram=output_gram,
+        )
+        return float(found.rel_error_bound or 0.0)
+
+    # -- how it runs ---------------------------------------------------------------------------------
+
+    def chain(self, spec: FactorSpec) -> Chain | None:
+        """The chain that carries the layer's matrix-vector product, if there is one (one group)."""
+        return None
+
+    def convolve(
+        self,
+        x: Tensor,
+        cores: Sequence[Tensor],
+        spec: FactorSpec,
+        spatial: Spatial,
+        plan: ContractionPlan | None,
+    ) -> Tensor:
+        """Apply one group core by core.
+
+        Args:
+            x: ``(b, C, *positions)``.
+            spatial: ``spatial(x, kernel)`` convolves with the layer's stride, padding and dilation.
+            plan: Plan of ``channel_chain``, where the format has one.
+
+        Returns:
+            Tensor: ``(b, S, *out_positions)``.
+        """
+        raise KindError(f"format {self.name!r} does not convolve core by core. Use implementation='dense'.")
+
+    def channel_chain(self, spec: FactorSpec) -> Chain | None:
+        """The chain that ``convolve`` runs over channels at every output position, if there is one."""
+        return None
+
+    def conv_work(self, spec: FactorSpec, in_positions: int, out_positions: int) -> list[tuple[int, int]]:
+        """Steps of ``convolve`` for one example and one group, as (flops, numbers moved)."""
+        return []
+
+    def lookup(self, ids: Tensor, cores: Sequence[Tensor], spec: FactorSpec) -> Tensor:
+        """Rows of an embedding: ``(*ids.shape, J)``."""
+        raise KindError(f"format {self.name!r} does not look up rows. Choose another format.")
+
+    # -- the same for every format ------------------------------------------------------------------
+
+    def check_kind(self, weight: WeightShape) -> None:
+        """Raise ``ShapeError`` where the format does not serve this kind of layer."""
+        if weight.kind not in self.kinds:
+            fitting = [name for name in format_names() if weight.kind in get_format(name).kinds]
+            raise ShapeError(
+                f"a format must serve the kind of layer: {self.name!r} serves {sorted(self.kinds)}, found "
+                f"{weight.kind!r}. Choose one of {fitting}."
+            )
+
+    def factorize(
+        self,
+        dense: Tensor,
+        weight: WeightShape,
+        *,
+        rank: Rank | None = None,
+        eps: float | None = None,
+        out_modes: Sequence[int] | None = None,
+        in_modes: Sequence[int] | None = None,
+        gram: Tensor | None = None,
+        output_gram: Tensor | None = None,
+    ) -> Approximation:
+        """Approximate a dense weight.
+
+        Args:
+            dense: Weight in torch's layout, ``weight.dense_shape``.
+            weight: What the weight belongs to.
+            rank: Cap on the ranks (see ``TensorTrain``); ``None`` with ``eps=None`` is exact to dtype.
+            eps: Relative Frobenius tolerance (in the norm of ``gram`` where given).
+            out_modes, in_modes: Mode shapes, chosen when left out.
+            gram: Second moment of the inputs, ``(N, N)`` or its diagonal ``(N,)``, with ``N`` the fan-in
+                (convolutions: channel slowest, as ``torch.nn.functional.unfold`` orders a patch).
+                Grouped convolutions do not use it.
+            output_gram: Weights of the outputs beside ``gram``, ``(M, M)`` or its diagonal ``(M,)``, such as the
+                second moment of the gradients that reach them.
+
+        Returns:
+            Approximation: ``value`` a ``Factorization``; ``rel_error_bound`` in the norm used.
+
+        Raises:
+            NonFiniteError: The weight holds NaN or Inf.
+            DTypeError: ``gram`` is given for a complex weight.
+            ShapeError: The weight does not have the shape announced, or the modes do not fit.
+        """
+        self.check_kind(weight)
+        check_dense(dense, weight)
+        if gram is not None and dense.is_complex():
+            raise DTypeError(
+                f"only real weights can be weighted by a second moment: found {dense.dtype}. Leave it out."
+            )
+        exact = rank is None and eps is None
+        spec = self.spec(
+            weight, rank="same" if rank is None else rank, out_modes=out_modes, in_modes=in_modes, clip=True
+        )
+        tolerance = default_eps(dense.dtype, 2 + len(spec.in_modes)) if exact else eps
+        if weight.groups == 1:
+            ranks, cores, bound = self.factorize_group(dense, spec, eps=tolerance, gram=gram, output_gram=output_gram)
+            return Approximation(Factorization(replace(spec, ranks=ranks), cores), bound, {})
+        return self._factorize_groups(dense, spec, tolerance)
+
+    def _factorize_groups(self, dense: Tensor, spec: FactorSpec, eps: float | None) -> Approximation:
+        # All groups share one rank profile so that their cores stack: the largest that any of them needs.
+        one = spec.one_group()
+        blocks = dense.chunk(spec.weight.groups)
+        found = [self.factorize_group(block, one, eps=eps, gram=None) for block in blocks]
+        ranks = tuple(max(column) for column in zip(*(ranks for ranks, _, _ in found), strict=True))
+        padded = replace(one, ranks=ranks)
+        shapes = self.group_core_shapes(padded)
+        stacks: list[list[Tensor]] = [[] for _ in shapes]
+        squared = 0.0
+        for block, first in zip(blocks, found, strict=True):
+            again = first if first[0] == ranks else self.factorize_group(block, padded, eps=None, gram=None)
+            _, cores, bound = min(again, first, key=lambda one: one[2])  # more ranks need not mean less error
+            squared += bound**2 * _energy(block)
+            for stack, core, shape in zip(stacks, cores, shapes, strict=True):
+                stack.append(_zero_pad(core, shape))
+        total = _energy(dense)
+        relative = math.sqrt(squared / total) * (1 + 1e-12) if total > 0 else 0.0  # sums round differently
+        cores_out = tuple(torch.stack(stack) for stack in stacks)
+        return Approximation(Factorization(replace(spec, ranks=ranks), cores_out), relative, {})
+
+    def to_dense(self, cores: Sequence[Tensor], spec: FactorSpec) -> Tensor:
+        """The dense weight in torch's layout, differentiable in the cores."""
+        if spec.weight.groups == 1:
+            return self.dense_group(cores, spec)
+        one = spec.one_group()
+        blocks = [self.dense_group([core[g] for core in cores], one) for g in range(spec.weight.groups)]
+        return torch.cat(blocks)
+
+    def init_std(self, spec: FactorSpec, sigma: float) -> float:
+        r"""Standard deviation of every core entry that gives dense entries the variance ``sigma**2``.
+
+        An entry is a sum over ``n_paths`` products of one independent entry per core, so
+        ``std**(2 n_cores) * n_paths = sigma**2``. (The root ``4d - 2`` printed in arXiv:1901.10787 is that
+        of a chain of ``2d - 1`` cores and misses the variance of a TT-matrix by orders of magnitude.)
+        """
+        n_cores = len(self.group_core_shapes(spec))
+        return (sigma**2 / self.n_paths(spec)) ** (1 / (2 * n_cores))
+
+    @torch.no_grad()
+    def init_(
+        self,
+        cores: Sequence[Tensor],
+        spec: FactorSpec,
+        sigma: float,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        """Fill cores so that the dense weight has mean square ``sigma**2``.
+
+        Gaussian cores have the right variance only on average, and their product has heavy tails
+        (kurtosis ``3 prod(1 + 2 / r_k)``), so the draw at hand is scaled to the target as a whole.
+        """
+        std = self.init_std(spec, sigma)
+        for core in cores:
+            if core.is_meta:
+                return
+            core.normal_(0.0, std, generator=generator)
+        mean_square = self.mean_square(cores, spec)
+        if mean_square > 0:
+            scale = (sigma**2 / mean_square) ** (1 / (2 * len(cores)))
+            for core in cores:
+                core.mul_(scale)
+
+    def mean_square(self, cores: Sequence[Tensor], spec: FactorSpec) -> float:
+        """Mean square of the entries of the dense weight."""
+        dense = self.to_dense([core.to(compute_dtype(core.dtype)) for core in cores], spec)
+        return float(dense.abs().square().mean())
+
+
+_FORMATS: dict[str, Format] = {}
+
+
+def register(cls: type[Format]) -> type[Format]:
+    """Class decorator: make a format known by its name."""
+    _FORMATS[cls.name] = cls()
+    return cls
+
+
+def format_names() -> tuple[str, ...]:
+    """Names of all registered formats."""
+    return tuple(sorted(_FORMATS))
+
+
+def get_format(name: str) -> Format:
+    """The format of that name.
+
+    Raises:
+        ShapeError: No format has that name.
+    """
+    try:
+        return _FORMATS[name]
+    except (KeyError, TypeError):
+        raise ShapeError(
+            f"a format must be registered: found {name!r}, known are {list(format_names())}. "
+            "Choose one of these, or register a Format of that name."
+        ) from None
+
+
+def check_dense(dense: Tensor, weight: WeightShape) -> None:
+    if tuple(dense.shape) != weight.dense_shape:
+        raise ShapeError(
+            f"a dense weight must have its layer's shape: found {tuple(dense.shape)}, expected "
+            f"{weight.dense_shape}. Pass the layer's own weight."
+        )
+    if not bool(torch.isfinite(dense).all()):  # one host sync per decomposition
+        raise NonFiniteError(
+            f"a weight must be finite: found {int((~torch.isfinite(dense)).sum())} NaN or Inf among "
+            f"{dense.numel()} entries. Repair or retrain the layer before it is compressed."
+        )
+
+
+def check_modes(modes: Sequence[int], size: int, what: str, *, pad: bool = False) -> tuple[int, ...]:
+    """Modes as a tuple whose product is ``size`` (or at least that, where padding is allowed)."""
+    given = tuple(int(n) for n in modes)
+    product = math.prod(given)
+    if not given or min(given) < 1 or product < size or (product != size and not pad):
+        relation = "at least" if pad else "exactly"
+        raise ShapeError(
+            f"{what} must be positive and multiply to {relation} {size}: found {given} with product {product}. "
+            f"Try tensortrain.nn.suggest_modes({size})."
+        )
+    return given
+
+
+def pointwise(x: Tensor, matrix: Tensor) -> Tensor:
+    """A 1x1 convolution: ``(b, C, *positions)`` with ``(S, C)`` to ``(b, S, *positions)``."""
+    return torch.matmul(matrix, x.flatten(2)).reshape(x.shape[0], matrix.shape[0], *x.shape[2:])
+
+
+def _zero_pad(core: Tensor, shape: Sequence[int]) -> Tensor:
+    if tuple(core.shape) == tuple(shape):
+        return core
+    padded = core.new_zeros(tuple(shape))
+    padded[tuple(slice(n) for n in core.shape)] = core
+    return padded
+
+
+def _energy(x: Tensor) -> float:
+    return float(torch.linalg.vector_norm(x, dtype=compute_dtype(x.dtype))) ** 2

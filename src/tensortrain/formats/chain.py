@@ -1,0 +1,351 @@
+"""Formats that are chains: TT-matrices under another layout of the weight.
+
+A linear weight, a convolution kernel and an embedding table each become one matrix ``(outputs, inputs)``
+whose rows and columns are split into modes; the cores are those of a ``TTMatrix``. A subclass only says
+which modes the matrix has. Everything else (decomposition, whitening, norms, execution) is shared.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tensortrain.contract import Chain, ContractionPlan, chain_lookup, chain_to_dense, merge_cores
+from tensortrain.tensor import resolve_ranks, tt_svd, unfolding_spectra
+from tensortrain.tensor.tolerance import compute_dtype
+
+from .base import FactorSpec, Format, Rank, Spatial, WeightShape
+from .whitening import apply_root, check_gram, keep_promise, kronecker_factors, output_error, root_and_inverse
+
+__all__ = ["ChainFormat", "balance_chain"]
+
+Modes = tuple[int, ...]
+_SKETCH = 96
+
+
+class ChainFormat(Format):
+    """A format whose cores chain up to a TT-matrix."""
+
+    whitens_exactly: ClassVar[bool] = False  # whether the Kronecker fit over these modes is the moment itself
+
+    @abstractmethod
+    def default_modes(
+        self, weight: WeightShape, out_modes: Sequence[int] | None, in_modes: Sequence[int] | None
+    ) -> tuple[Modes, Modes]:
+        """Modes of one group, checked, with those left out filled in."""
+
+    @abstractmethod
+    def chain_modes(self, spec: FactorSpec) -> tuple[Modes, Modes]:
+        """Output and input modes of the chain, spatial cores included."""
+
+    def n_spatial(self, spec: FactorSpec) -> int:
+        """How many leading cores carry kernel positions alone."""
+        return 0
+
+    def to_chain(self, cores: Sequence[Tensor], spec: FactorSpec) -> list[Tensor]:
+        """Stored cores as order-4 cores ``(r, i, j, s)``; views where possible."""
+        return list(cores)
+
+    def from_chain(self, cores: Sequence[Tensor], spec: FactorSpec) -> tuple[Tensor, ...]:
+        """Order-4 cores as they are stored."""
+        return tuple(cores)
+
+    # -- Format --------------------------------------------------------------------------------------
+
+    def spec(
+        self,
+        weight: WeightShape,
+        *,
+        rank: Rank,
+        out_modes: Sequence[int] | None = None,
+        in_modes: Sequence[int] | None = None,
+        clip: bool | None = None,
+    ) -> FactorSpec:
+        self.check_kind(weight)
+        outs, ins = self.default_modes(weight.one_group(), out_modes, in_modes)
+        draft = FactorSpec(self.name, weight, outs, ins, ())
+        chain_out, chain_in = self.chain_modes(draft)
+        merged = [m * n for m, n in zip(chain_out, chain_in, strict=True)]
+        if clip is None:
+            clip = not isinstance(rank, Sequence) or isinstance(rank, str)
+        return FactorSpec(self.name, weight, outs, ins, resolve_ranks(merged, rank, clip=clip))
+
+    def chain(self, spec: FactorSpec) -> Chain:
+        """The shapes of the chain, for planning."""
+        outs, ins = self.chain_modes(spec)
+        return Chain(outs, ins, spec.ranks)
+
+    def group_core_shapes(self, spec: FactorSpec) -> tuple[tuple[int, ...], ...]:
+        return self.chain(spec).core_shapes
+
+    def n_paths(self, spec: FactorSpec) -> int:
+        return math.prod(spec.ranks)
+
+    def inner_ranks(self, spec: FactorSpec) -> tuple[int, ...]:
+        return spec.ranks[1:-1]
+
+    def factorize_group(
+        self,
+        dense: Tensor,
+        spec: FactorSpec,
+        *,
+        eps: float | None,
+        gram: Tensor | None,
+        output_gram: Tensor | None = None,
+    ) -> tuple[tuple[int, ...], tuple[Tensor, ...], float]:
+        matrix = self.to_matrix(dense.detach(), spec)
+        if gram is None:
+            cores, bound = self._decompose(matrix, spec, eps)
+            return (*self._stored(cores, spec, dense.dtype), bound)
+        norm = _Norm.of(self, spec, gram, output_gram)
+        wide = matrix.double()
+        if eps is not None:
+            return keep_promise(eps, spec.ranks, lambda cut: self._attempt(wide, spec, cut, norm, dense.dtype, True))
+        found = self._attempt(wide, spec, None, norm, dense.dtype, True)
+        if self.whitens_exactly:
+            return found
+        # The Kronecker fit of H is not H itself: keep the plain decomposition where it serves H better.
+        return min(found, self._attempt(wide, spec, None, norm, dense.dtype, False), key=lambda one: one[2])
+
+    def _attempt(
+        self, matrix: Tensor, spec: FactorSpec, eps: float | None, norm: _Norm, dtype: torch.dtype, whitened: bool
+    ) -> tuple[tuple[int, ...], tuple[Tensor, ...], float]:
+        """Cores from a decomposition in the fitted norm or in the plain one, with their error in the true norm."""
+
+        def decompose(one: Tensor) -> list[Tensor]:
+            return self._decompose(one, spec, eps)[0]
+
+        cores = norm.decompose(matrix, decompose) if whitened else decompose(matrix)
+        kept = [core.to(dtype).double() for core in cores]  # the error is that of what is stored
+        return (*self._stored(cores, spec, dtype), norm.error(matrix - chain_to_dense(kept), matrix))
+
+    def probe(self, dense: Tensor, spec: FactorSpec, gram: Tensor | None, output_gram: Tensor | None = None) -> float:
+        if gram is None or spec.weight.groups > 1:
+            return super().probe(dense, spec, gram, output_gram)
+        matrix = self.to_matrix(dense.detach(), spec).double()
+        norm = _Norm.of(self, spec, gram, output_gram)
+        cores = norm.decompose(matrix, lambda whitened: self._decompose(whitened, spec, None, method="randomized")[0])
+        return norm.sketched_error(matrix - chain_to_dense(cores), matrix)
+
+    def _decompose(
+        self, matrix: Tensor, spec: FactorSpec, eps: float | None, *, method: str = "auto"
+    ) -> tuple[list[Tensor], float]:
+        outs, ins = self.chain_modes(spec)
+        found = tt_svd(matrix, eps=eps, max_rank=spec.ranks, out_modes=outs, in_modes=ins, method=method)
+        return balance_chain(found.value.cores), float(found.rel_error_bound or 0.0)
+
+    def _stored(
+        self, cores: Sequence[Tensor], spec: FactorSpec, dtype: torch.dtype
+    ) -> tuple[tuple[int, ...], tuple[Tensor, ...]]:
+        ranks = (*(core.shape[0] for core in cores), 1)
+        reached = FactorSpec(spec.format, spec.weight, spec.out_modes, spec.in_modes, ranks)
+        return ranks, tuple(core.to(dtype).contiguous() for core in self.from_chain(cores, reached))
+
+    def dense_group(self, cores: Sequence[Tensor], spec: FactorSpec) -> Tensor:
+        return self.from_matrix(chain_to_dense(self.to_chain(cores, spec)), spec)
+
+    def spectra(
+        self, dense: Tensor, spec: FactorSpec, *, gram: Tensor | None, output_gram: Tensor | None = None
+    ) -> list[Tensor]:
+        matrix = self.to_matrix(dense.detach(), spec).double()
+        if gram is not None:
+            matrix = _Norm.of(self, spec, gram, output_gram).whiten(matrix)
+        outs, ins = self.chain_modes(spec)
+        d = len(outs)
+        paired = matrix.reshape(*outs, *ins).permute([axis for k in range(d) for axis in (k, d + k)])
+        return unfolding_spectra(paired.reshape([m * n for m, n in zip(outs, ins, strict=True)]), method="gram")
+
+    def mean_square(self, cores: Sequence[Tensor], spec: FactorSpec) -> float:
+        if spec.weight.groups > 1:
+            return super().mean_square(cores, spec)
+        wide = compute_dtype(cores[0].dtype)
+        state = torch.ones(1, 1, dtype=wide, device=cores[0].device)
+        for core in self.to_chain(cores, spec):
+            core = core.to(wide)
+            state = torch.einsum("ab,aijc,bijd->cd", state, core, core.conj()) / (core.shape[1] * core.shape[2])
+        return float(state.real)
+
+    # -- the weight as a matrix ----------------------------------------------------------------------
+
+    def to_matrix(self, dense: Tensor, spec: FactorSpec) -> Tensor:
+        """One group's weight as (outputs, inputs); kernel positions are the slowest input index."""
+        weight = spec.weight
+        if weight.kind == "linear":
+            return dense
+        if weight.kind == "conv":
+            axes = [0, *range(2, 2 + len(weight.kernel)), 1]
+            return dense.permute(axes).reshape(weight.out_features, weight.fan_in)
+        padding = math.prod(self.chain_modes(spec)[1]) - weight.in_features
+        return F.pad(dense, (0, 0, 0, padding)).T
+
+    def from_matrix(self, matrix: Tensor, spec: FactorSpec) -> Tensor:
+        weight = spec.weight
+        if weight.kind == "linear":
+            return matrix
+        if weight.kind == "conv":
+            k = len(weight.kernel)
+            kernel = matrix.reshape(weight.out_features, *weight.kernel, weight.in_features)
+            return kernel.permute(0, k + 1, *range(1, k + 1))
+        return matrix.T[: weight.in_features]
+
+    def chain_gram(self, gram: Tensor, spec: FactorSpec) -> Tensor:
+        """Second moment in the order of the chain's input index, padded like it."""
+        weight = spec.weight
+        gram = check_gram(gram, weight.fan_in if weight.kind == "conv" else weight.in_features)
+        if weight.kind == "conv":
+            positions, channels = math.prod(weight.kernel), weight.in_features
+            order = torch.arange(weight.fan_in, device=gram.device).reshape(channels, positions).T.reshape(-1)
+            return gram[order] if gram.ndim == 1 else gram[order][:, order]
+        padding = math.prod(self.chain_modes(spec)[1]) - weight.in_features
+        return F.pad(gram, (0, padding) * gram.ndim)
+
+    # -- convolution core by core --------------------------------------------------------------------
+
+    def split_spatial(self, cores: Sequence[Tensor], spec: FactorSpec) -> tuple[Tensor, list[Tensor]]:
+        """Spatial filters ``(r_0, 1, *kernel)`` and the channel chain, ``r_0`` merged into its first input mode.
+
+        Feature maps filtered by the spatial core have channels ordered (r_0, C_1, .., C_d).
+        """
+        chain = self.to_chain(cores, spec)
+        n = self.n_spatial(spec)
+        channel = chain[n:]
+        if n == 0:
+            filters = channel[0].new_ones(1, 1, *spec.weight.kernel)
+            return filters, channel
+        spatial = merge_cores(chain[:n], [(0, n)])[0]  # 1 1 L r_0
+        filters = spatial.reshape(-1, spatial.shape[-1]).T.reshape(-1, 1, *spec.weight.kernel)
+        r, i, j, s = channel[0].shape
+        first = channel[0].permute(1, 0, 2, 3).reshape(1, i, r * j, s)
+        return filters, [first, *channel[1:]]
+
+    def channel_chain(self, spec: FactorSpec) -> Chain | None:
+        """Shapes of the channel chain that ``split_spatial`` returns."""
+        outs, ins = self.chain_modes(spec)
+        n = self.n_spatial(spec)
+        r0 = spec.ranks[n]
+        return Chain(outs[n:], (r0 * ins[n], *ins[n + 1 :]), (1, *spec.ranks[n + 1 :]))
+
+    def convolve(
+        self,
+        x: Tensor,
+        cores: Sequence[Tensor],
+        spec: FactorSpec,
+        spatial: Spatial,
+        plan: ContractionPlan | None,
+    ) -> Tensor:
+        assert plan is not None
+        filters, channel = self.split_spatial(cores, spec)
+        b, c = x.shape[:2]
+        y = spatial(x.reshape(b * c, 1, *x.shape[2:]), filters)  # every channel through the same r_0 filters
+        positions = y.shape[2:]
+        y = y.reshape(b, c, y.shape[1], positions.numel()).permute(0, 3, 2, 1).flatten(2)  # b p (r_0 c)
+        return plan.execute(y, channel).transpose(1, 2).reshape(b, spec.weight.out_features, *positions)
+
+    def conv_work(self, spec: FactorSpec, in_positions: int, out_positions: int) -> list[tuple[int, int]]:
+        r0 = spec.ranks[self.n_spatial(spec)]
+        channels = spec.weight.in_features
+        filtered = channels * r0 * out_positions
+        flops = 2 * filtered * math.prod(spec.weight.kernel)
+        return [
+            (flops, channels * in_positions + filtered),
+            (0, 2 * filtered),
+        ]  # the filters, then a transpose
+
+    def lookup(self, ids: Tensor, cores: Sequence[Tensor], spec: FactorSpec) -> Tensor:
+        return chain_lookup(ids, self.to_chain(cores, spec), self.chain_modes(spec)[1])
+
+
+@dataclass(frozen=True)
+class _Norm:
+    """The error norm of one chain: second moments of inputs and outputs, and roots that act mode by mode."""
+
+    gram: Tensor
+    output_gram: Tensor | None
+    in_roots: list[tuple[Tensor, Tensor]]
+    out_roots: list[tuple[Tensor, Tensor]]
+    in_modes: Modes
+    out_modes: Modes
+
+    @classmethod
+    def of(cls, fmt: ChainFormat, spec: FactorSpec, gram: Tensor, output_gram: Tensor | None) -> _Norm:
+        outs, ins = fmt.chain_modes(spec)
+        gram = fmt.chain_gram(gram, spec)
+        in_roots = [root_and_inverse(factor) for factor in kronecker_factors(gram, ins)]
+        out_roots = []
+        if output_gram is not None:
+            output_gram = check_gram(output_gram, spec.weight.out_features)
+            out_roots = [root_and_inverse(factor) for factor in kronecker_factors(output_gram, outs)]
+        return cls(gram, output_gram, in_roots, out_roots, ins, outs)
+
+    def whiten(self, matrix: Tensor) -> Tensor:
+        matrix = _apply_by_mode(matrix, [root for root, _ in self.in_roots], self.in_modes)
+        if self.out_roots:
+            matrix = _apply_by_mode(matrix.T, [root for root, _ in self.out_roots], self.out_modes).T
+        return matrix
+
+    def decompose(self, matrix: Tensor, decompose: Callable[[Tensor], list[Tensor]]) -> list[Tensor]:
+        """Decompose the whitened matrix and take the roots off again, core by core."""
+        cores = decompose(self.whiten(matrix))
+        for k, (_, inverse) in enumerate(self.in_roots):
+            cores[k] = _on_axis(cores[k], inverse, 2)
+        for k, (_, inverse) in enumerate(self.out_roots):
+            cores[k] = _on_axis(cores[k], inverse, 1)
+        return balance_chain(cores)
+
+    def error(self, difference: Tensor, matrix: Tensor) -> float:
+        return output_error(difference, matrix, self.gram, self.output_gram)
+
+    def sketched_error(self, difference: Tensor, matrix: Tensor) -> float:
+        """The same to some per cent, from a few random combinations of the outputs."""
+        mix = torch.randn(_SKETCH, matrix.shape[0], dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(
+            matrix.device
+        )
+        if self.out_roots:
+            mix = _apply_by_mode(mix, [root for root, _ in self.out_roots], self.out_modes)
+        return output_error(mix @ difference, mix @ matrix, self.gram)
+
+
+def _apply_by_mode(matrix: Tensor, roots: Sequence[Tensor], modes: Modes) -> Tensor:
+    """``matrix`` (rows, n_1 .. n_d) times the Kronecker product of one root per mode."""
+    for k, root in enumerate(roots):
+        if modes[k] == 1:
+            matrix = matrix * root.reshape(())
+            continue
+        right = math.prod(modes[k + 1 :])
+        moved = matrix.reshape(-1, modes[k], right).transpose(1, 2)
+        matrix = apply_root(moved, root).transpose(1, 2).reshape(matrix.shape)
+    return matrix
+
+
+def _on_axis(core: Tensor, matrix: Tensor, axis: int) -> Tensor:
+    """Multiply one axis of a core by a (diagonal or full) matrix."""
+    return apply_root(core.movedim(axis, -1), matrix).movedim(-1, axis)
+
+
+def balance_chain(cores: Sequence[Tensor]) -> list[Tensor]:
+    """Share the scale of every bond index evenly between its two cores; the product stays the same.
+
+    Gradients of a core grow with the norms of the others, so an unbalanced chain trains at unequal speeds.
+    A diagonal gauge per bond suffices: for two cores it splits the singular values about as
+    ``sqrt(s) sqrt(s)``. Gauges are powers of two, so that nothing is rounded and a promised error holds.
+    """
+    cores = list(cores)
+    for _ in range(3):  # converges linearly; three sweeps leave a few per cent
+        for k in range(len(cores) - 1):
+            left = cores[k].flatten(0, -2).norm(dim=0)
+            right = cores[k + 1].flatten(1).norm(dim=1)
+            gauge = torch.where((left > 0) & (right > 0), _nearest_pow2((right / left).sqrt()), 1.0)
+            cores[k] = cores[k] * gauge
+            cores[k + 1] = cores[k + 1] / gauge.reshape(-1, *[1] * (cores[k + 1].ndim - 1))
+    return cores
+
+
+def _nearest_pow2(x: Tensor) -> Tensor:
+    return torch.exp2(torch.log2(x).round())

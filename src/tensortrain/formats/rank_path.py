@@ -1,0 +1,132 @@
+"""Ranks of one weight from low to high: what each further parameter buys.
+
+The squared error of a format is at most the sum of the tails of its matricizations' spectra (Oseledets 2011,
+theorem 2.2), so every rank has a price in parameters and a gain in error. Raising the rank with the best
+gain per parameter, step by step, traces a path from rank one to exact.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from .base import FactorSpec, get_format
+from .chain import ChainFormat
+
+__all__ = ["RankPoint", "rank_path"]
+
+
+@dataclass(frozen=True)
+class RankPoint:
+    """Ranks of one weight, their parameters, and the predicted relative error (a bound)."""
+
+    spec: FactorSpec
+    n_params: int
+    rel_error: float
+
+
+def rank_path(
+    spec: FactorSpec, spectra: Sequence[Tensor], *, max_params: int | None = None, growth: float = 0.08
+) -> list[RankPoint]:
+    """Greedy path over the ranks of a format.
+
+    Args:
+        spec: Format and modes; its ranks are ignored.
+        spectra: Singular values per chosen rank, from ``Format.spectra``.
+        max_params: Stop before this many parameters.
+        growth: A step raises a rank by this share of itself, at least by one.
+
+    Returns:
+        list: Points with growing ``n_params`` and falling ``rel_error``, from all ranks one.
+
+    Cost: O(steps) evaluations of the parameter count; no tensor work.
+    """
+    tails = [_tails(values) for values in spectra]
+    fmt = get_format(spec.format)
+    caps = fmt.inner_ranks(replace(spec, ranks=fmt.rank_caps(spec)))
+    bonds = _bonds(spec, len(tails))
+    ranks = [1] * len(tails)
+    points: list[RankPoint] = []
+    while True:
+        current = _with_inner(spec, ranks)
+        if max_params is not None and current.n_params > max_params:
+            break
+        squared = sum(_tail(tails[bond[0]], ranks[bond[0]]) for bond in bonds)
+        points.append(RankPoint(current, current.n_params, math.sqrt(squared)))
+        step = _best_step(spec, ranks, bonds, tails, caps, growth)
+        if step is None:
+            break
+        ranks = step
+    return points
+
+
+def _best_step(
+    spec: FactorSpec,
+    ranks: Sequence[int],
+    bonds: Sequence[tuple[int, ...]],
+    tails: Sequence[list[float]],
+    caps: Sequence[int],
+    growth: float,
+) -> list[int] | None:
+    """The ranks after raising one bond, where that gains most for each parameter."""
+    best: tuple[float, list[int]] | None = None
+    n_params = _with_inner(spec, ranks).n_params
+    for bond in bonds:
+        rank = ranks[bond[0]]
+        raised = min(rank + max(1, int(growth * rank)), caps[bond[0]], _most(spec, ranks, bond))
+        if raised <= rank:
+            continue
+        trial = [raised if k in bond else r for k, r in enumerate(ranks)]
+        gain = _tail(tails[bond[0]], rank) - _tail(tails[bond[0]], raised)
+        merit = gain / max(_with_inner(spec, trial).n_params - n_params, 1)
+        if merit > 0 and (best is None or merit > best[0]):
+            best = (merit, trial)
+    return None if best is None else best[1]
+
+
+def _bonds(spec: FactorSpec, n: int) -> list[tuple[int, ...]]:
+    """Ranks that rise together: two bonds with nothing but a mode of size one between them are one cut."""
+    fmt = get_format(spec.format)
+    bonds: list[tuple[int, ...]] = [(k,) for k in range(n)]
+    if not isinstance(fmt, ChainFormat):
+        return bonds
+    outs, ins = fmt.chain_modes(spec)
+    for k in reversed(range(1, n)):
+        if outs[k] * ins[k] == 1:
+            bonds[k - 1 : k + 1] = [bonds[k - 1] + bonds[k]]
+    return bonds
+
+
+def _most(spec: FactorSpec, ranks: Sequence[int], bond: tuple[int, ...]) -> int:
+    """A chain's rank cannot exceed its neighbour's rank times the mode between them."""
+    fmt = get_format(spec.format)
+    if not isinstance(fmt, ChainFormat):
+        return max(spec.weight.n_params, 1)
+    outs, ins = fmt.chain_modes(spec)
+    full, first, last = (1, *ranks, 1), bond[0], bond[-1]
+    left = full[first] * outs[first] * ins[first]
+    right = full[last + 2] * outs[last + 1] * ins[last + 1]
+    return min(left, right)
+
+
+def _with_inner(spec: FactorSpec, ranks: Sequence[int]) -> FactorSpec:
+    bounded = isinstance(get_format(spec.format), ChainFormat)
+    return replace(spec, ranks=(1, *ranks, 1) if bounded else tuple(ranks))
+
+
+def _tails(values: Tensor) -> list[float]:
+    """``tails[r]``: share of the energy that rank ``r`` discards."""
+    energy = values.double().square()
+    total = energy.sum()
+    if not bool(total > 0):
+        return [0.0]
+    tails = torch.cat([energy.flip(0).cumsum(0).flip(0), energy.new_zeros(1)]) / total
+    return [float(t) for t in tails]
+
+
+def _tail(tail: list[float], rank: int) -> float:
+    return tail[rank] if rank < len(tail) else 0.0

@@ -1,0 +1,80 @@
+"""Tensor train over paired modes: the format of arXiv:1509.06569 (linear), 1611.03214 (convolution) and
+1901.10787 (embedding).
+
+========== ======================= ==========================
+weight     output modes            input modes
+========== ======================= ==========================
+linear     (M_1, .., M_d)          (N_1, .., N_d)
+conv       (1, S_1, .., S_d)       (k_h k_w, C_1, .., C_d)
+embedding  (J_1, .., J_d)          (I_1, .., I_d), padded up
+========== ======================= ==========================
+
+A 1x1 convolution has no spatial core.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import ClassVar
+
+from tensortrain.errors import ShapeError
+
+from .base import FactorSpec, Kind, WeightShape, check_modes, register
+from .chain import ChainFormat, Modes
+from .modes import default_order, suggest_modes, suggest_padded_modes
+
+__all__ = ["TT"]
+
+
+@register
+class TT(ChainFormat):
+    """``W[i, j] = G_1[i_1, j_1] .. G_d[i_d, j_d]``, first mode slowest; ranks ``(1, r_1, .., 1)``.
+
+    Source: Novikov et al., arXiv:1509.06569; Garipov et al., arXiv:1611.03214; Khrulkov et al., arXiv:1901.10787.
+
+    Example:
+        >>> weight = WeightShape("conv", 128, 64, (3, 3))
+        >>> TT().spec(weight, rank=20, out_modes=(4, 8, 4), in_modes=(4, 4, 4)).ranks
+        (1, 9, 20, 16, 1)
+    """
+
+    name: ClassVar[str] = "tt"
+    kinds: ClassVar[frozenset[Kind]] = frozenset({"linear", "conv", "embedding"})
+    description: ClassVar[str] = "tensor train over paired input and output modes"
+
+    def default_modes(
+        self, weight: WeightShape, out_modes: Sequence[int] | None, in_modes: Sequence[int] | None
+    ) -> tuple[Modes, Modes]:
+        pad = weight.kind == "embedding"
+        if in_modes is not None:
+            in_modes = check_modes(in_modes, weight.in_features, "in_modes", pad=pad)
+        if out_modes is not None:
+            out_modes = check_modes(out_modes, weight.out_features, "out_modes")
+        order = _order(weight, out_modes, in_modes)
+        suggest = suggest_padded_modes if pad else suggest_modes
+        ins = in_modes or suggest(weight.in_features, order)
+        outs = out_modes or suggest_modes(weight.out_features, order)[::-1]  # small inputs meet large outputs
+        if len(outs) != len(ins):
+            raise ShapeError(
+                f"in_modes and out_modes must pair up: found {len(ins)} and {len(outs)} modes ({ins} and {outs}). "
+                "Put modes of size 1 where one side has fewer."
+            )
+        return outs, ins
+
+    def chain_modes(self, spec: FactorSpec) -> tuple[Modes, Modes]:
+        if self.n_spatial(spec) == 0:
+            return spec.out_modes, spec.in_modes
+        return (1, *spec.out_modes), (math.prod(spec.weight.kernel), *spec.in_modes)
+
+    def n_spatial(self, spec: FactorSpec) -> int:
+        return 1 if math.prod(spec.weight.kernel) > 1 else 0
+
+
+def _order(weight: WeightShape, out_modes: Sequence[int] | None, in_modes: Sequence[int] | None) -> int:
+    if in_modes is not None:
+        return len(in_modes)
+    if out_modes is not None:
+        return len(out_modes)
+    size = weight.out_features if weight.kind == "embedding" else max(weight.out_features, weight.in_features)
+    return max(3, default_order(size)) if weight.kind == "embedding" else default_order(size)

@@ -1,0 +1,256 @@
+"""Tucker-2: a small convolution between two channel maps (1x1, k x k, 1x1).
+
+Stored as (R_in, C), (R_out, R_in, *kernel), (S, R_out). Factors by higher-order orthogonal iteration started
+at the HOSVD. Source: Kim et al., ICLR 2016, arXiv:1511.06530; used by MUSCO, arXiv:1903.09973.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from tensortrain.contract import ContractionPlan
+from tensortrain.errors import DTypeError, RankError
+from tensortrain.tensor.tolerance import checked_eps
+
+from .base import FactorSpec, Format, Kind, Rank, Spatial, WeightShape, check_modes, pointwise, register
+from .whitening import apply_root, check_gram, keep_promise, kronecker_factors, output_error, root_and_inverse
+
+__all__ = ["Tucker2"]
+
+N_SWEEPS = 5  # HOOI gains little after a few sweeps; each is two small eigenproblems
+
+
+@register
+class Tucker2(Format):
+    """``K[s, c, x] = sum_{o, i} outer[s, o] core[o, i, x] inner[i, c]``; ranks ``(R_in, R_out)``.
+
+    Source: Kim et al., ICLR 2016, arXiv:1511.06530.
+
+    Example:
+        >>> Tucker2().spec(WeightShape("conv", 128, 64, (3, 3)), rank=(20, 30)).core_shapes
+        ((20, 64), (30, 20, 3, 3), (128, 30))
+    """
+
+    name: ClassVar[str] = "tucker2"
+    kinds: ClassVar[frozenset[Kind]] = frozenset({"conv"})
+    description: ClassVar[str] = "channel map, small convolution, channel map"
+
+    def spec(
+        self,
+        weight: WeightShape,
+        *,
+        rank: Rank,
+        out_modes: Sequence[int] | None = None,
+        in_modes: Sequence[int] | None = None,
+        clip: bool | None = None,
+    ) -> FactorSpec:
+        self.check_kind(weight)
+        one = weight.one_group()
+        outs = check_modes((math.prod(out_modes or (one.out_features,)),), one.out_features, "out_modes")
+        ins = check_modes((math.prod(in_modes or (one.in_features,)),), one.in_features, "in_modes")
+        if clip is None:
+            clip = not isinstance(rank, Sequence) or isinstance(rank, str)
+        return FactorSpec(self.name, weight, outs, ins, _resolve(one, rank, clip))
+
+    def group_core_shapes(self, spec: FactorSpec) -> tuple[tuple[int, ...], ...]:
+        weight = spec.weight.one_group()
+        r_in, r_out = spec.ranks
+        return (r_in, weight.in_features), (r_out, r_in, *weight.kernel), (weight.out_features, r_out)
+
+    def n_paths(self, spec: FactorSpec) -> int:
+        return math.prod(spec.ranks)
+
+    def inner_ranks(self, spec: FactorSpec) -> tuple[int, ...]:
+        return spec.ranks
+
+    def dense_group(self, cores: Sequence[Tensor], spec: FactorSpec) -> Tensor:
+        inner, core, outer = cores
+        kernel = torch.einsum("oix,ic->ocx", core.flatten(2), inner)
+        kernel = torch.einsum("so,ocx->scx", outer, kernel)
+        return kernel.reshape(outer.shape[0], inner.shape[1], *spec.weight.kernel)
+
+    def spectra(
+        self, dense: Tensor, spec: FactorSpec, *, gram: Tensor | None, output_gram: Tensor | None = None
+    ) -> list[Tensor]:
+        kernel, _ = self._whitened(dense, gram, output_gram)
+        return [torch.linalg.eigvalsh(g).flip(0).clamp_min(0).sqrt() for g in _channel_grams(kernel)]
+
+    def factorize_group(
+        self,
+        dense: Tensor,
+        spec: FactorSpec,
+        *,
+        eps: float | None,
+        gram: Tensor | None,
+        output_gram: Tensor | None = None,
+    ) -> tuple[tuple[int, ...], tuple[Tensor, ...], float]:
+        if eps is not None:
+            caps, tolerance = spec.ranks, checked_eps(eps, dense.dtype, 3)
+            return keep_promise(tolerance, caps, lambda cut: self._attempt(dense, spec, cut, True, gram, output_gram))
+        found = self._attempt(dense, spec, None, True, gram, output_gram)
+        if gram is None:
+            return found
+        # The Kronecker fit of the second moment is not the moment itself: unweighted cores may serve it better.
+        return min(found, self._attempt(dense, spec, None, False, gram, output_gram), key=lambda one: one[2])
+
+    def _attempt(
+        self,
+        dense: Tensor,
+        spec: FactorSpec,
+        eps: float | None,
+        weighted: bool,
+        gram: Tensor | None,
+        output_gram: Tensor | None,
+    ) -> tuple[tuple[int, ...], tuple[Tensor, ...], float]:
+        """Cores fitted in the norm of the second moments or in the plain one, with their error in the former."""
+        kernel, inverses = self._whitened(dense, gram, output_gram) if weighted else self._whitened(dense, None, None)
+        ranks = spec.ranks if eps is None else _ranks_for(kernel, eps, spec.ranks)
+        inner, outer = _hooi(kernel, ranks)
+        core = _project(kernel, inner, outer)
+        if inverses is not None:
+            core = apply_root(core, inverses[0])
+            inner, outer = inverses[1] @ inner, inverses[2] @ outer
+        weight = spec.weight.one_group()
+        cores = [inner.T, core.reshape(*core.shape[:2], *weight.kernel), outer]
+        scale = [c.norm().clamp_min(1e-300) for c in cores]
+        mean = (scale[0] * scale[1] * scale[2]) ** (1 / 3)
+        cores = [c * (mean / s) for c, s in zip(cores, scale, strict=True)] if float(mean) > 1e-90 else cores
+        reached = FactorSpec(spec.format, weight, spec.out_modes, spec.in_modes, ranks)
+        stored = tuple(c.to(dense.dtype).contiguous() for c in cores)
+        matrix = dense.double().flatten(1)
+        difference = self.dense_group([c.double() for c in stored], reached).flatten(1) - matrix
+        if gram is None:
+            return ranks, stored, float(difference.norm() / matrix.norm().clamp_min(1e-300))
+        gram = check_gram(gram, weight.fan_in)
+        if output_gram is not None:
+            output_gram = check_gram(output_gram, weight.out_features)
+        return ranks, stored, output_error(difference, matrix, gram, output_gram)
+
+    def convolve(
+        self,
+        x: Tensor,
+        cores: Sequence[Tensor],
+        spec: FactorSpec,
+        spatial: Spatial,
+        plan: ContractionPlan | None,
+    ) -> Tensor:
+        inner, core, outer = cores
+        return pointwise(spatial(pointwise(x, inner), core), outer)
+
+    def conv_work(self, spec: FactorSpec, in_positions: int, out_positions: int) -> list[tuple[int, int]]:
+        weight, (r_in, r_out) = spec.weight.one_group(), spec.ranks
+        c, s, k = weight.in_features, weight.out_features, math.prod(weight.kernel)
+        return [
+            (2 * c * r_in * in_positions, (c + r_in) * in_positions),
+            (2 * r_in * r_out * k * out_positions, r_in * in_positions + r_out * out_positions),
+            (2 * r_out * s * out_positions, (r_out + s) * out_positions),
+        ]
+
+    def _whitened(
+        self, dense: Tensor, gram: Tensor | None, output_gram: Tensor | None
+    ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor] | None]:
+        """The kernel as (S, C, positions), weighted by a Kronecker fit of the patches' second moment."""
+        if dense.is_complex():
+            raise DTypeError(f"tucker2 takes real kernels: found {dense.dtype}. Choose format='low_rank'.")
+        kernel = dense.detach().double().flatten(2)
+        if gram is None:
+            return kernel, None
+        outputs, channels, positions = kernel.shape
+        factors = kronecker_factors(check_gram(gram, channels * positions), (channels, positions))
+        (c_root, c_inverse), (x_root, x_inverse) = (root_and_inverse(factor) for factor in factors)
+        if c_root.ndim == 1:
+            c_root, c_inverse = torch.diag(c_root), torch.diag(c_inverse)
+        kernel = apply_root(torch.einsum("scx,cd->sdx", kernel, c_root), x_root)
+        o_inverse = torch.eye(outputs, dtype=kernel.dtype, device=kernel.device)
+        if output_gram is not None:
+            o_root, o_inverse = root_and_inverse(check_gram(output_gram, outputs))
+            if o_root.ndim == 1:
+                o_root, o_inverse = torch.diag(o_root), torch.diag(o_inverse)
+            kernel = torch.einsum("so,ocx->scx", o_root, kernel)
+        return kernel, (x_inverse, c_inverse, o_inverse)
+
+
+def _resolve(weight: WeightShape, rank: Rank, clip: bool) -> tuple[int, int]:
+    caps = (weight.in_features, weight.out_features)
+    if isinstance(rank, str):
+        if rank != "same":
+            raise RankError(f"a rank must be a number, a pair, a share or 'same': found {rank!r}. Pass one of these.")
+        return caps
+    if isinstance(rank, Sequence):
+        given: tuple[Any, ...] = tuple(rank)
+        if len(given) != 2 or not all(_is_rank(r) for r in given):
+            raise RankError(
+                f"tucker2 takes two ranks (R_in, R_out), each at least 1: found {given}. Pass rank=({caps[0]}, "
+                f"{caps[1]}) or smaller."
+            )
+        return (min(given[0], caps[0]), min(given[1], caps[1])) if clip else (given[0], given[1])
+    if isinstance(rank, float):
+        return _share(weight, rank, caps)
+    if not _is_rank(rank):
+        raise RankError(f"a rank must be at least 1: found {rank!r}. Pass a positive whole number.")
+    return min(int(rank), caps[0]), min(int(rank), caps[1])
+
+
+def _is_rank(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _share(weight: WeightShape, share: float, caps: tuple[int, int]) -> tuple[int, int]:
+    if not 0 < share <= 1:
+        raise RankError(f"a rank given as a share must lie in (0, 1]: found {share}. Pass for example 0.25.")
+    best = (1, 1)
+    for r in range(1, max(caps) + 1):
+        pair = (min(r, caps[0]), min(r, caps[1]))
+        count = pair[0] * caps[0] + math.prod(pair) * math.prod(weight.kernel) + pair[1] * caps[1]
+        if count <= share * weight.n_params:
+            best = pair
+    return best
+
+
+def _channel_grams(kernel: Tensor) -> tuple[Tensor, Tensor]:
+    by_input = kernel.transpose(0, 1).flatten(1)
+    by_output = kernel.flatten(1)
+    return by_input @ by_input.T, by_output @ by_output.T
+
+
+def _leading(gram: Tensor, rank: int) -> Tensor:
+    return torch.linalg.eigh(gram)[1][:, -rank:].flip(1)
+
+
+def _project(kernel: Tensor, inner: Tensor, outer: Tensor) -> Tensor:
+    """Core (R_out, R_in, positions) for orthonormal factors (C, R_in) and (S, R_out)."""
+    return torch.einsum("so,sdx->odx", outer, torch.einsum("scx,cd->sdx", kernel, inner))
+
+
+def _hooi(kernel: Tensor, ranks: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Orthonormal channel factors (C, R_in), (S, R_out) by alternating eigenproblems."""
+    r_in, r_out = ranks
+    outer = _leading(_channel_grams(kernel)[1], r_out)
+    inner = _leading(_channel_grams(kernel)[0], r_in)
+    for _ in range(N_SWEEPS):
+        inner = _leading(_channel_grams(torch.einsum("scx,so->ocx", kernel, outer))[0], r_in)
+        outer = _leading(_channel_grams(torch.einsum("scx,cd->sdx", kernel, inner))[1], r_out)
+    return inner, outer
+
+
+def _ranks_for(kernel: Tensor, eps: float, caps: tuple[int, ...]) -> tuple[int, int]:
+    """Smallest ranks whose discarded tails add up to at most ``eps**2`` of the energy, half for each side.
+
+    The factors come from Gram matrices, which resolve singular values only down to about 1e-8 of the largest:
+    a tighter tolerance keeps every direction.
+    """
+    found = []
+    for gram, cap in zip(_channel_grams(kernel), caps, strict=True):
+        if eps < 1e-7:
+            found.append(cap)
+            continue
+        values = torch.linalg.eigvalsh(gram).flip(0).clamp_min(0)
+        tails = values.flip(0).cumsum(0).flip(0)  # tails[r] is what rank r discards
+        kept = int((tails > eps**2 / 2 * values.sum()).sum())
+        found.append(max(1, min(kept, cap)))
+    return found[0], found[1]

@@ -1,0 +1,125 @@
+"""Error measured where it matters: in the layer's output on its own inputs.
+
+For a linear map ``y = W x`` with input second moment ``H = E[x x^T]`` the mean squared output error of a
+replacement ``W'`` is ``||(W - W') S||_F^2`` with ``H = S S^T``. Truncating ``W S`` is therefore optimal
+(Wang et al., SVD-LLM, ICLR 2025, arXiv:2403.07378). A dense ``S`` destroys the tensor-train structure, so
+trains use a Kronecker fit ``H ~ H_1 x .. x H_d``, whose factors act on one mode each.
+
+Outputs can be weighted likewise: with ``F = E[g g^T]``, ``g`` the gradient of the model's output with respect to
+the layer's, ``tr(F (W - W') H (W - W')^T)`` predicts the change of the model's output (the Kronecker-factored
+curvature of Martens and Grosse, ICML 2015, arXiv:1503.05671).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from tensortrain.errors import NonFiniteError, ShapeError
+
+__all__ = [
+    "apply_root",
+    "check_gram",
+    "keep_promise",
+    "kronecker_factors",
+    "output_error",
+    "root_and_inverse",
+]
+
+DAMPING = 1e-2  # of the mean diagonal: keeps directions that few calibration samples saw (paper's advice)
+
+
+def check_gram(gram: Tensor, size: int) -> Tensor:
+    """The second moment as float64, full ``(N, N)`` or diagonal ``(N,)``.
+
+    Raises:
+        ShapeError: It does not have ``N`` rows.
+        NonFiniteError: It holds NaN or Inf.
+    """
+    if gram.shape not in ((size,), (size, size)):
+        raise ShapeError(
+            f"an input second moment must be (N, N) or its diagonal (N,): found {tuple(gram.shape)}, expected "
+            f"N = {size}. Sum x x^T over the layer's own inputs."
+        )
+    if not bool(torch.isfinite(gram).all()):
+        raise NonFiniteError("an input second moment must be finite: found NaN or Inf. Check the calibration data.")
+    return gram.double()
+
+
+def root_and_inverse(gram: Tensor, *, damping: float = DAMPING) -> tuple[Tensor, Tensor]:
+    """Symmetric square root of the damped second moment, and its inverse.
+
+    Cost: O(N^3) for a full matrix, O(N) for a diagonal.
+    """
+    mean = (gram if gram.ndim == 1 else gram.diagonal()).mean().clamp_min(torch.finfo(gram.dtype).tiny)
+    if gram.ndim == 1:
+        root = (gram.clamp_min(0) + damping * mean).sqrt()
+        return root, 1 / root
+    values, vectors = torch.linalg.eigh((gram + gram.T) / 2)
+    root_values = (values.clamp_min(0) + damping * mean).sqrt()
+    return (vectors * root_values) @ vectors.T, (vectors / root_values) @ vectors.T
+
+
+def apply_root(matrix: Tensor, root: Tensor) -> Tensor:
+    """``matrix @ root`` for a full or a diagonal root."""
+    return matrix * root if root.ndim == 1 else matrix @ root
+
+
+def kronecker_factors(gram: Tensor, modes: Sequence[int]) -> list[Tensor]:
+    """Second moments of single modes whose Kronecker product fits ``gram``.
+
+    Partial traces, scaled so that the product has the trace of ``gram``; exact when ``gram`` is a
+    Kronecker product. A diagonal gives diagonals.
+    """
+    d = len(modes)
+    trace = float((gram if gram.ndim == 1 else gram.diagonal()).sum())
+    if trace <= 0:
+        return [gram.new_ones(n) for n in modes]
+    scale = trace ** (1 / d)
+    factors = []
+    for k in range(d):
+        factor = _partial_trace(gram, modes, k)
+        diagonal_sum = factor.sum() if factor.ndim == 1 else factor.diagonal().sum()
+        factors.append(factor * (scale / diagonal_sum))
+    return factors
+
+
+def _partial_trace(gram: Tensor, modes: Sequence[int], k: int) -> Tensor:
+    left, n, right = math.prod(modes[:k]), modes[k], math.prod(modes[k + 1 :])
+    if gram.ndim == 1:
+        return gram.reshape(left, n, right).sum(dim=(0, 2))
+    blocks = gram.reshape(left, n, right, left, n, right)
+    return torch.einsum("anbamb->nm", blocks)
+
+
+def output_error(difference: Tensor, matrix: Tensor, gram: Tensor, output_gram: Tensor | None = None) -> float:
+    """``||F^(1/2) D H^(1/2)|| / ||F^(1/2) W H^(1/2)||``: relative error of a change ``D`` to ``W`` (out, in)."""
+    return math.sqrt(energy(difference, gram, output_gram) / max(energy(matrix, gram, output_gram), 1e-300))
+
+
+def energy(matrix: Tensor, gram: Tensor, output_gram: Tensor | None = None) -> float:
+    """``tr(F W H W^T)``: the mean square of the outputs, weighted by ``F``."""
+    matrix = matrix.double()
+    weighted = matrix * gram if gram.ndim == 1 else matrix @ gram
+    if output_gram is not None:
+        matrix = output_gram[:, None] * matrix if output_gram.ndim == 1 else output_gram @ matrix
+    return max(0.0, float((weighted * matrix).sum()))
+
+
+Attempt = tuple[tuple[int, ...], tuple[Tensor, ...], float]  # ranks, cores, measured error
+
+
+def keep_promise(eps: float, caps: tuple[int, ...], attempt: Callable[[float], Attempt]) -> Attempt:
+    """Tighten the cut until the error measured is within ``eps``, or the ranks cannot grow.
+
+    A Kronecker fit only resembles the second moment, so a cut in its norm may miss the tolerance in the true one.
+    """
+    cut = eps
+    while True:
+        found = attempt(cut)
+        if found[2] <= eps or cut < 1e-3 * eps or all(r >= c for r, c in zip(found[0], caps, strict=True)):
+            return found
+        cut *= max(0.2, min(0.8, 0.9 * eps / found[2]))

@@ -1,0 +1,214 @@
+"""The recipe beside the numbers: what to build before the tensors of a checkpoint have a place to go.
+
+A recipe is plain JSON. Reading it checks every field's type; nothing in it is imported or called.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from tensortrain.errors import CheckpointError
+
+__all__ = ["LayerEntry", "Recipe", "TensorEntry", "as_json", "c_strides", "dtype_named", "is_dense_layout"]
+
+Kind = Literal["parameter", "buffer", "transient"]
+
+_FORMAT = "tensortrain-pretrained"
+_VERSION = 1
+_KINDS = ("parameter", "buffer", "transient")
+_DTYPES = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in (
+        *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex64),
+        *(torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz),
+        *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
+    )
+}
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """One stored tensor.
+
+    Attributes:
+        shape: Sizes.
+        dtype: Name without ``torch.``.
+        kind: ``"parameter"``, ``"buffer"``, or ``"transient"`` for a buffer outside the state dict.
+        requires_grad: Of a parameter.
+        stride: Where it differs from C order, as for channels-last kernels; None otherwise.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    kind: Kind
+    requires_grad: bool = False
+    stride: tuple[int, ...] | None = None
+
+    @classmethod
+    def of(cls, tensor: Tensor, kind: Kind) -> TensorEntry:
+        """Describe a tensor that will be stored."""
+        shape, stride = tuple(tensor.shape), tuple(tensor.stride())
+        plain = stride == c_strides(shape) or not is_dense_layout(shape, stride)
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        trains = kind == "parameter" and tensor.requires_grad
+        return cls(shape, dtype, kind, trains, None if plain else stride)
+
+
+@dataclass(frozen=True)
+class LayerEntry:
+    """One factorized layer: all its names, its class in ``tensortrain.nn``, its constructor arguments."""
+
+    names: tuple[str, ...]
+    kind: str
+    config: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything in a checkpoint but the numbers.
+
+    Attributes:
+        source: ``{"registry": name, "kwargs": {..}}``, ``{"transformers": class, "config": {..}}`` or None.
+        layers: The factorized layers.
+        tensors: Name -> entry; further names of a shared tensor stand in the safetensors file's metadata.
+        sha256: Of the safetensors file.
+    """
+
+    source: dict[str, Any] | None
+    layers: tuple[LayerEntry, ...]
+    tensors: dict[str, TensorEntry]
+    sha256: str
+
+    def to_json(self) -> str:
+        """Return the recipe as JSON text.
+
+        Raises:
+            CheckpointError: The source or a layer's arguments hold what JSON cannot.
+        """
+        try:
+            text = json.dumps({"format": _FORMAT, "version": _VERSION, **asdict(self)}, indent=1)
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"a recipe must be plain data: it has a value that JSON cannot hold ({error}). "
+                "Build the model with numbers, texts and lists as arguments."
+            ) from error
+        return text + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, *, where: str) -> Recipe:
+        """Read a recipe back.
+
+        Raises:
+            CheckpointError: The text is no recipe of this version.
+        """
+        try:
+            data = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise _unreadable(where, f"no JSON ({error})") from error
+        if not isinstance(data, dict) or data.get("format") != _FORMAT:
+            raise _unreadable(where, "no mark of the format")
+        if data.get("version") != _VERSION:
+            raise CheckpointError(
+                f"a recipe must be of a known version: {where} has version {data.get('version')!r}, expected "
+                f"{_VERSION}. Load it with the tensortrain release that wrote it."
+            )
+        try:
+            return cls(
+                source=_optional(data["source"], dict),
+                layers=_layers(data["layers"]),
+                tensors={name: _tensor(entry) for name, entry in _typed(data["tensors"], dict).items()},
+                sha256=_typed(data["sha256"], str),
+            )
+        except KeyError as error:
+            raise _unreadable(where, f"no entry {error}") from error
+        except (TypeError, ValueError, AttributeError) as error:
+            raise _unreadable(where, f"an entry of the wrong form ({error})") from error
+
+
+def as_json(value: Any) -> Any:
+    """The value as it reads after a way through JSON: tuples as lists."""
+    return json.loads(json.dumps(value))
+
+
+def dtype_named(name: str) -> torch.dtype:
+    """The dtype of a name in a recipe that was read."""
+    return _DTYPES[name]
+
+
+def c_strides(shape: Sequence[int]) -> tuple[int, ...]:
+    """Strides of a contiguous tensor."""
+    return tuple(math.prod(max(1, n) for n in shape[k + 1 :]) for k in range(len(shape)))
+
+
+def is_dense_layout(shape: Sequence[int], stride: Sequence[int]) -> bool:
+    """Tell whether strides only reorder the axes: every element has a place of its own, without gaps."""
+    expected = 1
+    for step, size in sorted(zip(stride, shape, strict=True)):
+        if step < 1 or size < 1 or (size > 1 and step != expected):
+            return False
+        expected *= size
+    return True
+
+
+def _layers(value: Any) -> tuple[LayerEntry, ...]:
+    layers = tuple(_layer(entry) for entry in _typed(value, list))
+    names = [name for layer in layers for name in layer.names]
+    if len(set(names)) < len(names) or ("" in names and len(names) > 1):
+        raise ValueError("two layers of one name")
+    return layers
+
+
+def _layer(entry: Any) -> LayerEntry:
+    names = tuple(_typed(name, str) for name in _typed(entry["names"], list))
+    if not names:
+        raise ValueError("a layer without a name")
+    return LayerEntry(names, _typed(entry["kind"], str), _typed(entry["config"], dict))
+
+
+def _tensor(entry: Mapping[str, Any]) -> TensorEntry:
+    read = TensorEntry(
+        shape=_sizes(entry["shape"]),
+        dtype=_typed(entry["dtype"], str),
+        kind=entry["kind"],
+        requires_grad=_typed(entry["requires_grad"], bool),
+        stride=None if entry["stride"] is None else _sizes(entry["stride"]),
+    )
+    if read.kind not in _KINDS:
+        raise ValueError(f"kind {read.kind!r}, expected one of {', '.join(_KINDS)}")
+    if read.dtype not in _DTYPES:
+        raise ValueError(f"dtype {read.dtype!r}")
+    if read.requires_grad and not (dtype_named(read.dtype).is_floating_point or "complex" in read.dtype):
+        raise ValueError(f"a gradient for dtype {read.dtype}")
+    if read.stride is not None and not (
+        len(read.stride) == len(read.shape) and is_dense_layout(read.shape, read.stride)
+    ):
+        raise ValueError(f"strides {read.stride} for shape {read.shape}")
+    return read
+
+
+def _sizes(value: Any) -> tuple[int, ...]:
+    sizes = tuple(_typed(size, int) for size in _typed(value, list))
+    if any(size < 0 for size in sizes):
+        raise ValueError(f"a negative size in {sizes}")
+    return sizes
+
+
+def _typed(value: Any, kind: type) -> Any:
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise TypeError(f"{value!r:.60} where {kind.__name__} is expected")
+    return value
+
+
+def _optional(value: Any, kind: type) -> Any:
+    return None if value is None else _typed(value, kind)
+
+
+def _unreadable(where: str, what: str) -> CheckpointError:
+    return CheckpointError(f"a recipe must be as save_pretrained wrote it: {where} has {what}. Save the model again.")

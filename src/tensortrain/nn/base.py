@@ -1,0 +1,387 @@
+"""What every factorized layer has in common: cores as parameters, a derived dense weight, counts, a plan."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, Literal, TypeVar, get_args
+
+import torch
+from torch import Tensor, nn
+
+from tensortrain.contract import Chain, ContractionPlan, CostModel, WeightCache, plan_chain
+from tensortrain.errors import KindError, ShapeError
+from tensortrain.formats import Factorization, FactorSpec, Format, Rank, WeightShape, get_format
+
+__all__ = ["FactorizedLayer", "Implementation"]
+
+Implementation = Literal["auto", "factorized", "dense"]
+Init = Literal["match", "glorot", "he"] | float | None
+Self = TypeVar("Self", bound="FactorizedLayer")
+_FORCE: dict[str, Any] = {"auto": None, "dense": "dense", "factorized": "factorized"}
+_COMPILE_BATCH = 32  # a traced graph cannot choose by batch size, so it is planned for this one
+
+
+class FactorizedLayer(nn.Module):
+    """Base of the layers whose weight is a product of small cores.
+
+    Attributes:
+        spec: Format, modes and ranks.
+        cores: The parameters, laid out as ``spec.core_shapes``.
+        implementation: ``"auto"`` runs whatever is predicted fastest and may keep a dense weight of at most
+            ``dense_limit_bytes``; ``"factorized"`` never builds one; ``"dense"`` always does.
+        dense_limit_bytes: Largest dense weight that ``"auto"`` builds. Set it on a layer or on this class.
+    """
+
+    dense_limit_bytes: int = 16 * 2**20
+    dense_type: ClassVar[type[nn.Module]]
+    torch_arguments: ClassVar[tuple[str, ...]]  # attributes that torch's layer and this one share
+    has_bias: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        spec: FactorSpec,
+        *,
+        bias: int | None,
+        init: Init,
+        implementation: Implementation,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        super().__init__()
+        if implementation not in get_args(Implementation):
+            raise ShapeError(
+                f"implementation must be one of {get_args(Implementation)}: found {implementation!r}. Pass 'auto'."
+            )
+        self.spec = spec
+        self._group_spec = spec.one_group()
+        self.implementation = implementation
+        empty = [torch.empty(shape, device=device, dtype=dtype) for shape in spec.core_shapes]
+        self.cores = nn.ParameterList(nn.Parameter(core) for core in empty)
+        if bias is None:
+            self.register_parameter("bias", None)
+        else:
+            self.bias = nn.Parameter(torch.empty(bias, device=device, dtype=dtype))
+        self._forget()
+        self._static_plan = self._make_static_plan()
+        if init is not None:
+            self.reset_parameters(init)
+
+    # -- parameters ----------------------------------------------------------------------------------
+
+    def reset_parameters(self, init: Init = "match", generator: torch.Generator | None = None) -> None:
+        """Draw cores anew, so that the dense weight has the variance that ``init`` names.
+
+        ``"match"`` is the variance of torch's own layer, ``"glorot"`` is ``2 / (fan_in + fan_out)``,
+        ``"he"`` is ``2 / fan_in``, a number is the standard deviation itself.
+        """
+        self.format.init_(list(self.cores), self.spec, self._sigma(init), generator)
+        if self.bias is not None and not self.bias.is_meta:
+            bound = 1 / math.sqrt(max(1, self.spec.weight.fan_in))
+            with torch.no_grad():
+                self.bias.uniform_(-bound, bound, generator=generator)
+
+    def _sigma(self, init: Init) -> float:
+        weight = self.spec.weight
+        if isinstance(init, (int, float)) and 0 <= init < math.inf:
+            return float(init)
+        if init == "glorot":
+            fan_out = weight.out_features // weight.groups * math.prod(weight.kernel)
+            return math.sqrt(2 / (weight.fan_in + fan_out))
+        if init == "he":
+            return math.sqrt(2 / weight.fan_in)
+        if init == "match":
+            return self._matching_sigma()
+        raise ShapeError(f"init must be 'match', 'glorot', 'he' or a number: found {init!r}. Pass 'match'.")
+
+    def _matching_sigma(self) -> float:
+        return 1 / math.sqrt(3 * max(1, self.spec.weight.fan_in))  # torch draws from U(+-1/sqrt(fan_in))
+
+    # -- to and from torch's layers ------------------------------------------------------------------
+
+    @classmethod
+    def weight_shape_of(cls, layer: Any) -> WeightShape:
+        """Format-free shape of the weight of a layer, torch's or this one's."""
+        raise NotImplementedError
+
+    @classmethod
+    def arguments_of(cls, layer: Any) -> dict[str, Any]:
+        """The torch arguments that build a layer like this one, torch's or factorized."""
+        arguments = {name: getattr(layer, name) for name in cls.torch_arguments}
+        return {**arguments, "bias": layer.bias is not None} if cls.has_bias else arguments
+
+    @classmethod
+    def like(
+        cls: type[Self],
+        dense: Any,
+        spec: FactorSpec,
+        *,
+        implementation: Implementation = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Self:
+        """A layer with the options of ``dense`` and the cores of ``spec``, not filled in."""
+        return cls(
+            **cls.arguments_of(dense),
+            format=spec.format,  # type: ignore[call-arg]
+            rank=spec.ranks,
+            in_modes=spec.in_modes,
+            out_modes=spec.out_modes,
+            init=None,
+            implementation=implementation,
+            device=device,
+            dtype=dtype,
+        )
+
+    @classmethod
+    def from_dense(
+        cls: type[Self],
+        dense: Any,
+        *,
+        format: str = "tt",
+        rank: Rank | None = None,
+        eps: float | None = None,
+        in_modes: Sequence[int] | None = None,
+        out_modes: Sequence[int] | None = None,
+        input_gram: Tensor | None = None,
+        output_gram: Tensor | None = None,
+        implementation: Implementation = "auto",
+    ) -> Self:
+        """Approximate a trained torch layer; without ``rank`` and ``eps`` exact to dtype.
+
+        Args:
+            dense: The layer; it is not changed. Options, dtype, device, mode and ``requires_grad`` carry over.
+            format: Name of a weight format.
+            rank: Caps on the ranks: number, tuple, share of the dense parameters in (0, 1], or ``"same"``.
+            eps: Relative tolerance on the weight (on the output, where ``input_gram`` is given).
+            in_modes, out_modes: Mode shapes; balanced ones when left out.
+            input_gram: Second moment of the inputs, ``(N, N)`` or its diagonal ``(N,)``; for convolutions of
+                the patches as ``torch.nn.functional.unfold`` orders them; for embeddings token counts.
+            output_gram: Weight of the outputs, ``(M, M)`` or ``(M,)``, such as the second moment of gradients.
+
+        Raises:
+            KindError: ``dense`` is a layer of another kind.
+            NonFiniteError: The weight holds NaN or Inf.
+            ShapeError: Modes that do not fit, an unknown format.
+            RankError: A rank below one or a share outside (0, 1].
+
+        Source: TT-SVD: Oseledets 2011; whitening: arXiv:2403.07378.
+        """
+        cls._check_dense_type(dense)
+        found = get_format(format).factorize(
+            dense.weight.detach(),
+            cls.weight_shape_of(dense),
+            rank=rank,
+            eps=eps,
+            out_modes=out_modes,
+            in_modes=in_modes,
+            gram=input_gram,
+            output_gram=output_gram,
+        )
+        weight = dense.weight
+        layer = cls.like(
+            dense, found.value.spec, implementation=implementation, device=weight.device, dtype=weight.dtype
+        )
+        return layer._adopt(found.value, dense)
+
+    @classmethod
+    def _check_dense_type(cls, dense: object) -> None:
+        if not isinstance(dense, cls.dense_type):
+            raise KindError(
+                f"{cls.__name__}.from_dense takes a torch.nn.{cls.dense_type.__name__}: found "
+                f"{type(dense).__name__}. Pass the torch layer (a factorized layer's to_dense() gives it)."
+            )
+
+    def _adopt(self: Self, found: Factorization, dense: Any) -> Self:
+        """Take over cores, bias and manners of a dense layer."""
+        with torch.no_grad():
+            for core, value in zip(self.cores, found.cores, strict=True):
+                core.copy_(value)
+                core.requires_grad_(dense.weight.requires_grad)
+        _copy_bias(dense, self)
+        return self.train(dense.training)
+
+    def to_dense(self) -> Any:
+        """The plain torch layer with the same weight."""
+        core = self.cores[0]
+        dense: Any = self.dense_type(**self.arguments_of(self), device=core.device, dtype=core.dtype)
+        with torch.no_grad():
+            dense.weight.copy_(self.weight)
+        dense.weight.requires_grad_(core.requires_grad)
+        _copy_bias(self, dense)
+        return dense.train(self.training)
+
+    # -- what it is ----------------------------------------------------------------------------------
+
+    @property
+    def format(self) -> Format:
+        """The weight format, which knows how to use the cores."""
+        return get_format(self.spec.format)
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """Ranks, with the boundary ones where the format has them."""
+        return self.spec.ranks
+
+    @property
+    def in_modes(self) -> tuple[int, ...]:
+        """Factors of the inputs of one group (vocabulary of an embedding)."""
+        return self.spec.in_modes
+
+    @property
+    def out_modes(self) -> tuple[int, ...]:
+        """Factors of the outputs of one group (dimension of an embedding)."""
+        return self.spec.out_modes
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight in torch's layout, built from the cores (kept while they do not change)."""
+        return self._dense_weight()
+
+    @property
+    def n_params(self) -> int:
+        """Parameters of this layer, the bias included."""
+        return self.spec.n_params + (0 if self.bias is None else self.bias.numel())
+
+    @property
+    def compression(self) -> float:
+        """Parameters of the dense layer over those of this one, the bias included on both sides."""
+        bias = 0 if self.bias is None else self.bias.numel()
+        return (self.spec.weight.n_params + bias) / (self.spec.n_params + bias)
+
+    @property
+    def resident_cache_bytes(self) -> int:
+        """Bytes of derived weights that the layer keeps at present."""
+        return self._cache.nbytes
+
+    def config(self) -> dict[str, Any]:
+        """Constructor arguments as plain data, without the cores."""
+        return {
+            **self.arguments_of(self),
+            "format": self.spec.format,
+            "rank": list(self.spec.ranks),
+            "in_modes": list(self.spec.in_modes),
+            "out_modes": list(self.spec.out_modes),
+            "implementation": self.implementation,
+        }
+
+    def how_it_ran(self) -> str:
+        """One word on each plan made for inference so far, such as ``"dense kept; right-to-left [0][1 2]"``."""
+        ran = [plan_name(plan) for key, plan in self._plans.items() if not self._training_key(key)]
+        return "; ".join(dict.fromkeys(ran)) or ("dense, kept" if self._cache.nbytes else "core by core")
+
+    @staticmethod
+    def _training_key(key: tuple[Any, ...]) -> bool:
+        return any(part is True for part in key)
+
+    def _format_repr(self) -> str:
+        ranks = ",".join(str(r) for r in self.spec.ranks)
+        return (
+            f"format={self.spec.format}, in_modes={self.in_modes}, out_modes={self.out_modes}, ranks=({ranks}), "
+            f"params={self.n_params:,} ({self.compression:.4g}x smaller)"
+        )
+
+    # -- derived weights and plans -------------------------------------------------------------------
+
+    def _forget(self) -> None:
+        self._cache = WeightCache()
+        self._plans: dict[tuple[Any, ...], Any] = {}
+
+    def clear_cache(self) -> None:
+        """Drop derived weights. Needed only after cores were changed behind autograd's back (``.data``)."""
+        self._forget()
+
+    def _apply(self: Self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        result = super()._apply(fn, recurse)
+        self._forget()  # another device or dtype: other plans
+        return result
+
+    def _core_list(self) -> list[Tensor]:
+        # Going through ParameterList costs more than a small product; parametrized cores are not stored in it.
+        stored = self.cores._parameters
+        return list(stored.values()) if len(stored) == len(self.cores) else list(self.cores)  # type: ignore[arg-type]
+
+    def _cached(self, key: Any, build: Callable[[], Any]) -> Any:
+        return self._cache.get(self._core_list(), build, tag=key)
+
+    def _dense_weight(self) -> Tensor:
+        return self._cached("dense", lambda: self.format.to_dense(self._core_list(), self.spec).contiguous())
+
+    @property
+    def _device_type(self) -> str:
+        return "cuda" if self.cores[0].is_cuda else "cpu"  # a layer without memory is planned for the CPU
+
+    @property
+    def _dense_allowed(self) -> bool:
+        dense_bytes = self.spec.weight.n_params * self.cores[0].element_size()
+        return self.implementation != "factorized" and dense_bytes <= self.dense_limit_bytes
+
+    def _trains(self) -> bool:
+        return torch.is_grad_enabled() and any(core.requires_grad for core in self._core_list())
+
+    def _chain(self) -> Chain | None:
+        return self.format.chain(self._group_spec)
+
+    def _make_static_plan(self) -> ContractionPlan | None:
+        chain = self._chain()
+        if chain is None:
+            return None
+        core = self.cores[0]
+        return plan_chain(
+            chain,
+            batch=_COMPILE_BATCH,
+            dtype=core.dtype,
+            allow_dense=self._dense_allowed,
+            force=_FORCE[self.implementation],
+            cost_model=CostModel.reference(self._device_type),
+        )
+
+    def _chain_plan(self, rows: int, *, force: Any = None) -> ContractionPlan:
+        """The plan for about so many rows; sizes are rounded up to powers of two so that few are made."""
+        bucket = 1 << max(0, rows - 1).bit_length()
+        training = self._trains()
+        key = (bucket, training, force, self.implementation, self.dense_limit_bytes)
+        plan = self._plans.get(key)
+        if plan is None:
+            chain = self._chain()
+            assert chain is not None
+            core = self.cores[0]
+            plan = plan_chain(
+                chain,
+                batch=bucket,
+                dtype=core.dtype,
+                device=self._device_type,
+                training=training,
+                allow_dense=self._dense_allowed,
+                force=force or _FORCE[self.implementation],
+            )
+            self._plans[key] = plan
+        return plan
+
+
+def _copy_bias(source: Any, target: Any) -> None:
+    if getattr(source, "bias", None) is not None:
+        with torch.no_grad():
+            target.bias.copy_(source.bias)
+        target.bias.requires_grad_(source.bias.requires_grad)
+
+
+def plan_name(plan: Any) -> str:
+    """How a plan runs, in a few words."""
+    if plan.uses_dense:
+        return "dense, kept"
+    groups = getattr(plan, "groups", None)
+    if groups is None:
+        return "core by core"
+    merged = "".join("[" + " ".join(map(str, range(*group))) + "]" for group in groups)
+    return f"{plan.kind} {merged}"
+
+
+def as_tuple(value: int | Sequence[int], n: int, what: str, *, least: int = 1) -> tuple[int, ...]:
+    """A whole number for all axes, or one per axis, each at least ``least``."""
+    given = tuple(value) if isinstance(value, Sequence) else (value,) * n
+    if len(given) != n or not all(hasattr(v, "__index__") and v >= least for v in given):
+        raise ShapeError(
+            f"{what} must be one whole number of at least {least}, or {n} of them: found {value!r}. Pass one per axis."
+        )
+    return tuple(int(v) for v in given)

@@ -1,0 +1,268 @@
+"""Convolutions with a factorized kernel."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tensortrain.contract import Chain, ContractionPlan, cost_model
+from tensortrain.errors import ShapeError
+from tensortrain.formats import Rank, WeightShape, get_format
+
+from .base import FactorizedLayer, Implementation, Init, as_tuple
+from .conv_plan import ConvPlan, out_size
+
+__all__ = ["Conv1d", "Conv2d", "Conv3d"]
+
+Size = int | Sequence[int]
+# Core by core has to be clearly ahead: its predicted time is rougher than that of one library call.
+_MARGIN = 0.7
+_STEPS_OVERHEAD_S = 40e-6  # of the calls between the steps, which no flop count shows; seen on a CPU
+_CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+_PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
+
+
+class _ConvNd(FactorizedLayer):
+    n_axes: ClassVar[int]
+    torch_arguments = (
+        "in_channels",
+        "out_channels",
+        "kernel_size",
+        "stride",
+        "padding",
+        "dilation",
+        "groups",
+        "padding_mode",
+    )
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Size,
+        stride: Size = 1,
+        padding: Size | str = 0,
+        dilation: Size = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        *,
+        format: str = "tt",
+        rank: Rank = 8,
+        in_modes: Sequence[int] | None = None,
+        out_modes: Sequence[int] | None = None,
+        init: Init = "match",
+        implementation: Implementation = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        n = self.n_axes
+        _check_channels(in_channels, out_channels, groups)
+        self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
+        self.kernel_size = as_tuple(kernel_size, n, "kernel_size")
+        self.stride = as_tuple(stride, n, "stride")
+        self.dilation = as_tuple(dilation, n, "dilation")
+        self.padding = _check_padding(padding, self.stride, n)
+        self.padding_mode = _check_padding_mode(padding_mode)
+        weight = WeightShape("conv", out_channels, in_channels // groups, self.kernel_size, groups)
+        spec = get_format(format).spec(weight, rank=rank, out_modes=out_modes, in_modes=in_modes)
+        super().__init__(
+            spec,
+            bias=out_channels if bias else None,
+            init=init,
+            implementation=implementation,
+            device=device,
+            dtype=dtype,
+        )
+        self._seen_spatial: tuple[int, ...] = tuple(4 * k for k in self.kernel_size)
+
+    @classmethod
+    def weight_shape_of(cls, layer: Any) -> WeightShape:
+        inputs = layer.in_channels // layer.groups
+        return WeightShape("conv", layer.out_channels, inputs, tuple(layer.kernel_size), layer.groups)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n = self.n_axes
+        if x.ndim not in (n + 1, n + 2) or x.shape[-n - 1] != self.in_channels:
+            raise ShapeError(
+                f"a convolution's input must be (b, C, *positions) or (C, *positions): found {tuple(x.shape)}, "
+                f"expected C = {self.in_channels} and {n} position axes. Check the layer before."
+            )
+        if x.ndim == n + 1:
+            return self.forward(x.unsqueeze(0)).squeeze(0)
+        if self._runs_dense(x):
+            return self._spatial(x, self._dense_weight(), self.bias, self.groups)
+        y = self._core_by_core(x)
+        return y if self.bias is None else y + self.bias.to(y.dtype).reshape(-1, *[1] * n)
+
+    def _runs_dense(self, x: Tensor) -> bool:
+        if torch.compiler.is_compiling():
+            return self._dense_allowed
+        self._seen_spatial = tuple(x.shape[2:])
+        return self.plan(x.shape[0], self._seen_spatial).uses_dense
+
+    def _core_by_core(self, x: Tensor) -> Tensor:
+        one = self._group_spec
+        if self.groups == 1:
+            return self._convolve_group(x, list(self.cores), one)
+        parts = x.chunk(self.groups, dim=1)
+        outputs = [self._convolve_group(part, [core[g] for core in self.cores], one) for g, part in enumerate(parts)]
+        return torch.cat(outputs, dim=1)
+
+    def _convolve_group(self, x: Tensor, cores: list[Tensor], one: Any) -> Tensor:
+        plan = self._static_plan
+        if plan is not None and not torch.compiler.is_compiling():
+            positions = math.prod(self._out_spatial(tuple(x.shape[2:])))
+            plan = self._chain_plan(max(1, x.shape[0] * positions), force="factorized")
+        return self.format.convolve(x, cores, one, self._spatial, plan)
+
+    def _spatial(self, x: Tensor, kernel: Tensor, bias: Tensor | None = None, groups: int = 1) -> Tensor:
+        """Convolve with this layer's stride, padding and dilation."""
+        padding: Any = self.padding
+        if self.padding_mode != "zeros":
+            x = F.pad(x, self._pad_widths(), mode=self.padding_mode)
+            padding = 0
+        convolve = _CONVOLVE[self.n_axes]
+        return convolve(x, kernel, bias, self.stride, padding, self.dilation, groups)
+
+    def _pad_widths(self) -> list[int]:
+        """Padding per side, last axis first, as ``torch.nn.functional.pad`` wants it."""
+        widths: list[int] = []
+        for axis in reversed(range(self.n_axes)):
+            if isinstance(self.padding, tuple):
+                widths += [self.padding[axis]] * 2
+            else:
+                total = self.dilation[axis] * (self.kernel_size[axis] - 1) if self.padding == "same" else 0
+                widths += [total // 2, total - total // 2]
+        return widths
+
+    def _out_spatial(self, spatial: Sequence[int]) -> tuple[int, ...]:
+        if self.padding == "same":
+            return tuple(spatial)
+        padding = self.padding if isinstance(self.padding, tuple) else (0,) * self.n_axes
+        axes = zip(spatial, self.kernel_size, self.stride, padding, self.dilation, strict=True)
+        return tuple(out_size(*axis) for axis in axes)
+
+    def _chain(self) -> Chain | None:
+        return self.format.channel_chain(self._group_spec)
+
+    def _make_static_plan(self) -> ContractionPlan | None:
+        implementation = self.implementation
+        self.implementation = "factorized"  # the channel chain itself never runs through a dense kernel
+        try:
+            return super()._make_static_plan()
+        finally:
+            self.implementation = implementation
+
+    def plan(self, batch: int = 1, spatial: Sequence[int] | None = None) -> ConvPlan:
+        """How the layer runs on this many inputs of this size (the size last seen when left out)."""
+        sizes = tuple(spatial) if spatial is not None else self._seen_spatial
+        key = ("conv", batch, sizes, self._trains(), self.implementation, self.dense_limit_bytes)
+        found = self._plans.get(key)
+        if found is None:
+            found = self._plans[key] = self._plan(batch, sizes)
+        return found
+
+    def _plan(self, batch: int, spatial: tuple[int, ...]) -> ConvPlan:
+        core = self.cores[0]
+        model, size, weight = cost_model(self._device_type), core.element_size(), self.spec.weight
+        ins, outs = math.prod(spatial), math.prod(self._out_spatial(spatial))
+        backward = 3 if self._trains() else 1
+        dense_flops = 2 * batch * outs * weight.n_params
+        dense_moved = batch * (self.in_channels * ins + self.out_channels * outs) + weight.n_params
+        dense_s = backward * model.conv_s(dense_flops, dense_moved * size)
+        if self._trains():
+            dense_s += 3 * model.conv_s(2 * weight.n_params * max(self.spec.ranks), weight.n_params * size)
+        steps = self.format.conv_work(self._group_spec, batch * ins, batch * outs) * self.groups
+        factorized_s = sum(backward * model.conv_s(flops, moved * size) for flops, moved in steps)
+        factorized_s += _STEPS_OVERHEAD_S * self.groups
+        flops = sum(flops for flops, _ in steps)
+        chain = self._chain()
+        if chain is not None:
+            plan = self._chain_plan(max(1, batch * outs), force="factorized")
+            factorized_s += plan.predicted_s * self.groups
+            flops += plan.flops * self.groups
+        peak = max((moved for _, moved in steps), default=0) * size
+        dense = self.implementation == "dense" or (self._dense_allowed and factorized_s > _MARGIN * dense_s)
+        kind = "dense" if dense else "factorized"
+        return ConvPlan(kind, batch, spatial, flops, dense_flops, factorized_s, dense_s, 0 if dense else peak)
+
+    def extra_repr(self) -> str:
+        parts = [f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"]
+        parts += [f"padding={self.padding}"] if self.padding not in ((0,) * self.n_axes, "valid") else []
+        parts += [f"dilation={self.dilation}"] if max(self.dilation) > 1 else []
+        parts += [f"groups={self.groups}"] if self.groups > 1 else []
+        parts += [f"padding_mode={self.padding_mode}"] if self.padding_mode != "zeros" else []
+        return ", ".join([*parts, f"bias={self.bias is not None}", self._format_repr()])
+
+
+class Conv1d(_ConvNd):
+    """``torch.nn.Conv1d`` with a factorized kernel; see ``Conv2d``."""
+
+    n_axes = 1
+    dense_type = nn.Conv1d
+
+
+class Conv2d(_ConvNd):
+    r"""``torch.nn.Conv2d`` with the kernel as a product of small cores.
+
+    Args:
+        in_channels .. padding_mode: As ``torch.nn.Conv2d``.
+        format: ``"tt"`` (kernel positions, then paired channel modes), ``"tt-naive"``, ``"tucker2"``,
+            ``"low_rank"``.
+        rank: Number, tuple, share, or ``"same"``. A TT tuple starts with the spatial core,
+            ``(1, r_0, r_1, .., 1)``; Tucker-2 takes ``(R_in, R_out)``.
+        in_modes, out_modes: Factors of the channels of one group.
+        implementation: ``"dense"`` rebuilds the kernel and calls torch's convolution, ``"factorized"``
+            runs core by core, ``"auto"`` takes what is predicted faster.
+
+    Shapes: input ``(b, C, H, W)`` or ``(C, H, W)``; output as ``torch.nn.Conv2d``.
+
+    Cost: rebuilding is O(k C S r), whatever the image; core by core is
+    O(H W (k C r_0 + chain)) flops and r_0 times the feature map in memory.
+    Source: Garipov et al., arXiv:1611.03214; Tucker-2: Kim et al., arXiv:1511.06530.
+
+    Example:
+        >>> layer = Conv2d(64, 128, 3, in_modes=(4, 4, 4), out_modes=(4, 8, 4), rank=(1, 27, 22, 22, 1))
+        >>> layer(torch.randn(2, 64, 8, 8)).shape
+        torch.Size([2, 128, 6, 6])
+    """
+
+    n_axes = 2
+    dense_type = nn.Conv2d
+
+
+class Conv3d(_ConvNd):
+    """``torch.nn.Conv3d`` with a factorized kernel; see ``Conv2d``."""
+
+    n_axes = 3
+    dense_type = nn.Conv3d
+
+
+def _check_channels(in_channels: int, out_channels: int, groups: int) -> None:
+    if groups < 1 or in_channels % groups or out_channels % groups:
+        raise ShapeError(
+            f"groups must divide both channel counts: found groups={groups}, in_channels={in_channels}, "
+            f"out_channels={out_channels}. Choose a common divisor."
+        )
+
+
+def _check_padding(padding: Size | str, stride: tuple[int, ...], n: int) -> tuple[int, ...] | str:
+    if not isinstance(padding, str):
+        return as_tuple(padding, n, "padding", least=0)
+    if padding not in ("same", "valid"):
+        raise ShapeError(f"padding must be a number, a tuple, 'same' or 'valid': found {padding!r}. Pass one of these.")
+    if padding == "same" and max(stride) > 1:
+        raise ShapeError(f"padding='same' needs stride 1: found stride={stride}. Pad by a number instead.")
+    return padding
+
+
+def _check_padding_mode(mode: str) -> str:
+    if mode not in _PADDING_MODES:
+        raise ShapeError(f"padding_mode must be one of {_PADDING_MODES}: found {mode!r}. Pass 'zeros'.")
+    return mode

@@ -1,0 +1,122 @@
+"""Linear layer with a factorized weight."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tensortrain.contract import ContractionPlan
+from tensortrain.errors import ShapeError
+from tensortrain.formats import ChainFormat, Rank, WeightShape, get_format
+
+from .base import FactorizedLayer, Implementation, Init
+
+__all__ = ["Linear"]
+
+
+class Linear(FactorizedLayer):
+    r"""``torch.nn.Linear`` with the weight as a product of small cores: ``y = x W^T + b``.
+
+    Args:
+        in_features, out_features, bias: As ``torch.nn.Linear``.
+        format: ``"tt"`` or ``"low_rank"`` (``tensortrain.formats.format_names()``).
+        rank: Number, tuple, share of the dense parameters in (0, 1], or ``"same"``.
+        in_modes, out_modes: Factors of the sizes, first slowest; balanced ones when left out.
+        init: Variance of the dense weight: ``"match"`` (torch's), ``"glorot"``, ``"he"``, a number;
+            ``None`` leaves the cores unset.
+        implementation: ``"auto"``, ``"factorized"`` or ``"dense"``.
+
+    Shapes: input ``(..., in_features)``, output ``(..., out_features)``.
+
+    Raises:
+        ShapeError: Modes that do not multiply to the sizes, an unknown format.
+        RankError: A rank below one or a share outside (0, 1].
+
+    Cost: TT of d cores: O(d r^2 m max(M, N)) flops per row; see ``plan``.
+    Source: Novikov et al., NIPS 2015, arXiv:1509.06569.
+
+    Example:
+        >>> layer = Linear(25088, 4096, in_modes=(2, 7, 8, 8, 7, 4), out_modes=(4,) * 6, rank=4, bias=False)
+        >>> layer.n_params
+        2016
+    """
+
+    dense_type = nn.Linear
+    torch_arguments = ("in_features", "out_features")
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        format: str = "tt",
+        rank: Rank = 8,
+        in_modes: Sequence[int] | None = None,
+        out_modes: Sequence[int] | None = None,
+        init: Init = "match",
+        implementation: Implementation = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        weight = WeightShape("linear", out_features, in_features)
+        spec = get_format(format).spec(weight, rank=rank, out_modes=out_modes, in_modes=in_modes)
+        self.in_features, self.out_features = in_features, out_features
+        super().__init__(
+            spec,
+            bias=out_features if bias else None,
+            init=init,
+            implementation=implementation,
+            device=device,
+            dtype=dtype,
+        )
+
+    @classmethod
+    def weight_shape_of(cls, layer: Any) -> WeightShape:
+        return WeightShape("linear", layer.out_features, layer.in_features)
+
+    def plan(self, batch: int = 1, *, force: str | None = None) -> ContractionPlan:
+        """How the layer runs at this many rows: print it to see steps, flops and predicted time.
+
+        Args:
+            batch: Rows, rounded up to a power of two.
+            force: Another plan than the one that is used, such as ``"factorized"`` or ``"left-to-right"``.
+        """
+        return self._chain_plan(batch, force=force)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.ndim == 0 or x.shape[-1] != self.in_features:
+            raise ShapeError(
+                f"a linear layer's input must end with its in_features: found {tuple(x.shape)}, expected (..., "
+                f"{self.in_features}). Check the layer before."
+            )
+        plan = self._plan_for(x)
+        if plan.uses_dense:
+            return F.linear(x, self._dense_weight(), self.bias)
+        y = plan.execute(x, (), self._prepared(plan))
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def _plan_for(self, x: Tensor) -> ContractionPlan:
+        if torch.compiler.is_compiling():
+            assert self._static_plan is not None
+            return self._static_plan
+        return self._chain_plan(x.numel() // self.in_features)
+
+    def _prepared(self, plan: ContractionPlan) -> tuple[Tensor, ...]:
+        """The cores laid out and merged for a plan; kept while they do not change."""
+        return self._cached((plan.direction, plan.groups), lambda: plan.prepare(self._chain_cores()))
+
+    def _chain_cores(self) -> list[Tensor]:
+        fmt = self.format
+        assert isinstance(fmt, ChainFormat)
+        return fmt.to_chain(self._core_list(), self.spec)
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"{self._format_repr()}"
+        )

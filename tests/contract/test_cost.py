@@ -1,0 +1,144 @@
+"""The cost model: monotone, kept in a file, and replaced in a block."""
+
+from __future__ import annotations
+
+import json
+import threading
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from tensortrain.contract import Chain, CostModel, cost, cost_model, plan_chain, use_cost_model
+
+MODEL = CostModel.reference("cpu")
+
+
+@pytest.fixture
+def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A fresh cache folder and process memory; measuring gives the reference, and is counted."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(cost, "_KNOWN", {})
+    monkeypatch.setattr(cost, "measure_cost_model", lambda device: MODEL)
+    return tmp_path / "tensortrain"
+
+
+def forbid_measuring(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(device: object) -> CostModel:
+        raise AssertionError("measured again")
+
+    monkeypatch.setattr(cost, "measure_cost_model", fail)
+
+
+@pytest.mark.parametrize("device_type", ["cpu", "cuda"])
+def test_more_work_takes_longer(device_type: str) -> None:
+    model = CostModel.reference(device_type)
+    for side in range(3):
+        small = [64, 64, 64]
+        large = list(small)
+        large[side] *= 2
+        assert model.gemm_s(*small) < model.gemm_s(*large)
+        assert model.gemm_s(*small, batch=8) < model.gemm_s(*large, batch=8)
+    assert model.gemm_s(64, 64, 64, dtype=torch.float64) > model.gemm_s(64, 64, 64)
+    assert model.copy_s(1e6) < model.copy_s(2e6)
+    assert model.conv_s(1e9, 1e6) < model.conv_s(2e9, 1e6)
+
+
+def test_thin_products_run_below_the_peak() -> None:
+    flops = 2 * 4096**2 * 4
+    for shape in ((4, 4096, 4096), (4096, 4, 4096), (4096, 4096, 4)):
+        assert flops / MODEL.gemm_s(*shape) < 0.6 * MODEL.gemm_flops_s
+
+
+def test_one_row_is_bound_by_reading_the_weight() -> None:
+    seconds = MODEL.linear_s(1, 8192, 8192)
+    assert seconds == pytest.approx(4 * 8192 * 8192 / MODEL.bandwidth_bytes_s, rel=0.01)
+
+
+def test_measured_constants_are_sound() -> None:
+    model = cost.measure_cost_model("cpu")
+    assert cost._is_sound(model)
+    assert all(float(f"{v:.2g}") == v for v in asdict(model).values() if isinstance(v, float))
+    assert 1e8 < model.gemm_flops_s < 1e14
+    assert 1e8 < model.bandwidth_bytes_s < 1e13
+
+
+def test_use_cost_model_is_a_block_and_a_context() -> None:
+    slow = replace(MODEL, gemm_flops_s=1.0)
+    with use_cost_model(MODEL):
+        with use_cost_model(slow) as inner:
+            assert cost_model() is inner is slow
+        assert cost_model() is MODEL
+        seen: list[CostModel | None] = []
+        worker = threading.Thread(target=lambda: seen.append(cost._OVERRIDE.get()))
+        worker.start()
+        worker.join()
+        assert seen == [None]
+
+
+def test_plans_follow_the_model_in_force() -> None:
+    chain = Chain((4, 4), (4, 4), (1, 2, 1))
+    with use_cost_model(MODEL):
+        before = plan_chain(chain, batch=4)
+    with use_cost_model(replace(MODEL, overhead_s=1.0)):
+        after = plan_chain(chain, batch=4)
+    assert after.predicted_s > 1.0 > before.predicted_s
+
+
+def test_file_round_trip(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert cost_model("cpu") == MODEL
+    (file,) = empty_cache.iterdir()
+    assert file.name.startswith("cost-model-")
+    assert file.suffix == ".json"
+    cost._KNOWN.clear()
+    forbid_measuring(monkeypatch)
+    assert cost_model("cpu") == MODEL
+    file.unlink()
+    assert cost_model("cpu") == MODEL  # from process memory
+
+
+def _with(**changes: object) -> str:
+    return json.dumps({"constants": {**asdict(MODEL), **changes}})
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        "{}",
+        '{"constants": null}',
+        '{"constants": {}}',
+        _with(extra=1.0),
+        _with(gemm_flops_s="fast"),
+        _with(gemm_flops_s=0.0),
+        _with(bandwidth_bytes_s=-1.0),
+        _with(overhead_s=float("nan")),
+        _with(overhead_s=float("inf")),
+        _with(gemm_half=[1.0, 2.0]),
+        _with(gemm_half=1.0),
+        _with(overhead_s=[1.0, 1.0, 1.0]),
+        "\x00\xff",
+    ],
+)
+def test_damaged_file_is_replaced(empty_cache: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    cost_model("cpu")
+    (file,) = empty_cache.iterdir()
+    file.write_text(text, encoding="latin-1")
+    cost._KNOWN.clear()
+    other = replace(MODEL, overhead_s=1e-6)
+    monkeypatch.setattr(cost, "measure_cost_model", lambda device: other)
+    assert cost_model("cpu") == other
+    assert json.loads(file.read_text())["constants"]["overhead_s"] == 1e-6
+
+
+def test_unwritable_cache_is_passed_over(empty_cache: Path) -> None:
+    empty_cache.write_text("a file where the folder should be")
+    assert cost_model("cpu") == MODEL
+
+
+def test_devices_without_a_clock_get_the_reference(empty_cache: Path) -> None:
+    assert cost_model("meta") == MODEL
+    assert not empty_cache.exists()

@@ -1,0 +1,281 @@
+"""Dense to cores: exact when asked, within the tolerance promised, best at given ranks."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tensortrain.contract import chain_to_dense
+from tensortrain.errors import TTError
+from tensortrain.formats import Factorization, WeightShape, balance_chain, get_format
+from tensortrain.testing import rel_error
+
+CASES = {
+    "tt linear": ("tt", WeightShape("linear", 24, 30)),
+    "tt conv": ("tt", WeightShape("conv", 12, 8, (3, 3))),
+    "tt 1x1 conv": ("tt", WeightShape("conv", 12, 8, (1, 1))),
+    "tt embedding": ("tt", WeightShape("embedding", 12, 53)),
+    "tt groups": ("tt", WeightShape("conv", 12, 8, (3, 3), groups=3)),
+    "tt-naive": ("tt-naive", WeightShape("conv", 12, 8, (3, 2))),
+    "tt-naive groups": ("tt-naive", WeightShape("conv", 12, 8, (3,), groups=2)),
+    "tucker2": ("tucker2", WeightShape("conv", 12, 8, (3, 3))),
+    "tucker2 1x1": ("tucker2", WeightShape("conv", 12, 8, (1,))),
+    "tucker2 groups": ("tucker2", WeightShape("conv", 12, 8, (3, 3, 2), groups=2)),
+    "low_rank linear": ("low_rank", WeightShape("linear", 24, 30)),
+    "low_rank conv": ("low_rank", WeightShape("conv", 12, 8, (3, 3))),
+    "low_rank embedding": ("low_rank", WeightShape("embedding", 12, 53)),
+    "low_rank groups": ("low_rank", WeightShape("conv", 12, 8, (3, 3), groups=3)),
+}
+every_case = pytest.mark.parametrize("name", CASES)
+
+
+def flat(shape: tuple[int, ...]) -> Tensor:
+    return torch.randn(shape)
+
+
+def decaying(shape: tuple[int, ...]) -> Tensor:
+    """Singular values from 1 down to 1e-6 in every matricization."""
+    rows, columns = torch.logspace(0, -3, shape[0]), torch.logspace(0, -3, math.prod(shape[1:]))
+    return (rows[:, None] * torch.randn(shape[0], math.prod(shape[1:])) * columns).reshape(shape)
+
+
+def steps(shape: tuple[int, ...]) -> Tensor:
+    """Groups of outputs on very different scales, so that groups of a convolution need different ranks."""
+    scale = 10.0 ** -(torch.arange(shape[0]) // 3)
+    return torch.randn(shape) * scale.reshape(-1, *[1] * (len(shape) - 1))
+
+
+def low(shape: tuple[int, ...]) -> Tensor:
+    return (torch.randn(shape[0], 2) @ torch.randn(2, math.prod(shape[1:]))).reshape(shape)
+
+
+WEIGHTS = {"flat": flat, "decaying": decaying, "steps": steps, "low": low}
+
+
+def measured(found: Factorization, dense: Tensor) -> float:
+    wide = torch.complex128 if dense.is_complex() else torch.float64
+    return rel_error(get_format(found.spec.format).to_dense([c.to(wide) for c in found.cores], found.spec), dense)
+
+
+def check_layout(found: Factorization, dense: Tensor) -> None:
+    assert tuple(tuple(core.shape) for core in found.cores) == found.spec.core_shapes
+    for core in found.cores:
+        assert core.dtype == dense.dtype
+        assert core.is_contiguous()
+        assert not core.requires_grad
+
+
+@every_case
+@pytest.mark.parametrize("kind", WEIGHTS)
+def test_exact_without_rank_and_eps(kind: str, name: str) -> None:
+    format, weight = CASES[name]
+    dense = WEIGHTS[kind](weight.dense_shape)
+    found = get_format(format).factorize(dense, weight)
+    check_layout(found.value, dense)
+    assert measured(found.value, dense) <= 1e-12
+    assert measured(found.value, dense) <= found.rel_error_bound <= 1e-12
+
+
+@every_case
+@pytest.mark.parametrize("kind", WEIGHTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("eps", [0.5, 0.1, 1e-2, 1e-4])
+def test_the_tolerance_is_kept(eps: float, dtype: torch.dtype, kind: str, name: str) -> None:
+    format, weight = CASES[name]
+    dense = WEIGHTS[kind](weight.dense_shape).to(dtype)
+    found = get_format(format).factorize(dense, weight, eps=eps)
+    check_layout(found.value, dense)
+    assert measured(found.value, dense) <= found.rel_error_bound <= eps
+
+
+@every_case
+def test_the_bound_holds_under_caps(name: str) -> None:
+    format, weight = CASES[name]
+    dense = flat(weight.dense_shape)
+    for rank in (1, 2, 5):
+        found = get_format(format).factorize(dense, weight, rank=rank, eps=1e-3)
+        assert max(found.value.spec.ranks) <= rank
+        assert measured(found.value, dense) <= found.rel_error_bound * (1 + 1e-12)
+
+
+@every_case
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_bound_holds_in_lower_precision(dtype: torch.dtype, name: str) -> None:
+    format, weight = CASES[name]
+    for kind in WEIGHTS.values():
+        dense = kind(weight.dense_shape).to(dtype)
+        found = get_format(format).factorize(dense, weight)
+        check_layout(found.value, dense)
+        assert measured(found.value, dense) <= found.rel_error_bound
+
+
+@pytest.mark.parametrize("format", ["tt", "low_rank"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_bound_holds_for_the_smallest_weights(dtype: torch.dtype, format: str) -> None:
+    # Few entries round at random: a bound that is met on average only would fail here.
+    for shape in ((1, 1), (2, 3), (4, 4), (1, 5), (6, 2)):
+        weight = WeightShape("linear", *shape)
+        for _ in range(60):
+            dense = torch.randn(shape).to(dtype)
+            found = get_format(format).factorize(dense, weight)
+            assert measured(found.value, dense) <= found.rel_error_bound
+
+
+@every_case
+def test_zero_weight(name: str) -> None:
+    format, weight = CASES[name]
+    dense = torch.zeros(weight.dense_shape)
+    for options in ({}, {"rank": 2}, {"eps": 0.1}):
+        found = get_format(format).factorize(dense, weight, **options)
+        assert found.rel_error_bound == 0
+        assert found.value.to_dense().abs().max() == 0
+
+
+def test_one_group_of_zeros() -> None:
+    weight = WeightShape("conv", 12, 8, (3, 3), groups=2)
+    dense = torch.cat([torch.zeros(6, 8, 3, 3), torch.randn(6, 8, 3, 3)])
+    for format in ("tt", "tt-naive", "tucker2", "low_rank"):
+        found = get_format(format).factorize(dense, weight, eps=0.3)
+        assert measured(found.value, dense) <= found.rel_error_bound <= 0.3
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
+@pytest.mark.parametrize("format", ["tt", "low_rank"])
+def test_complex(format: str, dtype: torch.dtype) -> None:
+    weight = WeightShape("linear", 24, 30)
+    dense = torch.randn(24, 30, dtype=dtype)
+    for eps in (None, 0.3):
+        found = get_format(format).factorize(dense, weight, eps=eps)
+        check_layout(found.value, dense)
+        assert measured(found.value, dense) <= found.rel_error_bound <= (eps or 1e-5)
+
+
+def test_a_kernel_that_is_complex_is_refused_by_tucker2() -> None:
+    weight = WeightShape("conv", 4, 4, (3,))
+    with pytest.raises(TTError, match="complex"):
+        get_format("tucker2").factorize(torch.randn(4, 4, 3, dtype=torch.complex128), weight, rank=2)
+
+
+# -- at given ranks -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["low_rank linear", "low_rank conv", "low_rank embedding"])
+@pytest.mark.parametrize("rank", [1, 4, 9])
+def test_low_rank_is_the_truncated_svd(rank: int, name: str) -> None:
+    format, weight = CASES[name]
+    dense = decaying(weight.dense_shape)
+    found = get_format(format).factorize(dense, weight, rank=rank)
+    values = torch.linalg.svdvals(dense if weight.kind == "embedding" else dense.flatten(1))
+    best = float(values[rank:].norm() / values.norm())
+    assert found.value.spec.ranks == (1, rank, 1)
+    assert measured(found.value, dense) == pytest.approx(best, rel=1e-9)
+
+
+@pytest.mark.parametrize("rank", [1, 3, 6])
+def test_a_train_is_within_the_quasi_optimal_factor(rank: int) -> None:
+    format, weight = CASES["tt linear"]
+    dense = decaying(weight.dense_shape)
+    options: dict[str, Any] = {"out_modes": (2, 3, 4), "in_modes": (5, 3, 2)}
+    fmt = get_format(format)
+    found = fmt.factorize(dense, weight, rank=rank, **options)
+    tails = [float(s[rank:].norm()) for s in fmt.spectra(dense, found.value.spec, gram=None)]
+    error = measured(found.value, dense) * float(dense.norm())
+    assert max(tails) * (1 - 1e-9) <= error <= math.hypot(*tails) * (1 + 1e-9)
+
+
+def test_tucker2_recovers_its_own_ranks() -> None:
+    fmt, weight = get_format("tucker2"), WeightShape("conv", 12, 8, (3, 3))
+    spec = fmt.spec(weight, rank=(3, 5))
+    dense = fmt.to_dense([torch.randn(shape) for shape in spec.core_shapes], spec)
+    found = fmt.factorize(dense, weight, eps=1e-5)
+    assert found.value.spec.ranks == (3, 5)
+    assert measured(found.value, dense) <= 1e-12
+
+
+def test_tucker2_improves_on_the_hosvd() -> None:
+    fmt, weight = get_format("tucker2"), WeightShape("conv", 12, 8, (3, 3))
+    dense = torch.randn(weight.dense_shape)
+    spectra = fmt.spectra(dense, fmt.spec(weight, rank=1), gram=None)
+    for rank in ((2, 3), (5, 5), (8, 2)):
+        found = fmt.factorize(dense, weight, rank=rank)
+        tails = [float(s[r:].norm()) for s, r in zip(spectra, rank, strict=True)]
+        error = measured(found.value, dense) * float(dense.norm())
+        assert max(tails) * (1 - 1e-9) <= error <= math.hypot(*tails)
+
+
+@every_case
+def test_ranks_recovered_from_an_exact_weight(name: str) -> None:
+    format, weight = CASES[name]
+    fmt = get_format(format)
+    spec = fmt.spec(weight, rank=2)
+    if weight.kind == "embedding" and format == "tt":  # rows that pad the vocabulary up are zero, and cost rank
+        weight = replace(weight, in_features=math.prod(spec.in_modes))
+        spec = fmt.spec(weight, rank=2, in_modes=spec.in_modes, out_modes=spec.out_modes)
+    dense = fmt.to_dense([torch.randn(shape) for shape in spec.core_shapes], spec)
+    found = fmt.factorize(dense, weight, eps=1e-6, in_modes=spec.in_modes, out_modes=spec.out_modes)
+    assert found.value.spec.ranks == spec.ranks
+    assert measured(found.value, dense) <= 1e-6
+
+
+def test_groups_share_the_largest_ranks() -> None:
+    weight = WeightShape("conv", 12, 8, (3, 3), groups=2)
+    thin, full = torch.randn(6, 1) @ torch.randn(1, 72), torch.randn(6, 72)
+    dense = torch.cat([thin, full]).reshape(weight.dense_shape)
+    found = get_format("low_rank").factorize(dense, weight, eps=1e-6)
+    assert found.value.spec.ranks == (1, 6, 1)
+    assert measured(found.value, dense) <= 1e-6
+
+
+# -- the scale of the cores ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.complex64])
+def test_balancing_changes_no_bit_of_the_product(dtype: torch.dtype) -> None:
+    chain = [torch.randn(1, 3, 4, 5), 1e3 * torch.randn(5, 2, 3, 4), 1e-4 * torch.randn(4, 2, 2, 1)]
+    chain = [core.to(dtype) for core in chain]
+    balanced = balance_chain(chain)
+    for before, after in zip(chain, balanced, strict=True):
+        gauges = (after.abs().double() / before.abs().double()).log2()
+        assert torch.equal(gauges, gauges.round())  # powers of two change no digit
+    for left, right in itertools.pairwise(balanced):
+        sizes = left.flatten(0, 2).norm(dim=0).double() / right.flatten(1).norm(dim=1).double()
+        assert sizes.log2().abs().max() <= 2
+    wide = torch.complex128 if dtype.is_complex else torch.float64
+    exact, found = (chain_to_dense([core.to(wide) for core in cores]) for cores in (chain, balanced))
+    assert rel_error(found, exact) <= 1e-14
+
+
+def test_balancing_leaves_zeros_alone() -> None:
+    chain = [torch.zeros(1, 2, 2, 3), torch.randn(3, 2, 2, 1)]
+    assert all(map(torch.equal, balance_chain(chain), chain))
+
+
+@every_case
+def test_cores_are_of_like_size(name: str) -> None:
+    # Gradients of a core grow with the others: no core may hide the scale of the whole.
+    format, weight = CASES[name]
+    found = get_format(format).factorize(1e-4 * flat(weight.dense_shape), weight, rank=4)
+    norms = torch.tensor([float(core.norm()) for core in found.value.cores])
+    assert norms.max() / norms.min() < 30
+
+
+# -- what is refused ----------------------------------------------------------------------------------
+
+
+def test_a_weight_of_another_shape_is_refused() -> None:
+    with pytest.raises(TTError, match=r"\(4, 5\).*\(5, 4\)"):
+        get_format("tt").factorize(torch.randn(4, 5), WeightShape("linear", 5, 4))
+
+
+@every_case
+@pytest.mark.parametrize("eps", [-1.0, 1.0, float("nan")])
+def test_a_tolerance_outside_its_range_is_refused(eps: float, name: str) -> None:
+    format, weight = CASES[name]
+    with pytest.raises(TTError, match=r"\[0, 1\)"):
+        get_format(format).factorize(flat(weight.dense_shape), weight, eps=eps)

@@ -1,0 +1,21 @@
+"""Layers in double precision, planned with constants that do not depend on the machine."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from tensortrain.contract import CostModel, use_cost_model
+
+sys.path.append(str(Path(__file__).parent))  # layer_agreement.py
+
+
+@pytest.fixture(autouse=True)
+def _double_precision_and_fixed_plans() -> Iterator[None]:
+    torch.set_default_dtype(torch.float64)
+    with use_cost_model(CostModel.reference("cpu")):
+        yield

@@ -1,0 +1,49 @@
+"""Numbers as people read them."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from tensortrain.viz import text
+
+
+@pytest.mark.parametrize(
+    "words, expected",
+    [
+        (text.count(1234567), "1,234,567"),
+        (text.count(None), "–"),
+        (text.compact(999_950), "1M"),
+        (text.compact(102_764_544), "103M"),
+        (text.compact(0), "0"),
+        (text.compact(math.nan), "–"),
+        (text.bytes_text(999), "999 B"),
+        (text.bytes_text(31_700_000), "31.7 MB"),
+        (text.ms_text(0.0123), "12.3 µs"),
+        (text.ms_text(12.34), "12.3 ms"),
+        (text.ms_text(12_340), "12.3 s"),
+        (text.ratio(4.0), "4×"),
+        (text.speed_text(2.0), "2× faster"),
+        (text.speed_text(0.5), "2× slower"),
+        (text.speed_text(1.01), "same speed"),
+        (text.speed_text(math.nan), "–"),
+        (text.metric_text("val_accuracy", 0.9268), "92.68 %"),
+        (text.metric_text("loss", 0.31), "0.31"),
+        (text.metric_text("accuracy", 92.68), "92.68"),
+        (text.metric_change("accuracy", 0.9312, 0.9268), "−0.44 points"),
+        (text.metric_change("perplexity", 20.0, 21.5), "+1.5"),
+        (text.ranks_text((4, 8, 4)), "4·8·4"),
+        (text.product(()), "–"),
+        (text.shorten("short", 10), "short"),
+    ],
+)
+def test_words(words: str, expected: str) -> None:
+    assert words == expected
+
+
+def test_shorten_keeps_both_ends_and_the_width() -> None:
+    short = text.shorten("encoder.layer.11.intermediate.dense", 20)
+    assert len(short) <= 20
+    assert short.startswith("enc")
+    assert short.endswith("ediate.dense")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
+from collections import namedtuple
 from typing import Any
 
 import pytest
@@ -76,6 +77,14 @@ def test_a_batch_norm_behind_two_layers_makes_up_for_neither() -> None:
     found = calibrated(Forked(), batches(2, 20, 12, mean=1.5))
     assert found.norms == {}
     assert found.means == {}
+
+
+def test_batches_may_be_lists_or_named_tuples() -> None:
+    pair = namedtuple("pair", "x y")
+    (x, y), *_ = batches(1, 20, 12)
+    exact = calibrated(nn.Linear(12, 5), [(x, y)]).grams[""]
+    for batch in ([x, y], pair(x, y), x):
+        torch.testing.assert_close(calibrated(nn.Linear(12, 5), [batch]).grams[""], exact)
 
 
 def test_only_so_many_batches_are_run() -> None:

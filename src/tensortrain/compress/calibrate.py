@@ -290,5 +290,5 @@ def _moved(batch: Any, device: torch.device) -> Any:
     if isinstance(batch, Mapping):
         return {key: _moved(value, device) for key, value in batch.items()}
     if isinstance(batch, (tuple, list)):
-        return type(batch)(_moved(value, device) for value in batch)
+        return tuple(_moved(value, device) for value in batch)
     return batch

@@ -245,6 +245,7 @@ class _Chooser:
     total_params: int
     batch_size: int | None
     allow_slower: bool
+    known: dict[tuple[str, FactorSpec], LayerCost] = field(default_factory=dict)
 
     def choose(self) -> list[LayerPlan]:
         # Per layer: formats and modes that are too slow from so many parameters on.
@@ -286,7 +287,14 @@ class _Chooser:
             return layer.weight.n_params if candidate is None else candidate.point.n_params
         if candidate is None:
             return self.costs[layer.name].flops or 0
-        return spec_cost(layer, candidate.spec, self.calibration, self.batch_size).flops or 0
+        return self._cost(layer, candidate).flops or 0
+
+    def _cost(self, layer: FoundLayer, candidate: Candidate) -> LayerCost:
+        """Milliseconds to predict, so each is predicted once."""
+        key = layer.name, candidate.spec
+        if key not in self.known:
+            self.known[key] = spec_cost(layer, candidate.spec, self.calibration, self.batch_size)
+        return self.known[key]
 
     def _slower(self, picks: Sequence[Candidate | None]) -> list[tuple[FoundLayer, Candidate]]:
         slack = _SLACK * sum(cost.seconds for cost in self.costs.values())
@@ -294,8 +302,7 @@ class _Chooser:
         for layer, pick in zip(self.layers, picks, strict=True):
             if pick is None:
                 continue
-            after = spec_cost(layer, pick.spec, self.calibration, self.batch_size)
-            if after.seconds > self.costs[layer.name].seconds + slack:
+            if self._cost(layer, pick).seconds > self.costs[layer.name].seconds + slack:
                 slower.append((layer, pick))
         return slower
 
@@ -333,7 +340,7 @@ class _Chooser:
             **common,
             spec=pick.spec,
             params_after=layer.n_params - layer.weight.n_params + pick.point.n_params,
-            flops_after=spec_cost(layer, pick.spec, self.calibration, self.batch_size).flops,
+            flops_after=self._cost(layer, pick).flops,
             rel_error=pick.point.rel_error,
             decision="compressed",
             # A budget in flops is only kept if the layer really runs core by core.

@@ -309,3 +309,26 @@ def test_every_error_of_planning_is_one_of_ours() -> None:
     for arguments in ({"budget": "x"}, {"budget": "2x", "include": "no"}, {"budget": "2x", "formats": ("no",)}):
         with pytest.raises(TTError):
             plan_compression(mlp(8, 8), **arguments)
+
+
+class LoudAndQuiet(nn.Module):
+    """Two equal branches, one of which hardly reaches the output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loud, self.quiet = nn.Linear(48, 48), nn.Linear(48, 48)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.loud(x) + 0.1 * self.quiet(x)
+
+
+def test_layers_weigh_more_alike_when_the_model_will_be_healed() -> None:
+    model, data = LoudAndQuiet(), batches(4, 32, 48)
+    decay_(model)
+    params = {
+        will_heal: {layer.name: layer.params_after for layer in plan.layers}
+        for will_heal in (False, True)
+        if (plan := plan_compression(model, budget="3x", data=data, formats=["low_rank"], will_heal=will_heal))
+    }
+    assert params[False]["loud"] > params[True]["loud"] > params[True]["quiet"]
+    assert params[True]["quiet"] > params[False]["quiet"]

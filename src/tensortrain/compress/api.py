@@ -107,6 +107,7 @@ def compress(
             allow_slower=allow_slower,
             batch_size=batch_size,
             n_batches=n_batches,
+            will_heal=settings is not None and data is not None and not settings.only_statistics,
             output=output,
             observer=observer,
         )

@@ -45,6 +45,11 @@ class Heal:
     temperature: float = 4.0
     batchnorm_batches: int = 32
 
+    @property
+    def only_statistics(self) -> bool:
+        """Whether nothing is trained: batch-norm statistics alone are put right."""
+        return self.epochs == 0 or self.steps == 0
+
     def with_length(self) -> Heal:
         """The same settings, one pass over the data where no length was given."""
         return self if self.epochs is not None or self.steps is not None else replace(self, epochs=1)
@@ -80,7 +85,7 @@ def heal_(
     settings = (settings or Heal()).with_length()
     check_healing(model, data, settings)
     reestimate_batchnorm_(model, data, n_batches=settings.batchnorm_batches)
-    if settings.epochs == 0 or settings.steps == 0:
+    if settings.only_statistics:
         return FitResult([], 0, 0.0)
     with _modes_kept(teacher):  # the losses run it in eval mode
         return _fit(model, teacher, data, settings, output, evaluate, checkpoint, seed, observer)

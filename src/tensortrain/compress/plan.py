@@ -26,6 +26,9 @@ from .output_weights import OutputFunction
 __all__ = ["CompressionPlan", "LayerPlan", "plan_compression"]
 
 _SLACK = 0.01  # of the whole model's time: what a layer may lose before it counts as slower
+# Exponent on a layer's weight when the model is healed: at 80x on Fashion-MNIST, after one epoch, 0.5 gave 90.5 %,
+# 1 gave 88.8 % and 0 gave 90.0 %.
+_HEALED_REACH = 0.5
 _VERSION = 1
 
 
@@ -131,6 +134,7 @@ def plan_compression(
     allow_slower: bool = False,
     batch_size: int | None = None,
     n_batches: int = 16,
+    will_heal: bool = False,
     output: OutputFunction | None = None,
     observer: Observer | None = None,
 ) -> CompressionPlan:
@@ -151,6 +155,8 @@ def plan_compression(
         allow_slower: Take candidates that are predicted slower than the dense layer. Without it a layer may
             lose at most 1 % of the whole model's predicted time at this batch size.
         batch_size: Rows to judge speed at; by default the batch size of the data.
+        will_heal: The model will be fine-tuned afterwards. Training makes up for errors where they reach far
+            more than where they do not, so layers are then weighed more alike (by the square root).
         output: ``(model, batch) -> tensor`` the model is judged by; logits or hidden states by default.
 
     Returns:
@@ -176,7 +182,8 @@ def plan_compression(
     flops = sum(cost.flops or 0 for cost in costs.values()) if calibration is not None else None
     limit = read_budget(budget, params=total, flops=flops)
     menus = _menus(layers, calibration, formats, observer)
-    weights = {layer.name: _weight(layer, calibration) for layer in layers}
+    reach = _HEALED_REACH if will_heal else 1.0
+    weights = {layer.name: _weight(layer, calibration) ** reach for layer in layers}
     chooser = _Chooser(layers, menus, weights, costs, calibration, limit, total, batch_size, allow_slower)
     plans = chooser.choose()
     after = total - sum(layer.params_before - layer.params_after for layer in plans)

@@ -29,18 +29,17 @@ from tensortrain.compress import (
     count_params,
     cross_entropy_loss,
     evaluate_accuracy,
-    find_layers,
     fit,
     heal_,
+    plan_uniform,
     provenance,
     reestimate_batchnorm_,
     write_text_atomic,
 )
 from tensortrain.data import fashion_mnist, image_batches
-from tensortrain.formats import get_format
 from tensortrain.models import build
 from tensortrain.models.conv_fc import DENSE_RECIPE
-from tensortrain.nn import COUNTERPARTS, FactorizedLayer
+from tensortrain.nn import FactorizedLayer
 from tensortrain.viz.figures import accuracy_curve, save_figure
 
 HERE = Path(__file__).parent
@@ -132,23 +131,8 @@ def ours(dense: nn.Module, limit: int, data: Any, config: dict[str, Any], seed: 
 
 def uniform(dense: nn.Module, limit: int, format: str) -> nn.Module:
     """The largest rank, the same for all layers, that fits; plain decomposition of the weights."""
-    layers = [layer for layer in find_layers(dense)[0] if layer.name not in KEPT_DENSE]
-    fixed = count_params(dense) - sum(layer.weight.n_params for layer in layers)
-    fmt = get_format(format)
-
-    def size(layer: Any, rank: int) -> int:
-        return min(fmt.spec(layer.weight, rank=rank).n_params, layer.weight.n_params)
-
-    rank = 1
-    while fixed + sum(size(layer, rank + 1) for layer in layers) <= limit:
-        rank += 1
-    model = copy.deepcopy(dense)
-    for layer in layers:
-        if fmt.spec(layer.weight, rank=rank).n_params < layer.weight.n_params:
-            new = COUNTERPARTS[type(layer.module)].from_dense(layer.module, format=format, rank=rank)
-            parent, _, child = layer.name.rpartition(".")
-            setattr(model.get_submodule(parent), child, new)
-    return model
+    plan = plan_uniform(dense, budget={"params": limit}, format=format, exclude=KEPT_DENSE)
+    return tt.apply_plan_(copy.deepcopy(dense), plan)
 
 
 def scratch(dense: nn.Module, limit: int, data: Any, config: dict[str, Any], seed: int) -> nn.Module:

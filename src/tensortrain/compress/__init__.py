@@ -12,6 +12,7 @@ from .observer import Observer, Silent
 from .plan import CompressionPlan, LayerPlan, plan_compression
 from .report import CurvePoint, LatencyRow, LayerReport, MemoryRow, Report, provenance, write_text_atomic
 from .training import FitResult, evaluate_accuracy, fit, reestimate_batchnorm_
+from .uniform import plan_uniform
 
 __all__ = [
     "Budget",
@@ -43,6 +44,7 @@ __all__ = [
     "heal_",
     "inspect",
     "plan_compression",
+    "plan_uniform",
     "provenance",
     "read_budget",
     "reestimate_batchnorm_",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -89,33 +90,15 @@ def calibrate(
     Cost: ``n_batches`` forward passes plus O(rows N^2) flops per layer with N inputs.
     """
     observer = observer or Silent()
-    found = Calibration()
+    found, counts = Calibration(), dict[str, int]()
     mask: list[Tensor | None] = [None]
-    counts: dict[str, int] = {}
-    feature_map: list[tuple[int, ...]] = [()]
-    handles = [layer.module.register_forward_pre_hook(_recorder(layer, found, counts, mask, grams)) for layer in layers]
-    handles += [
-        layer.module.register_forward_pre_hook(_structure_recorder(layer, found, feature_map)) for layer in layers
-    ]
-    handles += [module.register_forward_hook(_feature_map_recorder(feature_map)) for module in model.modules()]
-    handles += _norm_watchers(model, layers, found.norms)
+    handles = _watch(model, layers, found, counts, mask, grams)
     training = [(module, module.training) for module in model.modules()]
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    kept = max(keep_batches, gradient_batches if grams else 0)
     observer.on_start("calibrate", n_batches)
     try:
         model.eval()
-        with torch.no_grad():
-            for k, batch in enumerate(data):
-                if k == n_batches:
-                    break
-                batch = _moved(batch, device)
-                if k == 0:
-                    found.n_examples = max(1, _n_examples(batch))
-                mask[0] = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-                forward(model, batch)
-                if k < max(keep_batches, gradient_batches if grams else 0):
-                    found.batches.append(batch)
-                observer.on_step(k + 1)
+        _run_batches(model, itertools.islice(data, n_batches), found, mask, kept, observer)
     finally:
         for handle in handles:
             handle.remove()
@@ -136,6 +119,46 @@ def calibrate(
         if count:
             _finish(found, name, count, name in centred)
     return found
+
+
+def _watch(
+    model: nn.Module,
+    layers: Sequence[FoundLayer],
+    found: Calibration,
+    counts: dict[str, int],
+    mask: list[Tensor | None],
+    grams: bool,
+) -> list[Any]:
+    """Hooks on the layers and what lies between them; the caller removes them."""
+    feature_map: list[tuple[int, ...]] = [()]
+    handles: list[Any] = []
+    for layer in layers:
+        register = layer.module.register_forward_pre_hook
+        handles.append(register(_recorder(layer, found, counts, mask, grams)))
+        handles.append(register(_structure_recorder(layer, found, feature_map)))
+    handles += [module.register_forward_hook(_feature_map_recorder(feature_map)) for module in model.modules()]
+    return handles + _norm_watchers(model, layers, found.norms)
+
+
+@torch.no_grad()
+def _run_batches(
+    model: nn.Module,
+    batches: Iterable[Any],
+    found: Calibration,
+    mask: list[Tensor | None],
+    kept: int,
+    observer: Observer,
+) -> None:
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    for k, batch in enumerate(batches):
+        batch = _moved(batch, device)
+        if k == 0:
+            found.n_examples = max(1, _n_examples(batch))
+        mask[0] = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+        forward(model, batch)
+        if k < kept:
+            found.batches.append(batch)
+        observer.on_step(k + 1)
 
 
 def _finish(found: Calibration, name: str, count: int, centred: bool) -> None:

@@ -228,8 +228,10 @@ def _weight(layer: FoundLayer, calibration: Calibration | None) -> float:
     With gradients, the mean square of the model's output that the layer carries; else all layers count alike.
     """
     gram, output_gram = calibration.weighing(layer.name) if calibration else (None, None)
-    if calibration is None or gram is None or output_gram is None:
+    if calibration is None or gram is None or not calibration.output_grams:
         return 1.0
+    if output_gram is None:
+        return 0.0  # no gradient came back: the tensor that the model is judged by does not depend on this layer
     weight: Any = layer.module.weight
     matrix = weight.detach().flatten(1)
     matrix = matrix.T if layer.weight.kind == "embedding" else matrix

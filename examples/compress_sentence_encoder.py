@@ -41,7 +41,7 @@ def main(budget: str = "2x", out: str = "runs/minilm-2x", steps: int = 60) -> No
         budget=budget,
         data=batches,
         output=sentence_embedding,  # what the model is judged by, in calibration and in healing
-        heal={"loss": "feature", "lr": 5e-4, "steps": steps},
+        heal={"loss": "feature", "lr": 1.5e-4, "steps": steps},
         name="all-MiniLM-L6-v2",
     )
     print(result.plan)

@@ -39,7 +39,7 @@ from tensortrain.viz import write_html
 __all__ = ["DEMO_HEAL", "DemoResult", "DemoSettings", "Stages", "run_demo"]
 
 MODEL = "conv-fc"
-DEMO_HEAL = Heal(epochs=7, lr=3e-3, weight_decay=0.0, schedule="cosine", alpha=0.9, temperature=4.0)
+DEMO_HEAL = Heal(epochs=7, lr=3e-3, weight_decay=0.0, schedule="cosine", alpha=0.5, temperature=2.0)
 
 # The quick run takes a smaller network of the same kind: it shows and tests the way, not the gain.
 _QUICK_IMAGES = {"n_train": 1024, "n_test": 360}

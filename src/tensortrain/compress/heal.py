@@ -41,8 +41,8 @@ class Heal:
     warmup: float = 0.05
     grad_clip: float | None = 5.0
     loss: Literal["distill", "feature"] | Loss = "distill"
-    alpha: float = 0.9
-    temperature: float = 4.0
+    alpha: float = 0.5
+    temperature: float = 2.0
     batchnorm_batches: int = 32
 
     @property

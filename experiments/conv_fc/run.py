@@ -147,11 +147,17 @@ def scratch(dense: nn.Module, limit: int, data: Any, config: dict[str, Any], see
     return model
 
 
+def longer(dense: nn.Module, limit: int, data: Any, config: dict[str, Any], seed: int) -> nn.Module:
+    """The dense network itself, healed like the others: what the additional training alone is worth."""
+    return copy.deepcopy(dense)
+
+
 BUILDERS = {
     "tensortrain": ours,
     "uniform-tt": lambda dense, limit, data, config, seed: uniform(dense, limit, "tt"),
     "uniform-svd": lambda dense, limit, data, config, seed: uniform(dense, limit, "low_rank"),
     "tt-scratch": scratch,
+    "dense-longer": longer,
 }
 
 

@@ -290,7 +290,7 @@ class KillAt(Silent):
         self.step, self.training = step, False
 
     def on_start(self, name: str, total: int | None) -> None:
-        self.training = name == "fit"
+        self.training = name == "heal"
 
     def on_step(self, n: int, **figures: float) -> None:
         if self.training and n == self.step:

@@ -23,7 +23,7 @@ from .measure import latency_rows, memory_rows, resident_bytes
 from .observer import Observer, Silent
 from .output_weights import OutputFunction
 from .plan import CompressionPlan, LayerPlan, plan_compression
-from .report import LayerReport, Report, provenance
+from .report import CurvePoint, LayerReport, Report, provenance
 from .training import Evaluate, FitResult
 
 __all__ = ["CompressionResult", "compress", "evaluate_metric"]
@@ -136,6 +136,7 @@ def compress(
         metric_before=before,
         metric_compressed=unhealed,
         metric_after=after,
+        curve=_curve(report, before, unhealed, after if history is not None else None),
     )
     if heal and data is None:
         report = replace(report, notes=(*report.notes, "Nothing was healed: no data was given."))
@@ -199,6 +200,19 @@ def _report(
         notes=tuple(f"{layer.name} ({layer.kind}) was left alone: {layer.reason}." for layer in plan.left_alone),
         provenance=provenance(seed=seed),
     )
+
+
+def _curve(
+    report: Report, before: float | None, unhealed: float | None, healed: float | None
+) -> tuple[CurvePoint, ...]:
+    """Metric against compression: the original, and the compressed model before and after healing."""
+    ratio = report.compression
+    points = [
+        ("1x", "original", 1.0, before),
+        (f"{ratio:.3g}x", "before healing", ratio, unhealed),
+        (f"{ratio:.3g}x", "healed", ratio, healed),
+    ]
+    return tuple(CurvePoint(label, method, at, metric) for label, method, at, metric in points if metric is not None)
 
 
 def _stored_bytes(model: nn.Module) -> int:

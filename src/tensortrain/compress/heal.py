@@ -138,6 +138,7 @@ def _fit(
         checkpoint=checkpoint,
         seed=seed,
         observer=observer,
+        label="heal",
     )
 
 

@@ -94,6 +94,7 @@ def fit(
     seed: int | None = None,
     observer: Observer | None = None,
     autocast_dtype: torch.dtype | None = None,
+    label: str = "train",
 ) -> FitResult:
     """Train a model in place.
 
@@ -126,6 +127,7 @@ def fit(
         seed: Seeds torch for this run and puts the caller's generators back; None leaves them as they are.
         observer: Gets the progress.
         autocast_dtype: ``torch.bfloat16`` for mixed precision.
+        label: What the observer is told that this work is.
 
     Returns:
         FitResult: history, steps, seconds.
@@ -157,6 +159,7 @@ def fit(
         seed=seed,
         observer=observer or Silent(),
         autocast_dtype=autocast_dtype,
+        label=label,
     )
     with _seeded(seed, trainer.device), _modes_kept(model):
         return trainer.run()
@@ -268,6 +271,7 @@ class _Trainer:
     seed: int | None
     observer: Observer
     autocast_dtype: torch.dtype | None
+    label: str
 
     def __post_init__(self) -> None:
         self.device = _device_of(self.model)
@@ -285,7 +289,7 @@ class _Trainer:
 
     def run(self) -> FitResult:
         resumed_from = self._resume()
-        self.observer.on_start("fit", self.total)
+        self.observer.on_start(self.label, self.total)
         self.mark = self.last_save = time.perf_counter()
         try:
             while self.progress.step < self.total:

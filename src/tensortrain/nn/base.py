@@ -267,8 +267,11 @@ class FactorizedLayer(nn.Module):
 
     def how_it_ran(self) -> str:
         """One word on each plan made for inference so far, such as ``"dense kept; right-to-left [0][1 2]"``."""
-        ran = [plan_name(plan) for key, plan in self._plans.items() if not self._training_key(key)]
+        ran = [plan_name(plan) for key, plan in self._own_plans().items() if not self._training_key(key)]
         return "; ".join(dict.fromkeys(ran)) or ("dense, kept" if self._cache.nbytes else "core by core")
+
+    def _own_plans(self) -> dict[tuple[Any, ...], Any]:
+        return self._plans
 
     @staticmethod
     def _training_key(key: tuple[Any, ...]) -> bool:

@@ -192,6 +192,10 @@ class _ConvNd(FactorizedLayer):
         kind = "dense" if dense else "factorized"
         return ConvPlan(kind, batch, spatial, flops, dense_flops, factorized_s, dense_s, 0 if dense else peak)
 
+    def _own_plans(self) -> dict[tuple[Any, ...], Any]:
+        # The others are plans of the channel chain, made to cost the convolution.
+        return {key: plan for key, plan in self._plans.items() if key[0] == "conv"}
+
     def extra_repr(self) -> str:
         parts = [f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"]
         parts += [f"padding={self.padding}"] if self.padding not in ((0,) * self.n_axes, "valid") else []

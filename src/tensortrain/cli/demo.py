@@ -342,7 +342,8 @@ def _saved_report(path: Path) -> Report | None:
 
 
 def _notes(settings: DemoSettings, data: ImageData) -> list[str]:
-    notes = [f"Data: {data.name} ({data.source})."]
+    source = data.source.replace(str(Path.home()), "~")  # a report gets passed on
+    notes = [f"Data: {data.name} ({source})."]
     if settings.quick:
         notes.append(
             f"Quick run on {data.train_labels.numel()} training and {data.test_labels.numel()} test images "

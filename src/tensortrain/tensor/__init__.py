@@ -5,6 +5,7 @@ from tensortrain.tensor.approximation import Approximation
 from tensortrain.tensor.creation import eye, ones, randn, randn_matrix, zeros
 from tensortrain.tensor.decompose import tt_svd, unfolding_spectra
 from tensortrain.tensor.matrix import TTMatrix
+from tensortrain.tensor.products import hadamard, matmul, round_sum
 from tensortrain.tensor.ranks import max_ranks, resolve_ranks
 from tensortrain.tensor.rounding import round_tt
 from tensortrain.tensor.tolerance import default_eps
@@ -19,13 +20,16 @@ __all__ = [
     "diag",
     "dot",
     "eye",
+    "hadamard",
     "kron",
+    "matmul",
     "max_ranks",
     "ones",
     "pad",
     "randn",
     "randn_matrix",
     "resolve_ranks",
+    "round_sum",
     "round_tt",
     "stack",
     "tt_svd",

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Any, TypeVar, overload
 
 import torch
 from torch import Tensor
 
 from tensortrain.errors import KindError, ShapeError
 from tensortrain.tensor import chain
-from tensortrain.tensor.base import CoreChain, check_same_kind
+from tensortrain.tensor.base import CoreChain, broadcast_batch, check_same_kind
 from tensortrain.tensor.matrix import TTMatrix
 from tensortrain.tensor.scaling import times_pow2, work_dtype
 from tensortrain.tensor.train import TensorTrain, checked_dims
@@ -20,19 +20,44 @@ __all__ = ["cat", "diag", "dot", "kron", "pad", "stack"]
 Chain = TypeVar("Chain", bound=CoreChain)
 
 
-def dot(a: Chain, b: Chain) -> Tensor:
-    """Inner product ``sum(conj(a) * b)``, a 0-d tensor, as ``torch.vdot``.
+@overload
+def dot(a: Chain, b: Chain, dims: None = None) -> Tensor: ...
+
+
+@overload
+def dot(a: TensorTrain, b: TensorTrain, dims: Sequence[int] | int) -> Tensor | TensorTrain: ...
+
+
+def dot(a: Any, b: Any, dims: Sequence[int] | int | None = None) -> Tensor | TensorTrain:
+    """Inner product ``sum(conj(a) * b)``, as ``torch.vdot``.
 
     Args:
-        a, b: Two trains, or two matrices (Frobenius inner product), of equal modes. Modes do not broadcast.
+        a, b: Two trains, or two matrices (Frobenius inner product), of equal modes. Modes do not broadcast, batches do.
+        dims: For trains, the modes of ``a`` to sum over; all if left out. ``b`` has either all the modes of ``a``, and
+            those not summed over are multiplied entry by entry, or the modes ``dims`` alone, which are then summed
+            away against ``a``.
+
+    Returns:
+        A tensor of ``batch_shape`` (0-d without a batch), or a train of the modes that are left, whose ranks are
+        products.
 
     Raises:
         KindError, DTypeError, DeviceError, ShapeError: The operands do not match.
+        ModeIndexError: ``dims`` names no mode, or one twice.
 
     Cost: O(d n r^3) flops. No intermediate overflows unless the result does.
+
+    Example:
+        >>> from tensortrain.tensor import ones
+        >>> float(dot(ones((2, 3)), ones((2, 3)))), dot(ones((2, 3)), ones((2, 3)), dims=1).shape
+        (6.0, (2,))
     """
     _check_chain("dot", a)
     check_same_kind("dot", a, b)
+    if dims is not None and isinstance(a, TensorTrain) and isinstance(b, TensorTrain):
+        chosen = checked_dims(dims, a.order)
+        if len(chosen) < a.order or b.shape != a.shape:
+            return _partial_dot(a, b, sorted(chosen))
     if a._modes_by_name() != b._modes_by_name():
         raise ShapeError(
             f"operands of dot must have equal modes: b has {b._modes_by_name()}, expected "
@@ -40,8 +65,34 @@ def dot(a: Chain, b: Chain) -> Tensor:
             "Reshape or pad one of them."
         )
     wide = work_dtype(a.dtype)
-    left, right = ([core.to(wide) for core in x._merged()] for x in (a, b))
+    left, right = ([core.to(wide) for core in x._merged()] for x in broadcast_batch(a, b))
     return times_pow2(*chain.dot_parts(left, right)).to(a.dtype)
+
+
+def _partial_dot(a: TensorTrain, b: TensorTrain, dims: Sequence[int]) -> Tensor | TensorTrain:
+    summed = tuple(a.shape[k] for k in dims)
+    if b.shape not in (a.shape, summed):
+        raise ShapeError(
+            f"b must have the modes of a, or those that are summed over: b has shape {b.shape}, expected {a.shape} or "
+            f"{summed}. Reshape or pad one of them."
+        )
+    left, right = broadcast_batch(a.conj(), b)
+    mine = list(left.cores)
+    theirs = list(right.cores)
+    if b.shape != a.shape:  # an identity core of size 1 carries the ranks of b past the other modes
+        given, theirs, rank = iter(right.cores), [], 1
+        for k in range(a.order):
+            eye = torch.eye(rank, dtype=b.dtype, device=b.device).expand(*right.batch_shape, rank, rank)
+            theirs.append(next(given) if k in dims else eye.unsqueeze(-2))
+            rank = theirs[-1].shape[-1]
+    pieces = []
+    for k, (x, y) in enumerate(zip(mine, theirs, strict=True)):
+        if k in dims:
+            piece = torch.einsum("...rns,...tnu->...rtsu", x, y).flatten(-2, -1).flatten(-3, -2)
+        else:
+            piece = chain.hadamard_core(x, y)
+        pieces.append(piece)
+    return left._joined(pieces)
 
 
 def kron(x: Chain, y: Chain) -> Chain:
@@ -55,7 +106,8 @@ def kron(x: Chain, y: Chain) -> Chain:
     """
     _check_chain("kron", x)
     check_same_kind("kron", x, y)
-    return type(x)((*x.cores, *y.cores))
+    left, right = broadcast_batch(x, y)
+    return type(x)((*left.cores, *right.cores))
 
 
 def cat(trains: Sequence[TensorTrain], dim: int = 0) -> TensorTrain:
@@ -130,20 +182,21 @@ def diag(x: TensorTrain | TTMatrix) -> TTMatrix | TensorTrain:
         ShapeError: A matrix has modes that are not square.
     """
     if isinstance(x, TensorTrain):
-        return TTMatrix(tuple(torch.diag_embed(core.movedim(1, 2)).movedim(1, 3) for core in x.cores))
+        return TTMatrix(tuple(torch.diag_embed(core.mT).movedim(-3, -1) for core in x.cores))
     _check_chain("diag", x)
     if x.out_modes != x.in_modes:
         raise ShapeError(
             f"a diagonal needs square modes: in_modes has {x.in_modes}, expected {x.out_modes} as out_modes. "
             "Build the matrix with equal modes."
         )
-    return TensorTrain(tuple(torch.diagonal(core, dim1=1, dim2=2).movedim(2, 1) for core in x.cores))
+    return TensorTrain(tuple(torch.diagonal(core, dim1=-3, dim2=-2).mT for core in x.cores))
 
 
 def _pad_zeros(x: TensorTrain, widths: Sequence[tuple[int, int]]) -> TensorTrain:
     pairs = zip(x.cores, widths, strict=True)
+    # Zero rows leave orthonormal columns orthonormal: the canonical form is kept.
     return TensorTrain(
-        tuple(torch.nn.functional.pad(core, (0, 0, *width)) if any(width) else core for core, width in pairs)
+        tuple(torch.nn.functional.pad(core, (0, 0, *width)) if any(width) else core for core, width in pairs), x.center
     )
 
 

@@ -15,15 +15,15 @@ from torch import Tensor
 
 from tensortrain.errors import DeviceError, DTypeError, KindError, ModeIndexError, ShapeError
 from tensortrain.tensor import chain
+from tensortrain.tensor.diagram import draw_chain
 from tensortrain.tensor.ranks import RankLike
 from tensortrain.tensor.scaling import spread_pow2, times_pow2, work_dtype
+from tensortrain.tensor.validation import DTYPES, checked_center, checked_cores
 
-__all__ = ["DTYPES", "CoreChain", "as_scalar", "check_same_kind", "check_same_place", "place_pow2"]
+__all__ = ["DTYPES", "CoreChain", "as_scalar", "broadcast_batch", "check_same_kind", "check_same_place"]
 
 Self = TypeVar("Self", bound="CoreChain")
 Scalar = int | float | complex | Tensor
-
-DTYPES = (torch.float64, torch.float32, torch.complex128, torch.complex64, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -41,9 +41,9 @@ class CoreChain(ABC):
     __array_ufunc__: ClassVar[None] = None  # numpy scalars leave the arithmetic to us
 
     def __post_init__(self) -> None:
-        cores = _checked_cores(self.cores, self._axes)
+        cores = checked_cores(self.cores, self._axes)
         object.__setattr__(self, "cores", cores)
-        object.__setattr__(self, "center", _checked_center(self.center, len(cores)))
+        object.__setattr__(self, "center", checked_center(self.center, len(cores)))
 
     # -- what a subclass says about its axes --------------------------------------------------------
 
@@ -71,6 +71,15 @@ class CoreChain(ABC):
     # -- what it is ---------------------------------------------------------------------------------
 
     @property
+    def batch_shape(self) -> torch.Size:
+        """Sizes of the batch axes in front: ``()`` for a single train, ``(b,)`` for a batch."""
+        return self.cores[0].shape[: self.cores[0].ndim - len(self._axes)]
+
+    @property
+    def _n_batch(self) -> int:
+        return self.cores[0].ndim - len(self._axes)
+
+    @property
     def order(self) -> int:
         """Number of cores."""
         return len(self.cores)
@@ -78,17 +87,24 @@ class CoreChain(ABC):
     @property
     def ranks(self) -> tuple[int, ...]:
         """All ranks, length ``order + 1``, 1 at both ends."""
-        return (*(core.shape[0] for core in self.cores), self.cores[-1].shape[-1])
+        return (*(core.shape[-len(self._axes)] for core in self.cores), self.cores[-1].shape[-1])
 
     @property
     def n_params(self) -> int:
-        """Number of stored entries."""
+        """Number of stored entries, of all members of a batch."""
         return sum(core.numel() for core in self.cores)
 
     @property
     def numel(self) -> int:
-        """Number of entries of the dense array, a Python int that cannot overflow."""
+        """Number of entries of the dense array (of one member of a batch), a Python int that cannot overflow."""
         return math.prod(self.shape)
+
+    @property
+    def compression(self) -> float:
+        """Dense entries per stored entry; above 1 the train is the smaller one, ``inf`` beyond a float."""
+        entries = self.numel * math.prod(self.batch_shape)
+        digits = entries.bit_length() - self.n_params.bit_length()
+        return math.inf if digits > 1022 else entries / max(1, self.n_params)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -101,10 +117,24 @@ class CoreChain(ABC):
     def __repr__(self) -> str:
         modes = ", ".join(f"{name}={_brief(sizes)}" for name, sizes in self._modes_by_name().items())
         where = "" if self.device.type == "cpu" else f", device={str(self.device)!r}"
+        batch = f", batch_shape={tuple(self.batch_shape)}" if self._n_batch else ""
         return (
-            f"{type(self).__name__}({modes}, ranks={_brief(self.ranks)}, n_params={self.n_params}, "
-            f"dtype={self.dtype}{where})"
+            f"{type(self).__name__}({modes}, ranks={_brief(self.ranks)}{batch}, n_params={self.n_params}, "
+            f"compression={_ratio(self.compression, self)}, dtype={self.dtype}{where})"
         )
+
+    def diagram(self) -> str:
+        """The chain in the graphical notation of tensor networks: a dot for a core, a line for an index.
+
+        Example:
+            >>> from tensortrain.tensor import ones
+            >>> print(ones((4, 5)).diagram())
+            ●─1─●
+            │   │
+            4   5
+        """
+        legs = [tuple(core.shape[1 + self._n_batch : -1]) for core in self.cores]
+        return draw_chain(self.ranks, legs)
 
     def _modes_by_name(self) -> dict[str, tuple[int, ...]]:
         return {"shape": self.shape}
@@ -133,7 +163,7 @@ class CoreChain(ABC):
     # -- size ---------------------------------------------------------------------------------------
 
     def norm(self) -> Tensor:
-        """Frobenius norm, a real 0-d tensor.
+        """Frobenius norm, a real tensor of ``batch_shape``: 0-d for a single train.
 
         Computed by orthogonalization, so the norm of a difference is exact to rounding of its cores, where
         the root of an inner product would stop at 1e-8. Overflows only where the norm itself does.
@@ -143,19 +173,22 @@ class CoreChain(ABC):
         return times_pow2(*self._norm_parts()).to(self.cores[0].abs().dtype)
 
     def log_norm(self) -> Tensor:
-        """Natural logarithm of the Frobenius norm, a real 0-d tensor; finite where ``norm()`` overflows."""
+        """Natural logarithm of the Frobenius norm, real, ``batch_shape``; finite where ``norm()`` overflows."""
         mantissa, exponent = self._norm_parts()
         return (mantissa.log() + exponent * math.log(2.0)).to(self.cores[0].abs().dtype)
 
     def normalize(self: Self) -> Self:
-        """The same direction with Frobenius norm 1; the zero tensor is returned as it is."""
+        """The same direction with Frobenius norm 1; the zero tensor stays as it is."""
         mantissa, exponent = self._norm_parts()
-        if not bool(mantissa > 0):
-            return self
-        cores, _ = self._wide_cores()
-        cores[self.center[0]] = cores[self.center[0]] / mantissa
-        scaled = [core.to(self.dtype) for core in spread_pow2(cores, -int(exponent))]
-        return self._like(scaled)
+        is_zero = mantissa == 0
+        mantissa, exponent = mantissa.where(~is_zero, 1.0), exponent.where(~is_zero, 0)
+        cores, center = self._wide_cores()
+        at = center[0]
+        cores[at] = cores[at] / chain.over_core(mantissa)
+        if center[0] == center[1] and self.dtype == cores[0].dtype:  # the norm sits in one core, and stays there
+            cores[at] = times_pow2(cores[at], -exponent)
+            return self._like(cores, center)
+        return self._like([core.to(self.dtype) for core in spread_pow2(cores, -exponent)])
 
     def _norm_parts(self) -> tuple[Tensor, Tensor]:
         cores, center = self._wide_cores()
@@ -193,8 +226,56 @@ class CoreChain(ABC):
         k %= self.order
         cores, center = self._wide_cores()
         cores, exponent = chain.orthogonalize_cores(cores, center, k)
-        placed, single = place_pow2(cores, int(exponent), k, self.dtype)  # one sync: where the norm can go
+        placed, single = chain.place_pow2(cores, exponent, k, self.dtype)
         return self._like([core.to(self.dtype) for core in placed], (k, k) if single else (0, -1))
+
+    def singular_values(self, bond: int) -> Tensor:
+        """Singular values of the unfolding at a bond, descending.
+
+        Args:
+            bond: Number of cores to its left, ``1 .. order - 1``; the values are as many as ``ranks[bond]`` at most.
+
+        Returns:
+            Real, ``(*batch_shape, t)``.
+
+        Raises:
+            ModeIndexError: There is no such bond.
+
+        Cost: O(d n r^3) flops, less by what ``center`` already says.
+        """
+        values, exponent = self._bond_spectrum(bond)
+        return times_pow2(values, exponent).to(self.cores[0].abs().dtype)
+
+    def entropy(self, bond: int) -> Tensor:
+        r"""Von Neumann entropy across a bond, in nats: ``-sum p log p`` with ``p = s^2 / sum s^2``.
+
+        Args:
+            bond: Number of cores to its left, ``1 .. order - 1``.
+
+        Returns:
+            Real, ``batch_shape``, between 0 and ``log(ranks[bond])``; 0 for the zero tensor.
+
+        Raises:
+            ModeIndexError: There is no such bond.
+
+        Example:
+            >>> from tensortrain.tensor import ones
+            >>> float(ones((2, 2)).entropy(1))
+            0.0
+        """
+        values, _ = self._bond_spectrum(bond)
+        weights = values.square()
+        total = weights.sum(-1, keepdim=True)
+        weights = weights / total.where(total > 0, 1.0)
+        return torch.special.entr(weights).sum(-1).clamp_min(0.0).to(self.cores[0].abs().dtype)
+
+    def _bond_spectrum(self, bond: int) -> tuple[Tensor, Tensor]:
+        if not 1 <= bond < self.order:
+            raise ModeIndexError(
+                f"a bond lies between two cores: bond has {bond}, expected 1 to {self.order - 1} (the number of cores "
+                "to its left). Pass one of these."
+            )
+        return chain.singular_values_at(*self._wide_cores(), bond)
 
     def round(self: Self, eps: float | None = None, max_rank: RankLike | None = None) -> Self:
         """Lower the ranks; the value of ``round_tt``, which also tells the error promised."""
@@ -208,21 +289,21 @@ class CoreChain(ABC):
         return self * -1
 
     def __add__(self: Self, other: Any) -> Self:
-        scalar = as_scalar(other)
+        scalar = as_scalar(other, self.batch_shape)
         if scalar is None:
             check_same_kind("+", self, other)
             left, right = self._matched(other)
         else:
             left = self._promoted(scalar)
             merged = left._merged()
-            right = left._like(chain.constant_cores([core.shape[1] for core in merged], scalar, merged[0]))
+            right = left._like(chain.constant_cores([core.shape[-2] for core in merged], scalar, merged[0]))
         return left._like(chain.add_cores(left._merged(), right._merged()))
 
     def __radd__(self: Self, other: Any) -> Self:
         return self + other
 
     def __sub__(self: Self, other: Any) -> Self:
-        if as_scalar(other) is None:
+        if as_scalar(other, self.batch_shape) is None:
             check_same_kind("-", self, other)
         return self + -other
 
@@ -230,9 +311,11 @@ class CoreChain(ABC):
         return -self + other
 
     def __mul__(self: Self, other: Any) -> Self:
-        scalar = as_scalar(other)
+        scalar = as_scalar(other, self.batch_shape)
         if scalar is not None:
-            return self._scaled(lambda core: core * scalar, scalar)
+            if not isinstance(scalar, Tensor) and scalar == 0:
+                return self._promoted(scalar)._zeros()
+            return self._scaled(lambda core: core * chain.over_core(scalar), scalar)
         check_same_kind("*", self, other)
         left, right = self._matched(other)
         return left._like(chain.hadamard_cores(left._merged(), right._merged()))
@@ -241,14 +324,14 @@ class CoreChain(ABC):
         return self * other
 
     def __truediv__(self: Self, other: Any) -> Self:
-        scalar = as_scalar(other)
+        scalar = as_scalar(other, self.batch_shape)
         if scalar is None:
             raise KindError(
                 f"a train divides by a number only: the right of / has {type(other).__name__}, expected a "
                 f"number. "
                 "Approximate the quotient with tensortrain.cross."
             )
-        return self._scaled(lambda core: core / scalar, scalar)
+        return self._scaled(lambda core: core / chain.over_core(scalar), scalar)
 
     def _scaled(self: Self, scale: Callable[[Tensor], Tensor], scalar: Scalar) -> Self:
         promoted = self._promoted(scalar)
@@ -257,33 +340,44 @@ class CoreChain(ABC):
         cores[at] = scale(cores[at])
         return type(self)(tuple(cores), self.center)
 
+    def _zeros(self: Self) -> Self:
+        """The zero tensor of the same modes, of rank 1."""
+        return self._like([core.new_zeros((*self.batch_shape, 1, core.shape[-2], 1)) for core in self._merged()])
+
     def _promoted(self: Self, scalar: Scalar) -> Self:
         """In the dtype that torch gives the product with this scalar (complex, where the scalar is)."""
-        dtype = torch.result_type(self.cores[0], scalar)
+        is_complex = scalar.is_complex() if isinstance(scalar, Tensor) else isinstance(scalar, complex)
+        dtype = self.dtype.to_complex() if is_complex else self.dtype
+        if isinstance(scalar, Tensor) and scalar.ndim:
+            dtype = torch.promote_types(dtype, scalar.dtype)
         return self if dtype == self.dtype else self.to(dtype)
 
 
-def place_pow2(cores: Sequence[Tensor], exponent: int, at: int, dtype: torch.dtype) -> tuple[list[Tensor], bool]:
-    """Multiply by ``2**exponent``: core ``at`` where ``dtype`` can hold that, else every core alike.
-
-    Returns:
-        The cores, and whether core ``at`` took it all.
-    """
-    top = math.floor(math.log2(torch.finfo(dtype).max)) - 2
-    if -top // 2 <= exponent <= top:
-        placed = list(cores)
-        placed[at] = times_pow2(placed[at], exponent)
-        return placed, True
-    return spread_pow2(cores, exponent), False
-
-
-def as_scalar(value: Any) -> Scalar | None:
-    """The value as a number or 0-d tensor, or ``None`` if it is something else."""
+def as_scalar(value: Any, batch_shape: Sequence[int] = ()) -> Scalar | None:
+    """The value as a number, a 0-d tensor or a tensor of ``batch_shape``; ``None`` if it is something else."""
     if isinstance(value, Tensor):
-        return value if value.ndim == 0 else None
+        return value if value.ndim == 0 or tuple(value.shape) == tuple(batch_shape) else None
     if isinstance(value, np.generic):
         value = value.item()
     return value if isinstance(value, numbers.Number) else None  # type: ignore[return-value]
+
+
+def broadcast_batch(left: CoreChain, right: CoreChain) -> tuple[Any, Any]:
+    """Both trains with the same batch axis; sizes 1 and n broadcast, and so does a train without one."""
+    if left.batch_shape == right.batch_shape:
+        return left, right
+    try:
+        batch = torch.broadcast_shapes(left.batch_shape, right.batch_shape)
+    except RuntimeError:
+        raise ShapeError(
+            f"batches must broadcast: the right operand has batch_shape {tuple(right.batch_shape)}, expected "
+            f"{tuple(left.batch_shape)}. Sizes must be equal, or one of them 1."
+        ) from None
+    return tuple(x if x.batch_shape == batch else _expanded(x, batch) for x in (left, right))  # type: ignore[return-value]
+
+
+def _expanded(x: Self, batch: Sequence[int]) -> Self:
+    return x._map(lambda core: core.expand(*batch, *core.shape[core.ndim - len(x._axes) :]))
 
 
 def check_same_kind(operation: str, left: CoreChain, right: Any) -> None:
@@ -312,97 +406,15 @@ def check_same_place(operation: str, left: CoreChain | Tensor, right: CoreChain 
         )
 
 
-def _checked_cores(cores: Any, axes: Sequence[str]) -> tuple[Tensor, ...]:
-    if isinstance(cores, Tensor) or not hasattr(cores, "__iter__"):
-        raise KindError(
-            f"cores must be a sequence of tensors: cores has {type(cores).__name__}, expected a list. "
-            "Pass [core], or decompose a dense tensor with from_dense."
-        )
-    out = tuple(cores)
-    if not out:
-        raise ShapeError("a train must have a core: cores has length 0, expected at least 1. Pass one core or more.")
-    for k, core in enumerate(out):
-        _check_core(core, k, axes)
-    _check_ranks(out)
-    _check_uniform(out)
-    return out
-
-
-def _check_core(core: Any, k: int, axes: Sequence[str]) -> None:
-    if not isinstance(core, Tensor):
-        raise KindError(
-            f"every core must be a tensor: cores[{k}] has {type(core).__name__}, expected torch.Tensor. "
-            "Convert it with torch.as_tensor."
-        )
-    if core.ndim != len(axes):
-        raise ShapeError(
-            f"every core must have {len(axes)} axes ({', '.join(axes)}): cores[{k}] has shape "
-            f"{tuple(core.shape)}, "
-            f"expected {len(axes)} axes. Keep boundary ranks as axes of size 1."
-        )
-    if core.shape[0] < 1 or core.shape[-1] < 1:
-        raise ShapeError(
-            f"ranks must be at least 1: cores[{k}] has shape {tuple(core.shape)}, expected positive first "
-            f"and last "
-            "sizes. Use zero cores of rank 1 for the zero tensor."
-        )
-    if core.dtype not in DTYPES:
-        raise DTypeError(
-            f"cores must be of a floating or complex dtype: cores[{k}] has {core.dtype}, expected one of "
-            f"{', '.join(str(dtype) for dtype in DTYPES)}. Cast it with .to(torch.float64)."
-        )
-
-
-def _check_ranks(cores: Sequence[Tensor]) -> None:
-    for end, size, k in (("start", cores[0].shape[0], 0), ("end", cores[-1].shape[-1], len(cores) - 1)):
-        if size != 1:
-            raise ShapeError(
-                f"boundary ranks must be 1: cores[{k}] has {size} at the {end} of the train "
-                f"(shape {tuple(cores[k].shape)}), expected 1. Sum over that axis, or keep it as a mode."
-            )
-    for k in range(len(cores) - 1):
-        left, right = cores[k], cores[k + 1]
-        if left.shape[-1] != right.shape[0]:
-            raise ShapeError(
-                f"neighbouring cores must share a rank: cores[{k}] has last size {left.shape[-1]} but "
-                f"cores[{k + 1}] "
-                f"starts with {right.shape[0]} (shapes {tuple(left.shape)} and {tuple(right.shape)}), "
-                f"expected "
-                "equal sizes. Build consistent cores with tensortrain.randn(shape, rank)."
-            )
-
-
-def _check_uniform(cores: Sequence[Tensor]) -> None:
-    for k, core in enumerate(cores):
-        if core.dtype != cores[0].dtype:
-            raise DTypeError(
-                f"cores must share a dtype: cores[{k}] has {core.dtype}, expected {cores[0].dtype} as "
-                f"cores[0]. "
-                "Cast all with .to(dtype)."
-            )
-        if core.device != cores[0].device:
-            raise DeviceError(
-                f"cores must share a device: cores[{k}] has {core.device}, expected {cores[0].device} as "
-                f"cores[0]. "
-                "Move all with .to(device)."
-            )
-
-
-def _checked_center(center: tuple[int, int], order: int) -> tuple[int, int]:
-    lo, hi = int(center[0]), int(center[1])
-    hi = order - 1 if hi == -1 else hi
-    if not 0 <= lo <= hi < order:
-        raise ShapeError(
-            f"the center must be a range of cores: center has {tuple(center)}, expected 0 <= lo <= hi <= "
-            f"{order - 1}. "
-            "Leave it out if the canonical form is unknown."
-        )
-    return lo, hi
-
-
 def _brief(sizes: Sequence[int], most: int = 10) -> str:
     """A tuple of sizes that stays on one line."""
     if len(sizes) <= most:
         return str(tuple(sizes))
     head, tail = ", ".join(map(str, sizes[:4])), ", ".join(map(str, sizes[-2:]))
     return f"({head}, .. {len(sizes)} in all .., {tail})"
+
+
+def _ratio(value: float, x: CoreChain) -> str:
+    if math.isinf(value):
+        return f"10^{math.floor((x.numel.bit_length() - x.n_params.bit_length()) * math.log10(2))}x"
+    return f"{value:.3g}x"

@@ -1,50 +1,82 @@
-"""Functions on lists of cores ``(r, n, s)``, on which both types are built.
+"""Functions on lists of cores ``(.., r, n, s)``, on which both types are built.
 
-A TTMatrix joins its two modes to one before it calls these, and splits it again.
+A TTMatrix joins its two modes to one before it calls these, and splits it again. All axes before the last three
+are batch axes, the same for every core.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from tensortrain.tensor.scaling import split_pow2
+from tensortrain.tensor.scaling import split_pow2, spread_pow2, times_pow2
 
 __all__ = [
+    "absorb_left",
+    "absorb_right",
     "add_cores",
+    "as_left",
+    "as_right",
     "constant_cores",
     "contract",
     "dot_parts",
     "hadamard_cores",
     "join_pieces",
+    "left_qr",
     "norm_parts",
     "orthogonalize_cores",
+    "over_core",
+    "place_pow2",
+    "right_qr",
+    "singular_values_at",
 ]
 
 Span = tuple[int, int]
 
 
+def as_left(core: Tensor) -> Tensor:
+    """The left unfolding ``(.., r n, s)``."""
+    return core.flatten(-3, -2)
+
+
+def as_right(core: Tensor) -> Tensor:
+    """The right unfolding ``(.., r, n s)``."""
+    return core.flatten(-2, -1)
+
+
+def absorb_left(carry: Tensor, core: Tensor) -> Tensor:
+    """``(.., t, r) . (.., r, n, s) -> (.., t, n, s)``."""
+    return (carry @ as_right(core)).unflatten(-1, core.shape[-2:])
+
+
+def absorb_right(core: Tensor, carry: Tensor) -> Tensor:
+    """``(.., r, n, s) . (.., s, t) -> (.., r, n, t)``."""
+    return (as_left(core) @ carry).unflatten(-2, core.shape[-3:-1])
+
+
 def contract(cores: Sequence[Tensor]) -> Tensor:
-    """The full array ``(n_1, .., n_d)`` of a list of cores."""
-    state = cores[0].flatten(0, 1)
+    """The full array ``(.., n_1, .., n_d)`` of a list of cores."""
+    state = as_left(cores[0])
     for core in cores[1:]:
-        state = _absorb_left(state, core).flatten(0, 1)  # rows: all modes so far, slowest first
-    return state.reshape([core.shape[1] for core in cores])
+        state = as_left(absorb_left(state, core))  # rows: all modes so far, slowest first
+    return state.reshape(*cores[0].shape[:-3], *(core.shape[-2] for core in cores))
 
 
-def join_pieces(pieces: Sequence[Tensor]) -> list[Tensor]:
-    """Multiply matrices ``(r, s)`` into neighbouring cores ``(r, n, s)``, to the right where there is one.
+def join_pieces(pieces: Sequence[Tensor], n_batch: int = 0) -> list[Tensor]:
+    """Multiply matrices ``(.., r, s)`` into neighbouring cores ``(.., r, n, s)``, to the right where there is one.
 
-    Without any core the result is the single 1 x 1 matrix that the chain stands for.
+    Without any core the result is the single matrix that the chain stands for.
     """
     cores: list[Tensor] = []
     carry: Tensor | None = None
     for piece in pieces:
+        is_matrix = piece.ndim == n_batch + 2
         if carry is not None:
-            piece = carry @ piece if piece.ndim == 2 else _absorb_left(carry, piece)
-        if piece.ndim == 2:
+            piece = carry @ piece if is_matrix else absorb_left(carry, piece)
+        if is_matrix:
             carry = piece
         else:
             cores.append(piece)
@@ -53,41 +85,53 @@ def join_pieces(pieces: Sequence[Tensor]) -> list[Tensor]:
         return cores
     if not cores:
         return [carry]
-    cores[-1] = torch.tensordot(cores[-1], carry, dims=1)
+    cores[-1] = absorb_right(cores[-1], carry)
     return cores
 
 
 def constant_cores(modes: Sequence[int], value: int | float | complex | Tensor, like: Tensor) -> list[Tensor]:
-    """Rank-1 cores whose every entry is ``value``."""
-    cores = [like.new_ones((1, n, 1)) for n in modes]
-    cores[0] = cores[0] * value
+    """Rank-1 cores whose every entry is ``value``, a number or one for each member of the batch of ``like``."""
+    batch = like.shape[:-3]
+    cores = [like.new_ones((*batch, 1, n, 1)) for n in modes]
+    cores[0] = cores[0] * over_core(value)
     return cores
+
+
+def over_core(scalar: int | float | complex | Tensor) -> int | float | complex | Tensor:
+    """A scalar, or one for each member of a batch, shaped to multiply a core of three axes."""
+    return scalar[..., None, None, None] if isinstance(scalar, Tensor) and scalar.ndim else scalar
 
 
 def add_cores(left: Sequence[Tensor], right: Sequence[Tensor]) -> list[Tensor]:
     """Cores of the sum: ranks add."""
     if len(left) == 1:
         return [left[0] + right[0]]
-    first = torch.cat((left[0], right[0]), dim=2)
-    last = torch.cat((left[-1], right[-1]), dim=0)
+    first = torch.cat((left[0], right[0]), dim=-1)
+    last = torch.cat((left[-1], right[-1]), dim=-3)
     return [first, *map(_block_diagonal, left[1:-1], right[1:-1]), last]
 
 
 def hadamard_cores(left: Sequence[Tensor], right: Sequence[Tensor]) -> list[Tensor]:
     """Cores of the elementwise product: ranks multiply."""
-    return [torch.einsum("rns,tnu->rtnsu", a, b).flatten(3, 4).flatten(0, 1) for a, b in zip(left, right, strict=True)]
+    return [hadamard_core(a, b) for a, b in zip(left, right, strict=True)]
+
+
+def hadamard_core(a: Tensor, b: Tensor) -> Tensor:
+    """``(.., r, n, s)`` and ``(.., t, n, u)`` to ``(.., r t, n, s u)``."""
+    product = a[..., :, None, :, :, None] * b[..., None, :, :, None, :]  # r t n s u
+    return product.flatten(-2, -1).flatten(-4, -3)
 
 
 def dot_parts(left: Sequence[Tensor], right: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """``(m, e)`` with ``<left, right> = m * 2**e``; the left one is conjugated. Cost: O(d n r^3)."""
-    env = left[0].new_ones((1, 1))
+    n_batch = left[0].ndim - 3
+    env = left[0].new_ones((*left[0].shape[:-3], 1, 1))
     exponent = torch.zeros((), dtype=torch.int32, device=env.device)
     for a, b in zip(left, right, strict=True):
-        # two contractions, never r^4
-        env = torch.tensordot(a.conj(), _absorb_left(env, b), dims=([0, 1], [0, 1]))
-        env, step = split_pow2(env)
+        env = as_left(a).mH @ as_left(absorb_left(env, b))  # two products, never r^4
+        env, step = split_pow2(env, n_batch)
         exponent = exponent + step
-    return env[0, 0], exponent
+    return env[..., 0, 0], exponent
 
 
 def norm_parts(cores: Sequence[Tensor], center: Span) -> tuple[Tensor, Tensor]:
@@ -109,55 +153,77 @@ def orthogonalize_cores(cores: Sequence[Tensor], center: Span, k: int) -> tuple[
     """Cores with all but core ``k`` orthonormal, and the power of two taken out of core ``k``.
 
     Args:
-        cores: ``(r, n, s)`` each.
+        cores: ``(.., r, n, s)`` each.
         center: Range outside which the cores are orthonormal already.
         k: The core that keeps the norm.
     """
-    out = list(cores)
+    out, n_batch = list(cores), cores[0].ndim - 3
     exponent = torch.zeros((), dtype=torch.int32, device=out[0].device)
     for at in range(center[0], k):
         out[at], carry = left_qr(out[at])
-        carry, step = split_pow2(carry)
-        out[at + 1] = _absorb_left(carry, out[at + 1])
+        carry, step = split_pow2(carry, n_batch)
+        out[at + 1] = absorb_left(carry, out[at + 1])
         exponent = exponent + step
     for at in range(center[1], k, -1):
         out[at], carry = right_qr(out[at])
-        carry, step = split_pow2(carry)
-        out[at - 1] = torch.tensordot(out[at - 1], carry, dims=1)
+        carry, step = split_pow2(carry, n_batch)
+        out[at - 1] = absorb_right(out[at - 1], carry)
         exponent = exponent + step
-    out[k], step = split_pow2(out[k])
+    out[k], step = split_pow2(out[k], n_batch)
     return out, exponent + step
 
 
+def singular_values_at(cores: Sequence[Tensor], center: Span, bond: int) -> tuple[Tensor, Tensor]:
+    """``(s, e)`` with the singular values ``s * 2**e`` of the unfolding at a bond ``1 .. d - 1``, descending."""
+    out, exponent = orthogonalize_cores(cores, center, bond)
+    small = torch.linalg.qr(as_right(out[bond]).mH, mode="r").R  # right of the core all is orthonormal
+    return torch.linalg.svdvals(small), exponent
+
+
 def left_qr(core: Tensor) -> tuple[Tensor, Tensor]:
-    """``core = q . carry`` with ``q`` ``(r, n, t)`` left-orthogonal and ``carry`` ``(t, s)``."""
-    q, carry = torch.linalg.qr(core.flatten(0, 1))
-    return q.reshape(*core.shape[:2], q.shape[1]), carry
+    """``core = q . carry`` with ``q`` ``(.., r, n, t)`` left-orthogonal and ``carry`` ``(.., t, s)``."""
+    q, carry = torch.linalg.qr(as_left(core))
+    return q.unflatten(-2, core.shape[-3:-1]), carry
 
 
 def right_qr(core: Tensor) -> tuple[Tensor, Tensor]:
-    """``core = carry . q`` with ``q`` ``(t, n, s)`` right-orthogonal and ``carry`` ``(r, t)``."""
-    q, carry = torch.linalg.qr(core.flatten(1, 2).mH)
-    return q.mH.reshape(q.shape[1], *core.shape[1:]), carry.mH
-
-
-def _absorb_left(carry: Tensor, core: Tensor) -> Tensor:
-    """``(t, r) . (r, n, s) -> (t, n, s)``."""
-    return torch.tensordot(carry, core, dims=1)
+    """``core = carry . q`` with ``q`` ``(.., t, n, s)`` right-orthogonal and ``carry`` ``(.., r, t)``."""
+    q, carry = torch.linalg.qr(as_right(core).mH)
+    return q.mH.unflatten(-1, core.shape[-2:]), carry.mH
 
 
 def _block_diagonal(a: Tensor, b: Tensor) -> Tensor:
-    (r, n, s), (t, _, u) = a.shape, b.shape
-    top = torch.cat((a, a.new_zeros((r, n, u))), dim=2)
-    bottom = torch.cat((b.new_zeros((t, n, s)), b), dim=2)
-    return torch.cat((top, bottom), dim=0)
+    top = torch.cat((a, a.new_zeros((*a.shape[:-1], b.shape[-1]))), dim=-1)
+    bottom = torch.cat((b.new_zeros((*b.shape[:-1], a.shape[-1])), b), dim=-1)
+    return torch.cat((top, bottom), dim=-3)
 
 
 def _norm_by_qr(cores: Sequence[Tensor], center: Span) -> tuple[Tensor, Tensor]:
     lo, hi = center
-    state, exponent = split_pow2(cores[lo])
+    n_batch = cores[0].ndim - 3
+    state, exponent = split_pow2(cores[lo], n_batch)
     for core in cores[lo + 1 : hi + 1]:
-        carry = torch.linalg.qr(state.flatten(0, 1), mode="r").R
-        state, step = split_pow2(_absorb_left(carry, core))
+        carry = torch.linalg.qr(as_left(state), mode="r").R
+        state, step = split_pow2(absorb_left(carry, core), n_batch)
         exponent = exponent + step
-    return torch.linalg.vector_norm(state), exponent
+    return torch.linalg.vector_norm(state, dim=(-3, -2, -1)), exponent
+
+
+def place_pow2(
+    cores: Sequence[Tensor], exponent: Tensor | int, at: int, dtype: torch.dtype
+) -> tuple[list[Tensor], bool]:
+    """Multiply by ``2**exponent``: core ``at`` where ``dtype`` can hold that, else every core alike.
+
+    Returns:
+        The cores, and whether core ``at`` took it all.
+    """
+    top = math.floor(math.log2(torch.finfo(dtype).max)) - 2
+    if isinstance(exponent, Tensor):  # the one host sync of this decision
+        lowest, highest = (int(e) for e in torch.aminmax(exponent))
+    else:
+        lowest = highest = exponent
+    if -top // 2 <= lowest and highest <= top:
+        placed = list(cores)
+        placed[at] = times_pow2(placed[at], exponent)
+        return placed, True
+    return spread_pow2(cores, exponent), False

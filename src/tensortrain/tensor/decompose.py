@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -11,55 +11,67 @@ from torch import Tensor
 
 from tensortrain.errors import DTypeError, KindError, NonFiniteError, ShapeError
 from tensortrain.tensor.approximation import Approximation
-from tensortrain.tensor.base import DTYPES
-from tensortrain.tensor.linalg import (
-    choose_rank,
-    gram_singular_values,
-    left_basis,
-    randomized_basis,
-    singular_values,
-)
+from tensortrain.tensor.chain import place_pow2
+from tensortrain.tensor.linalg import cut, gram_singular_values, singular_values
 from tensortrain.tensor.matrix import TTMatrix, dense_to_paired
 from tensortrain.tensor.ranks import RankLike, max_ranks, resolve_ranks
 from tensortrain.tensor.scaling import split_pow2
-from tensortrain.tensor.tolerance import Budget, Sweep, checked_eps, compute_dtype, finish
+from tensortrain.tensor.streaming import is_stream, stream_tt_svd
+from tensortrain.tensor.sweeps import METHODS, Unfolded
+from tensortrain.tensor.tolerance import Budget, checked_eps, compute_dtype, finish
 from tensortrain.tensor.train import TensorTrain
+from tensortrain.tensor.validation import DTYPES
 
 __all__ = ["Method", "tt_svd", "unfolding_spectra"]
 
-Method = Literal["auto", "svd", "randomized"]
+Method = Literal["auto", "svd", "qr", "gram", "randomized"]
 
 
-@torch.no_grad()
 def tt_svd(
-    x: Tensor,
+    x: Tensor | Any,
     *,
     eps: float | None = None,
     max_rank: RankLike | None = None,
     method: Method | str = "auto",
     out_modes: Sequence[int] | None = None,
     in_modes: Sequence[int] | None = None,
+    shape: Sequence[int] | None = None,
+    batch_dims: int = 0,
+    slab_bytes: int = 1 << 28,
 ) -> Approximation[Any]:
     r"""Decompose a dense tensor, or with modes a dense matrix.
 
     Computed in float64 or complex128, and stored in the dtype of ``x``. All cores but the last are
-    left-orthogonal. The result carries no gradient.
+    left-orthogonal. Differentiable: the result carries the gradient of the cuts at the ranks that were found.
 
     Args:
-        x: ``(n_1, .., n_d)``, or ``(M, N)`` where modes are given.
+        x: ``(n_1, .., n_d)``, or ``(M, N)`` where modes are given. What does not fit the memory may be a NumPy
+            array (memory-mapped), a slice of a safetensors file (``safe_open(..).get_slice(name)``), or an iterable
+            of slabs along the first mode with ``shape``.
         eps: Largest relative Frobenius error, a fraction in ``[0, 1)``. The default finds the numerical rank:
             1e-12 in float64, ``2 (d + 1)`` roundings in lower dtypes (about 1e-6 in float32).
         max_rank: Cap on the ranks, an int or a tuple (inner ranks, or with the boundary ones). It goes before
             ``eps``; the bound tells the error that is then promised.
-        method: ``"svd"``; ``"randomized"`` sketches where ``max_rank`` is far below the unfolding's sides, a few
-            per mille from the best error; ``"auto"`` chooses, today always ``"svd"``.
+        method: How bases of the unfoldings are found.
+
+            - ``"svd"``: a singular value decomposition of each.
+            - ``"qr"``: of the triangle of a blocked QR that forms no Q; as exact, and faster.
+            - ``"gram"``: of the product with its own transpose, two passes over the data. It resolves errors down
+              to 4e-7; below that ``"qr"`` takes over.
+            - ``"randomized"``: a sketch shrinks the tensor first, and what it misses is measured, not estimated.
+              Where no small sketch will do, each unfolding is sketched at the cap, or ``"qr"`` takes over.
+            - ``"auto"``: a sketch if the tensor is large and its ranks turn out to be small; else ``"gram"`` or
+              ``"qr"`` by ``eps``; ``"svd"`` for small tensors.
         out_modes, in_modes: Row and column modes, with products ``M`` and ``N``; the value is then
             a TTMatrix.
+        shape: Shape of the whole where ``x`` is an iterable of slabs.
+        batch_dims: 1 if the first axis of ``x`` counts trains: they get the same ranks, and ``eps`` holds for each.
+        slab_bytes: How much of a stored array is read at a time.
 
     Returns:
         Approximation: ``value`` a TensorTrain or TTMatrix; ``rel_error_bound`` covers the cuts, the cast
-        to the dtype of ``x`` and rounding. ``info``: ``method``, ``eps``, ``bond_errors`` (the relative cut
-        at each bond).
+        to the dtype of ``x`` and rounding. ``info``: ``method`` (the one that did it), ``eps``, ``bond_errors``
+        (the relative cut at each bond) and, for a batch, ``rel_error_bounds``.
 
     Raises:
         NonFiniteError: ``x`` holds NaN or Inf.
@@ -69,36 +81,71 @@ def tt_svd(
         KindError: ``x`` is no tensor, or the method has no such name.
         ConvergenceError: No factorization of an unfolding converged.
 
-    Cost: O(N n r) flops for N entries.
+    Cost: O(N n r) flops for N entries; ``"auto"`` reads a tensor of low rank about three times.
     Accuracy: ``||x - value|| <= rel_error_bound ||x|| <= eps ||x||`` without a cap, as long as ``eps`` is
     above what the dtype can hold; within ``sqrt(d - 1)`` of the best error at the ranks found.
-    Source: Oseledets, SIAM J. Sci. Comput. 33(5), 2011, Algorithm 1.
+    Source: Oseledets, SIAM J. Sci. Comput. 33(5), 2011, Algorithm 1; Roehrig-Zoellner et al., arXiv:2102.00104 (no Q);
+    Huber, Schneider, Wolf, 2017 (sketches).
 
     Example:
         >>> i = torch.arange(1.0, 9.0, dtype=torch.float64)
         >>> tt_svd(i[:, None, None] + i[:, None] + i).value.ranks
         (1, 2, 2, 1)
     """
-    _check_tensor(x)
-    sweep_with = _method(method)
-    tensor, modes = _as_train_shape(x, out_modes, in_modes)
-    caps = max_ranks(tensor.shape) if max_rank is None else resolve_ranks(tensor.shape, max_rank)
-    eps = checked_eps(eps, x.dtype, tensor.ndim)
-    scaled, exponent = _unit_scale(tensor)
-    norm = float(torch.linalg.vector_norm(scaled))
-    if norm == 0.0:
-        cores = [x.new_zeros((1, n, 1)) for n in tensor.shape]
-        center, bound, bond_errors = (0, len(cores) - 1), 0.0, (0.0,) * (len(cores) - 1)
-    else:
-        budget = Budget.of(eps, x.dtype, max_ranks(tensor.shape), caps)
-        delta = budget.cut * norm / math.sqrt(max(1, tensor.ndim - 1))
-        sweep = sweep_with(scaled, delta, caps)
-        cores, center, bound, bond_errors = finish(sweep, norm=norm, exponent=exponent, dtype=x.dtype, budget=budget)
-    info = {"method": "svd" if method == "auto" else method, "eps": eps, "bond_errors": bond_errors}
+    _check_method(method)
+    if is_stream(x):
+        if out_modes is not None or in_modes is not None or batch_dims:
+            raise KindError(
+                "a stream is decomposed as a plain tensor: out_modes, in_modes or batch_dims were given, expected "
+                "none. Load the tensor, or reshape the train."
+            )
+        return stream_tt_svd(x, shape, eps=eps, max_rank=max_rank, method=method, slab_bytes=slab_bytes, one=tt_svd)
+    _check_tensor(x, batch_dims)
+    tensor, modes = _as_train_shape(x, out_modes, in_modes, batch_dims)
+    with torch.no_grad():
+        found = _decomposed(tensor.detach(), eps, max_rank, method, batch_dims)
+    train = found.value
+    if torch.is_grad_enabled() and x.requires_grad:
+        train = _differentiable(tensor, train.ranks, batch_dims)
     if modes is None:
-        return Approximation(TensorTrain(tuple(cores), center), bound, info)
-    pairs = zip(cores, zip(*modes, strict=True), strict=True)
-    return Approximation(TTMatrix(tuple(core.unflatten(1, pair) for core, pair in pairs), center), bound, info)
+        return Approximation(train, found.rel_error_bound, found.info)
+    pairs = zip(train.cores, zip(*modes, strict=True), strict=True)
+    matrix = TTMatrix(tuple(core.unflatten(-2, pair) for core, pair in pairs), train.center)
+    return Approximation(matrix, found.rel_error_bound, found.info)
+
+
+def _decomposed(
+    x: Tensor, eps: float | None, max_rank: RankLike | None, method: str, batch_dims: int
+) -> Approximation[TensorTrain]:
+    shape = tuple(x.shape[batch_dims:])
+    caps = max_ranks(shape) if max_rank is None else resolve_ranks(shape, max_rank)
+    tolerance = checked_eps(eps, x.dtype, len(shape))
+    problem = Unfolded.of(*_unit_scale(x), batch_dims)
+    info = {"method": method, "eps": tolerance, "bond_errors": (0.0,) * (len(shape) - 1)}
+    if x.numel() == 0 or not bool((problem.norm > 0).any()):
+        cores = tuple(x.new_zeros((*x.shape[:batch_dims], 1, n, 1)) for n in shape)
+        return Approximation(TensorTrain(cores), 0.0, info)
+    budget = Budget.of(tolerance, x.dtype, max_ranks(shape), caps)
+    sweep, used = METHODS[method](problem, budget.cut, caps)
+    done = finish(sweep, dtype=x.dtype, budget=budget)
+    info = {"method": used, "eps": tolerance, "bond_errors": done.bond_errors}
+    if batch_dims:
+        info["rel_error_bounds"] = done.bounds
+    return Approximation(TensorTrain(done.cores, done.center), done.bound, info)
+
+
+def _differentiable(x: Tensor, ranks: Sequence[int], batch_dims: int) -> TensorTrain:
+    """The cuts once more at known ranks, by steps that have derivatives."""
+    batch, modes = x.shape[:batch_dims], x.shape[batch_dims:]
+    rest, exponent = split_pow2(x.to(compute_dtype(x.dtype)), batch_dims)
+    cores = []
+    for n, left, right in zip(modes[:-1], ranks[:-2], ranks[1:-1], strict=True):
+        u, rest = cut(rest.reshape(*batch, left * n, -1), right)
+        cores.append(u.unflatten(-2, (left, n)))
+    cores.append(rest.reshape(*batch, ranks[-2], modes[-1], 1))
+    placed, single = place_pow2(cores, exponent, len(cores) - 1, x.dtype)
+    last = len(cores) - 1
+    return TensorTrain(tuple(core.to(x.dtype) for core in placed), (last, last) if single else (0, -1))
 
 
 @torch.no_grad()
@@ -126,7 +173,8 @@ def unfolding_spectra(x: Tensor, *, method: Literal["svd", "gram"] = "svd") -> l
         [torch.Size([2]), torch.Size([4])]
     """
     _check_tensor(x)
-    scaled, exponent = _unit_scale(x)
+    scaled, exponent = _unit_scale(x.detach())
+    scaled = scaled.to(compute_dtype(x.dtype))
     values_of = {"svd": singular_values, "gram": gram_singular_values}[method]
     spectra: list[Tensor] = []
     rows = 1
@@ -140,67 +188,14 @@ def unfolding_spectra(x: Tensor, *, method: Literal["svd", "gram"] = "svd") -> l
     return spectra
 
 
-def _svd_sweep(x: Tensor, delta: float, caps: Sequence[int]) -> Sweep:
-    """Left to right: cut every unfolding of what is left to a tail of at most ``delta``."""
-    return _sweep(x, delta, caps, lambda unfolding, cap: _exact_cut(unfolding, delta, cap))
-
-
-def _randomized_sweep(x: Tensor, delta: float, caps: Sequence[int]) -> Sweep:
-    """The same with sketches, wherever the cap decides the rank and is small."""
-
-    def cut(unfolding: Tensor, cap: int) -> tuple[Tensor, Tensor, Tensor]:
-        if 4 * (cap + 10) > min(unfolding.shape):
-            return _exact_cut(unfolding, delta, cap)
-        basis, s = randomized_basis(unfolding, cap)
-        energy = torch.linalg.vector_norm(unfolding).square()
-        # What the sketch missed is known to half the digits only: the difference of two squares.
-        tail = (energy - s.square().sum()).clamp_min(1e-15 * energy).sqrt()
-        # A tail within the tolerance means that a lower rank may do: that takes exact singular values.
-        return _exact_cut(unfolding, delta, cap) if float(tail) <= delta else (basis, s, tail)
-
-    return _sweep(x, delta, caps, cut)
-
-
-def _exact_cut(unfolding: Tensor, delta: float, cap: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Basis (p, r) of the kept columns, their singular values, and the tail that is cut."""
-    basis, s = left_basis(unfolding)
-    rank, tail = choose_rank(s, delta, cap)
-    return basis[:, :rank], s[:rank], tail
-
-
-def _sweep(
-    x: Tensor, delta: float, caps: Sequence[int], cut: Callable[[Tensor, int], tuple[Tensor, Tensor, Tensor]]
-) -> Sweep:
-    cores, spectra, tails = [], [], []
-    rest, rank = x, 1
-    for n, cap in zip(x.shape[:-1], caps[1:-1], strict=True):
-        unfolding = rest.reshape(rank * n, -1)
-        basis, s, tail = cut(unfolding, cap)
-        left, rank = rank, basis.shape[1]
-        cores.append(basis.reshape(left, n, rank))
-        spectra.append(s)
-        tails.append(tail)
-        rest = basis.mH @ unfolding
-    cores.append(rest.reshape(rank, x.shape[-1], 1))
-    return Sweep(cores, spectra, tails)
-
-
-_METHODS: dict[str, Callable[[Tensor, float, Sequence[int]], Sweep]] = {
-    "auto": _svd_sweep,
-    "svd": _svd_sweep,
-    "randomized": _randomized_sweep,
-}
-
-
-def _method(name: str) -> Callable[[Tensor, float, Sequence[int]], Sweep]:
-    if name not in _METHODS:
+def _check_method(name: str) -> None:
+    if name not in METHODS:
         raise KindError(
-            f"a method must be known: method has {name!r}, expected one of {sorted(_METHODS)}. Use 'auto' if in doubt."
+            f"a method must be known: method has {name!r}, expected one of {sorted(METHODS)}. Use 'auto' if in doubt."
         )
-    return _METHODS[name]
 
 
-def _check_tensor(x: Tensor) -> None:
+def _check_tensor(x: Tensor, batch_dims: int = 0) -> None:
     if not isinstance(x, Tensor):
         raise KindError(
             f"only a tensor can be decomposed: x has {type(x).__name__}, expected torch.Tensor. "
@@ -211,12 +206,19 @@ def _check_tensor(x: Tensor) -> None:
             f"x must be of a floating or complex dtype: x has {x.dtype}, expected one of "
             f"{', '.join(str(dtype) for dtype in DTYPES)}. Cast it with .to(torch.float64)."
         )
-    if x.ndim == 0:
-        raise ShapeError("x must have a mode: x has shape (), expected one axis or more. Use x.reshape(1).")
+    if batch_dims not in (0, 1):
+        raise ShapeError(
+            f"a batch has one axis: batch_dims has {batch_dims}, expected 0 or 1. Flatten the others to one."
+        )
+    if x.ndim <= batch_dims:
+        raise ShapeError(
+            f"x must have a mode: x has shape {tuple(x.shape)}, expected one axis or more beside the batch. "
+            "Use x.reshape(.., 1)."
+        )
 
 
 def _as_train_shape(
-    x: Tensor, out_modes: Sequence[int] | None, in_modes: Sequence[int] | None
+    x: Tensor, out_modes: Sequence[int] | None, in_modes: Sequence[int] | None, batch_dims: int
 ) -> tuple[Tensor, tuple[tuple[int, ...], tuple[int, ...]] | None]:
     """The tensor ``(n_1, .., n_d)`` to sweep, and the two mode tuples of a matrix."""
     if out_modes is None and in_modes is None:
@@ -231,9 +233,9 @@ def _as_train_shape(
             f"expected "
             "equal lengths of at least 1. Pad the shorter one with modes of size 1."
         )
-    if x.ndim != 2:
+    if x.ndim != 2 + batch_dims:
         raise ShapeError(f"modes are for a matrix: x has shape {tuple(x.shape)}, expected (M, N). Reshape it to 2-D.")
-    for name, modes, size in (("out_modes", out, x.shape[0]), ("in_modes", into, x.shape[1])):
+    for name, modes, size in (("out_modes", out, x.shape[-2]), ("in_modes", into, x.shape[-1])):
         if math.prod(modes) != size or min(modes) < 1:
             raise ShapeError(
                 f"{name} must multiply to the size of its axis: {name} has {modes} with product "
@@ -244,11 +246,14 @@ def _as_train_shape(
 
 
 def _unit_scale(x: Tensor) -> tuple[Tensor, int]:
-    """``x`` in the compute dtype, divided by a power of two, so that squares neither overflow nor vanish."""
-    wide = x.detach().to(compute_dtype(x.dtype))
-    if wide.numel() == 0:
-        return wide, 0
-    size = float(torch.linalg.vector_norm(wide, float("inf")))  # NaN and Inf show up in the maximum
+    """``x`` divided by a power of two, so that squares neither overflow nor vanish, and its exponent.
+
+    Lower dtypes stay as they are: they are widened block by block, or where they are small.
+    """
+    if x.numel() == 0:
+        return x, 0
+    smallest, largest = (float(v) for v in _extremes(x))  # NaN and Inf show up here
+    size = max(abs(smallest), abs(largest))
     if not math.isfinite(size):
         n_bad = int((~torch.isfinite(x)).sum())
         raise NonFiniteError(
@@ -256,7 +261,11 @@ def _unit_scale(x: Tensor) -> tuple[Tensor, int]:
             f"expected "
             "none. Find where they come from, or replace them with torch.nan_to_num."
         )
-    if 1e-100 < size < 1e100:
-        return wide, 0  # spares a copy
-    scaled, exponent = split_pow2(wide)
+    if 1e-100 < size < 1e100 or size == 0.0:
+        return x, 0  # spares a copy
+    scaled, exponent = split_pow2(x.to(compute_dtype(x.dtype)))
     return scaled, int(exponent)
+
+
+def _extremes(x: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.aminmax(torch.view_as_real(x) if x.is_complex() else x)

@@ -11,67 +11,126 @@ import torch
 from torch import Tensor
 
 from tensortrain.errors import KindError, ModeIndexError, ShapeError
+from tensortrain.tensor import chain
 
-__all__ = ["index_cores"]
+__all__ = ["checked_list", "expand_ellipsis", "index_cores", "resolve_lists"]
 
 
-def index_cores(cores: Sequence[Tensor], key: Any) -> tuple[list[Tensor], bool]:
+def index_cores(cores: Sequence[Tensor], key: Any, n_batch: int = 0) -> tuple[list[Tensor], tuple[int, ...] | None]:
     """Apply an index to a list of cores.
 
     Args:
-        cores: ``(r, n, s)`` each.
-        key: Integers, slices (any step), ``...``, ``None``, or 1-D lists (int or bool) in neighbouring modes;
-            beside a list an integer counts as a list, as in NumPy.
+        cores: ``(.., r, n, s)`` each, with ``n_batch`` axes in front.
+        key: Integers, slices (any step), ``...``, ``None``, and lists: integer arrays of any shape, which broadcast
+            to one another, or boolean masks. Beside a list an integer counts as a list, as in NumPy.
 
     Returns:
-        Pieces in order, matrices ``(r, s)`` for modes that are gone and cores for those that stay; and
-        whether lists took every mode, so that the single core left holds plain values.
+        Pieces in order, matrices ``(.., r, s)`` for modes that are gone and cores for those that stay; and, where
+        lists took every mode, so that the single core left holds plain values, the shape of these values.
 
     Raises:
-        ModeIndexError: Out of range, too many indices, or lists in modes that are not neighbours.
+        ModeIndexError: Out of range, or too many indices.
+        ShapeError: Lists that do not broadcast to one another.
         KindError: Something that is no index.
     """
-    entries = _expand_ellipsis(key if isinstance(key, tuple) else (key,), len(cores))
-    lists = [_as_list(entry) for entry in entries]
-    if all(found is None for found in lists):
-        return _basic_pieces(cores, entries, 0), False
-    return _list_pieces(cores, entries, lists)
+    entries = expand_ellipsis(key if isinstance(key, tuple) else (key,), [core.shape[-2] for core in cores])
+    if all(_as_list(entry) is None for entry in entries):
+        return _basic_pieces(cores, entries, 0, n_batch), None
+    lists, shape = resolve_lists(entries, [core.shape[-2] for core in cores])
+    chosen = [found is not None for found in lists]
+    first, last = chosen.index(True), len(chosen) - chosen[::-1].index(True)
+    n_first = sum(entry is not None for entry in entries[:first])
+    n_last = n_first + sum(entry is not None for entry in entries[first:last])
+    after = _basic_pieces(cores, entries[last:], n_last, n_batch)
+    if all(chosen[first:last]):
+        before = _basic_pieces(cores, entries[:first], 0, n_batch)
+        gathered = _gather(cores[n_first:n_last], [found for found in lists[first:last] if found is not None])
+        if not before and not after:
+            return [gathered], shape
+        return [*before, *_unflatten(gathered, shape), *after], None
+    # NumPy puts the axis of lists that stand apart in front of all others.
+    indexed = _apart(cores[:n_last], entries[:last], lists[:last], n_batch)
+    return [*_unflatten(indexed[0], shape), *indexed[1:], *after], None
 
 
-def _expand_ellipsis(entries: tuple[Any, ...], order: int) -> list[Any]:
+def expand_ellipsis(entries: Sequence[Any], modes: Sequence[int]) -> list[Any]:
     """One entry for every mode, and ``None`` entries between them."""
     dots = [at for at, entry in enumerate(entries) if entry is Ellipsis]
     n_used = sum(entry is not None and entry is not Ellipsis for entry in entries)
-    if len(dots) > 1 or n_used > order:
+    if len(dots) > 1 or n_used > len(modes):
         raise ModeIndexError(
             f"an index must fit the order: the index has {n_used} entries and {len(dots)} ellipses, expected "
-            f"at most "
-            f"{order} and 1. Drop the surplus."
+            f"at most {len(modes)} and 1. Drop the surplus."
         )
     at = dots[0] if dots else len(entries)
-    return [*entries[:at], *[slice(None)] * (order - n_used), *entries[at + 1 :]]
+    return [*entries[:at], *[slice(None)] * (len(modes) - n_used), *entries[at + 1 :]]
 
 
-def _as_list(entry: Any) -> Tensor | None:
-    """An index list as a 1-D tensor of integers, ``None`` for any other index."""
+def resolve_lists(entries: Sequence[Any], modes: Sequence[int]) -> tuple[list[Tensor | None], tuple[int, ...]]:
+    """The index lists among the entries, integers beside them included, as flat lists of one length.
+
+    Returns:
+        A 1-D tensor of indices ``0 .. n - 1`` or ``None`` for each entry, and the shape they broadcast to.
+    """
+    found: list[Tensor | None] = []
+    k = 0
+    for entry in entries:
+        if entry is None or isinstance(entry, slice):
+            found.append(None)
+        else:
+            values = _as_list(entry, modes[k])
+            values = torch.tensor(_checked_int(entry, modes[k], k)) if values is None else values
+            found.append(checked_list(values, modes[k], k))
+        k += entry is not None
+    given = [values for values in found if values is not None]
+    try:
+        shape = torch.broadcast_shapes(*(values.shape for values in given))
+    except RuntimeError:
+        raise ShapeError(
+            f"index lists must have one length: the lists have shapes {[tuple(v.shape) for v in given]}, "
+            f"expected equal ones, or sizes of 1. Pass one index per mode and point."
+        ) from None
+    flat = [None if values is None else values.expand(shape).reshape(-1) for values in found]
+    return flat, tuple(shape)
+
+
+def checked_list(values: Tensor, n: int, k: int) -> Tensor:
+    """Indices into a mode of size ``n``, the negative ones made positive."""
+    if values.numel():
+        lowest, highest = (int(v) for v in torch.aminmax(values))
+        if not (-n <= lowest and highest < n):
+            raise ModeIndexError(
+                f"an index must lie in its mode: mode {k} has indices from {lowest} to {highest}, "
+                f"expected {-n} to {n - 1}. Check x.shape."
+            )
+        if lowest < 0:
+            values = values % n
+    return values
+
+
+def _as_list(entry: Any, n: int | None = None) -> Tensor | None:
+    """An index list as a tensor of integers, ``None`` for any other index. A mask must have ``n`` entries."""
     if entry is None or isinstance(entry, (slice, bool)) or (hasattr(entry, "__index__") and _is_single(entry)):
         return None
     if not isinstance(entry, (Tensor, np.ndarray, list, tuple, range)):
         raise KindError(
             f"an index must be an int, a slice, a list, None or ...: the index has {type(entry).__name__}, "
-            f"expected "
-            "one of these. Convert it to a list of ints."
+            f"expected one of these. Convert it to a list of ints."
         )
     values = torch.as_tensor(list(entry) if isinstance(entry, range) else entry)
-    if values.dtype == torch.bool:
-        values = values.nonzero().squeeze(-1) if values.ndim == 1 else values
+    if values.dtype == torch.bool and values.ndim == 1:
+        if n is not None and len(values) != n:
+            raise ModeIndexError(
+                f"a mask must have an entry for each index of its mode: the mask has {len(values)}, expected {n}. "
+                "Build it from the mode's size."
+            )
+        values = values.nonzero().squeeze(-1)
     if values.numel() == 0:
         values = values.long()
-    if values.ndim != 1 or values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
+    if values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
         raise KindError(
-            f"an index list must be 1-D and of integers or booleans: the index has shape "
-            f"{tuple(values.shape)} and "
-            f"{values.dtype}, expected a flat list. Flatten it, and reshape the result."
+            f"an index list must be of integers, or a mask of one axis: the index has shape "
+            f"{tuple(values.shape)} and {values.dtype}, expected integers. Convert it, or flatten the mask."
         )
     return values.long()
 
@@ -80,21 +139,28 @@ def _is_single(entry: Any) -> bool:
     return not isinstance(entry, (Tensor, np.ndarray)) or entry.ndim == 0
 
 
-def _basic_pieces(cores: Sequence[Tensor], entries: Sequence[Any], k: int) -> list[Tensor]:
+def _basic_pieces(cores: Sequence[Tensor], entries: Sequence[Any], k: int, n_batch: int) -> list[Tensor]:
     """Pieces for entries without lists, of which the first belongs to mode ``k``."""
     pieces: list[Tensor] = []
     for entry in entries:
         if entry is None:
-            rank = cores[k].shape[0] if k < len(cores) else 1
-            pieces.append(torch.eye(rank, dtype=cores[0].dtype, device=cores[0].device).unsqueeze(1))
+            like = cores[min(k, len(cores) - 1)]
+            rank = like.shape[-3] if k < len(cores) else like.shape[-1]
+            pieces.append(_eye(rank, like).unsqueeze(-2))
             continue
-        pieces.append(_index_core(cores[k], entry, k))
+        pieces.append(index_core(cores[k], entry, k))
         k += 1
     return pieces
 
 
-def _index_core(core: Tensor, entry: Any, k: int) -> Tensor:
-    n = core.shape[1]
+def _eye(n: int, like: Tensor) -> Tensor:
+    """The identity ``(.., n, n)`` with the batch axes of a core."""
+    return torch.eye(n, dtype=like.dtype, device=like.device).expand(*like.shape[:-3], n, n)
+
+
+def index_core(core: Tensor, entry: Any, k: int) -> Tensor:
+    """A core of fewer entries for a slice, a matrix for an integer."""
+    n = core.shape[-2]
     if isinstance(entry, slice):
         try:
             start, stop, step = entry.indices(n)
@@ -104,9 +170,10 @@ def _index_core(core: Tensor, entry: Any, k: int) -> Tensor:
                 "Pass whole numbers."
             ) from error
         if step > 0:
-            return core[:, start : max(start, stop) : step]
-        return core[:, torch.arange(start, stop, step, device=core.device)]  # torch has no negative steps
-    return core[:, _checked_int(entry, n, k)]
+            return core[..., start : max(start, stop) : step, :]
+        backwards = torch.tensor(range(start, stop, step), dtype=torch.long, device=core.device)
+        return core[..., backwards, :]  # torch has no negative steps
+    return core[..., _checked_int(entry, n, k), :]
 
 
 def _checked_int(entry: Any, n: int, k: int) -> int:
@@ -120,57 +187,69 @@ def _checked_int(entry: Any, n: int, k: int) -> int:
     return at % n
 
 
-def _list_pieces(
-    cores: Sequence[Tensor], entries: Sequence[Any], lists: Sequence[Tensor | None]
-) -> tuple[list[Tensor], bool]:
-    # Beside a list NumPy reads an integer as a list of one.
-    chosen = [
-        found is not None or (entry is not None and not isinstance(entry, slice))
-        for entry, found in zip(entries, lists, strict=True)
-    ]
-    first, last = chosen.index(True), len(chosen) - chosen[::-1].index(True)
-    if not all(chosen[first:last]):
-        raise ModeIndexError(
-            "index lists must stand in neighbouring modes: a slice or None lies between two of them, "
-            "expected none. "
-            "Index in two steps, or permute first."
-        )
-    n_before = sum(entry is not None for entry in entries[:first])
-    n_after = n_before + last - first
-    gathered = _gather(
-        cores[n_before:n_after], list(zip(entries[first:last], lists[first:last], strict=True)), n_before
-    )
-    before = _basic_pieces(cores, entries[:first], 0)
-    after = _basic_pieces(cores, entries[last:], n_after)
-    return [*before, gathered, *after], not before and not after
+def _gather(group: Sequence[Tensor], lists: Sequence[Tensor]) -> Tensor:
+    """One core ``(.., r, P, s)`` whose mode runs through index lists in neighbouring modes."""
+    state: Tensor | None = None
+    for core, values in zip(group, lists, strict=True):
+        # A copy with the mode in front first: rows of r s entries are then gathered whole.
+        picked = core.movedim(-2, 0).contiguous()[values.to(core.device)]  # P .. r s
+        state = picked if state is None else state @ picked
+    assert state is not None
+    return state.movedim(0, -2)
 
 
-def _gather(group: Sequence[Tensor], indices: Sequence[tuple[Any, Tensor | None]], first_mode: int) -> Tensor:
-    """One core whose mode runs through the index lists."""
-    values = [
-        _checked_list(torch.tensor([operator.index(entry)]) if found is None else found, core.shape[1], first_mode + k)
-        for k, (core, (entry, found)) in enumerate(zip(group, indices, strict=True))
-    ]
-    sizes = {len(value) for value in values} - {1}
-    if len(sizes) > 1:
-        raise ShapeError(
-            f"index lists must have one length: the lists have {[len(value) for value in values]} entries, "
-            f"expected "
-            "equal lengths, or 1. Pass one index per mode and point."
-        )
-    state = group[0][:, values[0].to(group[0].device)]
-    for core, value in zip(group[1:], values[1:], strict=True):
-        picked = core[:, value.to(core.device)]
-        # n r s <- n r t, n t s; a list of one broadcasts
-        state = (state.transpose(0, 1) @ picked.transpose(0, 1)).transpose(0, 1)
-    return state
+def _apart(
+    cores: Sequence[Tensor], entries: Sequence[Any], lists: Sequence[Tensor | None], n_batch: int
+) -> list[Tensor]:
+    """Pieces with the points in front, which every piece up to the last list carries along as a block index."""
+    n_points = next(len(values) for values in lists if values is not None)
+    if n_points == 0:
+        kept = [1 if entry is None else len(range(core_n)[entry]) for entry, core_n in _kept(cores, entries, lists)]
+        return [cores[0].new_zeros((*cores[0].shape[:-3], 1, n, 1)) for n in (0, *kept[:-1])] + [
+            cores[-1].new_zeros((*cores[0].shape[:-3], 1, kept[-1], cores[-1].shape[-1]))
+        ]
+    points = torch.arange(n_points, device=cores[0].device)
+    pieces: list[Tensor] = [_eye(n_points, cores[0]).unsqueeze(-3)]  # 1 P P
+    k = 0
+    last = len(entries) - 1
+    for at, (entry, values) in enumerate(zip(entries, lists, strict=True)):
+        if values is None:
+            (piece,) = (
+                _basic_pieces(cores[k:], [entry], 0, n_batch) if entry is None else [index_core(cores[k], entry, k)]
+            )
+            wide = piece.new_zeros(
+                (*piece.shape[:-3], n_points, piece.shape[-3], piece.shape[-2], n_points, piece.shape[-1])
+            )
+            wide[..., points, :, :, points, :] = piece
+            pieces.append(wide.flatten(-2, -1).flatten(-4, -3))
+        else:
+            picked = cores[k].movedim(-2, 0)[values.to(cores[k].device)]  # P .. r s
+            if at == last:
+                pieces.append(picked.movedim(0, -3).flatten(-3, -2))  # (P r) s
+            else:
+                wide = picked.new_zeros((*picked.shape[1:-2], n_points, picked.shape[-2], n_points, picked.shape[-1]))
+                wide[..., points, :, points, :] = picked
+                pieces.append(wide.flatten(-2, -1).flatten(-3, -2))
+        k += entry is not None
+    return chain.join_pieces(pieces, n_batch)
 
 
-def _checked_list(values: Tensor, n: int, k: int) -> Tensor:
-    if values.numel() and not (-n <= int(values.min()) and int(values.max()) < n):
-        raise ModeIndexError(
-            f"an index must lie in its mode: mode {k} has indices from {int(values.min())} to "
-            f"{int(values.max())}, "
-            f"expected {-n} to {n - 1}. Check x.shape."
-        )
-    return values % n if n else values
+def _kept(cores: Sequence[Tensor], entries: Sequence[Any], lists: Sequence[Tensor | None]) -> list[tuple[Any, int]]:
+    """The entries that leave a mode, slices and ``None``, each with the size of its mode."""
+    modes = iter([core.shape[-2] for core in cores])
+    sized = [(entry, 1 if entry is None else next(modes)) for entry in entries]
+    return [pair for pair, values in zip(sized, lists, strict=True) if values is None]
+
+
+def _unflatten(core: Tensor, shape: Sequence[int]) -> list[Tensor]:
+    """The single axis of a gathered core as the axes that the index lists had, without arithmetic."""
+    cores = []
+    for n in shape[:-1]:
+        rest = core.shape[-2] // n if n else 0
+        split = core.unflatten(-2, (n, rest))
+        left = _eye(core.shape[-3] * n, core).unflatten(-2, (core.shape[-3], n))
+        cores.append(left)
+        core = split.flatten(-4, -3)
+    if not shape:  # all lists were single numbers: the axis goes
+        return [core[..., 0, :]]
+    return [*cores, core]

@@ -10,13 +10,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from tensortrain.errors import KindError, ModeIndexError, ShapeError
+from tensortrain.errors import KindError, ModeIndexError, RankError, ShapeError
 from tensortrain.tensor import chain
-from tensortrain.tensor.base import CoreChain, check_same_place
+from tensortrain.tensor.base import CoreChain, broadcast_batch, check_same_place
 from tensortrain.tensor.ranks import RankLike
+from tensortrain.tensor.scaling import split_pow2, times_pow2, work_dtype
 from tensortrain.tensor.train import TensorTrain, checked_dims
 
-__all__ = ["TTMatrix", "dense_to_paired", "paired_to_dense"]
+__all__ = ["TTMatrix", "dense_to_paired", "paired_to_dense", "times_matrix_core", "times_train_core"]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -26,7 +27,8 @@ class TTMatrix(CoreChain):
     Rows run through ``(i_1 .. i_d)`` and columns through ``(j_1 .. j_d)`` in C order, first mode slowest.
 
     Args:
-        cores: ``d`` tensors ``(r_{k-1}, i_k, j_k, r_k)`` of one dtype and device, ``r_0 = r_d = 1``.
+        cores: ``d`` tensors ``(r_{k-1}, i_k, j_k, r_k)`` of one dtype and device, ``r_0 = r_d = 1``; with a batch
+            axis in front, ``b`` matrices of the same modes and ranks.
         center: Range ``(lo, hi)`` outside which the cores are known to be orthonormal; leave it out.
 
     Raises:
@@ -56,22 +58,23 @@ class TTMatrix(CoreChain):
         eps: float | None = None,
         max_rank: RankLike | None = None,
         method: str = "auto",
+        batch_dims: int = 0,
     ) -> TTMatrix:
         """The value of ``tensortrain.tt_svd`` with modes, which also tells the error promised."""
         from tensortrain.tensor.decompose import tt_svd  # builds on this type
 
-        found = tt_svd(w, eps=eps, max_rank=max_rank, method=method, out_modes=out_modes, in_modes=in_modes)
-        return found.value
+        options: dict[str, Any] = {"eps": eps, "max_rank": max_rank, "method": method, "batch_dims": batch_dims}
+        return tt_svd(w, out_modes=out_modes, in_modes=in_modes, **options).value
 
     @property
     def out_modes(self) -> tuple[int, ...]:
         """Row modes ``(i_1, .., i_d)``."""
-        return tuple(core.shape[1] for core in self.cores)
+        return tuple(core.shape[-3] for core in self.cores)
 
     @property
     def in_modes(self) -> tuple[int, ...]:
         """Column modes ``(j_1, .., j_d)``."""
-        return tuple(core.shape[2] for core in self.cores)
+        return tuple(core.shape[-2] for core in self.cores)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -81,7 +84,7 @@ class TTMatrix(CoreChain):
     @property
     def T(self) -> TTMatrix:
         """Transpose, without conjugation."""
-        return self._map(lambda core: core.transpose(1, 2))
+        return self._map(lambda core: core.transpose(-3, -2))
 
     @property
     def H(self) -> TTMatrix:
@@ -106,18 +109,127 @@ class TTMatrix(CoreChain):
         if not dims:
             raise KindError("dim must name an axis: dim has none, expected 0, 1 or both. Use the matrix as it is.")
         if len(dims) == 2:
-            return chain.join_pieces([reduce(core, dim=(1, 2)) for core in self.cores])[0][0, 0]
-        axis = 1 + min(dims)
+            pieces = [reduce(core, dim=(-3, -2)) for core in self.cores]
+            return chain.join_pieces(pieces, self._n_batch)[0][..., 0, 0]
+        axis = -3 + min(dims)
         return TensorTrain(tuple(reduce(core, dim=axis) for core in self.cores))
+
+    def var(self, dim: int | Sequence[int] | None = None, *, correction: int = 1) -> Tensor | TensorTrain:
+        """Variance over rows, columns or all, as ``torch.var``; see ``TensorTrain.var``."""
+        dims = checked_dims(dim, 2)
+        if len(dims) != 2:
+            joined = TensorTrain(tuple(self._merged()))
+            d = self.order
+            fine = joined.reshape([n for pair in zip(self.out_modes, self.in_modes, strict=True) for n in pair], eps=0)
+            return fine.var([2 * k + min(dims) for k in range(d)], correction=correction)
+        count = self.numel
+        spread = (self - self.mean()).norm().square()
+        return spread / (count - correction) if count > correction else spread * math.nan
+
+    def trace(self) -> Tensor:
+        """Sum of the diagonal, a tensor of ``batch_shape``.  Cost: O(d n r^2).
+
+        Raises:
+            ShapeError: The modes are not square.
+        """
+        self._check_square("a trace")
+        pieces = [torch.diagonal(core, dim1=-3, dim2=-2).sum(-1) for core in self.cores]
+        return chain.join_pieces(pieces, self._n_batch)[0][..., 0, 0]
+
+    def slogdet(self) -> tuple[Tensor, Tensor]:
+        """Sign and natural logarithm of the modulus of the determinant of a Kronecker product (all ranks 1).
+
+        Returns:
+            As ``torch.linalg.slogdet``, each of ``batch_shape``; finite where the determinant itself overflows.
+
+        Raises:
+            ShapeError: The modes are not square.
+            RankError: A rank is above 1: then no formula in the cores exists.
+        """
+        sign, log = self.cores[0].new_ones(self.batch_shape), self.cores[0].abs().new_zeros(self.batch_shape)
+        for factor in self._kronecker_factors("a determinant"):
+            s, magnitude = torch.linalg.slogdet(factor)
+            power = self.shape[0] // factor.shape[-1]  # det(A (x) B) = det(A)^n_B det(B)^n_A
+            sign, log = sign * s**power, log + power * magnitude
+        return sign, log
+
+    def det(self) -> Tensor:
+        """Determinant of a Kronecker product (all ranks 1), ``batch_shape``; ``slogdet`` cannot overflow."""
+        sign, log = self.slogdet()
+        return sign * log.exp()
+
+    def inv(self) -> TTMatrix:
+        """Inverse of a Kronecker product (all ranks 1), the Kronecker product of the inverses.
+
+        Raises:
+            ShapeError: The modes are not square.
+            RankError: A rank is above 1: solve a linear system instead.
+        """
+        inverses = [torch.linalg.inv(factor) for factor in self._kronecker_factors("an inverse")]
+        return TTMatrix(tuple(inverse.unsqueeze(-3).unsqueeze(-1) for inverse in inverses))
+
+    def bilinear(self, x: TensorTrain, y: TensorTrain) -> Tensor:
+        """``x^H A y`` without forming ``A y``, a tensor of ``batch_shape``.
+
+        Args:
+            x: A train of ``out_modes``, conjugated.
+            y: A train of ``in_modes``.
+
+        Cost: O(d n r^2 R (r + n R)) flops for trains of rank r and a matrix of rank R.
+        """
+        _check_modes("bilinear", self.out_modes, x.shape)
+        _check_modes("bilinear", self.in_modes, y.shape)
+        check_same_place("bilinear", self, x)
+        check_same_place("bilinear", self, y)
+        wide = work_dtype(self.dtype)
+        env = self.cores[0].new_ones((1, 1, 1), dtype=wide)  # left ranks of x, A, y
+        exponent = torch.zeros((), dtype=torch.int32, device=env.device)
+        n_batch = max(self._n_batch, x._n_batch, y._n_batch)
+        for a, u, v in zip(self.cores, x.cores, y.cores, strict=True):
+            half = torch.einsum("...tru,...ujv->...trjv", env, v.to(wide))
+            half = torch.einsum("...trjv,...rijs->...tisv", half, a.to(wide))
+            env, step = split_pow2(torch.einsum("...tin,...tisv->...nsv", u.to(wide).conj(), half), n_batch)
+            exponent = exponent + step
+        return times_pow2(env[..., 0, 0, 0], exponent).to(self.dtype)
+
+    def reshape(self, out_modes: Sequence[int], in_modes: Sequence[int], *, eps: float | None = None) -> TTMatrix:
+        """The same matrix with other row and column modes of the same products; see ``TensorTrain.reshape``.
+
+        ``A.reshape((2,) * L, (2,) * L)`` gives a quantized matrix.
+
+        Raises:
+            ShapeError: The products differ, or no common grouping of rows and columns exists.
+        """
+        from tensortrain.tensor.regroup import reshaped_matrix  # builds on this type
+
+        return reshaped_matrix(self, out_modes, in_modes, eps)
+
+    def _check_square(self, what: str) -> None:
+        if self.out_modes != self.in_modes:
+            raise ShapeError(
+                f"{what} needs square modes: in_modes has {self.in_modes}, expected {self.out_modes} as out_modes. "
+                "Build the matrix with equal modes."
+            )
+
+    def _kronecker_factors(self, what: str) -> list[Tensor]:
+        self._check_square(what)
+        if max(self.ranks) > 1:
+            raise RankError(
+                f"{what} is known for Kronecker products: ranks has {self.ranks}, expected ones. "
+                "Round the matrix, or use to_dense()."
+            )
+        return [core[..., 0, :, :, 0] for core in self.cores]
 
     def __getitem__(self, key: Any) -> Tensor | TensorTrain | TTMatrix:
         row, column = self._row_and_column(key)
         cores: list[Tensor] = list(self.cores)
-        for axis, at, modes in ((2, column, self.in_modes), (1, row, self.out_modes)):
+        for axis, at, modes in ((-2, column, self.in_modes), (-3, row, self.out_modes)):
             if at is not None:
-                cores = [core.select(axis, digit) for core, digit in zip(cores, _digits(at, modes), strict=True)]
+                # once the columns are gone, rows are the last mode but one axis
+                place = -2 if axis == -3 and column is not None else axis
+                cores = [core.select(place, digit) for core, digit in zip(cores, _digits(at, modes), strict=True)]
         if row is not None and column is not None:
-            return chain.join_pieces(cores)[0][0, 0]
+            return chain.join_pieces(cores, self._n_batch)[0][..., 0, 0]
         return TTMatrix(tuple(cores)) if row is None and column is None else TensorTrain(tuple(cores))
 
     def _row_and_column(self, key: Any) -> tuple[int | None, int | None]:
@@ -134,17 +246,13 @@ class TTMatrix(CoreChain):
         if isinstance(other, TTMatrix):
             _check_modes("@", self.in_modes, other.out_modes)
             check_same_place("@", self, other)
-            pairs = zip(self.cores, other.cores, strict=True)
-            # r i j s, t j k u -> (r t) i k (s u)
-            cores = [torch.einsum("rijs,tjku->rtiksu", a, b).flatten(4, 5).flatten(0, 1) for a, b in pairs]
-            return TTMatrix(tuple(cores))
+            pairs = zip(*(x.cores for x in broadcast_batch(self, other)), strict=True)
+            return TTMatrix(tuple(times_matrix_core(a, b) for a, b in pairs))
         if isinstance(other, TensorTrain):
             _check_modes("@", self.in_modes, other.shape)
             check_same_place("@", self, other)
-            pairs = zip(self.cores, other.cores, strict=True)
-            return TensorTrain(
-                tuple(torch.einsum("rijs,tju->rtisu", a, x).flatten(3, 4).flatten(0, 1) for a, x in pairs)
-            )
+            pairs = zip(*(x.cores for x in broadcast_batch(self, other)), strict=True)
+            return TensorTrain(tuple(times_train_core(a, x) for a, x in pairs))
         if isinstance(other, Tensor):
             return self._times_dense(other)
         raise KindError(
@@ -152,6 +260,10 @@ class TTMatrix(CoreChain):
             f"{type(other).__name__}, expected "
             "one of these. Convert it with torch.as_tensor."
         )
+
+    def matmul(self, other: Any) -> TTMatrix | TensorTrain | Tensor:
+        """``self @ other``, for code under ``torch.compile``, which does not trace ``@`` between objects."""
+        return self.__matmul__(other)
 
     def __rmatmul__(self, other: Any) -> TTMatrix | TensorTrain | Tensor:
         if isinstance(other, Tensor) and other.ndim == 2:
@@ -161,25 +273,33 @@ class TTMatrix(CoreChain):
         return self.T @ other
 
     def _times_dense(self, x: Tensor) -> Tensor:
-        if x.ndim not in (1, 2) or x.shape[0] != self.shape[1]:
+        axis = 0 if x.ndim == 1 else x.ndim - 2
+        if not 1 <= x.ndim <= 2 + self._n_batch or x.shape[axis] != self.shape[1]:
             raise ShapeError(
                 f"the columns of A must match the rows of x: x has shape {tuple(x.shape)}, expected "
                 f"({self.shape[1]},) or ({self.shape[1]}, b). Transpose or reshape x."
             )
         check_same_place("@", self, x)
-        b = 1 if x.ndim == 1 else x.shape[1]
-        state = x.reshape(self.shape[1], b).T.reshape(b, *self.in_modes, 1)  # b j_1 .. j_d r
+        columns = x[:, None] if x.ndim == 1 else x  # .. N b
+        batch, b = self.batch_shape, columns.shape[-1]
+        state = columns.mT.expand(*batch, b, self.shape[1]).unsqueeze(-1)
         for core in self.cores:
-            state = torch.tensordot(state, core, dims=([1, state.ndim - 1], [2, 0]))  # b j_{k+1} .. i_1 .. i_k s
-        y = state.reshape(b, self.shape[0])
-        return y[0] if x.ndim == 1 else y.T
+            # b (j_k rest) r, with what is done moved behind: b rest (i_1 .. i_k) s
+            r, _, j, s = core.shape[-4:]
+            rest = state.shape[-2] // j
+            split = state.reshape(*batch, b, j, rest, r).movedim(-3, -1)  # b rest r j
+            weights = core.transpose(-3, -2).flatten(-4, -3).flatten(-2, -1)  # (r j) (i s)
+            state = split.flatten(-2, -1).flatten(-3, -2) @ weights  # (b rest) (i s)
+            state = state.reshape(*batch, b, -1 if b else 1, s)  # b (rest i) s
+        y = state.reshape(*batch, b, self.shape[0]).mT
+        return y[..., 0] if x.ndim == 1 else y
 
     def _merged(self) -> list[Tensor]:
-        return [core.flatten(1, 2) for core in self.cores]
+        return [core.flatten(-3, -2) for core in self.cores]
 
     def _like(self, merged: Sequence[Tensor], center: tuple[int, int] = (0, -1)) -> TTMatrix:
         modes = zip(self.out_modes, self.in_modes, strict=True)
-        return TTMatrix(tuple(c.unflatten(1, pair) for c, pair in zip(merged, modes, strict=True)), center)
+        return TTMatrix(tuple(c.unflatten(-2, pair) for c, pair in zip(merged, modes, strict=True)), center)
 
     def _matched(self, other: TTMatrix) -> tuple[TTMatrix, TTMatrix]:
         for name, mine, theirs in (
@@ -192,25 +312,39 @@ class TTMatrix(CoreChain):
                     f"{mine}. "
                     "Build both with the same modes."
                 )
-        return self, other
+        return broadcast_batch(self, other)
 
     def _modes_by_name(self) -> dict[str, tuple[int, ...]]:
         return {"out_modes": self.out_modes, "in_modes": self.in_modes}
 
 
+def times_train_core(a: Tensor, x: Tensor) -> Tensor:
+    """``(.., r, i, j, s)`` and ``(.., t, j, u)`` to ``(.., r t, i, s u)``."""
+    return torch.einsum("...rijs,...tju->...rtisu", a, x).flatten(-2, -1).flatten(-4, -3)
+
+
+def times_matrix_core(a: Tensor, b: Tensor) -> Tensor:
+    """``(.., r, i, j, s)`` and ``(.., t, j, k, u)`` to ``(.., r t, i, k, s u)``."""
+    return torch.einsum("...rijs,...tjku->...rtiksu", a, b).flatten(-2, -1).flatten(-5, -4)
+
+
 def dense_to_paired(w: Tensor, out_modes: Sequence[int], in_modes: Sequence[int]) -> Tensor:
-    """``(M, N)`` to ``(i_1 j_1, .., i_d j_d)``."""
-    d = len(out_modes)
-    order = [axis for k in range(d) for axis in (k, d + k)]
-    paired = w.reshape(*out_modes, *in_modes).permute(order)  # i_1 j_1 .. i_d j_d
-    return paired.reshape([i * j for i, j in zip(out_modes, in_modes, strict=True)])
+    """``(.., M, N)`` to ``(.., i_1 j_1, .., i_d j_d)``."""
+    d, batch = len(out_modes), w.shape[:-2]
+    n = len(batch)
+    order = [axis for k in range(d) for axis in (n + k, n + d + k)]
+    paired = w.reshape(*batch, *out_modes, *in_modes).permute([*range(n), *order])  # i_1 j_1 .. i_d j_d
+    return paired.reshape(*batch, *(i * j for i, j in zip(out_modes, in_modes, strict=True)))
 
 
 def paired_to_dense(paired: Tensor, out_modes: Sequence[int], in_modes: Sequence[int]) -> Tensor:
-    """``(i_1 j_1, .., i_d j_d)`` to ``(M, N)``."""
+    """``(.., i_1 j_1, .., i_d j_d)`` to ``(.., M, N)``."""
     d = len(out_modes)
-    split = paired.reshape([n for pair in zip(out_modes, in_modes, strict=True) for n in pair])
-    return split.permute([*range(0, 2 * d, 2), *range(1, 2 * d, 2)]).reshape(math.prod(out_modes), math.prod(in_modes))
+    batch = paired.shape[: paired.ndim - d]
+    n = len(batch)
+    split = paired.reshape(*batch, *(m for pair in zip(out_modes, in_modes, strict=True) for m in pair))
+    order = [*range(n), *range(n, n + 2 * d, 2), *range(n + 1, n + 2 * d, 2)]
+    return split.permute(order).reshape(*batch, math.prod(out_modes), math.prod(in_modes))
 
 
 def _check_modes(operation: str, left: tuple[int, ...], right: tuple[int, ...]) -> None:

@@ -9,7 +9,7 @@ from fractions import Fraction
 
 from tensortrain.errors import RankError, ShapeError
 
-__all__ = ["RankLike", "count_params", "max_ranks", "resolve_ranks"]
+__all__ = ["RankLike", "count_params", "max_ranks", "ranks_within", "resolve_ranks"]
 
 RankLike = int | float | str | Sequence[int]
 
@@ -135,3 +135,30 @@ def _share_ranks(modes: Sequence[int], caps: Sequence[int], share: float) -> tup
         else:
             high = middle - 1
     return _clip_uniform(caps, low)
+
+
+def ranks_within(modes: Sequence[int], energies: Sequence[Sequence[float]], max_params: int) -> tuple[int, ...]:
+    """Ranks that lose little energy among the trains of at most so many entries.
+
+    From rank 1 on, the bond grows next that wins most energy for each entry it costs.
+
+    Args:
+        modes: ``(n_1 .. n_d)``.
+        energies: Squared singular values at each of the ``d - 1`` bonds, descending.
+        max_params: Largest number of stored entries, at least that of rank 1.
+
+    Returns:
+        Length ``d + 1``.
+    """
+    ranks = [1] * (len(modes) + 1)
+    while True:
+        spare = max_params - count_params(modes, ranks)
+        best, best_gain = None, 0.0
+        for k, energy in enumerate(energies, start=1):
+            cost = ranks[k - 1] * modes[k - 1] + modes[k] * ranks[k + 1]
+            reach = min(len(energy), ranks[k - 1] * modes[k - 1], modes[k] * ranks[k + 1])
+            if ranks[k] < reach and cost <= spare and energy[ranks[k]] > best_gain * cost:
+                best, best_gain = k, energy[ranks[k]] / cost
+        if best is None:
+            return tuple(ranks)
+        ranks[best] += 1

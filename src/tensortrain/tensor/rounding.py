@@ -4,56 +4,70 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal, TypeVar
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
-from tensortrain.errors import KindError, NonFiniteError
+from tensortrain.errors import KindError, NonFiniteError, RankError
 from tensortrain.tensor import chain
 from tensortrain.tensor.approximation import Approximation
 from tensortrain.tensor.base import CoreChain
-from tensortrain.tensor.linalg import choose_rank, left_basis
-from tensortrain.tensor.ranks import RankLike, max_ranks, resolve_ranks
-from tensortrain.tensor.scaling import split_pow2
-from tensortrain.tensor.tolerance import Budget, Sweep, checked_eps, compute_dtype, finish
+from tensortrain.tensor.linalg import choose_rank, cut, cut_basis, gram_basis, orthonormal, triangle
+from tensortrain.tensor.ranks import RankLike, count_params, max_ranks, ranks_within, resolve_ranks
+from tensortrain.tensor.scaling import split_pow2, times_pow2
+from tensortrain.tensor.sketch import OVERSAMPLING, Plain, sketched_cores
+from tensortrain.tensor.tolerance import Budget, Finished, Sweep, checked_eps, compute_dtype, finish
 
 __all__ = ["round_tt"]
 
 Chain = TypeVar("Chain", bound=CoreChain)
+Method = Literal["svd", "gram", "randomized"]
+
+# Below this relative tolerance a square (a Gram matrix, the difference of two squared norms) holds no information:
+# rounding is 1e-16 of the square of the norm, hence 2e-8 of the norm, and sums of some hundred terms make it worse.
+SQUARED_FLOOR = 4e-7
 
 
-@torch.no_grad()
 def round_tt(
     x: Chain,
     *,
     eps: float | None = None,
     max_rank: RankLike | None = None,
-    method: Literal["svd"] | str = "svd",
+    method: Method | str = "svd",
+    max_params: int | None = None,
 ) -> Approximation[Chain]:
     r"""Approximate a TensorTrain or TTMatrix by one of lower rank.
 
     Computed in float64 or complex128, and stored in the dtype of ``x``. All cores but the last are
-    left-orthogonal. The result carries no gradient.
+    left-orthogonal. Differentiable: the result carries the gradient of the cuts at the ranks that were found.
 
     Args:
-        x: Order d, modes ``n_1 .. n_d``, ranks ``r_0 .. r_d``.
+        x: Order d, modes ``n_1 .. n_d``, ranks ``r_0 .. r_d``; in a batch every member gets the same ranks, and
+            ``eps`` holds for each.
         eps: Largest relative Frobenius error, a fraction in ``[0, 1)``; the default is that of ``tt_svd``.
         max_rank: Cap on the ranks, an int or a tuple; it goes before ``eps``, see ``rel_error_bound``.
-        method: ``"svd"``.
+        method: ``"svd"``; ``"gram"``, which squares the singular values and suits GPUs; ``"randomized"``, which
+            sketches the train first and is the fastest when ranks fall a lot. The last two resolve tolerances down
+            to 4e-7: below that (so also for the default ``eps`` in float64) ``"svd"`` takes over, and ``info.method``
+            says so.
+        max_params: Largest number of stored entries (of one member): the ranks that lose least within it.
 
     Returns:
         Approximation: ``value`` of the kind and modes of ``x``; ``rel_error_bound``, dimensionless. Where
         ``x`` is a sum that nearly cancels, rounding of its cores weighs more, and the bound says so.
-        ``info``: ``method``, ``eps``, ``bond_errors``.
+        ``info``: ``method``, ``eps``, ``bond_errors`` and, for a batch, ``rel_error_bounds`` of its members.
 
     Raises:
         NonFiniteError: A core holds NaN or Inf.
-        RankError: ``eps`` or ``max_rank`` lies outside its range.
+        RankError: ``eps``, ``max_rank`` or ``max_params`` lies outside its range.
         KindError: ``x`` is no train, or the method has no such name.
 
-    Cost: O(d n r^3) flops.  Accuracy: ``||x - value|| <= rel_error_bound ||x|| <= eps ||x||`` without a cap.
-    Source: Oseledets, SIAM J. Sci. Comput. 33(5), 2011, Algorithm 2.
+    Cost: O(d n r^3) flops; ``"randomized"`` O(d n r^2 s) for new ranks s.
+    Accuracy: ``||x - value|| <= rel_error_bound ||x|| <= eps ||x||`` without a cap.
+    Source: Oseledets, SIAM J. Sci. Comput. 33(5), 2011, Algorithm 2, without forming the orthogonal factors of
+        its first half; Al Daas et al., arXiv:2110.04393 (randomized).
 
     Example:
         >>> from tensortrain.tensor import randn
@@ -61,6 +75,267 @@ def round_tt(
         >>> round_tt(a + a, eps=1e-10).value.ranks
         (1, 3, 3, 1)
     """
+    _check_arguments(x, method)
+    needs_grad = torch.is_grad_enabled() and any(core.requires_grad for core in x.cores)
+    with torch.no_grad():
+        found = _rounded(x, eps, max_rank, method, max_params)
+    if not needs_grad:
+        return found
+    value = _differentiable(x, found.value.ranks)
+    return Approximation(value, found.rel_error_bound, found.info)
+
+
+def _rounded(x: Any, eps: float | None, max_rank: RankLike | None, method: str, max_params: int | None) -> Any:
+    cores = _finite_cores(x)
+    modes = [core.shape[-2] for core in cores]
+    caps = max_ranks(modes) if max_rank is None else resolve_ranks(modes, max_rank)
+    caps = tuple(map(min, caps, x.ranks))
+    eps = checked_eps(eps, x.dtype, x.order)
+    # In lower dtypes cores are orthonormal to 1e-7 at best: not good enough for float64 to build on.
+    problem = _Problem(cores, x.center if x.dtype == cores[0].dtype else (0, x.order - 1), x.dtype, eps, x.ranks)
+    if max_params is not None:
+        caps = _caps_within(problem, caps, max_params)
+    if method != "svd" and eps < SQUARED_FLOOR and (max_rank is None and max_params is None):
+        method = "svd"
+    done = _METHODS[method](problem, caps)
+    info = {"method": method, "eps": eps, "bond_errors": done.bond_errors}
+    if x.batch_shape:
+        info["rel_error_bounds"] = done.bounds
+    if done.is_zero:
+        return Approximation(x._zeros(), 0.0, info)
+    return Approximation(x._like(done.cores, done.center), done.bound, info)
+
+
+@dataclass(frozen=True)
+class _Problem:
+    """What is to be rounded, in the compute dtype."""
+
+    cores: list[Tensor]
+    center: tuple[int, int]
+    dtype: torch.dtype
+    eps: float
+    ranks: tuple[int, ...]
+
+    def budget(self, caps: Sequence[int], amplification: float) -> Budget:
+        return Budget.of(self.eps, self.dtype, self.ranks, caps, amplification)
+
+
+def _round_svd(problem: _Problem, caps: Sequence[int]) -> Finished:
+    return _swept(problem, caps, _triangles(problem), cut_basis)
+
+
+def _round_gram(problem: _Problem, caps: Sequence[int]) -> Finished:
+    return _swept(problem, caps, _gram_roots(problem), _gram_cut)
+
+
+def _round_randomized(problem: _Problem, caps: Sequence[int]) -> Finished:
+    """Sketch at growing ranks until the norm shows that little is lost, then round what is left exactly."""
+    norm, exponent = chain.norm_parts(problem.cores, problem.center)
+    guess = min(max(problem.ranks), 16)
+    while True:
+        widths = [
+            min(r, max(cap, 1) + OVERSAMPLING, guess + OVERSAMPLING) for r, cap in zip(problem.ranks, caps, strict=True)
+        ]
+        if all(w == r for w, r in zip(widths, problem.ranks, strict=True)):
+            return _round_svd(problem, caps)
+        cores = sketched_cores(Plain(problem.cores), widths)
+        lost = _lost(norm, exponent, cores)
+        is_capped = all(w >= min(r, cap + OVERSAMPLING) for w, r, cap in zip(widths, problem.ranks, caps, strict=True))
+        if is_capped or bool((lost <= 0.5 * problem.eps).all()):
+            break
+        guess *= 2
+    # What the sketch lost is orthogonal to what is left, and so are the cuts within it.
+    left = _Problem(
+        cores,
+        (0, len(cores) - 1),
+        problem.dtype,
+        math.sqrt(max(problem.eps**2 - float(lost.amax()) ** 2, 0.0)) or problem.eps,
+        tuple(widths),
+    )
+    return _swept(left, caps, _triangles(left), cut_basis, before=lost)
+
+
+def _lost(norm: Tensor, exponent: Tensor, cores: Sequence[Tensor]) -> Tensor:
+    """Relative size of what an orthogonal projection removed, from the norms before and after, and their rounding."""
+    end, step = split_pow2(cores[-1], cores[-1].ndim - 3)
+    kept = times_pow2(torch.linalg.vector_norm(end, dim=(-3, -2, -1)), step - exponent) / norm.where(norm > 0, 1.0)
+    # each norm comes from a chain of d factorizations, each wrong by some roundings
+    return ((1.0 - kept.square()).clamp_min(0.0) + 2e-15 * (len(cores) + 5)).sqrt()
+
+
+def _swept(
+    problem: _Problem,
+    caps: Sequence[int],
+    roots: _Roots,
+    cut_with: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor, Tensor]],
+    before: Tensor | float = 0.0,
+) -> Finished:
+    """Left to right: cut every bond to a tail that its share of the tolerance allows.
+
+    With ``b_k`` what lies right of bond k, ``b_k b_k^H = c_k c_k^H``: the singular vectors of ``current b_k`` are
+    those of ``current c_k``. The next core is taken as it was given, so no orthogonal factor is ever formed.
+    """
+    cores = problem.cores
+    n_batch, d = cores[0].ndim - 3, len(cores)
+    norm, exponent = roots.norm, roots.exponent
+    budget = problem.budget(caps, roots.amplification)
+    scale = norm.where(norm > 0, 1.0)
+    share = budget.cut / math.sqrt(max(1, d - 1))
+    done: list[Tensor] = []
+    spectra: list[Tensor] = []
+    tails: list[Tensor] = []
+    current, shift = cores[0], torch.zeros_like(exponent)
+    for k in range(d - 1):
+        unfolding = chain.as_left(current)
+        root, root_exponent = roots.of(k + 1)
+        # in units of the scaled matrix the whole has this norm
+        whole = times_pow2(scale, exponent - shift - root_exponent)
+        basis, s, tail = cut_with(unfolding if root is None else unfolding @ root, share * whole, caps[k + 1])
+        done.append(basis.unflatten(-2, current.shape[-3:-1]))
+        spectra.append(s / whole[..., None])
+        tails.append(tail / whole)
+        current = chain.absorb_left(basis.mH @ unfolding, cores[k + 1])
+        current, step = split_pow2(current, n_batch)
+        shift = shift + step
+    last = times_pow2(current, shift - exponent)
+    sweep = Sweep([*done, last], spectra, tails, norm, exponent, before)
+    return finish(sweep, dtype=problem.dtype, budget=budget)
+
+
+@dataclass(frozen=True)
+class _Roots:
+    """For every inner bond k a matrix ``c_k`` with ``c_k c_k^H = b_k b_k^H``, b_k all that lies right of it."""
+
+    matrices: dict[int, Tensor]
+    exponents: dict[int, Tensor]
+    norm: Tensor
+    exponent: Tensor
+    amplification: float
+
+    def of(self, bond: int) -> tuple[Tensor | None, Tensor]:
+        """The root and its power of two; ``None`` for the identity, right of the center."""
+        return self.matrices.get(bond), self.exponents.get(bond, torch.zeros_like(self.exponent))
+
+
+def _triangles(problem: _Problem) -> _Roots:
+    return _roots(problem, lambda core: triangle(chain.as_right(core).mH).mH)
+
+
+def _gram_roots(problem: _Problem) -> _Roots:
+    def root(core: Tensor) -> Tensor:
+        unfolding = chain.as_right(core)
+        vectors, sizes = gram_basis(unfolding)
+        return vectors * sizes.unsqueeze(-2)
+
+    return _roots(problem, root)
+
+
+def _gram_cut(a: Tensor, delta: Tensor, cap: int) -> tuple[Tensor, Tensor, Tensor]:
+    if a.shape[-2] <= a.shape[-1]:
+        return cut_basis(a, delta, cap)
+    v, s = gram_basis(a.mH)
+    rank, tail = choose_rank(s, delta, cap)
+    floor = 4e-8 * torch.linalg.vector_norm(s, dim=-1)  # what squares cannot show
+    return orthonormal(a @ v[..., :rank]), s[..., :rank], torch.hypot(tail, floor) if rank < s.shape[-1] else tail
+
+
+def _roots(problem: _Problem, root_of: Callable[[Tensor], Tensor]) -> _Roots:
+    cores, (_, hi) = problem.cores, problem.center
+    n_batch = cores[0].ndim - 3
+    zero = torch.zeros(cores[0].shape[:-3], dtype=torch.int32, device=cores[0].device)
+    matrices: dict[int, Tensor] = {}
+    exponents: dict[int, Tensor] = {}
+    logs: list[Tensor] = []
+    carried, total = cores[hi], zero
+    for at in range(hi, 0, -1):
+        root, step = split_pow2(root_of(carried), n_batch)
+        total = total + step
+        matrices[at], exponents[at] = root, total
+        logs.append(torch.linalg.vector_norm(root, dim=(-2, -1)).log2() + total)
+        carried = chain.absorb_right(cores[at - 1], root)
+    carried, step = split_pow2(carried, n_batch)
+    norm, total = torch.linalg.vector_norm(carried, dim=(-3, -2, -1)), total + step
+    return _Roots(matrices, exponents, norm, total, _amplification(cores[: hi + 1], logs[::-1], norm.log2() + total))
+
+
+def _amplification(cores: Sequence[Tensor], right_logs: Sequence[Tensor], whole: Tensor) -> float:
+    """By how much an error in what is carried over a bond grows on its way to the whole."""
+    if not right_logs:
+        return 1.0
+    growth = (torch.stack(list(right_logs)) + torch.stack(_left_norm_logs(cores)) - whole).flatten()
+    growth = growth[torch.isfinite(growth)]
+    worst = float(growth.amax()) if growth.numel() else 0.0
+    return 2.0 ** min(max(worst, 0.0), 1000.0)
+
+
+def _left_norm_logs(cores: Sequence[Tensor]) -> list[Tensor]:
+    """``log2`` of a bound on the spectral norm of all that lies left of each inner bond."""
+    logs = []
+    n_batch = cores[0].ndim - 3
+    gram, total = cores[0].new_ones((*cores[0].shape[:-3], 1, 1)), torch.zeros((), device=cores[0].device)
+    for core in cores[:-1]:
+        gram = chain.as_left(core).mH @ chain.as_left(chain.absorb_left(gram, core))
+        gram, step = split_pow2(gram, n_batch)
+        total = total + step
+        logs.append(0.5 * (torch.linalg.matrix_norm(gram, 1).log2() + total))
+    return logs
+
+
+def _caps_within(problem: _Problem, caps: Sequence[int], max_params: int) -> tuple[int, ...]:
+    """Ranks that lose least among those that store at most so many entries."""
+    modes = [core.shape[-2] for core in problem.cores]
+    least = count_params(modes, (1,) * (len(modes) + 1))
+    if max_params < least:
+        raise RankError(
+            f"a budget must hold a train of rank 1: max_params has {max_params}, expected at least {least} for modes "
+            f"{tuple(modes)}. Raise it."
+        )
+    # The singular values of all bonds of what the tolerance and the caps leave.
+    sweep = _swept(problem, caps, _triangles(problem), cut_basis)
+    spectra = []
+    cores, center = [core.to(compute_dtype(problem.dtype)) for core in sweep.cores], sweep.center
+    for bond in range(len(cores) - 1, 0, -1):
+        s, exponent = chain.singular_values_at(cores, center, bond)
+        spectra.append(times_pow2(s, exponent).square().reshape(-1, s.shape[-1]).amax(0))
+    return ranks_within(modes, [s.tolist() for s in spectra[::-1]], max_params)
+
+
+def _differentiable(x: Chain, ranks: Sequence[int]) -> Chain:
+    """The cuts once more at known ranks, by steps that have derivatives."""
+    wide = compute_dtype(x.dtype)
+    cores = [core.to(wide) for core in x._merged()]
+    n_batch, d = x._n_batch, x.order
+    total = torch.zeros(x.batch_shape, dtype=torch.int32, device=x.device)
+    for at in range(d - 1, 0, -1):
+        unfolding = chain.as_right(cores[at])
+        # Directions that are zero to rounding have no derivative of their own, and the result does not need them.
+        rank = max(ranks[at], _numerical_rank(unfolding))
+        u, carry = cut(unfolding.mH, rank)
+        cores[at] = u.mH.unflatten(-1, cores[at].shape[-2:])
+        cores[at - 1] = chain.absorb_right(cores[at - 1], carry.mH)
+        cores[at - 1], step = split_pow2(cores[at - 1], n_batch)
+        total = total + step
+    for k in range(d - 1):
+        u, carry = cut(chain.as_left(cores[k]), ranks[k + 1])
+        cores[k] = u.unflatten(-2, cores[k].shape[-3:-1])
+        cores[k + 1] = chain.absorb_left(carry, cores[k + 1])
+    placed, single = chain.place_pow2(cores, total, d - 1, x.dtype)
+    return x._like([core.to(x.dtype) for core in placed], (d - 1, d - 1) if single else (0, -1))
+
+
+def _numerical_rank(a: Tensor) -> int:
+    s = torch.linalg.svdvals(a.detach())
+    return int((s > 1e-13 * s[..., :1]).sum(-1).amax())
+
+
+_METHODS: dict[str, Callable[[_Problem, Sequence[int]], Finished]] = {
+    "svd": _round_svd,
+    "gram": _round_gram,
+    "randomized": _round_randomized,
+}
+
+
+def _check_arguments(x: object, method: str) -> None:
     if not isinstance(x, CoreChain):
         raise KindError(
             f"only a train can be rounded: x has {type(x).__name__}, expected TensorTrain or TTMatrix. "
@@ -70,43 +345,6 @@ def round_tt(
         raise KindError(
             f"a method must be known: method has {method!r}, expected one of {sorted(_METHODS)}. Use 'svd' if in doubt."
         )
-    cores = _finite_cores(x)
-    modes = [core.shape[1] for core in cores]
-    caps = max_ranks(modes) if max_rank is None else resolve_ranks(modes, max_rank)
-    eps = checked_eps(eps, x.dtype, x.order)
-    # In lower dtypes cores are orthonormal to 1e-7 at best: not good enough for float64 to build on.
-    center = x.center if x.dtype == cores[0].dtype else (0, x.order - 1)
-    right, exponent, amplification = _right_orthogonal(cores, center)
-    norm = float(torch.linalg.vector_norm(right[0]))
-    info = {"method": method, "eps": eps, "bond_errors": (0.0,) * (x.order - 1)}
-    if norm == 0.0:
-        zeros = [core.new_zeros((1, n, 1), dtype=x.dtype) for core, n in zip(cores, modes, strict=True)]
-        return Approximation(x._like(zeros), 0.0, info)
-    budget = Budget.of(eps, x.dtype, x.ranks, tuple(map(min, caps, x.ranks)), amplification)
-    delta = budget.cut * norm / math.sqrt(max(1, x.order - 1))
-    sweep = _METHODS[method](right, delta, caps)
-    stored, found, bound, bond_errors = finish(sweep, norm=norm, exponent=exponent, dtype=x.dtype, budget=budget)
-    return Approximation(x._like(stored, found), bound, {**info, "bond_errors": bond_errors})
-
-
-def _svd_sweep(right: Sequence[Tensor], delta: float, caps: Sequence[int]) -> Sweep:
-    """Left to right over right-orthogonal cores: cut every bond to a tail of at most ``delta``."""
-    cores, spectra, tails = [], [], []
-    current = right[0]
-    for following, cap in zip(right[1:], caps[1:-1], strict=True):
-        unfolding = current.flatten(0, 1)
-        basis, s = left_basis(unfolding)
-        rank, tail = choose_rank(s, delta, cap)
-        basis = basis[:, :rank]
-        cores.append(basis.reshape(*current.shape[:2], rank))
-        spectra.append(s[:rank])
-        tails.append(tail)
-        current = torch.tensordot(basis.mH @ unfolding, following, dims=1)
-    cores.append(current)
-    return Sweep(cores, spectra, tails)
-
-
-_METHODS: dict[str, Callable[[Sequence[Tensor], float, Sequence[int]], Sweep]] = {"svd": _svd_sweep}
 
 
 def _finite_cores(x: CoreChain) -> list[Tensor]:
@@ -119,37 +357,3 @@ def _finite_cores(x: CoreChain) -> list[Tensor]:
             "Find where they come from before rounding."
         )
     return cores
-
-
-def _right_orthogonal(cores: list[Tensor], center: tuple[int, int]) -> tuple[list[Tensor], int, float]:
-    """Cores with the norm in the first one, its power of two, and the growth of rounding errors."""
-    left_logs = _left_norm_logs(cores[: center[1] + 1])
-    out, carry_logs = list(cores), []
-    total = cores[0].real.new_zeros(())
-    for at in range(center[1], 0, -1):
-        out[at], carry = chain.right_qr(out[at])
-        carry, step = split_pow2(carry)
-        out[at - 1] = torch.tensordot(out[at - 1], carry, dims=1)
-        total = total + step
-        carry_logs.append(torch.linalg.vector_norm(carry).log2() + total)
-    out[0], step = split_pow2(out[0])
-    total = total + step
-    if not carry_logs:
-        return out, int(total), 1.0
-    # An error of one unit in the carry at a bond reaches the whole through everything left of it.
-    whole = torch.linalg.vector_norm(out[0]).log2() + total
-    growth = float((torch.stack(carry_logs).flip(0) + torch.stack(left_logs) - whole).max())
-    amplification = 2.0 ** min(max(growth, 0.0), 1000.0) if math.isfinite(growth) else 1.0
-    return out, int(total), amplification
-
-
-def _left_norm_logs(cores: Sequence[Tensor]) -> list[Tensor]:
-    """``log2`` of a bound on the spectral norm of all that lies left of each inner bond."""
-    logs = []
-    gram, total = cores[0].new_ones((1, 1)), cores[0].real.new_zeros(())
-    for core in cores[:-1]:
-        gram = torch.tensordot(core.conj(), torch.tensordot(gram, core, dims=1), dims=([0, 1], [0, 1]))
-        gram, step = split_pow2(gram)
-        total = total + step
-        logs.append(0.5 * (torch.linalg.matrix_norm(gram, 1).log2() + total))
-    return logs

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from tensortrain.errors import RankError
-from tensortrain.tensor.base import place_pow2
-from tensortrain.tensor.scaling import split_pow2
+from tensortrain.tensor.chain import over_core, place_pow2
 
 __all__ = ["Budget", "Sweep", "checked_eps", "compute_dtype", "default_eps", "finish"]
 
@@ -98,46 +97,60 @@ class Budget:
 
 @dataclass(frozen=True)
 class Sweep:
-    """Cores from a left-to-right sweep of unit scale: all but the last are left-orthogonal.
+    """Cores from a left-to-right sweep: all but the last are left-orthogonal. Sizes are relative to the whole.
 
     Attributes:
-        cores: ``(r, n, s)`` each, in the compute dtype.
-        spectra: The kept singular values at each of the ``d - 1`` bonds.
-        tails: Root-sum-square of the discarded ones at each bond, 0-d.
+        cores: ``(.., r, n, s)`` each, in the compute dtype; times ``2**exponent`` the last one is that of the train.
+        spectra: The kept singular values at each of the ``d - 1`` bonds, ``(.., r)``, relative to the norm.
+        tails: Relative root-sum-square of what was cut at each bond, ``batch_shape``.
+        norm: Frobenius norm of what was swept is ``norm * 2**exponent``, ``batch_shape``; 0 only where all is zero.
+        exponent: Integers, ``batch_shape``.
+        before: Relative error made before the sweep, orthogonal to the cuts.
     """
 
     cores: list[Tensor]
     spectra: list[Tensor]
     tails: list[Tensor]
+    norm: Tensor
+    exponent: Tensor
+    before: Tensor | float = 0.0
 
 
-def finish(
-    sweep: Sweep, *, norm: float, exponent: int, dtype: torch.dtype, budget: Budget
-) -> tuple[list[Tensor], tuple[int, int], float, tuple[float, ...]]:
+@dataclass(frozen=True)
+class Finished:
+    """What a sweep stored: cores, their center, and the promised error, of the worst member of a batch."""
+
+    cores: tuple[Tensor, ...]
+    center: tuple[int, int]
+    bound: float
+    bond_errors: tuple[float, ...]
+    bounds: Tensor
+    is_zero: bool
+
+
+def finish(sweep: Sweep, *, dtype: torch.dtype, budget: Budget) -> Finished:
     """Scale and cast the cores of a sweep, and add up what is promised.
 
     Args:
-        sweep: Cores at unit scale.
-        norm: Frobenius norm of what was swept, at unit scale, above 0.
-        exponent: The true tensor is ``2**exponent`` times larger.
+        sweep: Cores and what was cut.
         dtype: Storage dtype.
         budget: Gives the rounding of the sweep itself.
-
-    Returns:
-        Stored cores, their center, the relative error bound, and the relative cut at each bond.
     """
     last = len(sweep.cores) - 1
-    end, step = split_pow2(sweep.cores[last])  # one sync: the norm may not fit a lower dtype
-    placed, single = place_pow2([*sweep.cores[:last], end], exponent + int(step), last, dtype)
+    placed, single = place_pow2(sweep.cores, sweep.exponent, last, dtype)
     stored = [core.to(dtype) for core in placed]
-    tails = torch.stack(sweep.tails).tolist() if sweep.tails else []  # one sync for all bonds
-    casting = 0.0
+    casting: Tensor | float = 0.0
     if dtype != compute_dtype(dtype):
         casting = _casting_error(sweep, placed, stored)
-    ranks = [1, *(len(spectrum) for spectrum in sweep.spectra), 1]
+    ranks = [1, *(spectrum.shape[-1] for spectrum in sweep.spectra), 1]
     rounding = budget.arithmetic + _evaluation_error(dtype, ranks)
-    bound = (math.hypot(*tails) + casting) / norm + rounding
-    return stored, (last, last) if single else (0, last), bound, tuple(tail / norm for tail in tails)
+    tails = torch.stack([*sweep.tails, torch.zeros_like(sweep.norm)])
+    squares = tails.square().sum(0) + sweep.before**2
+    bounds = torch.where(sweep.norm > 0, squares.sqrt() + casting + rounding, 0.0)
+    worst = torch.cat((sweep.norm.reshape(1, -1), bounds.reshape(1, -1), tails[:-1].reshape(last, sweep.norm.numel())))
+    numbers = worst.amax(1).tolist() if worst.shape[1] else [0.0] * (last + 2)  # one sync for all
+    center = (last, last) if single else (0, last)
+    return Finished(tuple(stored), center, numbers[1], tuple(numbers[2:]), bounds, is_zero=numbers[0] == 0.0)
 
 
 def _evaluation_error(dtype: torch.dtype, ranks: Sequence[int]) -> float:
@@ -146,22 +159,23 @@ def _evaluation_error(dtype: torch.dtype, ranks: Sequence[int]) -> float:
     return unit * math.hypot(*(max(1.0, 0.5 * math.sqrt(r)) for r in ranks[1:-1]))
 
 
-def _casting_error(sweep: Sweep, placed: Sequence[Tensor], stored: Sequence[Tensor]) -> float:
-    """Bound on what rounding the cores to storage changes, at unit scale.
+def _casting_error(sweep: Sweep, placed: Sequence[Tensor], stored: Sequence[Tensor]) -> Tensor:
+    """Bound on what rounding the cores to storage changes, relative to the whole, ``batch_shape``.
 
     A change D of core k changes the whole by ``||D W||``, W being what lies right of it, since all to its
     left is orthonormal. At the time of the cut ``W W^H`` was the square of the kept singular values;
     later cuts move W by no more than their tails.
     """
-    later = 0.0
-    total = sweep.cores[0].real.new_zeros(())
+    later = total = torch.zeros_like(sweep.norm)
     for k in range(len(stored) - 1, -1, -1):
         # relative to the core as placed, which may carry a power of two
         change = torch.where(placed[k] == 0, 0.0, (stored[k].to(placed[k].dtype) - placed[k]) / placed[k])
         change = change * sweep.cores[k]
         if k < len(stored) - 1:
-            total = total + later * torch.linalg.vector_norm(change)
-            later = math.hypot(later, float(sweep.tails[k]))
-            change = change * sweep.spectra[k]
-        total = total + torch.linalg.vector_norm(change)
-    return float(total)
+            total = total + later * torch.linalg.vector_norm(change, dim=(-3, -2, -1))
+            later = torch.hypot(later, sweep.tails[k])
+            change = change * sweep.spectra[k][..., None, None, :]
+        else:
+            change = change / over_core(sweep.norm.where(sweep.norm > 0, 1.0))
+        total = total + torch.linalg.vector_norm(change, dim=(-3, -2, -1))
+    return total

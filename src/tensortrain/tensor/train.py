@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,9 +13,10 @@ from torch import Tensor
 
 from tensortrain.errors import ModeIndexError, ShapeError
 from tensortrain.tensor import chain
-from tensortrain.tensor.base import CoreChain
+from tensortrain.tensor.base import CoreChain, broadcast_batch
 from tensortrain.tensor.indexing import index_cores
 from tensortrain.tensor.ranks import RankLike
+from tensortrain.tensor.setting import At
 
 __all__ = ["TensorTrain"]
 
@@ -24,7 +26,9 @@ class TensorTrain(CoreChain):
     r"""A tensor ``x[a, b, ..] = G_1[:, a, :] G_2[:, b, :] ..`` held by its cores. Frozen.
 
     Args:
-        cores: ``d`` tensors ``(r_{k-1}, n_k, r_k)`` of one dtype and device, ``r_0 = r_d = 1``.
+        cores: ``d`` tensors ``(r_{k-1}, n_k, r_k)`` of one dtype and device, ``r_0 = r_d = 1``. With a batch axis
+            in front, ``(b, r_{k-1}, n_k, r_k)``, it is ``b`` trains of the same modes and ranks; every operation
+            then works on each of them, ``shape`` leaves the batch out, and ``to_dense`` puts it first.
         center: Range ``(lo, hi)`` outside which the cores are known to be orthonormal; leave it out.
 
     Raises:
@@ -45,20 +49,26 @@ class TensorTrain(CoreChain):
 
     @classmethod
     def from_dense(
-        cls, x: Tensor, *, eps: float | None = None, max_rank: RankLike | None = None, method: str = "auto"
+        cls,
+        x: Tensor,
+        *,
+        eps: float | None = None,
+        max_rank: RankLike | None = None,
+        method: str = "auto",
+        batch_dims: int = 0,
     ) -> TensorTrain:
         """The value of ``tensortrain.tt_svd``, which also tells the error promised."""
         from tensortrain.tensor.decompose import tt_svd  # builds on this type
 
-        return tt_svd(x, eps=eps, max_rank=max_rank, method=method).value
+        return tt_svd(x, eps=eps, max_rank=max_rank, method=method, batch_dims=batch_dims).value
 
     @property
     def shape(self) -> tuple[int, ...]:
         """The modes ``(n_1, .., n_d)``."""
-        return tuple(core.shape[1] for core in self.cores)
+        return tuple(core.shape[-2] for core in self.cores)
 
     def to_dense(self) -> Tensor:
-        """The full array, of ``shape``.  Cost: O(n^d r) for equal modes."""
+        """The full array, of ``shape``, behind the batch axis if there is one.  Cost: O(n^d r) for equal modes."""
         return chain.contract(self.cores)
 
     def sum(self, dim: int | Sequence[int] | None = None) -> Tensor | TensorTrain:
@@ -79,17 +89,150 @@ class TensorTrain(CoreChain):
         """Mean over some modes, or over all; arguments and result as for ``sum``."""
         return self._reduce(dim, mean=True)
 
+    def var(self, dim: int | Sequence[int] | None = None, *, correction: int = 1) -> Tensor | TensorTrain:
+        """Variance over some modes, or over all, as ``torch.var``.
+
+        Args:
+            dim: As for ``sum``.
+            correction: Subtracted from the number of entries; 1 is the unbiased estimate, 0 the plain mean.
+
+        Returns:
+            A real train of the modes that are left (a complex one with real entries for complex trains), or a real
+            tensor of ``batch_shape``. Ranks are those of a square: round the result.
+        """
+        dims = sorted(checked_dims(dim, self.order))
+        count = math.prod(self.shape[k] for k in dims)
+        mean = self.mean(dims)
+        if isinstance(mean, Tensor):
+            spread = (self - mean).norm().square()
+        else:
+            kept = [k for k in range(self.order) if k not in dims]
+            index = tuple(slice(None) if k in kept else None for k in range(self.order))
+            centred = self - mean[index]
+            spread = (centred.conj() * centred).sum(dims)  # type: ignore[assignment]
+        return spread / max(0, count - correction) if count > correction else spread * math.nan
+
     def _reduce(self, dim: int | Sequence[int] | None, *, mean: bool) -> Tensor | TensorTrain:
         dims = checked_dims(dim, self.order)
         reduce = torch.mean if mean else torch.sum
-        pieces = [reduce(core, dim=1) if k in dims else core for k, core in enumerate(self.cores)]
-        return _train_or_number(chain.join_pieces(pieces))
+        pieces = [reduce(core, dim=-2) if k in dims else core for k, core in enumerate(self.cores)]
+        return self._joined(pieces)
+
+    def mode_product(self, matrix: Tensor, dim: int) -> TensorTrain:
+        """Multiply a matrix into one mode: entries ``sum_n matrix[m, n] x[.., n, ..]``; a vector removes the mode.
+
+        Args:
+            matrix: ``(m, n_dim)``, ``(n_dim,)`` for a sum with weights, or with a batch axis in front of a matrix.
+            dim: The mode; negative counts from the end.
+
+        Raises:
+            ShapeError: The last axis of the matrix is not the mode.
+            ModeIndexError: There is no such mode.
+
+        Cost: O(m n r^2) flops. The canonical form is kept for what lies beyond ``dim``.
+        """
+        (k,) = checked_dims(dim, self.order)
+        n_axes = matrix.ndim
+        if not 1 <= n_axes <= 2 + self._n_batch or matrix.shape[-1] != self.shape[k]:
+            raise ShapeError(
+                f"a mode product needs a matrix with columns for the mode: matrix has shape {tuple(matrix.shape)}, "
+                f"expected (m, {self.shape[k]}) or ({self.shape[k]},). Transpose it, or name another mode."
+            )
+        cores = list(self.cores)
+        if n_axes == 1:
+            cores[k] = torch.einsum("n,...rns->...rs", matrix, cores[k])
+            return self._joined(cores)  # type: ignore[return-value]
+        cores[k] = torch.einsum("...mn,...rns->...rms", matrix, cores[k])
+        lo, hi = self.center
+        return TensorTrain(tuple(cores), (min(lo, k), max(hi, k)))
+
+    def reshape(self, *shape: int | Sequence[int], eps: float | None = None) -> TensorTrain:
+        """The same entries in C order under other modes: modes are merged and split.
+
+        Args:
+            shape: New modes with the same product, one of them may be -1. ``(2,) * L`` gives a quantized train.
+            eps: Where modes are split, ranks grow and are rounded to what this tolerance needs; the default is
+                exact to the dtype. 0 keeps every split as it is, without arithmetic.
+
+        Raises:
+            ShapeError: The products differ.
+
+        Cost: merging multiplies neighbouring cores, O(N r^2) for a merged mode N; splitting rounds.
+
+        Example:
+            >>> x = TensorTrain([torch.ones(1, 4, 1), torch.ones(1, 6, 1)])
+            >>> x.reshape(2, 4, 3).shape, x.reshape(-1).shape
+            ((2, 4, 3), (24,))
+        """
+        from tensortrain.tensor.regroup import reshaped  # builds on this type
+
+        return reshaped(self, shape[0] if len(shape) == 1 and not isinstance(shape[0], int) else shape, eps)  # type: ignore[arg-type]
+
+    def permute(self, *dims: int | Sequence[int], eps: float | None = None) -> TensorTrain:
+        """The modes in another order, as ``torch.permute``.
+
+        Args:
+            dims: Number of the old mode for each place.
+            eps: Largest relative Frobenius error; the default is exact to the dtype. Ranks may grow a lot.
+
+        Raises:
+            ModeIndexError: ``dims`` is no permutation of the modes.
+
+        Cost: one SVD of a pair of cores for each swap of neighbours that the order needs.
+        """
+        from tensortrain.tensor.regroup import permuted  # builds on this type
+
+        return permuted(self, dims[0] if len(dims) == 1 and not isinstance(dims[0], int) else dims, eps)  # type: ignore[arg-type]
+
+    def points(self, indices: Tensor) -> Tensor:
+        """Entries at many multi-indices at once; differentiable.
+
+        Args:
+            indices: ``(.., d)`` of integers; negative ones count from the end.
+
+        Returns:
+            ``(*batch_shape, ..)``.
+
+        Raises:
+            ShapeError: The last axis is not the order.
+            ModeIndexError: An index lies outside its mode.
+
+        Cost: O(n d r^2) flops for n points.
+        """
+        indices = torch.as_tensor(indices)
+        if indices.ndim < 1 or indices.shape[-1] != self.order:
+            raise ShapeError(
+                f"points need an index for every mode: indices has shape {tuple(indices.shape)}, expected "
+                f"(.., {self.order}). Put the modes last."
+            )
+        return self[tuple(indices.unbind(-1))]  # type: ignore[return-value]
+
+    @property
+    def at(self) -> At:
+        """``x.at[index].set(value)`` and ``x.at[index].add(value)`` give a new train; ``x`` stays as it is.
+
+        The index is as for ``x[index]``. The value is a number, a train of the shape of ``x[index]``, or a tensor
+        that broadcasts to it. Ranks grow by those of the value, and of what is replaced.
+
+        Example:
+            >>> x = TensorTrain([torch.zeros(1, 2, 1), torch.zeros(1, 2, 1)])
+            >>> x.at[0].set(3.0).to_dense().tolist()
+            [[3.0, 3.0], [0.0, 0.0]]
+        """
+        return At(self)
 
     def __getitem__(self, key: Any) -> Tensor | TensorTrain:
-        pieces, is_values = index_cores(self.cores, key)
-        if is_values:  # lists in every mode: one value for each
-            return pieces[0][0, :, 0]
-        return _train_or_number(chain.join_pieces(pieces))
+        pieces, values_shape = index_cores(self.cores, key, self._n_batch)
+        if values_shape is not None:  # lists in every mode: one value for each
+            return pieces[0][..., 0, :, 0].reshape(*self.batch_shape, *values_shape)
+        return self._joined(pieces)
+
+    def _joined(self, pieces: Sequence[Tensor]) -> Tensor | TensorTrain:
+        """A train of the cores among the pieces, or the number that they multiply to."""
+        joined = chain.join_pieces(pieces, self._n_batch)
+        if joined[0].ndim == self._n_batch + 2:
+            return joined[0][..., 0, 0]
+        return TensorTrain(tuple(joined))
 
     def _merged(self) -> list[Tensor]:
         return list(self.cores)
@@ -98,17 +241,18 @@ class TensorTrain(CoreChain):
         return TensorTrain(tuple(merged), center)
 
     def _matched(self, other: TensorTrain) -> tuple[TensorTrain, TensorTrain]:
-        if self.shape == other.shape:
-            return self, other
+        left, right = broadcast_batch(self, other)
+        if left.shape == right.shape:
+            return left, right
         try:
-            shape = torch.broadcast_shapes(self.shape, other.shape)
+            shape = torch.broadcast_shapes(left.shape, right.shape)
         except RuntimeError:
             raise ShapeError(
-                f"modes must broadcast, last to last: the right operand has {other.shape}, expected a match "
+                f"modes must broadcast, last to last: the right operand has {right.shape}, expected a match "
                 f"for "
-                f"{self.shape}. Sizes must be equal, or one of them 1."
+                f"{left.shape}. Sizes must be equal, or one of them 1."
             ) from None
-        return _broadcast(self, shape), _broadcast(other, shape)
+        return broadcast_modes(left, shape), broadcast_modes(right, shape)
 
 
 def checked_dims(dim: int | Sequence[int] | None, order: int) -> frozenset[int]:
@@ -125,15 +269,13 @@ def checked_dims(dim: int | Sequence[int] | None, order: int) -> frozenset[int]:
     return dims
 
 
-def _broadcast(x: TensorTrain, shape: Sequence[int]) -> TensorTrain:
+def broadcast_modes(x: TensorTrain, shape: Sequence[int]) -> TensorTrain:
+    """A train with modes of size 1 repeated, and new ones in front, as NumPy broadcasts."""
     missing = len(shape) - x.order
-    cores = [x.cores[0].new_ones((1, 1, 1))] * missing + list(x.cores)
+    cores = [x.cores[0].new_ones((*x.batch_shape, 1, 1, 1))] * missing + list(x.cores)
     return TensorTrain(
-        tuple(core.expand(-1, n, -1) if core.shape[1] != n else core for core, n in zip(cores, shape, strict=True))
+        tuple(
+            core.expand(*core.shape[:-2], n, core.shape[-1]) if core.shape[-2] != n else core
+            for core, n in zip(cores, shape, strict=True)
+        )
     )
-
-
-def _train_or_number(joined: Sequence[Tensor]) -> Tensor | TensorTrain:
-    if joined[0].ndim == 2:
-        return joined[0][0, 0]
-    return TensorTrain(tuple(joined))

@@ -233,7 +233,7 @@ def _interleave(
         if entry.n_rounds > 1:
             entry.run()  # the first call finds cold caches and unread libraries
     names = list(times)
-    for turn in range(args.rounds):
+    for turn in range(args.rounds if names else 0):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
             entry = times[name]
             if turn < entry.n_rounds:

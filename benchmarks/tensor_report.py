@@ -130,7 +130,8 @@ def _losses(record: dict[str, Any]) -> list[str]:
         ours, peer, verdict = _best(row, True), _best(row, False), _verdict(row)
         if verdict == "lost":
             ratio = row["contenders"][ours]["median_ms"] / row["contenders"][peer]["median_ms"]
-            out.append(f"{row['case']}: {peer} is {ratio:.2f} times as fast as our best, {_short(ours)}.")
+            remark = _rank_remark(row, ours, peer)
+            out.append(f"{row['case']}: {peer} is {ratio:.2f} times as fast as our best, {_short(ours)}{remark}.")
         elif verdict == "alone" and record["peers"]:
             out.append(f"{row['case']}: no peer reached the tolerance within the limits.")
         elif verdict == "absent":
@@ -138,6 +139,12 @@ def _losses(record: dict[str, Any]) -> list[str]:
         out += [f"{row['case']}: {name} failed ({row['skipped'][name]})." for name in row["broken"]]
     out += [f"{name}: {reason}." for name, reason in record["absent"].items()]
     return out or ["No case is lost, and every case has a peer."]
+
+
+def _rank_remark(row: dict[str, Any], ours: str, peer: str) -> str:
+    """A peer may reach the error at ranks that were not needed."""
+    mine, theirs = (row["contenders"][name]["max_rank_found"] for name in (ours, peer))
+    return f", with a largest rank of {theirs} where {mine} suffices" if mine and theirs and theirs > mine else ""
 
 
 def _verdict(row: dict[str, Any]) -> str:

@@ -1,6 +1,8 @@
-"""Riemannian geometry of the trains of fixed ranks: projection, derivatives, retraction."""
+"""Riemannian geometry of the trains of fixed ranks: projection, derivatives, retraction, optimizers."""
 
 from tensortrain.manifold.autodiff import hvp, riemannian_grad
+from tensortrain.manifold.optim import RiemannianAdam, RiemannianSGD
+from tensortrain.manifold.parameter import TTParameter
 from tensortrain.manifold.point import Point
 from tensortrain.manifold.projection import project, transport
 from tensortrain.manifold.retraction import LineSearch, armijo, retract
@@ -9,6 +11,9 @@ from tensortrain.manifold.tangent import TangentVector
 __all__ = [
     "LineSearch",
     "Point",
+    "RiemannianAdam",
+    "RiemannianSGD",
+    "TTParameter",
     "TangentVector",
     "armijo",
     "hvp",

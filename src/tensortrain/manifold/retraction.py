@@ -131,6 +131,8 @@ def armijo(
 ) -> LineSearch:
     """Shorten a step until the retracted point lies low enough: ``f(R(x, t v)) <= f(x) + c1 t Re<gradient, v>``.
 
+    Sixteen roundings of ``f(x)`` are let pass, so that a descent that has arrived does not fail.
+
     Args:
         f: From a train to a real 0-d tensor.
         x: Where the step starts.
@@ -160,10 +162,11 @@ def armijo(
         )
     with torch.no_grad():
         start = float(f(x))
+        slack = 16 * torch.finfo(x.dtype).eps * abs(start)
         for n_evals in range(1, max_evals + 1):
             y = retract(x, v, t)
             value = float(f(y))
-            if value <= start + c1 * t * slope:
+            if value <= start + c1 * t * slope + slack:
                 return LineSearch(y, t, value, n_evals)
             t *= shrink
     raise ConvergenceError(

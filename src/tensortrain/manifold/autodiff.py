@@ -114,7 +114,7 @@ def _value(f: Function, point: Point, leaves: Sequence[Tensor]) -> Tensor:
     if not value.requires_grad:
         raise KindError(
             "f must be differentiable: its value at x does not depend on the cores for autograd, expected a graph. "
-            "Avoid rounding, detach and no_grad inside f."
+            "Avoid detach and no_grad inside f."
         )
     if not bool(torch.isfinite(value)):
         raise NonFiniteError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -12,9 +13,9 @@ from tensortrain.errors import ConvergenceError, KindError, NonFiniteError, Rank
 from tensortrain.manifold.point import Point
 from tensortrain.manifold.tangent import TangentVector, as_scale, is_same_point
 from tensortrain.tensor import chain
-from tensortrain.tensor.base import CoreChain, place_pow2
+from tensortrain.tensor.base import CoreChain
 from tensortrain.tensor.linalg import left_basis
-from tensortrain.tensor.scaling import split_pow2, times_pow2
+from tensortrain.tensor.scaling import split_pow2, spread_pow2, times_pow2
 
 __all__ = ["LineSearch", "armijo", "retract"]
 
@@ -64,9 +65,15 @@ def retract(x: Chain, tangent: TangentVector, t: float | Tensor = 1.0) -> Chain:
     steps = [times_pow2(delta * scale, -point.exponent) for delta in tangent.deltas]
     cores, first = _round_sum(point, steps)
     first, step = split_pow2(first)
-    exponent = int(point.exponent + step)  # one sync: where the norm can go
-    placed, single = place_pow2([first, *cores], exponent, 0, x.dtype)
-    return x._like([core.to(x.dtype) for core in placed], (0, 0) if single else (0, -1))
+    return _scaled(x, [first, *cores], int(point.exponent + step))  # one sync: where the norm can go
+
+
+def _scaled(x: Chain, cores: list[Tensor], exponent: int) -> Chain:
+    """A train like ``x``, times ``2**exponent``: all of it in the first core, or a part in each if it does not fit."""
+    top = math.floor(math.log2(torch.finfo(x.dtype).max)) - 2
+    if -top // 2 <= exponent <= top:
+        return x._like([times_pow2(cores[0], exponent), *cores[1:]], (0, 0))
+    return x._like(spread_pow2(cores, exponent))
 
 
 def _check_finite(tangent: TangentVector, scale: Any) -> None:

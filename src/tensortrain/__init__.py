@@ -4,7 +4,7 @@
 ``tensortrain.nn`` has layers to build with; ``TensorTrain`` and ``TTMatrix`` are the numbers behind both.
 """
 
-from . import contract, errors, formats, models, nn, tensor
+from . import contract, errors, formats, manifold, models, nn, tensor
 from ._version import __version__
 from .compress import (
     CompressionPlan,
@@ -64,6 +64,7 @@ __all__ = [
     "inspect",
     "kron",
     "load_pretrained",
+    "manifold",
     "matmul",
     "models",
     "nn",

@@ -55,9 +55,14 @@ class Place:
 
 @dataclass(frozen=True)
 class _Box:
-    """A product of index sets, one for each mode; an integer is a set of one that leaves the shape."""
+    """A product of index sets, one for each mode; an integer is a set of one that leaves the shape.
+
+    ``places`` says which entry of the value each index gets: of equal indices in a list the last counts.
+    """
 
     sets: tuple[Tensor, ...]
+    places: tuple[Tensor, ...]
+    sizes: tuple[int, ...]
     kept: tuple[bool, ...]
     modes: tuple[int, ...]
 
@@ -78,11 +83,12 @@ class _Box:
 
     def filled(self, value: Any, x: TensorTrain) -> TensorTrain:
         """Zeros, with the value in the box."""
-        shape = tuple(len(s) for s, kept in zip(self.sets, self.kept, strict=True) if kept)
+        shape = tuple(n for n, kept in zip(self.sizes, self.kept, strict=True) if kept)
         cores = []
-        for core, n, where in zip(_box_cores(value, shape, self.kept, x), self.modes, self.sets, strict=True):
+        parts = zip(_box_cores(value, shape, self.kept, x), self.modes, self.sets, self.places, strict=True)
+        for core, n, where, places in parts:
             full = core.new_zeros((*core.shape[:-2], n, core.shape[-1]))
-            cores.append(full.index_copy(-2, where, core))
+            cores.append(full.index_copy(-2, where, core.index_select(-2, places)))
         return type(x)(tuple(cores))
 
 
@@ -139,21 +145,27 @@ def _region(x: TensorTrain, key: tuple[Any, ...]) -> _Box | _Points:
             )
         rows = torch.stack([values.to(x.device) for values in lists if values is not None], dim=-1)
         return _Points(*_last_of_equal(rows), shape)
-    sets, kept = [], []
+    sets, places, sizes = [], [], []
     for k, (entry, n) in enumerate(zip(entries, x.shape, strict=True)):
-        every = torch.arange(n, device=x.device).reshape(1, n, 1)
-        if is_list[k]:
-            (found,), shape = resolve_lists([entry], [n])
-            if found is None or len(shape) != 1:
-                raise KindError(
-                    f"a list beside slices must be flat to be set: the index has a list of shape {shape}, expected one "
-                    "axis. Flatten it and the value."
-                )
-            sets.append(found.to(x.device))
-        else:
-            sets.append(index_core(every, entry, k).reshape(-1))
-        kept.append(is_list[k] or isinstance(entry, slice))
-    return _Box(tuple(sets), tuple(kept), x.shape)
+        found = (
+            _flat_list(entry, n) if is_list[k] else index_core(torch.arange(n).reshape(1, n, 1), entry, k).reshape(-1)
+        )
+        unique, last = _last_of_equal(found.to(x.device)[:, None])
+        sets.append(unique[:, 0])
+        places.append(last)
+        sizes.append(len(found))
+    kept = tuple(found or isinstance(entry, slice) for entry, found in zip(entries, is_list, strict=True))
+    return _Box(tuple(sets), tuple(places), tuple(sizes), kept, x.shape)
+
+
+def _flat_list(entry: Any, n: int) -> Tensor:
+    (found,), shape = resolve_lists([entry], [n])
+    if found is None or len(shape) != 1:
+        raise KindError(
+            f"a list beside slices must be flat to be set: the index has a list of shape {shape}, expected one axis. "
+            "Flatten it and the value."
+        )
+    return found
 
 
 def _is_int(entry: Any) -> bool:

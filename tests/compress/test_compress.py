@@ -515,9 +515,9 @@ def test_a_loss_that_does_not_suit_the_model_is_known_before_the_plan(monkeypatc
 
     api = sys.modules["tensortrain.compress.api"]  # the name tensortrain.compress is the function
     monkeypatch.setattr(api, "plan_compression", lambda *args, **options: pytest.fail("planned"))
-    model = Encoder().train()
+    model, data = Encoder().train(), batches(2, 4, 16)
     before, state = snapshot(model), torch.get_rng_state()
     with pytest.raises(KindError, match=re.escape("heal={'loss': 'feature'}")):
-        compress(model, budget="2x", data=batches(2, 4, 16))
+        compress(model, budget="2x", data=data)
     assert_unchanged(model, before)
     assert torch.equal(torch.get_rng_state(), state)

@@ -278,3 +278,25 @@ def test_budgets_on_the_command_line(text: str, budget: Any) -> None:
 def test_budget_without_number() -> None:
     with pytest.raises(BudgetError, match="must name a number"):
         read_budget_text("flops=")
+
+
+def test_bench_builds_a_nameless_checkpoint_like_the_other_model(tmp_path: Path, capsys: Captured) -> None:
+    save_pretrained(tt.compress(own_network(), budget="2x", measure=False, allow_slower=True).model, tmp_path / "small")
+    found = json_of(f"bench test_commands:own_network {tmp_path / 'small'} --shape 784 --batch 1 --repeats 1", capsys)
+    assert [row["name"] for row in found["latency"]] == ["test_commands:own_network", "small"]
+    assert "--weights FOLDER" in fails(f"inspect {tmp_path / 'small'}", capsys)
+
+
+def test_weights_with_python_objects_are_refused_plainly(tmp_path: Path, capsys: Captured) -> None:
+    torch.save(own_network(), tmp_path / "whole.pt")
+    said = fails(f"inspect test_commands:own_network --weights {tmp_path / 'whole.pt'}", capsys)
+    assert "it holds Python objects other than tensors" in said
+    (tmp_path / "empty.pt").write_bytes(b"")
+    said = fails(f"inspect test_commands:own_network --weights {tmp_path / 'empty.pt'}", capsys)
+    assert "empty or cut off" in said
+
+
+def test_demo_refuses_an_impossible_budget_before_training(tmp_path: Path, capsys: Captured) -> None:
+    said = fails(f"demo --quick --budget 100000x --dataset digits --out {tmp_path / 'demo'}", capsys)
+    assert "no form of this model has fewer than" in said
+    assert not (tmp_path / "demo").exists()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,15 @@ from tensortrain.compress import (
 )
 from tensortrain.compress.losses import cross_entropy_loss
 from tensortrain.contract import CostModel, use_cost_model
-from tensortrain.errors import BudgetError, CheckpointError, DataError, FilterError, KindError, NonFiniteError
+from tensortrain.errors import (
+    BudgetError,
+    CheckpointError,
+    DataError,
+    FilterError,
+    KindError,
+    NonFiniteError,
+    RankError,
+)
 
 pytestmark = pytest.mark.usefixtures("double", "fixed_plans")
 
@@ -470,3 +480,44 @@ def test_plans_and_reports_refuse_each_others_text() -> None:
         tt.CompressionPlan.from_json(result.report.to_json())
     with pytest.raises(DataError):
         type(result.report).from_json(result.plan.to_json())
+
+
+@pytest.mark.parametrize(
+    "heal, message",
+    [
+        ({"rate": 1e-3}, "heal has 'rate', expected some of epochs, steps, lr"),
+        ({"lr": -1.0}, "lr has -1.0, expected a positive number"),
+        ({"lr": float("nan")}, "lr has nan"),
+        ({"steps": -3}, "steps has -3, expected 0 or more"),
+        ({"alpha": 1.5}, r"alpha has 1.5, expected \[0, 1\]"),
+        ({"optimizer": "lion"}, "optimizer has 'lion', expected one of adamw, sgd"),
+        ({"schedule": "steps"}, "schedule has 'steps'"),
+        ({"loss": "distil"}, "loss has 'distil', expected one of distill, feature"),
+    ],
+)
+def test_settings_of_healing_are_checked_before_the_work(heal: dict[str, Any], message: str) -> None:
+    class Untouched(list):
+        def __iter__(self):
+            raise AssertionError("the data was read")
+
+    with pytest.raises((KindError, RankError), match=message):
+        compress(mlp(16, 16, 4), budget="2x", data=Untouched([0]), heal=heal)
+
+
+def test_a_loss_that_does_not_suit_the_model_is_known_before_the_plan(monkeypatch) -> None:
+    class Encoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = mlp(16, 16, 4)
+
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            return {"hidden": self.inner(x)}
+
+    api = sys.modules["tensortrain.compress.api"]  # the name tensortrain.compress is the function
+    monkeypatch.setattr(api, "plan_compression", lambda *args, **options: pytest.fail("planned"))
+    model, data = Encoder().train(), batches(2, 4, 16)
+    before, state = snapshot(model), torch.get_rng_state()
+    with pytest.raises(KindError, match=re.escape("heal={'loss': 'feature'}")):
+        compress(model, budget="2x", data=data)
+    assert_unchanged(model, before)
+    assert torch.equal(torch.get_rng_state(), state)

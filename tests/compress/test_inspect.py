@@ -12,6 +12,7 @@ from torch import nn
 import tensortrain as tt
 from tensortrain.compress import inspect
 from tensortrain.compress.measure import count_flops
+from tensortrain.errors import NonFiniteError
 
 pytestmark = pytest.mark.usefixtures("double", "fixed_plans")
 
@@ -119,5 +120,6 @@ def test_awkward_models() -> None:
     with torch.no_grad():
         broken[0].weight[0, 0] = torch.nan
     before = snapshot(broken)
-    assert len(inspect(broken, torch.randn(2, 6))) == 1
+    with pytest.raises(NonFiniteError, match="layer '0' holds NaN"):
+        inspect(broken, torch.randn(2, 6))
     assert_unchanged(broken, before)

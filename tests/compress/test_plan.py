@@ -14,7 +14,16 @@ from torch import nn
 import tensortrain as tt
 from tensortrain.compress import CompressionPlan, Silent, apply_plan_, count_params, plan_compression
 from tensortrain.contract import CostModel, use_cost_model
-from tensortrain.errors import BudgetError, CheckpointError, DataError, FilterError, NonFiniteError, ShapeError, TTError
+from tensortrain.errors import (
+    BudgetError,
+    CheckpointError,
+    DataError,
+    FilterError,
+    KindError,
+    NonFiniteError,
+    ShapeError,
+    TTError,
+)
 
 pytestmark = pytest.mark.usefixtures("double", "fixed_plans")
 
@@ -132,7 +141,21 @@ def test_progress_is_told() -> None:
 
     log = Log()
     plan_compression(decay_(mlp(16, 16, 16)), budget="2x", data=batches(2, 4, 16), n_batches=2, observer=log)
-    assert log.said == [("calibrate", 2), 1, 2, "end", ("gradients", 2), 1, 2, "end", ("candidates", 2), 1, 2, "end"]
+    # After these, layers as small as this leave much of the budget, and it is planned again in finer steps.
+    assert log.said[:12] == [
+        ("calibrate", 2),
+        1,
+        2,
+        "end",
+        ("gradients", 2),
+        1,
+        2,
+        "end",
+        ("candidates", 2),
+        1,
+        2,
+        "end",
+    ]
 
 
 # -- JSON -----------------------------------------------------------------------------------------------
@@ -332,3 +355,48 @@ def test_layers_weigh_more_alike_when_the_model_will_be_healed() -> None:
     }
     assert params[False]["loud"] > params[True]["loud"] > params[True]["quiet"]
     assert params[True]["quiet"] > params[False]["quiet"]
+
+
+# -- menus and budgets at the edge -----------------------------------------------------------------------
+
+
+def test_a_layer_without_candidates_of_some_format_is_planned_with_data() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 16, 3, groups=8), nn.Flatten(), nn.Linear(576, 32)
+    )
+    plan = plan_compression(model, budget="2x", data=batches(2, 4, 3, 8, 8), allow_slower=True)
+    assert plan.params_after <= count_params(model) // 2
+
+
+def test_a_budget_is_spent_when_one_layer_holds_most_of_the_model() -> None:
+    model = nn.Sequential(nn.Conv2d(16, 24, 1), nn.Flatten(), nn.Linear(1536, 96), nn.ReLU(), nn.Linear(96, 10))
+    for budget in (1.9, 2.0, 2.2, 2.5, 2.8):
+        limit = int(count_params(model) / budget)
+        plan = plan_compression(model, budget=f"{budget}x", allow_slower=True)
+        assert 0.95 * limit <= plan.params_after <= limit
+
+
+def test_an_impossible_budget_is_known_before_the_data_is_touched() -> None:
+    def data():
+        raise AssertionError("the data was read")
+        yield
+
+    with pytest.raises(BudgetError, match="no form of this model has fewer than"):
+        plan_compression(mlp(64, 64, 10), budget="4000x", data=data())
+
+
+@pytest.mark.parametrize("value", [[], {}, ""])
+@pytest.mark.parametrize("name", ["rel_error", "flops_before", "flops_after"])
+def test_empty_values_of_another_kind_are_no_plan(name: str, value: object) -> None:
+    _, plan = planned()
+    data = json.loads(plan.to_json())
+    data["layers"][0][name] = value
+    with pytest.raises(CheckpointError):
+        CompressionPlan.from_json(json.dumps(data))
+
+
+@pytest.mark.parametrize("function", [plan_compression, tt.inspect, tt.compress, tt.to_dense_])
+def test_what_is_no_module_is_refused(function) -> None:
+    options = {"budget": "2x"} if function in (plan_compression, tt.compress) else {}
+    with pytest.raises(KindError, match="a model must be a module: found int"):
+        function(3, **options)

@@ -10,8 +10,10 @@ import sys
 import textwrap
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -25,8 +27,9 @@ from tensortrain.compress.training import (
     fit,
     reestimate_batchnorm_,
 )
+from tensortrain.compress.training_state import read_checkpoint, write_checkpoint
 from tensortrain.data import image_batches
-from tensortrain.errors import DataError, KindError, NonFiniteError, RankError, ShapeError
+from tensortrain.errors import CheckpointError, DataError, KindError, NonFiniteError, RankError, ShapeError
 
 N_STEPS = 12  # three epochs of four batches
 
@@ -277,14 +280,14 @@ def test_a_damaged_checkpoint_means_starting_over(tmp_path, damage):
     content, raw = training.read_checkpoint(path), path.read_bytes()
     if damage == "wrong shapes":
         content["model"]["1.weight"] = torch.zeros(16, 35)
-        torch.save(content, path)
+        training.write_checkpoint(path, content)
     elif damage == "other content":
         del content["progress"]
-        torch.save(content, path)
+        training.write_checkpoint(path, content)
     elif damage == "other kinds":
-        torch.save(content | {"settings": [1]}, path)
+        training.write_checkpoint(path, content | {"settings": [1]})
     elif damage == "pickle":
-        torch.save(content | {"extra": Path("x")}, path)
+        torch.save(content, path)
     else:
         path.write_bytes({"cut in half": raw[: len(raw) // 2], "empty": b"", "noise": b"noise" * 99}[damage])
     log = Log()
@@ -292,6 +295,40 @@ def test_a_damaged_checkpoint_means_starting_over(tmp_path, damage):
     assert result.resumed_from == 0
     assert log.said[0].startswith("Starting over")
     assert_same_bits(again, whole)
+
+
+def test_a_checkpoint_is_safetensors_and_keeps_values_kinds_and_layouts(tmp_path):
+    kernel = torch.randn(6, 4, 3, 3).to(memory_format=torch.channels_last)
+    shared = torch.arange(6.0)
+    content = {
+        "kernel": kernel,
+        "views": (shared[:3], shared[:3], shared[1:4]),
+        "bits": {0: torch.tensor(3), 1: torch.ones(2, dtype=torch.bfloat16), "empty": torch.zeros(0, 2)},
+        "numbers": [1, 0.1 + 0.2, float("inf"), None, True, "text"],
+    }
+    write_checkpoint(tmp_path / "c", content)
+    with safe_open(tmp_path / "c", framework="pt") as file:
+        assert "tree" in file.metadata()
+    found = read_checkpoint(tmp_path / "c")
+    assert torch.equal(found["kernel"], kernel)
+    assert found["kernel"].stride() == kernel.stride()
+    assert all(map(torch.equal, found["views"], content["views"]))
+    assert all(torch.equal(found["bits"][key], value) for key, value in content["bits"].items())
+    assert [value.dtype for value in found["bits"].values()] == [v.dtype for v in content["bits"].values()]
+    assert found["numbers"] == content["numbers"]
+    with pytest.raises(CheckpointError, match="plain data: it has a PosixPath"):
+        write_checkpoint(tmp_path / "c", {"x": Path("x")})
+    assert torch.equal(read_checkpoint(tmp_path / "c")["kernel"], kernel)  # the old one is still there
+
+
+def test_figures_of_any_kind_of_number_do_not_stop_a_resume(tmp_path):
+    path = tmp_path / "c"
+    options = {"loss": cross_entropy_loss(), "epochs": 2, "checkpoint": path, "checkpoint_every_s": 0.0}
+    figures = {"a": np.float32(0.5), "b": torch.tensor(0.25), "c": np.float64(1.0)}
+    result = fit(small_net(), loader_images(), evaluate=lambda model: figures, **options)
+    assert {key: result.history[-1][key] for key in "abc"} == {"a": 0.5, "b": 0.25, "c": 1.0}
+    again = fit(small_net(), loader_images(), evaluate=lambda model: figures, **options)
+    assert again.resumed_from == result.steps
 
 
 def test_round_off_in_the_starting_weights_is_the_same_run(tmp_path):

@@ -43,7 +43,17 @@ def test_words(words: str, expected: str) -> None:
 
 
 def test_shorten_keeps_both_ends_and_the_width() -> None:
-    short = text.shorten("encoder.layer.11.intermediate.dense", 20)
+    short = text.shorten("an_encoder_without_any_dots_in_its_name", 20)
     assert len(short) <= 20
-    assert short.startswith("enc")
-    assert short.endswith("ediate.dense")
+    assert short.startswith("an_enc")
+    assert short.endswith("in_its_name")
+
+
+def test_shortened_names_keep_their_numbers_apart() -> None:
+    names = [f"encoder.layer.{k}.attention.output.dense" for k in range(12)]
+    short = [text.shorten(name, 30) for name in names]
+    assert short[3] == "e.l.3.attention.output.dense"
+    assert len(set(short)) == 12
+    assert max(map(len, short)) <= 30
+    assert text.shorten("fc", 30) == "fc"
+    assert len(text.shorten("x" * 50, 30)) <= 30

@@ -31,16 +31,17 @@ Model = Annotated[
     str,
     typer.Argument(
         metavar="MODEL",
-        help="conv-fc, mlp, package.module:function, or a folder that save_pretrained wrote.",
+        help="conv-fc, mlp, package.module:function, or a folder that save_pretrained wrote, ours or transformers'.",
     ),
 ]
 Weights = Annotated[Path | None, typer.Option(help="State dict (.safetensors or .pt) or checkpoint folder for MODEL.")]
-Data = Annotated[Path | None, typer.Option(help="Folder with the four files of Fashion-MNIST.")]
-Dataset = Annotated[str | None, typer.Option(help="fashion-mnist or digits.")]
+Data = Annotated[Path | None, typer.Option(help="Folder with the files of the data set.")]
+Dataset = Annotated[str | None, typer.Option(help="fashion-mnist, digits, or movie-snippets for sentence encoders.")]
+Tokenizer = Annotated[Path | None, typer.Option(help="Folder of the tokenizer, where MODEL's folder has none.")]
 Shape = Annotated[str | None, typer.Option(help="Shape of one input, such as 1x28x28.")]
 Seed = Annotated[int, typer.Option(help="Of everything random.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, progress on stderr.")]
-Limit = Annotated[int | None, typer.Option(help="Use the first so many test images only.")]
+Limit = Annotated[int | None, typer.Option(help="Use the first so many test examples only.")]
 
 
 @app.command()
@@ -65,8 +66,12 @@ def compress(
     weights: Weights = None,
     data: Data = None,
     dataset: Dataset = None,
+    tokenizer: Tokenizer = None,
     epochs: Annotated[int, typer.Option(help="Passes over the data to heal.")] = 1,
-    lr: Annotated[float, typer.Option(help="Learning rate of healing.")] = 1e-3,
+    steps: Annotated[int | None, typer.Option(help="Steps to heal, in place of epochs.")] = None,
+    lr: Annotated[
+        float | None, typer.Option(help="Learning rate of healing; by default one that suits the data.")
+    ] = None,
     no_heal: Annotated[bool, typer.Option("--no-heal", help="Do not train after compression.")] = False,
     formats: Annotated[str | None, typer.Option(help="Weight formats to choose among, such as tt,low_rank.")] = None,
     include: Annotated[list[str] | None, typer.Option(help="Layer names or patterns to compress.")] = None,
@@ -81,7 +86,7 @@ def compress(
     """Fit a model into a budget, heal it, and write checkpoint and report.
 
     Without --data and --dataset, models of the package take Fashion-MNIST, and others are compressed by
-    their weights alone.
+    their weights alone. A sentence encoder with --dataset movie-snippets is drawn to the original's vectors.
     """
     from tensortrain.cli import commands
 
@@ -89,6 +94,7 @@ def compress(
         budget=budget,
         out=out,
         epochs=epochs,
+        steps=steps,
         lr=lr,
         heal=not no_heal,
         formats=_split([formats] if formats else None),
@@ -97,7 +103,7 @@ def compress(
         allow_slower=allow_slower,
         seed=seed,
     )
-    commands.compress(model, weights, options, data=data, dataset=dataset, shape=shape, json=json)
+    commands.compress(model, weights, options, data=data, dataset=dataset, tokenizer=tokenizer, shape=shape, json=json)
 
 
 @app.command()
@@ -106,14 +112,20 @@ def evaluate(
     weights: Weights = None,
     data: Data = None,
     dataset: Dataset = None,
+    tokenizer: Tokenizer = None,
     limit: Limit = None,
     seed: Seed = 0,
     json: Json = False,
 ) -> None:
-    """Measure accuracy on the test images of a data set (Fashion-MNIST unless --dataset names another)."""
+    """Measure accuracy on the test images of a data set (Fashion-MNIST unless --dataset names another).
+
+    With --dataset movie-snippets, a sentence encoder is judged by a logistic regression on its vectors.
+    """
     from tensortrain.cli import commands
 
-    commands.evaluate(model, weights, data=data, dataset=dataset, limit=limit, seed=seed, json=json)
+    commands.evaluate(
+        model, weights, data=data, dataset=dataset, tokenizer=tokenizer, limit=limit, seed=seed, json=json
+    )
 
 
 @app.command()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as json_module
+import math
 import re
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -10,19 +11,19 @@ from typing import Any
 
 from torch import nn
 
-from tensortrain import models
 from tensortrain.cli.datasets import (
     accuracy_on_test,
     check_fits,
     example_images,
     first,
     load_images,
-    train_batches,
 )
 from tensortrain.cli.demo import DemoResult, DemoSettings, run_demo
+from tensortrain.cli.material import Material, gather
 from tensortrain.cli.output import print_json, print_rich
 from tensortrain.cli.progress import observing
 from tensortrain.cli.resolve import ResolvedModel, example_inputs, resolve_model
+from tensortrain.cli.texts import TEXT_SETS, load_snippets
 from tensortrain.compress.api import CompressionResult
 from tensortrain.compress.api import compress as compress_model
 from tensortrain.compress.budget import BudgetLike
@@ -34,7 +35,6 @@ from tensortrain.compress.layers import count_params
 from tensortrain.compress.measure import measure_latency
 from tensortrain.compress.observer import Observer
 from tensortrain.compress.report import write_text_atomic
-from tensortrain.data import ImageData
 from tensortrain.errors import BudgetError, RankError, ShapeError
 from tensortrain.io import save_pretrained
 from tensortrain.viz import inspect_table, report_table, write_html
@@ -80,32 +80,55 @@ def evaluate(
     *,
     data: Path | None,
     dataset: str | None,
+    tokenizer: Path | None,
     limit: int | None,
     seed: int,
     json: bool,
 ) -> None:
-    """Print the accuracy on test images."""
+    """Print the accuracy on test images, or of a probe on sentence vectors."""
     with observing(json=json) as observer:
         found = resolve_model(text, weights, seed=seed, observer=observer)
-        images = first(load_images(dataset, data, observer), n_test=limit)
-        check_fits(found.model, example_images(images, 2), found.name)
-        accuracy = accuracy_on_test(found.model, images)
-    n = images.test_labels.numel()
-    result = {
-        "model": found.name,
-        "dataset": images.name,
-        "source": images.source,
-        "n_examples": n,
-        "accuracy": accuracy,
-        "params": count_params(found.model),
-    }
+        if dataset in TEXT_SETS:
+            result = _probed(found, data, tokenizer, limit, observer)
+        else:
+            result = _tested(found, data, dataset, limit, observer)
     if json:
         print_json(result)
     else:
+        what = "test images" if dataset not in TEXT_SETS else "held-out snippets, by a probe on their vectors,"
         print_rich(
-            f"{found.name}: {100 * accuracy:.2f} % of {n:,} test images right ({images.name}), "
-            f"{result['params']:,} parameters"
+            f"{found.name}: {100 * result['accuracy']:.2f} % of {result['n_examples']:,} {what} right "
+            f"({result['dataset']}), {result['params']:,} parameters"
         )
+
+
+def _probed(
+    found: ResolvedModel, data: Path | None, tokenizer: Path | None, limit: int | None, observer: Observer
+) -> dict[str, Any]:
+    snippets = load_snippets(data, (tokenizer, found.folder), observer)
+    return {
+        "model": found.name,
+        "dataset": TEXT_SETS[0],
+        "source": snippets.texts.source,
+        "n_examples": snippets.n_tested(limit),
+        "accuracy": snippets.probe_accuracy(found.model, limit=limit, observer=observer),
+        "params": count_params(found.model),
+    }
+
+
+def _tested(
+    found: ResolvedModel, data: Path | None, dataset: str | None, limit: int | None, observer: Observer
+) -> dict[str, Any]:
+    images = first(load_images(dataset, data, observer), n_test=limit)
+    check_fits(found.model, example_images(images, 2), found.name)
+    return {
+        "model": found.name,
+        "dataset": images.name,
+        "source": images.source,
+        "n_examples": images.test_labels.numel(),
+        "accuracy": accuracy_on_test(found.model, images),
+        "params": count_params(found.model),
+    }
 
 
 def bench(
@@ -127,7 +150,7 @@ def bench(
         found = resolve_model(text, weights, seed=seed, observer=observer)
         contestants: dict[str, nn.Module] = {found.name: found.model}
         if other is not None:
-            second = resolve_model(other, seed=seed, observer=observer)
+            second = resolve_model(other, seed=seed, observer=observer, like=text)
             contestants[second.name if second.name != found.name else f"{second.name} (2)"] = second.model
         example = example_inputs(found.model, shape)
         if example is None:
@@ -152,7 +175,8 @@ class CompressOptions:
     budget: str
     out: Path
     epochs: int = 1
-    lr: float = 1e-3
+    steps: int | None = None
+    lr: float | None = None
     heal: bool = True
     formats: list[str] | None = None
     include: list[str] | None = None
@@ -168,73 +192,69 @@ def compress(
     *,
     data: Path | None,
     dataset: str | None,
+    tokenizer: Path | None,
     shape: str | None,
     json: bool,
 ) -> None:
     """Compress, write checkpoint and report, and print the latter."""
     budget = read_budget_text(options.budget)
-    if options.epochs < 0 or not options.lr > 0:
+    if options.epochs < 0 or (options.steps or 0) < 0 or not (options.lr is None or 0 < options.lr < math.inf):
         raise RankError(
-            f"healing must have a length and a rate: --epochs has {options.epochs} and --lr has "
-            f"{options.lr}. "
-            "Pass epochs of 0 or more and a positive rate."
+            f"healing must have a length and a rate: --epochs has {options.epochs}, --steps {options.steps} and --lr "
+            f"{options.lr}. Pass a length of 0 or more and a positive rate."
         )
     options.out.mkdir(parents=True, exist_ok=True)  # a folder that cannot be made is known before the work
     with observing(json=json) as observer:
         found = resolve_model(text, weights, seed=options.seed, observer=observer)
-        images = _images_for(found.model, data, dataset, observer)
-        result = _compressed(found, images, budget, options, shape, observer)
-        files = _write(result, options.out)
+        material = gather(
+            found, data=data, dataset=dataset, tokenizer=tokenizer, shape=shape, seed=options.seed, observer=observer
+        )
+        result = _compressed(found, material, budget, options, observer)
+        files = _write(result, options.out, material)
     if json:
         print_json({**json_module.loads(result.report.to_json()), "files": files})
     else:
         print_rich(report_table(result.report), *(f"{what}: {path}" for what, path in files.items()))
 
 
-def _images_for(model: nn.Module, data: Path | None, dataset: str | None, observer: Observer) -> ImageData | None:
-    """The images that were asked for; without a word about it, Fashion-MNIST for models of the package."""
-    if data is None and dataset is None and models.describe(model) is None:
-        observer.message("No data given: the weights alone decide, and nothing is healed.")
-        return None
-    return load_images(dataset, data, observer)
-
-
 def _compressed(
-    found: ResolvedModel,
-    images: ImageData | None,
-    budget: BudgetLike,
-    options: CompressOptions,
-    shape: str | None,
-    observer: Observer,
+    found: ResolvedModel, material: Material, budget: BudgetLike, options: CompressOptions, observer: Observer
 ) -> CompressionResult:
-    example = example_inputs(found.model, shape, batch=128) if images is None else example_images(images)
-    if example is not None:
-        check_fits(found.model, example, found.name)
     result = compress_model(
         found.model,
         budget=budget,
-        data=None if images is None else train_batches(images, seed=options.seed),
-        heal=Heal(epochs=options.epochs, lr=options.lr) if options.heal else False,
-        evaluate=None if images is None else lambda model: accuracy_on_test(model, images),
-        metric_name="accuracy",
-        example_inputs=example,
+        data=material.batches,
+        heal=_healing(material, options),
+        evaluate=material.evaluate,
+        metric_name=material.metric_name,
+        example_inputs=material.example,
         formats=options.formats or DEFAULT_FORMATS,
         include=options.include,
         exclude=options.exclude,
         allow_slower=options.allow_slower,
+        output=material.output,
         checkpoint=options.out / "heal.ckpt",
         seed=options.seed,
         name=found.name,
         observer=observer,
     )
     notes = [] if found.trained else ["The weights before compression were random or set by the model's function."]
-    if images is not None:
-        notes.append(f"Data: {images.name} ({images.source}).")
+    notes += [material.note] if material.note else []
     return replace(result, report=replace(result.report, notes=(*result.report.notes, *notes)))
 
 
-def _write(result: CompressionResult, out: Path) -> dict[str, str]:
+def _healing(material: Material, options: CompressOptions) -> Heal | bool:
+    if not options.heal:
+        return False
+    epochs = options.epochs if options.steps is None else None
+    rate = material.lr if options.lr is None else options.lr
+    return Heal(epochs=epochs, steps=options.steps, lr=rate, loss=material.loss)
+
+
+def _write(result: CompressionResult, out: Path, material: Material) -> dict[str, str]:
     save_pretrained(result.model, out / "model")
+    if material.save_beside is not None:
+        material.save_beside(out / "model")
     write_text_atomic(out / "plan.json", result.plan.to_json())
     result.report.save(out / "report.json")
     write_html(result.report, out / "report.html")

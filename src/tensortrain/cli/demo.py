@@ -22,11 +22,12 @@ import tensortrain
 from tensortrain import models
 from tensortrain.cli.datasets import accuracy_on_test, first, load_images, train_batches
 from tensortrain.compress.api import CompressionResult, compress
-from tensortrain.compress.budget import BudgetLike, read_budget
+from tensortrain.compress.budget import BudgetLike
 from tensortrain.compress.heal import Heal
-from tensortrain.compress.layers import count_params
+from tensortrain.compress.layers import find_layers
 from tensortrain.compress.losses import cross_entropy_loss
 from tensortrain.compress.observer import Observer, Silent
+from tensortrain.compress.plan import check_reachable
 from tensortrain.compress.report import Report, write_text_atomic
 from tensortrain.compress.training import fit
 from tensortrain.contract import CostModel, use_cost_model
@@ -45,7 +46,6 @@ DEMO_HEAL = Heal(epochs=7, lr=3e-3, weight_decay=0.0, schedule="cosine", alpha=0
 _QUICK_IMAGES = {"n_train": 1024, "n_test": 360}
 _QUICK_MODEL: dict[str, Any] = {"width": 0.125, "hidden": [768, 256]}
 _QUICK_BATCH, _QUICK_DENSE_EPOCHS, _QUICK_HEAL_EPOCHS = 64, 3, 3
-_FLOPS_NOT_KNOWN_YET = 10**15
 _DENSE, _COMPRESSED = "dense", "compressed"
 
 
@@ -179,10 +179,10 @@ class Stages:
 
 
 def _check_budget(settings: DemoSettings) -> None:
-    """Refuse a budget that cannot be read before minutes go into training."""
-    with torch.device("meta"):
+    """Refuse a budget that cannot be read or reached before minutes go into training."""
+    with torch.random.fork_rng(devices=[]):
         model = models.build(MODEL, **settings.model)
-    read_budget(settings.budget, params=count_params(model), flops=_FLOPS_NOT_KNOWN_YET)
+    check_reachable(model, find_layers(model)[0], settings.budget)
 
 
 def _images(settings: DemoSettings, observer: Observer) -> ImageData:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import pickle
 import re
 import sys
 from collections.abc import Callable, Mapping
@@ -15,32 +16,44 @@ import torch
 from torch import Tensor, nn
 
 from tensortrain import models
+from tensortrain.cli.hugging_face import is_transformers_folder, load_transformers
 from tensortrain.compress.observer import Observer
 from tensortrain.errors import CheckpointError, KindError, ShapeError, TTError
-from tensortrain.io import load_pretrained
+from tensortrain.io import has_source, load_pretrained
 
 __all__ = ["ResolvedModel", "example_inputs", "input_shape", "resolve_model"]
+
+_TOKENS = 32  # of a language model's random inputs, where no --shape says how many
 
 
 @dataclass(frozen=True)
 class ResolvedModel:
-    """A model, what to call it, and whether it has weights of its own rather than random ones."""
+    """A model, what to call it, whether it has weights of its own rather than random ones, and its folder."""
 
     model: nn.Module
     name: str
     trained: bool
+    folder: Path | None = None
 
 
 def resolve_model(
-    text: str, weights: Path | None = None, *, seed: int = 0, observer: Observer | None = None
+    text: str,
+    weights: Path | None = None,
+    *,
+    seed: int = 0,
+    observer: Observer | None = None,
+    like: str | None = None,
 ) -> ResolvedModel:
     """Build or load the model that a command names; it is in eval mode.
 
     Args:
-        text: A registered name, ``package.module:function``, or a folder that ``save_pretrained`` wrote.
+        text: A registered name, ``package.module:function``, or a folder that ``save_pretrained`` wrote, this
+            package's or transformers'.
         weights: For the first two: a state dict as ``.safetensors`` or ``.pt``, or a checkpoint's folder.
         seed: Of random weights, where there are no others.
         observer: Is told when weights are random.
+        like: What another model of the command was named by. Where that is a function, it builds the model of a
+            folder whose checkpoint names none.
 
     Raises:
         KindError: The text names nothing.
@@ -53,10 +66,10 @@ def resolve_model(
                 f"a checkpoint has its own weights: {text} is a folder, and --weights has {weights}. "
                 "Leave out --weights, or name the model's function in place of the folder."
             )
-        return ResolvedModel(load_pretrained(folder), folder.resolve().name, trained=True)
+        return ResolvedModel(_from_folder(folder, like), folder.resolve().name, trained=True, folder=folder)
     factory = _factory(text)
     if weights is not None and weights.is_dir():
-        return ResolvedModel(load_pretrained(weights, factory), text, trained=True)
+        return ResolvedModel(load_pretrained(weights, factory), text, trained=True, folder=weights)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = _call(factory, text)
@@ -65,6 +78,14 @@ def resolve_model(
     elif observer is not None and text in models.names():
         observer.message(f"{text} has random weights; give trained ones with --weights.")
     return ResolvedModel(model.eval(), text, trained=weights is not None)
+
+
+def _from_folder(folder: Path, like: str | None) -> nn.Module:
+    if is_transformers_folder(folder):
+        return load_transformers(folder)
+    if like is not None and ":" in like and not has_source(folder):
+        return load_pretrained(folder, _factory(like))
+    return load_pretrained(folder)
 
 
 def input_shape(model: nn.Module) -> tuple[int, ...] | None:
@@ -81,6 +102,8 @@ def input_shape(model: nn.Module) -> tuple[int, ...] | None:
 def example_inputs(model: nn.Module, shape: str | None, *, batch: int = 1) -> Tensor | None:
     """Random inputs of the shape on the command line, or of the one that the model is known to take.
 
+    A language model gets token ids.
+
     Args:
         shape: Such as ``"1x28x28"``, without the batch.
 
@@ -95,6 +118,12 @@ def example_inputs(model: nn.Module, shape: str | None, *, batch: int = 1) -> Te
                 "Leave out the batch."
             )
         sizes = tuple(int(size) for size in re.split("[x,]", shape))
+    config = getattr(model, "config", None)
+    vocabulary = getattr(config, "vocab_size", None)
+    if isinstance(vocabulary, int):  # a model of transformers takes token ids
+        length = min(_TOKENS, getattr(config, "max_position_embeddings", _TOKENS))
+        generator = torch.Generator().manual_seed(0)
+        return torch.randint(vocabulary, (batch, *(sizes or (length,))), generator=generator)
     if sizes is None:
         return None
     dtype = next((p.dtype for p in model.parameters()), torch.get_default_dtype())
@@ -108,8 +137,8 @@ def _factory(text: str) -> Callable[[], Any]:
     if match is None:
         raise KindError(
             f"a model must be known: MODEL has {text!r}, expected one of {', '.join(models.names())}, a "
-            "function "
-            "such as package.module:build, or a folder that save_pretrained wrote. Check the spelling."
+            "function such as package.module:build, or a folder that save_pretrained of tensortrain or transformers "
+            "wrote. Check the spelling."
         )
     return _imported(match[1], match[2], text)
 
@@ -194,7 +223,9 @@ def _read_state(path: Path) -> Any:
         if path.suffix in (".pt", ".pth", ".bin"):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises RuntimeError, EOFError, UnpicklingError and others, by the damage
-        reason = " ".join(str(error).split())
+        reason = " ".join(str(error).split()) or "the file is empty or cut off"
+        if isinstance(error, pickle.UnpicklingError):  # its text advises to load the file all the same
+            reason = "it holds Python objects other than tensors"
         raise CheckpointError(
             f"weights must be readable without running code: {path} has {type(error).__name__} "
             f"({reason:.160}). "

@@ -9,6 +9,7 @@ from .inspect import Inspection, inspect
 from .layers import FoundLayer, count_params, find_layers
 from .losses import cross_entropy_loss, distillation_loss, feature_loss
 from .observer import Observer, Silent
+from .output_weights import sentence_embedding
 from .plan import CompressionPlan, LayerPlan, plan_compression
 from .report import CurvePoint, LatencyRow, LayerReport, MemoryRow, Report, provenance, write_text_atomic
 from .training import FitResult, evaluate_accuracy, fit, reestimate_batchnorm_
@@ -48,6 +49,7 @@ __all__ = [
     "provenance",
     "read_budget",
     "reestimate_batchnorm_",
+    "sentence_embedding",
     "to_dense_",
     "write_text_atomic",
 ]

@@ -18,7 +18,7 @@ from .apply import apply_plan_
 from .budget import BudgetLike
 from .candidates import DEFAULT_FORMATS
 from .heal import Heal, check_healing, heal_
-from .layers import count_params
+from .layers import check_module, count_params
 from .measure import latency_rows, memory_rows, resident_bytes
 from .observer import Observer, Silent
 from .output_weights import OutputFunction
@@ -91,10 +91,11 @@ def compress(
         True
     """
     start = perf_counter()
+    check_module(model)
     observer = observer or Silent()
     settings = _heal_settings(heal, data)
     if settings is not None and data is not None:
-        check_healing(model, data, settings)
+        check_healing(model, data, settings, output=output)
     if plan is None:
         plan = plan_compression(
             model,
@@ -166,7 +167,7 @@ def _heal_settings(heal: Heal | Mapping[str, Any] | bool | None, data: Iterable[
         return None
     if isinstance(heal, Heal):
         return heal
-    return Heal(**heal) if isinstance(heal, Mapping) else Heal()
+    return Heal.read(heal) if isinstance(heal, Mapping) else Heal()
 
 
 def _original(model: nn.Module, settings: Heal | None, measure: bool) -> nn.Module:

@@ -12,7 +12,7 @@ from tensortrain.errors import ShapeError
 from tensortrain.nn import COUNTERPARTS, FactorizedLayer
 
 from .calibrate import Calibration
-from .layers import FoundLayer, find_layers
+from .layers import FoundLayer, check_module, find_layers
 from .observer import Observer, Silent
 from .plan import CompressionPlan, LayerPlan
 
@@ -79,6 +79,7 @@ def to_dense_(model: nn.Module) -> nn.Module:
     Returns:
         Module: The model, or the dense layer where the model is a bare factorized layer.
     """
+    check_module(model)
     aliases: dict[int, list[str]] = {}
     modules: dict[int, FactorizedLayer] = {}
     for name, module in model.named_modules(remove_duplicate=False):

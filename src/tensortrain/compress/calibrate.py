@@ -90,6 +90,10 @@ def calibrate(
     Cost: ``n_batches`` forward passes plus O(rows N^2) flops per layer with N inputs.
     """
     observer = observer or Silent()
+    if n_batches < 1:
+        raise DataError(
+            f"calibration must see a batch: n_batches has {n_batches}, expected at least 1. Pass 16, or data=None."
+        )
     found, counts = Calibration(), dict[str, int]()
     mask: list[Tensor | None] = [None]
     handles = _watch(model, layers, found, counts, mask, grams)

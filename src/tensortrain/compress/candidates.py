@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from tensortrain.errors import NonFiniteError
 from tensortrain.formats import (
     FactorSpec,
     RankPoint,
@@ -20,9 +19,9 @@ from tensortrain.formats import (
     suggest_padded_modes,
 )
 
-from .layers import FoundLayer
+from .layers import FoundLayer, check_finite
 
-__all__ = ["Candidate", "candidates", "default_formats"]
+__all__ = ["Candidate", "candidates", "default_formats", "least_params"]
 
 DEFAULT_FORMATS = ("low_rank", "tucker2", "tt")
 _MOST_SPECTRUM_POINTS = 64
@@ -64,6 +63,7 @@ def candidates(
         gram: Second moment of the inputs; errors are then those of the output.
         output_gram: Weight of the outputs.
         structure: How the inputs are made up, such as (channels, height, width) before a flattening.
+        growth: How much a rank grows from one candidate to the next, as a share of itself.
 
     Raises:
         NonFiniteError: The weight holds NaN or Inf.
@@ -73,10 +73,7 @@ def candidates(
     weight = layer.weight
     dense = layer.module.weight.detach()  # type: ignore[operator]
     assert isinstance(dense, Tensor)
-    if not bool(torch.isfinite(dense).all()):
-        raise NonFiniteError(
-            f"weights must be finite: layer {layer.name!r} holds NaN or Inf. Repair or retrain it, or exclude it."
-        )
+    check_finite(layer.name, dense)
     found: list[Candidate] = []
     for name in formats:
         fmt = get_format(name)
@@ -89,10 +86,37 @@ def candidates(
             spectra = _group_spectra(dense, spec, gram, output_gram)
             shown = tuple(_shown(values) for values in spectra)
             points = rank_path(spec, spectra, max_params=weight.n_params - 1, growth=growth)
-            if not _hopeless(points, found):
+            if points and not _hopeless(points, found):
                 points = _corrected(points, dense, gram, output_gram)
                 found += [Candidate(point, shown) for point in points]
     return found
+
+
+def least_params(weight: WeightShape, formats: Sequence[str]) -> int:
+    """No candidate of a layer, and not its dense weight, has fewer parameters than this.
+
+    Mode shapes that follow the structure of the inputs need data; prime factors are as small as those get.
+    """
+    least = weight.n_params
+    if weight.kind == "linear" and "tt" in formats:
+        n_out = min(weight.out_features, sum(suggest_modes(weight.out_features, 2)))
+        least = min(least, sum(_prime_factors(weight.in_features)) + n_out)
+    for name in formats:
+        fmt = get_format(name)
+        if weight.kind in fmt.kinds:
+            for outs, ins in _mode_choices(name, weight.one_group(), None):
+                least = min(least, fmt.spec(weight, rank=1, out_modes=outs, in_modes=ins).n_params)
+    return least
+
+
+def _prime_factors(n: int) -> Iterator[int]:
+    p = 2
+    while p * p <= n:
+        while n % p == 0:
+            yield p
+            n //= p
+        p += 1
+    yield n  # or a closing 1
 
 
 def _hopeless(points: Sequence[RankPoint], found: Sequence[Candidate]) -> bool:
@@ -101,7 +125,7 @@ def _hopeless(points: Sequence[RankPoint], found: Sequence[Candidate]) -> bool:
     def best(n_params: int) -> float:
         return min((c.point.rel_error for c in found if c.point.n_params <= n_params), default=math.inf)
 
-    return bool(points) and all(point.rel_error > _FAR * best(point.n_params) for point in points)
+    return all(point.rel_error > _FAR * best(point.n_params) for point in points)
 
 
 def _corrected(

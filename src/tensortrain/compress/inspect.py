@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .calibrate import Calibration, calibrate
 from .cost import dense_cost
-from .layers import FoundLayer, LeftAlone, count_params, find_layers
+from .layers import FoundLayer, LeftAlone, check_finite, count_params, find_layers
 
 __all__ = ["Inspection", "LayerRow", "inspect"]
 
@@ -85,6 +85,9 @@ def inspect(model: nn.Module, example_inputs: Any = None) -> Inspection:
         model: Any module; nothing is changed.
         example_inputs: A batch; with it, flops per example are known.
 
+    Raises:
+        NonFiniteError: A weight holds NaN or Inf.
+
     Cost: one eigenvalue problem of the smaller side per layer, one forward pass.
     """
     layers, left = find_layers(model)
@@ -120,7 +123,8 @@ def _row(layer: FoundLayer, total: int, calibration: Calibration | None) -> Laye
 def _energies(layer: FoundLayer) -> Tensor:
     """Squared singular values of the weight as a matrix (of a grouped kernel: mean over groups), descending."""
     weight: Any = layer.module.weight
-    matrix = weight.detach().double().nan_to_num().flatten(1)
+    check_finite(layer.name, weight)
+    matrix = weight.detach().double().flatten(1)
     blocks = torch.stack(matrix.chunk(layer.weight.groups)) if layer.weight.groups > 1 else matrix[None]
     small = blocks.mT @ blocks if blocks.shape[1] >= blocks.shape[2] else blocks @ blocks.mT
     return torch.linalg.eigvalsh(small).mean(dim=0).flip(0).clamp_min(0)

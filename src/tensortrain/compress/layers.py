@@ -6,14 +6,15 @@ import fnmatch
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from tensortrain.errors import FilterError
+from tensortrain.errors import FilterError, KindError, NonFiniteError
 from tensortrain.formats import WeightShape
 from tensortrain.nn import COUNTERPARTS, FactorizedLayer
 
-__all__ = ["FoundLayer", "LeftAlone", "count_params", "find_layers"]
+__all__ = ["FoundLayer", "LeftAlone", "check_finite", "check_module", "count_params", "find_layers"]
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,9 @@ def find_layers(
 
     Raises:
         FilterError: A pattern matches no layer.
+        KindError: The model is not a module.
     """
+    check_module(model)
     aliases: dict[int, list[str]] = {}
     modules: dict[int, nn.Module] = {}
     for name, module in model.named_modules(remove_duplicate=False):
@@ -75,6 +78,22 @@ def find_layers(
         elif reason is not None:
             left.append(LeftAlone(aliases[key][0], type(module).__name__, reason))
     return _filtered(found, include, exclude), left
+
+
+def check_module(model: object) -> None:
+    """Raise ``KindError`` for anything but a module."""
+    if not isinstance(model, nn.Module):
+        raise KindError(
+            f"a model must be a module: found {type(model).__name__}, expected torch.nn.Module. Pass the model itself."
+        )
+
+
+def check_finite(name: str, weight: Tensor) -> None:
+    """Raise ``NonFiniteError`` where a layer's weight holds NaN or Inf."""
+    if not bool(torch.isfinite(weight).all()):  # one host sync per layer
+        raise NonFiniteError(
+            f"weights must be finite: layer {name!r} holds NaN or Inf. Repair or retrain it, or exclude it."
+        )
 
 
 def count_params(model: nn.Module) -> int:

@@ -40,7 +40,7 @@ def logits_of(output: Any) -> Tensor:
     if not isinstance(logits, Tensor):
         raise KindError(
             f"a classifier must give logits: the model's output has type {type(output).__name__}, expected a "
-            "tensor or an object with .logits. Pass a loss of your own."
+            "tensor or an object with .logits. For healing pass heal={'loss': 'feature'}, or a loss of your own."
         )
     return logits
 

@@ -17,7 +17,7 @@ from .observer import Observer
 if TYPE_CHECKING:
     from .calibrate import Calibration
 
-__all__ = ["OutputFunction", "default_output", "weigh_outputs"]
+__all__ = ["OutputFunction", "default_output", "sentence_embedding", "weigh_outputs"]
 
 OutputFunction = Callable[[nn.Module, Any], Tensor]
 LARGEST_FULL_GRAM = 4608  # outputs; above, only the diagonal is kept
@@ -37,6 +37,26 @@ def default_output(model: nn.Module, batch: Any) -> Tensor:
         f"a model must give a tensor to be judged by: found {type(output).__name__}. "
         "Pass output=(model, batch) -> tensor."
     )
+
+
+def sentence_embedding(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+    """Mean of an encoder's last hidden states over the tokens that count, scaled to length one: ``(b, c)``.
+
+    Args:
+        model: Gives an object with ``last_hidden_state``, as the encoders of transformers do.
+        batch: With an ``"attention_mask"``.
+
+    Raises:
+        KindError: The model is no such encoder, or the batch has no mask.
+    """
+    hidden = getattr(forward(model, batch), "last_hidden_state", None)
+    if not isinstance(hidden, Tensor) or not isinstance(batch, Mapping) or "attention_mask" not in batch:
+        raise KindError(
+            f"a sentence must be encoded by hidden states and a mask: {type(model).__name__} gives no "
+            "last_hidden_state, or the batch no attention_mask. Pass an encoder, and batches of its tokenizer."
+        )
+    mask = batch["attention_mask"].unsqueeze(-1).to(hidden.dtype)
+    return nn.functional.normalize((hidden * mask).sum(dim=1) / mask.sum(dim=1), dim=-1)
 
 
 def weigh_outputs(

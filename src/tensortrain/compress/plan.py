@@ -17,18 +17,23 @@ from tensortrain.nn.base import Implementation
 from .allocate import Option, allocate
 from .budget import Budget, BudgetLike, read_budget
 from .calibrate import Calibration, calibrate
-from .candidates import DEFAULT_FORMATS, Candidate, candidates
+from .candidates import DEFAULT_FORMATS, Candidate, candidates, least_params
 from .cost import LayerCost, dense_cost, spec_cost
 from .layers import FoundLayer, LeftAlone, count_params, find_layers
 from .observer import Observer, Silent
 from .output_weights import OutputFunction
 
-__all__ = ["CompressionPlan", "LayerPlan", "plan_compression"]
+__all__ = ["CompressionPlan", "LayerPlan", "check_reachable", "plan_compression"]
 
 _SLACK = 0.01  # of the whole model's time: what a layer may lose before it counts as slower
 # Exponent on a layer's weight when the model is healed: at 80x on Fashion-MNIST, after one epoch, 0.5 gave 90.5 %,
 # 1 gave 88.8 % and 0 gave 90.0 %.
 _HEALED_REACH = 0.5
+# Rank steps to plan with, as shares of the rank: the coarse ones mostly spend the whole budget. In a model with one
+# large layer they can leave several per cent of it, and planning is done again with the fine ones.
+_GROWTHS = (0.08, 0.01)
+_SPENT = 0.95
+_FLOPS_NOT_KNOWN_YET = 10**15
 _VERSION = 1
 
 
@@ -176,18 +181,41 @@ def plan_compression(
             f"a model must have layers to compress: none of its {sum(1 for _ in model.modules())} modules is a plain "
             "Linear, Conv or Embedding. Check include= and exclude=, or tensortrain.inspect(model)."
         )
+    if data is not None or example_inputs is not None:
+        check_reachable(model, layers, budget, formats)  # before the passes over the data
     calibration = _calibration(model, layers, data, example_inputs, n_batches, output, observer)
     costs = {layer.name: dense_cost(layer, calibration, batch_size) for layer in layers}
     total = count_params(model)
     flops = sum(cost.flops or 0 for cost in costs.values()) if calibration is not None else None
     limit = read_budget(budget, params=total, flops=flops)
-    menus = _menus(layers, calibration, formats, observer)
     reach = _HEALED_REACH if will_heal else 1.0
     weights = {layer.name: _weight(layer, calibration) ** reach for layer in layers}
-    chooser = _Chooser(layers, menus, weights, costs, calibration, limit, total, batch_size, allow_slower)
-    plans = chooser.choose()
+    for growth in _GROWTHS:
+        menus = _menus(layers, calibration, formats, growth, observer)
+        chooser = _Chooser(layers, menus, weights, costs, calibration, limit, total, batch_size, allow_slower)
+        plans = chooser.choose()
+        if chooser.spent(plans) >= _SPENT * limit.limit:
+            break
     after = total - sum(layer.params_before - layer.params_after for layer in plans)
     return CompressionPlan(tuple(plans), limit.text, total, after, tuple(left), calibration)
+
+
+def check_reachable(
+    model: nn.Module, layers: Sequence[FoundLayer], budget: BudgetLike, formats: Sequence[str] = DEFAULT_FORMATS
+) -> None:
+    """Raise now what shapes alone tell about a budget.
+
+    Raises:
+        BudgetError: The budget cannot be read, or has fewer parameters than the smallest form of the model.
+    """
+    total = count_params(model)
+    limit = read_budget(budget, params=total, flops=_FLOPS_NOT_KNOWN_YET)
+    least = total - sum(layer.weight.n_params - least_params(layer.weight, formats) for layer in layers)
+    if limit.measure == "params" and limit.limit < least:
+        raise BudgetError(
+            f"a budget must be reachable: {limit.text} allows {limit.limit:,} parameters, but no form of this model "
+            f"has fewer than {least:,}. Ask for more."
+        )
 
 
 def _calibration(
@@ -207,7 +235,11 @@ def _calibration(
 
 
 def _menus(
-    layers: Sequence[FoundLayer], calibration: Calibration | None, formats: Sequence[str], observer: Observer
+    layers: Sequence[FoundLayer],
+    calibration: Calibration | None,
+    formats: Sequence[str],
+    growth: float,
+    observer: Observer,
 ) -> dict[str, list[Candidate]]:
     for name in formats:
         get_format(name)  # an unknown name is an error before the work starts
@@ -216,7 +248,9 @@ def _menus(
     for k, layer in enumerate(layers):
         gram, output_gram = calibration.weighing(layer.name) if calibration else (None, None)
         structure = calibration.structures.get(layer.name) if calibration else None
-        menus[layer.name] = candidates(layer, formats=formats, gram=gram, output_gram=output_gram, structure=structure)
+        menus[layer.name] = candidates(
+            layer, formats=formats, gram=gram, output_gram=output_gram, structure=structure, growth=growth
+        )
         observer.on_step(k + 1)
     observer.on_end()
     return menus
@@ -269,6 +303,12 @@ class _Chooser:
                 ]
             for layer, candidate in slower:
                 banned[layer.name][_family(candidate)] = candidate.point.n_params
+
+    def spent(self, plans: Sequence[LayerPlan]) -> int:
+        """What of the budget the plans use."""
+        if self.budget.measure == "flops":
+            return sum(plan.flops_after or 0 for plan in plans)
+        return self.total_params - sum(plan.params_before - plan.params_after for plan in plans)
 
     def _allocate(self, banned: _Banned) -> list[Candidate | None]:
         menus = []
@@ -400,8 +440,10 @@ def _layer_from_dict(data: Mapping[str, Any]) -> LayerPlan:
 def _is_sound(layer: LayerPlan) -> bool:
     """Whether values that were read have their types; JSON does not see to that."""
     texts = (layer.kind, layer.decision, *layer.names)
-    counts = (layer.params_before, layer.params_after, layer.flops_before or 0, layer.flops_after or 0, *layer.shape)
-    numbers = (layer.rel_error or 0.0, *(value for values in layer.spectra for value in values))
+    flops = (count for count in (layer.flops_before, layer.flops_after) if count is not None)
+    counts = (layer.params_before, layer.params_after, *flops, *layer.shape)
+    error = 0.0 if layer.rel_error is None else layer.rel_error
+    numbers = (error, *(value for values in layer.spectra for value in values))
     return (
         len(layer.names) > 0
         and all(isinstance(text, str) for text in texts)

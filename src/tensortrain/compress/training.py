@@ -393,7 +393,8 @@ class _Trainer:
         with torch.no_grad():
             self.model.eval()
             figures = self.evaluate(self.model)
-        return dict(figures) if isinstance(figures, Mapping) else {"metric": float(figures)}
+        named = figures if isinstance(figures, Mapping) else {"metric": figures}
+        return {name: float(figure) for name, figure in named.items()}
 
     def _set_lr(self) -> None:
         share = _SCHEDULES[self.schedule](self.progress.step, self.total, self.warmup)

@@ -1,11 +1,12 @@
 """What a training run must keep to go on after a kill as if nothing had happened.
 
-The file is written by ``torch.save`` beside its final place and moved there by rename; it is read with
-``weights_only=True``, so it can hold tensors, numbers, strings and containers of these, and no code.
+The file is written beside its final place and moved there by rename. It is a safetensors file, whose metadata hold
+everything but the tensors as JSON: no pickle is read or written.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import random
 from collections.abc import Iterator, Mapping
@@ -18,18 +19,25 @@ from torch import Tensor, nn
 
 from tensortrain.errors import CheckpointError
 
-_VERSION = 1
+_VERSION = 2
 _SAMPLE = 65_536  # elements of one tensor that the signature looks at
 _SAME_START = 1e-3  # rebuilt models may differ by round-off (thread counts); other models differ by order one
 
 
 def write_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a checkpoint so that a kill at any moment leaves the old one or the new one, whole."""
+    """Write a checkpoint so that a kill at any moment leaves the old one or the new one, whole.
+
+    Raises:
+        CheckpointError: The content has something else than tensors, numbers, texts and containers of these.
+    """
+    from safetensors.torch import save_file
+
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.tmp")
-    with unfinished.open("wb") as file:
-        torch.save({"version": _VERSION, **content}, file)
-        file.flush()
+    tensors: dict[str, Tensor] = {}
+    tree = json.dumps(_as_tree({"version": _VERSION, **content}, tensors))
+    save_file(tensors, unfinished, metadata={"tree": tree})
+    with unfinished.open("rb") as file:
         os.fsync(file.fileno())
     os.replace(unfinished, path)
 
@@ -38,15 +46,60 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     """Read a checkpoint onto the CPU.
 
     Raises:
-        CheckpointError: It is truncated, of another kind or version, or holds more than plain data.
+        CheckpointError: It is truncated, or of another kind or version.
     """
+    from safetensors import SafetensorError, safe_open
+
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises RuntimeError, EOFError, KeyError, UnpicklingError, by the damage
+        with safe_open(path, framework="pt", device="cpu") as file:
+            tree = json.loads((file.metadata() or {})["tree"])
+            # Copies, since a tensor that is mapped onto the file dies with it.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+        content = _from_tree(tree, tensors)
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise _unusable(path, f"{type(error).__name__} on reading it") from error
     if not isinstance(content, dict) or content.get("version") != _VERSION:
         raise _unusable(path, "content of another kind")
     return content
+
+
+def _as_tree(value: Any, tensors: dict[str, Tensor]) -> Any:
+    """Nested containers as JSON can hold them; tensors are set aside under the number that stands for them."""
+    if isinstance(value, Tensor):
+        # As the axes lie in memory, outermost first: fused optimizers want weights and moments laid out alike.
+        strides = value.stride()
+        axes = sorted(range(value.ndim), key=lambda axis: -strides[axis])
+        name = str(len(tensors))
+        tensors[name] = value.detach().cpu().permute(axes).contiguous().clone()  # a storage of its own, for safetensors
+        return {"tensor": [name, axes]}
+    if isinstance(value, Mapping):  # keys may be numbers, as in the state of an optimizer
+        return {"dict": [[_as_tree(key, tensors), _as_tree(item, tensors)] for key, item in value.items()]}
+    if isinstance(value, tuple):
+        return {"tuple": [_as_tree(item, tensors) for item in value]}
+    if isinstance(value, list):
+        return [_as_tree(item, tensors) for item in value]
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise CheckpointError(
+        f"a training checkpoint must be plain data: it has a {type(value).__name__}, expected tensors, numbers, texts "
+        "and containers of these. Use an optimizer of torch.optim, or leave out checkpoint=."
+    )
+
+
+def _from_tree(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
+    if isinstance(tree, list):
+        return [_from_tree(item, tensors) for item in tree]
+    if not isinstance(tree, dict):
+        return tree
+    ((kind, value),) = tree.items()
+    if kind == "tensor":
+        name, axes = value
+        return tensors[name].permute([axes.index(k) for k in range(len(axes))])
+    if kind == "tuple":
+        return tuple(_from_tree(item, tensors) for item in value)
+    if kind == "dict":
+        return {_from_tree(key, tensors): _from_tree(item, tensors) for key, item in value}
+    raise KeyError(kind)
 
 
 def _unusable(path: Path, what: str) -> CheckpointError:

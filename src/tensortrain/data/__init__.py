@@ -2,15 +2,18 @@
 
 from tensortrain.data.batches import ImageBatches, image_batches
 from tensortrain.data.image_sets import ImageData, digits, fashion_mnist, images
+from tensortrain.data.text_batches import TextBatches, text_batches
 from tensortrain.data.text_sets import TextData, movie_snippets
 
 __all__ = [
     "ImageBatches",
     "ImageData",
+    "TextBatches",
     "TextData",
     "digits",
     "fashion_mnist",
     "image_batches",
     "images",
     "movie_snippets",
+    "text_batches",
 ]

@@ -1,5 +1,5 @@
 """Checkpoints: safetensors and JSON, written whole, read with suspicion, never pickled."""
 
-from tensortrain.io.pretrained import load_pretrained, save_pretrained
+from tensortrain.io.pretrained import has_source, load_pretrained, save_pretrained
 
-__all__ = ["load_pretrained", "save_pretrained"]
+__all__ = ["has_source", "load_pretrained", "save_pretrained"]

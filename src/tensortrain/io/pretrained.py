@@ -16,7 +16,7 @@ from tensortrain.io.sources import build_empty, describe_source, source_factory
 from tensortrain.io.stored import StoredTensors, read_tensors, write_tensors
 from tensortrain.nn import FactorizedLayer
 
-__all__ = ["load_pretrained", "save_pretrained"]
+__all__ = ["has_source", "load_pretrained", "save_pretrained"]
 
 
 def save_pretrained(model: nn.Module, directory: str | os.PathLike[str]) -> Path:
@@ -78,6 +78,17 @@ def load_pretrained(
     skeleton = _skeleton(model, recipe, folder)
     commit(changes(skeleton, layers, stored, folder))
     return skeleton.eval()
+
+
+def has_source(directory: str | os.PathLike[str]) -> bool:
+    """Whether a checkpoint can name its model, so that it loads without ``model=``.
+
+    Raises:
+        CheckpointError: The folder has no readable recipe.
+    """
+    folder = Path(directory)
+    recipe = Recipe.from_json(read_recipe(folder), where=str(folder / RECIPE))
+    return recipe.source is not None or any(entry.names == ("",) for entry in recipe.layers)
 
 
 def _write(model: nn.Module, stored: StoredTensors, folder: Path) -> None:

@@ -48,7 +48,8 @@ def source_factory(source: dict[str, Any] | None, *, where: str) -> Factory:
     if source is None:
         raise CheckpointError(
             f"a model of no known name must be given: {where} has no source, expected a registered or a "
-            "transformers model. Pass model=, a module or a function that builds one."
+            "transformers model. Pass model=, a module or a function that builds one (on the command line: "
+            "package.module:function --weights FOLDER)."
         )
     name, kwargs = source.get("registry"), source.get("kwargs")
     if isinstance(name, str) and isinstance(kwargs, dict):

@@ -110,7 +110,17 @@ def is_share(name: str | None, value: float) -> bool:
 
 
 def shorten(name: str, width: int) -> str:
-    """Cut the middle out of a long name: its ends tell layers apart."""
+    """Shorten a long name: words before the last to their initial, numbers kept; then cut its middle out.
+
+    Example:
+        >>> shorten("encoder.layer.11.attention.self.query", 24)
+        'e.l.11.a.self.query'
+    """
+    parts = name.split(".")
+    for k, part in enumerate(parts[:-1]):
+        if len(".".join(parts)) > width and not part.isdigit():
+            parts[k] = part[:1]
+    name = ".".join(parts)
     if len(name) <= width:
         return name
     tail = (width - 1) * 2 // 3

@@ -124,7 +124,7 @@ class Experiment:
 
 def ours(dense: nn.Module, limit: int, data: Any, config: dict[str, Any], seed: int) -> nn.Module:
     plan = tt.plan_compression(
-        dense, budget={"params": limit}, data=data, n_batches=config["calibration_batches"], will_heal=True
+        dense, budget={"params": limit}, data=data, n_batches=config["calibration_batches"], will_heal="long"
     )
     return tt.apply_plan_(copy.deepcopy(dense), plan)
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -108,7 +108,7 @@ def compress(
             allow_slower=allow_slower,
             batch_size=batch_size,
             n_batches=n_batches,
-            will_heal=settings is not None and data is not None and not settings.only_statistics,
+            will_heal=_healing_to_come(settings) if data is not None else False,
             output=output,
             observer=observer,
         )
@@ -160,6 +160,16 @@ def evaluate_metric(evaluate: Evaluate | None, model: nn.Module) -> float | None
         for module, mode in modes:
             module.training = mode
     return float(next(iter(figures.values()))) if isinstance(figures, Mapping) else float(figures)
+
+
+_LONG = 3  # passes over the data from which healing counts as long
+
+
+def _healing_to_come(settings: Heal | None) -> bool | Literal["long"]:
+    """What the planning may count on."""
+    if settings is None or settings.only_statistics:
+        return False
+    return "long" if (settings.epochs or 0) >= _LONG else True
 
 
 def _heal_settings(heal: Heal | Mapping[str, Any] | bool | None, data: Iterable[Any] | None) -> Heal | None:

@@ -29,9 +29,9 @@ _SLACK = 0.01  # of the whole model's time: what a layer may lose before it coun
 # Exponent on a layer's weight when the model is healed: at 80x on Fashion-MNIST, after one epoch, 0.5 gave 90.5 %,
 # 1 gave 88.8 % and 0 gave 90.0 %.
 _HEALED_REACH = 0.5
-# What counts of a squared error where the healing is long. At 40x on Fashion-MNIST, with the same rank in every layer and
-# seven epochs, trains started 40 points below low-rank layers of the same size and ended 0.4 to 0.7 points above: what
-# a narrow layer cannot pass on, no training brings back, while the matrix of a train has full rank.
+# What counts of a squared error where the healing is long. At 40x on Fashion-MNIST, with the same rank in every layer
+# and seven epochs, trains started 40 points below low-rank layers of the same size and ended 0.4 to 0.7 points above:
+# what a narrow layer cannot pass on, no training brings back, while the matrix of a train has full rank.
 _TRAINED_ERROR = {"tt": 1 / 3, "tt-naive": 1 / 3}
 # Rank steps to plan with, as shares of the rank: the coarse ones mostly spend the whole budget. In a model with one
 # large layer they can leave several per cent of it, and planning is done again with the fine ones.

@@ -175,12 +175,18 @@ def energy(x: Tensor, n_batch: int = 0) -> Tensor:
     Torch's norm adds up one after the other: over millions of entries its square is wrong by 1e-13, and differences
     of two squares need better. So norms of short rows are squared and summed pairwise.
     """
-    rows = (torch.view_as_real(x.resolve_conj()) if x.is_complex() else x).reshape(*x.shape[:n_batch], -1)
-    n = rows.shape[-1] // _ROW * _ROW
-    wide = torch.float64
-    head = torch.linalg.vector_norm(rows[..., :n].unflatten(-1, (-1, _ROW)), dim=-1, dtype=wide) if n else rows[..., :0]
-    tail = torch.linalg.vector_norm(rows[..., n:], dim=-1, dtype=wide)
-    return head.to(wide).square().sum(-1) + tail.square()
+    flat = (torch.view_as_real(x.resolve_conj()) if x.is_complex() else x).reshape(*x.shape[:n_batch], -1)
+    if flat.dtype == torch.float64:
+        return _row_energy(flat)
+    # widened block by block: a block stays in the cache
+    blocks = [_row_energy(block.double()) for block in flat.split(_ROW << 8, dim=-1)]
+    return torch.stack(blocks).sum(0) if blocks else flat.new_zeros(flat.shape[:-1], dtype=torch.float64)
+
+
+def _row_energy(flat: Tensor) -> Tensor:
+    n = flat.shape[-1] // _ROW * _ROW
+    head = torch.linalg.vector_norm(flat[..., :n].unflatten(-1, (-1, _ROW)), dim=-1) if n else flat[..., :0]
+    return head.square().sum(-1) + torch.linalg.vector_norm(flat[..., n:], dim=-1).square()
 
 
 _ROW = 1024

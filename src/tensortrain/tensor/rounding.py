@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -16,7 +16,7 @@ from tensortrain.tensor.approximation import Approximation
 from tensortrain.tensor.base import CoreChain
 from tensortrain.tensor.linalg import choose_rank, cut, cut_basis, gram_basis, orthonormal, triangle
 from tensortrain.tensor.ranks import RankLike, count_params, max_ranks, ranks_within, resolve_ranks
-from tensortrain.tensor.scaling import split_pow2, times_pow2
+from tensortrain.tensor.scaling import split_pow2, splitter, times_pow2
 from tensortrain.tensor.sketch import OVERSAMPLING, Plain, sketched_cores
 from tensortrain.tensor.tolerance import Budget, Finished, Sweep, checked_eps, compute_dtype, finish
 
@@ -92,7 +92,8 @@ def _rounded(x: Any, eps: float | None, max_rank: RankLike | None, method: str, 
     caps = tuple(map(min, caps, x.ranks))
     eps = checked_eps(eps, x.dtype, x.order)
     # In lower dtypes cores are orthonormal to 1e-7 at best: not good enough for float64 to build on.
-    problem = _Problem(cores, x.center if x.dtype == cores[0].dtype else (0, x.order - 1), x.dtype, eps, x.ranks)
+    center = x.center if x.dtype == cores[0].dtype else (0, x.order - 1)
+    problem = _Problem(cores, center, x.dtype, eps, x.ranks, splitter(cores))
     if max_params is not None:
         caps = _caps_within(problem, caps, max_params)
     if method != "svd" and eps < SQUARED_FLOOR and (max_rank is None and max_params is None):
@@ -115,6 +116,7 @@ class _Problem:
     dtype: torch.dtype
     eps: float
     ranks: tuple[int, ...]
+    split: Callable[..., tuple[Tensor, Tensor]]
 
     def budget(self, caps: Sequence[int], amplification: float) -> Budget:
         return Budget.of(self.eps, self.dtype, self.ranks, caps, amplification)
@@ -129,35 +131,47 @@ def _round_gram(problem: _Problem, caps: Sequence[int]) -> Finished:
 
 
 def _round_randomized(problem: _Problem, caps: Sequence[int]) -> Finished:
-    """Sketch at growing ranks until the norm shows that little is lost, then round what is left exactly."""
-    norm, exponent = chain.norm_parts(problem.cores, problem.center)
-    guess = min(max(problem.ranks), 16)
+    """Sketch at growing ranks until the norm shows that little is lost, then round what is left exactly.
+
+    The sketch works on the mirrored train: its result, mirrored back, is right-orthogonal, so that the cuts from the
+    left need no sweep from the right before them.
+    """
+    norm, exponent = _squared_norm_parts(problem)
+    mirrored = Plain(_mirrored(problem.cores))
+    guess = max(16, min(max(problem.ranks) // 2, 64))
     while True:
-        widths = [
-            min(r, max(cap, 1) + OVERSAMPLING, guess + OVERSAMPLING) for r, cap in zip(problem.ranks, caps, strict=True)
-        ]
-        if all(w == r for w, r in zip(widths, problem.ranks, strict=True)):
+        tops = [min(r, max(cap, 1) + OVERSAMPLING) for r, cap in zip(problem.ranks, caps, strict=True)]
+        widths = [min(top, guess + OVERSAMPLING) for top in tops]
+        if widths == list(problem.ranks):
             return _round_svd(problem, caps)
-        cores = sketched_cores(Plain(problem.cores), widths)
+        cores = _mirrored(sketched_cores(mirrored, widths[::-1]))
         lost = _lost(norm, exponent, cores)
-        is_capped = all(w >= min(r, cap + OVERSAMPLING) for w, r, cap in zip(widths, problem.ranks, caps, strict=True))
-        if is_capped or bool((lost <= 0.5 * problem.eps).all()):
+        if widths == tops or bool((lost <= 0.5 * problem.eps).all()):
             break
         guess *= 2
     # What the sketch lost is orthogonal to what is left, and so are the cuts within it.
-    left = _Problem(
-        cores,
-        (0, len(cores) - 1),
-        problem.dtype,
-        math.sqrt(max(problem.eps**2 - float(lost.amax()) ** 2, 0.0)) or problem.eps,
-        tuple(widths),
-    )
+    rest = math.sqrt(max(problem.eps**2 - float(lost.amax()) ** 2, 0.0)) or problem.eps
+    left = replace(problem, cores=cores, center=(0, 0), eps=rest, ranks=tuple(widths), split=splitter(cores))
     return _swept(left, caps, _triangles(left), cut_basis, before=lost)
+
+
+def _mirrored(cores: Sequence[Tensor]) -> list[Tensor]:
+    """The train with its modes in reverse order."""
+    return [core.transpose(-3, -1).contiguous() for core in reversed(cores)]
+
+
+def _squared_norm_parts(problem: _Problem) -> tuple[Tensor, Tensor]:
+    """``(m, e)``, the norm ``m * 2**e``, from an inner product: good to the roundings that squares resolve."""
+    if problem.center[0] == problem.center[1]:
+        return chain.norm_parts(problem.cores, problem.center)
+    square, exponent = chain.dot_parts(problem.cores, problem.cores)
+    square = square.real if square.is_complex() else square
+    return (square * (1 + exponent % 2)).clamp_min(0.0).sqrt(), exponent // 2
 
 
 def _lost(norm: Tensor, exponent: Tensor, cores: Sequence[Tensor]) -> Tensor:
     """Relative size of what an orthogonal projection removed, from the norms before and after, and their rounding."""
-    end, step = split_pow2(cores[-1], cores[-1].ndim - 3)
+    end, step = split_pow2(cores[0], cores[0].ndim - 3)
     kept = times_pow2(torch.linalg.vector_norm(end, dim=(-3, -2, -1)), step - exponent) / norm.where(norm > 0, 1.0)
     # each norm comes from a chain of d factorizations, each wrong by some roundings
     return ((1.0 - kept.square()).clamp_min(0.0) + 2e-15 * (len(cores) + 5)).sqrt()
@@ -189,13 +203,13 @@ def _swept(
         unfolding = chain.as_left(current)
         root, root_exponent = roots.of(k + 1)
         # in units of the scaled matrix the whole has this norm
-        whole = times_pow2(scale, exponent - shift - root_exponent)
+        whole = scale * torch.exp2((exponent - shift - root_exponent).to(scale.dtype))
         basis, s, tail = cut_with(unfolding if root is None else unfolding @ root, share * whole, caps[k + 1])
         done.append(basis.unflatten(-2, current.shape[-3:-1]))
         spectra.append(s / whole[..., None])
         tails.append(tail / whole)
         current = chain.absorb_left(basis.mH @ unfolding, cores[k + 1])
-        current, step = split_pow2(current, n_batch)
+        current, step = problem.split(current, n_batch)
         shift = shift + step
     last = times_pow2(current, shift - exponent)
     sweep = Sweep([*done, last], spectra, tails, norm, exponent, before)
@@ -248,34 +262,35 @@ def _roots(problem: _Problem, root_of: Callable[[Tensor], Tensor]) -> _Roots:
     logs: list[Tensor] = []
     carried, total = cores[hi], zero
     for at in range(hi, 0, -1):
-        root, step = split_pow2(root_of(carried), n_batch)
+        root, step = problem.split(root_of(carried), n_batch)
         total = total + step
         matrices[at], exponents[at] = root, total
         logs.append(torch.linalg.vector_norm(root, dim=(-2, -1)).log2() + total)
         carried = chain.absorb_right(cores[at - 1], root)
-    carried, step = split_pow2(carried, n_batch)
+    carried, step = problem.split(carried, n_batch)
     norm, total = torch.linalg.vector_norm(carried, dim=(-3, -2, -1)), total + step
-    return _Roots(matrices, exponents, norm, total, _amplification(cores[: hi + 1], logs[::-1], norm.log2() + total))
+    return _Roots(matrices, exponents, norm, total, _amplification(problem, logs[::-1], norm.log2() + total))
 
 
-def _amplification(cores: Sequence[Tensor], right_logs: Sequence[Tensor], whole: Tensor) -> float:
+def _amplification(problem: _Problem, right_logs: Sequence[Tensor], whole: Tensor) -> float:
     """By how much an error in what is carried over a bond grows on its way to the whole."""
     if not right_logs:
         return 1.0
-    growth = (torch.stack(list(right_logs)) + torch.stack(_left_norm_logs(cores)) - whole).flatten()
+    growth = (torch.stack(list(right_logs)) + torch.stack(_left_norm_logs(problem)) - whole).flatten()
     growth = growth[torch.isfinite(growth)]
     worst = float(growth.amax()) if growth.numel() else 0.0
     return 2.0 ** min(max(worst, 0.0), 1000.0)
 
 
-def _left_norm_logs(cores: Sequence[Tensor]) -> list[Tensor]:
+def _left_norm_logs(problem: _Problem) -> list[Tensor]:
     """``log2`` of a bound on the spectral norm of all that lies left of each inner bond."""
     logs = []
+    cores = problem.cores[: problem.center[1] + 1]
     n_batch = cores[0].ndim - 3
     gram, total = cores[0].new_ones((*cores[0].shape[:-3], 1, 1)), torch.zeros((), device=cores[0].device)
     for core in cores[:-1]:
         gram = chain.as_left(core).mH @ chain.as_left(chain.absorb_left(gram, core))
-        gram, step = split_pow2(gram, n_batch)
+        gram, step = problem.split(gram, n_batch)
         total = total + step
         logs.append(0.5 * (torch.linalg.matrix_norm(gram, 1).log2() + total))
     return logs

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-__all__ = ["split_pow2", "spread_pow2", "times_pow2", "work_dtype"]
+__all__ = ["keep_pow2", "split_pow2", "splitter", "spread_pow2", "times_pow2", "work_dtype"]
 
 
 def work_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -37,8 +38,33 @@ def split_pow2(x: Tensor, n_batch: int = 0) -> tuple[Tensor, Tensor]:
     largest = x.detach().abs()
     if x.ndim > n_batch:
         largest = largest.amax(dim=tuple(range(n_batch, x.ndim)))
-    exponent = torch.frexp(largest).exponent
-    return times_pow2(x, -exponent), exponent
+    # One factor will do, for it cannot overflow unless all is subnormal, and then the clamp keeps it from that.
+    exponent = torch.frexp(largest).exponent.clamp_min(3 - _top(x))
+    return x * _pow2(-exponent.reshape(exponent.shape + (1,) * (x.ndim - n_batch)), x), exponent
+
+
+def keep_pow2(x: Tensor, n_batch: int = 0) -> tuple[Tensor, Tensor]:
+    """Stands in for ``split_pow2`` where nothing can leave the range: ``x`` as it is, and exponents 0."""
+    return x, torch.zeros(x.shape[:n_batch], dtype=torch.int32, device=x.device)
+
+
+def splitter(cores: Sequence[Tensor]) -> Callable[..., tuple[Tensor, Tensor]]:
+    """``keep_pow2`` if products of these cores ``(r, n, s)``, and their squares, stay far within the range.
+
+    Scaling takes most of the time of small trains. The product of the norms of the cores bounds all that comes; from
+    below the ranks tell by how much less it can be, but for cancellation. Batches are always scaled.
+    """
+    if cores[0].ndim > 3:
+        return split_pow2
+    logs = torch.stack(torch._foreach_norm([core.detach() for core in cores])).log2()
+    ranks = sum(math.log2(core.shape[-1] * core.shape[-2]) for core in cores)
+    worst = float(logs.abs().sum()) + ranks  # one sync
+    return keep_pow2 if worst < 0.35 * _top(cores[0]) else split_pow2
+
+
+def _top(x: Tensor) -> int:
+    """Exponent of the largest number of a dtype."""
+    return math.frexp(torch.finfo(x.dtype).max)[1]
 
 
 def spread_pow2(cores: Sequence[Tensor], exponent: Tensor | int) -> list[Tensor]:

@@ -197,7 +197,7 @@ def _right_orthogonal(cores: Sequence[Tensor], n_axes: int = 3) -> list[Tensor]:
 def sketched_cores(x: Virtual, widths: Sequence[int], seed: int = 0) -> list[Tensor]:
     """Cores of a train of the given ranks close to a virtual one, all but the last left-orthogonal.
 
-    From the right the train is contracted with a Gaussian train; from the left each core becomes an orthonormal
+    From the right the train is contracted with a random train; from the left each core becomes an orthonormal
     basis of what the sketch shows. The result is an orthogonal projection of ``x``.
 
     Args:
@@ -214,8 +214,9 @@ def sketched_cores(x: Virtual, widths: Sequence[int], seed: int = 0) -> list[Ten
     shows: list[Tensor] = [like.new_ones((*batch, 1, 1))] * (d + 1)
     for k in range(d - 1, 0, -1):
         shape = (x.modes[k], widths[k + 1], widths[k])
-        sketch = torch.randn(shape, generator=generator, dtype=like.dtype, device=like.device)
-        sketch = sketch / math.sqrt(x.modes[k] * widths[k + 1])
+        # Uniform numbers serve a sketch as well as Gaussian ones, and are several times faster to draw.
+        sketch = torch.rand(shape, generator=generator, dtype=like.dtype, device=like.device)
+        sketch = (sketch - (0.5 + 0.5j if like.is_complex() else 0.5)) / math.sqrt(x.modes[k] * widths[k + 1] / 12)
         shows[k] = split_pow2(x.pass_right(k, shows[k + 1]).flatten(-2, -1) @ sketch.flatten(0, 1), n_batch)[0]
     carry = like.new_ones((*batch, 1, 1))
     exponent = torch.zeros(batch, dtype=torch.int32, device=like.device)

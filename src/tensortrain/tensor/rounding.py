@@ -24,6 +24,7 @@ __all__ = ["round_tt"]
 
 Chain = TypeVar("Chain", bound=CoreChain)
 Method = Literal["svd", "gram", "randomized"]
+Cut = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor, Tensor]]
 
 # Below this relative tolerance a square (a Gram matrix, the difference of two squared norms) holds no information:
 # rounding is 1e-16 of the square of the norm, hence 2e-8 of the norm, and sums of some hundred terms make it worse.
@@ -181,7 +182,7 @@ def _swept(
     problem: _Problem,
     caps: Sequence[int],
     roots: _Roots,
-    cut_with: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor, Tensor]],
+    cut_with: Cut,
     before: Tensor | float = 0.0,
 ) -> Finished:
     """Left to right: cut every bond to a tail that its share of the tolerance allows.
@@ -189,21 +190,38 @@ def _swept(
     With ``b_k`` what lies right of bond k, ``b_k b_k^H = c_k c_k^H``: the singular vectors of ``current b_k`` are
     those of ``current c_k``. The next core is taken as it was given, so no orthogonal factor is ever formed.
     """
+    budget = problem.budget(caps, 1.0)
+    sweep, amplification = _cut_all(problem, caps, roots, cut_with, budget.cut, before)
+    if amplification > 1.0:
+        wary = problem.budget(caps, amplification)
+        # Rounding weighs more than was thought: where the cuts leave it no room, they are made anew.
+        if _total(sweep.tails) > wary.cut:
+            sweep, _ = _cut_all(problem, caps, roots, cut_with, wary.cut, before)
+        budget = wary
+    return finish(sweep, dtype=problem.dtype, budget=budget)
+
+
+def _cut_all(
+    problem: _Problem, caps: Sequence[int], roots: _Roots, cut_with: Cut, tolerance: float, before: Tensor | float
+) -> tuple[Sweep, float]:
+    """The cuts at one tolerance, and by how much an error in what is carried grows on its way to the whole."""
     cores = problem.cores
     n_batch, d = cores[0].ndim - 3, len(cores)
     norm, exponent = roots.norm, roots.exponent
-    budget = problem.budget(caps, roots.amplification)
     scale = norm.where(norm > 0, 1.0)
-    share = budget.cut / math.sqrt(max(1, d - 1))
+    share = tolerance / math.sqrt(max(1, d - 1))
     done: list[Tensor] = []
     spectra: list[Tensor] = []
     tails: list[Tensor] = []
+    growths = [torch.ones_like(norm)]
     current, shift = cores[0], torch.zeros_like(exponent)
     for k in range(d - 1):
         unfolding = chain.as_left(current)
         root, root_exponent = roots.of(k + 1)
         # in units of the scaled matrix the whole has this norm
         whole = scale * torch.exp2((exponent - shift - root_exponent).to(scale.dtype))
+        if root is not None:
+            growths.append(_size(unfolding) * _size(root) / whole)
         basis, s, tail = cut_with(unfolding if root is None else unfolding @ root, share * whole, caps[k + 1])
         done.append(basis.unflatten(-2, current.shape[-3:-1]))
         spectra.append(s / whole[..., None])
@@ -212,8 +230,20 @@ def _swept(
         current, step = problem.split(current, n_batch)
         shift = shift + step
     last = times_pow2(current, shift - exponent)
-    sweep = Sweep([*done, last], spectra, tails, norm, exponent, before)
-    return finish(sweep, dtype=problem.dtype, budget=budget)
+    growth = torch.stack(growths)
+    worst = float(growth.where(torch.isfinite(growth), 1.0).amax()) if growth.numel() else 1.0
+    return Sweep([*done, last], spectra, tails, norm, exponent, before), worst
+
+
+def _total(tails: Sequence[Tensor]) -> float:
+    """Root-sum-square of the cuts, of the worst member of a batch."""
+    if not tails or not tails[0].numel():
+        return 0.0
+    return float(torch.stack(list(tails)).square().sum(0).sqrt().amax())
+
+
+def _size(matrix: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(matrix, dim=(-2, -1))
 
 
 @dataclass(frozen=True)
@@ -224,7 +254,6 @@ class _Roots:
     exponents: dict[int, Tensor]
     norm: Tensor
     exponent: Tensor
-    amplification: float
 
     def of(self, bond: int) -> tuple[Tensor | None, Tensor]:
         """The root and its power of two; ``None`` for the identity, right of the center."""
@@ -259,41 +288,15 @@ def _roots(problem: _Problem, root_of: Callable[[Tensor], Tensor]) -> _Roots:
     zero = torch.zeros(cores[0].shape[:-3], dtype=torch.int32, device=cores[0].device)
     matrices: dict[int, Tensor] = {}
     exponents: dict[int, Tensor] = {}
-    logs: list[Tensor] = []
     carried, total = cores[hi], zero
     for at in range(hi, 0, -1):
         root, step = problem.split(root_of(carried), n_batch)
         total = total + step
         matrices[at], exponents[at] = root, total
-        logs.append(torch.linalg.vector_norm(root, dim=(-2, -1)).log2() + total)
         carried = chain.absorb_right(cores[at - 1], root)
     carried, step = problem.split(carried, n_batch)
     norm, total = torch.linalg.vector_norm(carried, dim=(-3, -2, -1)), total + step
-    return _Roots(matrices, exponents, norm, total, _amplification(problem, logs[::-1], norm.log2() + total))
-
-
-def _amplification(problem: _Problem, right_logs: Sequence[Tensor], whole: Tensor) -> float:
-    """By how much an error in what is carried over a bond grows on its way to the whole."""
-    if not right_logs:
-        return 1.0
-    growth = (torch.stack(list(right_logs)) + torch.stack(_left_norm_logs(problem)) - whole).flatten()
-    growth = growth[torch.isfinite(growth)]
-    worst = float(growth.amax()) if growth.numel() else 0.0
-    return 2.0 ** min(max(worst, 0.0), 1000.0)
-
-
-def _left_norm_logs(problem: _Problem) -> list[Tensor]:
-    """``log2`` of a bound on the spectral norm of all that lies left of each inner bond."""
-    logs = []
-    cores = problem.cores[: problem.center[1] + 1]
-    n_batch = cores[0].ndim - 3
-    gram, total = cores[0].new_ones((*cores[0].shape[:-3], 1, 1)), torch.zeros((), device=cores[0].device)
-    for core in cores[:-1]:
-        gram = chain.as_left(core).mH @ chain.as_left(chain.absorb_left(gram, core))
-        gram, step = problem.split(gram, n_batch)
-        total = total + step
-        logs.append(0.5 * (torch.linalg.matrix_norm(gram, 1).log2() + total))
-    return logs
+    return _Roots(matrices, exponents, norm, total)
 
 
 def _caps_within(problem: _Problem, caps: Sequence[int], max_params: int) -> tuple[int, ...]:

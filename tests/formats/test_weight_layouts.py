@@ -196,3 +196,29 @@ def test_a_spec_with_a_field_missing_is_refused() -> None:
     del data["ranks"]
     with pytest.raises(ValueError, match="ranks"):
         FactorSpec.from_dict(data)
+
+
+@pytest.mark.parametrize(
+    ("name", "weight", "rank", "out_modes", "in_modes", "expected"),
+    [
+        ("tt", LINEAR, 1, (3, 4), (5, 2), 6),  # a Kronecker product: 3 times 2
+        ("tt", LINEAR, (1, 5, 3, 1), (1, 1, 12), (5, 2, 1), 3),
+        ("tt", LINEAR, (1, 2, 2, 1), (2, 3, 2), (1, 5, 2), 10),
+        ("low_rank", LINEAR, 4, None, None, 4),
+        ("low_rank", TABLE, 4, None, None, 4),
+        ("tt", CONV, (1, 2, 1), (6,), (4,), 4),
+        ("tt", CONV, (1, 2, 3, 1), (1, 6), (4, 1), 3),
+        ("tt-naive", CONV, (1, 2, 4, 2, 1), None, None, 2),
+        ("tucker2", CONV, (2, 3), None, None, 2),
+    ],
+)
+def test_generic_cores_reach_the_largest_matrix_rank(
+    name: str, weight: WeightShape, rank: Any, out_modes: Any, in_modes: Any, expected: int
+) -> None:
+    fmt = get_format(name)
+    spec = fmt.spec(weight, rank=rank, out_modes=out_modes, in_modes=in_modes)
+    assert fmt.max_matrix_rank(spec) == expected
+    matrix = fmt.to_dense([core.double() for core in random_cores(spec)], spec)
+    if weight.kind == "conv":
+        matrix = matrix[:, :, 0, 0]
+    assert int(torch.linalg.matrix_rank(matrix)) == expected

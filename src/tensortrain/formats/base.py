@@ -223,6 +223,13 @@ class Format(ABC):
     def inner_ranks(self, spec: FactorSpec) -> tuple[int, ...]:
         """The ranks that can be chosen (without fixed boundary ones), one per entry of ``spectra``."""
 
+    def max_matrix_rank(self, spec: FactorSpec) -> int:
+        """Largest rank of the map from one group's inputs to its outputs (channels, for a convolution).
+
+        What no training of the cores can exceed: the width of the layer at its narrowest place.
+        """
+        return min(spec.weight.out_features // spec.weight.groups, spec.weight.in_features)
+
     def probe(self, dense: Tensor, spec: FactorSpec, gram: Tensor | None, output_gram: Tensor | None = None) -> float:
         """Relative error that a decomposition at these ranks reaches, perhaps estimated.
 

@@ -91,6 +91,21 @@ class ChainFormat(Format):
     def inner_ranks(self, spec: FactorSpec) -> tuple[int, ...]:
         return spec.ranks[1:-1]
 
+    def max_matrix_rank(self, spec: FactorSpec) -> int:
+        """The smallest cut that parts input legs from output legs, every core on one of the two sides.
+
+        A generic chain reaches it (kernel positions count on neither side).
+        """
+        outs, ins = self.chain_modes(spec)
+        with_inputs, with_outputs = 1, 1  # least cut so far, by the side of the last core
+        for k, (m, n, rank) in enumerate(zip(outs, ins, spec.ranks[:-1], strict=True)):
+            n = 1 if k < self.n_spatial(spec) else n
+            with_inputs, with_outputs = (
+                min(with_inputs, with_outputs * rank) * m,
+                min(with_outputs, with_inputs * rank) * n,
+            )
+        return min(with_inputs, with_outputs)
+
     def factorize_group(
         self,
         dense: Tensor,

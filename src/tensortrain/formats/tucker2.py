@@ -68,6 +68,9 @@ class Tucker2(Format):
     def inner_ranks(self, spec: FactorSpec) -> tuple[int, ...]:
         return spec.ranks
 
+    def max_matrix_rank(self, spec: FactorSpec) -> int:
+        return min(spec.ranks)
+
     def dense_group(self, cores: Sequence[Tensor], spec: FactorSpec) -> Tensor:
         inner, core, outer = cores
         kernel = torch.einsum("oix,ic->ocx", core.flatten(2), inner)

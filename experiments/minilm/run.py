@@ -17,7 +17,7 @@ import importlib.util
 import json
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +25,17 @@ import torch
 from torch import Tensor, nn
 
 import tensortrain as tt
-from tensortrain.compress import Heal, count_params, heal_, plan_uniform, provenance, write_text_atomic
+from tensortrain.compress import (
+    Heal,
+    count_params,
+    heal_,
+    plan_uniform,
+    provenance,
+    sentence_embedding,
+    write_text_atomic,
+)
 from tensortrain.compress.measure import latency_rows
-from tensortrain.data import movie_snippets
+from tensortrain.data import TextBatches, movie_snippets, text_batches
 from tensortrain.io import load_pretrained, save_pretrained
 
 HERE = Path(__file__).parent
@@ -46,46 +54,11 @@ def load_original() -> tuple[nn.Module, Any]:
     return AutoModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
 
 
-def sentence_embedding(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """Mean of the last hidden states over the tokens that count, scaled to length one."""
-    hidden = model(**batch).last_hidden_state
-    mask = batch["attention_mask"].unsqueeze(-1).to(hidden.dtype)
-    return nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
-
-
-class Snippets:
-    """Batches of tokenized texts of like length, in an order that depends on seed and epoch."""
-
-    def __init__(self, texts: Sequence[str], tokenizer: Any, batch_size: int, seed: int | None = None) -> None:
-        self.texts, self.tokenizer, self.batch_size, self.seed, self.epoch = texts, tokenizer, batch_size, seed, 0
-        by_length = sorted(range(len(texts)), key=lambda i: len(texts[i]))
-        self.groups = [by_length[k : k + batch_size] for k in range(0, len(texts), batch_size)]
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return len(self.groups)
-
-    def order(self) -> list[int]:
-        if self.seed is None:
-            return list(range(len(self.groups)))
-        generator = torch.Generator().manual_seed(1000 * self.seed + self.epoch)
-        return torch.randperm(len(self.groups), generator=generator).tolist()
-
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        for k in self.order():
-            texts = [self.texts[i] for i in self.groups[k]]
-            found = self.tokenizer(texts, padding=True, truncation=True, max_length=64, return_tensors="pt")
-            yield {"input_ids": found["input_ids"], "attention_mask": found["attention_mask"]}
-
-    @torch.no_grad()
-    def embed(self, model: nn.Module) -> Tensor:
-        """Embeddings in the order of the texts."""
-        model.eval()
-        rows = torch.cat([sentence_embedding(model, batch) for batch in self])
-        places = torch.tensor([i for k in self.order() for i in self.groups[k]])
-        return torch.empty_like(rows).index_copy_(0, places, rows)
+@torch.no_grad()
+def embed(model: nn.Module, batches: TextBatches) -> Tensor:
+    """Embeddings in the order of the texts."""
+    model.eval()
+    return batches.in_order([sentence_embedding(model, batch) for batch in batches])
 
 
 class Study:
@@ -98,15 +71,17 @@ class Study:
         chosen = train[: self.n_train] + test[: config["probe_test"]]
         self.labels = [int(data.labels[i]) for i in chosen]
         size = config["batch_size"]
-        self.probe = Snippets([data.texts[i] for i in chosen], self.tokenizer, size)
-        self.training = Snippets([data.texts[i] for i in train], self.tokenizer, size, config["seed"])
-        self.reference = self.probe.embed(self.original)
+        self.probe = text_batches([data.texts[i] for i in chosen], self.tokenizer, batch_size=size)
+        self.training = text_batches(
+            [data.texts[i] for i in train], self.tokenizer, batch_size=size, seed=config["seed"]
+        )
+        self.reference = embed(self.original, self.probe)
 
     def judge(self, model: nn.Module) -> dict[str, float]:
         """Cosine to the original on held-out snippets, and the accuracy of a fresh probe."""
         from sklearn.linear_model import LogisticRegression
 
-        rows, n = self.probe.embed(model), self.n_train
+        rows, n = embed(model, self.probe), self.n_train
         probe = LogisticRegression(max_iter=1000).fit(rows[:n].numpy(), self.labels[:n])
         cosine = nn.functional.cosine_similarity(rows[n:], self.reference[n:], dim=-1)
         return {

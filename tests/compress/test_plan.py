@@ -24,6 +24,7 @@ from tensortrain.errors import (
     ShapeError,
     TTError,
 )
+from tensortrain.formats import get_format
 
 pytestmark = pytest.mark.usefixtures("double", "fixed_plans")
 
@@ -400,3 +401,22 @@ def test_what_is_no_module_is_refused(function) -> None:
     options = {"budget": "2x"} if function in (plan_compression, tt.compress) else {}
     with pytest.raises(KindError, match="a model must be a module: found int"):
         function(3, **options)
+
+
+def test_long_healing_prefers_full_matrix_rank_to_a_small_error() -> None:
+    model = decay_(nn.Sequential(nn.Linear(144, 144), nn.ReLU(), nn.Linear(144, 10)))
+    data = batches(3, 32, 144)
+
+    def first(will_heal):
+        plan = plan_compression(model, budget="8x", data=data, will_heal=will_heal, allow_slower=True)
+        spec = plan.layers[0].spec
+        assert spec is not None
+        return plan, get_format(spec.format).max_matrix_rank(spec)
+
+    short, narrow = first(True)
+    long, wide = first("long")
+    assert narrow < 24  # a narrow layer has the smallest error
+    assert wide == 144
+    assert long.layers[0].rel_error > short.layers[0].rel_error
+    for plan in (short, long):
+        assert 0.95 * plan.params_before / 8 <= plan.params_after <= plan.params_before / 8

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tensortrain.formats import ChainFormat, FactorSpec, RankPoint, WeightShape, get_format, rank_path
+from tensortrain.formats import ChainFormat, FactorSpec, RankPoint, WeightShape, even_path, get_format, rank_path
 from tensortrain.testing import rel_error
 
 CASES: dict[str, tuple[str, WeightShape, dict[str, Any]]] = {
@@ -174,3 +174,15 @@ def test_no_rank_is_bought_that_brings_nothing() -> None:
     assert [point.spec.ranks[1] for point in path] == [1, 2, 3]
     zero = rank_path(spec, fmt.spectra(torch.zeros(16, 20), spec, gram=None))
     assert [(point.spec.ranks[1], point.rel_error) for point in zero] == [(1, 0.0)]
+
+
+def test_even_ranks_grow_together_up_to_what_the_shape_allows() -> None:
+    fmt, weight = get_format("tt"), WeightShape("linear", 64, 64)
+    spec = fmt.spec(weight, rank=1, out_modes=(4, 4, 4), in_modes=(4, 4, 4))
+    spectra = fmt.spectra(torch.randn(64, 64), spec, gram=None)
+    path = even_path(spec, spectra, growth=0.0)
+    assert [point.spec.ranks for point in path] == [(1, r, r, 1) for r in range(1, 17)]
+    assert path[-1].rel_error == pytest.approx(0.0, abs=1e-7)
+    errors = [point.rel_error for point in path]
+    assert errors == sorted(errors, reverse=True)
+    assert even_path(spec, spectra, max_params=path[3].n_params, growth=0.0) == path[:4]

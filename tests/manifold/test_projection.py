@@ -188,6 +188,11 @@ def test_bad_input(generator):
         project(x, at=x.to_dense())
     with pytest.raises(NonFiniteError, match=r"cores\[0\] has NaN"):
         project(x, at=x * float("nan"))
+    batch = tt.TensorTrain([torch.stack((core, core)) for core in x.cores])
+    with pytest.raises(ShapeError, match="expected no batch axis"):
+        project(x, at=batch)
+    with pytest.raises(ShapeError, match="as a list"):
+        project(batch, at=x)
     with pytest.raises(KindError, match="v has TensorTrain"):
         transport(x, to=x)
     assert isinstance(project(x, at=x), TangentVector)

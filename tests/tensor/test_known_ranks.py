@@ -21,7 +21,7 @@ from tensortrain.tensor import (
 )
 from tensortrain.testing import rel_error
 
-METHODS = ("svd", "auto")
+METHODS = ("svd", "qr", "auto")
 methods = pytest.mark.parametrize("method", METHODS)
 
 

@@ -13,6 +13,7 @@ from tensortrain.formats import (
     FactorSpec,
     RankPoint,
     WeightShape,
+    even_path,
     get_format,
     rank_path,
     suggest_modes,
@@ -55,6 +56,7 @@ def candidates(
     output_gram: Tensor | None = None,
     structure: Sequence[int] | None = None,
     growth: float = 0.08,
+    wide: bool = False,
 ) -> list[Candidate]:
     """All candidates of a layer that are smaller than its dense weight.
 
@@ -64,6 +66,7 @@ def candidates(
         output_gram: Weight of the outputs.
         structure: How the inputs are made up, such as (channels, height, width) before a flattening.
         growth: How much a rank grows from one candidate to the next, as a share of itself.
+        wide: Also those of equal ranks, which have larger errors but no narrow place.
 
     Raises:
         NonFiniteError: The weight holds NaN or Inf.
@@ -86,7 +89,9 @@ def candidates(
             spectra = _group_spectra(dense, spec, gram, output_gram)
             shown = tuple(_shown(values) for values in spectra)
             points = rank_path(spec, spectra, max_params=weight.n_params - 1, growth=growth)
-            if points and not _hopeless(points, found):
+            if wide and len(spectra) > 1:
+                points += even_path(spec, spectra, max_params=weight.n_params - 1, growth=growth)
+            if points and (wide or not _hopeless(points, found)):
                 points = _corrected(points, dense, gram, output_gram)
                 found += [Candidate(point, shown) for point in points]
     return found

@@ -14,7 +14,7 @@ from .base import (
 )
 from .chain import ChainFormat, balance_chain
 from .modes import default_order, suggest_modes, suggest_padded_modes
-from .rank_path import RankPoint, rank_path
+from .rank_path import RankPoint, even_path, rank_path
 from .whitening import energy, output_error
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "balance_chain",
     "default_order",
     "energy",
+    "even_path",
     "format_names",
     "get_format",
     "low_rank",

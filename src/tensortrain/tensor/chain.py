@@ -124,12 +124,13 @@ def hadamard_core(a: Tensor, b: Tensor) -> Tensor:
 
 def dot_parts(left: Sequence[Tensor], right: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """``(m, e)`` with ``<left, right> = m * 2**e``; the left one is conjugated. Cost: O(d n r^3)."""
-    n_batch = left[0].ndim - 3
-    env = left[0].new_ones((*left[0].shape[:-3], 1, 1))
+    batch, n_batch = left[0].shape[:-3], left[0].ndim - 3
+    env = left[0].new_ones((*batch, 1, 1))
     exponent = torch.zeros((), dtype=torch.int32, device=env.device)
     stride = _safe_stride(left, right)
     for k, (a, b) in enumerate(zip(left, right, strict=True), start=1):
-        env = as_left(a).mH @ as_left(absorb_left(env, b))  # two products, never r^4
+        # two products, never r^4
+        env = as_left(a).mH @ (env @ as_right(b)).reshape(*batch, -1, b.shape[-1])
         if k % stride == 0 or k == len(left):
             env, step = split_pow2(env, n_batch)
             exponent = exponent + step

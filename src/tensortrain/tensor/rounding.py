@@ -14,7 +14,7 @@ from tensortrain.errors import KindError, NonFiniteError, RankError
 from tensortrain.tensor import chain
 from tensortrain.tensor.approximation import Approximation
 from tensortrain.tensor.base import CoreChain
-from tensortrain.tensor.linalg import choose_rank, cut, cut_basis, gram_basis, orthonormal, triangle
+from tensortrain.tensor.linalg import choose_rank, cut, cut_basis, gram_basis, gram_root, orthonormal, triangle
 from tensortrain.tensor.ranks import RankLike, count_params, max_ranks, ranks_within, resolve_ranks
 from tensortrain.tensor.scaling import split_pow2, splitter, times_pow2
 from tensortrain.tensor.sketch import OVERSAMPLING, Plain, sketched_cores
@@ -267,8 +267,7 @@ def _triangles(problem: _Problem) -> _Roots:
 def _gram_roots(problem: _Problem) -> _Roots:
     def root(core: Tensor) -> Tensor:
         unfolding = chain.as_right(core)
-        vectors, sizes = gram_basis(unfolding)
-        return vectors * sizes.unsqueeze(-2)
+        return gram_root(unfolding @ unfolding.mH)
 
     return _roots(problem, root)
 
@@ -279,7 +278,10 @@ def _gram_cut(a: Tensor, delta: Tensor, cap: int) -> tuple[Tensor, Tensor, Tenso
     v, s = gram_basis(a.mH)
     rank, tail = choose_rank(s, delta, cap)
     floor = 4e-8 * torch.linalg.vector_norm(s, dim=-1)  # what squares cannot show
-    return orthonormal(a @ v[..., :rank]), s[..., :rank], torch.hypot(tail, floor) if rank < s.shape[-1] else tail
+    kept = s[..., :rank]
+    # columns of norm one, nearly orthogonal as far as squares can show: the cheapest case of a QR
+    basis = orthonormal(a @ (v[..., :rank] / kept.clamp_min(1e-300).unsqueeze(-2)))
+    return basis, kept, torch.hypot(tail, floor) if rank < s.shape[-1] else tail
 
 
 def _roots(problem: _Problem, root_of: Callable[[Tensor], Tensor]) -> _Roots:

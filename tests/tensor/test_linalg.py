@@ -1,0 +1,76 @@
+"""Factorizations by products: as good as Householder's, or refused."""
+
+import pytest
+import torch
+
+from tensortrain.tensor.linalg import cholesky_qr, gram_root, orthonormal, reorthonormalized, triangle
+
+DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.complex128], ids=["real", "complex"])
+
+
+def with_spectrum(s, p, dtype, generator):
+    u = torch.linalg.qr(torch.randn(p, len(s), dtype=dtype, generator=generator)).Q
+    v = torch.linalg.qr(torch.randn(len(s), len(s), dtype=dtype, generator=generator)).Q
+    return u * s @ v
+
+
+def deviation(q):
+    return float((q.mH @ q - torch.eye(q.shape[-1], dtype=q.dtype)).abs().max())
+
+
+@DTYPES
+@pytest.mark.parametrize("digits", [0, 4, 7, 8, 9, 11, 14])
+@pytest.mark.parametrize("scale", [1.0, 1e60, 1e-60])
+def test_cholesky_qr_is_orthonormal_at_any_condition(dtype, digits, scale, generator):
+    s = torch.logspace(0, -digits, 24)
+    a = with_spectrum(s, 200, dtype, generator) * scale
+    found = cholesky_qr(a)
+    assert found is not None
+    q, r = found
+    assert deviation(q) < 1e-14
+    assert float((q @ r - a).norm() / a.norm()) < 1e-14
+    assert float((torch.linalg.svdvals(r) / scale - s).abs().max()) < 1e-14
+    assert float(r.tril(-1).abs().max()) == 0.0
+
+
+@DTYPES
+@pytest.mark.parametrize("rank", [0, 1, 10])
+def test_dependent_columns_get_a_full_basis_all_the_same(dtype, rank, generator):
+    a = with_spectrum(torch.tensor([1.0] * rank + [0.0] * (20 - rank)), 100, dtype, generator)
+    q = orthonormal(a)
+    assert q.shape == (100, 20)
+    assert deviation(q) < 1e-14
+    assert float((a - q @ (q.mH @ a)).norm()) <= 1e-14 * float(a.norm())
+    r = triangle(a)
+    assert float((r.mH @ r - a.mH @ a).norm()) <= 1e-14 * max(1.0, rank)
+
+
+@pytest.mark.parametrize("value", [0.0, torch.nan])
+def test_what_has_no_gram_matrix_to_factorize_is_refused(value):
+    assert cholesky_qr(torch.full((100, 20), value)) is None
+
+
+@DTYPES
+def test_reorthonormalizing_does_not_turn_the_vectors(dtype, generator):
+    u = torch.linalg.qr(torch.randn(100, 20, dtype=dtype, generator=generator)).Q
+    bent = u + 1e-4 * torch.randn(100, 20, dtype=dtype, generator=generator)
+    straight = reorthonormalized(bent)
+    assert deviation(straight) < 1e-14
+    assert float((straight - bent).abs().max()) < 2e-3
+
+
+@DTYPES
+@pytest.mark.parametrize("rank", [0, 1, 7, 30])
+def test_a_root_has_as_many_columns_as_the_gram_matrix_has_rank(dtype, rank, generator):
+    b = torch.randn(30, rank, dtype=dtype, generator=generator)
+    gram = b @ b.mH
+    root = gram_root(gram)
+    assert root.shape[0] == 30
+    assert max(1, rank) <= root.shape[1] <= min(30, rank + 2)
+    assert float((root @ root.mH - gram).norm()) <= 1e-14 * float(gram.norm())
+
+
+def test_roots_of_a_batch(generator):
+    b = torch.randn(3, 6, 4, generator=generator)
+    root = gram_root(b @ b.mH)
+    assert float((root @ root.mH - b @ b.mH).abs().max()) < 1e-13

@@ -5,6 +5,7 @@ from torch import nn as _torch_nn
 from tensortrain.formats import suggest_modes
 
 from . import functional
+from .attention import MultiheadAttention
 from .base import FactorizedLayer
 from .composite import CompositeLayer, CompositePlan
 from .conv import Conv1d, Conv2d, Conv3d
@@ -13,6 +14,7 @@ from .embedding import Embedding
 from .linear import Linear
 from .recurrent import GRU, LSTM, RNN
 from .recurrent_cells import GRUCell, LSTMCell, RNNCell
+from .transformer import TransformerEncoderLayer
 
 # The torch layers that have a factorized twin. Exact types only: a subclass may have a forward of its own.
 COUNTERPARTS: dict[type[_torch_nn.Module], type[FactorizedLayer]] = {
@@ -40,7 +42,9 @@ __all__ = [
     "LSTMCell",
     "Linear",
     "LookupPlan",
+    "MultiheadAttention",
     "RNNCell",
+    "TransformerEncoderLayer",
     "functional",
     "suggest_modes",
 ]

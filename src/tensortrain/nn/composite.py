@@ -136,8 +136,14 @@ class CompositeLayer(nn.Module):
                 f"{type(dense).__name__}. Pass the torch layer (to_dense() of a factorized one gives it)."
             )
 
-    def _copy_to(self, dense: nn.Module, weights: dict[str, Tensor]) -> None:
-        """Fill a torch layer's parameters from dense weights; ``requires_grad`` and mode carry over."""
+    def dense_weights(self) -> dict[str, Tensor]:
+        """The dense weights under the names that torch's layer gives them, differentiable in the cores."""
+        raise NotImplementedError
+
+    def _fill(self, dense: nn.Module) -> None:
+        """Give a torch layer this one's dense weights; ``requires_grad`` and mode carry over."""
+        with torch.enable_grad():  # else a weight built from cores would not tell whether they are trained
+            weights = self.dense_weights()
         with torch.no_grad():
             for name, parameter in dense.named_parameters():
                 parameter.copy_(weights[name])
@@ -161,11 +167,6 @@ def linear_of(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     if bias is not None:
         linear.bias = _copy(bias)
     return linear
-
-
-def dense_map(one: Map) -> nn.Linear:
-    """A plain torch copy of a map."""
-    return one.to_dense() if isinstance(one, Linear) else linear_of(one.weight, one.bias).train(one.training)
 
 
 def is_watched(module: nn.Module) -> bool:

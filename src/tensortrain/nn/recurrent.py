@@ -268,7 +268,7 @@ class _Recurrent(CompositeLayer):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             dense = build(**torch_arguments(type(self), self), device=weight.device, dtype=weight.dtype)
-        self._copy_to(dense, self.dense_weights())
+        self._fill(dense)
         return dense
 
     def _check_torch_has_it(self) -> None:

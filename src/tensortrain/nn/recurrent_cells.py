@@ -179,7 +179,7 @@ class Cell(CompositeLayer):
         weight = self.hh.weight
         build: Any = self.dense_type
         dense = build(**torch_arguments(type(self), self), device=weight.device, dtype=weight.dtype)
-        self._copy_to(dense, self.dense_weights())
+        self._fill(dense)
         return dense
 
     def check_torch_has_it(self) -> None:

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
-from recurrent_reference import flat
 from torch import Tensor, nn
 
 import tensortrain as tt
-from tensortrain.errors import DTypeError, KindError, ShapeError
+from tensortrain.errors import DTypeError, ShapeError
 from tensortrain.testing import rel_error
 
 IMPLEMENTATIONS = ("auto", "factorized", "dense")
@@ -24,9 +21,8 @@ every_mode = pytest.mark.parametrize("training", [True, False])
 def assert_same(layer: Any, dense: nn.Module, *inputs: Any, tol: float = 1e-12, **options: Any) -> None:
     """Results and gradients equal those of torch's layer on the dense weights made of our parameters."""
     inputs = tuple(x.detach().requires_grad_() for x in inputs)
-    found = [y for y in layer(*inputs, **options) if y is not None] if _is_pair(layer) else [layer(*inputs, **options)]
-    result = torch.func.functional_call(dense, layer.dense_weights(), inputs, options)
-    exact = [y for y in flat([y for y in (result if _is_pair(layer) else [result]) if y is not None])]
+    found = tensors(layer(*inputs, **options))
+    exact = tensors(torch.func.functional_call(dense, layer.dense_weights(), inputs, options))
     upstream = [torch.randn_like(y) for y in exact]
     wanted = list({id(t): t for t in (*inputs, *layer.parameters())}.values())
     mine = torch.autograd.grad(found, wanted, upstream)
@@ -40,8 +36,9 @@ def assert_same(layer: Any, dense: nn.Module, *inputs: Any, tol: float = 1e-12, 
         assert float((a - b).norm()) <= tol * max(float(b.norm()), 1e-2 * scale)
 
 
-def _is_pair(layer: Any) -> bool:
-    return isinstance(layer, tt.nn.MultiheadAttention)
+def tensors(result: Any) -> list[Tensor]:
+    """A layer's output, and the attention weights where there are any."""
+    return [y for y in (result if isinstance(result, tuple) else (result,)) if y is not None]
 
 
 def attention(implementation: str = "factorized", *, training: bool = True, **options: Any) -> tuple[Any, Any]:
@@ -53,7 +50,7 @@ def attention(implementation: str = "factorized", *, training: bool = True, **op
 
 
 MASKS: dict[str, Callable[[], dict[str, Any]]] = {
-    "none": lambda: {},
+    "none": dict,
     "padding": lambda: {"key_padding_mask": torch.tensor([[False] * 5, [False, True, False, True, True]])},
     "padding, additive": lambda: {"key_padding_mask": torch.randn(2, 5)},
     "2-D": lambda: {"attn_mask": torch.rand(4, 5) < 0.3},
@@ -199,3 +196,58 @@ def test_inside_torchs_encoder(training: bool) -> None:
     for options in ({}, {"src_key_padding_mask": padding}, {"mask": mask}, {"mask": mask, "is_causal": True}):
         assert rel_error(model(x, **options), dense(x, **options)) <= 1e-12
     assert {id(p) for p in model.layers[0].parameters()}.isdisjoint({id(p) for p in model.layers[1].parameters()})
+
+
+@every_implementation
+def test_float32_and_autocast(implementation: str) -> None:
+    dense = nn.TransformerEncoderLayer(12, 3, 20, 0.0, dtype=torch.float32)
+    layer = tt.nn.TransformerEncoderLayer.from_dense(dense, implementation=implementation)
+    x = torch.randn(5, 2, 12, dtype=torch.float32)
+    mask = torch.rand(5, 5) < 0.3
+    mask.fill_diagonal_(False)
+    found, exact = layer(x, mask), dense.double()(x.double(), mask)
+    assert found.dtype == torch.float32
+    assert rel_error(found, exact) <= 1e-5
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = layer(x, mask)
+        weighed = layer.self_attn(x, x, x, attn_mask=mask)[0]
+    assert rel_error(found, exact) <= 0.03  # a few roundings of 0.4 %
+    assert rel_error(weighed, layer.self_attn(x, x, x, attn_mask=mask)[0]) <= 0.03
+    found.sum().backward()
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in layer.parameters())
+
+
+def test_initial_variance_is_torchs() -> None:
+    for sizes in ({}, {"kdim": 24, "vdim": 40}):
+        dense, layer = nn.MultiheadAttention(64, 4, **sizes), tt.nn.MultiheadAttention(64, 4, **sizes)
+        weights = layer.dense_weights()
+        for name, exact in dense.named_parameters():
+            if exact.ndim > 1:
+                found = float(weights[name].detach().square().mean() / exact.detach().square().mean())
+                assert found == pytest.approx(1, rel=0.1), name  # torch's own draw varies by a few per cent
+            else:
+                assert float(weights[name].detach().abs().max()) == 0, name
+
+
+x = torch.zeros(4, 2, 12)
+WRONG: dict[str, tuple[Callable[[Any], Any], type[Exception], str]] = {
+    "heads": (lambda a: tt.nn.MultiheadAttention(12, 5), ShapeError, "embed_dim=12, num_heads=5"),
+    "modes": (lambda a: tt.nn.MultiheadAttention(12, 3, modes=(2, 5)), ShapeError, "multiply to exactly 12"),
+    "size": (lambda a: a(x, x[..., :7], x), ShapeError, r"end with \(12, 12, 12\)"),
+    "axes": (lambda a: a(x, x[:, 0], x), ShapeError, "a batch axis or none"),
+    "four axes": (lambda a: a(x[None], x[None], x[None]), ShapeError, "a batch axis or none"),
+    "batch": (lambda a: a(x[:, :1], x, x), ShapeError, "one batch with the query"),
+    "lengths": (lambda a: a(x, x, x[:3]), ShapeError, "key and value must have one length"),
+    "mask": (lambda a: a(x, x, x, attn_mask=torch.zeros(3, 4)), ShapeError, r"attn_mask .* found \(3, 4\)"),
+    "padding": (lambda a: a(x, x, x, torch.zeros(4, 2)), ShapeError, r"key_padding_mask .* expected \(2, 4\)"),
+    "mask dtype": (lambda a: a(x, x, x, attn_mask=torch.zeros(4, 4, dtype=torch.int64)), DTypeError, "int64"),
+    "causal": (lambda a: a(x, x, x, is_causal=True), ShapeError, "attn_mask=None"),
+    "activation": (lambda a: tt.nn.TransformerEncoderLayer(12, 3, activation="swish"), ShapeError, "'swish'"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_errors(case: str) -> None:
+    call, error, words = WRONG[case]
+    with pytest.raises(error, match=words):
+        call(tt.nn.MultiheadAttention(12, 3, dtype=torch.float32))

@@ -21,7 +21,17 @@ from tensortrain.formats import Rank
 
 from .base import Init
 from .composite import CompositeLayer, CompositePlan, plan_map
-from .recurrent_cells import Cell, GRUCell, LSTMCell, RNNCell, State, check_sizes, check_state, torch_arguments
+from .recurrent_cells import (
+    Cell,
+    GRUCell,
+    LSTMCell,
+    RNNCell,
+    State,
+    check_sizes,
+    check_state,
+    torch_arguments,
+    torch_weights,
+)
 from .recurrent_maps import MapOptions
 
 __all__ = ["GRU", "LSTM", "RNN"]
@@ -55,6 +65,7 @@ class _Layout:
 
 class _Recurrent(CompositeLayer):
     cell_type: ClassVar[type[Cell]]
+    proj_size: int = 0
     torch_arguments: ClassVar[tuple[str, ...]] = (
         "input_size",
         "hidden_size",
@@ -248,12 +259,9 @@ class _Recurrent(CompositeLayer):
             warnings.simplefilter("ignore")
             build: Any = cls
             layer: Self = build(**torch_arguments(cls, dense), **options, rank=1, init=None, device="meta")
-        values = {name: getattr(dense, name) for name in dense._flat_weights_names}
         for name, cell in layer.cells().items():
-            end = f"_{name}"
-            own = {key.removesuffix(end): value for key, value in values.items() if key.endswith(end)}
             gram = input_gram if name in layer._cell_names(0) else None
-            cell.take(own, rank=rank, eps=eps, input_gram=gram)
+            cell.take(torch_weights(dense, f"_{name}"), rank=rank, eps=eps, input_gram=gram)
         return layer.train(dense.training)
 
     def to_dense(self) -> Any:

@@ -165,8 +165,7 @@ class Cell(CompositeLayer):
         """
         cls._check_dense_type(dense)
         cell = cls(**torch_arguments(cls, dense), **options, rank=1, init=None, device="meta")
-        names = ("weight_ih", "weight_hh", *(("bias_ih", "bias_hh") if dense.bias else ()))
-        cell.take({name: getattr(dense, name) for name in names}, rank=rank, eps=eps, input_gram=input_gram)
+        cell.take(torch_weights(dense), rank=rank, eps=eps, input_gram=input_gram)
         return cell.train(dense.training)
 
     def to_dense(self) -> Any:
@@ -369,6 +368,13 @@ def torch_arguments(cls: Any, layer: Any) -> dict[str, Any]:
     return {name: getattr(layer, name) for name in cls.torch_arguments}
 
 
+def torch_weights(dense: nn.Module, end: str = "") -> dict[str, Tensor]:
+    """The tensors of one of torch's cells, named without the ``end`` that they have in a layer."""
+    parts = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
+    found = {part: getattr(dense, part + end, None) for part in parts}
+    return {part: tensor for part, tensor in found.items() if tensor is not None}
+
+
 def check_sizes(**sizes: int) -> None:
     """Raise ``ShapeError`` for a size below one."""
     for name, size in sizes.items():
@@ -378,7 +384,9 @@ def check_sizes(**sizes: int) -> None:
 
 def check_state(state: Sequence[Tensor], shapes: Sequence[tuple[int, ...]], kind: str) -> None:
     """Raise ``ShapeError`` where an initial state does not fit the input."""
-    found = [tuple(s.shape) for s in state] if isinstance(state, (tuple, list)) else state
+    # a GRU's state wrapped in a tuple, an LSTM's that is not: torch's users mix them up
+    parts = state if isinstance(state, (tuple, list)) else [state]
+    found = [tuple(s.shape) if isinstance(s, Tensor) else type(s).__name__ for s in parts]
     if found != list(shapes):
         raise ShapeError(
             f"the initial state of {kind} must fit its input: found {found}, expected {list(shapes)}. "

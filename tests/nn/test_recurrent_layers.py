@@ -188,3 +188,14 @@ def test_autocast(kind: str, implementation: str) -> None:
     assert rel_error(found, exact) <= 0.03  # a few roundings of 0.4 %
     found.float().sum().backward()
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in layer.parameters())
+
+
+@every_implementation
+@every_kind
+def test_bfloat16(kind: str, implementation: str) -> None:
+    _, ours, more = KINDS[kind]
+    layer = ours(6, 8, rank=3, compress="both", implementation=implementation, dtype=torch.bfloat16, **more)
+    x = torch.randn(5, 3, 6, dtype=torch.bfloat16)
+    found = layer(x)[0]
+    assert found.dtype == torch.bfloat16
+    assert rel_error(found, layer.double()(x.double())[0]) <= 0.03  # a few roundings of 0.4 %

@@ -215,6 +215,35 @@ def test_torchs_kernel_runs_where_all_is_dense(monkeypatch: pytest.MonkeyPatch) 
     assert len(inputs) == 5  # hooks see every step
 
 
+class Doubled(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize("reset_after", [True, False])
+def test_maps_with_a_forward_of_their_own_are_called(reset_after: bool) -> None:
+    layer = tt.nn.GRU(6, 8, implementation="dense", reset_after=reset_after)
+    doubled = copy.deepcopy(layer)
+    with torch.no_grad():
+        for parameter in doubled.l0.hh.parameters():
+            parameter.mul_(2)
+    own = Doubled(8, 24)
+    own.load_state_dict(layer.l0.hh.state_dict())
+    layer.l0.hh = own
+    x = torch.randn(5, 3, 6)
+    assert rel_error(layer(x)[0], doubled(x)[0]) <= 1e-12
+
+
+def test_parametrized_maps() -> None:
+    dense = nn.GRU(6, 8)
+    layer = tt.nn.GRU.from_dense(dense, implementation="factorized")
+    nn.utils.parametrizations.weight_norm(layer.l0.hh)
+    x = torch.randn(5, 3, 6)
+    assert rel_error(layer(x)[0], dense(x)[0]) <= 1e-12
+    nn.utils.parametrizations.weight_norm(dense, "weight_ih_l0")
+    assert rel_error(tt.nn.GRU.from_dense(dense)(x)[0], dense(x)[0]) <= 1e-12
+
+
 def test_weights_are_read_anew() -> None:
     for implementation in ("auto", "factorized", "dense"):
         layer = tt.nn.GRU(6, 8, rank=2, compress="both", implementation=implementation)

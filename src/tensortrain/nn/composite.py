@@ -171,7 +171,13 @@ def linear_of(weight: Tensor, bias: Tensor | None) -> nn.Linear:
 
 def is_watched(module: nn.Module) -> bool:
     """Whether hooks wait for the module to be called."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks)
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether the module is torch's linear layer, parametrized perhaps, but with no forward of its own."""
+    return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
 
 
 def _copy(tensor: Tensor) -> nn.Parameter:

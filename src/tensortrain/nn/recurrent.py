@@ -212,7 +212,7 @@ class _Recurrent(CompositeLayer):
                 f"the input of {kind} must be {expected} with N = {self.input_size}: found {tuple(x.shape)}. "
                 "Check the layer before."
             )
-        dtype = self._first.hh.weight.dtype if isinstance(self._first.hh, nn.Linear) else self._first.hh.cores[0].dtype
+        dtype = next(self._first.hh.parameters()).dtype
         if x.dtype != dtype and not torch.is_autocast_enabled(x.device.type):
             raise DTypeError(
                 f"the input of {kind} must have the dtype of its parameters: found {x.dtype}, expected {dtype}. "

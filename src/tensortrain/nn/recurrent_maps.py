@@ -16,7 +16,7 @@ from tensortrain.errors import ShapeError
 from tensortrain.formats import ChainFormat, Rank, WeightShape, get_format
 
 from .base import Implementation, Init
-from .composite import Map, is_watched, linear_of
+from .composite import Map, is_plain, is_watched, linear_of
 from .linear import Linear
 
 __all__ = ["Apply", "Compress", "MapOptions", "blocks_of", "dense_at", "refill", "repeated", "reset_map"]
@@ -128,7 +128,7 @@ def dense_at(one: Map, rows: int, *, kept: bool) -> bool:
         kept: The weight is made once for many calls, so that its making does not count.
     """
     if not isinstance(one, Linear):
-        return True
+        return is_plain(one)
     with torch.set_grad_enabled(torch.is_grad_enabled() and not kept):
         return one.plan(max(1, rows)).uses_dense
 
@@ -137,8 +137,8 @@ def repeated(one: Map, rows: int, sizes: Sequence[int]) -> tuple[Apply, ...]:
     """A map made ready to be applied at every time step, cut into blocks of outputs of these sizes.
 
     Dense weights are built, and cores merged, here and not at every step. A block of a dense map costs its
-    share; a block of a factorized map costs as much as the whole map. Traced programs and modules with
-    hooks call the module itself.
+    share; a block of a factorized map costs as much as the whole map. Traced programs call the module itself, and
+    so does whoever has put hooks on it or a layer with a forward of its own in its place.
     """
     if torch.compiler.is_compiling() or is_watched(one):
         return blocks_of(one, sizes)
@@ -146,13 +146,12 @@ def repeated(one: Map, rows: int, sizes: Sequence[int]) -> tuple[Apply, ...]:
         biases = [None] * len(sizes) if one.bias is None else one.bias.split(list(sizes))
         weights = one.weight.split(list(sizes))
         return tuple(partial(F.linear, weight=w, bias=b) for w, b in zip(weights, biases, strict=True))
-    assert isinstance(one, Linear)
     return blocks_of(_prepared(one, rows), sizes)
 
 
-def _prepared(one: Linear, rows: int) -> Apply:
-    fmt = one.format
-    if not isinstance(fmt, ChainFormat):
+def _prepared(one: Map, rows: int) -> Apply:
+    fmt = one.format if isinstance(one, Linear) else None
+    if not isinstance(one, Linear) or not isinstance(fmt, ChainFormat):
         return one
     with torch.no_grad():  # the plan for weights that are kept, whether or not gradients are wanted
         plan = one.plan(max(1, rows))

@@ -137,8 +137,8 @@ def repeated(one: Map, rows: int, sizes: Sequence[int]) -> tuple[Apply, ...]:
     """A map made ready to be applied at every time step, cut into blocks of outputs of these sizes.
 
     Dense weights are built, and cores merged, here and not at every step. A block of a dense map costs its
-    share; a block of a factorized map costs as much as the whole map. Traced programs call the module itself, and
-    so does whoever has put hooks on it or a layer with a forward of its own in its place.
+    share; a block of a factorized map costs as much as the whole map. The module itself is called while a program
+    is traced, where hooks are on it, and where it is a layer with a forward of its own.
     """
     if torch.compiler.is_compiling() or is_watched(one):
         return blocks_of(one, sizes)

@@ -5,11 +5,16 @@ from torch import nn as _torch_nn
 from tensortrain.formats import suggest_modes
 
 from . import functional
+from .attention import MultiheadAttention
 from .base import FactorizedLayer
+from .composite import CompositeLayer, CompositePlan
 from .conv import Conv1d, Conv2d, Conv3d
 from .conv_plan import ConvPlan, LookupPlan
 from .embedding import Embedding
 from .linear import Linear
+from .recurrent import GRU, LSTM, RNN
+from .recurrent_cells import GRUCell, LSTMCell, RNNCell
+from .transformer import TransformerEncoderLayer
 
 # The torch layers that have a factorized twin. Exact types only: a subclass may have a forward of its own.
 COUNTERPARTS: dict[type[_torch_nn.Module], type[FactorizedLayer]] = {
@@ -22,14 +27,24 @@ COUNTERPARTS: dict[type[_torch_nn.Module], type[FactorizedLayer]] = {
 
 __all__ = [
     "COUNTERPARTS",
+    "GRU",
+    "LSTM",
+    "RNN",
+    "CompositeLayer",
+    "CompositePlan",
     "Conv1d",
     "Conv2d",
     "Conv3d",
     "ConvPlan",
     "Embedding",
     "FactorizedLayer",
+    "GRUCell",
+    "LSTMCell",
     "Linear",
     "LookupPlan",
+    "MultiheadAttention",
+    "RNNCell",
+    "TransformerEncoderLayer",
     "functional",
     "suggest_modes",
 ]

@@ -8,6 +8,7 @@ from . import functional
 from .base import FactorizedLayer
 from .conv import Conv1d, Conv2d, Conv3d
 from .conv_plan import ConvPlan, LookupPlan
+from .conv_transpose import ConvTranspose1d, ConvTranspose2d, ConvTranspose3d
 from .embedding import Embedding
 from .linear import Linear
 
@@ -26,6 +27,9 @@ __all__ = [
     "Conv2d",
     "Conv3d",
     "ConvPlan",
+    "ConvTranspose1d",
+    "ConvTranspose2d",
+    "ConvTranspose3d",
     "Embedding",
     "FactorizedLayer",
     "Linear",

@@ -10,7 +10,9 @@ from .conv import Conv1d, Conv2d, Conv3d
 from .conv_plan import ConvPlan, LookupPlan
 from .conv_transpose import ConvTranspose1d, ConvTranspose2d, ConvTranspose3d
 from .embedding import Embedding
+from .embedding_bag import EmbeddingBag
 from .linear import Linear
+from .tied import TiedHead, tied_head
 
 # The torch layers that have a factorized twin. Exact types only: a subclass may have a forward of its own.
 COUNTERPARTS: dict[type[_torch_nn.Module], type[FactorizedLayer]] = {
@@ -19,6 +21,7 @@ COUNTERPARTS: dict[type[_torch_nn.Module], type[FactorizedLayer]] = {
     _torch_nn.Conv2d: Conv2d,
     _torch_nn.Conv3d: Conv3d,
     _torch_nn.Embedding: Embedding,
+    _torch_nn.EmbeddingBag: EmbeddingBag,
 }
 
 __all__ = [
@@ -31,9 +34,12 @@ __all__ = [
     "ConvTranspose2d",
     "ConvTranspose3d",
     "Embedding",
+    "EmbeddingBag",
     "FactorizedLayer",
     "Linear",
     "LookupPlan",
+    "TiedHead",
     "functional",
     "suggest_modes",
+    "tied_head",
 ]

@@ -220,32 +220,39 @@ class _ConvTransposeNd(ConvLayer):
     # A chain runs over the channels at the input positions, of which there are fewer by the strides, and makes
     # r_0 maps per output channel; one transposed filter per map adds them up.
 
-    def _chain(self) -> Chain | None:
-        chain = super()._chain()
-        if chain is None:
-            return None
-        r0 = self._n_filters(self._group_spec)
-        outs, ins = chain.out_modes, chain.in_modes
-        return Chain((r0 * outs[0], *outs[1:]), (ins[0] // r0, *ins[1:]), chain.ranks)
+    @property
+    def _chain_first(self) -> bool:
+        fmt = self.format
+        return type(fmt).convolve is ChainFormat.convolve and fmt.channel_chain(self._group_spec) is not None
 
     def _n_filters(self, spec: FactorSpec) -> int:
         fmt = self.format
         assert isinstance(fmt, ChainFormat)
         return spec.ranks[fmt.n_spatial(spec)]
 
+    def _chain(self) -> Chain | None:
+        chain = super()._chain()
+        if chain is None or not self._chain_first:
+            return chain
+        r0 = self._n_filters(self._group_spec)
+        outs, ins = chain.out_modes, chain.in_modes
+        return Chain((r0 * outs[0], *outs[1:]), (ins[0] // r0, *ins[1:]), chain.ranks)
+
     def _chain_rows(self, batch: int, spatial: tuple[int, ...]) -> int:
-        return max(1, batch * math.prod(spatial))
+        return max(1, batch * math.prod(spatial)) if self._chain_first else super()._chain_rows(batch, spatial)
 
     def _work(self, spec: FactorSpec, ins: int, outs: int) -> list[tuple[int, int]]:
-        if self._chain() is None:
+        if not self._chain_first:
             return super()._work(spec, ins, outs)  # counts filters at the outputs: too many, by the strides
         maps = spec.weight.out_features * self._n_filters(spec) * ins
         return [(2 * maps * math.prod(self.kernel_size), maps + spec.weight.out_features * outs), (0, 2 * maps)]
 
     def _convolve_group(self, x: Tensor, cores: list[Tensor], convolve: Convolve) -> Tensor:
         fmt, spec, plan = self.format, self._group_spec, self._channel_plan(x)
-        if plan is None or not isinstance(fmt, ChainFormat):
-            return fmt.convolve(x, cores, spec, lambda part, kernel: convolve(part, kernel.transpose(0, 1)), plan)
+        if not self._chain_first:
+            return fmt.convolve(x, cores, spec, _on_convolution_kernels(convolve), plan)
+        assert isinstance(fmt, ChainFormat)
+        assert plan is not None
         filters, channel = fmt.split_spatial(cores, spec)
         channel = [_filters_to_outputs(channel[0], len(filters)), *channel[1:]]
         b, positions, outputs = x.shape[0], x.shape[2:], spec.weight.out_features
@@ -298,6 +305,15 @@ class ConvTranspose3d(_ConvTransposeNd):
 
     n_axes = 3
     dense_type = nn.ConvTranspose3d
+
+
+def _on_convolution_kernels(convolve: Convolve) -> Convolve:
+    """The same for kernels laid out as those of a convolution."""
+
+    def run(x: Tensor, kernel: Tensor, bias: Tensor | None = None, groups: int = 1) -> Tensor:
+        return convolve(x, swap_channels(kernel, groups), bias, groups)
+
+    return run
 
 
 def _filters_to_outputs(first: Tensor, n_filters: int) -> Tensor:

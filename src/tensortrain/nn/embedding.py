@@ -286,7 +286,7 @@ class Embedding(FactorizedLayer):
         self._check_ids(ids)
         rows = self._limited_rows(ids)
         if self.scale_grad_by_freq:
-            rows = _scale_gradient(rows, ids, self.num_embeddings)
+            rows = scale_gradient(rows, self._met(ids))
         return self._without_padding(rows, ids)
 
     def _limited_rows(self, ids: Tensor) -> Tensor:
@@ -296,6 +296,13 @@ class Embedding(FactorizedLayer):
             return rows
         norms = rows.norm(p=self.norm_type, dim=-1, keepdim=True)
         return torch.where(norms > self.max_norm, rows * (self.max_norm / (norms + 1e-7)), rows)
+
+    def _met(self, ids: Tensor) -> Tensor:
+        """How often the id at each place occurs among all."""
+        if is_traced():
+            return frequencies(ids, self.num_embeddings)[ids]
+        _, inverse, counts = torch.unique(ids, return_inverse=True, return_counts=True)
+        return counts[inverse]
 
     def _without_padding(self, rows: Tensor, ids: Tensor) -> Tensor:
         return rows if self.padding_idx is None else rows.masked_fill((ids == self.padding_idx)[..., None], 0.0)
@@ -415,16 +422,15 @@ def _hottest(counts: Tensor, n: int, padding_idx: int | None) -> Tensor:
     return ids[:n].masked_fill(most[:n] <= 0, -1).sort().values
 
 
-def _scale_gradient(rows: Tensor, ids: Tensor, n_ids: int) -> Tensor:
-    """The same rows, with gradients divided by how often their id occurs in the batch."""
-    if is_traced():  # torch.unique has no fixed size
-        flat = ids.reshape(-1).long()
-        counts = torch.zeros(n_ids, dtype=torch.int64, device=ids.device).scatter_add(0, flat, torch.ones_like(flat))
-        met = counts[ids]
-    else:
-        _, inverse, counts = torch.unique(ids, return_inverse=True, return_counts=True)
-        met = counts[inverse]
-    share = (1.0 / met).to(rows.dtype)[..., None]
+def frequencies(ids: Tensor, n_ids: int) -> Tensor:
+    """How often each id of the vocabulary occurs; its size does not depend on the ids, as a traced program needs."""
+    flat = ids.reshape(-1).long()
+    return torch.zeros(n_ids, dtype=torch.int64, device=ids.device).scatter_add(0, flat, torch.ones_like(flat))
+
+
+def scale_gradient(rows: Tensor, counts: Tensor) -> Tensor:
+    """The same rows, with gradients divided by one count per row."""
+    share = (1.0 / counts).to(rows.dtype)[..., None]
     return rows * share + (rows * (1 - share)).detach()
 
 

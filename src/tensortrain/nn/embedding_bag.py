@@ -13,7 +13,7 @@ from tensortrain.errors import DTypeError, ShapeError
 from tensortrain.formats import Rank
 
 from .base import Implementation, Init, Self
-from .embedding import Embedding, check_sparse, check_table, is_traced
+from .embedding import Embedding, check_sparse, check_table, frequencies, is_traced, scale_gradient
 
 __all__ = ["EmbeddingBag"]
 
@@ -28,6 +28,7 @@ class EmbeddingBag(Embedding):
 
     Args:
         num_embeddings .. padding_idx: As ``torch.nn.EmbeddingBag``; ids of ``padding_idx`` take no part.
+        scale_grad_by_freq: Gradients of a row are divided by how often its id occurs in the batch.
         format, rank, in_modes, out_modes, hot_rows: As ``Embedding``.
 
     Shapes: input ``(b, n)``, bags of one length, or ``(N,)`` with ``offsets`` ``(b,)`` (``(b + 1,)`` with
@@ -163,7 +164,8 @@ class EmbeddingBag(Embedding):
         return ids.long(), offsets.long(), weights, last
 
     def _pool(self, ids: Tensor, offsets: Tensor, weights: Tensor | None, last: bool) -> Tensor:
-        if self._runs_dense() and self.max_norm is None and self.hot_weight is None:
+        plain = self.max_norm is None and self.hot_weight is None and not self.scale_grad_by_freq
+        if plain and self._runs_dense():
             return self._reduce(ids, self._dense_weight(), offsets, weights, last, self.padding_idx)
         places, distinct = self._distinct(ids)
         n_bags = offsets.shape[0] - last
@@ -172,7 +174,15 @@ class EmbeddingBag(Embedding):
         if row_bytes > _MAX_ROW_BYTES and n_bags > 1 and not self.scale_grad_by_freq and not is_traced():
             return self._pool_by_halves(ids, offsets, weights, last, n_bags // 2)
         rows = self._limited_rows(distinct.clamp_min(0))
+        if self.scale_grad_by_freq:
+            rows = scale_gradient(rows, self._counts(ids, places, distinct))
         return self._reduce(places, rows, offsets, weights, last, None if self.padding_idx is None else 0)
+
+    def _counts(self, ids: Tensor, places: Tensor, distinct: Tensor) -> Tensor:
+        """How often each distinct id occurs; at least once, although the place for padding may be unused."""
+        if is_traced():
+            return frequencies(ids, self.num_embeddings)[distinct.clamp_min(0)].clamp_min(1)
+        return torch.bincount(places, minlength=distinct.shape[0]).clamp_min(1)
 
     def _pool_by_halves(self, ids: Tensor, offsets: Tensor, weights: Tensor | None, last: bool, middle: int) -> Tensor:
         cut = int(offsets[middle])  # a host sync, small beside the lookup of so many rows
@@ -204,12 +214,12 @@ class EmbeddingBag(Embedding):
         last: bool,
         padding: int | None,
     ) -> Tensor:
+        # Not with scale_grad_by_freq: on the CPU torch up to 2.13 divides by counts of other ids (pytorch #190063).
         return F.embedding_bag(
             places,
             rows,
             offsets,
             mode=self.mode,
-            scale_grad_by_freq=self.scale_grad_by_freq,
             per_sample_weights=weights,
             include_last_offset=last,
             padding_idx=padding,

@@ -174,8 +174,10 @@ def _make_plan(table: Embedding, chain: Chain, batch: int, training: bool, model
 
 def _transposed_chain(table: nn.Module) -> Chain | None:
     """The chain from the dimension to the padded vocabulary, if the table is one."""
-    chain = table.format.chain(table.spec) if isinstance(table, Embedding) else None
-    return None if chain is None else Chain(chain.in_modes, chain.out_modes, chain.ranks)
+    if not isinstance(table, Embedding) or not isinstance(table.format, ChainFormat):
+        return None
+    chain = table.format.chain(table.spec)
+    return Chain(chain.in_modes, chain.out_modes, chain.ranks)
 
 
 def _transposed_cores(table: Embedding) -> list[Tensor]:

@@ -134,6 +134,38 @@ def test_compiles_without_a_graph_break() -> None:
         torch.testing.assert_close(run(ids), chain_to_dense(cores).T[ids], rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("in_modes, vocabulary", [((36, 37, 38), 50257), ((31, 31, 32), 30522), ((101, 103), 10007)])
+def test_vocabularies_that_the_modes_exceed(in_modes: tuple[int, ...], vocabulary: int) -> None:
+    d = len(in_modes)
+    chain = Chain((2, 3, 2)[:d], in_modes, (1, *[3] * (d - 1), 1))
+    cores = random_cores(chain)
+    table = chain_to_dense(cores).T
+    for ids in (torch.arange(vocabulary), torch.randint(vocabulary, (500,)), torch.tensor([0, vocabulary - 1])):
+        with torch.no_grad():
+            rows = chain_lookup(ids, cores, in_modes)
+        torch.testing.assert_close(rows, table[ids], rtol=1e-12, atol=1e-12)
+    assert_as_dense(torch.randint(vocabulary, (300,)), chain)
+
+
+def test_exports_for_any_number_of_ids() -> None:
+    chain = CHAINS["order 3"]
+
+    class Lookup(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cores = torch.nn.ParameterList(random_cores(chain))
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return chain_lookup(ids, list(self.cores), chain.in_modes)
+
+    module = Lookup()
+    sizes = ({0: torch.export.Dim("n", min=2, max=1000)},)
+    program = torch.export.export(module, (torch.tensor([1, 5, 5]),), dynamic_shapes=sizes)
+    for n in (2, 7, 300):
+        ids = torch.randint(chain.in_features, (n,))
+        torch.testing.assert_close(program.module()(ids), module(ids), rtol=1e-12, atol=1e-12)
+
+
 def test_messages() -> None:
     chain = CHAINS["order 3"]
     cores = random_cores(chain)

@@ -58,6 +58,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "groups": {"groups": 2},
     "groups, stride, no bias": {"groups": 2, "stride": 2, "bias": False},
     "as many groups as inputs": {"groups": 4, "out_channels": 8},
+    "depthwise": {"groups": 4, "out_channels": 4},
     "no bias": {"bias": False},
     "reflect": {"padding": 2, "padding_mode": "reflect"},
     "replicate": {"padding": 2, "padding_mode": "replicate"},

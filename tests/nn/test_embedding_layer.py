@@ -12,6 +12,7 @@ from layer_agreement import IMPLEMENTATIONS, assert_agrees, assert_gradcheck, de
 from torch import Tensor, nn
 
 import tensortrain as tt
+from tensortrain.errors import KindError, ShapeError
 from tensortrain.testing import rel_error
 
 CASES: dict[str, tuple[int, int, dict[str, Any]]] = {
@@ -175,6 +176,46 @@ def test_from_dense_and_back(vocabulary: int, format: str) -> None:
     assert rel_error(layer.to_dense().weight, dense.weight) <= 1e-13
     ids = torch.arange(vocabulary)
     assert rel_error(layer(ids), dense(ids)) <= 1e-12
+
+
+def test_from_pretrained() -> None:
+    table = torch.randn(53, 12)
+    theirs = nn.Embedding.from_pretrained(table, padding_idx=2, max_norm=3.0, norm_type=1.0, scale_grad_by_freq=True)
+    layer = tt.nn.Embedding.from_pretrained(
+        table, padding_idx=2, max_norm=3.0, norm_type=1.0, scale_grad_by_freq=True, format="low_rank"
+    )
+    assert repr(layer.to_dense()) == repr(theirs)
+    assert not any(p.requires_grad for p in layer.parameters())
+    ids = torch.tensor([k for k in range(53) if k != 2])  # torch gives a pretrained padding row as it is
+    assert rel_error(layer(ids), theirs(ids)) <= 1e-12
+    small = tt.nn.Embedding.from_pretrained(table, freeze=False, rank=2)
+    assert all(p.requires_grad for p in small.parameters())
+    assert small.ranks == (1, 2, 2, 1)
+    with pytest.raises(KindError, match="floating-point tensor"):
+        tt.nn.Embedding.from_pretrained(torch.ones(5, 3, dtype=torch.int64))
+    with pytest.raises(ShapeError, match="num_embeddings, embedding_dim"):
+        tt.nn.Embedding.from_pretrained(torch.randn(5))
+
+
+def test_gradients_are_dense() -> None:
+    with pytest.raises(ShapeError, match="sparse=True"):
+        tt.nn.Embedding(53, 12, sparse=True)
+    with pytest.raises(ShapeError, match="sparse=True"):
+        tt.nn.Embedding.from_pretrained(torch.randn(53, 12), sparse=True)
+    layer = tt.nn.Embedding.from_dense(nn.Embedding(53, 12, sparse=True))
+    layer(torch.tensor([1, 2])).sum().backward()
+    assert layer.sparse is False
+    assert all(core.grad is not None and core.grad.layout == torch.strided for core in layer.cores)
+
+
+def test_frequencies_in_a_compiled_layer() -> None:
+    layer = tt.nn.Embedding(53, 12, padding_idx=3, scale_grad_by_freq=True, rank=3, implementation="factorized")
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend="eager")
+    ids = torch.tensor([[0, 3, 3, 7], [3, 7, 49, 1]])
+    ours = torch.autograd.grad(compiled(ids).square().sum(), list(layer.parameters()))
+    theirs = torch.autograd.grad(layer(ids).square().sum(), list(layer.parameters()))
+    assert all(rel_error(a, b) <= 1e-12 for a, b in zip(ours, theirs, strict=True))
 
 
 def test_token_counts_weight_the_decomposition() -> None:

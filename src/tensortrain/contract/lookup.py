@@ -62,28 +62,32 @@ def chain_lookup(
     chain = Chain.of(cores)
     _check_lookup(ids, chain, tuple(in_modes))
     flat, inverse = ids.reshape(-1).long(), None
-    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    if deduplicate and not traced:
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        # A traced program must not depend on the number of ids, so it takes ids and cores as they are.
+        rows = _rows(flat, _tables(cores, [(k, k + 1) for k in range(chain.order)]), share=False)
+        return rows.reshape(*ids.shape, chain.out_features)
+    if deduplicate:
         flat, inverse = torch.unique(flat, return_inverse=True)
         _check_range(flat, chain.in_features)
-    training = torch.is_grad_enabled() and any(core.requires_grad for core in cores)
-    # A traced program must not depend on the number of ids, so it takes the cores as they are.
-    groups = [(k, k + 1) for k in range(chain.order)]
-    if not traced:
-        model, n_ids = cost_model(cores[0].device), _power_of_two(flat.shape[0])
-        groups = list(lookup_groups(chain, n_ids, cores[0].dtype, training, max_bytes, model))
-    tables = [core.permute(2, 0, 1, 3) for core in merge_cores(cores, groups)]  # j r i s
-    if not traced:
-        # Rows gather faster from contiguous slices, which pays once there are as many rows as slices.
-        tables = [t.contiguous() if t.shape[0] <= flat.shape[0] else t for t in tables]
-    share = inverse is not None and flat.shape[0] >= _MIN_SHARED
-    if traced:
-        rows = _rows(flat, tables, share)
-    else:
-        rows = _rows_in_chunks(flat, tables, share, max_bytes, training)
+    rows = _planned_rows(flat, cores, chain, is_sorted=inverse is not None, max_bytes=max_bytes)
     if inverse is not None:
         rows = rows.index_select(0, inverse.reshape(-1))
     return rows.reshape(*ids.shape, chain.out_features)
+
+
+def _planned_rows(ids: Tensor, cores: Sequence[Tensor], chain: Chain, *, is_sorted: bool, max_bytes: int) -> Tensor:
+    """Merge cores as the number of ids deserves, then multiply slices chunk by chunk."""
+    training = torch.is_grad_enabled() and any(core.requires_grad for core in cores)
+    model, n_ids = cost_model(cores[0].device), _power_of_two(ids.shape[0])
+    groups = lookup_groups(chain, n_ids, cores[0].dtype, training, max_bytes, model)
+    # Rows gather faster from contiguous slices, which pays once there are as many rows as slices.
+    tables = [t.contiguous() if t.shape[0] <= ids.shape[0] else t for t in _tables(cores, groups)]
+    return _rows_in_chunks(ids, tables, is_sorted and ids.shape[0] >= _MIN_SHARED, max_bytes, training)
+
+
+def _tables(cores: Sequence[Tensor], groups: Sequence[tuple[int, int]]) -> list[Tensor]:
+    """Merged cores as tables of slices ``(j, r, i, s)``."""
+    return [core.permute(2, 0, 1, 3) for core in merge_cores(cores, groups)]
 
 
 @lru_cache(maxsize=1024)

@@ -10,10 +10,13 @@ from .base import FactorizedLayer
 from .composite import CompositeLayer, CompositePlan
 from .conv import Conv1d, Conv2d, Conv3d
 from .conv_plan import ConvPlan, LookupPlan
+from .conv_transpose import ConvTranspose1d, ConvTranspose2d, ConvTranspose3d
 from .embedding import Embedding
+from .embedding_bag import EmbeddingBag
 from .linear import Linear
 from .recurrent import GRU, LSTM, RNN
 from .recurrent_cells import GRUCell, LSTMCell, RNNCell
+from .tied import TiedHead, tied_head
 from .transformer import TransformerEncoderLayer
 
 # The torch layers that have a factorized twin. Exact types only: a subclass may have a forward of its own.
@@ -23,6 +26,7 @@ COUNTERPARTS: dict[type[_torch_nn.Module], type[FactorizedLayer]] = {
     _torch_nn.Conv2d: Conv2d,
     _torch_nn.Conv3d: Conv3d,
     _torch_nn.Embedding: Embedding,
+    _torch_nn.EmbeddingBag: EmbeddingBag,
 }
 
 __all__ = [
@@ -36,7 +40,11 @@ __all__ = [
     "Conv2d",
     "Conv3d",
     "ConvPlan",
+    "ConvTranspose1d",
+    "ConvTranspose2d",
+    "ConvTranspose3d",
     "Embedding",
+    "EmbeddingBag",
     "FactorizedLayer",
     "GRUCell",
     "LSTMCell",
@@ -44,7 +52,9 @@ __all__ = [
     "LookupPlan",
     "MultiheadAttention",
     "RNNCell",
+    "TiedHead",
     "TransformerEncoderLayer",
     "functional",
     "suggest_modes",
+    "tied_head",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -12,14 +12,15 @@ from torch import Tensor, nn
 
 from tensortrain.contract import Chain, ContractionPlan, cost_model
 from tensortrain.errors import ShapeError
-from tensortrain.formats import Rank, WeightShape, get_format
+from tensortrain.formats import FactorSpec, Format, Rank, WeightShape, get_format
 
 from .base import FactorizedLayer, Implementation, Init, as_tuple
 from .conv_plan import ConvPlan, out_size
 
-__all__ = ["Conv1d", "Conv2d", "Conv3d"]
+__all__ = ["Conv1d", "Conv2d", "Conv3d", "ConvLayer"]
 
 Size = int | Sequence[int]
+Convolve = Callable[..., Tensor]  # (x, weight in torch's layout, bias=None, groups=1) -> y
 # Core by core has to be clearly ahead: its predicted time is rougher than that of one library call.
 _MARGIN = 0.7
 _STEPS_OVERHEAD_S = 40e-6  # of the calls between the steps, which no flop count shows; seen on a CPU
@@ -27,8 +28,186 @@ _CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 
 
-class _ConvNd(FactorizedLayer):
+class ConvLayer(FactorizedLayer):
+    """What convolutions and transposed convolutions have in common: two ways to run, and the choice."""
+
     n_axes: ClassVar[int]
+    in_channels: int
+    out_channels: int
+    kernel_size: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...] | str
+    dilation: tuple[int, ...]
+    groups: int
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Size,
+        stride: Size,
+        dilation: Size,
+        groups: int,
+        bias: bool,
+        *,
+        format: str,
+        rank: Rank,
+        in_modes: Sequence[int] | None,
+        out_modes: Sequence[int] | None,
+        init: Init,
+        implementation: Implementation,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        n = self.n_axes
+        _check_channels(in_channels, out_channels, groups)
+        self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
+        self.kernel_size = as_tuple(kernel_size, n, "kernel_size")
+        self.stride = as_tuple(stride, n, "stride")
+        self.dilation = as_tuple(dilation, n, "dilation")
+        weight = WeightShape("conv", out_channels, in_channels // groups, self.kernel_size, groups)
+        spec = get_format(format).spec(weight, rank=rank, out_modes=out_modes, in_modes=in_modes)
+        super().__init__(
+            spec,
+            bias=out_channels if bias else None,
+            init=init,
+            implementation=implementation,
+            device=device,
+            dtype=dtype,
+        )
+        self._seen_spatial: tuple[int, ...] = tuple(4 * k for k in self.kernel_size)
+
+    @classmethod
+    def weight_shape_of(cls, layer: Any) -> WeightShape:
+        inputs = layer.in_channels // layer.groups
+        return WeightShape("conv", layer.out_channels, inputs, tuple(layer.kernel_size), layer.groups)
+
+    # -- what a subclass provides --------------------------------------------------------------------
+
+    def _out_spatial(self, spatial: Sequence[int]) -> tuple[int, ...]:
+        """Positions that an input of these positions gives."""
+        raise NotImplementedError
+
+    def _filter_positions(self, ins: int, outs: int) -> int:
+        """At how many of the positions the dense kernel is multiplied."""
+        return outs
+
+    def _convolve_group(self, x: Tensor, cores: list[Tensor], convolve: Convolve) -> Tensor:
+        """One group, core by core; ``convolve`` has the options of the layer and torch's layout of kernels."""
+        return self.format.convolve(x, cores, self._group_spec, convolve, self._channel_plan(x))
+
+    def _work(self, spec: FactorSpec, ins: int, outs: int) -> list[tuple[int, int]]:
+        """Steps beside the channel chain, for one group, as (flops, numbers moved)."""
+        return self.format.conv_work(spec, ins, outs)
+
+    # -- how it runs ---------------------------------------------------------------------------------
+
+    def _check_input(self, x: Tensor) -> None:
+        n = self.n_axes
+        if x.ndim not in (n + 1, n + 2) or x.shape[-n - 1] != self.in_channels:
+            raise ShapeError(
+                f"a convolution's input must be (b, C, *positions) or (C, *positions): found {tuple(x.shape)}, "
+                f"expected C = {self.in_channels} and {n} position axes. Check the layer before."
+            )
+
+    def _run(self, x: Tensor, convolve: Convolve) -> Tensor:
+        if x.ndim == self.n_axes + 1:
+            return self._run(x.unsqueeze(0), convolve).squeeze(0)
+        if self._runs_dense(x):
+            return convolve(x, self._dense_weight(), self.bias, self.groups)
+        y = self._core_by_core(x, convolve)
+        return y if self.bias is None else y + self.bias.to(y.dtype).reshape(-1, *[1] * self.n_axes)
+
+    def _runs_dense(self, x: Tensor) -> bool:
+        if torch.compiler.is_compiling():
+            return self._dense_allowed or not self._has_steps
+        self._seen_spatial = tuple(x.shape[2:])
+        return self.plan(x.shape[0], self._seen_spatial).uses_dense
+
+    @property
+    def _has_steps(self) -> bool:
+        return type(self.format).convolve is not Format.convolve  # else the format can only be put together
+
+    def _core_by_core(self, x: Tensor, convolve: Convolve) -> Tensor:
+        if self.groups == 1:
+            return self._convolve_group(x, list(self.cores), convolve)
+        parts = x.chunk(self.groups, dim=1)
+        outputs = [
+            self._convolve_group(part, [core[g] for core in self.cores], convolve) for g, part in enumerate(parts)
+        ]
+        return torch.cat(outputs, dim=1)
+
+    def _channel_plan(self, x: Tensor) -> ContractionPlan | None:
+        plan = self._static_plan
+        if plan is None or torch.compiler.is_compiling():
+            return plan
+        return self._chain_plan(self._chain_rows(x.shape[0], tuple(x.shape[2:])), force="factorized")
+
+    def _chain_rows(self, batch: int, spatial: tuple[int, ...]) -> int:
+        """How many times the channel chain is applied."""
+        return max(1, batch * math.prod(self._out_spatial(spatial)))
+
+    def _chain(self) -> Chain | None:
+        return self.format.channel_chain(self._group_spec)
+
+    def _make_static_plan(self) -> ContractionPlan | None:
+        implementation = self.implementation
+        self.implementation = "factorized"  # the channel chain itself never runs through a dense kernel
+        try:
+            return super()._make_static_plan()
+        finally:
+            self.implementation = implementation
+
+    def plan(self, batch: int = 1, spatial: Sequence[int] | None = None) -> ConvPlan:
+        """How the layer runs on this many inputs of this size (the size last seen when left out)."""
+        sizes = tuple(spatial) if spatial is not None else self._seen_spatial
+        key = ("conv", batch, sizes, self._trains(), self.implementation, self.dense_limit_bytes)
+        found = self._plans.get(key)
+        if found is None:
+            found = self._plans[key] = self._plan(batch, sizes)
+        return found
+
+    def _plan(self, batch: int, spatial: tuple[int, ...]) -> ConvPlan:
+        core = self.cores[0]
+        model, size, weight = cost_model(self._device_type), core.element_size(), self.spec.weight
+        ins, outs = math.prod(spatial), math.prod(self._out_spatial(spatial))
+        backward = 3 if self._trains() else 1
+        dense_flops = 2 * batch * self._filter_positions(ins, outs) * weight.n_params
+        dense_moved = batch * (self.in_channels * ins + self.out_channels * outs) + weight.n_params
+        dense_s = backward * model.conv_s(dense_flops, dense_moved * size)
+        if self._trains():
+            dense_s += 3 * model.conv_s(2 * weight.n_params * max(self.spec.ranks), weight.n_params * size)
+        if not self._has_steps:
+            return ConvPlan("dense", batch, spatial, dense_flops, dense_flops, dense_s, dense_s, 0)
+        steps = self._work(self._group_spec, batch * ins, batch * outs) * self.groups
+        factorized_s = sum(backward * model.conv_s(flops, moved * size) for flops, moved in steps)
+        factorized_s += _STEPS_OVERHEAD_S * self.groups
+        flops = sum(flops for flops, _ in steps)
+        if self._chain() is not None:
+            plan = self._chain_plan(self._chain_rows(batch, spatial), force="factorized")
+            factorized_s += plan.predicted_s * self.groups
+            flops += plan.flops * self.groups
+        peak = max((moved for _, moved in steps), default=0) * size
+        dense = self.implementation == "dense" or (self._dense_allowed and factorized_s > _MARGIN * dense_s)
+        kind = "dense" if dense else "factorized"
+        return ConvPlan(kind, batch, spatial, flops, dense_flops, factorized_s, dense_s, 0 if dense else peak)
+
+    def _own_plans(self) -> dict[tuple[Any, ...], Any]:
+        # The others are plans of the channel chain, made to cost the convolution.
+        return {key: plan for key, plan in self._plans.items() if key[0] == "conv"}
+
+    def extra_repr(self) -> str:
+        parts = [f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"]
+        parts += [f"padding={self.padding}"] if self.padding not in ((0,) * self.n_axes, "valid") else []
+        parts += [f"dilation={self.dilation}"] if max(self.dilation) > 1 else []
+        parts += [f"groups={self.groups}"] if self.groups > 1 else []
+        return ", ".join([*parts, *self._more_repr(), f"bias={self.bias is not None}", self._format_repr()])
+
+    def _more_repr(self) -> list[str]:
+        return []
+
+
+class _ConvNd(ConvLayer):
     torch_arguments = (
         "in_channels",
         "out_channels",
@@ -61,74 +240,36 @@ class _ConvNd(FactorizedLayer):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        n = self.n_axes
-        _check_channels(in_channels, out_channels, groups)
-        self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
-        self.kernel_size = as_tuple(kernel_size, n, "kernel_size")
-        self.stride = as_tuple(stride, n, "stride")
-        self.dilation = as_tuple(dilation, n, "dilation")
-        self.padding = _check_padding(padding, self.stride, n)
+        self.padding = _check_padding(padding, as_tuple(stride, self.n_axes, "stride"), self.n_axes)
         self.padding_mode = _check_padding_mode(padding_mode)
-        weight = WeightShape("conv", out_channels, in_channels // groups, self.kernel_size, groups)
-        spec = get_format(format).spec(weight, rank=rank, out_modes=out_modes, in_modes=in_modes)
         super().__init__(
-            spec,
-            bias=out_channels if bias else None,
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            dilation,
+            groups,
+            bias,
+            format=format,
+            rank=rank,
+            in_modes=in_modes,
+            out_modes=out_modes,
             init=init,
             implementation=implementation,
             device=device,
             dtype=dtype,
         )
-        self._seen_spatial: tuple[int, ...] = tuple(4 * k for k in self.kernel_size)
-
-    @classmethod
-    def weight_shape_of(cls, layer: Any) -> WeightShape:
-        inputs = layer.in_channels // layer.groups
-        return WeightShape("conv", layer.out_channels, inputs, tuple(layer.kernel_size), layer.groups)
 
     def forward(self, x: Tensor) -> Tensor:
-        n = self.n_axes
-        if x.ndim not in (n + 1, n + 2) or x.shape[-n - 1] != self.in_channels:
-            raise ShapeError(
-                f"a convolution's input must be (b, C, *positions) or (C, *positions): found {tuple(x.shape)}, "
-                f"expected C = {self.in_channels} and {n} position axes. Check the layer before."
-            )
-        if x.ndim == n + 1:
-            return self.forward(x.unsqueeze(0)).squeeze(0)
-        if self._runs_dense(x):
-            return self._spatial(x, self._dense_weight(), self.bias, self.groups)
-        y = self._core_by_core(x)
-        return y if self.bias is None else y + self.bias.to(y.dtype).reshape(-1, *[1] * n)
+        self._check_input(x)
+        return self._run(x, self._convolve)
 
-    def _runs_dense(self, x: Tensor) -> bool:
-        if torch.compiler.is_compiling():
-            return self._dense_allowed
-        self._seen_spatial = tuple(x.shape[2:])
-        return self.plan(x.shape[0], self._seen_spatial).uses_dense
-
-    def _core_by_core(self, x: Tensor) -> Tensor:
-        one = self._group_spec
-        if self.groups == 1:
-            return self._convolve_group(x, list(self.cores), one)
-        parts = x.chunk(self.groups, dim=1)
-        outputs = [self._convolve_group(part, [core[g] for core in self.cores], one) for g, part in enumerate(parts)]
-        return torch.cat(outputs, dim=1)
-
-    def _convolve_group(self, x: Tensor, cores: list[Tensor], one: Any) -> Tensor:
-        plan = self._static_plan
-        if plan is not None and not torch.compiler.is_compiling():
-            positions = math.prod(self._out_spatial(tuple(x.shape[2:])))
-            plan = self._chain_plan(max(1, x.shape[0] * positions), force="factorized")
-        return self.format.convolve(x, cores, one, self._spatial, plan)
-
-    def _spatial(self, x: Tensor, kernel: Tensor, bias: Tensor | None = None, groups: int = 1) -> Tensor:
-        """Convolve with this layer's stride, padding and dilation."""
+    def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, groups: int = 1) -> Tensor:
         padding: Any = self.padding
         if self.padding_mode != "zeros":
             x = F.pad(x, self._pad_widths(), mode=self.padding_mode)
             padding = 0
-        convolve = _CONVOLVE[self.n_axes]
-        return convolve(x, kernel, bias, self.stride, padding, self.dilation, groups)
+        return _CONVOLVE[self.n_axes](x, weight, bias, self.stride, padding, self.dilation, groups)
 
     def _pad_widths(self) -> list[int]:
         """Padding per side, last axis first, as ``torch.nn.functional.pad`` wants it."""
@@ -148,61 +289,8 @@ class _ConvNd(FactorizedLayer):
         axes = zip(spatial, self.kernel_size, self.stride, padding, self.dilation, strict=True)
         return tuple(out_size(*axis) for axis in axes)
 
-    def _chain(self) -> Chain | None:
-        return self.format.channel_chain(self._group_spec)
-
-    def _make_static_plan(self) -> ContractionPlan | None:
-        implementation = self.implementation
-        self.implementation = "factorized"  # the channel chain itself never runs through a dense kernel
-        try:
-            return super()._make_static_plan()
-        finally:
-            self.implementation = implementation
-
-    def plan(self, batch: int = 1, spatial: Sequence[int] | None = None) -> ConvPlan:
-        """How the layer runs on this many inputs of this size (the size last seen when left out)."""
-        sizes = tuple(spatial) if spatial is not None else self._seen_spatial
-        key = ("conv", batch, sizes, self._trains(), self.implementation, self.dense_limit_bytes)
-        found = self._plans.get(key)
-        if found is None:
-            found = self._plans[key] = self._plan(batch, sizes)
-        return found
-
-    def _plan(self, batch: int, spatial: tuple[int, ...]) -> ConvPlan:
-        core = self.cores[0]
-        model, size, weight = cost_model(self._device_type), core.element_size(), self.spec.weight
-        ins, outs = math.prod(spatial), math.prod(self._out_spatial(spatial))
-        backward = 3 if self._trains() else 1
-        dense_flops = 2 * batch * outs * weight.n_params
-        dense_moved = batch * (self.in_channels * ins + self.out_channels * outs) + weight.n_params
-        dense_s = backward * model.conv_s(dense_flops, dense_moved * size)
-        if self._trains():
-            dense_s += 3 * model.conv_s(2 * weight.n_params * max(self.spec.ranks), weight.n_params * size)
-        steps = self.format.conv_work(self._group_spec, batch * ins, batch * outs) * self.groups
-        factorized_s = sum(backward * model.conv_s(flops, moved * size) for flops, moved in steps)
-        factorized_s += _STEPS_OVERHEAD_S * self.groups
-        flops = sum(flops for flops, _ in steps)
-        chain = self._chain()
-        if chain is not None:
-            plan = self._chain_plan(max(1, batch * outs), force="factorized")
-            factorized_s += plan.predicted_s * self.groups
-            flops += plan.flops * self.groups
-        peak = max((moved for _, moved in steps), default=0) * size
-        dense = self.implementation == "dense" or (self._dense_allowed and factorized_s > _MARGIN * dense_s)
-        kind = "dense" if dense else "factorized"
-        return ConvPlan(kind, batch, spatial, flops, dense_flops, factorized_s, dense_s, 0 if dense else peak)
-
-    def _own_plans(self) -> dict[tuple[Any, ...], Any]:
-        # The others are plans of the channel chain, made to cost the convolution.
-        return {key: plan for key, plan in self._plans.items() if key[0] == "conv"}
-
-    def extra_repr(self) -> str:
-        parts = [f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"]
-        parts += [f"padding={self.padding}"] if self.padding not in ((0,) * self.n_axes, "valid") else []
-        parts += [f"dilation={self.dilation}"] if max(self.dilation) > 1 else []
-        parts += [f"groups={self.groups}"] if self.groups > 1 else []
-        parts += [f"padding_mode={self.padding_mode}"] if self.padding_mode != "zeros" else []
-        return ", ".join([*parts, f"bias={self.bias is not None}", self._format_repr()])
+    def _more_repr(self) -> list[str]:
+        return [f"padding_mode={self.padding_mode}"] if self.padding_mode != "zeros" else []
 
 
 class Conv1d(_ConvNd):

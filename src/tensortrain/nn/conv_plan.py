@@ -79,3 +79,8 @@ class LookupPlan:
 def out_size(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
     """Positions along one axis after a convolution."""
     return max(0, (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1)
+
+
+def transposed_out_size(size: int, kernel: int, stride: int, padding: int, dilation: int, output_padding: int) -> int:
+    """Positions along one axis after a transposed convolution."""
+    return (size - 1) * stride - 2 * padding + dilation * (kernel - 1) + 1 + output_padding

@@ -1,20 +1,20 @@
-"""Embedding with a factorized table."""
+"""Embedding with a factorized table, and beside it, if asked for, exact rows of the ids met most."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tensortrain.contract import ContractionPlan, cost_model
-from tensortrain.errors import DTypeError, ModeIndexError, ShapeError
-from tensortrain.formats import FactorSpec, Rank, WeightShape, get_format
+from tensortrain.errors import DTypeError, KindError, ModeIndexError, NonFiniteError, ShapeError
+from tensortrain.formats import FactorSpec, Format, Rank, WeightShape, get_format
 
-from .base import FactorizedLayer, Implementation, Init
+from .base import FactorizedLayer, Implementation, Init, Self
 from .conv_plan import LookupPlan
 
 __all__ = ["Embedding"]
@@ -31,15 +31,21 @@ class Embedding(FactorizedLayer):
         padding_idx: The row is zero: masked on the way out, since no row of a train can be zeroed alone.
         max_norm, norm_type: Rows looked up are scaled down to this norm; the cores are not changed.
         scale_grad_by_freq: As torch; counts are those of the batch.
+        sparse: False; gradients of cores are small and dense.
         format: ``"tt"`` or ``"low_rank"``.
         rank: Number, tuple, share, or ``"same"``.
         in_modes: Factors of the vocabulary; their product may exceed it.
         out_modes: Factors of the dimension, as many.
+        hot_rows: How many ids get an exact row of their own, trained beside the cores; chosen and filled by
+            ``populate_hot_rows_``. None by default.
 
     Shapes: input any shape of integers, output ``(*, embedding_dim)``.
 
+    Raises:
+        ShapeError: Modes that do not fit, ``sparse``, more hot rows than ids.
+
     Cost: about ``sum_k (J_1 .. J_k) r_{k-1} r_k`` multiply-adds per distinct token.
-    Source: Khrulkov et al., arXiv:1901.10787.
+    Source: Khrulkov et al., arXiv:1901.10787; hot rows: TT-Rec, Yin et al., arXiv:2101.11714.
 
     Example:
         >>> layer = Embedding(25000, 256, in_modes=(25, 30, 40), out_modes=(4, 8, 8), rank=16)
@@ -47,8 +53,8 @@ class Embedding(FactorizedLayer):
         68160
     """
 
-    dense_type = nn.Embedding
-    torch_arguments = (
+    dense_type: ClassVar[type[nn.Module]] = nn.Embedding
+    torch_arguments: ClassVar[tuple[str, ...]] = (
         "num_embeddings",
         "embedding_dim",
         "padding_idx",
@@ -66,49 +72,251 @@ class Embedding(FactorizedLayer):
         max_norm: float | None = None,
         norm_type: float = 2.0,
         scale_grad_by_freq: bool = False,
+        sparse: bool = False,
         *,
         format: str = "tt",
         rank: Rank = 16,
         in_modes: Sequence[int] | None = None,
         out_modes: Sequence[int] | None = None,
+        hot_rows: int = 0,
         init: Init = "match",
         implementation: Implementation = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        check_sparse(sparse)
         weight = WeightShape("embedding", embedding_dim, num_embeddings)
         spec = get_format(format).spec(weight, rank=rank, out_modes=out_modes, in_modes=in_modes)
         self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
         self.padding_idx = _check_padding_idx(padding_idx, num_embeddings)
         self.max_norm, self.norm_type, self.scale_grad_by_freq = max_norm, norm_type, scale_grad_by_freq
+        self.sparse = False
         super().__init__(spec, bias=None, init=init, implementation=implementation, device=device, dtype=dtype)
+        self._add_hot_rows(hot_rows)
+
+    # -- to and from torch's layer -------------------------------------------------------------------
 
     @classmethod
     def weight_shape_of(cls, layer: Any) -> WeightShape:
         return WeightShape("embedding", layer.embedding_dim, layer.num_embeddings)
 
+    @classmethod
+    def from_dense(
+        cls: type[Self],
+        dense: Any,
+        *,
+        hot_rows: int = 0,
+        counts: Tensor | None = None,
+        input_gram: Tensor | None = None,
+        **options: Any,
+    ) -> Self:
+        """Approximate a trained torch layer; see ``FactorizedLayer.from_dense`` for the other options.
+
+        A layer with ``sparse=True`` comes back with dense gradients, since those of cores are.
+
+        Args:
+            hot_rows: Ids that keep the row they have in ``dense``.
+            counts: How often each id is met, ``(num_embeddings,)``; ``input_gram`` where left out. With neither,
+                no row is hot before ``populate_hot_rows_``.
+            input_gram: Token counts that weigh the decomposition; those of hot ids do not, as their rows are exact.
+
+        Raises:
+            ShapeError: Counts of another size, more hot rows than ids.
+        """
+        counts = input_gram if counts is None else counts
+        hot = None
+        if hot_rows and counts is not None:
+            hot = _hottest(_check_counts(counts, dense.num_embeddings), hot_rows, dense.padding_idx)
+            if input_gram is not None and input_gram.ndim == 1:
+                input_gram = input_gram.index_fill(0, hot[hot >= 0], 0)
+        layer: Any = super().from_dense(dense, input_gram=input_gram, **options)
+        layer._add_hot_rows(hot_rows)
+        if hot is not None:
+            layer._set_hot_rows(hot, dense.weight)
+        if hot_rows:
+            layer.hot_weight.requires_grad_(dense.weight.requires_grad)
+        return layer
+
+    @classmethod
+    def from_pretrained(
+        cls: type[Self],
+        embeddings: Tensor,
+        freeze: bool = True,
+        padding_idx: int | None = None,
+        max_norm: float | None = None,
+        norm_type: float = 2.0,
+        scale_grad_by_freq: bool = False,
+        sparse: bool = False,
+        **options: Any,
+    ) -> Self:
+        """Approximate a table ``(num_embeddings, embedding_dim)``; ``options`` are those of ``from_dense``.
+
+        Args:
+            embeddings: The table.
+            freeze: Whether the layer does without gradients.
+            padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse: As ``torch.nn.Embedding.from_pretrained``.
+        """
+        check_sparse(sparse)
+        check_table(embeddings)
+        dense = nn.Embedding.from_pretrained(embeddings, freeze, padding_idx, max_norm, norm_type, scale_grad_by_freq)
+        return cls.from_dense(dense, **options)
+
     @property
     def weight(self) -> Tensor:
-        """The dense table, ``(num_embeddings, embedding_dim)``; the padding row is zero."""
+        """The dense table, ``(num_embeddings, embedding_dim)``, hot rows in it; the padding row is zero."""
         table = self._dense_weight()
-        if self.padding_idx is None:
+        if self.hot_weight is None and self.padding_idx is None:
             return table
-        rows = torch.arange(self.num_embeddings, device=table.device)
-        return table.masked_fill((rows == self.padding_idx)[:, None], 0.0)
+        ids = torch.arange(self.num_embeddings, device=table.device)
+        return self._without_padding(self._with_hot_rows(table, ids), ids)
+
+    def config(self) -> dict[str, Any]:
+        hot = {"hot_rows": self.hot_rows} if self.hot_rows else {}
+        return {**super().config(), **hot}
+
+    @property
+    def n_params(self) -> int:
+        """Parameters of this layer, hot rows included."""
+        return self.spec.n_params + (0 if self.hot_weight is None else self.hot_weight.numel())
+
+    @property
+    def compression(self) -> float:
+        """Parameters of the dense table over those of this layer."""
+        return self.spec.weight.n_params / self.n_params
+
+    def _matching_sigma(self) -> float:
+        return 1.0  # torch draws tables from N(0, 1)
+
+    # -- hot rows ------------------------------------------------------------------------------------
+
+    def populate_hot_rows_(
+        self: Self, counts: Tensor | None = None, *, ids: Tensor | None = None, table: Tensor | None = None
+    ) -> Self:
+        """Give the ids met most a row of their own, equal to the row that they have now.
+
+        From then on these rows are trained as free parameters, and the cores no longer by these ids. Ids that
+        were hot and no longer are go back to the row of the cores.
+
+        Args:
+            counts: How often each id is met, ``(num_embeddings,)``.
+            ids: Or the ids themselves as they are met, any shape.
+            table: Dense table to take the rows from instead.
+
+        Returns:
+            Embedding: The layer.
+
+        Raises:
+            ShapeError: The layer was made without ``hot_rows``, neither or both of ``counts`` and ``ids`` are given,
+                or a size does not fit.
+
+        Source: Yin et al., MLSys 2021, arXiv:2101.11714, section 4.3.
+
+        Example:
+            >>> layer = Embedding(1000, 16, rank=4, hot_rows=10)
+            >>> layer.populate_hot_rows_(ids=torch.randint(1000, (5000,))).hot_ids.shape
+            torch.Size([10])
+        """
+        layer: Any = self
+        if layer.hot_weight is None:
+            raise ShapeError("a layer must have hot rows to fill: found hot_rows=0. Make it with hot_rows=k.")
+        if (counts is None) == (ids is None):
+            raise ShapeError("hot rows follow either from counts or from ids: found both or neither. Pass one of them.")
+        if ids is not None:
+            layer._check_ids(ids)
+            counts = torch.bincount(ids.reshape(-1).long(), minlength=layer.num_embeddings)
+        assert counts is not None
+        counts = _check_counts(counts, layer.num_embeddings).to(layer.hot_ids.device)
+        if table is not None and tuple(table.shape) != layer.spec.weight.dense_shape:
+            raise ShapeError(
+                f"a table must have a row per id: found {tuple(table.shape)}, expected "
+                f"{layer.spec.weight.dense_shape}. Pass the dense layer's weight."
+            )
+        layer._set_hot_rows(_hottest(counts, layer.hot_rows, layer.padding_idx), table)
+        return self
+
+    def _add_hot_rows(self, n: int) -> None:
+        """Room for the rows; ids of -1 are those of rows not in use, in front of the sorted others."""
+        if n < 0 or n > self.num_embeddings:
+            raise ShapeError(
+                f"hot_rows must not exceed the vocabulary: found {n}, expected 0 to {self.num_embeddings}. Pass fewer."
+            )
+        self.hot_rows = n
+        core = self.cores[0]
+        self.hot_ids: Tensor | None
+        if n == 0:
+            self.register_parameter("hot_weight", None)
+            self.register_buffer("hot_ids", None)
+            return
+        self.hot_weight = nn.Parameter(torch.zeros(n, self.embedding_dim, device=core.device, dtype=core.dtype))
+        self.register_buffer("hot_ids", torch.full((n,), -1, device=core.device))
+
+    @torch.no_grad()
+    def _set_hot_rows(self, ids: Tensor, table: Tensor | None) -> None:
+        assert self.hot_weight is not None
+        assert self.hot_ids is not None
+        ids = ids.to(self.hot_ids.device)
+        known = ids.clamp_min(0)
+        rows = self._rows(known) if table is None else table.detach().to(self.hot_weight)[known]
+        self.hot_weight.copy_(rows.masked_fill((ids < 0)[:, None], 0.0))
+        self.hot_ids.copy_(ids)
+
+    def reset_parameters(self, init: Init = "match", generator: torch.Generator | None = None) -> None:
+        """Draw cores anew (see ``FactorizedLayer``); no row is hot any more."""
+        super().reset_parameters(init, generator)
+        if getattr(self, "hot_weight", None) is not None:
+            with torch.no_grad():
+                self.hot_weight.zero_()
+                self.hot_ids.fill_(-1)  # type: ignore[union-attr]
+
+    def _hot_places(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """For each id a place among the hot rows, and whether its row is there."""
+        assert self.hot_ids is not None
+        places = torch.searchsorted(self.hot_ids, ids.long()).clamp_max(self.hot_rows - 1)
+        return places, self.hot_ids[places] == ids
+
+    def _with_hot_rows(self, rows: Tensor, ids: Tensor) -> Tensor:
+        if self.hot_weight is None:
+            return rows
+        places, is_hot = self._hot_places(ids)
+        return torch.where(is_hot[..., None], F.embedding(places, self.hot_weight), rows)
+
+    # -- lookup --------------------------------------------------------------------------------------
 
     def forward(self, ids: Tensor) -> Tensor:
         self._check_ids(ids)
-        rows = self._rows(ids)
+        rows = self._limited_rows(ids)
         if self.scale_grad_by_freq:
-            rows = _scale_gradient(rows, ids)
-        if self.max_norm is not None:
-            norms = rows.norm(p=self.norm_type, dim=-1, keepdim=True)
-            rows = torch.where(norms > self.max_norm, rows * (self.max_norm / (norms + 1e-7)), rows)
-        if self.padding_idx is not None:
-            rows = rows.masked_fill((ids == self.padding_idx)[..., None], 0.0)
-        return rows
+            rows = scale_gradient(rows, self._met(ids))
+        return self._without_padding(rows, ids)
+
+    def _limited_rows(self, ids: Tensor) -> Tensor:
+        """Rows, scaled down to ``max_norm``."""
+        rows = self._rows(ids)
+        if self.max_norm is None:
+            return rows
+        norms = rows.norm(p=self.norm_type, dim=-1, keepdim=True)
+        return torch.where(norms > self.max_norm, rows * (self.max_norm / (norms + 1e-7)), rows)
+
+    def _met(self, ids: Tensor) -> Tensor:
+        """How often the id at each place occurs among all."""
+        if is_traced():
+            return frequencies(ids, self.num_embeddings)[ids]
+        _, inverse, counts = torch.unique(ids, return_inverse=True, return_counts=True)
+        return counts[inverse]
+
+    def _without_padding(self, rows: Tensor, ids: Tensor) -> Tensor:
+        return rows if self.padding_idx is None else rows.masked_fill((ids == self.padding_idx)[..., None], 0.0)
 
     def _rows(self, ids: Tensor) -> Tensor:
+        if self.hot_weight is None or is_traced():  # no sizes that depend on the ids
+            return self._with_hot_rows(self._core_rows(ids), ids)
+        flat = ids.reshape(-1)
+        places, is_hot = self._hot_places(flat)
+        cold = (~is_hot).nonzero().squeeze(1)
+        rows = F.embedding(places, self.hot_weight).index_copy(0, cold, self._core_rows(flat[cold]))
+        return rows.reshape(*ids.shape, self.embedding_dim)
+
+    def _core_rows(self, ids: Tensor) -> Tensor:
         if self._runs_dense():
             rows = F.embedding(ids, self._dense_weight())
         else:
@@ -116,7 +324,7 @@ class Embedding(FactorizedLayer):
         return rows.to(self.cores[0].dtype)  # autocast lowers products, torch's embedding keeps its dtype
 
     def _runs_dense(self) -> bool:
-        if self.implementation == "dense":
+        if self.implementation == "dense" or type(self.format).lookup is Format.lookup:
             return True
         # While training, every step would rebuild the whole table for the few rows of a batch.
         return self._dense_allowed and not self._trains() and not torch.compiler.is_compiling()
@@ -135,8 +343,7 @@ class Embedding(FactorizedLayer):
                     f"{self.num_embeddings - 1}. Check the tokenizer."
                 )
 
-    def _matching_sigma(self) -> float:
-        return 1.0  # torch draws tables from N(0, 1)
+    # -- plan ----------------------------------------------------------------------------------------
 
     def _chain(self) -> None:
         return None
@@ -160,7 +367,32 @@ class Embedding(FactorizedLayer):
 
     def extra_repr(self) -> str:
         padding = "" if self.padding_idx is None else f", padding_idx={self.padding_idx}"
-        return f"{self.num_embeddings}, {self.embedding_dim}{padding}, {self._format_repr()}"
+        hot = f", hot_rows={self.hot_rows}" if self.hot_rows else ""
+        return f"{self.num_embeddings}, {self.embedding_dim}{padding}{hot}, {self._format_repr()}"
+
+
+def is_traced() -> bool:
+    """Whether a program is being recorded, which must not depend on the ids at hand."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
+def check_sparse(sparse: bool) -> None:
+    if sparse:
+        raise ShapeError(
+            "a factorized embedding has dense gradients, small as its cores: found sparse=True. Leave it out, and take "
+            "a dense optimizer in place of SparseAdam."
+        )
+
+
+def check_table(embeddings: Any) -> None:
+    if not isinstance(embeddings, Tensor) or not embeddings.is_floating_point():
+        raise KindError(
+            f"a pretrained table must be a floating-point tensor: found {type(embeddings).__name__}. Pass layer.weight."
+        )
+    if embeddings.ndim != 2:
+        raise ShapeError(
+            f"a pretrained table must be (num_embeddings, embedding_dim): found {tuple(embeddings.shape)}. Reshape it."
+        )
 
 
 def _check_padding_idx(index: int | None, size: int) -> int | None:
@@ -171,16 +403,43 @@ def _check_padding_idx(index: int | None, size: int) -> int | None:
     return index % size
 
 
-def _scale_gradient(rows: Tensor, ids: Tensor) -> Tensor:
-    """The same rows, with gradients divided by how often their id occurs in the batch."""
-    _, inverse, counts = torch.unique(ids, return_inverse=True, return_counts=True)
-    share = (1.0 / counts[inverse]).to(rows.dtype)[..., None]
+def _check_counts(counts: Tensor, n_ids: int) -> Tensor:
+    if tuple(counts.shape) != (n_ids,):
+        raise ShapeError(
+            f"counts must have one number per id: found {tuple(counts.shape)}, expected ({n_ids},). Pass ids= for the "
+            "ids themselves."
+        )
+    if not bool((counts >= 0).all() & torch.isfinite(counts).all()):  # one host sync
+        raise NonFiniteError("counts must be finite and not negative: found others. Pass how often each id is met.")
+    return counts
+
+
+def _hottest(counts: Tensor, n: int, padding_idx: int | None) -> Tensor:
+    """The ``n`` ids met most, sorted; -1 in front where fewer are met at all. Ties go to the lower id."""
+    if padding_idx is not None:
+        counts = counts.index_fill(0, torch.tensor(padding_idx, device=counts.device), 0)  # its row is zero anyway
+    most, ids = counts.sort(descending=True, stable=True)
+    return ids[:n].masked_fill(most[:n] <= 0, -1).sort().values
+
+
+def frequencies(ids: Tensor, n_ids: int) -> Tensor:
+    """How often each id of the vocabulary occurs; its size does not depend on the ids, as a traced program needs."""
+    flat = ids.reshape(-1).long()
+    return torch.zeros(n_ids, dtype=torch.int64, device=ids.device).scatter_add(0, flat, torch.ones_like(flat))
+
+
+def scale_gradient(rows: Tensor, counts: Tensor) -> Tensor:
+    """The same rows, with gradients divided by one count per row."""
+    share = (1.0 / counts).to(rows.dtype)[..., None]
     return rows * share + (rows * (1 - share)).detach()
 
 
 def _row_products(spec: FactorSpec) -> int:
-    """Multiply-adds of one row, sweeping from the first core."""
-    modes, ranks = spec.out_modes, spec.ranks
+    """Multiply-adds of one row, sweeping from the first core; about so many where the format is no chain."""
+    chain = get_format(spec.format).chain(spec)
+    if chain is None:
+        return spec.weight.out_features * max(spec.ranks)
+    modes, ranks = chain.out_modes, chain.ranks
     if len(modes) == 1:
         return ranks[1] * modes[0]
     return sum(math.prod(modes[: k + 1]) * ranks[k] * ranks[k + 1] for k in range(1, len(modes)))

@@ -152,7 +152,9 @@ def test_bare_layer_names_itself(tmp_path: Path) -> None:
         tt.nn.Conv1d(4, 8, 3, stride=2, padding=1, padding_mode="circular", rank=3),
         tt.nn.Conv2d(4, 8, 3, format="tucker2", rank=3),
         tt.nn.Conv3d(2, 4, 2, rank=2),
+        tt.nn.ConvTranspose2d(6, 4, 3, stride=2, output_padding=1, groups=2, rank=2),
         tt.nn.Embedding(50, 12, padding_idx=-1, max_norm=2.0, rank=4),
+        tt.nn.EmbeddingBag(50, 12, mode="sum", include_last_offset=True, rank=4),
     ],
     ids=lambda layer: f"{type(layer).__name__}-{layer.spec.format}",
 )

@@ -145,8 +145,7 @@ def _keep_moments(
     mean = calibration.means.get(layer.name) if calibration is not None else None
     if calibration is None or mean is None:
         return []
-    weight: Any = layer.module.weight
-    old = weight.double().flatten(1)
+    old = layer.kernel.double().flatten(1)
     kept = new.format.to_dense(list(new.cores), new.spec).double().flatten(1)  # new.weight would stay in a cache
     lost = (old - kept) @ mean.to(old.device)
     if new.bias is not None:

@@ -74,8 +74,7 @@ def candidates(
     Cost: the singular values of every matricization of every mode shape tried.
     """
     weight = layer.weight
-    dense = layer.module.weight.detach()  # type: ignore[operator]
-    assert isinstance(dense, Tensor)
+    dense = layer.kernel
     check_finite(layer.name, dense)
     found: list[Candidate] = []
     for name in formats:

@@ -10,7 +10,7 @@ import torch
 
 from tensortrain.contract import cost_model, use_cost_model
 from tensortrain.formats import FactorSpec, get_format
-from tensortrain.nn import COUNTERPARTS, Conv1d, Conv2d, Conv3d, Embedding, FactorizedLayer, Linear
+from tensortrain.nn import COUNTERPARTS, ConvLayer, Embedding, FactorizedLayer, Linear
 
 from .calibrate import Calibration
 from .layers import FoundLayer
@@ -74,7 +74,7 @@ def _layer_cost(
 
 def _twin_cost(twin: FactorizedLayer, rows: int, spatial: tuple[int, ...], *, dense: bool) -> tuple[float, int]:
     with torch.no_grad():
-        if isinstance(twin, (Conv1d, Conv2d, Conv3d)):
+        if isinstance(twin, ConvLayer):
             conv = twin.plan(rows, spatial)
             return (conv.dense_s, conv.dense_flops) if dense else (conv.predicted_s, conv.factorized_flops)
         if isinstance(twin, Embedding):

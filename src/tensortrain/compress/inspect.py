@@ -122,9 +122,8 @@ def _row(layer: FoundLayer, total: int, calibration: Calibration | None) -> Laye
 
 def _energies(layer: FoundLayer) -> Tensor:
     """Squared singular values of the weight as a matrix (of a grouped kernel: mean over groups), descending."""
-    weight: Any = layer.module.weight
-    check_finite(layer.name, weight)
-    matrix = weight.detach().double().flatten(1)
+    check_finite(layer.name, layer.kernel)
+    matrix = layer.kernel.double().flatten(1)
     blocks = torch.stack(matrix.chunk(layer.weight.groups)) if layer.weight.groups > 1 else matrix[None]
     small = blocks.mT @ blocks if blocks.shape[1] >= blocks.shape[2] else blocks @ blocks.mT
     return torch.linalg.eigvalsh(small).mean(dim=0).flip(0).clamp_min(0)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.parametrize import is_parametrized
 
 from tensortrain.errors import FilterError, KindError, NonFiniteError
@@ -36,6 +37,11 @@ class FoundLayer:
     @property
     def n_params(self) -> int:
         return sum(p.numel() for p in self.module.parameters(recurse=False))
+
+    @property
+    def kernel(self) -> Tensor:
+        """The weight as formats take it, without gradient."""
+        return COUNTERPARTS[type(self.module)].kernel_of(self.module)
 
 
 @dataclass(frozen=True)
@@ -132,7 +138,7 @@ def _why_not(module: nn.Module, owners: dict[int, int]) -> str | None:
         return f"its weight has no floating-point data ({weight.dtype}, {weight.device})"
     if weight.numel() == 0:
         return "its weight is empty"
-    if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) and module.in_channels == module.groups > 1:
+    if isinstance(module, _ConvNd) and module.in_channels == module.groups > 1:
         return "depthwise: each group is a single filter, there is nothing to factorize"
     return ""
 

@@ -274,8 +274,7 @@ def _weight(layer: FoundLayer, calibration: Calibration | None) -> float:
         return 1.0
     if output_gram is None:
         return 0.0  # no gradient came back: the tensor that the model is judged by does not depend on this layer
-    weight: Any = layer.module.weight
-    matrix = weight.detach().flatten(1)
+    matrix = layer.kernel.flatten(1)
     matrix = matrix.T if layer.weight.kind == "embedding" else matrix
     return energy(matrix, gram, output_gram) / calibration.output_scale
 

@@ -8,7 +8,7 @@ from . import functional
 from .attention import MultiheadAttention
 from .base import FactorizedLayer
 from .composite import CompositeLayer, CompositePlan
-from .conv import Conv1d, Conv2d, Conv3d
+from .conv import Conv1d, Conv2d, Conv3d, ConvLayer
 from .conv_plan import ConvPlan, LookupPlan
 from .conv_transpose import ConvTranspose1d, ConvTranspose2d, ConvTranspose3d
 from .embedding import Embedding
@@ -25,6 +25,9 @@ COUNTERPARTS: dict[type[_torch_nn.Module], type[FactorizedLayer]] = {
     _torch_nn.Conv1d: Conv1d,
     _torch_nn.Conv2d: Conv2d,
     _torch_nn.Conv3d: Conv3d,
+    _torch_nn.ConvTranspose1d: ConvTranspose1d,
+    _torch_nn.ConvTranspose2d: ConvTranspose2d,
+    _torch_nn.ConvTranspose3d: ConvTranspose3d,
     _torch_nn.Embedding: Embedding,
     _torch_nn.EmbeddingBag: EmbeddingBag,
 }
@@ -39,6 +42,7 @@ __all__ = [
     "Conv1d",
     "Conv2d",
     "Conv3d",
+    "ConvLayer",
     "ConvPlan",
     "ConvTranspose1d",
     "ConvTranspose2d",

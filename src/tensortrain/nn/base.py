@@ -105,6 +105,12 @@ class FactorizedLayer(nn.Module):
         raise NotImplementedError
 
     @classmethod
+    def kernel_of(cls, layer: Any) -> Tensor:
+        """The dense weight of such a layer, torch's or factorized, laid out as formats take it; no gradient."""
+        weight: Tensor = layer.weight
+        return weight.detach()
+
+    @classmethod
     def arguments_of(cls, layer: Any) -> dict[str, Any]:
         """The torch arguments that build a layer like this one, torch's or factorized."""
         arguments = {name: getattr(layer, name) for name in cls.torch_arguments}
@@ -169,7 +175,7 @@ class FactorizedLayer(nn.Module):
         """
         cls._check_dense_type(dense)
         found = get_format(format).factorize(
-            dense.weight.detach(),
+            cls.kernel_of(dense),
             cls.weight_shape_of(dense),
             rank=rank,
             eps=eps,

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from tensortrain.contract import Chain
 from tensortrain.errors import ShapeError
-from tensortrain.formats import ChainFormat, FactorSpec, Rank, get_format
+from tensortrain.formats import ChainFormat, FactorSpec, Rank
 
-from .base import Implementation, Init, Self, as_tuple
+from .base import Implementation, Init, as_tuple
 from .conv import ConvLayer, Convolve, Size
 from .conv_plan import transposed_out_size
 
@@ -129,39 +129,8 @@ class _ConvTransposeNd(ConvLayer):
                 self.bias.uniform_(-bound, bound, generator=generator)
 
     @classmethod
-    def from_dense(
-        cls: type[Self],
-        dense: Any,
-        *,
-        format: str = "tt",
-        rank: Rank | None = None,
-        eps: float | None = None,
-        in_modes: Sequence[int] | None = None,
-        out_modes: Sequence[int] | None = None,
-        input_gram: Tensor | None = None,
-        output_gram: Tensor | None = None,
-        implementation: Implementation = "auto",
-    ) -> Self:
-        """Approximate a trained torch layer; see ``FactorizedLayer.from_dense``.
-
-        ``input_gram`` is that of the inputs which one output meets, ordered as ``(channel, *kernel)``.
-        """
-        cls._check_dense_type(dense)
-        weight = dense.weight
-        found = get_format(format).factorize(
-            swap_channels(weight.detach(), dense.groups),
-            cls.weight_shape_of(dense),
-            rank=rank,
-            eps=eps,
-            out_modes=out_modes,
-            in_modes=in_modes,
-            gram=input_gram,
-            output_gram=output_gram,
-        )
-        layer = cls.like(
-            dense, found.value.spec, implementation=implementation, device=weight.device, dtype=weight.dtype
-        )
-        return layer._adopt(found.value, dense)
+    def kernel_of(cls, layer: Any) -> Tensor:
+        return swap_channels(layer.weight.detach(), layer.groups)
 
     def _dense_weight(self) -> Tensor:
         def build() -> Tensor:

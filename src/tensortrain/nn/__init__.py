@@ -10,6 +10,9 @@ from .conv import Conv1d, Conv2d, Conv3d
 from .conv_plan import ConvPlan, LookupPlan
 from .embedding import Embedding
 from .linear import Linear
+from .orthogonal import orthogonal
+from .param_groups import param_groups
+from .regularize import balance_, dense_norm, rank_lasso, tensor_dropout
 
 # The torch layers that have a factorized twin. Exact types only: a subclass may have a forward of its own.
 COUNTERPARTS: dict[type[_torch_nn.Module], type[FactorizedLayer]] = {
@@ -30,6 +33,12 @@ __all__ = [
     "FactorizedLayer",
     "Linear",
     "LookupPlan",
+    "balance_",
+    "dense_norm",
     "functional",
+    "orthogonal",
+    "param_groups",
+    "rank_lasso",
     "suggest_modes",
+    "tensor_dropout",
 ]

@@ -109,9 +109,9 @@ class _ConvNd(FactorizedLayer):
     def _core_by_core(self, x: Tensor) -> Tensor:
         one = self._group_spec
         if self.groups == 1:
-            return self._convolve_group(x, list(self.cores), one)
-        parts = x.chunk(self.groups, dim=1)
-        outputs = [self._convolve_group(part, [core[g] for core in self.cores], one) for g, part in enumerate(parts)]
+            return self._convolve_group(x, self._core_list(), one)
+        cores, parts = self._core_list(), x.chunk(self.groups, dim=1)
+        outputs = [self._convolve_group(part, [core[g] for core in cores], one) for g, part in enumerate(parts)]
         return torch.cat(outputs, dim=1)
 
     def _convolve_group(self, x: Tensor, cores: list[Tensor], one: Any) -> Tensor:

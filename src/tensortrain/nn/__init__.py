@@ -2,7 +2,7 @@
 
 from torch import nn as _torch_nn
 
-from tensortrain.formats import suggest_modes
+from tensortrain.formats import search_modes, suggest_modes
 
 from . import functional
 from .base import FactorizedLayer
@@ -39,6 +39,7 @@ __all__ = [
     "orthogonal",
     "param_groups",
     "rank_lasso",
+    "search_modes",
     "suggest_modes",
     "tensor_dropout",
 ]

@@ -165,8 +165,8 @@ def _fit_spectral(cores: OrthogonalCores, given: list[Tensor]) -> Free:
     v_numbers = first_v.right_inverse(first_v.from_matrix(v))
     signs = (middle.frame(u_numbers) * u).sum(-2) * (first_v.frame(v_numbers) * v).sum(-2)  # each +-1
     middle.signs.copy_(signs.round())
-    if cores.max_norm is None:
-        middle.scale.copy_(torch.where(s[0] > 0, s[0] / _HEADROOM, 1.0))
+    largest = torch.where(s[0] > 0, s[0] / _HEADROOM, 1.0) if cores.max_norm is None else cores.max_norm
+    middle.scale.fill_(largest)
     return [*left, (u_numbers, logit(s / middle.scale.to(s.dtype))), (v_numbers,), *reversed(right)]
 
 

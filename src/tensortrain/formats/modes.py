@@ -49,7 +49,7 @@ def suggest_modes(n: int, d: int | None = None, *, pad: bool | float = False) ->
     Raises:
         ShapeError: ``n`` or ``d`` is below 1, or ``pad`` is negative or not a number.
 
-    Cost: milliseconds up to ``n = 10^9`` and ``d = 10``: factors by trial division, padded shapes from the
+    Cost: below a tenth of a second up to ``n = 10^9`` and ``d = 10``: factors by trial division, padded shapes from the
     balanced one outward, at most 20,000 of them.
     Source: padding and balance as in arXiv:1901.10787, which takes the largest entropy of the factors; at equal
     products the smallest sum is the same aim, and sums tell what the parameters are.

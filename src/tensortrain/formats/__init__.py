@@ -13,7 +13,7 @@ from .base import (
     register,
 )
 from .chain import ChainFormat, balance_chain
-from .modes import default_order, suggest_modes, suggest_padded_modes
+from .modes import ModeChoice, default_order, search_modes, suggest_modes, suggest_padded_modes
 from .rank_path import RankPoint, even_path, rank_path
 from .whitening import energy, output_error
 
@@ -23,6 +23,7 @@ __all__ = [
     "Factorization",
     "Format",
     "Kind",
+    "ModeChoice",
     "Rank",
     "RankPoint",
     "WeightShape",
@@ -36,6 +37,7 @@ __all__ = [
     "output_error",
     "rank_path",
     "register",
+    "search_modes",
     "suggest_modes",
     "suggest_padded_modes",
     "tt",

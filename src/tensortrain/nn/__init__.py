@@ -2,7 +2,7 @@
 
 from torch import nn as _torch_nn
 
-from tensortrain.formats import suggest_modes
+from tensortrain.formats import search_modes, suggest_modes
 
 from . import functional
 from .attention import MultiheadAttention
@@ -14,8 +14,11 @@ from .conv_transpose import ConvTranspose1d, ConvTranspose2d, ConvTranspose3d
 from .embedding import Embedding
 from .embedding_bag import EmbeddingBag
 from .linear import Linear
+from .orthogonal import orthogonal
+from .param_groups import param_groups
 from .recurrent import GRU, LSTM, RNN
 from .recurrent_cells import GRUCell, LSTMCell, RNNCell
+from .regularize import balance_, dense_norm, rank_lasso, tensor_dropout
 from .tied import TiedHead, tied_head
 from .transformer import TransformerEncoderLayer
 
@@ -58,7 +61,14 @@ __all__ = [
     "RNNCell",
     "TiedHead",
     "TransformerEncoderLayer",
+    "balance_",
+    "dense_norm",
     "functional",
+    "orthogonal",
+    "param_groups",
+    "rank_lasso",
+    "search_modes",
     "suggest_modes",
+    "tensor_dropout",
     "tied_head",
 ]

@@ -37,6 +37,7 @@ class FactorizedLayer(nn.Module):
     dense_type: ClassVar[type[nn.Module]]
     torch_arguments: ClassVar[tuple[str, ...]]  # attributes that torch's layer and this one share
     has_bias: ClassVar[bool] = True
+    _stand_ins: list[Tensor] | None = None  # for the time of one forward, what is computed from the cores
 
     def __init__(
         self,
@@ -75,7 +76,10 @@ class FactorizedLayer(nn.Module):
         ``"match"`` is the variance of torch's own layer, ``"glorot"`` is ``2 / (fan_in + fan_out)``,
         ``"he"`` is ``2 / fan_in``, a number is the standard deviation itself.
         """
-        self.format.init_(list(self.cores), self.spec, self._sigma(init), generator)
+        cores = self._core_list()
+        self.format.init_(cores, self.spec, self._sigma(init), generator)
+        if len(self.cores._parameters) != len(cores):
+            self.cores.assign_(cores)  # type: ignore[operator]  # constrained cores, see orthogonal.py
         if self.bias is not None and not self.bias.is_meta:
             bound = 1 / math.sqrt(max(1, self.spec.weight.fan_in))
             with torch.no_grad():
@@ -247,13 +251,13 @@ class FactorizedLayer(nn.Module):
     @property
     def n_params(self) -> int:
         """Parameters of this layer, the bias included."""
-        return self.spec.n_params + (0 if self.bias is None else self.bias.numel())
+        return sum(p.numel() for p in self.parameters())  # constrained cores have fewer than ``spec`` says
 
     @property
     def compression(self) -> float:
         """Parameters of the dense layer over those of this one, the bias included on both sides."""
         bias = 0 if self.bias is None else self.bias.numel()
-        return (self.spec.weight.n_params + bias) / (self.spec.n_params + bias)
+        return (self.spec.weight.n_params + bias) / self.n_params
 
     @property
     def resident_cache_bytes(self) -> int:
@@ -306,6 +310,8 @@ class FactorizedLayer(nn.Module):
         return result
 
     def _core_list(self) -> list[Tensor]:
+        if self._stand_ins is not None:
+            return self._stand_ins
         # Going through ParameterList costs more than a small product; parametrized cores are not stored in it.
         stored = self.cores._parameters
         return list(stored.values()) if len(stored) == len(self.cores) else list(self.cores)  # type: ignore[arg-type]

@@ -129,12 +129,11 @@ class ConvLayer(FactorizedLayer):
         return type(self.format).convolve is not Format.convolve  # else the format can only be put together
 
     def _core_by_core(self, x: Tensor, convolve: Convolve) -> Tensor:
+        cores = self._core_list()
         if self.groups == 1:
-            return self._convolve_group(x, list(self.cores), convolve)
+            return self._convolve_group(x, cores, convolve)
         parts = x.chunk(self.groups, dim=1)
-        outputs = [
-            self._convolve_group(part, [core[g] for core in self.cores], convolve) for g, part in enumerate(parts)
-        ]
+        outputs = [self._convolve_group(part, [core[g] for core in cores], convolve) for g, part in enumerate(parts)]
         return torch.cat(outputs, dim=1)
 
     def _channel_plan(self, x: Tensor) -> ContractionPlan | None:

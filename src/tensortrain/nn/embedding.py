@@ -320,7 +320,7 @@ class Embedding(FactorizedLayer):
         if self._runs_dense():
             rows = F.embedding(ids, self._dense_weight())
         else:
-            rows = self.format.lookup(ids, list(self.cores), self.spec)
+            rows = self.format.lookup(ids, self._core_list(), self.spec)
         return rows.to(self.cores[0].dtype)  # autocast lowers products, torch's embedding keeps its dtype
 
     def _runs_dense(self) -> bool:

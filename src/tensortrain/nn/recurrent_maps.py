@@ -155,7 +155,7 @@ def _prepared(one: Map, rows: int) -> Apply:
         return one
     with torch.no_grad():  # the plan for weights that are kept, whether or not gradients are wanted
         plan = one.plan(max(1, rows))
-    weights = plan.prepare(fmt.to_chain(list(one.cores), one.spec))
+    weights = plan.prepare(fmt.to_chain(one._core_list(), one.spec))
 
     def apply(x: Tensor) -> Tensor:
         y = plan.execute(x, (), weights)

@@ -315,6 +315,10 @@ def test_what_cannot_be_saved_is_refused(tmp_path: Path) -> None:
         save_pretrained(nn.Linear(2, 2, device="meta"), tmp_path / "m")
     with pytest.raises(CheckpointError, match="dtypes that safetensors knows"):
         save_pretrained(nn.Linear(2, 2, dtype=torch.complex128), tmp_path / "m")
+    layer = tt.nn.Linear(8, 8, rank=2)
+    tt.nn.orthogonal(layer, kind="left")
+    with pytest.raises(CheckpointError, match="those of '0' are constrained"):
+        save_pretrained(nn.Sequential(layer), tmp_path / "m")
     assert list(tmp_path.iterdir()) == []
 
 

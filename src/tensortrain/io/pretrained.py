@@ -116,6 +116,12 @@ def _layer_entry(names: tuple[str, ...], layer: FactorizedLayer) -> LayerEntry:
             "one "
             f"of {', '.join(LAYERS)}. Save the dense model after to_dense_()."
         )
+    if type(layer.cores) is not nn.ParameterList:
+        raise CheckpointError(
+            f"the cores of a layer that is saved must be plain parameters: those of {names[0]!r} are constrained by "
+            "tensortrain.nn.orthogonal. Save its state_dict(), or tensortrain.nn.Linear.from_dense(layer.to_dense(), "
+            "rank=layer.ranks, in_modes=.., out_modes=..)."
+        )
     return LayerEntry(names, type(layer).__name__, as_json(layer.config()))
 
 

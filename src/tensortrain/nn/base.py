@@ -251,7 +251,12 @@ class FactorizedLayer(nn.Module):
     @property
     def n_params(self) -> int:
         """Parameters of this layer, the bias included."""
-        return sum(p.numel() for p in self.parameters())  # constrained cores have fewer than ``spec`` says
+        return sum(p.numel() for p in self.parameters())
+
+    @property
+    def n_core_params(self) -> int:
+        """Stored numbers of the cores alone; constrained cores have fewer than ``spec`` says."""
+        return sum(p.numel() for p in self.cores.parameters())
 
     @property
     def compression(self) -> float:

@@ -106,12 +106,12 @@ class CompositeLayer(nn.Module):
     @property
     def n_core_params(self) -> int:
         """Entries of the cores alone, the figure that most papers report."""
-        return sum(layer.spec.n_params for layer in self._factorized())
+        return sum(layer.n_core_params for layer in self._factorized())
 
     @property
     def compression(self) -> float:
         """Parameters of torch's layer over those of this one, biases included on both sides."""
-        saved = sum(layer.spec.weight.n_params - layer.spec.n_params for layer in self._factorized())
+        saved = sum(layer.spec.weight.n_params - layer.n_core_params for layer in self._factorized())
         return (self.n_params + saved) / max(1, self.n_params)
 
     @property

@@ -174,16 +174,6 @@ class Embedding(FactorizedLayer):
         hot = {"hot_rows": self.hot_rows} if self.hot_rows else {}
         return {**super().config(), **hot}
 
-    @property
-    def n_params(self) -> int:
-        """Parameters of this layer, hot rows included."""
-        return self.spec.n_params + (0 if self.hot_weight is None else self.hot_weight.numel())
-
-    @property
-    def compression(self) -> float:
-        """Parameters of the dense table over those of this layer."""
-        return self.spec.weight.n_params / self.n_params
-
     def _matching_sigma(self) -> float:
         return 1.0  # torch draws tables from N(0, 1)
 

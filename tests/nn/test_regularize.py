@@ -31,10 +31,13 @@ MAKERS: dict[str, Callable[..., FactorizedLayer]] = {
     "conv groups tucker2": lambda **o: tt.nn.Conv2d(4, 6, 3, groups=2, format="tucker2", rank=3, **o),
     "conv groups low_rank": lambda **o: tt.nn.Conv2d(4, 6, 3, groups=2, format="low_rank", rank=3, **o),
     "conv1d": lambda **o: tt.nn.Conv1d(4, 6, 5, rank=2, **o),
+    "conv transposed": lambda **o: tt.nn.ConvTranspose2d(4, 6, 3, stride=2, rank=3, **o),
+    "conv transposed, groups": lambda **o: tt.nn.ConvTranspose1d(4, 6, 3, groups=2, rank=2, **o),
     "embedding tt": lambda **o: tt.nn.Embedding(47, 12, in_modes=(4, 3, 5), out_modes=(2, 3, 2), rank=3, **o),
     "embedding, exact": lambda **o: tt.nn.Embedding(60, 12, in_modes=(4, 3, 5), out_modes=(2, 3, 2), rank=3, **o),
     "embedding, padding row": lambda **o: tt.nn.Embedding(47, 12, 46, rank=3, **o),
     "embedding low_rank": lambda **o: tt.nn.Embedding(47, 12, 2, format="low_rank", rank=3, **o),
+    "bag": lambda **o: tt.nn.EmbeddingBag(47, 12, rank=3, **o),
 }
 every_layer = pytest.mark.parametrize("name", MAKERS)
 with_ranks = pytest.mark.parametrize("name", [name for name in MAKERS if "one core" not in name])
@@ -44,7 +47,7 @@ def example(layer: FactorizedLayer) -> torch.Tensor:
     if isinstance(layer, tt.nn.Linear):
         return torch.randn(5, layer.in_features)
     if isinstance(layer, tt.nn.Embedding):
-        return torch.randint(40, (7,))
+        return torch.randint(40, (7, 1) if isinstance(layer, tt.nn.EmbeddingBag) else (7,))
     return torch.randn(2, 4, *[6] * layer.n_axes)  # type: ignore[attr-defined]
 
 
@@ -304,7 +307,8 @@ def test_dropout_of_a_dense_model_is_refused() -> None:
 def test_every_layer_and_format_is_covered_here() -> None:
     """A new one has to be added to the list above."""
     made = [make() for make in MAKERS.values()]
-    missing = set(COUNTERPARTS.values()) - {type(layer) for layer in made} - {tt.nn.Conv3d}
+    missing = set(COUNTERPARTS.values()) - {type(layer) for layer in made}
+    missing -= {tt.nn.Conv3d, tt.nn.ConvTranspose3d}
     assert not missing
     assert {layer.spec.format for layer in made} <= set(format_names())
 

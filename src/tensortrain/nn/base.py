@@ -9,7 +9,16 @@ from typing import Any, ClassVar, Literal, TypeVar, get_args
 import torch
 from torch import Tensor, nn
 
-from tensortrain.contract import Chain, ContractionPlan, CostModel, WeightCache, plan_chain
+from tensortrain.contract import (
+    Chain,
+    ContractionPlan,
+    CostModel,
+    Network,
+    NetworkPlan,
+    WeightCache,
+    plan_chain,
+    plan_network,
+)
 from tensortrain.errors import KindError, ShapeError
 from tensortrain.formats import Factorization, FactorSpec, Format, Rank, WeightShape, get_format
 
@@ -322,15 +331,15 @@ class FactorizedLayer(nn.Module):
     def _trains(self) -> bool:
         return torch.is_grad_enabled() and any(core.requires_grad for core in self._core_list())
 
-    def _chain(self) -> Chain | None:
-        return self.format.chain(self._group_spec)
+    def _chain(self) -> Chain | Network | None:
+        return self.format.contraction(self._group_spec)
 
-    def _make_static_plan(self) -> ContractionPlan | None:
+    def _make_static_plan(self) -> Any:  # ContractionPlan | NetworkPlan | None
         chain = self._chain()
         if chain is None:
             return None
         core = self.cores[0]
-        return plan_chain(
+        return _plan(
             chain,
             batch=_COMPILE_BATCH,
             dtype=core.dtype,
@@ -339,7 +348,7 @@ class FactorizedLayer(nn.Module):
             cost_model=CostModel.reference(self._device_type),
         )
 
-    def _chain_plan(self, rows: int, *, force: Any = None) -> ContractionPlan:
+    def _chain_plan(self, rows: int, *, force: Any = None) -> Any:  # ContractionPlan | NetworkPlan
         """The plan for about so many rows; sizes are rounded up to powers of two so that few are made."""
         bucket = 1 << max(0, rows - 1).bit_length()
         training = self._trains()
@@ -349,7 +358,7 @@ class FactorizedLayer(nn.Module):
             chain = self._chain()
             assert chain is not None
             core = self.cores[0]
-            plan = plan_chain(
+            plan = _plan(
                 chain,
                 batch=bucket,
                 dtype=core.dtype,
@@ -360,6 +369,10 @@ class FactorizedLayer(nn.Module):
             )
             self._plans[key] = plan
         return plan
+
+
+def _plan(shape: Chain | Network, **options: Any) -> ContractionPlan | NetworkPlan:
+    return plan_network(shape, **options) if isinstance(shape, Network) else plan_chain(shape, **options)
 
 
 def _copy_bias(source: Any, target: Any) -> None:

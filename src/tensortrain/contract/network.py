@@ -67,7 +67,7 @@ class Network:
     def size(self, legs: str | Sequence[str]) -> int:
         """Size of one leg, or of several together."""
         known = dict(self.sizes)
-        return known[legs] if isinstance(legs, str) else prod(known[leg] for leg in legs)
+        return known[legs] if isinstance(legs, str) else prod([known[leg] for leg in legs])  # a list: it is traced
 
     @property
     def core_shapes(self) -> tuple[tuple[int, ...], ...]:
@@ -167,7 +167,7 @@ class Product:
         return 2 * self.batch * self.m * self.k * self.n
 
 
-@lru_cache(maxsize=8192)
+@torch.compiler.assume_constant_result  # a traced program records the order, not the search for it
 def contraction(
     inputs: tuple[Legs, ...], output: Legs, sizes: Sizes, order: Order = "auto", sizes_for_path: Sizes | None = None
 ) -> tuple[Product, ...]:
@@ -184,6 +184,13 @@ def contraction(
         >>> [(step.m, step.k, step.n) for step in steps]
         [(1, 9, 2), (1, 2, 9)]
     """
+    return _contraction(inputs, output, sizes, order, sizes_for_path)
+
+
+@lru_cache(maxsize=8192)
+def _contraction(
+    inputs: tuple[Legs, ...], output: Legs, sizes: Sizes, order: Order, sizes_for_path: Sizes | None
+) -> tuple[Product, ...]:
     letters = {leg: letter for (leg, _), letter in zip(sizes, string.ascii_letters, strict=False)}
     path = _path(inputs, output, dict(sizes_for_path or sizes), letters, order)
     known = dict(sizes)
@@ -369,7 +376,7 @@ class NetworkPlan:
         weights = self.prepare(cores) if prepared is None else prepared
         if self.uses_dense:
             return F.linear(x, weights[0])
-        values = {0: x.reshape(-1, *(network.size(leg) for leg in network.in_legs))}
+        values = {0: x.reshape(-1, *[network.size(leg) for leg in network.in_legs])}
         values.update(zip(self._prepared_numbers(), weights, strict=True))
         _run_steps([step for step in self.steps if 0 in step.sources], values)
         return values[self.steps[-1].result].reshape(*x.shape[:-1], network.out_features)

@@ -15,17 +15,19 @@ import torch
 from torch import Tensor
 
 from tensortrain.contract import ContractionPlan, Network
+from tensortrain.tensor import unfolding_spectra
 
 from .als import alternate
 from .base import FactorSpec, Kind, Spatial, WeightShape, equal_norms, pointwise, register
 from .layout import single_modes
-from .multilinear import hooi
+from .multilinear import hooi, tucker_ranks
 from .network import Modes, NetworkFormat, balanced_spectrum
 
 __all__ = ["CP", "cp_factors"]
 
 _N_STARTS = 3  # the first from the singular vectors, the others random
-_N_SWEEPS = 60
+_N_SWEEPS = 100
+_TOL = 1e-6  # of the squared error, per sweep: CP fits often pause before they go on
 _N_POLISH = 12  # on the whole tensor, after the fit to its compressed core
 _GROWTH = 1.25
 
@@ -76,15 +78,17 @@ class CP(NetworkFormat):
     def ranks_within(self, tensor: Tensor, spec: FactorSpec, eps: float) -> tuple[int, ...]:
         """The first of a growing list of ranks at which the fit is good enough."""
         cap = spec.ranks[0]
-        values = balanced_spectrum(tensor, len(spec.out_modes))
-        tails = values.square().flip(0).cumsum(0).flip(0)
-        rank = max(1, min(cap, int((tails > eps**2 * tails[0]).sum())))
+        # No matricization of the weight has a higher rank than the CP rank.
+        least = [tucker_ranks([values], eps)[0] for values in unfolding_spectra(tensor)]
+        rank = min(cap, max(1, *least))
         if sum(n > 1 for n in tensor.shape) <= 2:
             return (rank,)
         most = tensor.numel() // sum(tensor.shape)  # beyond it nothing is saved, and fibres are exact
+        n_starts = _N_STARTS  # a weight may well have the least rank itself
         while rank < min(cap, most):
-            if cp_factors(tensor, rank, n_starts=1)[1] <= eps:
+            if cp_factors(tensor, rank, n_starts=n_starts)[1] <= eps:
                 return (rank,)
+            n_starts = 1
             rank = min(cap, max(rank + 1, math.ceil(_GROWTH * rank)))
         return (cap,)
 
@@ -185,7 +189,7 @@ def _alternated(tensor: Tensor, rank: int, n_starts: int) -> tuple[list[Tensor],
     small, whole = _cp_network(core.shape, rank), _cp_network(tensor.shape, rank)
     best: tuple[list[Tensor], float] | None = None
     for start in range(n_starts):
-        found = alternate(small, core, _start(core, rank, start, generator), n_sweeps=_N_SWEEPS)
+        found = alternate(small, core, _start(core, rank, start, generator), n_sweeps=_N_SWEEPS, tol=_TOL)
         if best is None or found[1] < best[1]:
             best = found
     assert best is not None

@@ -83,9 +83,6 @@ class Kronecker(ChainFormat):
         filters = 2 * inner * m1 * math.prod(spec.weight.kernel)
         return [
             (2 * inner * n2 * in_positions, 2 * (n1 * n2 + inner) * in_positions),
-            (
-                2 * inner * m1 * math.prod(spec.weight.kernel) * out_positions,
-                inner * in_positions + outer * out_positions,
-            ),
+            (filters * out_positions, inner * in_positions + outer * out_positions),
             (0, 2 * outer * out_positions),
         ]

@@ -13,17 +13,19 @@ import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from tensortrain.contract import ContractionPlan, CostModel, Network, NetworkPlan, plan_network
-from tensortrain.contract.network import contraction, contraction_flops, run
+from tensortrain.contract import ContractionPlan, CostModel, Network, plan_network
+from tensortrain.contract.network import Product, contraction, contraction_flops, run
 from tensortrain.errors import DTypeError, ModeIndexError
 from tensortrain.tensor.linalg import singular_values
 from tensortrain.tensor.tolerance import checked_eps, compute_dtype
 
-from .base import FactorSpec, Format, Rank, Spatial, WeightShape, equal_norms
+from .base import FactorSpec, Format, Rank, Spatial, WeightShape, equal_norms, get_format
 from .layout import matrix_to_weight, order_gram, weight_to_matrix
 from .ranks import resolve_rank_tuple
 from .whitening import KroneckerNorm, keep_promise
@@ -92,6 +94,9 @@ class NetworkFormat(Format):
 
     def network(self, spec: FactorSpec) -> Network:
         """The network of one group."""
+        return _network(_plain(spec), spec.ranks)
+
+    def _build_network(self, spec: FactorSpec) -> Network:
         outs, ins = self.out_legs(spec), self.in_legs(spec)
         sizes = {**outs, **ins, **self.rank_legs(spec)}
         return Network(self.core_legs(spec), tuple(outs), tuple(ins), tuple(sizes.items()))
@@ -248,21 +253,12 @@ class NetworkFormat(Format):
         shifts = torch.eye(positions, dtype=x.dtype, device=x.device).reshape(positions, 1, *spec.weight.kernel)
         y = spatial(x.reshape(b * c, 1, *x.shape[2:]), shifts)  # (b c) x *p
         places = y.shape[2:]
-        y = y.reshape(b, c, positions, places.numel()).permute(0, 3, 2, 1).flatten(2)  # b p (x c)
+        y = y.reshape(b, c, positions, places.numel()).permute(0, 3, 2, 1)  # b p x c
         rows = _TRACED_ROWS if torch.compiler.is_compiling() else y.shape[0] * y.shape[1]
-        y = self._row_plan(spec, rows, cores).execute(y, cores)
-        return y.transpose(1, 2).reshape(b, spec.weight.out_features, *places)
-
-    def _row_plan(self, spec: FactorSpec, rows: int, cores: Sequence[Tensor]) -> NetworkPlan:
-        return plan_network(
-            self.network(spec),
-            batch=1 << max(0, rows - 1).bit_length(),
-            dtype=cores[0].dtype,
-            training=torch.is_grad_enabled(),
-            force="factorized",
-            # Which order is best hardly depends on the constants, and a traced graph cannot measure them.
-            cost_model=CostModel.reference("cuda" if cores[0].is_cuda else "cpu"),
-        )
+        steps = _row_steps(_plain(spec), spec.ranks, rows)
+        y = run(steps, [y.reshape(-1, *self.in_legs(spec).values()), *cores])
+        y = y.reshape(b, places.numel(), spec.weight.out_features).transpose(1, 2)
+        return y.reshape(b, spec.weight.out_features, *places)
 
     def conv_work(self, spec: FactorSpec, in_positions: int, out_positions: int) -> list[tuple[int, int]]:
         weight, positions = spec.weight.one_group(), math.prod(spec.weight.kernel)
@@ -301,6 +297,32 @@ class NetworkFormat(Format):
         return max(1, contraction_flops(_lookup_steps(legs, network, 1024)) // 2048)
 
 
+# A traced program takes networks and plans as constants. What it passes for them may only be plain data, since
+# dataclasses made while tracing cannot be turned into constants.
+
+
+def _plain(spec: FactorSpec) -> tuple[Any, ...]:
+    w = spec.weight
+    return spec.format, (w.kind, w.out_features, w.in_features, w.kernel, w.groups), spec.out_modes, spec.in_modes
+
+
+@torch.compiler.assume_constant_result
+@lru_cache(maxsize=4096)
+def _network(plain: tuple[Any, ...], ranks: tuple[int, ...]) -> Network:
+    name, weight, outs, ins = plain
+    fmt = get_format(name)
+    assert isinstance(fmt, NetworkFormat)
+    return fmt._build_network(FactorSpec(name, WeightShape(*weight), outs, ins, ranks))
+
+
+@torch.compiler.assume_constant_result
+def _row_steps(plain: tuple[Any, ...], ranks: tuple[int, ...], rows: int) -> tuple[Product, ...]:
+    """Products that multiply about so many rows; which order is best hardly depends on device and dtype."""
+    bucket = 1 << max(0, rows - 1).bit_length()
+    plan = plan_network(_network(plain, ranks), batch=bucket, force="factorized", cost_model=CostModel.reference())
+    return plan.steps
+
+
 def balanced_spectrum(tensor: Tensor, n_out: int) -> Tensor:
     """Singular values of the unfolding (outputs, inputs), the most balanced one that a rank cuts."""
     return singular_values(tensor.reshape(math.prod(tensor.shape[:n_out]), -1))
@@ -335,12 +357,12 @@ def _digits(ids: Tensor, modes: Sequence[int]) -> list[Tensor]:
     return digits[::-1]
 
 
-def _lookup_steps(legs: tuple[tuple[str, ...], ...], network: Network, n_ids: int):  # type: ignore[no-untyped-def]
+def _lookup_steps(legs: tuple[tuple[str, ...], ...], network: Network, n_ids: int) -> tuple[Product, ...]:
     bucket = 1 << max(0, n_ids - 1).bit_length()
     return contraction(legs, (_IDS, *network.out_legs), (*network.sizes, (_IDS, bucket)))
 
 
-def _bytes_per_id(steps, n_ids: int, item: int) -> int:  # type: ignore[no-untyped-def]
+def _bytes_per_id(steps: Sequence[Product], n_ids: int, item: int) -> int:
     bucket = 1 << max(0, n_ids - 1).bit_length()
     return item * max(1, -(-max(step.numel for step in steps) // bucket))
 

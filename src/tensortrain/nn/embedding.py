@@ -180,6 +180,9 @@ def _scale_gradient(rows: Tensor, ids: Tensor) -> Tensor:
 
 def _row_products(spec: FactorSpec) -> int:
     """Multiply-adds of one row, sweeping from the first core."""
+    counted = get_format(spec.format).row_products(spec)
+    if counted is not None:
+        return counted
     modes, ranks = spec.out_modes, spec.ranks
     if len(modes) == 1:
         return ranks[1] * modes[0]

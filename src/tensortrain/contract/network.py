@@ -110,6 +110,13 @@ class Network:
         others = {leg for n, legs in enumerate(self.cores) for leg in legs if n != k}
         return tuple(leg for leg in self.cores[k] if leg in (*self.out_legs, *self.in_legs) and leg not in others)
 
+    def core_fans(self) -> tuple[tuple[int, int], ...]:
+        """What every core sums over, and the new legs it brings, when rows meet the cores in their order."""
+        steps = contraction(
+            ((BATCH, *self.in_legs), *self.cores), (BATCH, *self.out_legs), (*self.sizes, (BATCH, 1)), "forward"
+        )
+        return tuple((step.k, step.n) for step in steps)
+
     def to_dense(self, cores: Sequence[Tensor]) -> Tensor:
         """The dense weight ``(M, N)``, differentiably."""
         steps = contraction(self.cores, (*self.out_legs, *self.in_legs), self.sizes)

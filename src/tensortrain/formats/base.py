@@ -397,6 +397,35 @@ class Format(ABC):
         n_cores = len(self.group_core_shapes(spec))
         return (sigma**2 / self.n_paths(spec)) ** (1 / (2 * n_cores))
 
+    def core_fans(self, spec: FactorSpec) -> tuple[tuple[int, int], ...]:
+        """Inputs and outputs ``(f_in, f_out)`` of every core, seen as a dense layer that runs in batch.
+
+        What a core sums over, and what it makes of it, when the cores are applied in their stored order. They set
+        the scale of its entries (``init_structured_``) and, for an optimizer like Adam, its learning rate
+        ``lr * (d_in / f_in) / n_cores``.
+
+        Source: Qiu et al., ICML 2024, arXiv:2406.06248, section 3.
+        """
+        one = spec.one_group()
+        shape = self.contraction(one)
+        if isinstance(shape, Network):
+            return shape.core_fans()
+        if shape is None:
+            raise KindError(f"format {self.name!r} does not know the fans of its cores. Override core_fans.")
+        return tuple((r * n, m * s) for r, m, n, s in shape.core_shapes)
+
+    @torch.no_grad()
+    def init_structured_(
+        self, cores: Sequence[Tensor], spec: FactorSpec, generator: torch.Generator | None = None
+    ) -> None:
+        """Fill every core with the standard deviation ``sqrt(1 / f_in) min(1, sqrt(f_out / f_in))``.
+
+        Activations then keep their size whatever the width. Source: as ``core_fans``.
+        """
+        for core, (f_in, f_out) in zip(cores, self.core_fans(spec), strict=True):
+            if not core.is_meta:
+                core.normal_(0.0, min(1.0, math.sqrt(f_out / f_in)) / math.sqrt(f_in), generator=generator)
+
     @torch.no_grad()
     def init_(
         self,

@@ -72,6 +72,10 @@ class Tucker2(Format):
     def max_matrix_rank(self, spec: FactorSpec) -> int:
         return min(spec.ranks)
 
+    def core_fans(self, spec: FactorSpec) -> tuple[tuple[int, int], ...]:
+        weight, (r_in, r_out) = spec.weight.one_group(), spec.ranks
+        return (weight.in_features, r_in), (r_in * math.prod(weight.kernel), r_out), (r_out, weight.out_features)
+
     def dense_group(self, cores: Sequence[Tensor], spec: FactorSpec) -> Tensor:
         inner, core, outer = cores
         kernel = torch.einsum("oix,ic->ocx", core.flatten(2), inner)

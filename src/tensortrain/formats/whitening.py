@@ -32,6 +32,7 @@ __all__ = [
     "root_and_inverse",
 ]
 
+Side = Literal["in", "out"]
 _SKETCH = 96
 DAMPING = 1e-2  # of the mean diagonal: keeps directions that few calibration samples saw (paper's advice)
 
@@ -159,19 +160,25 @@ class KroneckerNorm:
             out_roots = [root_and_inverse(factor) for factor in kronecker_factors(output_gram, out_modes)]
         return cls(gram, output_gram, in_roots, out_roots, tuple(in_modes), tuple(out_modes))
 
-    def whiten(self, matrix: Tensor) -> Tensor:
-        """``F^(1/2) W H^(1/2)`` with the fitted moments."""
-        matrix = _apply_by_mode(matrix, [root for root, _ in self.in_roots], self.in_modes)
-        if self.out_roots:
+    def whiten(self, matrix: Tensor, sides: Sequence[Side] = ("in", "out")) -> Tensor:
+        """``F^(1/2) W H^(1/2)`` with the fitted moments, or one side of it."""
+        if "in" in sides:
+            matrix = _apply_by_mode(matrix, [root for root, _ in self.in_roots], self.in_modes)
+        if "out" in sides and self.out_roots:
             matrix = _apply_by_mode(matrix.T, [root for root, _ in self.out_roots], self.out_modes).T
         return matrix
 
-    def undo(self, core: Tensor, side: Literal["in", "out"], k: int, axis: int) -> Tensor:
-        """Take the root of one mode off again: ``axis`` of ``core`` is mode ``k`` of that side."""
+    def apply(self, core: Tensor, side: Side, k: int, axis: int) -> Tensor:
+        """Put the root of one mode on: ``axis`` of ``core`` is mode ``k`` of that side."""
+        return self._multiplied(core, side, k, axis, 0)
+
+    def undo(self, core: Tensor, side: Side, k: int, axis: int) -> Tensor:
+        """Take the root of one mode off again."""
+        return self._multiplied(core, side, k, axis, 1)
+
+    def _multiplied(self, core: Tensor, side: Side, k: int, axis: int, which: int) -> Tensor:
         roots = self.in_roots if side == "in" else self.out_roots
-        if not roots:
-            return core
-        return apply_root(core.movedim(axis, -1), roots[k][1]).movedim(-1, axis)
+        return apply_root(core.movedim(axis, -1), roots[k][which]).movedim(-1, axis) if roots else core
 
     def error(self, difference: Tensor, matrix: Tensor) -> float:
         """Relative error in the true norm, not in the fitted one."""

@@ -25,7 +25,7 @@ from tensortrain.formats import Factorization, FactorSpec, Format, Rank, WeightS
 __all__ = ["FactorizedLayer", "Implementation"]
 
 Implementation = Literal["auto", "factorized", "dense"]
-Init = Literal["match", "glorot", "he"] | float | None
+Init = Literal["match", "glorot", "he", "structured"] | float | None
 Self = TypeVar("Self", bound="FactorizedLayer")
 _FORCE: dict[str, Any] = {"auto": None, "dense": "dense", "factorized": "factorized"}
 _COMPILE_BATCH = 32  # a traced graph cannot choose by batch size, so it is planned for this one
@@ -82,9 +82,13 @@ class FactorizedLayer(nn.Module):
         """Draw cores anew, so that the dense weight has the variance that ``init`` names.
 
         ``"match"`` is the variance of torch's own layer, ``"glorot"`` is ``2 / (fan_in + fan_out)``,
-        ``"he"`` is ``2 / fan_in``, a number is the standard deviation itself.
+        ``"he"`` is ``2 / fan_in``, a number is the standard deviation itself. ``"structured"`` scales every core
+        by its own fans instead (``Format.core_fans``).
         """
-        self.format.init_(list(self.cores), self.spec, self._sigma(init), generator)
+        if init == "structured":
+            self.format.init_structured_(list(self.cores), self.spec, generator)
+        else:
+            self.format.init_(list(self.cores), self.spec, self._sigma(init), generator)
         if self.bias is not None and not self.bias.is_meta:
             bound = 1 / math.sqrt(max(1, self.spec.weight.fan_in))
             with torch.no_grad():
@@ -101,7 +105,9 @@ class FactorizedLayer(nn.Module):
             return math.sqrt(2 / weight.fan_in)
         if init == "match":
             return self._matching_sigma()
-        raise ShapeError(f"init must be 'match', 'glorot', 'he' or a number: found {init!r}. Pass 'match'.")
+        raise ShapeError(
+            f"init must be 'match', 'glorot', 'he', 'structured' or a number: found {init!r}. Pass 'match'."
+        )
 
     def _matching_sigma(self) -> float:
         return 1 / math.sqrt(3 * max(1, self.spec.weight.fan_in))  # torch draws from U(+-1/sqrt(fan_in))

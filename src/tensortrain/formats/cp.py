@@ -28,6 +28,8 @@ __all__ = ["CP", "cp_factors"]
 _N_STARTS = 3  # the first from the singular vectors, the others random
 _N_SWEEPS = 100
 _TOL = 1e-6  # of the squared error, per sweep: CP fits often pause before they go on
+_N_LAST = 500  # more for the best start, where they cost little: convergence is slow near the end
+_SMALL = 300_000
 _N_POLISH = 12  # on the whole tensor, after the fit to its compressed core
 _GROWTH = 1.25
 
@@ -193,6 +195,8 @@ def _alternated(tensor: Tensor, rank: int, n_starts: int) -> tuple[list[Tensor],
         if best is None or found[1] < best[1]:
             best = found
     assert best is not None
+    if n_starts > 1 and core.numel() * rank <= _SMALL:
+        best = alternate(small, core, best[0], n_sweeps=_N_LAST, tol=_TOL * 1e-2)
     factors = [basis @ factor for basis, factor in zip(bases, best[0], strict=True)]
     if core.numel() == tensor.numel():
         return equal_norms(factors), best[1]

@@ -68,7 +68,7 @@ class Kronecker(ChainFormat):
         first, second = cores
         (m1, m2), (n1, n2), rank = spec.out_modes, spec.in_modes, spec.ranks[1]
         b, places = x.shape[0], x.shape[2:]
-        y = torch.einsum("bcdp,red->becrp", x.reshape(b, n1, n2, -1), second[..., 0])
+        y = torch.einsum("bcdp,red->becrp", x.reshape(b, n1, n2, places.numel()), second[..., 0])
         kernel = first.reshape(m1, *spec.weight.kernel, n1, rank)
         kernel = kernel.movedim((-2, -1), (1, 2)).reshape(m1, n1 * rank, *spec.weight.kernel)
         y = spatial(y.reshape(b * m2, n1 * rank, *places), kernel)

@@ -45,7 +45,8 @@ def kronecker() -> Iterator[None]:
 
 def test_names_are_sorted_and_known() -> None:
     assert format_names() == tuple(sorted(format_names()))
-    assert {"tt", "tt-naive", "tucker2", "low_rank"} <= set(format_names())
+    chains = {"tt", "tt-naive", "low_rank", "kronecker", "tt_separate"}
+    assert {*chains, "tucker2", "cp", "tucker", "ring", "block_term", "btt"} <= set(format_names())
     for name in format_names():
         fmt = get_format(name)
         assert fmt.name == name
@@ -88,7 +89,7 @@ def test_a_format_serves_only_its_kinds() -> None:
 
 
 def test_once_gone_it_is_unknown_again() -> None:
-    with pytest.raises(ShapeError, match=r"'toy-kronecker', known are \['low_rank', 'tt'"):
+    with pytest.raises(ShapeError, match=r"'toy-kronecker', known are \['block_term', 'btt', 'cp'"):
         tt.nn.Linear(12, 20, format="toy-kronecker")
 
 

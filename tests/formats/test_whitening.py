@@ -15,7 +15,7 @@ from tensortrain.formats import WeightShape, get_format, output_error
 from tensortrain.formats.whitening import DAMPING, kronecker_factors, root_and_inverse
 from tensortrain.testing import rel_error
 
-FORMATS = ("tt", "tt-naive", "tucker2", "low_rank")
+FORMATS = ("tt", "tt-naive", "tucker2", "low_rank", "tucker", "kronecker")
 
 
 def samples(n: int, count: int = 400, spread: float = 2.0) -> Tensor:
@@ -169,6 +169,16 @@ CASES: dict[str, tuple[str, WeightShape]] = {
     "low_rank linear": ("low_rank", WeightShape("linear", 16, 24)),
     "low_rank conv": ("low_rank", WeightShape("conv", 9, 6, (3, 2))),
     "low_rank embedding": ("low_rank", WeightShape("embedding", 8, 23)),
+    "tucker linear": ("tucker", WeightShape("linear", 16, 24)),
+    "tucker conv": ("tucker", WeightShape("conv", 9, 6, (3, 2))),
+    "ring linear": ("ring", WeightShape("linear", 16, 24)),
+    "block_term embedding": ("block_term", WeightShape("embedding", 8, 23)),
+    "btt linear": ("btt", WeightShape("linear", 16, 24)),
+    "btt conv": ("btt", WeightShape("conv", 9, 6, (3, 2))),
+    "btt embedding": ("btt", WeightShape("embedding", 8, 23)),
+    "kronecker linear": ("kronecker", WeightShape("linear", 16, 24)),
+    "kronecker conv": ("kronecker", WeightShape("conv", 9, 6, (3, 2))),
+    "tt_separate linear": ("tt_separate", WeightShape("linear", 16, 24)),
 }
 every_case = pytest.mark.parametrize("name", CASES)
 

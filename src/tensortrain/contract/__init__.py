@@ -6,12 +6,15 @@ from tensortrain.contract.choose import plan_chain
 from tensortrain.contract.cost import CostModel, cost_model, measure_cost_model, use_cost_model
 from tensortrain.contract.lookup import chain_lookup
 from tensortrain.contract.merge import chain_to_dense, merge_cores
+from tensortrain.contract.network import Network, NetworkPlan, plan_network
 from tensortrain.contract.plan import ContractionPlan, Step
 
 __all__ = [
     "Chain",
     "ContractionPlan",
     "CostModel",
+    "Network",
+    "NetworkPlan",
     "Step",
     "WeightCache",
     "chain_lookup",
@@ -20,5 +23,6 @@ __all__ = [
     "measure_cost_model",
     "merge_cores",
     "plan_chain",
+    "plan_network",
     "use_cost_model",
 ]

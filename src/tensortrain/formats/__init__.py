@@ -1,6 +1,6 @@
 """Weight formats: how a dense weight is written as a few small cores. One file each, one registry."""
 
-from . import low_rank, tt, tt_naive, tucker2  # each registers itself
+from . import block_term, btt, cp, kronecker, low_rank, ring, tt, tt_naive, tt_separate, tucker, tucker2  # registered
 from .base import (
     Factorization,
     FactorSpec,
@@ -14,6 +14,7 @@ from .base import (
 )
 from .chain import ChainFormat, balance_chain
 from .modes import ModeChoice, default_order, search_modes, suggest_modes, suggest_padded_modes
+from .network import NetworkFormat
 from .rank_path import RankPoint, even_path, rank_path
 from .whitening import energy, output_error
 
@@ -24,23 +25,31 @@ __all__ = [
     "Format",
     "Kind",
     "ModeChoice",
+    "NetworkFormat",
     "Rank",
     "RankPoint",
     "WeightShape",
     "balance_chain",
+    "block_term",
+    "btt",
+    "cp",
     "default_order",
     "energy",
     "even_path",
     "format_names",
     "get_format",
+    "kronecker",
     "low_rank",
     "output_error",
     "rank_path",
     "register",
+    "ring",
     "search_modes",
     "suggest_modes",
     "suggest_padded_modes",
     "tt",
     "tt_naive",
+    "tt_separate",
+    "tucker",
     "tucker2",
 ]

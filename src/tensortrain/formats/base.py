@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from tensortrain.contract import Chain, ContractionPlan
+from tensortrain.contract import Chain, ContractionPlan, Network
 from tensortrain.errors import DTypeError, KindError, NonFiniteError, ShapeError
 from tensortrain.tensor import Approximation, default_eps
 from tensortrain.tensor.tolerance import compute_dtype
@@ -34,7 +34,7 @@ __all__ = [
 
 Kind = Literal["linear", "conv", "embedding"]
 Rank = int | float | str | Sequence[int]
-Spatial = Callable[[Tensor, Tensor], Tensor]
+Spatial = Callable[..., Tensor]  # (x, kernel, bias=None, groups=1)
 
 
 @dataclass(frozen=True)
@@ -223,6 +223,10 @@ class Format(ABC):
     def inner_ranks(self, spec: FactorSpec) -> tuple[int, ...]:
         """The ranks that can be chosen (without fixed boundary ones), one per entry of ``spectra``."""
 
+    def with_inner(self, spec: FactorSpec, inner: Sequence[int]) -> FactorSpec:
+        """The spec with other ``inner_ranks``."""
+        return replace(spec, ranks=tuple(inner))
+
     def max_matrix_rank(self, spec: FactorSpec) -> int:
         """Largest rank of the map from one group's inputs to its outputs (channels, for a convolution).
 
@@ -252,6 +256,10 @@ class Format(ABC):
         """The chain that carries the layer's matrix-vector product, if there is one (one group)."""
         return None
 
+    def contraction(self, spec: FactorSpec) -> Chain | Network | None:
+        """What carries a linear layer's product: the chain, or the network of a format that is none (one group)."""
+        return self.chain(spec)
+
     def convolve(
         self,
         x: Tensor,
@@ -264,7 +272,8 @@ class Format(ABC):
 
         Args:
             x: ``(b, C, *positions)``.
-            spatial: ``spatial(x, kernel)`` convolves with the layer's stride, padding and dilation.
+            spatial: ``spatial(x, kernel, bias=None, groups=1)`` convolves with the layer's stride, padding
+                and dilation.
             plan: Plan of ``channel_chain``, where the format has one.
 
         Returns:
@@ -283,6 +292,10 @@ class Format(ABC):
     def lookup(self, ids: Tensor, cores: Sequence[Tensor], spec: FactorSpec) -> Tensor:
         """Rows of an embedding: ``(*ids.shape, J)``."""
         raise KindError(f"format {self.name!r} does not look up rows. Choose another format.")
+
+    def row_products(self, spec: FactorSpec) -> int | None:
+        """Multiply-adds of one row of ``lookup``, where the format counts them itself."""
+        return None
 
     # -- the same for every format ------------------------------------------------------------------
 
@@ -360,7 +373,7 @@ class Format(ABC):
             _, cores, bound = min(again, first, key=lambda one: one[2])  # more ranks need not mean less error
             squared += bound**2 * _energy(block)
             for stack, core, shape in zip(stacks, cores, shapes, strict=True):
-                stack.append(_zero_pad(core, shape))
+                stack.append(zero_pad(core, shape))
         total = _energy(dense)
         relative = math.sqrt(squared / total) * (1 + 1e-12) if total > 0 else 0.0  # sums round differently
         cores_out = tuple(torch.stack(stack) for stack in stacks)
@@ -383,6 +396,35 @@ class Format(ABC):
         """
         n_cores = len(self.group_core_shapes(spec))
         return (sigma**2 / self.n_paths(spec)) ** (1 / (2 * n_cores))
+
+    def core_fans(self, spec: FactorSpec) -> tuple[tuple[int, int], ...]:
+        """Inputs and outputs ``(f_in, f_out)`` of every core, seen as a dense layer that runs in batch.
+
+        What a core sums over, and what it makes of it, when the cores are applied in their stored order. They set
+        the scale of its entries (``init_structured_``) and, for an optimizer like Adam, its learning rate
+        ``lr * (d_in / f_in) / n_cores``.
+
+        Source: Qiu et al., ICML 2024, arXiv:2406.06248, section 3.
+        """
+        one = spec.one_group()
+        shape = self.contraction(one)
+        if isinstance(shape, Network):
+            return shape.core_fans()
+        if shape is None:
+            raise KindError(f"format {self.name!r} does not know the fans of its cores. Override core_fans.")
+        return tuple((r * n, m * s) for r, m, n, s in shape.core_shapes)
+
+    @torch.no_grad()
+    def init_structured_(
+        self, cores: Sequence[Tensor], spec: FactorSpec, generator: torch.Generator | None = None
+    ) -> None:
+        """Fill every core with the standard deviation ``sqrt(1 / f_in) min(1, sqrt(f_out / f_in))``.
+
+        Activations then keep their size whatever the width. Source: as ``core_fans``.
+        """
+        for core, (f_in, f_out) in zip(cores, self.core_fans(spec), strict=True):
+            if not core.is_meta:
+                core.normal_(0.0, min(1.0, math.sqrt(f_out / f_in)) / math.sqrt(f_in), generator=generator)
 
     @torch.no_grad()
     def init_(
@@ -474,7 +516,17 @@ def pointwise(x: Tensor, matrix: Tensor) -> Tensor:
     return torch.matmul(matrix, x.flatten(2)).reshape(x.shape[0], matrix.shape[0], *x.shape[2:])
 
 
-def _zero_pad(core: Tensor, shape: Sequence[int]) -> Tensor:
+def equal_norms(cores: Sequence[Tensor]) -> list[Tensor]:
+    """The same product from cores of one Frobenius norm: gradients of a core grow with the norms of the others."""
+    norms = [float(core.norm()) for core in cores]
+    if min(norms) == 0:
+        return list(cores)
+    logs = [math.log(norm) for norm in norms]
+    mean = sum(logs) / len(logs)
+    return [core * math.exp(mean - log) for core, log in zip(cores, logs, strict=True)]
+
+
+def zero_pad(core: Tensor, shape: Sequence[int]) -> Tensor:
     if tuple(core.shape) == tuple(shape):
         return core
     padded = core.new_zeros(tuple(shape))

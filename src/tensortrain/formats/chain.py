@@ -10,29 +10,34 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from tensortrain.contract import Chain, ContractionPlan, chain_lookup, chain_to_dense, merge_cores
 from tensortrain.tensor import resolve_ranks, tt_svd, unfolding_spectra
 from tensortrain.tensor.tolerance import compute_dtype
 
+from .als import alternate, chain_network, sweep_flops
 from .base import FactorSpec, Format, Rank, Spatial, WeightShape
-from .whitening import apply_root, check_gram, keep_promise, kronecker_factors, output_error, root_and_inverse
+from .layout import matrix_to_weight, order_gram, weight_to_matrix
+from .whitening import DAMPING, KroneckerNorm, keep_promise
 
 __all__ = ["ChainFormat", "balance_chain"]
 
 Modes = tuple[int, ...]
-_SKETCH = 96
+_LARGEST_GRAM = 4096  # inputs up to which a weighted decomposition is refined by least squares
+_MOST_REFINED_LEGS = 24  # twice as many must have letters in an einsum
+_N_REFINING = 4
+_N_PROBING = 2
 
 
 class ChainFormat(Format):
     """A format whose cores chain up to a TT-matrix."""
 
+    refine_flops: ClassVar[float] = 2e10  # most that least squares after a weighted decomposition may cost; 0: none
     whitens_exactly: ClassVar[bool] = False  # whether the Kronecker fit over these modes is the moment itself
 
     @abstractmethod
@@ -91,6 +96,9 @@ class ChainFormat(Format):
     def inner_ranks(self, spec: FactorSpec) -> tuple[int, ...]:
         return spec.ranks[1:-1]
 
+    def with_inner(self, spec: FactorSpec, inner: Sequence[int]) -> FactorSpec:
+        return replace(spec, ranks=(1, *inner, 1))
+
     def max_matrix_rank(self, spec: FactorSpec) -> int:
         """The smallest cut that parts input legs from output legs, every core on one of the two sides.
 
@@ -119,7 +127,7 @@ class ChainFormat(Format):
         if gram is None:
             cores, bound = self._decompose(matrix, spec, eps)
             return (*self._stored(cores, spec, dense.dtype), bound)
-        norm = _Norm.of(self, spec, gram, output_gram)
+        norm = self._norm(spec, gram, output_gram)
         wide = matrix.double()
         if eps is not None:
             return keep_promise(eps, spec.ranks, lambda cut: self._attempt(wide, spec, cut, norm, dense.dtype, True))
@@ -127,17 +135,56 @@ class ChainFormat(Format):
         if self.whitens_exactly:
             return found
         # The Kronecker fit of H is not H itself: keep the plain decomposition where it serves H better.
-        return min(found, self._attempt(wide, spec, None, norm, dense.dtype, False), key=lambda one: one[2])
+        found = min(found, self._attempt(wide, spec, None, norm, dense.dtype, False), key=lambda one: one[2])
+        reached = replace(spec, ranks=found[0])
+        begun = [core.double() for core in self.to_chain(found[1], reached)]
+        refined = self._refined(wide, reached, begun, norm, _N_REFINING)
+        if refined is None:
+            return found
+        return min(found, self._measured(wide, spec, refined, norm, dense.dtype), key=lambda one: one[2])
+
+    def _refined(
+        self, matrix: Tensor, spec: FactorSpec, cores: Sequence[Tensor], norm: KroneckerNorm, n_sweeps: int
+    ) -> list[Tensor] | None:
+        """Chain cores after alternating least squares in the norm of the inputs' true second moment, if affordable.
+
+        Outputs are weighted by the Kronecker fit of their moment. Damping keeps the directions that no sample saw.
+        Source of the idea: DMRG sweeps in the norm of a quadratic form; each core is a linear least squares problem.
+        """
+        chain = self.chain(spec)
+        network = chain_network(chain)
+        too_large = chain.in_features > _LARGEST_GRAM or len(network.sizes) > _MOST_REFINED_LEGS
+        if too_large or _N_REFINING * sweep_flops(network, weighted=True) > self.refine_flops:
+            return None
+        gram = torch.diag(norm.gram) if norm.gram.ndim == 1 else norm.gram
+        gram = gram + DAMPING * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+        begun = [norm.apply(core, "out", k, axis=1) for k, core in enumerate(cores)]
+        begun = [core.reshape(shape) for core, shape in zip(begun, network.core_shapes, strict=True)]
+        target = norm.whiten(matrix, sides=("out",)).reshape(*chain.out_modes, *chain.in_modes)
+        found, _ = alternate(network, target, begun, gram=gram, n_sweeps=n_sweeps, tol=1e-3)
+        found = [core.reshape(shape) for core, shape in zip(found, chain.core_shapes, strict=True)]
+        return balance_chain([norm.undo(core, "out", k, axis=1) for k, core in enumerate(found)])
 
     def _attempt(
-        self, matrix: Tensor, spec: FactorSpec, eps: float | None, norm: _Norm, dtype: torch.dtype, whitened: bool
+        self,
+        matrix: Tensor,
+        spec: FactorSpec,
+        eps: float | None,
+        norm: KroneckerNorm,
+        dtype: torch.dtype,
+        whitened: bool,
     ) -> tuple[tuple[int, ...], tuple[Tensor, ...], float]:
         """Cores from a decomposition in the fitted norm or in the plain one, with their error in the true norm."""
 
         def decompose(one: Tensor) -> list[Tensor]:
             return self._decompose(one, spec, eps)[0]
 
-        cores = norm.decompose(matrix, decompose) if whitened else decompose(matrix)
+        cores = _whitened(matrix, norm, decompose) if whitened else decompose(matrix)
+        return self._measured(matrix, spec, cores, norm, dtype)
+
+    def _measured(
+        self, matrix: Tensor, spec: FactorSpec, cores: Sequence[Tensor], norm: KroneckerNorm, dtype: torch.dtype
+    ) -> tuple[tuple[int, ...], tuple[Tensor, ...], float]:
         kept = [core.to(dtype).double() for core in cores]  # the error is that of what is stored
         return (*self._stored(cores, spec, dtype), norm.error(matrix - chain_to_dense(kept), matrix))
 
@@ -145,9 +192,18 @@ class ChainFormat(Format):
         if gram is None or spec.weight.groups > 1:
             return super().probe(dense, spec, gram, output_gram)
         matrix = self.to_matrix(dense.detach(), spec).double()
-        norm = _Norm.of(self, spec, gram, output_gram)
-        cores = norm.decompose(matrix, lambda whitened: self._decompose(whitened, spec, None, method="randomized")[0])
-        return norm.sketched_error(matrix - chain_to_dense(cores), matrix)
+        norm = self._norm(spec, gram, output_gram)
+        cores = _whitened(matrix, norm, lambda one: self._decompose(one, spec, None, method="randomized")[0])
+        error = norm.sketched_error(matrix - chain_to_dense(cores), matrix)
+        if self.whitens_exactly:
+            return error
+        reached = replace(spec, ranks=(*(core.shape[0] for core in cores), 1))
+        refined = self._refined(matrix, reached, cores, norm, _N_PROBING)
+        return error if refined is None else min(error, norm.sketched_error(matrix - chain_to_dense(refined), matrix))
+
+    def _norm(self, spec: FactorSpec, gram: Tensor, output_gram: Tensor | None) -> KroneckerNorm:
+        outs, ins = self.chain_modes(spec)
+        return KroneckerNorm.of(order_gram(gram, spec.weight, math.prod(ins)), output_gram, outs, ins)
 
     def _decompose(
         self, matrix: Tensor, spec: FactorSpec, eps: float | None, *, method: str = "auto"
@@ -171,7 +227,7 @@ class ChainFormat(Format):
     ) -> list[Tensor]:
         matrix = self.to_matrix(dense.detach(), spec).double()
         if gram is not None:
-            matrix = _Norm.of(self, spec, gram, output_gram).whiten(matrix)
+            matrix = self._norm(spec, gram, output_gram).whiten(matrix)
         outs, ins = self.chain_modes(spec)
         d = len(outs)
         paired = matrix.reshape(*outs, *ins).permute([axis for k in range(d) for axis in (k, d + k)])
@@ -191,35 +247,10 @@ class ChainFormat(Format):
 
     def to_matrix(self, dense: Tensor, spec: FactorSpec) -> Tensor:
         """One group's weight as (outputs, inputs); kernel positions are the slowest input index."""
-        weight = spec.weight
-        if weight.kind == "linear":
-            return dense
-        if weight.kind == "conv":
-            axes = [0, *range(2, 2 + len(weight.kernel)), 1]
-            return dense.permute(axes).reshape(weight.out_features, weight.fan_in)
-        padding = math.prod(self.chain_modes(spec)[1]) - weight.in_features
-        return F.pad(dense, (0, 0, 0, padding)).T
+        return weight_to_matrix(dense, spec.weight, math.prod(self.chain_modes(spec)[1]))
 
     def from_matrix(self, matrix: Tensor, spec: FactorSpec) -> Tensor:
-        weight = spec.weight
-        if weight.kind == "linear":
-            return matrix
-        if weight.kind == "conv":
-            k = len(weight.kernel)
-            kernel = matrix.reshape(weight.out_features, *weight.kernel, weight.in_features)
-            return kernel.permute(0, k + 1, *range(1, k + 1))
-        return matrix.T[: weight.in_features]
-
-    def chain_gram(self, gram: Tensor, spec: FactorSpec) -> Tensor:
-        """Second moment in the order of the chain's input index, padded like it."""
-        weight = spec.weight
-        gram = check_gram(gram, weight.fan_in if weight.kind == "conv" else weight.in_features)
-        if weight.kind == "conv":
-            positions, channels = math.prod(weight.kernel), weight.in_features
-            order = torch.arange(weight.fan_in, device=gram.device).reshape(channels, positions).T.reshape(-1)
-            return gram[order] if gram.ndim == 1 else gram[order][:, order]
-        padding = math.prod(self.chain_modes(spec)[1]) - weight.in_features
-        return F.pad(gram, (0, padding) * gram.ndim)
+        return matrix_to_weight(matrix, spec.weight)
 
     # -- convolution core by core --------------------------------------------------------------------
 
@@ -277,71 +308,13 @@ class ChainFormat(Format):
         return chain_lookup(ids, self.to_chain(cores, spec), self.chain_modes(spec)[1])
 
 
-@dataclass(frozen=True)
-class _Norm:
-    """The error norm of one chain: second moments of inputs and outputs, and roots that act mode by mode."""
-
-    gram: Tensor
-    output_gram: Tensor | None
-    in_roots: list[tuple[Tensor, Tensor]]
-    out_roots: list[tuple[Tensor, Tensor]]
-    in_modes: Modes
-    out_modes: Modes
-
-    @classmethod
-    def of(cls, fmt: ChainFormat, spec: FactorSpec, gram: Tensor, output_gram: Tensor | None) -> _Norm:
-        outs, ins = fmt.chain_modes(spec)
-        gram = fmt.chain_gram(gram, spec)
-        in_roots = [root_and_inverse(factor) for factor in kronecker_factors(gram, ins)]
-        out_roots = []
-        if output_gram is not None:
-            output_gram = check_gram(output_gram, spec.weight.out_features)
-            out_roots = [root_and_inverse(factor) for factor in kronecker_factors(output_gram, outs)]
-        return cls(gram, output_gram, in_roots, out_roots, ins, outs)
-
-    def whiten(self, matrix: Tensor) -> Tensor:
-        matrix = _apply_by_mode(matrix, [root for root, _ in self.in_roots], self.in_modes)
-        if self.out_roots:
-            matrix = _apply_by_mode(matrix.T, [root for root, _ in self.out_roots], self.out_modes).T
-        return matrix
-
-    def decompose(self, matrix: Tensor, decompose: Callable[[Tensor], list[Tensor]]) -> list[Tensor]:
-        """Decompose the whitened matrix and take the roots off again, core by core."""
-        cores = decompose(self.whiten(matrix))
-        for k, (_, inverse) in enumerate(self.in_roots):
-            cores[k] = _on_axis(cores[k], inverse, 2)
-        for k, (_, inverse) in enumerate(self.out_roots):
-            cores[k] = _on_axis(cores[k], inverse, 1)
-        return balance_chain(cores)
-
-    def error(self, difference: Tensor, matrix: Tensor) -> float:
-        return output_error(difference, matrix, self.gram, self.output_gram)
-
-    def sketched_error(self, difference: Tensor, matrix: Tensor) -> float:
-        """The same to some per cent, from a few random combinations of the outputs."""
-        mix = torch.randn(_SKETCH, matrix.shape[0], dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(
-            matrix.device
-        )
-        if self.out_roots:
-            mix = _apply_by_mode(mix, [root for root, _ in self.out_roots], self.out_modes)
-        return output_error(mix @ difference, mix @ matrix, self.gram)
-
-
-def _apply_by_mode(matrix: Tensor, roots: Sequence[Tensor], modes: Modes) -> Tensor:
-    """``matrix`` (rows, n_1 .. n_d) times the Kronecker product of one root per mode."""
-    for k, root in enumerate(roots):
-        if modes[k] == 1:
-            matrix = matrix * root.reshape(())
-            continue
-        right = math.prod(modes[k + 1 :])
-        moved = matrix.reshape(-1, modes[k], right).transpose(1, 2)
-        matrix = apply_root(moved, root).transpose(1, 2).reshape(matrix.shape)
-    return matrix
-
-
-def _on_axis(core: Tensor, matrix: Tensor, axis: int) -> Tensor:
-    """Multiply one axis of a core by a (diagonal or full) matrix."""
-    return apply_root(core.movedim(axis, -1), matrix).movedim(-1, axis)
+def _whitened(matrix: Tensor, norm: KroneckerNorm, decompose: Callable[[Tensor], list[Tensor]]) -> list[Tensor]:
+    """Decompose the whitened matrix and take the roots off again, core by core."""
+    cores = decompose(norm.whiten(matrix))
+    for k in range(len(cores)):
+        cores[k] = norm.undo(cores[k], "in", k, axis=2)
+        cores[k] = norm.undo(cores[k], "out", k, axis=1)
+    return balance_chain(cores)
 
 
 def balance_chain(cores: Sequence[Tensor]) -> list[Tensor]:

@@ -92,7 +92,7 @@ def _inner_caps(spec: FactorSpec) -> tuple[int, ...]:
 def _point(
     spec: FactorSpec, ranks: Sequence[int], bonds: Sequence[tuple[int, ...]], tails: Sequence[list[float]]
 ) -> RankPoint:
-    current = _with_inner(spec, ranks)
+    current = get_format(spec.format).with_inner(spec, ranks)
     squared = sum(_tail(tails[bond[0]], ranks[bond[0]]) for bond in bonds)
     return RankPoint(current, current.n_params, math.sqrt(squared))
 
@@ -107,7 +107,8 @@ def _best_step(
 ) -> list[int] | None:
     """The ranks after raising one bond, where that gains most for each parameter."""
     best: tuple[float, list[int]] | None = None
-    n_params = _with_inner(spec, ranks).n_params
+    fmt = get_format(spec.format)
+    n_params = fmt.with_inner(spec, ranks).n_params
     for bond in bonds:
         rank = ranks[bond[0]]
         raised = min(rank + max(1, int(growth * rank)), caps[bond[0]], _most(spec, ranks, bond))
@@ -115,7 +116,7 @@ def _best_step(
             continue
         trial = [raised if k in bond else r for k, r in enumerate(ranks)]
         gain = _tail(tails[bond[0]], rank) - _tail(tails[bond[0]], raised)
-        merit = gain / max(_with_inner(spec, trial).n_params - n_params, 1)
+        merit = gain / max(fmt.with_inner(spec, trial).n_params - n_params, 1)
         if merit > 0 and (best is None or merit > best[0]):
             best = (merit, trial)
     return None if best is None else best[1]
@@ -144,11 +145,6 @@ def _most(spec: FactorSpec, ranks: Sequence[int], bond: tuple[int, ...]) -> int:
     left = full[first] * outs[first] * ins[first]
     right = full[last + 2] * outs[last + 1] * ins[last + 1]
     return min(left, right)
-
-
-def _with_inner(spec: FactorSpec, ranks: Sequence[int]) -> FactorSpec:
-    bounded = isinstance(get_format(spec.format), ChainFormat)
-    return replace(spec, ranks=(1, *ranks, 1) if bounded else tuple(ranks))
 
 
 def _tails(values: Tensor) -> list[float]:

@@ -18,11 +18,9 @@ import math
 from collections.abc import Sequence
 from typing import ClassVar
 
-from tensortrain.errors import ShapeError
-
-from .base import FactorSpec, Kind, WeightShape, check_modes, register
+from .base import FactorSpec, Kind, WeightShape, register
 from .chain import ChainFormat, Modes
-from .modes import default_order, suggest_modes, suggest_padded_modes
+from .layout import paired_modes
 
 __all__ = ["TT"]
 
@@ -46,21 +44,7 @@ class TT(ChainFormat):
     def default_modes(
         self, weight: WeightShape, out_modes: Sequence[int] | None, in_modes: Sequence[int] | None
     ) -> tuple[Modes, Modes]:
-        pad = weight.kind == "embedding"
-        if in_modes is not None:
-            in_modes = check_modes(in_modes, weight.in_features, "in_modes", pad=pad)
-        if out_modes is not None:
-            out_modes = check_modes(out_modes, weight.out_features, "out_modes")
-        order = _order(weight, out_modes, in_modes)
-        suggest = suggest_padded_modes if pad else suggest_modes
-        ins = in_modes or suggest(weight.in_features, order)
-        outs = out_modes or suggest_modes(weight.out_features, order)[::-1]  # small inputs meet large outputs
-        if len(outs) != len(ins):
-            raise ShapeError(
-                f"in_modes and out_modes must pair up: found {len(ins)} and {len(outs)} modes ({ins} and {outs}). "
-                "Put modes of size 1 where one side has fewer."
-            )
-        return outs, ins
+        return paired_modes(weight, out_modes, in_modes)
 
     def chain_modes(self, spec: FactorSpec) -> tuple[Modes, Modes]:
         if self.n_spatial(spec) == 0:
@@ -69,12 +53,3 @@ class TT(ChainFormat):
 
     def n_spatial(self, spec: FactorSpec) -> int:
         return 1 if math.prod(spec.weight.kernel) > 1 else 0
-
-
-def _order(weight: WeightShape, out_modes: Sequence[int] | None, in_modes: Sequence[int] | None) -> int:
-    if in_modes is not None:
-        return len(in_modes)
-    if out_modes is not None:
-        return len(out_modes)
-    size = weight.out_features if weight.kind == "embedding" else max(weight.out_features, weight.in_features)
-    return max(3, default_order(size)) if weight.kind == "embedding" else default_order(size)

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from tensortrain.contract import ContractionPlan
-from tensortrain.errors import DTypeError, RankError
+from tensortrain.errors import DTypeError
 from tensortrain.tensor.tolerance import checked_eps
 
-from .base import FactorSpec, Format, Kind, Rank, Spatial, WeightShape, check_modes, pointwise, register
+from .base import FactorSpec, Format, Kind, Rank, Spatial, WeightShape, check_modes, equal_norms, pointwise, register
+from .ranks import resolve_rank_tuple
 from .whitening import apply_root, check_gram, keep_promise, kronecker_factors, output_error, root_and_inverse
 
 __all__ = ["Tucker2"]
@@ -71,6 +72,10 @@ class Tucker2(Format):
     def max_matrix_rank(self, spec: FactorSpec) -> int:
         return min(spec.ranks)
 
+    def core_fans(self, spec: FactorSpec) -> tuple[tuple[int, int], ...]:
+        weight, (r_in, r_out) = spec.weight.one_group(), spec.ranks
+        return (weight.in_features, r_in), (r_in * math.prod(weight.kernel), r_out), (r_out, weight.out_features)
+
     def dense_group(self, cores: Sequence[Tensor], spec: FactorSpec) -> Tensor:
         inner, core, outer = cores
         kernel = torch.einsum("oix,ic->ocx", core.flatten(2), inner)
@@ -120,9 +125,7 @@ class Tucker2(Format):
             inner, outer = inverses[1] @ inner, inverses[2] @ outer
         weight = spec.weight.one_group()
         cores = [inner.T, core.reshape(*core.shape[:2], *weight.kernel), outer]
-        scale = [c.norm().clamp_min(1e-300) for c in cores]
-        mean = (scale[0] * scale[1] * scale[2]) ** (1 / 3)
-        cores = [c * (mean / s) for c, s in zip(cores, scale, strict=True)] if float(mean) > 1e-90 else cores
+        cores = equal_norms(cores)
         reached = FactorSpec(spec.format, weight, spec.out_modes, spec.in_modes, ranks)
         stored = tuple(c.to(dense.dtype).contiguous() for c in cores)
         matrix = dense.double().flatten(1)
@@ -178,41 +181,14 @@ class Tucker2(Format):
         return kernel, (x_inverse, c_inverse, o_inverse)
 
 
-def _resolve(weight: WeightShape, rank: Rank, clip: bool) -> tuple[int, int]:
+def _resolve(weight: WeightShape, rank: Rank, clip: bool) -> tuple[int, ...]:
     caps = (weight.in_features, weight.out_features)
-    if isinstance(rank, str):
-        if rank != "same":
-            raise RankError(f"a rank must be a number, a pair, a share or 'same': found {rank!r}. Pass one of these.")
-        return caps
-    if isinstance(rank, Sequence):
-        given: tuple[Any, ...] = tuple(rank)
-        if len(given) != 2 or not all(_is_rank(r) for r in given):
-            raise RankError(
-                f"tucker2 takes two ranks (R_in, R_out), each at least 1: found {given}. Pass rank=({caps[0]}, "
-                f"{caps[1]}) or smaller."
-            )
-        return (min(given[0], caps[0]), min(given[1], caps[1])) if clip else (given[0], given[1])
-    if isinstance(rank, float):
-        return _share(weight, rank, caps)
-    if not _is_rank(rank):
-        raise RankError(f"a rank must be at least 1: found {rank!r}. Pass a positive whole number.")
-    return min(int(rank), caps[0]), min(int(rank), caps[1])
 
+    def count(pair: tuple[int, ...]) -> int:
+        return pair[0] * caps[0] + math.prod(pair) * math.prod(weight.kernel) + pair[1] * caps[1]
 
-def _is_rank(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
-def _share(weight: WeightShape, share: float, caps: tuple[int, int]) -> tuple[int, int]:
-    if not 0 < share <= 1:
-        raise RankError(f"a rank given as a share must lie in (0, 1]: found {share}. Pass for example 0.25.")
-    best = (1, 1)
-    for r in range(1, max(caps) + 1):
-        pair = (min(r, caps[0]), min(r, caps[1]))
-        count = pair[0] * caps[0] + math.prod(pair) * math.prod(weight.kernel) + pair[1] * caps[1]
-        if count <= share * weight.n_params:
-            best = pair
-    return best
+    what = "tucker2 takes two ranks (R_in, R_out)"
+    return resolve_rank_tuple(rank, caps, clip=clip, what=what, dense_params=weight.n_params, count=count)
 
 
 def _channel_grams(kernel: Tensor) -> tuple[Tensor, Tensor]:

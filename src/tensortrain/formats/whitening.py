@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -21,6 +23,7 @@ from torch import Tensor
 from tensortrain.errors import NonFiniteError, ShapeError
 
 __all__ = [
+    "KroneckerNorm",
     "apply_root",
     "check_gram",
     "keep_promise",
@@ -29,6 +32,8 @@ __all__ = [
     "root_and_inverse",
 ]
 
+Side = Literal["in", "out"]
+_SKETCH = 96
 DAMPING = 1e-2  # of the mean diagonal: keeps directions that few calibration samples saw (paper's advice)
 
 
@@ -123,3 +128,79 @@ def keep_promise(eps: float, caps: tuple[int, ...], attempt: Callable[[float], A
         if found[2] <= eps or cut < 1e-3 * eps or all(r >= c for r, c in zip(found[0], caps, strict=True)):
             return found
         cut *= max(0.2, min(0.8, 0.9 * eps / found[2]))
+
+
+@dataclass(frozen=True)
+class KroneckerNorm:
+    """The error norm of one weight: second moments of inputs and outputs, and roots that act mode by mode.
+
+    Args:
+        gram: Second moment of the inputs, in the order of the weight's columns.
+        output_gram: Weight of the outputs, or None.
+        in_roots, out_roots: Roots and inverses, one pair per mode; no ``out_roots`` without ``output_gram``.
+        in_modes, out_modes: Sizes of the modes.
+    """
+
+    gram: Tensor
+    output_gram: Tensor | None
+    in_roots: list[tuple[Tensor, Tensor]]
+    out_roots: list[tuple[Tensor, Tensor]]
+    in_modes: tuple[int, ...]
+    out_modes: tuple[int, ...]
+
+    @classmethod
+    def of(
+        cls, gram: Tensor, output_gram: Tensor | None, out_modes: Sequence[int], in_modes: Sequence[int]
+    ) -> KroneckerNorm:
+        """Fit Kronecker products to the second moments."""
+        in_roots = [root_and_inverse(factor) for factor in kronecker_factors(gram, in_modes)]
+        out_roots = []
+        if output_gram is not None:
+            output_gram = check_gram(output_gram, math.prod(out_modes))
+            out_roots = [root_and_inverse(factor) for factor in kronecker_factors(output_gram, out_modes)]
+        return cls(gram, output_gram, in_roots, out_roots, tuple(in_modes), tuple(out_modes))
+
+    def whiten(self, matrix: Tensor, sides: Sequence[Side] = ("in", "out")) -> Tensor:
+        """``F^(1/2) W H^(1/2)`` with the fitted moments, or one side of it."""
+        if "in" in sides:
+            matrix = _apply_by_mode(matrix, [root for root, _ in self.in_roots], self.in_modes)
+        if "out" in sides and self.out_roots:
+            matrix = _apply_by_mode(matrix.T, [root for root, _ in self.out_roots], self.out_modes).T
+        return matrix
+
+    def apply(self, core: Tensor, side: Side, k: int, axis: int) -> Tensor:
+        """Put the root of one mode on: ``axis`` of ``core`` is mode ``k`` of that side."""
+        return self._multiplied(core, side, k, axis, 0)
+
+    def undo(self, core: Tensor, side: Side, k: int, axis: int) -> Tensor:
+        """Take the root of one mode off again."""
+        return self._multiplied(core, side, k, axis, 1)
+
+    def _multiplied(self, core: Tensor, side: Side, k: int, axis: int, which: int) -> Tensor:
+        roots = self.in_roots if side == "in" else self.out_roots
+        return apply_root(core.movedim(axis, -1), roots[k][which]).movedim(-1, axis) if roots else core
+
+    def error(self, difference: Tensor, matrix: Tensor) -> float:
+        """Relative error in the true norm, not in the fitted one."""
+        return output_error(difference, matrix, self.gram, self.output_gram)
+
+    def sketched_error(self, difference: Tensor, matrix: Tensor) -> float:
+        """The same to some per cent, from a few random combinations of the outputs."""
+        mix = torch.randn(_SKETCH, matrix.shape[0], dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(
+            matrix.device
+        )
+        if self.out_roots:
+            mix = _apply_by_mode(mix, [root for root, _ in self.out_roots], self.out_modes)
+        return output_error(mix @ difference, mix @ matrix, self.gram)
+
+
+def _apply_by_mode(matrix: Tensor, roots: Sequence[Tensor], modes: Sequence[int]) -> Tensor:
+    """``matrix`` (rows, n_1 .. n_d) times the Kronecker product of one root per mode."""
+    for k, root in enumerate(roots):
+        if modes[k] == 1:
+            matrix = matrix * root.reshape(())
+            continue
+        right = math.prod(modes[k + 1 :])
+        moved = matrix.reshape(-1, modes[k], right).transpose(1, 2)
+        matrix = apply_root(moved, root).transpose(1, 2).reshape(matrix.shape)
+    return matrix

@@ -9,14 +9,23 @@ from typing import Any, ClassVar, Literal, TypeVar, get_args
 import torch
 from torch import Tensor, nn
 
-from tensortrain.contract import Chain, ContractionPlan, CostModel, WeightCache, plan_chain
+from tensortrain.contract import (
+    Chain,
+    ContractionPlan,
+    CostModel,
+    Network,
+    NetworkPlan,
+    WeightCache,
+    plan_chain,
+    plan_network,
+)
 from tensortrain.errors import KindError, ShapeError
 from tensortrain.formats import Factorization, FactorSpec, Format, Rank, WeightShape, get_format
 
 __all__ = ["FactorizedLayer", "Implementation"]
 
 Implementation = Literal["auto", "factorized", "dense"]
-Init = Literal["match", "glorot", "he"] | float | None
+Init = Literal["match", "glorot", "he", "structured"] | float | None
 Self = TypeVar("Self", bound="FactorizedLayer")
 _FORCE: dict[str, Any] = {"auto": None, "dense": "dense", "factorized": "factorized"}
 _COMPILE_BATCH = 32  # a traced graph cannot choose by batch size, so it is planned for this one
@@ -74,10 +83,14 @@ class FactorizedLayer(nn.Module):
         """Draw cores anew, so that the dense weight has the variance that ``init`` names.
 
         ``"match"`` is the variance of torch's own layer, ``"glorot"`` is ``2 / (fan_in + fan_out)``,
-        ``"he"`` is ``2 / fan_in``, a number is the standard deviation itself.
+        ``"he"`` is ``2 / fan_in``, a number is the standard deviation itself. ``"structured"`` scales every core
+        by its own fans instead (``Format.core_fans``).
         """
         cores = self._core_list()
-        self.format.init_(cores, self.spec, self._sigma(init), generator)
+        if init == "structured":
+            self.format.init_structured_(cores, self.spec, generator)
+        else:
+            self.format.init_(cores, self.spec, self._sigma(init), generator)
         if len(self.cores._parameters) != len(cores):
             self.cores.assign_(cores)  # type: ignore[operator]  # constrained cores, see orthogonal.py
         if self.bias is not None and not self.bias.is_meta:
@@ -96,7 +109,9 @@ class FactorizedLayer(nn.Module):
             return math.sqrt(2 / weight.fan_in)
         if init == "match":
             return self._matching_sigma()
-        raise ShapeError(f"init must be 'match', 'glorot', 'he' or a number: found {init!r}. Pass 'match'.")
+        raise ShapeError(
+            f"init must be 'match', 'glorot', 'he', 'structured' or a number: found {init!r}. Pass 'match'."
+        )
 
     def _matching_sigma(self) -> float:
         return 1 / math.sqrt(3 * max(1, self.spec.weight.fan_in))  # torch draws from U(+-1/sqrt(fan_in))
@@ -339,15 +354,15 @@ class FactorizedLayer(nn.Module):
     def _trains(self) -> bool:
         return torch.is_grad_enabled() and any(core.requires_grad for core in self._core_list())
 
-    def _chain(self) -> Chain | None:
-        return self.format.chain(self._group_spec)
+    def _chain(self) -> Chain | Network | None:
+        return self.format.contraction(self._group_spec)
 
-    def _make_static_plan(self) -> ContractionPlan | None:
+    def _make_static_plan(self) -> Any:  # ContractionPlan | NetworkPlan | None
         chain = self._chain()
         if chain is None:
             return None
         core = self.cores[0]
-        return plan_chain(
+        return _plan(
             chain,
             batch=_COMPILE_BATCH,
             dtype=core.dtype,
@@ -356,7 +371,7 @@ class FactorizedLayer(nn.Module):
             cost_model=CostModel.reference(self._device_type),
         )
 
-    def _chain_plan(self, rows: int, *, force: Any = None) -> ContractionPlan:
+    def _chain_plan(self, rows: int, *, force: Any = None) -> Any:  # ContractionPlan | NetworkPlan
         """The plan for about so many rows; sizes are rounded up to powers of two so that few are made."""
         bucket = 1 << max(0, rows - 1).bit_length()
         training = self._trains()
@@ -366,7 +381,7 @@ class FactorizedLayer(nn.Module):
             chain = self._chain()
             assert chain is not None
             core = self.cores[0]
-            plan = plan_chain(
+            plan = _plan(
                 chain,
                 batch=bucket,
                 dtype=core.dtype,
@@ -377,6 +392,10 @@ class FactorizedLayer(nn.Module):
             )
             self._plans[key] = plan
         return plan
+
+
+def _plan(shape: Chain | Network, **options: Any) -> ContractionPlan | NetworkPlan:
+    return plan_network(shape, **options) if isinstance(shape, Network) else plan_chain(shape, **options)
 
 
 def _copy_bias(source: Any, target: Any) -> None:

@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from tensortrain.contract import ContractionPlan
+from tensortrain.contract import ContractionPlan, NetworkPlan
 from tensortrain.errors import KindError
 
 from .base import FactorizedLayer
@@ -38,7 +38,7 @@ class MapPlan:
     out_features: int
     rows: int
     calls: int
-    plan: ContractionPlan | None
+    plan: ContractionPlan | NetworkPlan | None
 
     @property
     def dense_flops(self) -> int:

@@ -426,6 +426,9 @@ def scale_gradient(rows: Tensor, counts: Tensor) -> Tensor:
 
 def _row_products(spec: FactorSpec) -> int:
     """Multiply-adds of one row, sweeping from the first core; about so many where the format is no chain."""
+    counted = get_format(spec.format).row_products(spec)
+    if counted is not None:
+        return counted
     chain = get_format(spec.format).chain(spec)
     if chain is None:
         return spec.weight.out_features * max(spec.ranks)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tensortrain.contract import ContractionPlan
+from tensortrain.contract import ContractionPlan, NetworkPlan
 from tensortrain.errors import ShapeError
 from tensortrain.formats import ChainFormat, Rank, WeightShape, get_format
 
@@ -23,7 +23,7 @@ class Linear(FactorizedLayer):
 
     Args:
         in_features, out_features, bias: As ``torch.nn.Linear``.
-        format: ``"tt"`` or ``"low_rank"`` (``tensortrain.formats.format_names()``).
+        format: One of ``tensortrain.formats.format_names()``, such as ``"tt"``, ``"low_rank"``, ``"btt"``, ``"cp"``.
         rank: Number, tuple, share of the dense parameters in (0, 1], or ``"same"``.
         in_modes, out_modes: Factors of the sizes, first slowest; balanced ones when left out.
         init: Variance of the dense weight: ``"match"`` (torch's), ``"glorot"``, ``"he"``, a number;
@@ -79,7 +79,7 @@ class Linear(FactorizedLayer):
     def weight_shape_of(cls, layer: Any) -> WeightShape:
         return WeightShape("linear", layer.out_features, layer.in_features)
 
-    def plan(self, batch: int = 1, *, force: str | None = None) -> ContractionPlan:
+    def plan(self, batch: int = 1, *, force: str | None = None) -> ContractionPlan | NetworkPlan:
         """How the layer runs at this many rows: print it to see steps, flops and predicted time.
 
         Args:
@@ -100,14 +100,16 @@ class Linear(FactorizedLayer):
         y = plan.execute(x, (), self._prepared(plan))
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
-    def _plan_for(self, x: Tensor) -> ContractionPlan:
+    def _plan_for(self, x: Tensor) -> ContractionPlan | NetworkPlan:
         if torch.compiler.is_compiling():
             assert self._static_plan is not None
             return self._static_plan
         return self._chain_plan(x.numel() // self.in_features)
 
-    def _prepared(self, plan: ContractionPlan) -> tuple[Tensor, ...]:
+    def _prepared(self, plan: ContractionPlan | NetworkPlan) -> tuple[Tensor, ...]:
         """The cores laid out and merged for a plan; kept while they do not change."""
+        if isinstance(plan, NetworkPlan):
+            return self._cached(plan.steps, lambda: plan.prepare(self._core_list()))
         return self._cached((plan.direction, plan.groups), lambda: plan.prepare(self._chain_cores()))
 
     def _chain_cores(self) -> list[Tensor]:

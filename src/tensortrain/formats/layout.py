@@ -1,0 +1,123 @@
+"""One group's weight as a matrix (outputs, inputs), whatever kind of layer it belongs to.
+
+A convolution's inputs are ordered (kernel position, channel), position slowest; an embedding's inputs are its
+words, padded with zero rows up to the product of the input modes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tensortrain.errors import ShapeError
+
+from .base import WeightShape, check_modes
+from .modes import default_order, suggest_modes, suggest_padded_modes
+from .whitening import check_gram
+
+__all__ = [
+    "matrix_to_weight",
+    "order_gram",
+    "paired_modes",
+    "separate_modes",
+    "single_modes",
+    "weight_to_matrix",
+]
+
+Modes = tuple[int, ...]
+
+
+def weight_to_matrix(dense: Tensor, weight: WeightShape, n_inputs: int) -> Tensor:
+    """``(M, n_inputs)`` from torch's layout; ``n_inputs`` exceeds the words of a padded vocabulary."""
+    if weight.kind == "linear":
+        return dense
+    if weight.kind == "conv":
+        axes = [0, *range(2, 2 + len(weight.kernel)), 1]
+        return dense.permute(axes).reshape(weight.out_features, weight.fan_in)
+    return F.pad(dense, (0, 0, 0, n_inputs - weight.in_features)).T
+
+
+def matrix_to_weight(matrix: Tensor, weight: WeightShape) -> Tensor:
+    """Torch's layout from ``(M, n_inputs)``."""
+    if weight.kind == "linear":
+        return matrix
+    if weight.kind == "conv":
+        k = len(weight.kernel)
+        kernel = matrix.reshape(weight.out_features, *weight.kernel, weight.in_features)
+        return kernel.permute(0, k + 1, *range(1, k + 1))
+    return matrix.T[: weight.in_features]
+
+
+def order_gram(gram: Tensor, weight: WeightShape, n_inputs: int) -> Tensor:
+    """Second moment in the order of the matrix's columns, padded like it."""
+    gram = check_gram(gram, weight.fan_in if weight.kind == "conv" else weight.in_features)
+    if weight.kind == "conv":
+        positions, channels = math.prod(weight.kernel), weight.in_features
+        order = torch.arange(weight.fan_in, device=gram.device).reshape(channels, positions).T.reshape(-1)
+        return gram[order] if gram.ndim == 1 else gram[order][:, order]
+    return F.pad(gram, (0, n_inputs - weight.in_features) * gram.ndim)
+
+
+def paired_modes(
+    weight: WeightShape, out_modes: Sequence[int] | None, in_modes: Sequence[int] | None, *, order: int | None = None
+) -> tuple[Modes, Modes]:
+    """As many output as input modes, checked, balanced ones where they are left out.
+
+    Args:
+        order: How many; where left out it follows from the modes given, else from the sizes.
+
+    Raises:
+        ShapeError: Modes that do not multiply to the sizes, or not as many on one side as on the other.
+    """
+    pad = weight.kind == "embedding"
+    if in_modes is not None:
+        in_modes = check_modes(in_modes, weight.in_features, "in_modes", pad=pad)
+    if out_modes is not None:
+        out_modes = check_modes(out_modes, weight.out_features, "out_modes")
+    order = order or _order(weight, out_modes, in_modes)
+    suggest = suggest_padded_modes if pad else suggest_modes
+    ins = in_modes or suggest(weight.in_features, order)
+    outs = out_modes or suggest_modes(weight.out_features, order)[::-1]  # small inputs meet large outputs
+    if len(outs) != len(ins) or len(ins) != order:
+        raise ShapeError(
+            f"in_modes and out_modes must pair up: found {len(ins)} and {len(outs)} modes ({ins} and {outs}), expected "
+            f"{order} each. Put modes of size 1 where one side has fewer."
+        )
+    return outs, ins
+
+
+def separate_modes(
+    weight: WeightShape, out_modes: Sequence[int] | None, in_modes: Sequence[int] | None
+) -> tuple[Modes, Modes]:
+    """Output and input modes that need not pair up, checked, balanced ones where they are left out."""
+    pad = weight.kind == "embedding"
+    suggest = suggest_padded_modes if pad else suggest_modes
+    least = 3 if pad else 2
+    ins = in_modes or suggest(weight.in_features, max(least, default_order(weight.in_features)))
+    outs = out_modes or suggest_modes(weight.out_features, default_order(weight.out_features))
+    return (
+        check_modes(outs, weight.out_features, "out_modes"),
+        check_modes(ins, weight.in_features, "in_modes", pad=pad),
+    )
+
+
+def single_modes(
+    weight: WeightShape, out_modes: Sequence[int] | None, in_modes: Sequence[int] | None
+) -> tuple[Modes, Modes]:
+    """Separate modes, by default one for all input and one for all output channels of a convolution."""
+    if weight.kind == "conv":
+        out_modes, in_modes = out_modes or (weight.out_features,), in_modes or (weight.in_features,)
+    return separate_modes(weight, out_modes, in_modes)
+
+
+def _order(weight: WeightShape, out_modes: Sequence[int] | None, in_modes: Sequence[int] | None) -> int:
+    if in_modes is not None:
+        return len(in_modes)
+    if out_modes is not None:
+        return len(out_modes)
+    size = weight.out_features if weight.kind == "embedding" else max(weight.out_features, weight.in_features)
+    return max(3, default_order(size)) if weight.kind == "embedding" else default_order(size)

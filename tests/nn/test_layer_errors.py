@@ -23,7 +23,7 @@ def broken(layer: Any, value: float = float("nan")) -> Any:
 
 CASES: dict[str, tuple[Callable[[], Any], type[TTError], type[Exception], str]] = {
     # formats
-    "unknown format": (lambda: Linear(12, 20, format="cp"), ShapeError, ValueError, "'cp'.*low_rank.*tt"),
+    "unknown format": (lambda: Linear(12, 20, format="nonesuch"), ShapeError, ValueError, "'nonesuch'.*low_rank.*tt"),
     "a format that is no name": (lambda: Linear(12, 20, format=["tt"]), ShapeError, ValueError, "registered"),
     "tucker2 for a linear": (lambda: Linear(12, 20, format="tucker2"), ShapeError, ValueError, "kind of layer"),
     "tt-naive for an embedding": (lambda: Embedding(12, 20, format="tt-naive"), ShapeError, ValueError, "kind"),

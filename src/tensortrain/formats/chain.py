@@ -31,7 +31,6 @@ Modes = tuple[int, ...]
 _LARGEST_GRAM = 4096  # inputs up to which a weighted decomposition is refined by least squares
 _MOST_REFINED_LEGS = 24  # twice as many must have letters in an einsum
 _N_REFINING = 4
-_N_PROBING = 2
 
 
 class ChainFormat(Format):
@@ -138,13 +137,13 @@ class ChainFormat(Format):
         found = min(found, self._attempt(wide, spec, None, norm, dense.dtype, False), key=lambda one: one[2])
         reached = replace(spec, ranks=found[0])
         begun = [core.double() for core in self.to_chain(found[1], reached)]
-        refined = self._refined(wide, reached, begun, norm, _N_REFINING)
+        refined = self._refined(wide, reached, begun, norm)
         if refined is None:
             return found
         return min(found, self._measured(wide, spec, refined, norm, dense.dtype), key=lambda one: one[2])
 
     def _refined(
-        self, matrix: Tensor, spec: FactorSpec, cores: Sequence[Tensor], norm: KroneckerNorm, n_sweeps: int
+        self, matrix: Tensor, spec: FactorSpec, cores: Sequence[Tensor], norm: KroneckerNorm
     ) -> list[Tensor] | None:
         """Chain cores after alternating least squares in the norm of the inputs' true second moment, if affordable.
 
@@ -161,7 +160,7 @@ class ChainFormat(Format):
         begun = [norm.apply(core, "out", k, axis=1) for k, core in enumerate(cores)]
         begun = [core.reshape(shape) for core, shape in zip(begun, network.core_shapes, strict=True)]
         target = norm.whiten(matrix, sides=("out",)).reshape(*chain.out_modes, *chain.in_modes)
-        found, _ = alternate(network, target, begun, gram=gram, n_sweeps=n_sweeps, tol=1e-3)
+        found, _ = alternate(network, target, begun, gram=gram, n_sweeps=_N_REFINING, tol=1e-3)
         found = [core.reshape(shape) for core, shape in zip(found, chain.core_shapes, strict=True)]
         return balance_chain([norm.undo(core, "out", k, axis=1) for k, core in enumerate(found)])
 
@@ -194,12 +193,9 @@ class ChainFormat(Format):
         matrix = self.to_matrix(dense.detach(), spec).double()
         norm = self._norm(spec, gram, output_gram)
         cores = _whitened(matrix, norm, lambda one: self._decompose(one, spec, None, method="randomized")[0])
-        error = norm.sketched_error(matrix - chain_to_dense(cores), matrix)
-        if self.whitens_exactly:
-            return error
-        reached = replace(spec, ranks=(*(core.shape[0] for core in cores), 1))
-        refined = self._refined(matrix, reached, cores, norm, _N_PROBING)
-        return error if refined is None else min(error, norm.sketched_error(matrix - chain_to_dense(refined), matrix))
+        # Not refined: a candidate's errors at other ranks are inferred from a few probes, and what least squares
+        # gains changes too much from rank to rank for that.
+        return norm.sketched_error(matrix - chain_to_dense(cores), matrix)
 
     def _norm(self, spec: FactorSpec, gram: Tensor, output_gram: Tensor | None) -> KroneckerNorm:
         outs, ins = self.chain_modes(spec)

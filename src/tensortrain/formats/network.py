@@ -143,7 +143,9 @@ class NetworkFormat(Format):
         return spec.ranks
 
     def dense_group(self, cores: Sequence[Tensor], spec: FactorSpec) -> Tensor:
-        return matrix_to_weight(self.network(spec).to_dense(cores), spec.weight)
+        network = self.network(spec)
+        tensor = run(contraction(network.cores, (*network.out_legs, *network.in_legs), network.sizes), cores)
+        return matrix_to_weight(tensor.flatten(0, len(spec.out_modes) - 1).flatten(1), spec.weight)
 
     def mean_square(self, cores: Sequence[Tensor], spec: FactorSpec) -> float:
         one = spec.one_group()
@@ -275,7 +277,7 @@ class NetworkFormat(Format):
         if not traced:
             flat, inverse = torch.unique(flat, return_inverse=True)
             _check_range(flat, math.prod(spec.in_modes))
-        network = self.network(spec)
+        network, n_out = self.network(spec), math.prod(spec.out_modes)
         legs = tuple(_picked_legs(some, network.in_legs) for some in network.cores)
         n_ids = _TRACED_ROWS if traced else max(1, flat.shape[0])
         steps = _lookup_steps(legs, network, n_ids)
@@ -285,11 +287,11 @@ class NetworkFormat(Format):
         for start in range(0, 1 if traced else max(1, flat.shape[0]), size):
             part = digits if traced else {leg: digit[start : start + size] for leg, digit in digits.items()}
             picked = [_pick(core, some, part) for core, some in zip(cores, network.cores, strict=True)]
-            pieces.append(run(steps, picked).reshape(-1, network.out_features))
+            pieces.append(run(steps, picked).reshape(-1, n_out))
         rows = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
         if inverse is not None:
             rows = rows.index_select(0, inverse.reshape(-1))
-        return rows.reshape(*ids.shape, network.out_features)
+        return rows.reshape(*ids.shape, n_out)
 
     def row_products(self, spec: FactorSpec) -> int:
         network = self.network(spec)
@@ -307,8 +309,12 @@ def _plain(spec: FactorSpec) -> tuple[Any, ...]:
 
 
 @torch.compiler.assume_constant_result
-@lru_cache(maxsize=4096)
 def _network(plain: tuple[Any, ...], ranks: tuple[int, ...]) -> Network:
+    return _remembered_network(plain, ranks)
+
+
+@lru_cache(maxsize=4096)
+def _remembered_network(plain: tuple[Any, ...], ranks: tuple[int, ...]) -> Network:
     name, weight, outs, ins = plain
     fmt = get_format(name)
     assert isinstance(fmt, NetworkFormat)

@@ -1,4 +1,4 @@
-"""Parts of the layer benchmark beside speed: peak memory, an embedding, and how time grows with rank, order and size."""
+"""Parts of the layer benchmark beside speed: peak memory, an embedding, how time grows with rank, order and size."""
 
 from __future__ import annotations
 

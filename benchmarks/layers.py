@@ -148,7 +148,7 @@ def time_case(case: Case, phase: str, rates: Rates, args: argparse.Namespace) ->
 
 
 class Problem:
-    """Input, output gradient, and what the dense weight makes of them."""
+    """Input, output gradient, and what the dense weight makes of them in float64."""
 
     def __init__(self, layer: tt.nn.Linear, batch: int, training: bool) -> None:
         assert layer.bias is not None
@@ -157,15 +157,15 @@ class Problem:
         self.x = torch.randn(batch, layer.in_features).requires_grad_(training)
         self.g = torch.randn(batch, layer.out_features)
         self.errors: dict[str, float] = {}
-        cores = [core.detach().requires_grad_(training) for core in layer.cores]
-        bias = self.bias.clone().requires_grad_(training)
-        weight = chain_to_dense(cores)
         self.chain = layer.plan(batch).chain
-        self.weight = weight.detach()
-        y = F.linear(self.x, weight, bias)
+        inputs = [tensor.detach().double() for tensor in (self.x, self.bias, *layer.cores)]
+        x, bias, *cores = (tensor.requires_grad_(training) for tensor in inputs)
+        weight = chain_to_dense(cores)
+        self.weight = weight.detach().float()
+        y = F.linear(x, weight, bias)
         self.expected = [y.detach()]
         if training:
-            self.expected += torch.autograd.grad(y, (self.x, bias, *cores), self.g)
+            self.expected += torch.autograd.grad(y, inputs, self.g.double())
 
     def run(self, way: Way) -> Callable[[], Any]:
         """The timed call: a forward pass, or forward and backward to input and parameters."""
@@ -194,7 +194,7 @@ class Problem:
 
 
 def _rel_error(found: Tensor, expected: Tensor) -> float:
-    return float((found - expected).norm() / expected.norm().clamp_min(1e-30))
+    return float((found.double() - expected).norm() / expected.norm().clamp_min(1e-30))
 
 
 def _turns(ways: Sequence[Way], problem: Problem, args: argparse.Namespace) -> dict[str, Turns]:

@@ -34,7 +34,9 @@ from tensortrain.compress.report import provenance, write_text_atomic
 from tensortrain.contract import ContractionPlan, chain_to_dense
 
 PARTS = ("speed", "plans", "memory", "embedding", "laws")
-TOL = 1e-5  # relative Frobenius error in float32
+# Relative Frobenius error of float32 against float64. Sweeps of some peers round more: 1.7e-5 was seen in the gradients
+# of 25088 -> 4096 at batch 100. Cores laid out wrongly would differ by about 1.
+TOL, PEER_TOL = 1e-5, 1e-4
 MOST_ROUNDS = 200
 HOPELESS = 4.0  # a way slower than its library's best by this factor is timed once more only
 PLAN_FACTOR, MOST_PLANS = 2.0, 12  # plans within this factor of the fastest are timed carefully, at most so many
@@ -95,7 +97,7 @@ def _part(record: dict[str, Any], name: str, found: Any) -> None:
 
 def _speed(record: dict[str, Any], rates: Rates, args: argparse.Namespace) -> None:
     record["peers"], record["rows"] = layer_extras.versions(args.peers, PEER_NAMES), []
-    for group, cases in (("fixed", FIXED), ("grid", GRID[:6] if args.quick else GRID)):
+    for group, cases in (("fixed", FIXED[:: 2 if args.quick else 1]), ("grid", GRID[: 4 if args.quick else None])):
         for case in cases:
             if args.case and case.name not in args.case:
                 continue
@@ -190,7 +192,8 @@ class Problem:
             return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
         errors = [_rel_error(a, b) for a, b in zip(found, self.expected, strict=False)]
         self.errors[way.name] = max(errors)
-        return "" if max(errors) <= TOL else f"differs from the dense weight by {max(errors):.2g}"
+        tol = PEER_TOL if way.library not in (OURS, DENSE) else TOL
+        return "" if max(errors) <= tol else f"differs from the dense weight by {max(errors):.2g}"
 
 
 def _rel_error(found: Tensor, expected: Tensor) -> float:
@@ -233,7 +236,7 @@ def _plan_facts(plan: ContractionPlan) -> dict[str, Any]:
 
 def _plans(record: dict[str, Any], args: argparse.Namespace) -> None:
     record["plans"] = []
-    for case in GRID[: 6 if args.quick else None : 2]:
+    for case in GRID[: 4 if args.quick else None : 2]:
         for phase in PHASES:
             row = time_plans(case, phase == PHASES[1], args)
             record["plans"].append(row)
@@ -291,7 +294,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--speed", action="append_const", dest="parts", const="speed", help="layers (the default)")
     parser.add_argument("--case", action="append", help="of the speed part, only this case; may be repeated")
     parser.add_argument("--list", action="store_true", help="print the names of the cases and stop")
-    parser.add_argument("--seconds", type=float, default=3.0, help="time for one row (default 3)")
+    parser.add_argument("--seconds", type=float, default=2.5, help="time for one row (default 2.5)")
     parser.add_argument(
         "--rounds", type=int, default=MOST_ROUNDS, help=f"most calls of one way (default {MOST_ROUNDS})"
     )

@@ -26,8 +26,6 @@ def _set_threads() -> None:
 _set_threads()
 
 import argparse  # noqa: E402
-import contextlib  # noqa: E402
-import ctypes  # noqa: E402
 import functools  # noqa: E402
 import gc  # noqa: E402
 import json  # noqa: E402
@@ -47,6 +45,7 @@ import tensor_report  # noqa: E402
 import torch  # noqa: E402
 from peers import PEER_NAMES, Call, Job, Library, default_dtype, libraries  # noqa: E402
 from tensor_cases import CASES, Case, Problem  # noqa: E402
+from timing import BARE_ALLOCATOR, Rates, measured, p90  # noqa: E402
 
 from tensortrain.compress.report import provenance, write_text_atomic  # noqa: E402
 from tensortrain.errors import TTError  # noqa: E402
@@ -169,7 +168,7 @@ def run_case(
             "library": contender.library.name,
             "ours": contender.library.ours,
             "median_ms": median * 1e3,
-            "p90_ms": _p90(seconds) * 1e3,
+            "p90_ms": p90(seconds) * 1e3,
             "n_calls": len(seconds),
             "over_floor": median / floor_s,
             **({"over_clone": median / unit} if unit else {}),
@@ -254,45 +253,6 @@ def _tightened(job: Job, factor: float) -> Job:
     return job if job.eps is None else replace(job, eps=job.eps * factor)
 
 
-def _p90(seconds: Sequence[float]) -> float:
-    return sorted(seconds)[math.ceil(0.9 * len(seconds)) - 1]
-
-
-class Rates:
-    """Bandwidth and GEMM rate of this machine with this number of threads, the best of a few tries."""
-
-    def __init__(self, quick: bool) -> None:
-        self._quick = quick
-        self._gemm: dict[torch.dtype, float] = {}
-        source = torch.ones((1 << 22) if quick else (1 << 25), dtype=torch.float64)
-        target = torch.empty_like(source)
-        size = source.numel() * 8
-        # A copy moves every byte twice. Reading alone may be faster; a floor must take the higher rate.
-        self.bandwidth = max(2 * size / _best(lambda: target.copy_(source)), size / _best(source.sum))
-
-    def of(self, dtype: torch.dtype) -> float:
-        """Flops per second of the dtype in a square product; one multiply-add is two."""
-        if dtype not in self._gemm:
-            n = 512 if self._quick else 2048
-            a = torch.randn(n, n, dtype=dtype)
-            self._gemm[dtype] = 2 * n**3 / _best(lambda: a @ a)
-        return self._gemm[dtype]
-
-    def as_dict(self) -> dict[str, Any]:
-        gemm = {str(dtype).removeprefix("torch."): rate for dtype, rate in self._gemm.items()}
-        return {"bandwidth_bytes_per_s": self.bandwidth, "gemm_flops_per_s": gemm}
-
-
-def _best(run: Callable[[], Any], tries: int = 5) -> float:
-    run()
-    seconds = []
-    for _ in range(tries):
-        start = time.perf_counter()
-        run()
-        seconds.append(time.perf_counter() - start)
-    return min(seconds)
-
-
 # -- checking, in a process of its own ------------------------------------------------------------------
 
 
@@ -338,11 +298,8 @@ class Checker:
         words = [sys.executable, __file__, "--worker", "--peers", self._args.peers]
         words += ["--quick"] * self._args.quick
         words += ["--threads", str(torch.get_num_threads()), "--limit", str(self._args.limit)]
-        # Every large block comes from the system and goes back to it, so that what a call needs shows in the
-        # resident set; MKL keeps no buffers of its own. This costs time, which is why timing is done elsewhere.
-        settings = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0", "MKL_DISABLE_FAST_MM": "1"}
         self._worker = subprocess.Popen(
-            words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, **settings}
+            words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, **BARE_ALLOCATOR}
         )
         self._lines = queue.SimpleQueue()
         threading.Thread(target=_forward, args=(self._worker.stdout, self._lines), daemon=True).start()
@@ -393,10 +350,10 @@ def _check(contender: Contender, problem: Problem, announce: Callable[[], None],
         job = _tightened(problem.job, tighten)
         run = functools.partial(contender.call.run, *operands, job)
         announce()
-        result, seconds, peak = _measured(run)
+        result, seconds, peak = measured(run)
         if seconds < 1.0:  # once more, without what only a first call allocates
             announce()
-            result, seconds, peak = _measured(run)
+            result, seconds, peak = measured(run)
         unloaded = contender.unload(result)
         error = problem.error(unloaded)
         if error <= problem.tol * (1 + 1e-9):
@@ -410,62 +367,6 @@ def _check(contender: Contender, problem: Problem, announce: Callable[[], None],
         if not math.isfinite(error) or time.perf_counter() - began > limit_s:
             break
     return {"reason": f"reached a relative error of {error:.2g}, not {problem.tol:.2g}", "broken": True}
-
-
-def _measured(run: Callable[[], Any]) -> tuple[Any, float, int | None]:
-    """The result, wall seconds, and peak resident bytes above those before the call (result included)."""
-    gc.collect()
-    _trim()
-    peak = _Peak()
-    start = time.perf_counter()
-    result = run()
-    seconds = time.perf_counter() - start
-    return result, seconds, peak.stop()
-
-
-class _Peak:
-    """The kernel's high-water mark, set back at the start; where it cannot be, samples of the resident set."""
-
-    def __init__(self) -> None:
-        self._before = _status("VmRSS")
-        self._exact = self._before is not None
-        try:
-            Path("/proc/self/clear_refs").write_text("5")
-        except OSError:
-            self._exact = False
-        self._highest = self._before or 0
-        self._done = threading.Event()
-        self._sampler = threading.Thread(target=self._sample, daemon=True)
-        if not self._exact and self._before is not None:
-            self._sampler.start()
-
-    def stop(self) -> int | None:
-        if self._before is None:
-            return None
-        if self._exact:
-            return max(0, (_status("VmHWM") or 0) - self._before)
-        self._done.set()
-        self._sampler.join()
-        return self._highest - self._before
-
-    def _sample(self) -> None:
-        while not self._done.wait(1e-3):
-            self._highest = max(self._highest, _status("VmRSS") or 0)
-
-
-def _status(key: str) -> int | None:
-    """Bytes of one line of /proc/self/status, or None elsewhere than on Linux."""
-    try:
-        with open("/proc/self/status", encoding="ascii") as file:
-            return next(int(line.split()[1]) * 1024 for line in file if line.startswith(key))
-    except (OSError, StopIteration):
-        return None
-
-
-def _trim() -> None:
-    """Give free memory back to the system; only glibc knows how."""
-    with contextlib.suppress(AttributeError, OSError):
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _max_rank(found: Any) -> int | None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["line", "markdown", "show"]
+__all__ = ["line", "markdown", "markdown_table", "provenance_lines", "show"]
 
 _HEADER = ("case", "ours", "ms", "best peer", "ms", "times faster", "over floor", "over clone", "peak / input")
 
@@ -44,29 +44,20 @@ def show(record: dict[str, Any]) -> None:
 def markdown(record: dict[str, Any], source: str, page: str) -> str:
     """The page: what was compared, the table, where we lose, every contender of every case."""
     link = os.path.relpath(Path(source).resolve(), Path(page).resolve().parent)
-    peers = ", ".join(f"{name} {version}" for name, version in record["peers"].items()) or "no peers"
-    measured = record["measured"]
-    rates = ", ".join(f"{rate / 1e9:.3g} GFLOP/s in {dtype}" for dtype, rate in measured["gemm_flops_per_s"].items())
-    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     text = [
         "# Benchmarks of the tensor-train core",
         "",
         f"Written by `benchmarks/tensor_core.py --report` from [{Path(source).name}]({link}); no figure here is typed "
         "by hand.",
         "",
-        f"- Against {peers}.",
-        f"- {versions}; commit {record['commit']}.",
-        f"- {record['cpu']}, {record['threads']} threads, {record['date']}, command `{record['command']}`, "
-        f"{record['wall_s']:.0f} s in all.",
-        f"- Measured in the same run: {measured['bandwidth_bytes_per_s'] / 1e9:.3g} GB/s, {rates}.",
-        *(["- **A trial run with small inputs: the figures mean nothing.**"] if record["quick"] else []),
+        *provenance_lines(record),
         "",
         "Every contender first showed that it reaches the tolerance; then all took turns. Times are medians. "
         "*Times faster* is the best peer's time over ours, for our fastest method. *Floor* is the larger of the bytes "
         "over the bandwidth and the flops over the GEMM rate of the leanest algorithm known. *Peak* is memory beyond "
         "what was resident before the call, result included, over the size of the inputs.",
         "",
-        *_markdown_table(_HEADER, [_summary(row) for row in record["rows"]]),
+        *markdown_table(_HEADER, [_summary(row) for row in record["rows"]]),
         "",
         "## Where we lose, and who is missing",
         "",
@@ -77,6 +68,22 @@ def markdown(record: dict[str, Any], source: str, page: str) -> str:
     for row in record["rows"]:
         text += ["", f"### {row['case']}", "", *_details(row)]
     return "\n".join(text) + "\n"
+
+
+def provenance_lines(record: dict[str, Any]) -> list[str]:
+    """What was compared, where, and how fast the machine is."""
+    peers = ", ".join(f"{name} {version}" for name, version in record["peers"].items()) or "no peers"
+    measured = record["measured"]
+    rates = ", ".join(f"{rate / 1e9:.3g} GFLOP/s in {dtype}" for dtype, rate in measured["gemm_flops_per_s"].items())
+    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+    return [
+        f"- Against {peers}.",
+        f"- {versions}; commit {record['commit']}.",
+        f"- {record['cpu']}, {record['threads']} threads, {record['date']}, command `{record['command']}`, "
+        f"{record['wall_s']:.0f} s in all.",
+        f"- Measured in the same run: {measured['bandwidth_bytes_per_s'] / 1e9:.3g} GB/s, {rates}.",
+        *(["- **A trial run with small inputs: the figures mean nothing.**"] if record["quick"] else []),
+    ]
 
 
 def _details(row: dict[str, Any]) -> list[str]:
@@ -100,7 +107,7 @@ def _details(row: dict[str, Any]) -> list[str]:
     facts += [f"max rank {row['max_rank']}"] if row["max_rank"] else []
     facts += [f"floor {row['floor']['ms']:.3g} ms"]
     facts += [f"`x.clone()` {row['clone_ms']:.3g} ms"] if row["clone_ms"] else []
-    out = [", ".join(facts) + ".", "", *_markdown_table(header, cells)]
+    out = [", ".join(facts) + ".", "", *markdown_table(header, cells)]
     if row["skipped"]:
         out += ["", "Not timed:", "", *(f"- {name}: {reason}" for name, reason in row["skipped"].items())]
     return out
@@ -177,6 +184,7 @@ def _scientific(value: float) -> str:
     return f"{value:.1e}"
 
 
-def _markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a table."""
     lines = [" | ".join(header), " | ".join("---" for _ in header), *(" | ".join(row) for row in rows)]
     return [f"| {text} |" for text in lines]

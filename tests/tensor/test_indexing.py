@@ -147,3 +147,9 @@ def test_setting_is_differentiable_in_the_value(generator):
 def test_setting_keeps_what_tt_svd_finds(generator):
     x = tt_svd(torch.zeros(4, 4, 4)).value
     assert x.at[1, 2, 3].set(5.0).round().ranks == (1, 1, 1, 1)
+
+
+def test_a_list_of_two_axes_sets_points_of_a_vector():
+    x = randn((3,), 1, dtype=torch.float64)
+    found = x.at[np.array([[0, 2], [2, 0]])].set(torch.tensor([[1.0, 2.0], [3.0, 4.0]], dtype=torch.float64))
+    assert found.to_dense().tolist() == [4.0, x.to_dense()[1].item(), 3.0]

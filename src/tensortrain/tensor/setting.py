@@ -136,7 +136,7 @@ def _region(x: TensorTrain, key: tuple[Any, ...]) -> _Box | _Points:
     is_list = [
         not isinstance(e, slice) and not (hasattr(e, "__index__") and getattr(e, "ndim", 0) == 0) for e in entries
     ]
-    if sum(is_list) > 1 or (any(is_list) and not all(is_list) and not _slices_only(entries, is_list)):
+    if sum(is_list) > 1 or (any(is_list) and not _one_flat_list(entries, is_list)):
         lists, shape = resolve_lists(entries, x.shape)
         if any(values is None for values in lists):
             raise KindError(
@@ -172,9 +172,12 @@ def _is_int(entry: Any) -> bool:
     return hasattr(entry, "__index__") and getattr(entry, "ndim", 0) == 0
 
 
-def _slices_only(entries: list[Any], is_list: list[bool]) -> bool:
-    """Whether a single list has nothing but slices beside it: an integer would make it a list of points."""
-    return all(isinstance(entry, slice) for entry, found in zip(entries, is_list, strict=True) if not found)
+def _one_flat_list(entries: list[Any], is_list: list[bool]) -> bool:
+    """Whether a single list is a set of indices of its mode: an integer beside it, or more axes, make it points."""
+    others = [entry for entry, found in zip(entries, is_list, strict=True) if not found]
+    if not others:
+        return torch.as_tensor(entries[0]).ndim == 1
+    return all(isinstance(entry, slice) for entry in others)
 
 
 def _last_of_equal(rows: Tensor) -> tuple[Tensor, Tensor]:

@@ -138,7 +138,7 @@ def gram_root(gram: Tensor) -> Tensor:
     if gram.ndim > 2 or gram.is_cuda or gram.numel() == 0:
         values, vectors = torch.linalg.eigh(gram)
         return vectors * values.clamp_min(0).sqrt().unsqueeze(-2)
-    from scipy.linalg.lapack import dpstrf, zpstrf  # torch has no pivoted Cholesky; SciPy comes with tensorly
+    from scipy.linalg.lapack import dpstrf, zpstrf  # torch has no pivoted Cholesky, SciPy has
 
     factorize = zpstrf if gram.is_complex() else dpstrf
     largest = float(gram.diagonal().real.amax())
@@ -319,7 +319,7 @@ def _gesdd(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _gesvd(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     if a.is_cuda:
         return torch.linalg.svd(a, full_matrices=False, driver="gesvd")
-    from scipy.linalg import LinAlgError, svd  # torch has no such driver on the CPU; SciPy comes with tensorly
+    from scipy.linalg import LinAlgError, svd  # torch has no such driver on the CPU, SciPy has
 
     try:
         members = a.resolve_conj().reshape(-1, *a.shape[-2:])

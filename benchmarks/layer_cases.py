@@ -18,6 +18,7 @@ from tensortrain.contract import Chain, ContractionPlan, CostModel, cost_model
 
 # Not public: a plan cannot be asked for by its merges and forms.
 from tensortrain.contract.choose import _Path, _Pricer
+from tensortrain.contract.plan import Direction
 
 __all__ = ["FIXED", "GRID", "PHASES", "Case", "every_plan", "floor", "plan_key"]
 
@@ -72,15 +73,18 @@ def _brief(in_modes: Modes, out_modes: Modes) -> str:
 
 def _fixed() -> Iterator[Case]:
     """The layers of the papers with targets of their own."""
-    vgg, fc, square = ((2, 7, 8, 8, 7, 4), (4,) * 6, 4), ((8, 20, 20, 18), (4,) * 4, 4), ((16,) * 3, (16,) * 3, 16)
-    for layer, batch, inference, training in (
+    vgg = ((2, 7, 8, 8, 7, 4), (4, 4, 4, 4, 4, 4), 4)
+    fc = ((8, 20, 20, 18), (4, 4, 4, 4), 4)
+    square = ((16, 16, 16), (16, 16, 16), 16)
+    targets: tuple[tuple[tuple[Modes, Modes, int], int, float, float], ...] = (
         (vgg, 1, 100, 200),
         (vgg, 100, 20, 18),
         (fc, 1, 12, 30),
         (fc, 100, 3.5, 3),
         (square, 1, 10, 35),
         (square, 100, 1.1, 1),
-    ):
+    )
+    for layer, batch, inference, training in targets:
         yield Case(*layer, batch, {INFERENCE: inference, TRAINING: training})
 
 
@@ -93,11 +97,12 @@ _BATCHES = tuple(2**k for k in range(11))
 
 def _grid() -> Iterator[Case]:
     """Seven layers known to be hard, and others drawn from a fixed seed."""
-    wide, up = ((4, 8, 8, 4), (4, 8, 8, 4)), ((8, 8, 12), (12, 16, 16))
+    wide: tuple[Modes, Modes] = ((4, 8, 8, 4), (4, 8, 8, 4))
+    up: tuple[Modes, Modes] = ((8, 8, 12), (12, 16, 16))
     yield Case((4, 4), (2, 5), 4, 32, GRID_TARGETS)  # 16 -> 10
-    for modes, rank in ((wide, 8), (wide, 32), (up, 32)):
+    for (in_modes, out_modes), rank in ((wide, 8), (wide, 32), (up, 32)):
         for batch in (1, 100):
-            yield Case(*modes, rank, batch, GRID_TARGETS)
+            yield Case(in_modes, out_modes, rank, batch, GRID_TARGETS)
     draw = random.Random(GRID_SEED)
     for _ in range(GRID_SIZE - 7):
         in_features, out_features = draw.choice(_WIDTHS), draw.choice(_WIDTHS)
@@ -120,12 +125,13 @@ def every_plan(
     """Both sweeps with all merges of neighbours in all forms, and the dense weight."""
     pricer = _Pricer(chain, batch, dtype, "cpu", training, cost_model("cpu") if model is None else model)
     yield pricer.dense()
-    for direction in ("left-to-right", "right-to-left"):
+    directions: tuple[Direction, ...] = ("left-to-right", "right-to-left")
+    for direction in directions:
         for path in _paths(pricer, direction, 0, _Path(0.0, (), 0, False)):
             yield pricer.finish(direction, path)
 
 
-def _paths(pricer: _Pricer, direction: str, done: int, path: _Path) -> Iterator[_Path]:
+def _paths(pricer: _Pricer, direction: Direction, done: int, path: _Path) -> Iterator[_Path]:
     """All ways to go on after ``done`` cores."""
     order = pricer.chain.order
     if done == order:

@@ -83,9 +83,9 @@ def memory_of(name: str) -> dict[str, Any]:
     """What one case needs beyond what is resident before the call, results included."""
     build, rows, training = MEMORY_CASES[name]
     torch.manual_seed(0)
-    layer = build()
-    x = torch.randn(rows, layer.in_features).requires_grad_(training)  # type: ignore[arg-type]
-    g = torch.randn(rows, layer.out_features) if training else torch.empty(0)  # type: ignore[arg-type]
+    layer: Any = build()
+    x = torch.randn(rows, layer.in_features).requires_grad_(training)
+    g = torch.randn(rows, layer.out_features) if training else torch.empty(0)
     inputs = (x, *layer.parameters())
 
     def run() -> Any:
@@ -226,11 +226,11 @@ def laws(quick: bool) -> list[dict[str, Any]]:
     for sweep in SWEEPS:
         points = sweep.points[:3] if quick else sweep.points
         runs = [_LawPoint(modes, rank, rows) for _, modes, rank, rows in points]
-        for _ in range(1 if quick else 15):
+        for _ in range(1 if quick else 11):
             for run in runs:
                 run.time()
         xs = [x for x, *_ in points]
-        series = {
+        series: dict[str, list[float]] = {
             "forward_ms": [_median(run.forward_s) * 1e3 for run in runs],
             "backward_ms": [_median(run.backward_s) * 1e3 for run in runs],
             "flops": [run.flops for run in runs],

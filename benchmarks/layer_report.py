@@ -176,16 +176,21 @@ def _of(rows: Sequence[Row], group: str) -> list[Row]:
 
 
 def show(record: Row) -> None:
-    """Print what was asked and what came out to the terminal."""
+    """Print what was asked, what came out, and the other parts to the terminal."""
     from rich.console import Console
     from rich.table import Table
 
+    console = Console(width=None if os.environ.get("COLUMNS") else 130)
     table = Table(title=f"Factorized layers, {record['threads']} threads, {record['cpu']}")
     for at, name in enumerate(("target", "asked", "measured", "")):
         table.add_column(name, justify="right" if at in (1, 2) else "left", overflow="fold")
     for name, asked, found, met in verdicts(record):
         table.add_row(name, asked, found, "met" if met else "missed", style="" if met else "red")
-    Console(width=None if os.environ.get("COLUMNS") else 130).print(table)
+    if table.row_count:
+        console.print(table)
+    for part in _PART_LINES:
+        for words in lines(part, record[part]) if record.get(part) else ():
+            console.print(words, markup=False)
 
 
 # -- the page -----------------------------------------------------------------------------------------
@@ -308,6 +313,7 @@ def _contestant_table(rows: Sequence[Row]) -> list[str]:
 
 def _plot(sweeps: Sequence[Row], path: Path) -> None:
     from matplotlib.figure import Figure
+    from matplotlib.ticker import NullLocator
 
     figure = Figure(figsize=(4.2 * len(sweeps), 3.8), layout="constrained")
     for axes, sweep in zip(figure.subplots(1, len(sweeps), squeeze=False)[0], sweeps, strict=True):
@@ -318,6 +324,8 @@ def _plot(sweeps: Sequence[Row], path: Path) -> None:
             axes.loglog(sweep["x"], sweep[f"{name}_ms"], marker=marker, label=label)
         axes.set(xlabel=sweep["variable"], ylabel="ms", title=f"{sweep['setting']}\nlaw: slope {sweep['law']:.2f}")
         axes.title.set_fontsize(8)
+        axes.set_xticks(sweep["x"], [str(x) for x in sweep["x"]], fontsize=8)
+        axes.xaxis.set_minor_locator(NullLocator())
         axes.grid(True, which="both", alpha=0.25)
         axes.legend(fontsize=8)
     figure.savefig(path, dpi=120)

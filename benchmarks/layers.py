@@ -25,7 +25,7 @@ import layer_report
 import torch
 import torch.nn.functional as F
 from layer_cases import FIXED, GRID, PHASES, Case, every_plan, floor, plan_key
-from layer_peers import OURS, PEER_NAMES, Way, dense_way, our_way, peer_ways
+from layer_peers import DENSE, OURS, PEER_NAMES, Way, dense_way, our_way, peer_ways
 from timing import Rates, Turns, take_turns
 from torch import Tensor
 
@@ -38,6 +38,7 @@ PARTS = ("speed", "plans", "memory", "embedding", "laws")
 # of 25088 -> 4096 at batch 100. Cores laid out wrongly would differ by about 1.
 TOL, PEER_TOL = 1e-5, 1e-4
 MOST_ROUNDS = 200
+BURST_S, MOST_IN_A_ROW = 2e-3, 50  # shorter calls run several in a row
 HOPELESS = 4.0  # a way slower than its library's best by this factor is timed once more only
 PLAN_FACTOR, MOST_PLANS = 2.0, 12  # plans within this factor of the fastest are timed carefully, at most so many
 
@@ -203,28 +204,28 @@ def _rel_error(found: Tensor, expected: Tensor) -> float:
 def _turns(ways: Sequence[Way], problem: Problem, args: argparse.Namespace) -> dict[str, Turns]:
     """How often each way runs: about equal time for each, little for those that do not stand for their library."""
     times = {way.name: Turns(problem.run(way), 1, way.enter) for way in ways}
-    once = {way.name: _once(times[way.name]) for way in ways}
-    share = args.seconds / max(1, len(ways))
+    once = {name: _once(entry) for name, entry in times.items()}
     for way in ways:
         best = min(once[other.name] for other in ways if other.library == way.library)
         if once[way.name] <= HOPELESS * best:
-            least = 1 if args.quick else 3
-            times[way.name].n_rounds = max(least, min(args.rounds, int(share / once[way.name])))
+            _set_length(times[way.name], once[way.name], args.seconds / len(ways), 1 if args.quick else 3, args)
     return times
 
 
 def _once(entry: Turns) -> float:
-    """Seconds of one call; of the faster of two where that costs little."""
+    """Seconds of one call; of the fastest of three where that costs little."""
     best = float("inf")
-    for _ in range(2):
-        if entry.enter is not None:
-            entry.enter()
-        start = time.perf_counter()
-        entry.run()
-        best = min(best, time.perf_counter() - start)
-        if best > 0.5:
+    for _ in range(3):
+        best = min(best, entry.take_one())
+        if best > 0.2:
             break
     return best
+
+
+def _set_length(entry: Turns, once: float, seconds: float, least: int, args: argparse.Namespace) -> None:
+    """Rounds, and calls in a row, that fill the time given."""
+    entry.n_in_a_row = max(1, min(MOST_IN_A_ROW, int(BURST_S / once)))
+    entry.n_rounds = max(least, min(args.rounds, int(seconds / (once * entry.n_in_a_row))))
 
 
 def _plan_facts(plan: ContractionPlan) -> dict[str, Any]:
@@ -261,9 +262,8 @@ def time_plans(case: Case, training: bool, args: argparse.Namespace) -> dict[str
         ranking = sorted(once, key=lambda key: once[key])
         close = [key for key in ranking if once[key] <= PLAN_FACTOR * best_s][:MOST_PLANS]
         finalists = {key: turns[key] for key in dict.fromkeys([*close, name])}
-        rounds = int(args.seconds / sum(once[key] for key in finalists))
-        for entry in finalists.values():
-            entry.n_rounds = max(1 if args.quick else 5, min(args.rounds, rounds))
+        for key, entry in finalists.items():
+            _set_length(entry, once[key], args.seconds / len(finalists), 1 if args.quick else 5, args)
         take_turns(finalists, seed=args.seed)
     best = min(finalists, key=lambda key: finalists[key].median_s)
     return {

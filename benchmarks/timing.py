@@ -32,11 +32,14 @@ class Turns:
         run: The timed call.
         n_rounds: Rounds it takes part in, spread evenly over all of them.
         enter: Called before each turn, not timed.
+        n_in_a_row: Calls of one turn; their mean counts. More than one for calls so short that the clock, and caches
+            left cold by the others, would hide them.
     """
 
     run: Callable[[], Any]
     n_rounds: int
     enter: Callable[[], None] | None = None
+    n_in_a_row: int = 1
     seconds: list[float] = field(default_factory=list)
 
     @property
@@ -46,11 +49,21 @@ class Turns:
     def facts(self) -> dict[str, Any]:
         """For the record."""
         seconds = self.seconds
-        return {"median_ms": self.median_s * 1e3, "p90_ms": p90(seconds) * 1e3, "n_calls": len(seconds)}
+        facts = {"median_ms": self.median_s * 1e3, "p90_ms": p90(seconds) * 1e3}
+        return {**facts, "n_turns": len(seconds), "n_in_a_row": self.n_in_a_row}
+
+    def take_one(self) -> float:
+        """Seconds per call of one turn."""
+        if self.enter is not None:
+            self.enter()
+        start = time.perf_counter()
+        for _ in range(self.n_in_a_row):
+            self.run()
+        return (time.perf_counter() - start) / self.n_in_a_row
 
 
 def take_turns(contestants: Mapping[str, Turns], seed: int = 0) -> None:
-    """Time single calls of all contestants, round after round, so that other work falls on all of them."""
+    """Time all contestants, round after round, so that other work on the machine falls on all of them."""
     order, n_rounds = random.Random(seed), max((entry.n_rounds for entry in contestants.values()), default=0)
     gc.collect()
     gc.disable()
@@ -60,11 +73,7 @@ def take_turns(contestants: Mapping[str, Turns], seed: int = 0) -> None:
             for name in order.sample(list(contestants), len(contestants)):
                 entry = contestants[name]
                 if (turn + 1) * entry.n_rounds // n_rounds > turn * entry.n_rounds // n_rounds:
-                    if entry.enter is not None:
-                        entry.enter()
-                    start = time.perf_counter()
-                    entry.run()
-                    entry.seconds.append(time.perf_counter() - start)
+                    entry.seconds.append(entry.take_one())
     finally:
         gc.enable()
 

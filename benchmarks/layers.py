@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import time
 import warnings
@@ -98,7 +99,8 @@ def _part(record: dict[str, Any], name: str, found: Any) -> None:
 
 def _speed(record: dict[str, Any], rates: Rates, args: argparse.Namespace) -> None:
     record["peers"], record["rows"] = layer_extras.versions(args.peers, PEER_NAMES), []
-    for group, cases in (("fixed", FIXED[:: 2 if args.quick else 1]), ("grid", GRID[: 4 if args.quick else None])):
+    few = args.quick and not args.case
+    for group, cases in (("fixed", FIXED[:: 2 if few else 1]), ("grid", GRID[: 4 if few else None])):
         for case in cases:
             if args.case and case.name not in args.case:
                 continue
@@ -183,9 +185,10 @@ class Problem:
         try:
             if way.enter is not None:
                 way.enter()
-            found = [way.forward(self.x).detach()]
+            y = way.forward(self.x)
+            found = [y.detach()]
             if self.training:
-                dx, dbias, *dcores = self.run(way)()
+                dx, dbias, *dcores = torch.autograd.grad(y, (self.x, way.bias, *way.cores), self.g)
                 found += [dx, dbias.reshape(-1)]
                 if way.in_our_layout is not None:
                     found += [way.in_our_layout(core, k) for k, core in enumerate(dcores)]
@@ -204,20 +207,29 @@ def _rel_error(found: Tensor, expected: Tensor) -> float:
 def _turns(ways: Sequence[Way], problem: Problem, args: argparse.Namespace) -> dict[str, Turns]:
     """How often each way runs: about equal time for each, little for those that do not stand for their library."""
     times = {way.name: Turns(problem.run(way), 1, way.enter) for way in ways}
-    once = {name: _once(entry) for name, entry in times.items()}
+    once: dict[str, float] = {}
     for way in ways:
-        best = min(once[other.name] for other in ways if other.library == way.library)
-        if once[way.name] <= HOPELESS * best:
-            _set_length(times[way.name], once[way.name], args.seconds / len(ways), 1 if args.quick else 3, args)
+        once[way.name] = _once(times[way.name], HOPELESS * _best(ways, once, way.library))
+    for way in ways:
+        entry, seconds = times[way.name], once[way.name]
+        if seconds <= HOPELESS * _best(ways, once, way.library):
+            _set_length(entry, seconds, args.seconds / len(ways), 1 if args.quick else 3, args)
+        else:
+            entry.n_rounds, entry.seconds = 0, [seconds]
     return times
 
 
-def _once(entry: Turns) -> float:
-    """Seconds of one call; of the fastest of three where that costs little."""
-    best = float("inf")
+def _best(ways: Sequence[Way], once: dict[str, float], library: str) -> float:
+    """Seconds of the fastest way of a library so far."""
+    return min((once[way.name] for way in ways if way.library == library and way.name in once), default=math.inf)
+
+
+def _once(entry: Turns, enough_s: float) -> float:
+    """Seconds of one call, the fastest of three; of a single one where it is slow, or slower than ``enough_s``."""
+    best = math.inf
     for _ in range(3):
         best = min(best, entry.take_one())
-        if best > 0.2:
+        if best > min(0.2, enough_s):
             break
     return best
 
@@ -257,7 +269,10 @@ def time_plans(case: Case, training: bool, args: argparse.Namespace) -> dict[str
         if not layer._dense_allowed and not picked.uses_dense:
             del plans["dense"]  # larger than a layer may keep unless told to
         turns = {key: Turns(_plan_run(plan, x, g, cores, training), 1) for key, plan in plans.items()}
-        once = {key: _once(entry) for key, entry in turns.items()}
+        once: dict[str, float] = {}
+        for key in sorted(turns, key=lambda key: plans[key].predicted_s):
+            turns[key].run()  # without what only a first call costs
+            once[key] = _once(turns[key], PLAN_FACTOR * min(once.values(), default=math.inf))
         name, best_s = plan_key(picked), min(once.values())
         ranking = sorted(once, key=lambda key: once[key])
         close = [key for key in ranking if once[key] <= PLAN_FACTOR * best_s][:MOST_PLANS]

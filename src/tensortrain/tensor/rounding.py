@@ -194,8 +194,10 @@ def _swept(
     sweep, amplification = _cut_all(problem, caps, roots, cut_with, budget.cut, before)
     if amplification > 1.0:
         wary = problem.budget(caps, amplification)
-        # Rounding weighs more than was thought: where the cuts leave it no room, they are made anew.
-        if _total(sweep.tails) > wary.cut:
+        # Rounding weighs more than was thought: where the cuts leave it no room, they are made anew, unless the caps
+        # decide every rank.
+        is_capped = all(core.shape[-1] >= cap for core, cap in zip(sweep.cores, caps[1:], strict=True))
+        if _total(sweep.tails) > wary.cut and not is_capped:
             sweep, _ = _cut_all(problem, caps, roots, cut_with, wary.cut, before)
         budget = wary
     return finish(sweep, dtype=problem.dtype, budget=budget)

@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 
 from tensortrain.contract.chain import Chain
-from tensortrain.contract.cost import CostModel, cost_model
+from tensortrain.contract.cost import CostModel, given_or_measured
 from tensortrain.contract.merge import Merge, merge_order, run_numel
 from tensortrain.contract.plan import ContractionPlan, Direction, Form, Kind, Step
 from tensortrain.errors import KindError
@@ -75,12 +75,8 @@ def plan_chain(
             "Leave it out to get the fastest plan."
         )
     device = torch.device(device)
-    model = cost_model if cost_model is not None else _model_of(device)
+    model = given_or_measured(cost_model, device)
     return _plan(chain, max(int(batch), 1), dtype, device.type, training, allow_dense, force, model)
-
-
-def _model_of(device: torch.device) -> CostModel:
-    return cost_model(device)
 
 
 @lru_cache(maxsize=4096)

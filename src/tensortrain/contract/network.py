@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tensortrain.contract.cost import CostModel, cost_model
+from tensortrain.contract.cost import CostModel, given_or_measured
 from tensortrain.errors import KindError, ShapeError
 
 __all__ = ["Legs", "Network", "NetworkPlan", "Product", "Sizes", "contraction", "contraction_flops", "plan_network"]
@@ -445,12 +445,8 @@ def plan_network(
             "Leave it out to get the fastest plan."
         )
     device = torch.device(device)
-    model = cost_model if cost_model is not None else _model_of(device)
+    model = given_or_measured(cost_model, device)
     return _plan(network, max(int(batch), 1), dtype, device.type, training, allow_dense, force, model)
-
-
-def _model_of(device: torch.device) -> CostModel:
-    return cost_model(device)
 
 
 @lru_cache(maxsize=4096)

@@ -124,32 +124,40 @@ def hadamard_core(a: Tensor, b: Tensor) -> Tensor:
 
 def dot_parts(left: Sequence[Tensor], right: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """``(m, e)`` with ``<left, right> = m * 2**e``; the left one is conjugated. Cost: O(d n r^3)."""
-    batch, n_batch = left[0].shape[:-3], left[0].ndim - 3
-    env = left[0].new_ones((*batch, 1, 1))
-    exponent = torch.zeros((), dtype=torch.int32, device=env.device)
-    stride = _safe_stride(left, right)
-    for k, (a, b) in enumerate(zip(left, right, strict=True), start=1):
-        # two products, never r^4
-        env = as_left(a).mH @ (env @ as_right(b)).reshape(*batch, -1, b.shape[-1])
-        if k % stride == 0 or k == len(left):
-            env, step = split_pow2(env, n_batch)
-            exponent = exponent + step
+    core = left[0]
+    # To look at what came out would be a sync on a GPU, and in a batch the members differ.
+    can_look = core.ndim == 3 and not (core.is_cuda or torch.compiler.is_compiling() or _is_transformed())
+    # At small ranks scaling takes most of the time: it is left out as long as nothing nears the ends of the range.
+    stride = int(math.log2(torch.finfo(core.dtype).max)) // 64 if can_look else 1
+    env, exponent, sizes = _dot_steps(left, right, stride)
+    if stride > 1:
+        worst = float(torch.stack(torch._foreach_norm(sizes)).log2().abs().amax())
+        if not worst < 0.4 * math.log2(torch.finfo(core.dtype).max):
+            env, exponent, _ = _dot_steps(left, right, 1)
     return env[..., 0, 0], exponent
 
 
-def _safe_stride(left: Sequence[Tensor], right: Sequence[Tensor]) -> int:
-    """How many steps of an inner product fit between two scalings: at small ranks scaling takes most of the time.
+def _dot_steps(
+    left: Sequence[Tensor], right: Sequence[Tensor], stride: int
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """The inner product, scaled every so many steps, and what there was after each of the steps."""
+    batch, n_batch = left[0].shape[:-3], left[0].ndim - 3
+    env = left[0].new_ones((*batch, 1, 1))
+    exponent = torch.zeros((), dtype=torch.int32, device=env.device)
+    times = torch.matmul if n_batch else torch.mm  # at small ranks what surrounds a product takes most of the time
+    seen = []
+    for k, (a, b) in enumerate(zip(left, right, strict=True), start=1):
+        # two products, never r^4
+        env = times(as_left(a).mH, times(env, as_right(b)).reshape(*batch, -1, b.shape[-1]))
+        seen.append(env.detach())
+        if k % stride == 0 or k == len(left):
+            env, step = split_pow2(env, n_batch)
+            exponent = exponent + step
+    return env, exponent, seen
 
-    The norms of the cores bound what the steps can grow to; 8 steps at rank 1,000 shrink by 1e24 at most. One step
-    where the norms cannot be had for next to nothing: on a GPU that would be a sync, in a batch the members differ.
-    """
-    core = left[0]
-    if core.ndim > 3 or core.is_cuda or torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level():
-        return 1
-    sizes = torch.stack(torch._foreach_norm([c.detach() for c in (*left, *right)])).double().log2()
-    worst = float((sizes[: len(left)] + sizes[len(left) :]).abs().amax())
-    room = 0.3 * math.log2(torch.finfo(core.dtype).max)
-    return max(1, min(8, int(room / worst))) if worst > 0 and math.isfinite(worst) else 1
+
+def _is_transformed() -> bool:
+    return torch._C._functorch.maybe_current_level() is not None
 
 
 def norm_parts(cores: Sequence[Tensor], center: Span) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,6 @@ from torch.autograd.function import once_differentiable
 from tensortrain.errors import ConvergenceError
 
 __all__ = [
-    "cholesky_qr",
     "choose_rank",
     "cut",
     "cut_basis",
@@ -85,7 +84,7 @@ def cut_basis(a: Tensor, delta: Tensor | float, cap: int) -> tuple[Tensor, Tenso
 
 def reorthonormalized(u: Tensor) -> Tensor:
     """A basis that is orthonormal to rounding from one that nearly is, without turning its vectors."""
-    if _is_tall(u):
+    if u.ndim == 2 and not u.is_cuda:
         gram = u.mH @ u
         factor, info = torch.linalg.cholesky_ex(gram, upper=True)
         deviation = torch.linalg.matrix_norm(gram - torch.eye(len(gram), dtype=u.dtype, device=u.device))
@@ -166,67 +165,20 @@ def triangle(a: Tensor) -> Tensor:
 
     A tall matrix is taken in blocks of rows that fit the cache, and the triangles of two blocks make the next.
 
-    Cost: 2 p q^2 flops, 4 to 6 p q^2 by products where those are faster.
-    Source: Demmel et al., SIAM J. Sci. Comput. 34(1), 2012 (TSQR); ``cholesky_qr``.
+    Cost: 2 p q^2 flops.
+    Source: Demmel et al., SIAM J. Sci. Comput. 34(1), 2012 (TSQR).
     """
-    found = cholesky_qr(a) if _is_tall(a) else None
-    return _householder_triangle(a) if found is None else found[1]
-
-
-def _householder_triangle(a: Tensor) -> Tensor:
     p, q = a.shape[-2:]
-    block = max(4 * q, 512)
-    if a.ndim > 2 or p <= 2 * block or a.is_cuda:
+    block = max(8 * q, 8192)
+    if a.ndim > 2 or p <= 4 * block or a.is_cuda:
         return torch.linalg.qr(a, mode="r").R
     triangles = [torch.linalg.qr(rows, mode="r").R for rows in a.split(block)]
-    return _householder_triangle(torch.cat(triangles))
+    return triangle(torch.cat(triangles))
 
 
 def orthonormal(a: Tensor) -> Tensor:
     """Orthonormal basis ``(.., p, min(p, q))`` of the columns of a matrix."""
-    found = cholesky_qr(a) if _is_tall(a) else None
-    return torch.linalg.qr(a).Q if found is None else found[0]
-
-
-def cholesky_qr(a: Tensor) -> tuple[Tensor, Tensor] | None:
-    """``(q, r)`` of a tall matrix by Cholesky factorizations of Gram matrices, orthonormal to rounding.
-
-    Twice at least: the first factor leaves ``q`` orthonormal to ``1e-16 cond(a)^2``; once that is near enough, which is
-    looked at, one more makes it so to rounding. Where the Gram matrix is not definite to rounding, a shifted first
-    factorization brings the condition down before.
-
-    Returns:
-        ``None`` where the columns are dependent to rounding.
-
-    Cost: 4 to 6 p q^2 flops, all in products and triangular solves, which run several times faster than a
-        Householder QR.
-    Source: Yamamoto et al., ETNA 44, 2015 (twice); Fukaya et al., SIAM J. Sci. Comput. 42(1), 2020 (shifted).
-    """
-    q, r, shift = a, torch.eye(a.shape[-1], dtype=a.dtype, device=a.device), 0.0
-    for _ in range(5):
-        gram = q.mH @ q
-        deviation = gram - torch.eye(len(gram), dtype=a.dtype, device=a.device)
-        is_last = bool(torch.linalg.matrix_norm(deviation) < 0.5)
-        if shift:
-            gram.diagonal().add_(shift * gram.diagonal().real.sum())
-        factor, info = torch.linalg.cholesky_ex(gram, upper=True)
-        if int(info) != 0:
-            if shift or q is not a:
-                return None
-            # The published shift, 11 (p q + q^2) roundings of the squared norm, holds for the worst roundings that
-            # there can be; those of a product grow like the root of its length.
-            shift = 11.0 * len(gram) * torch.finfo(a.dtype).eps
-            continue
-        q, r, shift = torch.linalg.solve_triangular(factor, q, upper=True, left=False), factor @ r, 0.0
-        if is_last:
-            return q, r
-    return None
-
-
-def _is_tall(a: Tensor) -> bool:
-    """Whether products are worth their larger number of flops."""
-    p, q = a.shape[-2:]
-    return a.ndim == 2 and q >= 16 and p >= 2 * q and a.dtype in (torch.float64, torch.complex128)
+    return torch.linalg.qr(a).Q
 
 
 def randomized_basis(a: Tensor, rank: int) -> tuple[Tensor, Tensor]:

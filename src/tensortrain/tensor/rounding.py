@@ -14,7 +14,7 @@ from tensortrain.errors import KindError, NonFiniteError, RankError
 from tensortrain.tensor import chain
 from tensortrain.tensor.approximation import Approximation
 from tensortrain.tensor.base import CoreChain
-from tensortrain.tensor.linalg import choose_rank, cut, cut_basis, gram_basis, gram_root, orthonormal, triangle
+from tensortrain.tensor.linalg import choose_rank, cut, cut_basis, gram_basis, gram_root, reorthonormalized, triangle
 from tensortrain.tensor.ranks import RankLike, count_params, max_ranks, ranks_within, resolve_ranks
 from tensortrain.tensor.scaling import split_pow2, splitter, times_pow2
 from tensortrain.tensor.sketch import OVERSAMPLING, Plain, sketched_cores
@@ -153,7 +153,7 @@ def _round_randomized(problem: _Problem, caps: Sequence[int]) -> Finished:
     # What the sketch lost is orthogonal to what is left, and so are the cuts within it.
     rest = math.sqrt(max(problem.eps**2 - float(lost.amax()) ** 2, 0.0)) or problem.eps
     left = replace(problem, cores=cores, center=(0, 0), eps=rest, ranks=tuple(widths), split=splitter(cores))
-    return _swept(left, caps, _triangles(left), cut_basis, before=lost)
+    return _swept(left, caps, _gram_roots(left), _gram_cut, before=lost)
 
 
 def _mirrored(cores: Sequence[Tensor]) -> list[Tensor]:
@@ -281,8 +281,8 @@ def _gram_cut(a: Tensor, delta: Tensor, cap: int) -> tuple[Tensor, Tensor, Tenso
     rank, tail = choose_rank(s, delta, cap)
     floor = 4e-8 * torch.linalg.vector_norm(s, dim=-1)  # what squares cannot show
     kept = s[..., :rank]
-    # columns of norm one, nearly orthogonal as far as squares can show: the cheapest case of a QR
-    basis = orthonormal(a @ (v[..., :rank] / kept.clamp_min(1e-300).unsqueeze(-2)))
+    # columns of norm one, nearly orthogonal as far as squares can show
+    basis = reorthonormalized(a @ (v[..., :rank] / kept.clamp_min(1e-300).unsqueeze(-2)))
     return basis, kept, torch.hypot(tail, floor) if rank < s.shape[-1] else tail
 
 
@@ -371,7 +371,10 @@ def _check_arguments(x: object, method: str) -> None:
 
 def _finite_cores(x: CoreChain) -> list[Tensor]:
     cores = [core.detach().to(compute_dtype(x.dtype)) for core in x._merged()]
-    finite = torch.stack([torch.isfinite(core).all() for core in cores]).tolist()  # one sync for all cores
+    # The norms show it at once; only where one overflows every entry is looked at.
+    if bool(torch.stack(torch._foreach_norm(cores)).isfinite().all()):
+        return cores
+    finite = torch.stack([torch.isfinite(core).all() for core in cores]).tolist()
     if not all(finite):
         raise NonFiniteError(
             f"a train must be finite to be rounded: cores[{finite.index(False)}] has NaN or Inf, expected "

@@ -17,6 +17,7 @@ from tensortrain.tensor.linalg import (
     left_basis,
     orthonormal,
     randomized_basis,
+    reorthonormalized,
 )
 from tensortrain.tensor.tolerance import Sweep, compute_dtype
 
@@ -133,25 +134,23 @@ def _cut_svd(a: Tensor, delta: Tensor, cap: int) -> tuple[Tensor, Tensor, Tensor
     return basis[..., :rank], s[..., :rank], tail
 
 
-def _cut_gram(a: Tensor, delta: Tensor, cap: int) -> tuple[Tensor, Tensor, Tensor]:
+def _cut_gram(a: Tensor, delta: Tensor, cap: int) -> tuple[Tensor | None, Tensor, Tensor]:
     """From the eigenvectors of the smaller Gram matrix. The tail is measured on what the basis leaves."""
     p, q = a.shape[-2:]
-    whole = energy(a, a.ndim - 2)
-    if p <= q:
-        basis, s = gram_basis(a)
-        # the eigenvalues are wrong by roundings of the largest: the choice keeps clear of that
-        rank, _ = choose_rank(s, 0.9 * delta, cap)
-        basis = basis[..., :rank]
-        kept = basis.mH @ a
-    else:
-        vectors, s = gram_basis(a.mH)
-        rank, _ = choose_rank(s, 0.9 * delta, cap)
-        basis = orthonormal(a @ vectors[..., :rank])
-        kept = basis.mH @ a
+    vectors, s = gram_basis(a if p <= q else a.mH)
+    # the eigenvalues are wrong by roundings of the largest: the choice keeps clear of that
+    rank, nothing = choose_rank(s, 0.9 * delta, cap)
+    if rank == p <= q:
+        return None, s, nothing
+    s = s[..., :rank]
+    basis = vectors[..., :rank]
+    if p > q:
+        basis = reorthonormalized(a @ (basis / s.clamp_min(1e-300).unsqueeze(-2)))
     if rank == min(p, q):
-        return basis, s[..., :rank], torch.zeros_like(whole)
-    lost = whole - energy(kept, a.ndim - 2)
-    return basis, s[..., :rank], (lost.clamp_min(0.0) + _SQUARES**2 * whole).sqrt()
+        return basis, s, nothing
+    whole = energy(a, a.ndim - 2)
+    lost = whole - energy(basis.mH @ a, a.ndim - 2)
+    return basis, s, (lost.clamp_min(0.0) + _SQUARES**2 * whole).sqrt()
 
 
 def _sketched_cut(a: Tensor, delta: Tensor, cap: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -205,7 +204,7 @@ def _qr_sweep(problem: Unfolded, share: float, caps: Sequence[int]) -> tuple[Swe
 def _gram_sweep(problem: Unfolded, share: float, caps: Sequence[int]) -> tuple[Sweep, str]:
     if share / math.sqrt(max(1, len(problem.modes) - 1)) < GRAM_FLOOR:
         return _qr_sweep(problem, share, caps)
-    return _swept(problem, share, caps, _cut_full_rank_first(_cut_gram)), "gram"
+    return _swept(problem, share, caps, _cut_gram), "gram"
 
 
 def _randomized_sweep(problem: Unfolded, share: float, caps: Sequence[int]) -> tuple[Sweep, str]:

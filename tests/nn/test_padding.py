@@ -88,7 +88,9 @@ def test_norm_counts_the_weight_alone():
 def test_modes_far_beyond_the_size_are_a_mistake():
     with pytest.raises(ShapeError, match=r"exactly 37 \(padded, up to 55\)"):
         tt.nn.Linear(37, 53, in_modes=(8, 8), out_modes=(9, 6), rank=4)
-    with pytest.raises(ShapeError, match="exactly 37"):
+    with pytest.raises(ShapeError, match="exactly 12: found"):
+        tt.nn.Linear(12, 53, in_modes=(3, 5), out_modes=(9, 6), rank=4)
+    with pytest.raises(ShapeError, match="exactly 37: found"):
         tt.nn.Linear(37, 53, format="kronecker", in_modes=(5, 8), out_modes=(9, 6), rank=4)
 
 

@@ -30,7 +30,7 @@ __all__ = [
 
 Modes = tuple[int, ...]
 PADDING_CHOSEN = 0.05  # most that a linear layer's sizes are padded by without being told to
-PADDING_GIVEN = 0.5  # modes that exceed a size by more are taken for a mistake
+PADDING_GIVEN = 0.5  # modes that exceed a size by more, or one that has good factors, are taken for a mistake
 
 
 def weight_to_matrix(dense: Tensor, weight: WeightShape, n_inputs: int, n_outputs: int | None = None) -> Tensor:
@@ -78,17 +78,23 @@ def paired_modes(
 
     Args:
         order: How many; where left out it follows from the modes given, else from the sizes.
-        pads_linear: Whether the modes of a linear weight may exceed its sizes; the words of an embedding always may.
+        pads_linear: Whether the modes of a linear weight may exceed sizes without good factors; the words of an
+            embedding always may.
 
     Raises:
         ShapeError: Modes that do not multiply to the sizes, or not as many on one side as on the other.
     """
     pads_linear = pads_linear and weight.kind == "linear"
-    most = PADDING_GIVEN if pads_linear else None
+
+    def most(modes: Sequence[int], size: int) -> float | None:
+        return PADDING_GIVEN if pads_linear and _factors_poorly(size, len(modes)) else None
+
     if in_modes is not None:
-        in_modes = check_modes(in_modes, weight.in_features, "in_modes", pad=_pads_words(weight), most_padding=most)
+        n = weight.in_features
+        in_modes = check_modes(in_modes, n, "in_modes", pad=_pads_words(weight), most_padding=most(in_modes, n))
     if out_modes is not None:
-        out_modes = check_modes(out_modes, weight.out_features, "out_modes", most_padding=most)
+        m = weight.out_features
+        out_modes = check_modes(out_modes, m, "out_modes", most_padding=most(out_modes, m))
     order = order or _order(weight, out_modes, in_modes)
     padding = PADDING_CHOSEN if pads_linear else False
     if _pads_words(weight):
@@ -127,6 +133,11 @@ def single_modes(
     if weight.kind == "conv":
         out_modes, in_modes = out_modes or (weight.out_features,), in_modes or (weight.in_features,)
     return separate_modes(weight, out_modes, in_modes)
+
+
+def _factors_poorly(size: int, order: int) -> bool:
+    """Whether padding makes a train of so many modes cheaper."""
+    return size > 1 and order > 0 and math.prod(suggest_modes(size, order, pad=PADDING_GIVEN)) > size
 
 
 def _pads_words(weight: WeightShape) -> bool:

@@ -26,8 +26,8 @@ class Linear(FactorizedLayer):
         in_features, out_features, bias: As ``torch.nn.Linear``.
         format: One of ``tensortrain.formats.format_names()``, such as ``"tt"``, ``"low_rank"``, ``"btt"``, ``"cp"``.
         rank: Number, tuple, share of the dense parameters in (0, 1], or ``"same"``.
-        in_modes, out_modes: Factors of the sizes, first slowest; balanced ones when left out. Those of a train may
-            multiply to more, by half at most: inputs are then padded with zeros, and outputs cut.
+        in_modes, out_modes: Factors of the sizes, first slowest; balanced ones when left out. For sizes without good
+            factors those of a train may multiply to more, by half at most: inputs are padded, and outputs cut.
         init: Variance of the dense weight: ``"match"`` (torch's), ``"glorot"``, ``"he"``, a number;
             ``None`` leaves the cores unset.
         implementation: ``"auto"``, ``"factorized"`` or ``"dense"``.

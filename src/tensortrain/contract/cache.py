@@ -44,9 +44,6 @@ class _Stamp:
     storage: torch.UntypedStorage
     state: tuple[Hashable, ...]
 
-    def matches(self, tensor: Tensor) -> bool:
-        return self.tensor() is tensor and self.state == _state(tensor)
-
 
 class WeightCache:
     """A derived weight, valid while its sources do not change.
@@ -125,7 +122,10 @@ class WeightCache:
     def _is_current(self, sources: Sequence[Tensor]) -> bool:
         if len(self._stamps) != len(sources) or self._optimizer_steps != _STEPS.count():
             return False
-        return all(stamp.matches(source) for stamp, source in zip(self._stamps, sources, strict=True))
+        for stamp, source in zip(self._stamps, sources, strict=True):
+            if stamp.tensor() is not source or stamp.state != (source.data_ptr(), source._version):
+                return False
+        return True
 
     def __reduce__(self) -> tuple[type[WeightCache], tuple[()]]:
         return (WeightCache, ())

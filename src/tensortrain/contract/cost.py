@@ -245,7 +245,7 @@ class _Stopwatch:
             "matrix_s": max(self.best_s(*self.batched(4096, 2, 2, 2)) - overhead, 1e-12) / 4096,
             "bandwidth_bytes_s": bandwidth,
             "cache_bandwidth_bytes_s": max(self.clone_rate(2**18), bandwidth),
-            "cache_bytes": 8e6 if self.device.type == "cpu" else 3e7,
+            "cache_bytes": self.cache_bytes() if self.device.type == "cpu" else 3e7,
             "fresh_bytes_s": self.clone_rate(12 * 2**20) / 2,
             "permute_bytes_s": self.permute_rate(),
             "overhead_s": overhead,
@@ -271,6 +271,14 @@ class _Stopwatch:
     def bandwidth(self) -> float:
         side = 4096
         return 4.0 * side * side / self.best_s(*self.linear(1, side, side))
+
+    def cache_bytes(self) -> float:
+        """The largest weight, of a few, that one row reads faster than memory could give it."""
+        read = {
+            side: 4.0 * side * side / self.best_s(*self.linear(1, side, side)) for side in (512, 724, 1024, 1448, 4096)
+        }
+        limit = math.sqrt(read[512] * read[4096])
+        return max((4.0 * side * side for side, rate in read.items() if rate > limit), default=4.0 * 512**2)
 
     def clone_rate(self, numel: int) -> float:
         x = torch.zeros(numel, device=self.device)

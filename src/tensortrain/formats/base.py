@@ -498,14 +498,18 @@ def check_dense(dense: Tensor, weight: WeightShape) -> None:
         )
 
 
-def check_modes(modes: Sequence[int], size: int, what: str, *, pad: bool = False) -> tuple[int, ...]:
-    """Modes as a tuple whose product is ``size`` (or at least that, where padding is allowed)."""
+def check_modes(
+    modes: Sequence[int], size: int, what: str, *, pad: bool = False, most_padding: float | None = None
+) -> tuple[int, ...]:
+    """Modes as a tuple whose product is ``size``, or at least that with ``pad``, or within a share above it."""
     given = tuple(int(n) for n in modes)
     product = math.prod(given)
-    if not given or min(given) < 1 or product < size or (product != size and not pad):
+    limit = math.inf if pad else size * (1 + (most_padding or 0.0))
+    if not given or min(given) < 1 or not size <= product <= limit:
         relation = "at least" if pad else "exactly"
+        padded = f" (padded, up to {math.floor(limit)})" if most_padding else ""
         raise ShapeError(
-            f"{what} must be positive and multiply to {relation} {size}: found {given} with product {product}. "
+            f"{what} must be positive and multiply to {relation} {size}{padded}: found {given} with product {product}. "
             f"Try tensortrain.nn.suggest_modes({size})."
         )
     return given

@@ -14,6 +14,7 @@ from dataclasses import replace
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tensortrain.contract import Chain, ContractionPlan, chain_lookup, chain_to_dense, merge_cores
@@ -111,7 +112,7 @@ class ChainFormat(Format):
                 min(with_inputs, with_outputs * rank) * m,
                 min(with_outputs, with_inputs * rank) * n,
             )
-        return min(with_inputs, with_outputs)
+        return min(with_inputs, with_outputs, super().max_matrix_rank(spec))
 
     def factorize_group(
         self,
@@ -199,6 +200,8 @@ class ChainFormat(Format):
 
     def _norm(self, spec: FactorSpec, gram: Tensor, output_gram: Tensor | None) -> KroneckerNorm:
         outs, ins = self.chain_modes(spec)
+        if output_gram is not None:
+            output_gram = F.pad(output_gram, (0, math.prod(outs) - output_gram.shape[-1]) * output_gram.ndim)
         return KroneckerNorm.of(order_gram(gram, spec.weight, math.prod(ins)), output_gram, outs, ins)
 
     def _decompose(
@@ -230,7 +233,8 @@ class ChainFormat(Format):
         return unfolding_spectra(paired.reshape([m * n for m, n in zip(outs, ins, strict=True)]), method="gram")
 
     def mean_square(self, cores: Sequence[Tensor], spec: FactorSpec) -> float:
-        if spec.weight.groups > 1:
+        is_padded = spec.weight.kind == "linear" and self.chain(spec).dense_numel > spec.weight.n_params
+        if spec.weight.groups > 1 or is_padded:
             return super().mean_square(cores, spec)
         wide = compute_dtype(cores[0].dtype)
         state = torch.ones(1, 1, dtype=wide, device=cores[0].device)
@@ -243,7 +247,8 @@ class ChainFormat(Format):
 
     def to_matrix(self, dense: Tensor, spec: FactorSpec) -> Tensor:
         """One group's weight as (outputs, inputs); kernel positions are the slowest input index."""
-        return weight_to_matrix(dense, spec.weight, math.prod(self.chain_modes(spec)[1]))
+        outs, ins = self.chain_modes(spec)
+        return weight_to_matrix(dense, spec.weight, math.prod(ins), math.prod(outs))
 
     def from_matrix(self, matrix: Tensor, spec: FactorSpec) -> Tensor:
         return matrix_to_weight(matrix, spec.weight)

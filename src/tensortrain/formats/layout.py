@@ -1,7 +1,7 @@
 """One group's weight as a matrix (outputs, inputs), whatever kind of layer it belongs to.
 
 A convolution's inputs are ordered (kernel position, channel), position slowest; an embedding's inputs are its
-words, padded with zero rows up to the product of the input modes.
+words. A weight whose modes multiply to more than its size is padded with zeros.
 """
 
 from __future__ import annotations
@@ -29,12 +29,16 @@ __all__ = [
 ]
 
 Modes = tuple[int, ...]
+PADDING_CHOSEN = 0.05  # most that a linear layer's sizes are padded by without being told to
+PADDING_GIVEN = 0.5  # modes that exceed a size by more, or one that has good factors, are taken for a mistake
 
 
-def weight_to_matrix(dense: Tensor, weight: WeightShape, n_inputs: int) -> Tensor:
-    """``(M, n_inputs)`` from torch's layout; ``n_inputs`` exceeds the words of a padded vocabulary."""
+def weight_to_matrix(dense: Tensor, weight: WeightShape, n_inputs: int, n_outputs: int | None = None) -> Tensor:
+    """``(n_outputs, n_inputs)`` from torch's layout; either exceeds the weight's own size where that is padded."""
     if weight.kind == "linear":
-        return dense
+        more_rows = 0 if n_outputs is None else n_outputs - weight.out_features
+        more_columns = n_inputs - weight.in_features
+        return F.pad(dense, (0, more_columns, 0, more_rows)) if more_rows or more_columns else dense
     if weight.kind == "conv":
         axes = [0, *range(2, 2 + len(weight.kernel)), 1]
         return dense.permute(axes).reshape(weight.out_features, weight.fan_in)
@@ -42,9 +46,9 @@ def weight_to_matrix(dense: Tensor, weight: WeightShape, n_inputs: int) -> Tenso
 
 
 def matrix_to_weight(matrix: Tensor, weight: WeightShape) -> Tensor:
-    """Torch's layout from ``(M, n_inputs)``."""
+    """Torch's layout from ``(n_outputs, n_inputs)``."""
     if weight.kind == "linear":
-        return matrix
+        return matrix[: weight.out_features, : weight.in_features]
     if weight.kind == "conv":
         k = len(weight.kernel)
         kernel = matrix.reshape(weight.out_features, *weight.kernel, weight.in_features)
@@ -63,25 +67,42 @@ def order_gram(gram: Tensor, weight: WeightShape, n_inputs: int) -> Tensor:
 
 
 def paired_modes(
-    weight: WeightShape, out_modes: Sequence[int] | None, in_modes: Sequence[int] | None, *, order: int | None = None
+    weight: WeightShape,
+    out_modes: Sequence[int] | None,
+    in_modes: Sequence[int] | None,
+    *,
+    order: int | None = None,
+    pads_linear: bool = False,
 ) -> tuple[Modes, Modes]:
     """As many output as input modes, checked, balanced ones where they are left out.
 
     Args:
         order: How many; where left out it follows from the modes given, else from the sizes.
+        pads_linear: Whether the modes of a linear weight may exceed sizes without good factors; the words of an
+            embedding always may.
 
     Raises:
         ShapeError: Modes that do not multiply to the sizes, or not as many on one side as on the other.
     """
-    pad = weight.kind == "embedding"
+    pads_linear = pads_linear and weight.kind == "linear"
+
+    def most(modes: Sequence[int], size: int) -> float | None:
+        return PADDING_GIVEN if pads_linear and _factors_poorly(size, len(modes)) else None
+
     if in_modes is not None:
-        in_modes = check_modes(in_modes, weight.in_features, "in_modes", pad=pad)
+        n = weight.in_features
+        in_modes = check_modes(in_modes, n, "in_modes", pad=_pads_words(weight), most_padding=most(in_modes, n))
     if out_modes is not None:
-        out_modes = check_modes(out_modes, weight.out_features, "out_modes")
+        m = weight.out_features
+        out_modes = check_modes(out_modes, m, "out_modes", most_padding=most(out_modes, m))
     order = order or _order(weight, out_modes, in_modes)
-    suggest = suggest_padded_modes if pad else suggest_modes
-    ins = in_modes or suggest(weight.in_features, order)
-    outs = out_modes or suggest_modes(weight.out_features, order)[::-1]  # small inputs meet large outputs
+    padding = PADDING_CHOSEN if pads_linear else False
+    if _pads_words(weight):
+        ins = in_modes or suggest_padded_modes(weight.in_features, order)
+    else:
+        ins = in_modes or suggest_modes(weight.in_features, order, pad=padding)
+    # small inputs meet large outputs
+    outs = out_modes or suggest_modes(weight.out_features, order, pad=padding)[::-1]
     if len(outs) != len(ins) or len(ins) != order:
         raise ShapeError(
             f"in_modes and out_modes must pair up: found {len(ins)} and {len(outs)} modes ({ins} and {outs}), expected "
@@ -94,7 +115,7 @@ def separate_modes(
     weight: WeightShape, out_modes: Sequence[int] | None, in_modes: Sequence[int] | None
 ) -> tuple[Modes, Modes]:
     """Output and input modes that need not pair up, checked, balanced ones where they are left out."""
-    pad = weight.kind == "embedding"
+    pad = _pads_words(weight)
     suggest = suggest_padded_modes if pad else suggest_modes
     least = 3 if pad else 2
     ins = in_modes or suggest(weight.in_features, max(least, default_order(weight.in_features)))
@@ -112,6 +133,15 @@ def single_modes(
     if weight.kind == "conv":
         out_modes, in_modes = out_modes or (weight.out_features,), in_modes or (weight.in_features,)
     return separate_modes(weight, out_modes, in_modes)
+
+
+def _factors_poorly(size: int, order: int) -> bool:
+    """Whether padding makes a train of so many modes cheaper."""
+    return size > 1 and order > 0 and math.prod(suggest_modes(size, order, pad=PADDING_GIVEN)) > size
+
+
+def _pads_words(weight: WeightShape) -> bool:
+    return weight.kind == "embedding"
 
 
 def _order(weight: WeightShape, out_modes: Sequence[int] | None, in_modes: Sequence[int] | None) -> int:

@@ -129,7 +129,7 @@ def search_modes(
         out_features, in_features: Sizes of the weight.
         rank: Rank of every bond, clipped.
         batch: Rows for which the time is predicted.
-        pad: As in ``suggest_modes``; padded sizes need a layer of that size.
+        pad: As in ``suggest_modes``; a ``Linear`` pads its input and cuts its output.
         orders: Numbers of modes to try, each with output modes descending and ascending.
         dtype, device: For the prediction.
 

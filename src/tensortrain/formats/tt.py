@@ -4,7 +4,7 @@
 ========== ======================= ==========================
 weight     output modes            input modes
 ========== ======================= ==========================
-linear     (M_1, .., M_d)          (N_1, .., N_d)
+linear     (M_1, .., M_d)          (N_1, .., N_d); either may be padded up
 conv       (1, S_1, .., S_d)       (k_h k_w, C_1, .., C_d)
 embedding  (J_1, .., J_d)          (I_1, .., I_d), padded up
 ========== ======================= ==========================
@@ -44,7 +44,7 @@ class TT(ChainFormat):
     def default_modes(
         self, weight: WeightShape, out_modes: Sequence[int] | None, in_modes: Sequence[int] | None
     ) -> tuple[Modes, Modes]:
-        return paired_modes(weight, out_modes, in_modes)
+        return paired_modes(weight, out_modes, in_modes, pads_linear=True)
 
     def chain_modes(self, spec: FactorSpec) -> tuple[Modes, Modes]:
         if self.n_spatial(spec) == 0:

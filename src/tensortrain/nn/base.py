@@ -332,9 +332,9 @@ class FactorizedLayer(nn.Module):
     def _core_list(self) -> list[Tensor]:
         if self._stand_ins is not None:
             return self._stand_ins
-        # Going through ParameterList costs more than a small product; parametrized cores are not stored in it.
-        stored = self.cores._parameters
-        return list(stored.values()) if len(stored) == len(self.cores) else list(self.cores)  # type: ignore[arg-type]
+        # Going through ParameterList costs more than a small product; constrained cores are of another type.
+        cores = self._modules["cores"]
+        return list(cores._parameters.values()) if type(cores) is nn.ParameterList else list(self.cores)  # type: ignore[arg-type]
 
     def _cached(self, key: Any, build: Callable[[], Any]) -> Any:
         return self._cache.get(self._core_list(), build, tag=key)

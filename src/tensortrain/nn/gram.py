@@ -11,30 +11,51 @@ from torch import Tensor
 __all__ = ["chain_squared_norm"]
 
 
-def chain_squared_norm(chain: Sequence[Tensor], n_columns: int | None = None) -> Tensor:
-    r"""``||W||_F^2`` of the TT-matrix of these cores, or of its first ``n_columns`` columns.
+def chain_squared_norm(chain: Sequence[Tensor], n_rows: int | None = None, n_columns: int | None = None) -> Tensor:
+    r"""``||W||_F^2`` of the TT-matrix of these cores, or of its first rows and columns.
 
     Args:
         chain: Cores ``(.., r, i, j, s)``, all with the same leading axes, one weight for each.
-        n_columns: How many columns count, first input mode slowest; all when left out.
+        n_rows, n_columns: How many count, first mode slowest; all when left out.
 
     Returns:
         Tensor: The leading shape, real, differentiable.
 
     Cost: O(d r^3 m^2) flops for mode pairs of size m^2.
     """
-    rest = math.prod(core.shape[-2] for core in chain) if n_columns is None else n_columns
+    rows = _digits(n_rows, [core.shape[-3] for core in chain])
+    columns = _digits(n_columns, [core.shape[-2] for core in chain])
+    # Gram matrices of the indices that are below a bound (or have none), and of those whose digits equal it so far.
+    states = {(rows is not None, columns is not None): chain[0].new_ones(*chain[0].shape[:-4], 1, 1)}
+    for k, core in enumerate(chain):
+        moved: dict[tuple[bool, bool], Tensor] = {}
+        for (row_at, column_at), state in states.items():
+            for row_part, row_next in _parts(row_at, rows, k):
+                for column_part, column_next in _parts(column_at, columns, k):
+                    key = (row_next, column_next)
+                    more = _step(state, core[..., row_part, column_part, :])
+                    moved[key] = moved[key] + more if key in moved else more
+        states = moved
+    total = states[False, False][..., 0, 0]
+    return total.real if total.is_complex() else total
+
+
+def _digits(count: int | None, sizes: Sequence[int]) -> list[int] | None:
+    """Digits of a count in a mixed base, first slowest; ``None`` where all indices count."""
+    if count is None or count >= math.prod(sizes):
+        return None
     digits = []
-    for core in reversed(chain):
-        digits.append(rest % core.shape[-2])
-        rest //= core.shape[-2]
-    # Two Gram matrices: of the column indices that are below the bound, and of the one whose digits equal it so far.
-    at = chain[0].new_ones(*chain[0].shape[:-4], 1, 1)
-    below = at * rest  # all columns count when the bound is past the last one
-    for core, digit in zip(chain, reversed(digits), strict=True):
-        below = _step(below, core) + _step(at, core[..., :digit, :])
-        at = _step(at, core[..., digit : digit + 1, :])
-    return below[..., 0, 0].real if below.is_complex() else below[..., 0, 0]
+    for size in reversed(sizes):
+        digits.append(count % size)
+        count //= size
+    return digits[::-1]
+
+
+def _parts(is_at: bool, digits: list[int] | None, k: int) -> list[tuple[slice, bool]]:
+    """Which indices of a mode go on, and whether the digits still equal the bound after it."""
+    if not is_at or digits is None:
+        return [(slice(None), False)]
+    return [(slice(digits[k]), False), (slice(digits[k], digits[k] + 1), True)]
 
 
 def _step(state: Tensor, core: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,7 +26,8 @@ class Linear(FactorizedLayer):
         in_features, out_features, bias: As ``torch.nn.Linear``.
         format: One of ``tensortrain.formats.format_names()``, such as ``"tt"``, ``"low_rank"``, ``"btt"``, ``"cp"``.
         rank: Number, tuple, share of the dense parameters in (0, 1], or ``"same"``.
-        in_modes, out_modes: Factors of the sizes, first slowest; balanced ones when left out.
+        in_modes, out_modes: Factors of the sizes, first slowest; balanced ones when left out. For sizes without good
+            factors those of a train may multiply to more, by half at most: inputs are padded, and outputs cut.
         init: Variance of the dense weight: ``"match"`` (torch's), ``"glorot"``, ``"he"``, a number;
             ``None`` leaves the cores unset.
         implementation: ``"auto"``, ``"factorized"`` or ``"dense"``.
@@ -66,6 +68,7 @@ class Linear(FactorizedLayer):
         weight = WeightShape("linear", out_features, in_features)
         spec = get_format(format).spec(weight, rank=rank, out_modes=out_modes, in_modes=in_modes)
         self.in_features, self.out_features = in_features, out_features
+        self._n_padded_inputs = max(0, math.prod(spec.in_modes) - in_features)
         super().__init__(
             spec,
             bias=out_features if bias else None,
@@ -97,7 +100,15 @@ class Linear(FactorizedLayer):
         plan = self._plan_for(x)
         if plan.uses_dense:
             return F.linear(x, self._dense_weight(), self.bias)
-        y = plan.execute(x, (), self._prepared(plan))
+        return self._execute(plan, x, self._prepared(plan))
+
+    def _execute(self, plan: ContractionPlan | NetworkPlan, x: Tensor, prepared: tuple[Tensor, ...]) -> Tensor:
+        """The product by steps, padded where the modes exceed the sizes, and the bias."""
+        if self._n_padded_inputs:
+            x = F.pad(x, (0, self._n_padded_inputs))
+        y = plan.execute(x, (), prepared)
+        if y.shape[-1] != self.out_features:
+            y = y[..., : self.out_features]
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def _plan_for(self, x: Tensor) -> ContractionPlan | NetworkPlan:

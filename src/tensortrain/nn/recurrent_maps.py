@@ -156,12 +156,7 @@ def _prepared(one: Map, rows: int) -> Apply:
     with torch.no_grad():  # the plan for weights that are kept, whether or not gradients are wanted
         plan = one.plan(max(1, rows))
     weights = plan.prepare(fmt.to_chain(one._core_list(), one.spec))
-
-    def apply(x: Tensor) -> Tensor:
-        y = plan.execute(x, (), weights)
-        return y if one.bias is None else y + one.bias.to(y.dtype)
-
-    return apply
+    return lambda x: one._execute(plan, x, weights)
 
 
 def blocks_of(apply: Apply, sizes: Sequence[int]) -> tuple[Apply, ...]:

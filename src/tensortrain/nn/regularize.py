@@ -171,8 +171,11 @@ def _layer_norm(layer: FactorizedLayer) -> Tensor:
 
 def _squared_norm(fmt: Format, cores: Sequence[Tensor], spec: FactorSpec) -> Tensor:
     if isinstance(fmt, ChainFormat):
-        n_columns = spec.weight.in_features if spec.weight.kind == "embedding" else None
-        return chain_squared_norm(fmt.to_chain(cores, spec), n_columns)
+        weight = spec.weight
+        chain = fmt.to_chain(cores, spec)
+        if weight.kind == "conv":
+            return chain_squared_norm(chain)
+        return chain_squared_norm(chain, weight.out_features, weight.in_features)  # padding does not count
     if spec.format == "tucker2":
         inner, core, outer = cores
         moved = torch.einsum("oix,oO,iI->OIx", core.flatten(2), outer.T @ outer, inner @ inner.T)

@@ -137,9 +137,7 @@ def dot_parts(left: Sequence[Tensor], right: Sequence[Tensor]) -> tuple[Tensor, 
     return env[..., 0, 0], exponent
 
 
-def _dot_steps(
-    left: Sequence[Tensor], right: Sequence[Tensor], stride: int
-) -> tuple[Tensor, Tensor, list[Tensor]]:
+def _dot_steps(left: Sequence[Tensor], right: Sequence[Tensor], stride: int) -> tuple[Tensor, Tensor, list[Tensor]]:
     """The inner product, scaled every so many steps, and what there was after each of the steps."""
     batch, n_batch = left[0].shape[:-3], left[0].ndim - 3
     env = left[0].new_ones((*batch, 1, 1))

@@ -89,7 +89,7 @@ def test_plans_follow_the_model_in_force() -> None:
 def test_file_round_trip(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert cost_model("cpu") == MODEL
     (file,) = empty_cache.iterdir()
-    assert file.name.startswith("cost-model-")
+    assert file.name.startswith("cost-model-2-")
     assert file.suffix == ".json"
     cost._KNOWN.clear()
     forbid_measuring(monkeypatch)

@@ -20,17 +20,17 @@ class _OptimizerSteps:
     """Counts the steps of all optimizers: fused ones write without raising a tensor's version."""
 
     def __init__(self) -> None:
-        self._n_steps = 0
+        self.n_steps = 0
         self._is_listening = False
 
     def count(self) -> int:
         if not self._is_listening:  # at the first use, since an import sets no global state
             self._is_listening = True
             register_optimizer_step_post_hook(self._increment)
-        return self._n_steps
+        return self.n_steps
 
     def _increment(self, optimizer: Any, args: Any, kwargs: Any) -> None:
-        self._n_steps += 1
+        self.n_steps += 1
 
 
 _STEPS = _OptimizerSteps()
@@ -103,6 +103,16 @@ class WeightCache:
             self._values[key] = value
         return self._values[key]  # type: ignore[return-value]
 
+    def peek(self, sources: Sequence[Tensor], tag: Hashable) -> Any:
+        """The value kept outside autocast under a tag, or ``None``; what ``get`` does where nothing has changed.
+
+        For the shortest way through a small layer: the caller sees to it that no gradients are recorded and no
+        program is traced.
+        """
+        if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda") or not self._is_current(sources):
+            return None
+        return self._values.get((tag, None))
+
     def clear(self) -> None:
         """Forget everything."""
         self._stamps, self._values = (), {}
@@ -120,7 +130,7 @@ class WeightCache:
         return sum(held.values())
 
     def _is_current(self, sources: Sequence[Tensor]) -> bool:
-        if len(self._stamps) != len(sources) or self._optimizer_steps != _STEPS.count():
+        if len(self._stamps) != len(sources) or self._optimizer_steps != _STEPS.n_steps:
             return False
         for stamp, source in zip(self._stamps, sources, strict=True):
             if stamp.tensor() is not source or stamp.state != (source.data_ptr(), source._version):

@@ -365,7 +365,7 @@ def _cpu_name() -> str:
 def _cache_file(key: str) -> Path:
     root = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     digest = hashlib.sha256(key.encode()).hexdigest()[:16]
-    return Path(root) / "tensortrain" / f"cost-model-{digest}.json"
+    return Path(root) / "tensortrain" / f"cost-model-2-{digest}.json"
 
 
 def _measure_and_store(device: torch.device, path: Path) -> CostModel:

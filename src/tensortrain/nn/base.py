@@ -371,11 +371,14 @@ class FactorizedLayer(nn.Module):
             cost_model=CostModel.reference(self._device_type),
         )
 
+    def _plan_key(self, rows: int, training: bool, force: Any = None) -> tuple[Any, ...]:
+        bucket = 1 << max(0, rows - 1).bit_length()
+        return bucket, training, force, self.implementation, self.dense_limit_bytes
+
     def _chain_plan(self, rows: int, *, force: Any = None) -> Any:  # ContractionPlan | NetworkPlan
         """The plan for about so many rows; sizes are rounded up to powers of two so that few are made."""
-        bucket = 1 << max(0, rows - 1).bit_length()
         training = self._trains()
-        key = (bucket, training, force, self.implementation, self.dense_limit_bytes)
+        key = self._plan_key(rows, training, force)
         plan = self._plans.get(key)
         if plan is None:
             chain = self._chain()
@@ -383,7 +386,7 @@ class FactorizedLayer(nn.Module):
             core = self.cores[0]
             plan = _plan(
                 chain,
-                batch=bucket,
+                batch=key[0],
                 dtype=core.dtype,
                 device=self._device_type,
                 training=training,

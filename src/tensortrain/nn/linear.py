@@ -97,10 +97,23 @@ class Linear(FactorizedLayer):
                 f"a linear layer's input must end with its in_features: found {tuple(x.shape)}, expected (..., "
                 f"{self.in_features}). Check the layer before."
             )
+        weight = self._kept_dense(x)
+        if weight is not None:
+            return F.linear(x, weight, self.bias)
         plan = self._plan_for(x)
         if plan.uses_dense:
             return F.linear(x, self._dense_weight(), self.bias)
         return self._execute(plan, x, self._prepared(plan))
+
+    def _kept_dense(self, x: Tensor) -> Tensor | None:
+        """The dense weight where it runs at this many rows and lies ready: small layers have no time for more."""
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+            return None
+        plan = self._plans.get(self._plan_key(x.numel() // self.in_features, training=False))
+        if plan is None or plan.kind != "dense":
+            return None
+        found: Tensor | None = self._cache.peek(self._core_list(), "dense")
+        return found
 
     def _execute(self, plan: ContractionPlan | NetworkPlan, x: Tensor, prepared: tuple[Tensor, ...]) -> Tensor:
         """The product by steps, padded where the modes exceed the sizes, and the bias."""

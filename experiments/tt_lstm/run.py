@@ -131,8 +131,9 @@ def n_weights(model: Any, part: str) -> int:
 
 def summarize(runs: list[dict[str, Any]], choices: list[dict[str, Any]], target: Path) -> None:
     rows = []
-    dense = next((found for (name,), found in by(runs, "net").items() if name == "dense"), None)
-    for (name,), found in by(runs, "net").items():
+    groups = by(runs, "net")
+    dense = groups.get(("dense",))
+    for found in groups.values():
         mean, std = spread(found, "test_accuracy")
         row = {key: found[0][key] for key in ("net", "lr", "input_weights", "hidden_weights", "n_params")}
         smaller = dense[0]["input_weights"] / row["input_weights"] if dense else float("nan")
@@ -155,6 +156,10 @@ def summarize(runs: list[dict[str, Any]], choices: list[dict[str, Any]], target:
         )
 
 
+def read(out: Path, kind: str) -> list[dict[str, Any]]:
+    return [json.loads(path.read_text()) for path in sorted(out.glob(f"{kind}-*.json"))]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/tt_lstm"))
@@ -172,11 +177,7 @@ def main() -> None:
             path = given.out / f"run-{file}-{seed}.json"
             result = once(path, lambda name=name, lr=chosen["lr"], seed=seed: run(name, config, data, lr, seed))
             print(f"seed {seed} {name}: {result['test_accuracy']:.4f} in {result['seconds']:.0f} s", flush=True)
-    runs, choices = (
-        [json.loads(path.read_text()) for path in sorted(given.out.glob(f"{kind}-*.json"))]
-        for kind in ("run", "choice")
-    )
-    summarize(runs, choices, given.record)
+    summarize(read(given.out, "run"), read(given.out, "choice"), given.record)
 
 
 if __name__ == "__main__":

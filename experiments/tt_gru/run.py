@@ -3,8 +3,8 @@
 "Tensor-Train Recurrent Neural Networks for Video Classification" (arXiv:1707.01786) in small: 8 frames of
 32 x 40 x 3 = 4 x 8 x 10 x 12 = 3,840 numbers, eight directions, GRU of 256 whose hidden map is dense in all networks,
 a linear map of its last output. All train for the same number of steps with the same weight decay and dropout. The
-learning rate of every network is chosen on validation clips, for every number of clips, before the recorded runs; a
-run keeps the weights that did best on the validation clips after any of its epochs.
+learning rate of every network and the scale of its inputs are chosen on validation clips, for every number of clips,
+before the recorded runs; a run keeps the weights that did best on the validation clips after any of its epochs.
 
     python experiments/tt_gru/run.py --out runs/tt_gru                 # everything in config.json
     python experiments/tt_gru/run.py --out runs/tt_gru --seed 0        # one seed
@@ -15,6 +15,7 @@ run keeps the weights that did best on the validation clips after any of its epo
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import sys
@@ -42,20 +43,26 @@ Split = tuple[Clips, Clips, Clips]
 
 
 class Watcher(nn.Module):
-    """Clips of bytes, normalised, to directions."""
+    """Clips of bytes to directions.
+
+    Args:
+        scale: Standard deviation of the inputs. At 1, a sum over 3,840 noisy numbers saturates the gates of a new
+            network, which then learns from what the first weights happen to let through.
+    """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, rnn: nn.Module, hidden: int, dropout: float, seen: Tensor) -> None:
+    def __init__(self, rnn: nn.Module, hidden: int, dropout: float, scale: float, seen: Tensor) -> None:
         super().__init__()
         levels = seen[:1000].float()
         self.register_buffer("mean", levels.mean())
-        self.register_buffer("std", levels.std())
+        self.register_buffer("std", levels.std() / scale)
         self.rnn, self.dropout, self.head = rnn, nn.Dropout(dropout), nn.Linear(hidden, len(DIRECTIONS))
 
     def forward(self, x: Tensor) -> Tensor:  # b 8 3840
-        output, _ = self.rnn(self.dropout((x.float() - self.mean) / self.std))
+        kept = self.dropout(self.mean.new_ones(len(x), 1, x.shape[-1]))  # one mask per clip, as published
+        output, _ = self.rnn((x.float() - self.mean) * (kept / self.std))
         return self.head(self.dropout(output[:, -1]))
 
 
@@ -73,44 +80,57 @@ class BestSoFar:
         return accuracy
 
 
-def network(name: str, config: dict[str, Any], train: Clips) -> Watcher:
+def network(name: str, config: dict[str, Any], scale: float, train: Clips) -> Watcher:
     options, sizes = config["nets"][name], (train.pixels.shape[-1], config["hidden"])
     rnn = nn.GRU(*sizes, batch_first=True) if options is None else tt.nn.GRU(*sizes, batch_first=True, **options)
-    return Watcher(rnn, config["hidden"], config["dropout"], train.pixels)
+    return Watcher(rnn, config["hidden"], config["dropout"], scale, train.pixels)
 
 
 def batches(clips: Clips, size: int, *, shuffle: bool) -> DataLoader[Any]:
     return DataLoader(TensorDataset(clips.pixels, clips.labels), batch_size=size, shuffle=shuffle)
 
 
-def trained(name: str, config: dict[str, Any], split: Split, lr: float, seed: int) -> tuple[Any, dict[str, Any]]:
+def trained(
+    name: str, config: dict[str, Any], split: Split, setting: dict[str, float], seed: int
+) -> tuple[Any, dict[str, Any]]:
+    """A network at the end of training with this learning rate and input scale, and how it went."""
     train, validation, _ = split
     torch.manual_seed(seed)
-    model, best = network(name, config, train), BestSoFar(validation)
-    data = batches(train, config["batch_size"], shuffle=True)
-    found = fit(model, data, loss=cross_entropy_loss(), lr=lr, seed=seed, evaluate=best, **config["fit"])
+    model, best = network(name, config, setting["input_scale"], train), BestSoFar(validation)
+    found = fit(
+        model,
+        batches(train, config["batch_size"], shuffle=True),
+        loss=cross_entropy_loss(),
+        lr=setting["lr"],
+        seed=seed,
+        evaluate=best,
+        **config["fit"],
+        **config["clips"][str(len(train.labels))],
+    )
     model.load_state_dict(best.state)
     last = found.history[-1]
     return model, {"validation_accuracy": best.accuracy, "last_accuracy": last["metric"], "train_loss": last["loss"]}
 
 
 def choose(name: str, config: dict[str, Any], split: Split) -> dict[str, Any]:
-    """The learning rate with the best accuracy on the validation clips."""
-    seed, trials = config["choice"]["seed"], []
-    for lr in config["choice"]["lr"]:
-        trials.append({"lr": lr, **trained(name, config, split, lr, seed)[1]})
+    """The learning rate and input scale with the best accuracy on the validation clips."""
+    given, trials = config["choice"], []
+    for lr, scale in itertools.product(given["lr"], given["input_scale"]):
+        setting = {"lr": lr, "input_scale": scale}
+        trials.append({**setting, **trained(name, config, split, setting, given["seed"])[1]})
     best = max(trials, key=lambda trial: trial["validation_accuracy"])
-    return {"net": name, "clips": len(split[0].labels), "lr": best["lr"], "trials": trials}
+    setting = {key: best[key] for key in ("lr", "input_scale")}
+    return {"net": name, "clips": len(split[0].labels), "setting": setting, "trials": trials}
 
 
-def run(name: str, config: dict[str, Any], split: Split, lr: float, seed: int) -> dict[str, Any]:
+def run(name: str, config: dict[str, Any], split: Split, setting: dict[str, float], seed: int) -> dict[str, Any]:
     start = time.perf_counter()
-    model, found = trained(name, config, split, lr, seed)
+    model, found = trained(name, config, split, setting, seed)
     return {
         "net": name,
         "clips": len(split[0].labels),
         "seed": seed,
-        "lr": lr,
+        **setting,
         "input_weights": input_weights(model),
         "n_params": sum(p.numel() for p in model.parameters()),
         "test_accuracy": evaluate_accuracy(model, batches(split[2], 500, shuffle=False)),
@@ -130,8 +150,7 @@ def time_epochs(config: dict[str, Any], split: Split) -> dict[str, Any]:
     """Seconds of an epoch of training: the networks take turns, the first round is not counted."""
     data = batches(split[0], config["batch_size"], shuffle=True)
     options = {**config["fit"], "lr": 1e-4, "epochs": 1}
-    del options["steps"]
-    models = {name: network(name, config, split[0]) for name in config["nets"]}
+    models = {name: network(name, config, 1.0, split[0]) for name in config["nets"]}
     seconds: dict[str, list[float]] = {name: [] for name in models}
     for _ in range(1 + config["timing"]["epochs"]):
         for name, model in models.items():
@@ -154,7 +173,7 @@ def summarize(out: Path, target: Path) -> None:
     for (clips, name), found in sorted(groups.items(), key=lambda item: item[0][0]):
         mean, std = spread(found, "test_accuracy")
         dense = groups.get((clips, "dense"))
-        row = {key: found[0][key] for key in ("clips", "net", "lr", "input_weights", "n_params")}
+        row = {key: found[0][key] for key in ("clips", "net", "lr", "input_scale", "input_weights", "n_params")}
         if dense:
             row["compression"] = dense[0]["input_weights"] / row["input_weights"]
             row["points_over_dense"] = 100 * (mean - spread(dense, "test_accuracy")[0])
@@ -180,12 +199,13 @@ def draw(rows: list[dict[str, Any]], target: Path) -> None:
 
 def show(rows: list[dict[str, Any]], timing: dict[str, Any] | None) -> None:
     print(
-        f"{'clips':>6} {'net':<12} {'input map':>9} {'smaller':>9} {'lr':>7} {'test accuracy':>18} {'points':>7} seeds"
+        f"{'clips':>6} {'net':<12} {'input map':>9} {'smaller':>9} {'lr':>6} {'scale':>6} "
+        f"{'test accuracy':>18} {'points':>7} seeds"
     )
     for row in rows:
         print(
             f"{row['clips']:>6} {row['net']:<12} {row['input_weights']:>9,} {row.get('compression', 1):>8,.0f}x "
-            f"{row['lr']:>7} {row['accuracy_mean']:>9.4f} +- {row['accuracy_std']:.4f} "
+            f"{row['lr']:>6} {row['input_scale']:>6} {row['accuracy_mean']:>9.4f} +- {row['accuracy_std']:.4f} "
             f"{row.get('points_over_dense', 0):>+7.1f} {row['n']:>5}"
         )
     for name, share in timing["of_dense"].items() if timing else ():
@@ -203,17 +223,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/tt_gru"))
     parser.add_argument("--data", help="folder with the four idx files")
+    parser.add_argument("--config", type=Path, default=HERE / "config.json")
     parser.add_argument("--seed", type=int, action="append", help="only these seeds")
     parser.add_argument("--clips", type=int, action="append", help="only these numbers of training clips")
     parser.add_argument("--timing", action="store_true", help="only the time of an epoch")
     parser.add_argument("--record", type=Path, default=HERE, help="where results.json and results.png go")
     given = parser.parse_args()
-    config = json.loads((HERE / "config.json").read_text())
+    config = json.loads(given.config.read_text())
     given.out.mkdir(parents=True, exist_ok=True)
     images = fashion_mnist(given.data)
     timed = video(images, config["timing"]["clips"], config["video"])
     once(given.out / "timing.json", lambda: time_epochs(config, timed))
-    for clips in () if given.timing else given.clips or config["clips"]:
+    for clips in () if given.timing else given.clips or map(int, config["clips"]):
         split = video(images, clips, config["video"])
         for name in config["nets"]:
             file = f"{clips}-{name.replace(' ', '-')}"
@@ -221,7 +242,7 @@ def main() -> None:
             for seed in given.seed or config["seeds"]:
                 result = once(
                     given.out / f"run-{file}-{seed}.json",
-                    lambda n=name, s=split, lr=chosen["lr"], seed=seed: run(n, config, s, lr, seed),
+                    lambda n=name, s=split, chosen=chosen["setting"], seed=seed: run(n, config, s, chosen, seed),
                 )
                 print(
                     f"{clips} clips, seed {seed}, {name}: {result['test_accuracy']:.4f} in {result['seconds']:.0f} s",

@@ -1,8 +1,8 @@
 """Synthetic video: a small coloured picture drifts through heavy noise in one of eight directions.
 
-The pictures are Fashion-MNIST at half size, 14 x 14; a frame has 32 x 40 pixels of three colours. The picture lies
-wholly in the frame at a moment drawn at random, and may come in before or go out after it. All of it depends on the
-seed alone, and the noise of a clip is the same whenever the clip is looked at.
+The pictures are Fashion-MNIST at half size, 14 x 14; a frame has 32 x 40 pixels of three colours. A picture starts
+near the middle and moves by the same step from frame to frame. All of it depends on the seed alone, and the noise of
+a clip is the same whenever the clip is looked at.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ FRAME = (32, 40, 3)  # rows, columns, colours; the last runs fastest
 DIRECTIONS = ((-1, -1), (-1, 0), (-1, 1), (0, -1), (0, 1), (1, -1), (1, 0), (1, 1))  # rows down, columns right
 _SIDE = 14
 _VALIDATION_IMAGES = 10_000  # the last of the training images
-_BLACK, _WHITE = 96, 160  # grey levels of 0 and 1: leaves room for the noise on both sides
+_BLACK, _WHITE = 112, 144  # grey levels of 0 and 1: room for the noise on both sides
 _AT_A_TIME = 500
 
 
@@ -56,10 +56,10 @@ def _some(pictures: Tensor, n: int, options: dict[str, Any], generator: torch.Ge
     labels = torch.randint(len(DIRECTIONS), (n,), generator=generator)
     colours = torch.rand(n, 1, 1, 1, 3, generator=generator)
     colours = colours / colours.amax(-1, keepdim=True)
-    corner = torch.stack([torch.randint(size - _SIDE + 1, (n,), generator=generator) for size in FRAME[:2]], 1)
-    in_view = torch.randint(n_frames, (n, 1), generator=generator)
-    steps = options["speed"] * (torch.arange(n_frames) - in_view)  # n t
-    corners = corner[:, None] + steps[:, :, None] * torch.tensor(DIRECTIONS)[labels][:, None]  # n t 2
+    middle, jitter = (torch.tensor(FRAME[:2]) - _SIDE) // 2, options["jitter"]
+    start = middle + torch.randint(-jitter, jitter + 1, (n, 2), generator=generator)
+    steps = options["speed"] * torch.arange(n_frames)[:, None]  # t 1
+    corners = start[:, None] + steps * torch.tensor(DIRECTIONS)[labels][:, None]  # n t 2
     small = F.avg_pool2d(pictures[which].float() / 255, 2)  # n 14 14
     frames = _pasted(small, corners)[..., None] * colours  # n t 32 40 3
     frames += options["noise"] * torch.randn(frames.shape, generator=generator)

@@ -164,10 +164,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/tt_lstm"))
     parser.add_argument("--data", help="folder with the folders of recordings")
+    parser.add_argument("--config", type=Path, default=HERE / "config.json")
     parser.add_argument("--seed", type=int, action="append", help="only these seeds")
     parser.add_argument("--record", type=Path, default=HERE, help="where results.json and results.png go")
     given = parser.parse_args()
-    config = json.loads((HERE / "config.json").read_text())
+    config = json.loads(given.config.read_text())
     given.out.mkdir(parents=True, exist_ok=True)
     data = spoken_prompts(given.data)
     for name in config["nets"]:

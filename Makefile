@@ -29,7 +29,7 @@ help:
 	@echo "make lint        the same without the tests"
 	@echo "make docs-check  run the code in README.md and docs/"
 	@echo "make format      put the code into shape"
-	@echo "make data        fetch Fashion-MNIST and the movie snippets (about 35 MB)"
+	@echo "make data        fetch Fashion-MNIST, the movie snippets, the spoken prompts (about 90 MB)"
 	@echo "make env         only the environment of the package; make dev-env: with the tools"
 	@echo "make clean       remove caches and build outputs; make distclean: the environment too"
 
@@ -57,6 +57,7 @@ format: dev-env
 data: env
 	$(BIN)/python -c "from tensortrain import data; print('Fashion-MNIST:', data.fashion_mnist().source)"
 	$(BIN)/python -c "from tensortrain import data; print('movie snippets:', data.movie_snippets().source)"
+	$(BIN)/python -c "from tensortrain import data; print('spoken prompts:', data.spoken_prompts().source)"
 
 # The stamps lie inside the environment: removing it removes them, and they are older than
 # pyproject.toml or constraints.txt exactly when the requirements may have changed.

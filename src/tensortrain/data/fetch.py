@@ -72,6 +72,27 @@ def run(command: Sequence[str], *, cwd: Path) -> None:
         raise DataError(f"{command[0]} failed: {last}") from error
 
 
+def unpack_debian(package: str, scratch: Path) -> Path:
+    """Download a Debian package and unpack it without installing it, which needs no rights.
+
+    Args:
+        package: Its name.
+        scratch: An empty folder to work in.
+
+    Returns:
+        Path: The folder in which ``usr`` and so on lie.
+
+    Raises:
+        DataError: There is no apt-get or dpkg, or one of them fails.
+    """
+    run(("apt-get", "download", package), cwd=scratch)
+    files = [path.name for path in scratch.glob("*.deb")]
+    if len(files) != 1:
+        raise DataError(f"apt-get download left {len(files)} packages")
+    run(("dpkg", "-x", files[0], "unpacked"), cwd=scratch)
+    return scratch / "unpacked"
+
+
 def check_sha256(content: bytes, expected: str, *, where: str) -> None:
     """Refuse content of another checksum.
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tensortrain.data.fetch import Messages, cache_folder, check_sha256, copy_files, fill_folder, run, say
+from tensortrain.data.fetch import Messages, cache_folder, check_sha256, copy_files, fill_folder, say, unpack_debian
 from tensortrain.data.idx import parse_idx, read_bytes
 from tensortrain.errors import DataError, OptionalDependencyError
 
@@ -187,14 +187,9 @@ def _checked(fetch: Callable[[Path], None]) -> Callable[[Path], None]:
 
 
 def _fetch_debian(folder: Path) -> None:
-    """Unpack the Debian package without installing it, which needs no rights."""
     with tempfile.TemporaryDirectory() as scratch:
-        run(("apt-get", "download", _DEBIAN_PACKAGE), cwd=Path(scratch))
-        packages = [path.name for path in Path(scratch).glob("*.deb")]
-        if len(packages) != 1:
-            raise DataError(f"apt-get download left {len(packages)} packages")
-        run(("dpkg", "-x", packages[0], "unpacked"), cwd=Path(scratch))
-        copy_files(_FASHION_FILES, Path(scratch, "unpacked", *_DEBIAN_FOLDER.parts[1:]), folder)
+        unpacked = unpack_debian(_DEBIAN_PACKAGE, Path(scratch))
+        copy_files(_FASHION_FILES, unpacked.joinpath(*_DEBIAN_FOLDER.parts[1:]), folder)
 
 
 def _fetch_public(folder: Path) -> None:

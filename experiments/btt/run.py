@@ -64,6 +64,7 @@ def dense(n_in: int, n_out: int) -> nn.Linear:
     return layer
 
 
+@torch.no_grad()  # a plan for training counts the backward pass too
 def flops_per_image(model: nn.Module, batch_size: int) -> int:
     """Of a forward pass through all linear layers."""
     total = 0

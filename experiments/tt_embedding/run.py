@@ -1,10 +1,11 @@
 """A sentiment classifier on movie snippets whose table of words is full, a tensor train, or of low rank.
 
-The question of "Tensorized Embedding Layers" (arXiv:1901.10787) on data that installs as a package, with a model
-that is nearly all table: the mean of the rows of a text's words, 256 numbers each, and a linear layer. The words are
-those of the texts trained on, the most frequent first; words never met there are left out of a text. A part of the
-training texts is kept from training: it says after which epoch the weights are taken, and which learning rate of the
-list each kind of table gets.
+The question of "Tensorized Embedding Layers" (arXiv:1901.10787) on data that installs as a package. A word's row has
+256 numbers. One model takes the mean of a text's rows and a linear layer: it is nearly all table, but reads a single
+direction of the rows, so that a low rank costs it nothing. The other, as published, has a recurrent layer between.
+The words are those of the texts trained on, the most frequent first; words never met there are left out of a text. A
+part of the training texts is kept from training: it says after which epoch the weights are taken, and which learning
+rate of the list each kind of table gets.
 
     python experiments/tt_embedding/run.py --out runs/tt_embedding             # everything in config.json
     python experiments/tt_embedding/run.py --out runs/tt_embedding --seed 0    # one seed
@@ -13,6 +14,8 @@ list each kind of table gets.
 from __future__ import annotations
 
 import argparse
+import functools
+import itertools
 import json
 import re
 import sys
@@ -23,12 +26,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 import tensortrain as tt
-from tensortrain.compress import CurvePoint, cross_entropy_loss, evaluate_accuracy, fit, provenance
+from tensortrain.compress import cross_entropy_loss, evaluate_accuracy, fit, provenance
 from tensortrain.data import movie_snippets, text_batches
-from tensortrain.viz.figures import accuracy_curve, save_figure
+from tensortrain.viz.figures import save_figure
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
@@ -111,17 +115,22 @@ class Snippets:
 
 
 class Classifier(nn.Module):
-    """The mean of the rows of a text's words, then two logits."""
+    """Rows of a text's words, a GRU if it has a size, the mean over the words, two logits."""
 
-    def __init__(self, table: nn.Module, config: dict[str, Any]) -> None:
+    def __init__(self, table: nn.Module, n_dims: int, *, hidden: int | None, dropout: float) -> None:
         super().__init__()
         self.table = table
-        self.dropout = nn.Dropout(config["dropout"])
-        self.head = nn.Linear(config["embedding_dim"], 2)
+        self.recurrent = nn.GRU(n_dims, hidden, batch_first=True) if hidden else None
+        self.dropout = nn.Dropout(dropout)
+        self.head = nn.Linear(hidden or n_dims, 2)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        n_words = attention_mask.sum(1, keepdim=True).clamp_min(1)  # a text may have no known word
-        return self.head(self.dropout(self.table(input_ids).sum(1) / n_words))  # rows of padding are zero
+        x = self.table(input_ids)
+        if self.recurrent is not None:
+            x, _ = self.recurrent(self.dropout(x))  # padding comes last: it changes no state before
+        mask = attention_mask[..., None].to(x.dtype)
+        mean = (x * mask).sum(1) / mask.sum(1).clamp_min(1)  # a text may have no known word
+        return self.head(self.dropout(mean))
 
 
 def make_table(options: dict[str, Any] | None, n_words: int, config: dict[str, Any]) -> nn.Module:
@@ -149,25 +158,27 @@ class BestEpoch:
         return accuracy
 
 
-def run(name: str, lr: float, config: dict[str, Any], seed: int, snippets: Snippets) -> dict[str, Any]:
+def run(kind: str, name: str, lr: float, config: dict[str, Any], seed: int, snippets: Snippets) -> dict[str, Any]:
     torch.manual_seed(seed)
-    n_words = len(snippets.words)
+    n_words, n_dims, chosen = len(snippets.words), config["embedding_dim"], config["models"][kind]
     table = make_table(config["tables"][name], n_words, config)
-    model = Classifier(table, config)
+    model = Classifier(table, n_dims, hidden=chosen["hidden"], dropout=config["dropout"])
     start = time.perf_counter()
     best = BestEpoch(snippets.validation())
     train = snippets.training(seed)
-    done = fit(model, train, loss=cross_entropy_loss(), lr=lr, evaluate=best, seed=seed, **config["fit"])
+    options = {**config["fit"], "epochs": chosen["epochs"]}
+    done = fit(model, train, loss=cross_entropy_loss(), lr=lr, evaluate=best, seed=seed, **options)
     model.load_state_dict(best.state)
     params = sum(p.numel() for p in table.parameters())
     accuracy = max(best.accuracies)
     return {
+        "model": kind,
         "table": name,
         "lr": lr,
         "seed": seed,
         "n_words": n_words,
         "params": params,
-        "compression": n_words * config["embedding_dim"] / params,
+        "compression": n_words * n_dims / params,
         "model_params": sum(p.numel() for p in model.parameters()),
         "best_epoch": best.accuracies.index(accuracy) + 1,
         "validation_accuracy": accuracy,
@@ -179,45 +190,55 @@ def run(name: str, lr: float, config: dict[str, Any], seed: int, snippets: Snipp
     }
 
 
-def summarize(runs: list[dict[str, Any]], target: Path) -> None:
-    """One row per kind of table, at the rate with the best mean on the validation part."""
-    rows = []
-    for (name,), found in by(runs, "table").items():
-        rates = by(found, "lr").values()
-        chosen = max(rates, key=lambda same: spread(same, "validation_accuracy")[0])
-        row = {"table": name, **{key: chosen[0][key] for key in ("n_words", "params", "compression", "lr")}}
-        for key in ("validation_accuracy", "test_accuracy", "best_epoch", "seconds"):
-            row[f"{key}_mean"], row[f"{key}_std"] = spread(chosen, key)
-        rows.append({**row, "n": len(chosen)})
-    rows.sort(key=lambda row: row["compression"])
-    full = next((row["test_accuracy_mean"] for row in rows if row["table"] == "full"), None)
+def summarize(runs: list[dict[str, Any]], config: dict[str, Any], target: Path) -> None:
+    """One row per model and kind of table, at the rate with the best mean on the validation part."""
+    rows = [row_of(found) for found in by(runs, "model", "table").values()]
+    rows.sort(key=lambda row: (list(config["models"]).index(row["model"]), list(config["tables"]).index(row["table"])))
+    full = {row["model"]: row["test_accuracy_mean"] for row in rows if row["table"] == "full"}
     for row in rows:
-        row["points_over_full"] = None if full is None else 100 * (row["test_accuracy_mean"] - full)
+        over = row["test_accuracy_mean"] - full[row["model"]] if row["model"] in full else None
+        row["points_over_full"] = None if over is None else 100 * over
     record(target, rows, runs)
-    points = [
-        CurvePoint(
-            row["table"],
-            row["table"],
-            row["compression"],
-            row["test_accuracy_mean"],
-            row["test_accuracy_std"],
-            row["n"],
-        )
-        for row in rows
-        if row["table"] != "full"
-    ]
-    save_figure(accuracy_curve(points, metric_name="accuracy", dense=full), target / "results.png")
+    save_figure(figure(rows), target / "results.png")
     print(f"{rows[0]['n_words']:,} rows in the table, that of padding among them")
     print(
-        f"{'table':<20} {'numbers':>10} {'smaller':>8} {'lr':>6} {'epoch':>6} {'test accuracy':>18} {'over full':>10}"
+        f"{'model':<6} {'table':<20} {'numbers':>10} {'smaller':>8} {'lr':>6} {'epoch':>6} {'test accuracy':>18} "
+        f"{'over full':>10} {'seeds':>6}"
     )
     for row in rows:
         over = "" if row["points_over_full"] is None else f"{row['points_over_full']:+.2f}"
         print(
-            f"{row['table']:<20} {row['params']:>10,} {row['compression']:>7.0f}x {row['lr']:>6g} "
+            f"{row['model']:<6} {row['table']:<20} {row['params']:>10,} {row['compression']:>7.0f}x {row['lr']:>6g} "
             f"{row['best_epoch_mean']:>6.1f} {row['test_accuracy_mean']:>9.4f} +- {row['test_accuracy_std']:.4f} "
-            f"{over:>10}"
+            f"{over:>10} {row['n']:>6}"
         )
+
+
+def row_of(found: list[dict[str, Any]]) -> dict[str, Any]:
+    rates = by(found, "lr").values()
+    chosen = max(rates, key=lambda same: spread(same, "validation_accuracy")[0])
+    row = {key: chosen[0][key] for key in ("model", "table", "n_words", "params", "compression", "model_params", "lr")}
+    for key in ("validation_accuracy", "test_accuracy", "best_epoch", "seconds"):
+        row[f"{key}_mean"], row[f"{key}_std"] = spread(chosen, key)
+    return {**row, "n": len(chosen)}
+
+
+def figure(rows: list[dict[str, Any]]) -> Figure:
+    """Test accuracy of each kind of table, mean and standard deviation over seeds; one panel per model."""
+    groups = by(rows, "model")
+    drawing = Figure(figsize=(4.5 * len(groups), 3.4), layout="constrained")
+    panels = drawing.subplots(1, len(groups), sharey=True, squeeze=False)[0]
+    for axes, ((kind,), found) in zip(panels, groups.items(), strict=True):
+        names = [f"{row['table']}\n{row['compression']:.0f}x" for row in found]
+        means = [100 * row["test_accuracy_mean"] for row in found]
+        errors = [100 * row["test_accuracy_std"] for row in found]
+        axes.errorbar(names, means, errors, fmt="o", capsize=4)
+        axes.margins(x=0.2)
+        axes.tick_params(axis="x", labelsize=7)
+        axes.set(title=kind)
+        axes.grid(axis="y", alpha=0.4)
+    panels[0].set(ylabel="test accuracy, %")
+    return drawing
 
 
 def main() -> None:
@@ -230,17 +251,18 @@ def main() -> None:
     config = json.loads((HERE / "config.json").read_text())
     given.out.mkdir(parents=True, exist_ok=True)
     snippets = Snippets(config, given.data)
-    for seed in given.seed or config["seeds"]:
-        for name in config["tables"]:
-            for lr in config["lrs"]:
-                path = given.out / f"{name.replace(' ', '_')}-{lr:g}-{seed}.json"
-                found = once(path, lambda name=name, lr=lr, seed=seed: run(name, lr, config, seed, snippets))
-                print(
-                    f"seed {seed} {name} lr {lr:g}: validation {found['validation_accuracy']:.4f} after epoch "
-                    f"{found['best_epoch']} in {found['seconds']:.0f} s",
-                    flush=True,
-                )
-    summarize([json.loads(path.read_text()) for path in sorted(given.out.glob("*-*-*.json"))], given.record)
+    for seed, kind, name, lr in itertools.product(
+        given.seed or config["seeds"], config["models"], config["tables"], config["lrs"]
+    ):
+        path = given.out / f"{kind}-{name.replace(' ', '_')}-{lr:g}-{seed}.json"
+        found = once(path, functools.partial(run, kind, name, lr, config, seed, snippets))
+        print(
+            f"seed {seed} {kind} {name} lr {lr:g}: validation {found['validation_accuracy']:.4f} after epoch "
+            f"{found['best_epoch']} in {found['seconds']:.0f} s",
+            flush=True,
+        )
+    runs = [json.loads(path.read_text()) for path in sorted(given.out.glob("*-*-*-*.json"))]
+    summarize(runs, config, given.record)
 
 
 if __name__ == "__main__":

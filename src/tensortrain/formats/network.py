@@ -21,6 +21,7 @@ from torch import Tensor
 
 from tensortrain.contract import ContractionPlan, CostModel, Network, plan_network
 from tensortrain.contract.network import Product, contraction, contraction_flops, run
+from tensortrain.contract.tracing import constant_when_traced
 from tensortrain.errors import DTypeError, ModeIndexError
 from tensortrain.tensor.linalg import singular_values
 from tensortrain.tensor.tolerance import checked_eps, compute_dtype
@@ -308,7 +309,7 @@ def _plain(spec: FactorSpec) -> tuple[Any, ...]:
     return spec.format, (w.kind, w.out_features, w.in_features, w.kernel, w.groups), spec.out_modes, spec.in_modes
 
 
-@torch.compiler.assume_constant_result
+@constant_when_traced
 def _network(plain: tuple[Any, ...], ranks: tuple[int, ...]) -> Network:
     return _remembered_network(plain, ranks)
 
@@ -321,7 +322,7 @@ def _remembered_network(plain: tuple[Any, ...], ranks: tuple[int, ...]) -> Netwo
     return fmt._build_network(FactorSpec(name, WeightShape(*weight), outs, ins, ranks))
 
 
-@torch.compiler.assume_constant_result
+@constant_when_traced
 def _row_steps(plain: tuple[Any, ...], ranks: tuple[int, ...], rows: int) -> tuple[Product, ...]:
     """Products that multiply about so many rows; which order is best hardly depends on device and dtype."""
     bucket = 1 << max(0, rows - 1).bit_length()

@@ -26,7 +26,7 @@ from tensortrain.errors import DTypeError, ModeIndexError
 from tensortrain.tensor.linalg import singular_values
 from tensortrain.tensor.tolerance import checked_eps, compute_dtype
 
-from .base import FactorSpec, Format, Rank, Spatial, WeightShape, equal_norms, get_format
+from .base import Bond, FactorSpec, Format, Rank, Spatial, WeightShape, equal_norms, get_format
 from .layout import matrix_to_weight, order_gram, weight_to_matrix
 from .ranks import resolve_rank_tuple
 from .whitening import KroneckerNorm, keep_promise
@@ -139,6 +139,12 @@ class NetworkFormat(Format):
 
     def n_paths(self, spec: FactorSpec) -> int:
         return self.network(spec.one_group()).n_paths
+
+    def bonds(self, spec: FactorSpec) -> tuple[Bond, ...]:
+        cores = self.network(spec).cores
+        return tuple(
+            tuple((k, legs.index(leg)) for k, legs in enumerate(cores) if leg in legs) for leg in self.rank_legs(spec)
+        )
 
     def inner_ranks(self, spec: FactorSpec) -> tuple[int, ...]:
         return spec.ranks

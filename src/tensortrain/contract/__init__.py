@@ -8,6 +8,7 @@ from tensortrain.contract.lookup import chain_lookup
 from tensortrain.contract.merge import chain_to_dense, merge_cores
 from tensortrain.contract.network import Network, NetworkPlan, plan_network
 from tensortrain.contract.plan import ContractionPlan, Step
+from tensortrain.contract.tune import fastest_plan
 
 __all__ = [
     "Chain",
@@ -20,6 +21,7 @@ __all__ = [
     "chain_lookup",
     "chain_to_dense",
     "cost_model",
+    "fastest_plan",
     "measure_cost_model",
     "merge_cores",
     "plan_chain",

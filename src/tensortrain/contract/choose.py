@@ -21,7 +21,7 @@ from tensortrain.contract.merge import Merge, merge_order, run_numel
 from tensortrain.contract.plan import ContractionPlan, Direction, Form, Kind, Step
 from tensortrain.errors import KindError
 
-__all__ = ["plan_chain"]
+__all__ = ["chain_candidates", "plan_chain"]
 
 Force = Literal["left-to-right", "right-to-left", "merged", "dense", "factorized"]
 _FORCES = (None, "left-to-right", "right-to-left", "merged", "dense", "factorized")
@@ -69,6 +69,34 @@ def plan_chain(
         >>> plan_chain(chain, batch=1, cost_model=CostModel.reference("cpu")).kind
         'merged'
     """
+    return chain_candidates(
+        chain,
+        batch=batch,
+        dtype=dtype,
+        device=device,
+        training=training,
+        allow_dense=allow_dense,
+        force=force,
+        cost_model=cost_model,
+    )[0]
+
+
+def chain_candidates(
+    chain: Chain,
+    *,
+    batch: int,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    training: bool = False,
+    allow_dense: bool = True,
+    force: Force | None = None,
+    cost_model: CostModel | None = None,
+) -> tuple[ContractionPlan, ...]:
+    """The plans that ``plan_chain`` chooses from, shortest predicted time first.
+
+    Of all ways to merge into so many groups, in either direction, the best one; and the dense weight.
+    Arguments and errors are those of ``plan_chain``.
+    """
     if force not in _FORCES:
         raise KindError(
             f"a plan is forced by the name of its kind: force has {force!r}, expected one of {_FORCES}. "
@@ -76,11 +104,11 @@ def plan_chain(
         )
     device = torch.device(device)
     model = given_or_measured(cost_model, device)
-    return _plan(chain, max(int(batch), 1), dtype, device.type, training, allow_dense, force, model)
+    return _candidates(chain, max(int(batch), 1), dtype, device.type, training, allow_dense, force, model)
 
 
 @lru_cache(maxsize=4096)
-def _plan(
+def _candidates(
     chain: Chain,
     batch: int,
     dtype: torch.dtype,
@@ -89,14 +117,14 @@ def _plan(
     allow_dense: bool,
     force: Force | None,
     model: CostModel,
-) -> ContractionPlan:
+) -> tuple[ContractionPlan, ...]:
     pricer = _Pricer(chain, batch, dtype, device_type, training, model)
     if force == "dense":
-        return pricer.dense()
+        return (pricer.dense(),)
     plans = list(pricer.factorized(force))
     if force is None and allow_dense:
         plans.append(pricer.dense())
-    return min(plans, key=lambda plan: plan.predicted_s)
+    return tuple(sorted(plans, key=lambda plan: plan.predicted_s))
 
 
 @dataclass(frozen=True)
@@ -156,7 +184,7 @@ class _Pricer:
     model: CostModel
 
     def factorized(self, force: Force | None) -> Iterator[ContractionPlan]:
-        """The best plan of each direction that ``force`` admits."""
+        """The best plans of each direction that ``force`` admits, one for every number of steps."""
         directions: tuple[Direction, ...] = ("left-to-right", "right-to-left")
         if force in directions:
             directions = (force,)
@@ -168,9 +196,9 @@ class _Pricer:
             yield self.finish(direction, path)
 
     def paths(self, direction: Direction, *, merges: bool) -> list[_Path]:
-        """Shortest paths over the bonds: the best without a merge and the best with one."""
+        """Shortest paths over the bonds, the best one for every number of steps."""
         order = self.chain.order
-        best: dict[int, dict[tuple[bool, bool], _Path]] = {0: {(False, False): _Path(0.0, (), 0, False)}}
+        best: dict[int, dict[tuple[int, bool], _Path]] = {0: {(0, False): _Path(0.0, (), 0, False)}}
         for done in range(1, order + 1):
             best[done] = {}
             for before in range(done) if merges else (done - 1,):
@@ -179,15 +207,15 @@ class _Pricer:
                     continue
                 for path in best[before].values():
                     self.extend(best[done], path, direction, span)
-        closed: dict[bool, _Path] = {}
+        closed: dict[int, _Path] = {}
         for path in best[order].values():
             closing = _Path(path.seconds + self.copy_s(path.pending_bytes), path.steps, 0, path.has_merge)
-            _keep_better(closed, path.has_merge, closing)
+            _keep_better(closed, len(path.steps), closing)
         return list(closed.values())
 
     def extend(
         self,
-        best: dict[tuple[bool, bool], _Path],
+        best: dict[tuple[int, bool], _Path],
         path: _Path,
         direction: Direction,
         span: tuple[int, int],
@@ -196,7 +224,7 @@ class _Pricer:
             pending = 2 * step.state_bytes if step.kind == "copied" else 0
             has_merge = path.has_merge or span[1] - span[0] > 1
             longer = _Path(path.seconds + step.predicted_s, (*path.steps, step), pending, has_merge)
-            _keep_better(best, (has_merge, pending > 0), longer)
+            _keep_better(best, (len(longer.steps), pending > 0), longer)
 
     def may_merge(self, start: int, stop: int) -> bool:
         """Leaves out merges of about the dense weight's size: a dense plan under another name."""

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["CostModel", "cost_model", "given_or_measured", "measure_cost_model", "use_cost_model"]
+__all__ = ["CostModel", "cost_model", "given_or_measured", "is_measured", "measure_cost_model", "use_cost_model"]
 
 # glibc maps results above this size anew at every call, and first touch of the pages then dominates.
 _FRESH_BYTES = 32 * 2**20
@@ -192,6 +192,11 @@ def cost_model(device: torch.device | str = "cpu") -> CostModel:
     if key not in _KNOWN:
         _KNOWN[key] = _load(_cache_file(key)) or _measure_and_store(device, _cache_file(key))
     return _KNOWN[key]
+
+
+def is_measured() -> bool:
+    """Whether the constants in force are those of the machine, not ones set by ``use_cost_model``."""
+    return _OVERRIDE.get() is None
 
 
 def given_or_measured(model: CostModel | None, device: torch.device) -> CostModel:

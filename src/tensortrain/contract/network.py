@@ -19,9 +19,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tensortrain.contract.cost import CostModel, given_or_measured
+from tensortrain.contract.tracing import constant_when_traced
 from tensortrain.errors import KindError, ShapeError
 
-__all__ = ["Legs", "Network", "NetworkPlan", "Product", "Sizes", "contraction", "contraction_flops", "plan_network"]
+__all__ = [
+    "Legs",
+    "Network",
+    "NetworkPlan",
+    "Product",
+    "Sizes",
+    "contraction",
+    "contraction_flops",
+    "network_candidates",
+    "plan_network",
+]
 
 Legs = tuple[str, ...]
 Sizes = tuple[tuple[str, int], ...]
@@ -174,7 +185,7 @@ class Product:
         return 2 * self.batch * self.m * self.k * self.n
 
 
-@torch.compiler.assume_constant_result  # a traced program records the order, not the search for it
+@constant_when_traced
 def contraction(
     inputs: tuple[Legs, ...], output: Legs, sizes: Sizes, order: Order = "auto", sizes_for_path: Sizes | None = None
 ) -> tuple[Product, ...]:
@@ -439,6 +450,30 @@ def plan_network(
 
     Cost: four path searches, remembered for equal arguments.
     """
+    return network_candidates(
+        network,
+        batch=batch,
+        dtype=dtype,
+        device=device,
+        training=training,
+        allow_dense=allow_dense,
+        force=force,
+        cost_model=cost_model,
+    )[0]
+
+
+def network_candidates(
+    network: Network,
+    *,
+    batch: int,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    training: bool = False,
+    allow_dense: bool = True,
+    force: Force | None = None,
+    cost_model: CostModel | None = None,
+) -> tuple[NetworkPlan, ...]:
+    """The plans that ``plan_network`` chooses from, shortest predicted time first; arguments and errors as there."""
     if force not in (None, "factorized", "dense"):
         raise KindError(
             f"a plan of a network is forced by name: force has {force!r}, expected 'factorized' or 'dense'. "
@@ -446,11 +481,11 @@ def plan_network(
         )
     device = torch.device(device)
     model = given_or_measured(cost_model, device)
-    return _plan(network, max(int(batch), 1), dtype, device.type, training, allow_dense, force, model)
+    return _candidates(network, max(int(batch), 1), dtype, device.type, training, allow_dense, force, model)
 
 
 @lru_cache(maxsize=4096)
-def _plan(
+def _candidates(
     network: Network,
     batch: int,
     dtype: torch.dtype,
@@ -459,14 +494,14 @@ def _plan(
     allow_dense: bool,
     force: Force | None,
     model: CostModel,
-) -> NetworkPlan:
+) -> tuple[NetworkPlan, ...]:
     pricer = _Pricer(network, batch, dtype, device_type, training, model)
     if force == "dense":
-        return pricer.dense()
+        return (pricer.dense(),)
     plans = [pricer.factorized(steps) for steps in pricer.orders()]
     if force is None and allow_dense:
         plans.append(pricer.dense())
-    return min(plans, key=lambda plan: plan.predicted_s)
+    return tuple(sorted(plans, key=lambda plan: plan.predicted_s))
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ between transposed copies where the matrices of the batch are too thin for batch
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -24,11 +24,11 @@ from tensortrain.contract.chain import Chain
 from tensortrain.contract.merge import chain_to_dense, merge_cores
 from tensortrain.errors import ShapeError
 
-__all__ = ["ContractionPlan", "Direction", "Form", "Kind", "Step"]
+__all__ = ["ContractionPlan", "Direction", "Form", "Kind", "Step", "linear_product"]
 
 Direction = Literal["left-to-right", "right-to-left"]
 Kind = Literal["left-to-right", "right-to-left", "merged", "dense"]
-Form = Literal["linear", "batched", "copied"]
+Form = Literal["linear", "flipped", "batched", "copied"]
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,8 @@ class Step:
 
     Args:
         start, stop: The range of cores.
-        kind: "linear" (one product), "batched" (a batch of them) or "copied" (one product between
-            transposed copies).
+        kind: "linear" (one product), "flipped" (the same, computed as its transpose), "batched" (a batch of
+            them) or "copied" (one product between transposed copies).
         mode, rank: Sizes of the input mode and of the bond that are contracted.
         batch, m, k, n: ``batch`` products of ``m x k`` by ``k x n``, for the planned batch size.
         flops: Floating-point operations, two per multiply-add; backward included when training.
@@ -118,6 +118,16 @@ class ContractionPlan:
         return self.kind == "dense"
 
     @property
+    def flips(self) -> bool:
+        """Whether single products are computed as their transposes."""
+        return any(step.kind == "flipped" for step in self.steps)
+
+    def flipped(self) -> ContractionPlan:
+        """The same plan with single products computed as their transposes: for a few rows that can be faster."""
+        steps = [replace(step, kind="flipped") if step.kind == "linear" else step for step in self.steps]
+        return replace(self, steps=tuple(steps))
+
+    @property
     def speed_up(self) -> float:
         """Predicted time of a dense layer over that of this plan."""
         return self.dense_s / self.predicted_s
@@ -164,7 +174,7 @@ class ContractionPlan:
         self._check_input(x)
         weights = self.prepare(cores) if prepared is None else prepared
         if self.uses_dense:
-            return F.linear(x, weights[0])
+            return linear_product(x, weights[0], flipped=self.flips)
         leftward = self.direction == "right-to-left"
         state = x.reshape(-1, 1, 1) if leftward else x.reshape(-1, 1, self.chain.in_features)
         contract = _step_leftward if leftward else _step_rightward
@@ -191,6 +201,15 @@ class ContractionPlan:
         return "\n".join(_report(self))
 
 
+def linear_product(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, flipped: bool = False) -> Tensor:
+    """``x W^T + b``; flipped, it is computed as ``W x^T``, which BLAS may do faster for a few rows."""
+    if not flipped:
+        return F.linear(x, weight, bias)
+    columns = x.reshape(-1, x.shape[-1]).t()
+    y = torch.mm(weight, columns) if bias is None else torch.addmm(bias.unsqueeze(1), weight, columns)
+    return y.t().contiguous().view(*x.shape[:-1], weight.shape[0])
+
+
 # The state between steps is (lead, rows of the last weight, width). After a "copied" step it is a
 # transposed view; it is cut into five axes before anything is copied, so that the transpose left over
 # and the one that the next step wants become one copy.
@@ -203,7 +222,11 @@ def _step_leftward(state: Tensor, weight: Tensor, step: Step) -> Tensor:
     if step.kind == "batched":
         return _batched(weight, state.reshape(-1, step.mode * step.rank, i * p))
     columns = state.permute(0, 3, 4, 1, 2).reshape(-1, step.mode * step.rank)
-    return F.linear(columns, weight).reshape(-1, i * p, weight.shape[0]).transpose(1, 2)
+    return (
+        linear_product(columns, weight, flipped=step.kind == "flipped")
+        .reshape(-1, i * p, weight.shape[0])
+        .transpose(1, 2)
+    )
 
 
 def _step_rightward(state: Tensor, weight: Tensor, step: Step) -> Tensor:
@@ -213,7 +236,9 @@ def _step_rightward(state: Tensor, weight: Tensor, step: Step) -> Tensor:
     if step.kind == "batched":
         return _batched(weight, state.reshape(-1, step.rank * step.mode, p))
     columns = state.permute(0, 1, 4, 2, 3).reshape(-1, step.rank * step.mode)
-    return F.linear(columns, weight).reshape(-1, p, weight.shape[0]).transpose(1, 2)
+    return (
+        linear_product(columns, weight, flipped=step.kind == "flipped").reshape(-1, p, weight.shape[0]).transpose(1, 2)
+    )
 
 
 def _batched(weight: Tensor, state: Tensor) -> Tensor:

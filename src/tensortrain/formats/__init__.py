@@ -2,6 +2,7 @@
 
 from . import block_term, btt, cp, kronecker, low_rank, ring, tt, tt_naive, tt_separate, tucker, tucker2  # registered
 from .base import (
+    Bond,
     Factorization,
     FactorSpec,
     Format,
@@ -19,6 +20,7 @@ from .rank_path import RankPoint, even_path, rank_path
 from .whitening import energy, output_error
 
 __all__ = [
+    "Bond",
     "ChainFormat",
     "FactorSpec",
     "Factorization",

@@ -21,6 +21,7 @@ from tensortrain.tensor import Approximation, default_eps
 from tensortrain.tensor.tolerance import compute_dtype
 
 __all__ = [
+    "Bond",
     "FactorSpec",
     "Factorization",
     "Format",
@@ -34,6 +35,7 @@ __all__ = [
 
 Kind = Literal["linear", "conv", "embedding"]
 Rank = int | float | str | Sequence[int]
+Bond = tuple[tuple[int, int], ...]  # (core, axis) of every place where one rank index appears
 Spatial = Callable[..., Tensor]  # (x, kernel, bias=None, groups=1)
 
 
@@ -226,6 +228,15 @@ class Format(ABC):
     def with_inner(self, spec: FactorSpec, inner: Sequence[int]) -> FactorSpec:
         """The spec with other ``inner_ranks``."""
         return replace(spec, ranks=tuple(inner))
+
+    def bonds(self, spec: FactorSpec) -> tuple[Bond, ...]:
+        """Where the ranks are in the stored cores of one group.
+
+        The weight is linear in every index of a bond: what is dropped in one of its cores is gone.
+        """
+        raise KindError(
+            f"a format must tell which axes are ranks: {self.name!r} has no method bonds(spec). Give it one."
+        )
 
     def max_matrix_rank(self, spec: FactorSpec) -> int:
         """Largest rank of the map from one group's inputs to its outputs (channels, for a convolution).

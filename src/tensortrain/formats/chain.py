@@ -22,7 +22,7 @@ from tensortrain.tensor import resolve_ranks, tt_svd, unfolding_spectra
 from tensortrain.tensor.tolerance import compute_dtype
 
 from .als import alternate, chain_network, sweep_flops
-from .base import FactorSpec, Format, Rank, Spatial, WeightShape
+from .base import Bond, FactorSpec, Format, Rank, Spatial, WeightShape
 from .layout import matrix_to_weight, order_gram, weight_to_matrix
 from .whitening import DAMPING, KroneckerNorm, keep_promise
 
@@ -98,6 +98,12 @@ class ChainFormat(Format):
 
     def with_inner(self, spec: FactorSpec, inner: Sequence[int]) -> FactorSpec:
         return replace(spec, ranks=(1, *inner, 1))
+
+    def bonds(self, spec: FactorSpec) -> tuple[Bond, ...]:
+        shapes = spec.core_shapes
+        if self.chain(spec).core_shapes != shapes:
+            return super().bonds(spec)
+        return tuple(((k, 3), (k + 1, 0)) for k in range(len(shapes) - 1))
 
     def max_matrix_rank(self, spec: FactorSpec) -> int:
         """The smallest cut that parts input legs from output legs, every core on one of the two sides.

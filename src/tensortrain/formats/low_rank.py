@@ -25,7 +25,7 @@ from torch import Tensor
 
 from tensortrain.contract import Chain, ContractionPlan
 
-from .base import FactorSpec, Kind, Spatial, WeightShape, check_modes, pointwise, register
+from .base import Bond, FactorSpec, Kind, Spatial, WeightShape, check_modes, pointwise, register
 from .chain import ChainFormat, Modes
 
 __all__ = ["LowRank"]
@@ -61,6 +61,9 @@ class LowRank(ChainFormat):
         if weight.kind == "embedding":
             return (weight.in_features, rank), (weight.out_features, rank)
         return (rank, weight.in_features, *weight.kernel), (weight.out_features, rank)
+
+    def bonds(self, spec: FactorSpec) -> tuple[Bond, ...]:
+        return (((0, 1 if spec.weight.kind == "embedding" else 0), (1, 1)),)
 
     def to_chain(self, cores: Sequence[Tensor], spec: FactorSpec) -> list[Tensor]:
         first, second = cores

@@ -21,11 +21,12 @@ from torch import Tensor
 
 from tensortrain.contract import ContractionPlan, CostModel, Network, plan_network
 from tensortrain.contract.network import Product, contraction, contraction_flops, run
+from tensortrain.contract.tracing import constant_when_traced
 from tensortrain.errors import DTypeError, ModeIndexError
 from tensortrain.tensor.linalg import singular_values
 from tensortrain.tensor.tolerance import checked_eps, compute_dtype
 
-from .base import FactorSpec, Format, Rank, Spatial, WeightShape, equal_norms, get_format
+from .base import Bond, FactorSpec, Format, Rank, Spatial, WeightShape, equal_norms, get_format
 from .layout import matrix_to_weight, order_gram, weight_to_matrix
 from .ranks import resolve_rank_tuple
 from .whitening import KroneckerNorm, keep_promise
@@ -138,6 +139,12 @@ class NetworkFormat(Format):
 
     def n_paths(self, spec: FactorSpec) -> int:
         return self.network(spec.one_group()).n_paths
+
+    def bonds(self, spec: FactorSpec) -> tuple[Bond, ...]:
+        cores = self.network(spec).cores
+        return tuple(
+            tuple((k, legs.index(leg)) for k, legs in enumerate(cores) if leg in legs) for leg in self.rank_legs(spec)
+        )
 
     def inner_ranks(self, spec: FactorSpec) -> tuple[int, ...]:
         return spec.ranks
@@ -308,7 +315,7 @@ def _plain(spec: FactorSpec) -> tuple[Any, ...]:
     return spec.format, (w.kind, w.out_features, w.in_features, w.kernel, w.groups), spec.out_modes, spec.in_modes
 
 
-@torch.compiler.assume_constant_result
+@constant_when_traced
 def _network(plain: tuple[Any, ...], ranks: tuple[int, ...]) -> Network:
     return _remembered_network(plain, ranks)
 
@@ -321,7 +328,7 @@ def _remembered_network(plain: tuple[Any, ...], ranks: tuple[int, ...]) -> Netwo
     return fmt._build_network(FactorSpec(name, WeightShape(*weight), outs, ins, ranks))
 
 
-@torch.compiler.assume_constant_result
+@constant_when_traced
 def _row_steps(plain: tuple[Any, ...], ranks: tuple[int, ...], rows: int) -> tuple[Product, ...]:
     """Products that multiply about so many rows; which order is best hardly depends on device and dtype."""
     bucket = 1 << max(0, rows - 1).bit_length()

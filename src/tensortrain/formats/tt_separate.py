@@ -13,7 +13,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from .base import FactorSpec, Kind, WeightShape, register
+from .base import Bond, FactorSpec, Kind, WeightShape, register
 from .chain import ChainFormat, Modes
 from .layout import separate_modes
 
@@ -51,6 +51,9 @@ class TTSeparate(ChainFormat):
 
     def group_core_shapes(self, spec: FactorSpec) -> tuple[tuple[int, ...], ...]:
         return tuple((r, m * n, s) for r, m, n, s in self.chain(spec).core_shapes)
+
+    def bonds(self, spec: FactorSpec) -> tuple[Bond, ...]:
+        return tuple(((k, 2), (k + 1, 0)) for k in range(len(spec.core_shapes) - 1))
 
     def to_chain(self, cores: Sequence[Tensor], spec: FactorSpec) -> list[Tensor]:
         shapes = self.chain(spec.one_group()).core_shapes

@@ -17,7 +17,19 @@ from tensortrain.contract import ContractionPlan
 from tensortrain.errors import DTypeError
 from tensortrain.tensor.tolerance import checked_eps
 
-from .base import FactorSpec, Format, Kind, Rank, Spatial, WeightShape, check_modes, equal_norms, pointwise, register
+from .base import (
+    Bond,
+    FactorSpec,
+    Format,
+    Kind,
+    Rank,
+    Spatial,
+    WeightShape,
+    check_modes,
+    equal_norms,
+    pointwise,
+    register,
+)
 from .ranks import resolve_rank_tuple
 from .whitening import apply_root, check_gram, keep_promise, kronecker_factors, output_error, root_and_inverse
 
@@ -62,6 +74,9 @@ class Tucker2(Format):
         weight = spec.weight.one_group()
         r_in, r_out = spec.ranks
         return (r_in, weight.in_features), (r_out, r_in, *weight.kernel), (weight.out_features, r_out)
+
+    def bonds(self, spec: FactorSpec) -> tuple[Bond, ...]:
+        return ((0, 0), (1, 1)), ((1, 0), (2, 1))
 
     def n_paths(self, spec: FactorSpec) -> int:
         return math.prod(spec.ranks)

@@ -16,6 +16,7 @@ from tensortrain.contract import (
     Network,
     NetworkPlan,
     WeightCache,
+    fastest_plan,
     plan_chain,
     plan_network,
 )
@@ -40,9 +41,12 @@ class FactorizedLayer(nn.Module):
         implementation: ``"auto"`` runs whatever is predicted fastest and may keep a dense weight of at most
             ``dense_limit_bytes``; ``"factorized"`` never builds one; ``"dense"`` always does.
         dense_limit_bytes: Largest dense weight that ``"auto"`` builds. Set it on a layer or on this class.
+        may_time_plans: Whether the first call at a size runs the likeliest plans a few times and keeps the fastest;
+            else the predicted times decide. Set it on a layer or on this class.
     """
 
     dense_limit_bytes: int = 16 * 2**20
+    may_time_plans: bool = True
     dense_type: ClassVar[type[nn.Module]]
     torch_arguments: ClassVar[tuple[str, ...]]  # attributes that torch's layer and this one share
     has_bias: ClassVar[bool] = True
@@ -384,7 +388,7 @@ class FactorizedLayer(nn.Module):
             chain = self._chain()
             assert chain is not None
             core = self.cores[0]
-            plan = _plan(
+            plan = fastest_plan(
                 chain,
                 batch=key[0],
                 dtype=core.dtype,
@@ -392,6 +396,7 @@ class FactorizedLayer(nn.Module):
                 training=training,
                 allow_dense=self._dense_allowed,
                 force=force or _FORCE[self.implementation],
+                may_time=self.may_time_plans,
             )
             self._plans[key] = plan
         return plan

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tensortrain.contract import ContractionPlan, NetworkPlan
+from tensortrain.contract.plan import linear_product
 from tensortrain.errors import ShapeError
 from tensortrain.formats import ChainFormat, Rank, WeightShape, get_format
 
@@ -102,7 +103,8 @@ class Linear(FactorizedLayer):
             return F.linear(x, weight, self.bias)
         plan = self._plan_for(x)
         if plan.uses_dense:
-            return F.linear(x, self._dense_weight(), self.bias)
+            flipped = isinstance(plan, ContractionPlan) and plan.flips
+            return linear_product(x, self._dense_weight(), self.bias, flipped=flipped)
         return self._execute(plan, x, self._prepared(plan))
 
     def _kept_dense(self, x: Tensor) -> Tensor | None:
@@ -110,7 +112,7 @@ class Linear(FactorizedLayer):
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
             return None
         plan = self._plans.get(self._plan_key(x.numel() // self.in_features, training=False))
-        if plan is None or plan.kind != "dense":
+        if plan is None or plan.kind != "dense" or (plan.steps and plan.steps[0].kind == "flipped"):
             return None
         found: Tensor | None = self._cache.peek(self._core_list(), "dense")
         return found

@@ -11,8 +11,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from tensortrain.errors import KindError, RankError
-from tensortrain.formats import ChainFormat, FactorSpec, Format, get_format
+from tensortrain.errors import RankError
+from tensortrain.formats import Bond, ChainFormat, FactorSpec, Format, get_format
 
 from .base import FactorizedLayer
 from .embedding import Embedding
@@ -22,33 +22,17 @@ from .stand_ins import Handle, check_has_factorized, distinct_layers, transform_
 
 __all__ = ["balance_", "bonds", "dense_norm", "rank_lasso", "tensor_dropout"]
 
-Bond = tuple[tuple[int, int], ...]  # (core, axis) of every place where one rank index appears
 Model = TypeVar("Model", bound=nn.Module)
 
 
 def bonds(spec: FactorSpec) -> tuple[Bond, ...]:
     """Where the ranks are: per bond, the (core, axis) pairs that share its index, in the stored cores.
 
-    A format may tell by a method ``bonds(spec)``, with axes of one group's cores.
-
     Raises:
         KindError: The format does not tell.
     """
-    fmt, one = get_format(spec.format), spec.one_group()
-    told = getattr(fmt, "bonds", None)
-    if told is not None:
-        found = told(one)
-    elif isinstance(fmt, ChainFormat) and fmt.chain(one).core_shapes == one.core_shapes:
-        found = tuple(((k, 3), (k + 1, 0)) for k in range(len(one.core_shapes) - 1))
-    elif spec.format == "low_rank":
-        found = (((0, 1 if spec.weight.kind == "embedding" else 0), (1, 1)),)
-    elif spec.format == "tucker2":
-        found = (((0, 0), (1, 1)), ((1, 0), (2, 1)))
-    else:
-        raise KindError(
-            f"a format must tell which axes are ranks: {spec.format!r} has no method bonds(spec). Give it one."
-        )
     lead = 1 if spec.weight.groups > 1 else 0
+    found = get_format(spec.format).bonds(spec.one_group())
     return tuple(tuple((core, axis + lead) for core, axis in bond) for bond in found)
 
 

@@ -1,0 +1,151 @@
+"""Choose a plan by running the likeliest ones.
+
+Predicted times are right within a factor of two or so, and the plans of one layer often lie closer together than
+that. So the first call of a layer at a size runs the best few of them, in turns, and keeps the fastest.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+from tensortrain.contract.chain import Chain
+from tensortrain.contract.choose import chain_candidates
+from tensortrain.contract.cost import is_measured
+from tensortrain.contract.network import Network, NetworkPlan, network_candidates
+from tensortrain.contract.plan import ContractionPlan
+
+__all__ = ["fastest_plan"]
+
+Plan = ContractionPlan | NetworkPlan
+
+_MOST_CANDIDATES = 6
+_LIKELY = 3.0  # a prediction so many times longer than the best one is not tried
+_MOST_ROUNDS = 12
+_ENOUGH_S = 0.05  # after two rounds, no new one begins later than this
+_TOO_LONG_S = 0.5  # of one round as predicted: then the prediction decides
+_FLIPPED_ROWS = range(2, 129)  # beyond, a product and its transpose are level
+_CLEARLY = 0.97  # what is not faster by so much than an earlier candidate is taken for level with it
+
+_KNOWN: dict[Any, Plan] = {}
+
+
+def fastest_plan(
+    shape: Chain | Network,
+    *,
+    batch: int,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    training: bool = False,
+    allow_dense: bool = True,
+    force: Any = None,
+    may_time: bool = True,
+) -> Plan:
+    """The plan that ran fastest of those predicted to be fast.
+
+    Where nothing can be timed, it is the plan of least predicted time: while a program is traced, compiled or
+    captured, under a dispatch mode or a transform of ``torch.func``, under ``use_cost_model``, with
+    ``torch.use_deterministic_algorithms(True)``, on devices other than CPU and CUDA, and where one round would take
+    more than half a second.
+
+    Args:
+        shape, batch, dtype, device, training, allow_dense, force: As for ``plan_chain`` and ``plan_network``.
+        may_time: Whether plans may be run at all.
+
+    Cost: some 50 ms once for every size, remembered for the process.
+    """
+    device = torch.device(device)
+    find: Callable[..., Sequence[Plan]] = network_candidates if isinstance(shape, Network) else chain_candidates
+    options = {"batch": batch, "dtype": dtype, "training": training, "allow_dense": allow_dense, "force": force}
+    plans = find(shape, device=device, **options)
+    if not may_time or len(plans) == 1 or not _can_time(device):
+        return plans[0]
+    key = (shape, device, torch.get_num_threads(), *options.values())
+    if key not in _KNOWN:
+        chosen = _likely(plans)
+        is_short = sum(plan.predicted_s for plan in chosen) <= _TOO_LONG_S
+        _KNOWN[key] = _fastest(chosen, device) if is_short else plans[0]
+    return _KNOWN[key]
+
+
+def _can_time(device: torch.device) -> bool:
+    if device.type not in ("cpu", "cuda") or not is_measured() or torch.are_deterministic_algorithms_enabled():
+        return False
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or _get_current_dispatch_mode() is not None:
+        return False
+    if torch._C._functorch.maybe_current_level() is not None:
+        return False
+    return device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
+
+
+def _likely(plans: Sequence[Plan]) -> list[Plan]:
+    """The first few, the dense weight among them where it is allowed, and at few rows their flipped forms."""
+    limit = _LIKELY * plans[0].predicted_s
+    found = [plan for plan in plans if plan.predicted_s <= limit][:_MOST_CANDIDATES]
+    found += [plan for plan in plans if plan.uses_dense and plan not in found and plan.predicted_s <= 2 * limit]
+    if found[0].training or found[0].batch not in _FLIPPED_ROWS:
+        return found
+    flipped = [plan.flipped() for plan in found if isinstance(plan, ContractionPlan)]
+    return found + [plan for plan in flipped if plan.flips]
+
+
+def _fastest(plans: Sequence[Plan], device: torch.device) -> Plan:
+    calls = [_call(plan, device) for plan in plans]
+    best = [math.inf] * len(plans)
+    start = time.perf_counter()
+    for turn in range(_MOST_ROUNDS):
+        limit = 2.0 * min(best)
+        for k, call in enumerate(calls):
+            if turn < 2 or best[k] <= limit:
+                seconds = _timed(call, device)
+                best[k] = min(best[k], seconds) if turn > 0 else math.inf  # the first call warms up
+        if turn >= 2 and time.perf_counter() - start > _ENOUGH_S:
+            break
+    found = 0
+    for k in range(1, len(plans)):
+        if best[k] < _CLEARLY * best[found]:
+            found = k
+    return plans[found]
+
+
+def _timed(call: Callable[[], object], device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    call()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def _call(plan: Plan, device: torch.device) -> Callable[[], object]:
+    """One inference, or one training step, of a plan on numbers of its own."""
+    shape = plan.chain if isinstance(plan, ContractionPlan) else plan.network
+    with torch.inference_mode(False), torch.no_grad():
+        x = torch.full((plan.batch, shape.in_features), 0.5, dtype=plan.dtype, device=device)
+        cores = [torch.full(size, 0.5, dtype=plan.dtype, device=device) for size in shape.core_shapes]
+    if not plan.training:
+        with torch.no_grad():
+            weights = plan.prepare(cores)
+        return lambda: _infer(plan, x, weights)
+    with torch.no_grad():
+        seed = torch.full((plan.batch, shape.out_features), 0.5, dtype=plan.dtype, device=device)
+    leaves = [tensor.requires_grad_() for tensor in (x, *cores)]
+    return lambda: _train(plan, leaves, seed)
+
+
+def _infer(plan: Plan, x: Tensor, weights: Sequence[Tensor]) -> None:
+    with torch.no_grad():
+        plan.execute(x, (), weights)
+
+
+def _train(plan: Plan, leaves: Sequence[Tensor], seed: Tensor) -> None:
+    with torch.inference_mode(False), torch.enable_grad():
+        y = plan.execute(leaves[0], leaves[1:])
+        torch.autograd.grad(y, leaves, seed.to(y.dtype))

@@ -1,0 +1,111 @@
+"""Plans chosen by running them."""
+
+import pytest
+import torch
+
+import tensortrain as tt
+from tensortrain.contract import Chain, CostModel, fastest_plan, plan_chain, tune, use_cost_model
+from tensortrain.contract.choose import chain_candidates
+
+CHAIN = Chain((4, 4, 4), (4, 4, 4), (1, 5, 5, 1))
+OPTIONS = {"batch": 8, "dtype": torch.float64}
+
+
+@pytest.fixture(autouse=True)
+def _nothing_known(monkeypatch):
+    monkeypatch.setattr(tune, "_KNOWN", {})
+
+
+@pytest.fixture
+def timed(monkeypatch):
+    """Plans that were run; the one that comes last is the fastest by a clock of our own."""
+    seen = []
+
+    def call(plan, device):
+        seen.append(plan)
+        return len(seen)
+
+    monkeypatch.setattr(tune, "_call", call)
+    monkeypatch.setattr(tune, "_timed", lambda number, device: 1.0 / number)
+    return seen
+
+
+def test_candidates_come_in_the_order_of_predicted_time():
+    plans = chain_candidates(CHAIN, cost_model=CostModel.reference(), **OPTIONS)
+    assert [plan.predicted_s for plan in plans] == sorted(plan.predicted_s for plan in plans)
+    assert plans[0] == plan_chain(CHAIN, cost_model=CostModel.reference(), **OPTIONS)
+    assert {len(plan.steps) for plan in plans} == {1, 2, 3}
+    assert len(set(plans)) == len(plans)
+
+
+def test_the_fastest_one_run_is_kept(timed):
+    found = fastest_plan(CHAIN, **OPTIONS)
+    n_run = len(timed)
+    assert n_run > 1
+    assert found == timed[-1]
+    assert fastest_plan(CHAIN, **OPTIONS) is found
+    assert len(timed) == n_run  # remembered
+
+
+def test_a_hair_faster_is_level(monkeypatch):
+    monkeypatch.setattr(tune, "_call", lambda plan, device: plan)
+    likely = tune._likely(chain_candidates(CHAIN, **OPTIONS))
+    monkeypatch.setattr(tune, "_timed", lambda plan, device: 1.0 if plan == likely[0] else 0.98)
+    assert fastest_plan(CHAIN, **OPTIONS) == likely[0]
+
+
+@pytest.mark.parametrize("case", ["forbidden", "constants given", "deterministic", "transform", "dispatch mode"])
+def test_where_nothing_may_be_timed_the_prediction_decides(case, timed):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    if case == "forbidden":
+        assert fastest_plan(CHAIN, may_time=False, **OPTIONS) == plan_chain(CHAIN, **OPTIONS)
+    elif case == "constants given":
+        with use_cost_model(CostModel.reference()):
+            assert fastest_plan(CHAIN, **OPTIONS) == plan_chain(CHAIN, **OPTIONS)
+    elif case == "deterministic":
+        torch.use_deterministic_algorithms(True)
+        try:
+            assert fastest_plan(CHAIN, **OPTIONS) == plan_chain(CHAIN, **OPTIONS)
+        finally:
+            torch.use_deterministic_algorithms(False)
+    elif case == "transform":
+        torch.vmap(lambda x: fastest_plan(CHAIN, **OPTIONS) and x)(torch.ones(2))
+    else:
+        with FlopCounterMode(display=False):
+            fastest_plan(CHAIN, **OPTIONS)
+    assert timed == []
+
+
+def test_long_rounds_are_not_run(timed, monkeypatch):
+    monkeypatch.setattr(tune, "_TOO_LONG_S", 0.0)
+    assert fastest_plan(CHAIN, **OPTIONS) == plan_chain(CHAIN, **OPTIONS)
+    assert timed == []
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_running_leaves_no_trace(training):
+    state = torch.get_rng_state()
+    with torch.inference_mode(not training):
+        fastest_plan(CHAIN, training=training, **OPTIONS)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("lead", [(0,), (1,), (3, 5)])
+def test_flipped_products_are_the_same(lead, bias):
+    layer = tt.nn.Linear(12, 20, rank=3, bias=bias, dtype=torch.float64)
+    x = torch.randn(*lead, 12, dtype=torch.float64)
+    for force in ("dense", "left-to-right", "right-to-left"):
+        plan = layer.plan(8, force=force)
+        found = plan.flipped()
+        assert found.flips
+        expected = plan.execute(x, list(layer.cores))
+        torch.testing.assert_close(found.execute(x, list(layer.cores)), expected, rtol=1e-13, atol=1e-13)
+        assert found.execute(x, list(layer.cores)).is_contiguous()
+    layer._plans[layer._plan_key(max(1, x.numel() // 12), False)] = layer.plan(8, force="dense").flipped()
+    with torch.no_grad():
+        for _ in range(2):  # the second call finds the dense weight kept
+            torch.testing.assert_close(layer(x), torch.nn.functional.linear(x, layer.weight, layer.bias))
+        assert layer(x).is_contiguous()

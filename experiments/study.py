@@ -12,6 +12,8 @@ from tensortrain.compress import provenance, write_text_atomic
 
 __all__ = ["by", "once", "record", "spread"]
 
+provenance()  # takes the commit down now: at the end of a long run it may be another
+
 
 def once(path: Path, run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """The result that lies at ``path``; without one, the run is done and recorded there, whole or not at all."""

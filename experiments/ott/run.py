@@ -25,14 +25,14 @@ from torch import Tensor, nn
 
 import tensortrain as tt
 from tensortrain.compress import CurvePoint, cross_entropy_loss, evaluate_accuracy, fit, provenance
-from tensortrain.data import ImageBatches, fashion_mnist, image_batches
+from tensortrain.data import ImageBatches
 from tensortrain.nn.orthogonal import OrthogonalCores
 from tensortrain.viz.figures import accuracy_curve, save_figure
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
-from study import by, once, record, spread  # noqa: E402
+from study import best_rate, by, file_name, image_loaders, once, record, recorded, spread  # noqa: E402
 
 SIDE = 32
 
@@ -68,22 +68,10 @@ def network(layer: dict[str, Any] | None, modes: list[int], train: ImageBatches)
     return nn.Sequential(Centred(train), hidden(layer, modes), nn.ReLU(), nn.Linear(SIDE * SIDE, 10))
 
 
-def loaders(data: str | None, size: int, seed: int, held_out: int) -> tuple[ImageBatches, ImageBatches]:
-    """What to train on and what to test on; with ``held_out``, that many training images stand in for the test set."""
-    images = fashion_mnist(data)
-    known, labels = images.train_images, images.train_labels
-    unknown, answers = images.test_images, images.test_labels
-    if held_out:
-        known, unknown = known[:-held_out], known[-held_out:]
-        labels, answers = labels[:-held_out], labels[-held_out:]
-    train = image_batches(known, labels, batch_size=size, pad_to=SIDE, seed=seed)
-    return train, image_batches(unknown, answers, batch_size=500, pad_to=SIDE, shuffle=False)
-
-
 def trial(name: str, config: dict[str, Any], lr: float, data: str | None) -> dict[str, Any]:
     """A short run on a part of the training set, tested on the rest of it."""
     given = config["rates"]
-    train, rest = loaders(data, config["batch_size"], given["seed"], given["held_out"])
+    train, rest = image_loaders(data, config["batch_size"], given["seed"], given["held_out"], pad_to=SIDE)
     torch.manual_seed(given["seed"])
     model = network(config["layers"][name], config["modes"], train)
     settings = {**config["fit"], "epochs": given["epochs"], "lr": lr}
@@ -93,15 +81,11 @@ def trial(name: str, config: dict[str, Any], lr: float, data: str | None) -> dic
 
 def rate(name: str, config: dict[str, Any], out: Path, data: str | None) -> float:
     """The best of the learning rates for a network."""
-    found = []
-    for lr in config["rates"]["lr"]:
-        path = out / "rates" / f"{file_name(name)}-{lr}.json"
-        found.append(once(path, lambda lr=lr: trial(name, config, lr, data)))
-    return max(found, key=lambda one: one["accuracy"])["lr"]
+    return best_rate(name, config["rates"]["lr"], out / "rates", lambda lr: trial(name, config, lr, data))
 
 
 def run(name: str, config: dict[str, Any], seed: int, lr: float, data: str | None) -> dict[str, Any]:
-    train, test = loaders(data, config["batch_size"], seed, held_out=0)
+    train, test = image_loaders(data, config["batch_size"], seed, pad_to=SIDE)
     torch.manual_seed(seed)
     model = network(config["layers"][name], config["modes"], train)
     layer: Any = model[1]
@@ -173,10 +157,6 @@ def summarize(runs: list[dict[str, Any]], rates: list[dict[str, Any]], target: P
         )
 
 
-def file_name(name: str) -> str:
-    return name.replace(",", "").replace(" ", "-")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/ott"))
@@ -199,11 +179,6 @@ def main() -> None:
             print(f"seed {seed} {name}: {result['test_accuracy']:.4f} in {result['seconds']:.0f} s", flush=True)
     order = list(config["layers"])
     summarize(recorded(given.out / "runs", order), recorded(given.out / "rates", order), given.record)
-
-
-def recorded(folder: Path, order: list[str]) -> list[dict[str, Any]]:
-    found = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
-    return sorted(found, key=lambda one: order.index(one["layer"]))
 
 
 if __name__ == "__main__":

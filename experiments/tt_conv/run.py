@@ -26,13 +26,12 @@ from torch import nn
 
 import tensortrain as tt
 from tensortrain.compress import CurvePoint, cross_entropy_loss, evaluate_accuracy, fit, provenance
-from tensortrain.data import fashion_mnist, image_batches
 from tensortrain.viz.figures import accuracy_curve, save_figure
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
-from study import by, once, record, spread  # noqa: E402
+from study import best_rate, by, file_name, image_loaders, once, record, recorded, spread  # noqa: E402
 
 CHANNEL_MODES = {16: (4, 4), 32: (4, 8)}
 
@@ -83,22 +82,10 @@ def build(layer: dict[str, Any] | None, trained: Path) -> nn.Sequential:
     return model
 
 
-def loaders(data: str | None, size: int, seed: int, held_out: int) -> tuple[Any, Any]:
-    """What to train on and what to test on; with ``held_out``, that many training images stand in for the test set."""
-    images = fashion_mnist(data)
-    known, labels = images.train_images, images.train_labels
-    unknown, answers = images.test_images, images.test_labels
-    if held_out:
-        known, unknown = known[:-held_out], known[-held_out:]
-        labels, answers = labels[:-held_out], labels[-held_out:]
-    train = image_batches(known, labels, batch_size=size, seed=seed)
-    return train, image_batches(unknown, answers, batch_size=500, shuffle=False)
-
-
 def trial(name: str, config: dict[str, Any], lr: float, data: str | None) -> dict[str, Any]:
     """A short run on a part of the training set, tested on the rest of it."""
     given = config["rates"]
-    train, rest = loaders(data, config["batch_size"], given["seed"], given["held_out"])
+    train, rest = image_loaders(data, config["batch_size"], given["seed"], given["held_out"])
     torch.manual_seed(given["seed"])
     model = build(config["layers"][name], Path())
     settings = {**config["fit"], "epochs": given["epochs"], "lr": lr}
@@ -109,15 +96,11 @@ def trial(name: str, config: dict[str, Any], lr: float, data: str | None) -> dic
 def rate(name: str, config: dict[str, Any], out: Path, data: str | None) -> float:
     """The best of the learning rates for a network."""
     name = (config["layers"][name] or {}).get("rate_of", name)
-    found = []
-    for lr in config["rates"]["lr"]:
-        path = out / "rates" / f"{name.replace(' ', '-')}-{lr}.json"
-        found.append(once(path, lambda lr=lr: trial(name, config, lr, data)))
-    return max(found, key=lambda one: one["accuracy"])["lr"]
+    return best_rate(name, config["rates"]["lr"], out / "rates", lambda lr: trial(name, config, lr, data))
 
 
 def run(name: str, config: dict[str, Any], seed: int, lr: float, out: Path, data: str | None) -> dict[str, Any]:
-    train, test = loaders(data, config["batch_size"], seed, held_out=0)
+    train, test = image_loaders(data, config["batch_size"], seed)
     dense = out / f"dense-{seed}.safetensors"
     torch.manual_seed(seed)
     model = build(config["layers"][name], dense)
@@ -188,16 +171,11 @@ def main() -> None:
         return
     for seed in given.seed or config["seeds"]:
         for name, lr in chosen.items():
-            path = given.out / "runs" / f"{name.replace(' ', '-')}-{seed}.json"
+            path = given.out / "runs" / f"{file_name(name)}-{seed}.json"
             result = once(path, lambda name=name, seed=seed, lr=lr: run(name, config, seed, lr, given.out, given.data))
             print(f"seed {seed} {name}: {result['test_accuracy']:.4f} in {result['seconds']:.0f} s", flush=True)
     order = list(config["layers"])
     summarize(recorded(given.out / "runs", order), recorded(given.out / "rates", order), given.record)
-
-
-def recorded(folder: Path, order: list[str]) -> list[dict[str, Any]]:
-    found = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
-    return sorted(found, key=lambda one: order.index(one["layer"]))
 
 
 if __name__ == "__main__":

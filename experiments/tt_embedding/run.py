@@ -246,13 +246,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/tt_embedding"))
     parser.add_argument("--data", help="folder or archive with the snippets")
     parser.add_argument("--seed", type=int, action="append", help="only these seeds")
+    parser.add_argument("--model", action="append", help="only these models")
     parser.add_argument("--record", type=Path, default=HERE, help="where results.json and results.png go")
     given = parser.parse_args()
     config = json.loads((HERE / "config.json").read_text())
     given.out.mkdir(parents=True, exist_ok=True)
     snippets = Snippets(config, given.data)
     for seed, kind, name, lr in itertools.product(
-        given.seed or config["seeds"], config["models"], config["tables"], config["lrs"]
+        given.seed or config["seeds"], given.model or config["models"], config["tables"], config["lrs"]
     ):
         path = given.out / f"{kind}-{name.replace(' ', '_')}-{lr:g}-{seed}.json"
         found = once(path, functools.partial(run, kind, name, lr, config, seed, snippets))

@@ -76,8 +76,13 @@ def test_every_grouping_and_sharing_gives_the_same_rows(monkeypatch: pytest.Monk
     monkeypatch.setattr(lookup, "_MIN_SHARED", 1)
     for groups in (((0, 1), (1, 2), (2, 3)), ((0, 2), (2, 3)), ((0, 1), (1, 3)), ((0, 3),)):
         monkeypatch.setattr(lookup, "lookup_groups", lambda *args, groups=groups: groups)
-        assert_as_dense(ids, chain)
-        assert_as_dense(ids, chain, deduplicate=False)
+        # by digit: nowhere, everywhere, at the last mode only, at all but the last
+        for by_digit in (set(), {4, 6, 24}, {6}, {4}):
+            monkeypatch.setattr(
+                lookup, "_is_worth_grouping", lambda n, table, by_digit=by_digit: table.shape[0] in by_digit
+            )
+            assert_as_dense(ids, chain)
+            assert_as_dense(ids, chain, deduplicate=False)
 
 
 def test_prefixes_are_shared_when_that_halves_the_work() -> None:

@@ -12,8 +12,11 @@ OPTIONS = {"batch": 8, "dtype": torch.float64}
 
 
 @pytest.fixture(autouse=True)
-def _nothing_known(monkeypatch):
+def file(monkeypatch, tmp_path):
+    """Nothing known, and a file of our own to keep what is found."""
     monkeypatch.setattr(tune, "_KNOWN", {})
+    monkeypatch.setattr(tune, "known_file", lambda name, key: tmp_path / "kept" / f"{name}.json")
+    return tmp_path / "kept" / "plans-1.json"
 
 
 @pytest.fixture
@@ -45,6 +48,46 @@ def test_the_fastest_one_run_is_kept(timed):
     assert found == timed[-1]
     assert fastest_plan(CHAIN, **OPTIONS) is found
     assert len(timed) == n_run  # remembered
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_another_process_takes_the_same_plan(timed, training):
+    found = fastest_plan(CHAIN, training=training, **OPTIONS)
+    assert found == timed[-1]
+    n_run = len(timed)
+    tune._KNOWN.clear()
+    assert fastest_plan(CHAIN, training=training, **OPTIONS) == found
+    assert len(timed) == n_run
+    other = fastest_plan(CHAIN, training=training, **{**OPTIONS, "batch": 4})
+    assert other.batch == 4
+    assert len(timed) > n_run
+    tune._KNOWN.clear()
+    assert fastest_plan(CHAIN, training=training, **OPTIONS) == found  # the second entry did not push out the first
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", '{"a": 1}', "null"])
+def test_a_damaged_file_is_replaced(timed, file, text):
+    file.parent.mkdir()
+    file.write_text(text)
+    assert fastest_plan(CHAIN, **OPTIONS) == timed[-1]
+    tune._KNOWN.clear()
+    n_run = len(timed)
+    assert fastest_plan(CHAIN, **OPTIONS) == timed[-1]
+    assert len(timed) == n_run
+
+
+def test_a_plan_that_is_not_to_be_had_is_timed_anew(timed, file):
+    fastest_plan(CHAIN, **OPTIONS)
+    file.write_text(file.read_text().replace('": "', '": "0'))
+    tune._KNOWN.clear()
+    n_run = len(timed)
+    fastest_plan(CHAIN, **OPTIONS)
+    assert len(timed) > n_run
+
+
+def test_without_a_place_to_keep_it_the_process_remembers(timed, file):
+    file.parent.write_text("a file where the folder should be")
+    assert fastest_plan(CHAIN, **OPTIONS) == fastest_plan(CHAIN, **OPTIONS) == timed[-1]
 
 
 def test_a_hair_faster_is_level(monkeypatch):

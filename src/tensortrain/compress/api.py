@@ -23,7 +23,7 @@ from .measure import latency_rows, memory_rows, resident_bytes
 from .observer import Observer, Silent
 from .output_weights import OutputFunction
 from .plan import CompressionPlan, LayerPlan, plan_compression
-from .report import CurvePoint, LayerReport, Report, provenance
+from .report import CurvePoint, LayerReport, Report, own_commit, provenance
 from .training import Evaluate, FitResult
 
 __all__ = ["CompressionResult", "compress", "evaluate_metric"]
@@ -91,6 +91,7 @@ def compress(
         True
     """
     start = perf_counter()
+    own_commit()  # now, not after an hour of healing
     check_module(model)
     observer = observer or Silent()
     settings = _heal_settings(heal, data)

@@ -17,6 +17,7 @@ import sys
 import types
 import typing
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -263,7 +264,7 @@ def provenance(command: str | None = None, seed: int | None = None) -> dict[str,
 
     return {
         "command": _command_line() if command is None else command,
-        "commit": _git_commit(Path(__file__)),
+        "commit": own_commit(),
         "versions": {
             "tensortrain": __version__,
             "torch": torch.__version__,
@@ -283,6 +284,12 @@ def provenance(command: str | None = None, seed: int | None = None) -> dict[str,
 def _command_line() -> str:
     program, *arguments = sys.argv or [""]
     return shlex.join([Path(program).name, *arguments])
+
+
+@cache
+def own_commit() -> str | None:
+    """The commit of this package when it was first asked for: at the end of a long run it may be another."""
+    return _git_commit(Path(__file__))
 
 
 def _git_commit(source: Path) -> str | None:

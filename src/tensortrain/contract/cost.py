@@ -6,22 +6,18 @@ falls off for thin operands, bandwidths of cache and memory, and a fixed cost pe
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-import os
-import platform
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass, fields
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from tensortrain.contract.machine import device_key, known_file, read_json, write_json
 
 __all__ = ["CostModel", "cost_model", "given_or_measured", "is_measured", "measure_cost_model", "use_cost_model"]
 
@@ -188,7 +184,7 @@ def cost_model(device: torch.device | str = "cpu") -> CostModel:
     device = torch.device(device)
     if device.type not in ("cpu", "cuda"):
         return CostModel.reference(device.type)
-    key = _device_key(device)
+    key = device_key(device)
     if key not in _KNOWN:
         _KNOWN[key] = _load(_cache_file(key)) or _measure_and_store(device, _cache_file(key))
     return _KNOWN[key]
@@ -348,57 +344,21 @@ def _round2(value: Any) -> Any:
     return float(f"{value:.2g}")
 
 
-def _device_key(device: torch.device) -> str:
-    if device.type == "cuda":
-        hardware = torch.cuda.get_device_name(device)
-    else:
-        hardware = f"{_cpu_name()}, {torch.get_num_threads()} threads"
-    return f"{device.type}: {hardware}, torch {torch.__version__}"
-
-
-@cache
-def _cpu_name() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
 def _cache_file(key: str) -> Path:
-    root = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    digest = hashlib.sha256(key.encode()).hexdigest()[:16]
-    return Path(root) / "tensortrain" / f"cost-model-2-{digest}.json"
+    return known_file("cost-model-2", key)
 
 
 def _measure_and_store(device: torch.device, path: Path) -> CostModel:
     model = measure_cost_model(device)
-    _store(path, model, _device_key(device))
+    write_json(path, {"measured_on": device_key(device), "constants": asdict(model)})
     return model
-
-
-def _store(path: Path, model: CostModel, key: str) -> None:
-    text = json.dumps({"measured_on": key, "constants": asdict(model)}, indent=1)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
-        try:
-            with os.fdopen(handle, "w") as file:
-                file.write(text)
-            os.replace(temporary, path)
-        except OSError:
-            os.unlink(temporary)
-    except OSError:
-        pass  # a cache that cannot be kept costs a second at the next start, nothing else
 
 
 def _load(path: Path) -> CostModel | None:
     try:
-        constants = json.loads(path.read_text())["constants"]
+        constants = read_json(path)["constants"]
         model = CostModel(**{name: _as_constant(value) for name, value in constants.items()})
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+    except (ValueError, TypeError, KeyError, AttributeError):
         return None
     return model if _is_sound(model) else None
 

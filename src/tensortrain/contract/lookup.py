@@ -12,11 +12,14 @@ from torch.utils.checkpoint import checkpoint
 
 from tensortrain.contract.chain import Chain
 from tensortrain.contract.cost import CostModel, cost_model
+from tensortrain.contract.grouped import can_group, grouped_product
 from tensortrain.contract.merge import merge_cores, merge_order, run_numel
 from tensortrain.errors import DTypeError, ModeIndexError, ShapeError
 
 __all__ = ["chain_lookup", "lookup_groups"]
 
+# What is copied in the time that a small product of its own takes.
+_BYTES_PER_CALL = 5e4
 # Fewer distinct ids than this are multiplied sooner than their common digits are found.
 _MIN_SHARED = 256
 
@@ -79,7 +82,8 @@ def _planned_rows(ids: Tensor, cores: Sequence[Tensor], chain: Chain, *, is_sort
     """Merge cores as the number of ids deserves, then multiply slices chunk by chunk."""
     training = torch.is_grad_enabled() and any(core.requires_grad for core in cores)
     model, n_ids = cost_model(cores[0].device), _power_of_two(ids.shape[0])
-    groups = lookup_groups(chain, n_ids, cores[0].dtype, training, max_bytes, model)
+    on_cpu = not cores[0].is_cuda
+    groups = lookup_groups(chain, n_ids, cores[0].dtype, training, max_bytes, model, on_cpu)
     # Rows gather faster from contiguous slices, which pays once there are as many rows as slices.
     tables = [t.contiguous() if t.shape[0] <= ids.shape[0] else t for t in _tables(cores, groups)]
     return _rows_in_chunks(ids, tables, is_sorted and ids.shape[0] >= _MIN_SHARED, max_bytes, training)
@@ -92,7 +96,13 @@ def _tables(cores: Sequence[Tensor], groups: Sequence[tuple[int, int]]) -> list[
 
 @lru_cache(maxsize=1024)
 def lookup_groups(
-    chain: Chain, n_ids: int, dtype: torch.dtype, training: bool, max_bytes: int, model: CostModel
+    chain: Chain,
+    n_ids: int,
+    dtype: torch.dtype,
+    training: bool,
+    max_bytes: int,
+    model: CostModel,
+    on_cpu: bool = True,
 ) -> tuple[tuple[int, int], ...]:
     """Return the merges with which ``n_ids`` rows are predicted to take least time.
 
@@ -105,6 +115,7 @@ def lookup_groups(
         training: Whether merges are differentiated too.
         max_bytes: Bound on one merged table.
         model: Constants.
+        on_cpu: Whether prefixes with the same digit can be multiplied together.
 
     Example:
         >>> chain = Chain((4, 4, 4), (4, 4, 4), (1, 16, 16, 1))
@@ -117,14 +128,14 @@ def lookup_groups(
         for start in range(stop):
             if stop - start > 1 and run_numel(chain, start, stop) * dtype.itemsize > max_bytes:
                 continue
-            seconds = _group_s(chain, start, stop, n_ids, dtype, training, model)
+            seconds = _group_s(chain, start, stop, n_ids, dtype, training, model, on_cpu)
             candidates.append((best[start][0] + seconds, (*best[start][1], (start, stop))))
         best.append(min(candidates))
     return best[-1][1]
 
 
 def _group_s(
-    chain: Chain, start: int, stop: int, n_ids: int, dtype: torch.dtype, training: bool, model: CostModel
+    chain: Chain, start: int, stop: int, n_ids: int, dtype: torch.dtype, training: bool, model: CostModel, on_cpu: bool
 ) -> float:
     """Merge one group, gather its slices, and multiply them on."""
     passes = 3 if training else 1
@@ -135,10 +146,19 @@ def _group_s(
     # Ids that share all digits up to here share the work: there are no more prefixes than this.
     n_rows = min(n_ids, prod(chain.in_modes[:stop]))
     rank, width = chain.ranks[start], prod(chain.out_modes[start:stop]) * chain.ranks[stop]
-    seconds += model.copy_s(2 * n_rows * rank * width * dtype.itemsize)
+    lead, n_slices, slice_bytes = (
+        prod(chain.out_modes[:start]),
+        prod(chain.in_modes[start:stop]),
+        rank * width * dtype.itemsize,
+    )
+    if start > 0 and on_cpu and _pays_to_group(n_rows, n_slices, slice_bytes):
+        each = -(-n_rows // n_slices)
+        seconds += n_slices * model.gemm_s(each * lead, width, rank, dtype=dtype)
+        return passes * (seconds + model.copy_s(2 * n_rows * lead * rank * dtype.itemsize))
+    seconds += model.copy_s(2 * n_rows * slice_bytes)
     if start > 0:
-        lead = prod(chain.out_modes[:start])
-        seconds += model.gemm_s(lead, width, rank, batch=n_rows, dtype=dtype)
+        # In a batch of such small products neither side is the one that BLAS likes thin.
+        seconds += min(model.gemm_s(m, n, rank, batch=n_rows, dtype=dtype) for m, n in ((lead, width), (width, lead)))
     return passes * seconds
 
 
@@ -166,18 +186,36 @@ def _row_bytes(tables: Sequence[Tensor]) -> int:
 def _rows(ids: Tensor, tables: Sequence[Tensor], share: bool) -> Tensor:
     """Multiply, for each id, the slices that its digits pick: ``(n, M)``."""
     levels = _prefixes(ids, [table.shape[0] for table in tables], share)
-    state = None  # n, output modes so far, r
-    for (digits, parents), table in zip(levels, tables, strict=True):
-        _, r, i, s = table.shape
-        slices = table.index_select(0, digits)  # n r i s
-        if state is None:
-            state = slices.reshape(-1, i, s)
-            continue
-        state = state if parents is None else state.index_select(0, parents)
-        lead = state.shape[1]
-        state = torch.bmm(state, slices.reshape(-1, r, i * s)).reshape(-1, lead * i, s)
-    assert state is not None
-    return state.reshape(-1, state.shape[1])
+    (digits, _), first = levels[0], tables[0]
+    state = first.index_select(0, digits).flatten(0, 1)  # n, output modes so far, r
+    places: Tensor | None = None  # where each prefix stands in the state, if not in order
+    for (digits, parents), table in zip(levels[1:], tables[1:], strict=True):
+        j, r, i, s = table.shape
+        if places is not None:
+            parents = places if parents is None else places.index_select(0, parents)
+        if _is_worth_grouping(digits.shape[0], table):
+            order = digits.argsort(stable=True)
+            parents = order if parents is None else parents.index_select(0, order)
+            counts = torch.bincount(digits, minlength=j).tolist()
+            state = grouped_product(state.index_select(0, parents), table.reshape(j, r, i * s), counts)
+            places = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+        else:
+            state = state if parents is None else state.index_select(0, parents)
+            state, places = torch.bmm(state, table.index_select(0, digits).reshape(-1, r, i * s)), None
+        state = state.unflatten(-1, (i, s)).flatten(1, 2)
+    state = state.squeeze(-1)
+    return state if places is None else state.index_select(0, places)
+
+
+def _is_worth_grouping(n: int, table: Tensor) -> bool:
+    """Whether a product for every entry of the table costs less than a copy of its slice for every prefix."""
+    if table.is_cuda or not can_group():
+        return False
+    return _pays_to_group(n, table.shape[0], table[0].numel() * table.element_size())
+
+
+def _pays_to_group(n: int, n_slices: int, slice_bytes: int) -> bool:
+    return n * slice_bytes > n_slices * _BYTES_PER_CALL
 
 
 def _prefixes(ids: Tensor, modes: Sequence[int], share: bool) -> list[tuple[Tensor, Tensor | None]]:

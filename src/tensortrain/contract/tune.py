@@ -6,9 +6,11 @@ that. So the first call of a layer at a size runs the best few of them, in turns
 
 from __future__ import annotations
 
+import hashlib
 import math
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 from tensortrain.contract.chain import Chain
 from tensortrain.contract.choose import chain_candidates
 from tensortrain.contract.cost import is_measured
+from tensortrain.contract.machine import device_key, known_file, read_json, write_json
 from tensortrain.contract.network import Network, NetworkPlan, network_candidates
 from tensortrain.contract.plan import ContractionPlan
 
@@ -58,7 +61,8 @@ def fastest_plan(
         shape, batch, dtype, device, training, allow_dense, force: As for ``plan_chain`` and ``plan_network``.
         may_time: Whether plans may be run at all.
 
-    Cost: some 50 ms once for every size, remembered for the process.
+    Cost: some 50 ms once for every size. What was found is kept with the constants of the machine
+    (``$XDG_CACHE_HOME/tensortrain``), so that another process on it takes the same plan and gets the same bits.
     """
     device = torch.device(device)
     find: Callable[..., Sequence[Plan]] = network_candidates if isinstance(shape, Network) else chain_candidates
@@ -68,10 +72,44 @@ def fastest_plan(
         return plans[0]
     key = (shape, device, torch.get_num_threads(), *options.values())
     if key not in _KNOWN:
-        chosen = _likely(plans)
-        is_short = sum(plan.predicted_s for plan in chosen) <= _TOO_LONG_S
-        _KNOWN[key] = _fastest(chosen, device) if is_short else plans[0]
+        _KNOWN[key] = _recalled(plans, device, key) or _found(plans, device, key)
     return _KNOWN[key]
+
+
+def _found(plans: Sequence[Plan], device: torch.device, key: Any) -> Plan:
+    chosen = _likely(plans)
+    if sum(plan.predicted_s for plan in chosen) > _TOO_LONG_S:
+        return plans[0]
+    found = _fastest(chosen, device)
+    file = _file(device)
+    write_json(file, {**_entries(file), _digest(key): _digest(_course(found))})
+    return found
+
+
+def _recalled(plans: Sequence[Plan], device: torch.device, key: Any) -> Plan | None:
+    """The plan that an earlier process on this machine found."""
+    wanted = _entries(_file(device)).get(_digest(key))
+    return next((plan for plan in [*plans, *_flipped(plans)] if _digest(_course(plan)) == wanted), None)
+
+
+def _file(device: torch.device) -> Path:
+    return known_file("plans-1", device_key(device))
+
+
+def _entries(file: Path) -> dict[str, str]:
+    found = read_json(file)
+    return found if isinstance(found, dict) else {}
+
+
+def _course(plan: Plan) -> Any:
+    """What tells plans of one layer apart."""
+    if isinstance(plan, ContractionPlan):
+        return plan.kind, plan.direction, plan.groups, [step.kind for step in plan.steps]
+    return plan.kind, [(step.operands, step.equation) for step in plan.steps]
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(repr(value).encode()).hexdigest()[:20]
 
 
 def _can_time(device: torch.device) -> bool:
@@ -89,10 +127,15 @@ def _likely(plans: Sequence[Plan]) -> list[Plan]:
     limit = _LIKELY * plans[0].predicted_s
     found = [plan for plan in plans if plan.predicted_s <= limit][:_MOST_CANDIDATES]
     found += [plan for plan in plans if plan.uses_dense and plan not in found and plan.predicted_s <= 2 * limit]
-    if found[0].training or found[0].batch not in _FLIPPED_ROWS:
-        return found
-    flipped = [plan.flipped() for plan in found if isinstance(plan, ContractionPlan)]
-    return found + [plan for plan in flipped if plan.flips]
+    return found + _flipped(found)
+
+
+def _flipped(plans: Sequence[Plan]) -> list[Plan]:
+    """The flipped forms that are worth a trial."""
+    if plans[0].training or plans[0].batch not in _FLIPPED_ROWS:
+        return []
+    flipped = [plan.flipped() for plan in plans if isinstance(plan, ContractionPlan)]
+    return [plan for plan in flipped if plan.flips]
 
 
 def _fastest(plans: Sequence[Plan], device: torch.device) -> Plan:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import tensortrain as tt
 
-__all__ = ["MEMORY_CASES", "MEMORY_TARGETS", "embedding", "laws", "memory", "memory_of", "versions"]
+__all__ = ["MEMORY_CASES", "MEMORY_TARGETS", "embedding", "laws", "memory", "memory_of", "recurrent", "versions"]
 
 _PACKAGES = {"torchTT": "torchTT", "tednet": "tednet", "TensorLy-Torch": "tensorly-torch"}
 
@@ -182,6 +182,48 @@ def _check_naive(layer: tt.nn.Embedding, naive: NaiveEmbedding, ids: Tensor, g: 
 def _step(module: nn.Module, ids: Tensor, g: Tensor) -> Callable[[], Any]:
     parameters = list(module.parameters())
     return lambda: torch.autograd.grad(module(ids), parameters, g)
+
+
+# -- recurrent ----------------------------------------------------------------------------------------
+
+
+def recurrent(quick: bool, seed: int) -> dict[str, Any]:
+    """A step of training on clips of video, optimizer included: ``nn.GRU`` and the same with its input map a train."""
+    n_clips, n_frames, n_inputs, n_hidden = 16, 6, 57600, 256
+    torch.manual_seed(seed)
+    clips, labels = torch.randn(n_clips, n_frames, n_inputs), torch.randint(11, (n_clips,))
+    train = {"format": "tt", "in_modes": (8, 20, 20, 18), "out_modes": (4, 4, 4, 4), "rank": 4}
+    networks: dict[str, Any] = {
+        "tensortrain": tt.nn.GRU(n_inputs, n_hidden, batch_first=True, **train),
+        "nn.GRU": nn.GRU(n_inputs, n_hidden, batch_first=True),
+    }
+    rounds = {"tensortrain": 2 if quick else 30, "nn.GRU": 1 if quick else 10}
+    turns = {name: Turns(_training(network, clips, labels), rounds[name]) for name, network in networks.items()}
+    for entry in turns.values():
+        entry.run()
+    take_turns(turns, seed=seed)
+    return {
+        "n_inputs": n_inputs,
+        "n_hidden": n_hidden,
+        "n_clips": n_clips,
+        "n_frames": n_frames,
+        "input_weights": networks["tensortrain"].n_core_params,
+        "dense_input_weights": 3 * n_hidden * n_inputs,
+        "contestants": {name: entry.facts() for name, entry in turns.items()},
+        "of_dense": turns["tensortrain"].median_s / turns["nn.GRU"].median_s,
+    }
+
+
+def _training(network: nn.Module, clips: Tensor, labels: Tensor) -> Callable[[], Any]:
+    head = nn.Linear(256, 11)
+    optimizer = torch.optim.Adam([*network.parameters(), *head.parameters()])
+
+    def step() -> None:
+        optimizer.zero_grad()
+        F.cross_entropy(head(network(clips)[0][:, -1]), labels).backward()
+        optimizer.step()
+
+    return step
 
 
 # -- how time grows -----------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from tensortrain.compress.report import write_text_atomic
 __all__ = ["line", "lines", "show", "write"]
 
 PEER_TARGET, PLAN_TARGET, GRID_MEAN_TARGET = 3.0, 1.15, 1.0
+EMBEDDING_TARGETS, RECURRENT_TARGET = (3.0, 100.0), 0.3
 Row = dict[str, Any]
 
 
@@ -119,8 +120,19 @@ def _law_lines(sweeps: Sequence[Row]) -> list[str]:
     ]
 
 
+def _recurrent_lines(found: Row) -> list[str]:
+    cells = [f"{name} {entry['median_ms']:.3g} ms" for name, entry in found["contestants"].items()]
+    return [
+        f"{found['n_inputs']:,} -> {found['n_hidden']}, {found['n_clips']} clips of {found['n_frames']} frames, a step "
+        f"of training with Adam: {'; '.join(cells)}: {found['of_dense']:.3f} of the dense time (at most "
+        f"{RECURRENT_TARGET:g} asked); input map {found['input_weights']:,} numbers for "
+        f"{found['dense_input_weights']:,}",
+    ]
+
+
 _PART_LINES: dict[str, Callable[[Any], list[str]]] = {
     "plans": _plan_lines,
+    "recurrent": _recurrent_lines,
     "memory": _memory_lines,
     "embedding": _embedding_lines,
     "laws": _law_lines,
@@ -163,6 +175,14 @@ def _part_verdicts(record: Row) -> list[tuple[str, str, str, bool]]:
         out.append(("memory: training step over dense", f"<= {most:g}", f"{ratio:.2f}", ratio <= most))
         found, most = memory["image_bytes"], memory["targets"]["one image"]
         out.append(("memory: one image beyond input and output", f"<= {_mib(most)}", _mib(found), found <= most))
+    embedding, recurrent = record.get("embedding"), record.get("recurrent")
+    if embedding:
+        out.append(_verdict("embedding: over gather and bmm", embedding["over_naive"], EMBEDDING_TARGETS[0]))
+        out.append(_verdict("embedding: table, times smaller", embedding["table_ratio"], EMBEDDING_TARGETS[1]))
+    if recurrent:
+        share = recurrent["of_dense"]
+        name = "TT-GRU: step of training, of dense"
+        out.append((name, f"<= {RECURRENT_TARGET:g}", f"{share:.3f}", share <= RECURRENT_TARGET))
     return out
 
 
@@ -238,7 +258,8 @@ def markdown(record: Row, source: str, page: str, plot: str) -> str:
         text += ["", "## Layers of the papers", "", *_row_table(_of(rows, "fixed"))]
         text += ["", "## Forty layers from a fixed seed", "", *_row_table(_of(rows, "grid"))]
         text += ["", "## Where we lose, and who is missing", "", *(f"- {words}" for words in _losses(rows))]
-    for part, title in (("plans", "Picked plans"), ("memory", "Memory"), ("embedding", "Embedding"), ("laws", "Laws")):
+    titles = ("plans", "Picked plans"), ("memory", "Memory"), ("embedding", "Embedding"), ("recurrent", "Recurrent")
+    for part, title in (*titles, ("laws", "Laws")):
         if record.get(part):
             text += ["", f"## {title}", "", *_section(part, record[part], plot)]
     if rows:

@@ -4,9 +4,9 @@
     python benchmarks/layers.py --report benchmarks/results/layers.json                    # docs/benchmarks-layers.md
     python benchmarks/layers.py --quick --all                                              # does everything work?
 
-Without a part only the speed of layers is measured; ``--plans``, ``--memory``, ``--embedding`` and ``--laws`` run one
-part each, ``--all`` everything. Nobody is timed before its output, and in training its gradients, have been checked
-against the dense weight. README.md in this folder tells how each number is made.
+Without a part only the speed of layers is measured; ``--plans``, ``--memory``, ``--embedding``, ``--recurrent`` and
+``--laws`` run one part each, ``--all`` everything. Nobody is timed before its output, and in training its gradients,
+have been checked against the dense weight. README.md in this folder tells how each number is made.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ import tensortrain as tt
 from tensortrain.compress.report import provenance, write_text_atomic
 from tensortrain.contract import ContractionPlan, chain_to_dense
 
-PARTS = ("speed", "plans", "memory", "embedding", "laws")
+PARTS = ("speed", "plans", "memory", "embedding", "recurrent", "laws")
 # Relative Frobenius error of float32 against float64. Sweeps of some peers round more: 1.7e-5 was seen in the gradients
 # of 25088 -> 4096 at batch 100. Cores laid out wrongly would differ by about 1.
 TOL, PEER_TOL = 1e-5, 1e-4
@@ -76,6 +76,7 @@ def _benchmark(args: argparse.Namespace) -> int:
         "plans": lambda: _plans(record, args),
         "memory": lambda: _part(record, "memory", layer_extras.memory(__file__)),
         "embedding": lambda: _part(record, "embedding", layer_extras.embedding(args.quick, args.seed)),
+        "recurrent": lambda: _part(record, "recurrent", layer_extras.recurrent(args.quick, args.seed)),
         "laws": lambda: _part(record, "laws", layer_extras.laws(args.quick)),
     }
     for part in args.parts:

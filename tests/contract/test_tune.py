@@ -126,6 +126,20 @@ def test_long_rounds_are_not_run(timed, monkeypatch):
     assert timed == []
 
 
+def test_plans_that_hold_much_are_not_run(timed, monkeypatch):
+    plans = chain_candidates(CHAIN, **OPTIONS)
+    sizes = sorted(tune._held_bytes(plan) for plan in plans)
+    assert sizes[0] >= 8 * 8 * (64 + 64)  # input and output
+    monkeypatch.setattr(tune, "_MOST_BYTES", sizes[len(sizes) // 2])
+    fastest_plan(CHAIN, **OPTIONS)
+    assert max(map(tune._held_bytes, timed)) <= sizes[len(sizes) // 2]
+    tune._KNOWN.clear()
+    timed.clear()
+    monkeypatch.setattr(tune, "_MOST_BYTES", 0)
+    assert fastest_plan(CHAIN, **{**OPTIONS, "batch": 16}) == plan_chain(CHAIN, **{**OPTIONS, "batch": 16})
+    assert timed == []
+
+
 @pytest.mark.parametrize("training", [False, True])
 def test_running_leaves_no_trace(training):
     state = torch.get_rng_state()

@@ -33,6 +33,7 @@ _LIKELY = 3.0  # a prediction so many times longer than the best one is not trie
 _MOST_ROUNDS = 12
 _ENOUGH_S = 0.05  # after two rounds, no new one begins later than this
 _TOO_LONG_S = 0.5  # of one round as predicted: then the prediction decides
+_MOST_BYTES = 2**28  # of input, output and what a plan holds in between: a trial must not exhaust the memory
 _FLIPPED_ROWS = range(2, 129)  # beyond, a product and its transpose are level
 _CLEARLY = 0.97  # what is not faster by so much than an earlier candidate is taken for level with it
 
@@ -55,7 +56,7 @@ def fastest_plan(
     Where nothing can be timed, it is the plan of least predicted time: while a program is traced, compiled or
     captured, under a dispatch mode or a transform of ``torch.func``, under ``use_cost_model``, with
     ``torch.use_deterministic_algorithms(True)``, on devices other than CPU and CUDA, and where one round would take
-    more than half a second.
+    more than half a second or one plan more than 256 MiB.
 
     Args:
         shape, batch, dtype, device, training, allow_dense, force: As for ``plan_chain`` and ``plan_network``.
@@ -78,7 +79,7 @@ def fastest_plan(
 
 def _found(plans: Sequence[Plan], device: torch.device, key: Any) -> Plan:
     chosen = _likely(plans)
-    if sum(plan.predicted_s for plan in chosen) > _TOO_LONG_S:
+    if len(chosen) < 2 or sum(plan.predicted_s for plan in chosen) > _TOO_LONG_S:
         return plans[0]
     found = _fastest(chosen, device)
     file = _file(device)
@@ -127,12 +128,20 @@ def _likely(plans: Sequence[Plan]) -> list[Plan]:
     limit = _LIKELY * plans[0].predicted_s
     found = [plan for plan in plans if plan.predicted_s <= limit][:_MOST_CANDIDATES]
     found += [plan for plan in plans if plan.uses_dense and plan not in found and plan.predicted_s <= 2 * limit]
+    found = [plan for plan in found if _held_bytes(plan) <= _MOST_BYTES]
     return found + _flipped(found)
+
+
+def _held_bytes(plan: Plan) -> int:
+    """What a trial of this plan allocates, gradients of input and output included."""
+    shape = plan.chain if isinstance(plan, ContractionPlan) else plan.network
+    ends = plan.batch * (shape.in_features + shape.out_features) * plan.dtype.itemsize
+    return plan.peak_bytes + ends * (2 if plan.training else 1)
 
 
 def _flipped(plans: Sequence[Plan]) -> list[Plan]:
     """The flipped forms that are worth a trial."""
-    if plans[0].training or plans[0].batch not in _FLIPPED_ROWS:
+    if not plans or plans[0].training or plans[0].batch not in _FLIPPED_ROWS:
         return []
     flipped = [plan.flipped() for plan in plans if isinstance(plan, ContractionPlan)]
     return [plan for plan in flipped if plan.flips]

@@ -27,6 +27,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _plans_of_their_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What earlier runs found out about plans would hide what happens at a first call."""
+    from tensortrain.contract import tune
+
+    folder = tmp_path_factory.mktemp("plans")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tune, "known_file", lambda name, key: folder / f"{name}.json")
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _same_start() -> Iterator[None]:
     dtype = torch.get_default_dtype()

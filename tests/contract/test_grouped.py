@@ -52,6 +52,17 @@ def test_one_side_frozen(frozen):
     torch.testing.assert_close(pair[1 - frozen].grad, again[1 - frozen].grad, rtol=1e-12, atol=1e-12)
 
 
+def test_many_gradients_at_once():
+    counts = (2, 0, 1)
+    pair = operands(counts)
+    found = grouped_product(*pair, counts)
+    seeds = torch.randn(3, *found.shape, dtype=found.dtype)
+    together = torch.autograd.grad(found, pair, seeds, is_grads_batched=True, retain_graph=True)
+    for k, seed in enumerate(seeds):
+        for one, other in zip(together, torch.autograd.grad(found, pair, seed, retain_graph=True), strict=True):
+            torch.testing.assert_close(one[k], other, rtol=1e-12, atol=1e-12)
+
+
 def test_strided_operands():
     counts = (2, 2)
     states, table = operands(counts)

@@ -413,3 +413,17 @@ def test_how_it_ran() -> None:
         layer(torch.randn(4, 12))
     assert "[" in layer.how_it_ran()
     assert "dense" not in layer.how_it_ran()
+
+
+def test_cores_may_be_kept_elsewhere():
+    """By weight norm, or in a replica for another device."""
+    layer, x = tt.nn.Linear(24, 20, rank=4), torch.randn(3, 24)
+    expected = layer(x)
+    replica = layer._replicate_for_data_parallel()
+    replica.bias = layer.bias
+    replica.cores = layer.cores._replicate_for_data_parallel()
+    for name, core in layer.cores._parameters.items():
+        setattr(replica.cores, name, core)
+    torch.testing.assert_close(replica(x), expected)
+    torch.nn.utils.weight_norm(layer.cores, "0")
+    torch.testing.assert_close(layer(x), expected)

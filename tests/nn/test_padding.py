@@ -103,6 +103,17 @@ def test_recurrent_layers_of_prime_sizes(kind):
     torch.testing.assert_close(layer(x)[0], dense(x)[0], rtol=1e-9, atol=1e-10)
 
 
+@pytest.mark.parametrize("kind", ["GRU", "LSTM"])
+def test_every_hidden_size_is_taken(kind):
+    for size in range(2, 200):
+        layer = getattr(tt.nn, kind)(64, size, rank=2, compress="both", device="meta")
+        assert layer.l0.hh.out_features == layer.l0.ih.out_features == size * (3 if kind == "GRU" else 4)
+
+
+def test_output_has_a_layout_of_its_own():
+    assert padded(bias=False, implementation="factorized")(torch.randn(3, 37)).view(-1).shape == (3 * 53,)
+
+
 def test_compiled_and_exported():
     layer = padded(implementation="factorized").eval()
     x = torch.randn(3, 37)

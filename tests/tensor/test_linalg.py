@@ -53,6 +53,14 @@ def test_reorthonormalizing_does_not_turn_the_vectors(dtype, generator):
 
 
 @DTYPES
+def test_a_batch_is_reorthonormalized_without_turning_it(dtype, generator):
+    u = torch.linalg.qr(torch.randn(3, 100, 20, dtype=dtype, generator=generator)).Q
+    straight = reorthonormalized(u + 1e-4 * torch.randn(3, 100, 20, dtype=dtype, generator=generator))
+    assert max(deviation(one) for one in straight) < 1e-14
+    assert float((straight - u).abs().max()) < 2e-3
+
+
+@DTYPES
 @pytest.mark.parametrize("rank", [0, 1, 7, 30])
 def test_a_root_has_as_many_columns_as_the_gram_matrix_has_rank(dtype, rank, generator):
     b = torch.randn(30, rank, dtype=dtype, generator=generator)

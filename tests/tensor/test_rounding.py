@@ -13,6 +13,7 @@ from tensortrain.tensor import (
     randn,
     randn_matrix,
     round_tt,
+    tt_svd,
     unfolding_spectra,
     zeros,
 )
@@ -140,3 +141,28 @@ def test_bad_input(generator):
         round_tt(x, max_rank=0)
     with pytest.raises(RankError, match="eps has 2"):
         round_tt(x, eps=2.0)
+
+
+@pytest.mark.parametrize("method", ["gram", "randomized", "svd"])
+@pytest.mark.parametrize("poor", ["zero", "rank one"])
+def test_members_of_a_batch_may_be_poor(method, poor, generator):
+    x = torch.randn(2, 8, 8, 8, generator=generator, dtype=torch.float64)
+    if poor == "zero":
+        x[1] = 0.0
+    else:
+        x[1] = torch.ones(8, 8, 8)
+    found = tt_svd(x, eps=1e-12, batch_dims=1).value
+    doubled = found + found
+    rounded = round_tt(doubled, eps=1e-6, method=method)
+    error = (rounded.value.to_dense() - 2 * x).flatten(1).norm(dim=1)
+    assert bool((error <= 1e-6 * (2 * x).flatten(1).norm(dim=1) + 1e-300).all())
+
+
+def test_a_zero_member_keeps_a_basis(generator):
+    x = torch.zeros(2, 64, 3, 3, dtype=torch.float64)
+    x[0] = torch.randn(64, 3, 3, generator=generator, dtype=torch.float64)
+    right = torch.eye(9, dtype=torch.float64).reshape(1, 9, 9, 1).expand(2, 9, 9, 1).contiguous()
+    train = TensorTrain([x.reshape(2, 1, 64, 9), right])
+    rounded = round_tt(train, method="gram", eps=1e-6).value
+    assert all(bool(torch.isfinite(core).all()) for core in rounded.cores)
+    torch.testing.assert_close(rounded.to_dense(), train.to_dense(), rtol=1e-6, atol=1e-6)

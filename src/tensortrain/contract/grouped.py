@@ -67,8 +67,21 @@ class _Grouped(torch.autograd.Function):
             inputs = [one for one, want in zip((states, table), needed, strict=True) if want]
             found = iter(torch.autograd.grad(_recorded(states, table, ctx.counts), inputs, grad, create_graph=True))
             return next(found) if needed[0] else None, next(found) if needed[1] else None, None
-        states_grad = _multiplied(grad, table.mH, ctx.counts) if needed[0] else None
-        return states_grad, _table_grad(states, grad, table, ctx.counts) if needed[1] else None, None
+        multiplied, table_grad = _multiplied, _table_grad
+        if _is_batched(grad):  # many gradients at once: nothing can be written in place
+            multiplied, table_grad = _recorded, _recorded_table_grad
+        states_grad = multiplied(grad, table.mH, ctx.counts) if needed[0] else None
+        return states_grad, table_grad(states, grad, table, ctx.counts) if needed[1] else None, None
+
+
+def _is_batched(tensor: Tensor) -> bool:
+    functorch = torch._C._functorch
+    return functorch.is_batchedtensor(tensor) or functorch.is_legacy_batchedtensor(tensor)
+
+
+def _recorded_table_grad(states: Tensor, grad: Tensor, table: Tensor, counts: Sequence[int]) -> Tensor:
+    parts = zip(states.split(list(counts)), grad.split(list(counts)), strict=True)
+    return torch.stack([(some.mH @ its).sum(0) for some, its in parts])
 
 
 def _table_grad(states: Tensor, grad: Tensor, table: Tensor, counts: Sequence[int]) -> Tensor:

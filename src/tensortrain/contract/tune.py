@@ -56,14 +56,14 @@ def fastest_plan(
     Where nothing can be timed, it is the plan of least predicted time: while a program is traced, compiled or
     captured, under a dispatch mode or a transform of ``torch.func``, under ``use_cost_model``, with
     ``torch.use_deterministic_algorithms(True)``, on devices other than CPU and CUDA, and where one round would take
-    more than half a second or one plan more than 256 MiB.
+    more than half a second or the plan predicted to be fastest holds more than 256 MiB.
 
     Args:
         shape, batch, dtype, device, training, allow_dense, force: As for ``plan_chain`` and ``plan_network``.
         may_time: Whether plans may be run at all.
 
     Cost: some 50 ms once for every size. What was found is kept with the constants of the machine
-    (``$XDG_CACHE_HOME/tensortrain``), so that another process on it takes the same plan and gets the same bits.
+    (``$XDG_CACHE_HOME/tensortrain``), so that a later process on it takes the same plan and gets the same bits.
     """
     device = torch.device(device)
     find: Callable[..., Sequence[Plan]] = network_candidates if isinstance(shape, Network) else chain_candidates
@@ -81,7 +81,14 @@ def _found(plans: Sequence[Plan], device: torch.device, key: Any) -> Plan:
     chosen = _likely(plans)
     if len(chosen) < 2 or sum(plan.predicted_s for plan in chosen) > _TOO_LONG_S:
         return plans[0]
-    found = _fastest(chosen, device)
+    try:
+        with torch.autocast(device.type, enabled=False):
+            found = _fastest(chosen, device)
+    except torch.OutOfMemoryError:
+        return plans[0]
+    earlier = _recalled(plans, device, key)  # another process was at it at the same time
+    if earlier is not None:
+        return earlier
     file = _file(device)
     write_json(file, {**_entries(file), _digest(key): _digest(_course(found))})
     return found
@@ -128,6 +135,8 @@ def _likely(plans: Sequence[Plan]) -> list[Plan]:
     limit = _LIKELY * plans[0].predicted_s
     found = [plan for plan in plans if plan.predicted_s <= limit][:_MOST_CANDIDATES]
     found += [plan for plan in plans if plan.uses_dense and plan not in found and plan.predicted_s <= 2 * limit]
+    if _held_bytes(plans[0]) > _MOST_BYTES:
+        return []
     found = [plan for plan in found if _held_bytes(plan) <= _MOST_BYTES]
     return found + _flipped(found)
 
@@ -198,6 +207,12 @@ def _infer(plan: Plan, x: Tensor, weights: Sequence[Tensor]) -> None:
 
 
 def _train(plan: Plan, leaves: Sequence[Tensor], seed: Tensor) -> None:
-    with torch.inference_mode(False), torch.enable_grad():
+    # Hooks of the caller on saved tensors, those of activation checkpointing for instance, are not for a trial.
+    unseen = torch.autograd.graph.saved_tensors_hooks(_same, _same)
+    with torch.inference_mode(False), torch.enable_grad(), unseen:
         y = plan.execute(leaves[0], leaves[1:])
         torch.autograd.grad(y, leaves, seed.to(y.dtype))
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor

@@ -337,8 +337,11 @@ class FactorizedLayer(nn.Module):
         if self._stand_ins is not None:
             return self._stand_ins
         # Going through ParameterList costs more than a small product; constrained cores are of another type.
-        cores = self._modules["cores"]
-        return list(cores._parameters.values()) if type(cores) is nn.ParameterList else list(self.cores)  # type: ignore[arg-type]
+        # So are those that a hook of torch keeps elsewhere, as weight norm or data parallelism do.
+        cores = self.cores
+        stored = cores._parameters
+        is_plain = type(cores) is nn.ParameterList and len(stored) == len(cores)
+        return list(stored.values()) if is_plain else list(cores)  # type: ignore[arg-type]
 
     def _cached(self, key: Any, build: Callable[[], Any]) -> Any:
         return self._cache.get(self._core_list(), build, tag=key)
@@ -377,7 +380,8 @@ class FactorizedLayer(nn.Module):
 
     def _plan_key(self, rows: int, training: bool, force: Any = None) -> tuple[Any, ...]:
         bucket = 1 << max(0, rows - 1).bit_length()
-        return bucket, training, force, self.implementation, self.dense_limit_bytes
+        found = "timed" if self.may_time_plans and not torch.are_deterministic_algorithms_enabled() else "predicted"
+        return bucket, training, force, self.implementation, self.dense_limit_bytes, found
 
     def _chain_plan(self, rows: int, *, force: Any = None) -> Any:  # ContractionPlan | NetworkPlan
         """The plan for about so many rows; sizes are rounded up to powers of two so that few are made."""
@@ -392,11 +396,11 @@ class FactorizedLayer(nn.Module):
                 chain,
                 batch=key[0],
                 dtype=core.dtype,
-                device=self._device_type,
+                device=core.device if core.is_cuda else self._device_type,
                 training=training,
                 allow_dense=self._dense_allowed,
                 force=force or _FORCE[self.implementation],
-                may_time=self.may_time_plans,
+                may_time=key[-1] == "timed" and core.device.type in ("cpu", "cuda"),
             )
             self._plans[key] = plan
         return plan
@@ -415,13 +419,14 @@ def _copy_bias(source: Any, target: Any) -> None:
 
 def plan_name(plan: Any) -> str:
     """How a plan runs, in a few words."""
+    flipped = ", flipped" if getattr(plan, "flips", False) else ""
     if plan.uses_dense:
-        return "dense, kept"
+        return f"dense, kept{flipped}"
     groups = getattr(plan, "groups", None)
     if groups is None:
         return "core by core"
     merged = "".join("[" + " ".join(map(str, range(*group))) + "]" for group in groups)
-    return f"{plan.kind} {merged}"
+    return f"{plan.kind} {merged}{flipped}"
 
 
 def as_tuple(value: int | Sequence[int], n: int, what: str, *, least: int = 1) -> tuple[int, ...]:

@@ -86,6 +86,8 @@ class Linear(FactorizedLayer):
     def plan(self, batch: int = 1, *, force: str | None = None) -> ContractionPlan | NetworkPlan:
         """How the layer runs at this many rows: print it to see steps, flops and predicted time.
 
+        The first time for a size, the likeliest plans are run to find it, unless ``may_time_plans`` is off.
+
         Args:
             batch: Rows, rounded up to a power of two.
             force: Another plan than the one that is used, such as ``"factorized"`` or ``"left-to-right"``.
@@ -124,6 +126,7 @@ class Linear(FactorizedLayer):
         y = plan.execute(x, (), prepared)
         if y.shape[-1] != self.out_features:
             y = y[..., : self.out_features]
+            y = y.contiguous() if self.bias is None else y
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def _plan_for(self, x: Tensor) -> ContractionPlan | NetworkPlan:

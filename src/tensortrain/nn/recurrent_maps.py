@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tensortrain.errors import ShapeError
-from tensortrain.formats import ChainFormat, Rank, WeightShape, get_format
+from tensortrain.formats import ChainFormat, Rank, WeightShape, get_format, suggest_modes
 
 from .base import Implementation, Init
 from .composite import Map, is_plain, is_watched, linear_of
@@ -74,7 +74,11 @@ class MapOptions:
         # The format chooses the modes for one gate; the gates then multiply the first output mode, so that
         # they are contiguous blocks of the output and share all cores but the first.
         gate = WeightShape("linear", hidden_size, in_features)
-        one = get_format(self.format).spec(gate, rank=1, out_modes=self.out_modes, in_modes=in_modes)
+        fmt = get_format(self.format)
+        one = fmt.spec(gate, rank=1, out_modes=self.out_modes, in_modes=in_modes)
+        if self.out_modes is None and math.prod(one.out_modes) != hidden_size:  # padding would shift all gates but one
+            exact = suggest_modes(hidden_size, len(one.out_modes))[::-1]
+            one = fmt.spec(gate, rank=1, out_modes=exact, in_modes=one.in_modes)
         return Linear(
             in_features,
             n_gates * hidden_size,

@@ -90,9 +90,9 @@ def reorthonormalized(u: Tensor) -> Tensor:
         deviation = torch.linalg.matrix_norm(gram - torch.eye(len(gram), dtype=u.dtype, device=u.device))
         if bool((info == 0) & (deviation < 0.5)):
             return torch.linalg.solve_triangular(factor, u, upper=True, left=False)
-    r = torch.linalg.qr(u, mode="r").R
-    r = r * torch.diagonal(r, dim1=-2, dim2=-1).sgn().conj().unsqueeze(-1)  # a positive diagonal: close to identity
-    return torch.linalg.solve_triangular(r, u, upper=True, left=False)
+    q, r = torch.linalg.qr(u)
+    signs = torch.diagonal(r, dim1=-2, dim2=-1).sgn()  # with these the triangle is close to the identity
+    return q * signs.where(signs != 0, 1.0).unsqueeze(-2)
 
 
 def _kept(u: Tensor, s: Tensor, delta: Tensor | float, cap: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor, nn
+
 from tensortrain.compress import provenance, write_text_atomic
 from tensortrain.data import ImageBatches, fashion_mnist, image_batches
 
-__all__ = ["best_rate", "by", "file_name", "image_loaders", "once", "record", "recorded", "spread"]
+__all__ = [
+    "Centred",
+    "best_rate",
+    "by",
+    "file_name",
+    "image_loaders",
+    "once",
+    "record",
+    "recorded",
+    "run_layers",
+    "spread",
+]
 
 provenance()  # takes the commit down now: at the end of a long run it may be another
 
@@ -37,6 +52,58 @@ def image_loaders(
         labels, answers = labels[:-held_out], labels[-held_out:]
     train = image_batches(known, labels, batch_size=size, seed=seed, **options)
     return train, image_batches(unknown, answers, batch_size=500, shuffle=False, **options)
+
+
+class Centred(nn.Module):
+    """Images as vectors, less the mean image of the training set."""
+
+    mean: Tensor
+
+    def __init__(self, train: ImageBatches) -> None:
+        super().__init__()
+        total = torch.stack([x.flatten(1).sum(0) for x, _ in train]).sum(0)
+        self.register_buffer("mean", total / len(train.labels))
+
+    def forward(self, x: Tensor) -> Tensor:  # b 1 side side
+        return x.flatten(1) - self.mean
+
+
+def run_layers(
+    here: Path,
+    description: str | None,
+    rate: Callable[..., float],
+    run: Callable[..., dict[str, Any]],
+    summarize: Callable[..., None],
+) -> None:
+    """The command line of an experiment: choose a learning rate for each layer, run every seed, summarize.
+
+    Args:
+        here: Its folder, with ``config.json``.
+        rate: ``(name, config, out, data)`` to a learning rate.
+        run: ``(name, config, seed, lr, out, data)`` to one record.
+        summarize: ``(runs, rates, target)``.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs") / here.name)
+    parser.add_argument("--data", help="folder with the four idx files")
+    parser.add_argument("--seed", type=int, action="append", help="only these seeds")
+    parser.add_argument("--choose", action="store_true", help="choose the learning rates and stop")
+    parser.add_argument("--record", type=Path, default=here, help="where results.json and results.png go")
+    given = parser.parse_args()
+    config = json.loads((here / "config.json").read_text())
+    for folder in ("rates", "runs"):
+        (given.out / folder).mkdir(parents=True, exist_ok=True)
+    chosen = {name: rate(name, config, given.out, given.data) for name in config["layers"]}
+    print("learning rates:", ", ".join(f"{name} {lr:g}" for name, lr in chosen.items()), flush=True)
+    if given.choose:
+        return
+    for seed in given.seed or config["seeds"]:
+        for name, lr in chosen.items():
+            path = given.out / "runs" / f"{file_name(name)}-{seed}.json"
+            result = once(path, lambda name=name, seed=seed, lr=lr: run(name, config, seed, lr, given.out, given.data))
+            print(f"seed {seed} {name}: {result['test_accuracy']:.4f} in {result['seconds']:.0f} s", flush=True)
+    order = list(config["layers"])
+    summarize(recorded(given.out / "runs", order), recorded(given.out / "rates", order), given.record)
 
 
 def best_rate(name: str, rates: Sequence[float], folder: Path, trial: Callable[[float], dict[str, Any]]) -> float:

@@ -13,15 +13,13 @@ and the dense layer. All are trained from scratch and start with the same varian
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import tensortrain as tt
 from tensortrain.compress import CurvePoint, cross_entropy_loss, evaluate_accuracy, fit, provenance
@@ -32,23 +30,9 @@ from tensortrain.viz.figures import accuracy_curve, save_figure
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
-from study import best_rate, by, file_name, image_loaders, once, record, recorded, spread  # noqa: E402
+from study import Centred, best_rate, by, image_loaders, record, run_layers, spread  # noqa: E402
 
 SIDE = 32
-
-
-class Centred(nn.Module):
-    """Images as vectors, less the mean image of the training set."""
-
-    mean: Tensor
-
-    def __init__(self, train: ImageBatches) -> None:
-        super().__init__()
-        total = torch.stack([x.flatten(1).sum(0) for x, _ in train]).sum(0)
-        self.register_buffer("mean", total / len(train.labels))
-
-    def forward(self, x: Tensor) -> Tensor:  # b 1 32 32
-        return x.flatten(1) - self.mean
 
 
 def hidden(layer: dict[str, Any] | None, modes: list[int]) -> nn.Module:
@@ -84,7 +68,7 @@ def rate(name: str, config: dict[str, Any], out: Path, data: str | None) -> floa
     return best_rate(name, config["rates"]["lr"], out / "rates", lambda lr: trial(name, config, lr, data))
 
 
-def run(name: str, config: dict[str, Any], seed: int, lr: float, data: str | None) -> dict[str, Any]:
+def run(name: str, config: dict[str, Any], seed: int, lr: float, out: Path, data: str | None) -> dict[str, Any]:
     train, test = image_loaders(data, config["batch_size"], seed, pad_to=SIDE)
     torch.manual_seed(seed)
     model = network(config["layers"][name], config["modes"], train)
@@ -158,27 +142,7 @@ def summarize(runs: list[dict[str, Any]], rates: list[dict[str, Any]], target: P
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/ott"))
-    parser.add_argument("--data", help="folder with the four idx files")
-    parser.add_argument("--seed", type=int, action="append", help="only these seeds")
-    parser.add_argument("--choose", action="store_true", help="choose the learning rates and stop")
-    parser.add_argument("--record", type=Path, default=HERE, help="where results.json and results.png go")
-    given = parser.parse_args()
-    config = json.loads((HERE / "config.json").read_text())
-    for folder in ("rates", "runs"):
-        (given.out / folder).mkdir(parents=True, exist_ok=True)
-    chosen = {name: rate(name, config, given.out, given.data) for name in config["layers"]}
-    print("learning rates:", ", ".join(f"{name} {lr:g}" for name, lr in chosen.items()), flush=True)
-    if given.choose:
-        return
-    for seed in given.seed or config["seeds"]:
-        for name, lr in chosen.items():
-            path = given.out / "runs" / f"{file_name(name)}-{seed}.json"
-            result = once(path, lambda name=name, seed=seed, lr=lr: run(name, config, seed, lr, given.data))
-            print(f"seed {seed} {name}: {result['test_accuracy']:.4f} in {result['seconds']:.0f} s", flush=True)
-    order = list(config["layers"])
-    summarize(recorded(given.out / "runs", order), recorded(given.out / "rates", order), given.record)
+    run_layers(HERE, __doc__, rate, run, summarize)
 
 
 if __name__ == "__main__":

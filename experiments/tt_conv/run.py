@@ -13,8 +13,6 @@ network of its seed and is trained as long again.
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 import time
 from pathlib import Path
@@ -31,7 +29,7 @@ from tensortrain.viz.figures import accuracy_curve, save_figure
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
-from study import best_rate, by, file_name, image_loaders, once, record, recorded, spread  # noqa: E402
+from study import best_rate, by, image_loaders, record, run_layers, spread  # noqa: E402
 
 CHANNEL_MODES = {16: (4, 4), 32: (4, 8)}
 
@@ -155,27 +153,7 @@ def summarize(runs: list[dict[str, Any]], rates: list[dict[str, Any]], target: P
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/tt_conv"))
-    parser.add_argument("--data", help="folder with the four idx files")
-    parser.add_argument("--seed", type=int, action="append", help="only these seeds")
-    parser.add_argument("--choose", action="store_true", help="choose the learning rates and stop")
-    parser.add_argument("--record", type=Path, default=HERE, help="where results.json and results.png go")
-    given = parser.parse_args()
-    config = json.loads((HERE / "config.json").read_text())
-    for folder in ("rates", "runs"):
-        (given.out / folder).mkdir(parents=True, exist_ok=True)
-    chosen = {name: rate(name, config, given.out, given.data) for name in config["layers"]}
-    print("learning rates:", ", ".join(f"{name} {lr:g}" for name, lr in chosen.items()), flush=True)
-    if given.choose:
-        return
-    for seed in given.seed or config["seeds"]:
-        for name, lr in chosen.items():
-            path = given.out / "runs" / f"{file_name(name)}-{seed}.json"
-            result = once(path, lambda name=name, seed=seed, lr=lr: run(name, config, seed, lr, given.out, given.data))
-            print(f"seed {seed} {name}: {result['test_accuracy']:.4f} in {result['seconds']:.0f} s", flush=True)
-    order = list(config["layers"])
-    summarize(recorded(given.out / "runs", order), recorded(given.out / "rates", order), given.record)
+    run_layers(HERE, __doc__, rate, run, summarize)
 
 
 if __name__ == "__main__":

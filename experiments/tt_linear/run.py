@@ -10,15 +10,13 @@ at the learning rate that short runs on a part of the training set found best fo
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import tensortrain as tt
 from tensortrain.compress import CurvePoint, cross_entropy_loss, evaluate_accuracy, fit, provenance
@@ -28,26 +26,14 @@ from tensortrain.viz.figures import accuracy_curve, save_figure
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
-from study import best_rate, by, file_name, image_loaders, once, record, recorded, spread  # noqa: E402
+from study import Centred, best_rate, by, image_loaders, record, run_layers, spread  # noqa: E402
 
 SIDE = 32
 
 
-class Centred(nn.Module):
-    """Images as vectors, less the mean image of the training set."""
-
-    mean: Tensor
-
-    def __init__(self, mean: Tensor) -> None:
-        super().__init__()
-        self.register_buffer("mean", mean)
-
-    def forward(self, x: Tensor) -> Tensor:  # b 1 32 32
-        return x.flatten(1) - self.mean
-
-
-def network(layer: dict[str, Any] | None, mean: Tensor) -> nn.Sequential:
+def network(layer: dict[str, Any] | None, train: ImageBatches, seed: int) -> nn.Sequential:
     n = SIDE * SIDE
+    torch.manual_seed(seed)
     if layer is None:
         hidden: nn.Module = nn.Linear(n, n)
     else:
@@ -55,28 +41,27 @@ def network(layer: dict[str, Any] | None, mean: Tensor) -> nn.Sequential:
         if "modes" in layer:
             options["in_modes"] = options["out_modes"] = layer["modes"]
         hidden = tt.nn.Linear(n, n, **options)
-    return nn.Sequential(Centred(mean), hidden, nn.ReLU(), nn.Linear(n, 10))
-
-
-def centred_network(layer: dict[str, Any] | None, train: ImageBatches, seed: int) -> nn.Sequential:
-    mean = torch.stack([x.flatten(1).sum(0) for x, _ in train]).sum(0) / len(train.labels)
-    torch.manual_seed(seed)
-    return network(layer, mean)
+    return nn.Sequential(Centred(train), hidden, nn.ReLU(), nn.Linear(n, 10))
 
 
 def trial(name: str, config: dict[str, Any], lr: float, data: str | None) -> dict[str, Any]:
     """A short run on a part of the training set, tested on the rest of it."""
     given = config["rates"]
     train, rest = image_loaders(data, config["batch_size"], given["seed"], given["held_out"], pad_to=SIDE)
-    model = centred_network(config["layers"][name], train, given["seed"])
+    model = network(config["layers"][name], train, given["seed"])
     settings = {**config["fit"], "epochs": given["epochs"], "lr": lr}
     fit(model, train, loss=cross_entropy_loss(), seed=given["seed"], **settings)
     return {"layer": name, "lr": lr, "accuracy": evaluate_accuracy(model, rest)}
 
 
-def run(name: str, config: dict[str, Any], seed: int, lr: float, data: str | None) -> dict[str, Any]:
+def rate(name: str, config: dict[str, Any], out: Path, data: str | None) -> float:
+    """The best of the learning rates for a layer."""
+    return best_rate(name, config["rates"]["lr"], out / "rates", lambda lr: trial(name, config, lr, data))
+
+
+def run(name: str, config: dict[str, Any], seed: int, lr: float, out: Path, data: str | None) -> dict[str, Any]:
     train, test = image_loaders(data, config["batch_size"], seed, pad_to=SIDE)
-    model = centred_network(config["layers"][name], train, seed)
+    model = network(config["layers"][name], train, seed)
     start = time.perf_counter()
     found = fit(model, train, loss=cross_entropy_loss(), seed=seed, lr=lr, **config["fit"])
     layer: Any = model[1]
@@ -119,29 +104,7 @@ def summarize(runs: list[dict[str, Any]], rates: list[dict[str, Any]], target: P
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/tt_linear"))
-    parser.add_argument("--data", help="folder with the four idx files")
-    parser.add_argument("--seed", type=int, action="append", help="only these seeds")
-    parser.add_argument("--record", type=Path, default=HERE, help="where results.json and results.png go")
-    given = parser.parse_args()
-    config = json.loads((HERE / "config.json").read_text())
-    for folder in ("rates", "runs"):
-        (given.out / folder).mkdir(parents=True, exist_ok=True)
-    rates = config["rates"]["lr"]
-    chosen = {}
-    for name in config["layers"]:
-        chosen[name] = best_rate(
-            name, rates, given.out / "rates", lambda lr, name=name: trial(name, config, lr, given.data)
-        )
-    print("learning rates:", ", ".join(f"{name} {lr:g}" for name, lr in chosen.items()), flush=True)
-    for seed in given.seed or config["seeds"]:
-        for name, lr in chosen.items():
-            path = given.out / "runs" / f"{file_name(name)}-{seed}.json"
-            result = once(path, lambda name=name, seed=seed, lr=lr: run(name, config, seed, lr, given.data))
-            print(f"seed {seed} {name}: {result['test_accuracy']:.4f} in {result['seconds']:.0f} s", flush=True)
-    order = list(config["layers"])
-    summarize(recorded(given.out / "runs", order), recorded(given.out / "rates", order), given.record)
+    run_layers(HERE, __doc__, rate, run, summarize)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from math import prod
 from torch import Tensor
 
 from tensortrain.contract.chain import Chain
+from tensortrain.contract.tracing import constant_when_traced
 from tensortrain.errors import ShapeError
 
 __all__ = ["Merge", "chain_to_dense", "merge_cores", "merge_order"]
@@ -29,6 +30,7 @@ class Merge:
     k: int
 
 
+@constant_when_traced  # shapes in, shapes out: a compiler need not look inside
 def merge_order(shapes: tuple[CoreShape, ...]) -> tuple[Merge, ...]:
     """Return the products, in order, that contract a run of cores with the fewest flops.
 
@@ -42,11 +44,6 @@ def merge_order(shapes: tuple[CoreShape, ...]) -> tuple[Merge, ...]:
         [(1, 3), (0, 3)]
     """
     return _merge_order(shapes)
-
-
-# Shapes in, shapes out: a compiler need not look inside. This is the mark that torch.compiler's
-# assume_constant_result sets, without the seconds that it takes to import the compiler for it.
-merge_order._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @lru_cache(maxsize=4096)

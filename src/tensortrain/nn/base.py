@@ -336,8 +336,8 @@ class FactorizedLayer(nn.Module):
     def _core_list(self) -> list[Tensor]:
         if self._stand_ins is not None:
             return self._stand_ins
-        # Going through ParameterList costs more than a small product; constrained cores are of another type.
-        # So are those that a hook of torch keeps elsewhere, as weight norm or data parallelism do.
+        # Going through ParameterList costs more than a small product. Constrained cores are a list of another type, and
+        # weight norm or a replica for another device keeps some of them elsewhere.
         cores = self.cores
         stored = cores._parameters
         is_plain = type(cores) is nn.ParameterList and len(stored) == len(cores)

@@ -49,10 +49,10 @@ def round_tt(
             ``eps`` holds for each.
         eps: Largest relative Frobenius error, a fraction in ``[0, 1)``; the default is that of ``tt_svd``.
         max_rank: Cap on the ranks, an int or a tuple; it goes before ``eps``, see ``rel_error_bound``.
-        method: ``"svd"``; ``"gram"``, which squares the singular values and suits GPUs; ``"randomized"``, which
-            sketches the train first and is the fastest when ranks fall a lot. The last two resolve tolerances down
-            to 4e-7: below that (so also for the default ``eps`` in float64) ``"svd"`` takes over, and ``info.method``
-            says so.
+        method: ``"svd"``; ``"gram"``, which squares the singular values, is the fastest as a rule, and suits GPUs;
+            ``"randomized"``, which sketches the train first, for ranks that fall a lot. The last two resolve
+            tolerances down to 4e-7: below that (so also for the default ``eps`` in float64) ``"svd"`` takes over, and
+            ``info.method`` says so.
         max_params: Largest number of stored entries (of one member): the ranks that lose least within it.
 
     Returns:
@@ -132,7 +132,7 @@ def _round_gram(problem: _Problem, caps: Sequence[int]) -> Finished:
 
 
 def _round_randomized(problem: _Problem, caps: Sequence[int]) -> Finished:
-    """Sketch at growing ranks until the norm shows that little is lost, then round what is left exactly.
+    """Sketch at growing ranks until the norm shows that little is lost, then round what is left by Gram matrices.
 
     The sketch works on the mirrored train: its result, mirrored back, is right-orthogonal, so that the cuts from the
     left need no sweep from the right before them.

@@ -257,7 +257,8 @@ def row_of(found: list[dict[str, Any]]) -> dict[str, Any]:
 def figure(rows: list[dict[str, Any]]) -> Figure:
     """Test accuracy of each kind of table, mean and standard deviation over seeds; one panel per model."""
     groups = by(rows, "model")
-    drawing = Figure(figsize=(4.5 * len(groups), 3.4), layout="constrained")
+    width = 1.3 * max(len(found) for found in groups.values())  # of the longest name, for each table
+    drawing = Figure(figsize=(width * len(groups), 3.4), layout="constrained")
     panels = drawing.subplots(1, len(groups), sharey=True, squeeze=False)[0]
     for axes, ((kind,), found) in zip(panels, groups.items(), strict=True):
         names = [f"{row['table']}\n{row['compression']:.0f}x" for row in found]

@@ -34,6 +34,12 @@ def test_params_bars_keep_the_largest_layers_in_model_order() -> None:
     assert "40 largest layers" in axes.get_xlabel()
 
 
+def test_a_single_compression_is_named_on_the_axis() -> None:
+    axes = figures.accuracy_curve([CurvePoint("a", "tt", 116.3, 0.99)]).axes[0]
+    low, high = axes.get_xlim()
+    assert [tick for tick in axes.get_xticks() if low <= tick <= high] == [116.3]
+
+
 def test_curve_has_one_line_per_method_with_error_bars() -> None:
     points = sample_report().curve
     axes = figures.accuracy_curve(points, metric_name="accuracy", dense=0.9).axes[0]

@@ -352,7 +352,10 @@ def _log_axis(axis: Any, values: Sequence[float], form: Callable[[float], str]) 
         steps = (1, 1.5, 2, 3, 5, 7)
     elif high < 500 * low:
         steps = (1, 2, 5)
-    axis.set_major_locator(FixedLocator([step * 10.0**k for k in decades for step in steps]))
+    ticks = [step * 10.0**k for k in decades for step in steps]
+    if not any(0.9 * low <= tick <= 1.1 * high for tick in ticks):
+        ticks = sorted({low, high})  # all so close together that no round number is near
+    axis.set_major_locator(FixedLocator(ticks))
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(FuncFormatter(lambda value, _: form(value)))
 

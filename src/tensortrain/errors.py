@@ -11,6 +11,7 @@ __all__ = [
     "DataError",
     "DeviceError",
     "FilterError",
+    "KernelBuildError",
     "KindError",
     "ModeIndexError",
     "NonFiniteError",
@@ -75,3 +76,7 @@ class ConvergenceError(TTError, RuntimeError):
 
 class OptionalDependencyError(TTError, ImportError):
     """A feature that needs an extra which is not installed."""
+
+
+class KernelBuildError(TTError, RuntimeError):
+    """The kernels could not be compiled on this machine."""

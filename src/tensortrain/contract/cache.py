@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from tensortrain.contract.kernels.load import library
+
 __all__ = ["WeightCache"]
 
 Derived = TypeVar("Derived", bound="Tensor | tuple[Tensor, ...]")
@@ -31,6 +33,9 @@ class _OptimizerSteps:
 
     def _increment(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         self.n_steps += 1
+        kernels = library()
+        if kernels is not None:
+            kernels.count_optimizer_step()
 
 
 _STEPS = _OptimizerSteps()

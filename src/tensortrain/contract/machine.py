@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["device_key", "known_file", "read_json", "write_json"]
+__all__ = ["cache_folder", "device_key", "known_file", "read_json", "write_json"]
 
 
 def device_key(device: torch.device) -> str:
@@ -38,9 +38,13 @@ def _cpu_name() -> str:
 
 def known_file(name: str, key: str) -> Path:
     """Where something known of a device is kept, under ``$XDG_CACHE_HOME/tensortrain``."""
+    return cache_folder() / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+
+
+def cache_folder() -> Path:
+    """``$XDG_CACHE_HOME/tensortrain``: what can be found out or made again."""
     root = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    digest = hashlib.sha256(key.encode()).hexdigest()[:16]
-    return Path(root) / "tensortrain" / f"{name}-{digest}.json"
+    return Path(root) / "tensortrain"
 
 
 def read_json(path: Path) -> Any:

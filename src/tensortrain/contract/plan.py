@@ -14,13 +14,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from tensortrain.contract.chain import Chain
+from tensortrain.contract.kernels import compiled, library
 from tensortrain.contract.merge import chain_to_dense, merge_cores
 from tensortrain.errors import ShapeError
 
@@ -151,13 +152,20 @@ class ContractionPlan:
             core.permute(1, 3, 0, 2).reshape(core.shape[1] * core.shape[3], -1) for core in merged
         )
 
-    def execute(self, x: Tensor, cores: Sequence[Tensor], prepared: Sequence[Tensor] | None = None) -> Tensor:
-        """Multiply: ``y = x W^T``, differentiably.
+    def execute(
+        self,
+        x: Tensor,
+        cores: Sequence[Tensor],
+        prepared: Sequence[Tensor] | None = None,
+        bias: Tensor | None = None,
+    ) -> Tensor:
+        """Multiply: ``y = x W^T + b``, differentiably; by the kernels where they are built and serve these tensors.
 
         Args:
             x: ``(..., N)``, any number of leading dimensions, any strides.
             cores: Cores ``(r, i, j, s)`` of ``chain``.
             prepared: What ``prepare(cores)`` gave; None makes it here.
+            bias: ``(M,)``.
 
         Returns:
             Tensor: ``(..., M)``, dtype of the product.
@@ -172,15 +180,34 @@ class ContractionPlan:
             torch.Size([2, 24])
         """
         self._check_input(x)
+        y = self._run_compiled(x, cores, prepared, bias)
+        if y is not None:
+            return y
         weights = self.prepare(cores) if prepared is None else prepared
         if self.uses_dense:
-            return linear_product(x, weights[0], flipped=self.flips)
+            return linear_product(x, weights[0], bias, flipped=self.flips)
         leftward = self.direction == "right-to-left"
         state = x.reshape(-1, 1, 1) if leftward else x.reshape(-1, 1, self.chain.in_features)
         contract = _step_leftward if leftward else _step_rightward
         for step, weight in zip(self.steps, weights, strict=True):
             state = contract(state, weight, step)
-        return state.reshape(*x.shape[:-1], self.chain.out_features)
+        y = state.reshape(*x.shape[:-1], self.chain.out_features)
+        return y if bias is None else y + bias.to(y.dtype)
+
+    def _run_compiled(
+        self, x: Tensor, cores: Sequence[Tensor], prepared: Sequence[Tensor] | None, bias: Tensor | None
+    ) -> Tensor | None:
+        """The product by the kernels; ``None`` where there are none, or they do not serve these tensors."""
+        if torch.compiler.is_compiling():
+            return None
+        sweep = compiled(self, ready=prepared is not None)
+        if sweep is None:
+            return None
+        y: Tensor | None = library().run(sweep, x, list(cores if prepared is None else prepared), bias)  # type: ignore[union-attr]
+        return y
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_compiled"}
 
     def _check_input(self, x: Tensor) -> None:
         if x.ndim == 0 or x.shape[-1] != self.chain.in_features:

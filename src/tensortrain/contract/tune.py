@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 from tensortrain.contract.chain import Chain
 from tensortrain.contract.choose import chain_candidates
 from tensortrain.contract.cost import is_measured
+from tensortrain.contract.kernels import library
 from tensortrain.contract.machine import device_key, known_file, read_json, write_json
 from tensortrain.contract.network import Network, NetworkPlan, network_candidates
 from tensortrain.contract.plan import ContractionPlan
@@ -72,6 +73,8 @@ def fastest_plan(
     if not may_time or len(plans) == 1 or not _can_time(device):
         return plans[0]
     key = (shape, device, torch.get_num_threads(), *options.values())
+    if device.type == "cpu" and library() is not None:
+        key = (*key, "kernels")  # other times, other plans
     if key not in _KNOWN:
         _KNOWN[key] = _recalled(plans, device, key) or _found(plans, device, key)
     return _KNOWN[key]

@@ -44,5 +44,4 @@ def tt_linear(x: Tensor, cores: Sequence[Tensor], bias: Tensor | None = None) ->
     rows = x.numel() // max(1, x.shape[-1])
     bucket = 1 << max(0, rows - 1).bit_length()
     plan = plan_chain(chain, batch=bucket, dtype=x.dtype, device="cuda" if x.is_cuda else "cpu", force="factorized")
-    y = plan.execute(x, cores)
-    return y if bias is None else y + bias.to(y.dtype)
+    return plan.execute(x, cores, bias=bias)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tensortrain.contract import ContractionPlan, NetworkPlan
+from tensortrain.contract.kernels import compiled, library
 from tensortrain.contract.plan import linear_product
 from tensortrain.errors import ShapeError
 from tensortrain.formats import ChainFormat, Rank, WeightShape, get_format
@@ -70,6 +71,7 @@ class Linear(FactorizedLayer):
         spec = get_format(format).spec(weight, rank=rank, out_modes=out_modes, in_modes=in_modes)
         self.in_features, self.out_features = in_features, out_features
         self._n_padded_inputs = max(0, math.prod(spec.in_modes) - in_features)
+        self._is_padded = self._n_padded_inputs > 0 or math.prod(spec.out_modes) > out_features
         super().__init__(
             spec,
             bias=out_features if bias else None,
@@ -95,29 +97,77 @@ class Linear(FactorizedLayer):
         return self._chain_plan(batch, force=force)
 
     def forward(self, x: Tensor) -> Tensor:
+        way = self._way
+        if way is not None and not torch.compiler.is_compiling():
+            # Past attributes of modules, which take longer to look up than a small product.
+            cores = self._modules["cores"]
+            if type(cores) is nn.ParameterList and self._stand_ins is None and self._way_options == self._options():
+                y: Tensor | None = way(x, cores._parameters, self._parameters)
+                if y is not None:
+                    return y
+        self._check_input(x)
+        plan = self._plan_for(x)
+        y = self._run(plan, x)
+        if not torch.compiler.is_compiling():
+            self._keep_way(plan, x)
+        return y
+
+    def _check_input(self, x: Tensor) -> None:
         if x.ndim == 0 or x.shape[-1] != self.in_features:
             raise ShapeError(
                 f"a linear layer's input must end with its in_features: found {tuple(x.shape)}, expected (..., "
                 f"{self.in_features}). Check the layer before."
             )
-        weight = self._kept_dense(x)
-        if weight is not None:
-            return F.linear(x, weight, self.bias)
-        plan = self._plan_for(x)
+
+    def _run(self, plan: ContractionPlan | NetworkPlan, x: Tensor) -> Tensor:
+        if isinstance(plan, ContractionPlan) and not self._is_padded and self._trains():
+            if not torch.compiler.is_compiling():
+                self._cache.clear()  # the cores are about to change
+            return plan.execute(x, self._chain_cores(), bias=self.bias)
         if plan.uses_dense:
             flipped = isinstance(plan, ContractionPlan) and plan.flips
             return linear_product(x, self._dense_weight(), self.bias, flipped=flipped)
         return self._execute(plan, x, self._prepared(plan))
 
-    def _kept_dense(self, x: Tensor) -> Tensor | None:
-        """The dense weight where it runs at this many rows and lies ready: small layers have no time for more."""
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
-            return None
-        plan = self._plans.get(self._plan_key(x.numel() // self.in_features, training=False))
-        if plan is None or plan.kind != "dense" or (plan.steps and plan.steps[0].kind == "flipped"):
-            return None
-        found: Tensor | None = self._cache.peek(self._core_list(), "dense")
-        return found
+    # -- the short way: a size that was met before, in C++ --------------------------------------------
+
+    def _forget(self) -> None:
+        super()._forget()
+        self._way: Any = None
+        self._way_options: tuple[Any, ...] = ()
+
+    def _options(self) -> tuple[Any, ...]:
+        return self.implementation, self.dense_limit_bytes, self.may_time_plans
+
+    @property
+    def _stores_chain(self) -> bool:
+        """Whether the stored cores are those of the plan."""
+        return type(self.format).to_chain is ChainFormat.to_chain  # type: ignore[attr-defined]
+
+    def _keep_way(self, plan: ContractionPlan | NetworkPlan, x: Tensor) -> None:
+        """Let the kernels take inputs of this size next time, where they are built and the layer is an ordinary one."""
+        kernels = library()
+        if kernels is None or x.device.type != "cpu" or torch.are_deterministic_algorithms_enabled():
+            return
+        cores = self._core_list()
+        if self._stand_ins is not None or type(self.cores) is not nn.ParameterList:
+            return
+        if self._way is None or self._way_options != self._options():
+            self._way, self._way_options = kernels.ShortWay(), self._options()
+        rows = x.numel() // self.in_features
+        if self._trains():
+            if isinstance(plan, ContractionPlan) and not self._is_padded and self._stores_chain:
+                self._way.keep_training(rows, compiled(plan, ready=False))
+            return
+        if isinstance(plan, ContractionPlan) and not self._is_padded:
+            sweep = compiled(plan, ready=True)
+        elif plan.uses_dense:
+            sweep = kernels.dense_sweep(self.in_features, self.out_features)
+        else:
+            return
+        found = self._cache.peek(cores, "dense" if plan.uses_dense else self._prepared_tag(plan))
+        if found is not None:
+            self._way.keep_inference(rows, sweep, [found] if plan.uses_dense else list(found), cores)
 
     def _execute(self, plan: ContractionPlan | NetworkPlan, x: Tensor, prepared: tuple[Tensor, ...]) -> Tensor:
         """The product by steps, padded where the modes exceed the sizes, and the bias."""
@@ -137,9 +187,12 @@ class Linear(FactorizedLayer):
 
     def _prepared(self, plan: ContractionPlan | NetworkPlan) -> tuple[Tensor, ...]:
         """The cores laid out and merged for a plan; kept while they do not change."""
-        if isinstance(plan, NetworkPlan):
-            return self._cached(plan.steps, lambda: plan.prepare(self._core_list()))
-        return self._cached((plan.direction, plan.groups), lambda: plan.prepare(self._chain_cores()))
+        cores = self._core_list if isinstance(plan, NetworkPlan) else self._chain_cores
+        return self._cached(self._prepared_tag(plan), lambda: plan.prepare(cores()))
+
+    @staticmethod
+    def _prepared_tag(plan: ContractionPlan | NetworkPlan) -> Any:
+        return plan.steps if isinstance(plan, NetworkPlan) else (plan.direction, plan.groups)
 
     def _chain_cores(self) -> list[Tensor]:
         fmt = self.format

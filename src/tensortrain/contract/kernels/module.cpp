@@ -1,0 +1,94 @@
+// What Python sees of the kernels.
+#include "short_way.h"
+
+#include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/utils/pybind.h>
+
+namespace py = pybind11;
+
+namespace tensortrain {
+namespace {
+
+// Steps as (start, stop, form, mode, rank, start and middle of every merge).
+c10::intrusive_ptr<Sweep> make_sweep(bool leftward, bool ready, int64_t in_features, int64_t out_features,
+                                     const std::vector<Sizes>& steps, std::vector<Sizes> shapes) {
+  auto sweep = c10::make_intrusive<Sweep>();
+  sweep->leftward = leftward;
+  sweep->ready = ready;
+  sweep->in_features = in_features;
+  sweep->out_features = out_features;
+  sweep->shapes = std::move(shapes);
+  for (const auto& given : steps) {
+    Step step{given[0], given[1], static_cast<Form>(given[2]), given[3], given[4], {}};
+    for (size_t k = 5; k + 1 < given.size(); k += 2) step.merges.push_back({given[k], given[k + 1]});
+    sweep->steps.push_back(std::move(step));
+  }
+  return sweep;
+}
+
+// One product with a weight (out_features, in_features).
+c10::intrusive_ptr<Sweep> dense_sweep(int64_t in_features, int64_t out_features) {
+  return make_sweep(true, true, in_features, out_features, {{0, 1, static_cast<int64_t>(Form::linear), in_features, 1}},
+                    {{out_features, in_features}});
+}
+
+std::optional<Tensor> run(const c10::intrusive_ptr<Sweep>& sweep, const Tensor& x, const Tensors& tensors,
+                          const std::optional<Tensor>& bias) {
+  if (!is_undisturbed() || !fits(*sweep, x, tensors, bias)) return std::nullopt;
+  const py::gil_scoped_release unlocked;
+  return multiply(sweep, x, tensors, bias);
+}
+
+// The tensors of a dictionary in order; nothing where it holds something else.
+std::optional<Tensors> values(const py::dict& dictionary) {
+  Tensors found;
+  found.reserve(dictionary.size());
+  PyObject *key = nullptr, *value = nullptr;
+  for (Py_ssize_t at = 0; PyDict_Next(dictionary.ptr(), &at, &key, &value);) {
+    if (!THPVariable_Check(value)) return std::nullopt;
+    found.push_back(THPVariable_Unpack(value));
+  }
+  return found;
+}
+
+// The bias of a layer: none where it has none, no answer where it is kept elsewhere than among its parameters.
+std::optional<std::optional<Tensor>> bias_of(const py::dict& parameters) {
+  static PyObject* const name = PyUnicode_InternFromString("bias");
+  PyObject* const found = PyDict_GetItemWithError(parameters.ptr(), name);
+  if (found == nullptr) return std::nullopt;
+  if (found == Py_None) return std::optional<Tensor>();
+  if (!THPVariable_Check(found)) return std::nullopt;
+  return std::optional<Tensor>(THPVariable_Unpack(found));
+}
+
+std::optional<Tensor> run_short(ShortWay& way, const py::object& input, const py::dict& cores,
+                                const py::dict& parameters) {
+  if (!THPVariable_Check(input.ptr())) return std::nullopt;
+  const auto& x = THPVariable_Unpack(input.ptr());
+  auto tensors = values(cores);
+  const auto bias = bias_of(parameters);
+  if (!tensors || !bias) return std::nullopt;
+  const auto found = way.find(x, std::move(*tensors));
+  if (!found || !fits(*found->first, x, found->second, *bias)) return std::nullopt;
+  const py::gil_scoped_release unlocked;
+  return multiply(found->first, x, found->second, *bias);
+}
+
+}  // namespace
+}  // namespace tensortrain
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  using namespace tensortrain;
+  py::class_<Sweep, c10::intrusive_ptr<Sweep>>(m, "Sweep");
+  py::class_<ShortWay>(m, "ShortWay")
+      .def(py::init<>())
+      .def("keep_training", &ShortWay::keep_training)
+      .def("keep_inference", &ShortWay::keep_inference)
+      .def("__call__", &run_short)
+      // Part of no copy and no checkpoint: None takes its place.
+      .def("__reduce__", [](const py::object&) { return py::make_tuple(py::type::of(py::none()), py::tuple()); });
+  m.def("make_sweep", &make_sweep);
+  m.def("dense_sweep", &dense_sweep);
+  m.def("run", &run);
+  m.def("count_optimizer_step", [] { ++n_optimizer_steps; });
+}

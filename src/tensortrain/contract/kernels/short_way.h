@@ -1,0 +1,138 @@
+// The shortest way through a layer: everything between Python's call and the products, in C++.
+#pragma once
+
+#include "sweep.h"
+
+#include <ATen/Context.h>
+#include <ATen/PythonTorchFunctionTLS.h>
+#include <ATen/autocast_mode.h>
+#include <c10/core/GradMode.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+
+#include <array>
+
+namespace tensortrain {
+
+// Steps of all optimizers, counted in Python: fused ones write without raising a tensor's version.
+inline int64_t n_optimizer_steps = 0;
+
+// A strided CPU tensor and nothing else: no subclass, no wrapper of a transform, no lazy conjugate, no tangent.
+inline bool is_plain(const Tensor& tensor) {
+  static const auto of_inference = c10::autograd_dispatch_keyset | c10::DispatchKeySet(c10::DispatchKey::ADInplaceOrView);
+  static const auto plain = [] {
+    const c10::InferenceMode off(false);
+    return at::detail::empty_cpu({0}, at::kFloat).key_set() | of_inference;
+  }();
+  return (tensor.key_set() | of_inference) == plain && !tensor._fw_grad(0).defined();
+}
+
+// Whether nobody listens to, rewrites or casts the operations of this thread.
+inline bool is_undisturbed() {
+  static const auto usual = c10::DispatchKeySet({c10::DispatchKey::BackendSelect, c10::DispatchKey::ADInplaceOrView});
+  const auto included = c10::impl::tls_local_dispatch_key_set().included_;
+  return (included - usual).empty() && !at::impl::torch_function_mode_enabled() &&
+         !at::autocast::is_autocast_enabled(at::kCPU);
+}
+
+inline bool fits(const Sweep& sweep, const Tensor& x, at::TensorList tensors, const std::optional<Tensor>& bias) {
+  if (!is_plain(x) || x.dim() == 0 || x.size(-1) != sweep.in_features || x.numel() == 0) return false;
+  const auto dtype = x.scalar_type();
+  if (!at::isFloatingType(dtype) || tensors.size() != sweep.shapes.size()) return false;
+  for (size_t k = 0; k < tensors.size(); ++k)
+    if (!is_plain(tensors[k]) || tensors[k].scalar_type() != dtype || tensors[k].sizes() != sweep.shapes[k])
+      return false;
+  return !bias || (is_plain(*bias) && bias->scalar_type() == dtype && bias->dim() == 1 &&
+                   bias->size(0) == sweep.out_features);
+}
+
+inline bool any_requires_grad(at::TensorList tensors) {
+  for (const auto& tensor : tensors)
+    if (tensor.requires_grad()) return true;
+  return false;
+}
+
+inline Tensor multiply(const c10::intrusive_ptr<Sweep>& sweep, const Tensor& x, at::TensorList tensors,
+                       const std::optional<Tensor>& bias) {
+  const bool differentiates = c10::GradMode::is_enabled() &&
+                              (x.requires_grad() || (bias && bias->requires_grad()) || any_requires_grad(tensors));
+  if (differentiates) return differentiable(sweep, x, tensors, bias);
+  const at::AutoDispatchBelowADInplaceOrView below;
+  return sweep->forward(x, tensors, bias, nullptr);
+}
+
+// A core and the state it was in; the storage is held so that its address is not reused.
+struct Stamp {
+  c10::weak_intrusive_ptr<c10::TensorImpl> tensor;
+  c10::Storage storage;
+  const void* data;
+  uint32_t version;
+
+  explicit Stamp(const Tensor& core)
+      : tensor(core.getIntrusivePtr()), storage(core.storage()), data(core.const_data_ptr()), version(core._version()) {}
+  bool is_of(const Tensor& core) const {
+    return tensor._unsafe_get_target() == core.unsafeGetTensorImpl() && data == core.const_data_ptr() &&
+           version == core._version();
+  }
+};
+
+// How one layer ran at the sizes it has met, rounded up to powers of two: plans, and weights that lie ready.
+class ShortWay {
+ public:
+  void keep_training(int64_t rows, c10::intrusive_ptr<Sweep> sweep) { training_[bucket(rows)] = std::move(sweep); }
+
+  void keep_inference(int64_t rows, c10::intrusive_ptr<Sweep> sweep, Tensors weights, const Tensors& cores) {
+    if (!is_current(cores)) {
+      forget_weights();
+      for (const auto& core : cores) stamps_.emplace_back(core);
+      n_steps_ = n_optimizer_steps;
+    }
+    inference_[bucket(rows)] = {std::move(sweep), std::move(weights)};
+  }
+
+  // The plan and its tensors for an input; none where the long way must be taken.
+  std::optional<std::pair<c10::intrusive_ptr<Sweep>, Tensors>> find(const Tensor& x, Tensors cores) {
+    // Deterministic mode takes plans that were predicted, not timed.
+    if (!is_undisturbed() || at::globalContext().deterministicAlgorithms()) return std::nullopt;
+    if (x.dim() == 0 || x.size(-1) == 0) return std::nullopt;
+    const auto k = bucket(x.numel() / x.size(-1));
+    if (c10::GradMode::is_enabled() && any_requires_grad(cores)) {
+      if (!stamps_.empty()) forget_weights();  // the cores are about to change
+      if (!training_[k]) return std::nullopt;
+      return std::make_pair(training_[k], std::move(cores));
+    }
+    if (!inference_[k].sweep || !is_current(cores)) return std::nullopt;
+    return std::make_pair(inference_[k].sweep, inference_[k].weights);
+  }
+
+ private:
+  struct Ready {
+    c10::intrusive_ptr<Sweep> sweep;
+    Tensors weights;
+  };
+  static constexpr size_t n_buckets = 63;
+
+  static size_t bucket(int64_t rows) {
+    size_t k = 0;
+    while (k + 1 < n_buckets && (int64_t{1} << k) < rows) ++k;
+    return k;
+  }
+
+  bool is_current(const Tensors& cores) const {
+    if (stamps_.size() != cores.size() || n_steps_ != n_optimizer_steps) return false;
+    for (size_t k = 0; k < cores.size(); ++k)
+      if (cores[k].is_inference() || !stamps_[k].is_of(cores[k])) return false;
+    return true;
+  }
+
+  void forget_weights() {
+    stamps_.clear();
+    inference_.fill({});
+  }
+
+  std::array<c10::intrusive_ptr<Sweep>, n_buckets> training_;
+  std::array<Ready, n_buckets> inference_;
+  std::vector<Stamp> stamps_;
+  int64_t n_steps_ = 0;
+};
+
+}  // namespace tensortrain

@@ -16,7 +16,8 @@ from typing import Literal
 import torch
 
 from tensortrain.contract.chain import Chain
-from tensortrain.contract.cost import CostModel, given_or_measured
+from tensortrain.contract.cost import CostModel, given_or_measured, is_measured
+from tensortrain.contract.kernels import library
 from tensortrain.contract.merge import Merge, merge_order, run_numel
 from tensortrain.contract.plan import ContractionPlan, Direction, Form, Kind, Step
 from tensortrain.errors import KindError
@@ -30,6 +31,8 @@ _FORCES = (None, "left-to-right", "right-to-left", "merged", "dense", "factorize
 # and after it, and their backward nodes when training.
 _VIEW_CALLS = 4
 _VIEW_CALLS_TRAINING = 16
+_VIEW_CALLS_OF_KERNELS = 1
+_VIEW_CALLS_TRAINING_OF_KERNELS = 5
 
 
 def plan_chain(
@@ -104,7 +107,8 @@ def chain_candidates(
         )
     device = torch.device(device)
     model = given_or_measured(cost_model, device)
-    return _candidates(chain, max(int(batch), 1), dtype, device.type, training, allow_dense, force, model)
+    by_kernels = cost_model is None and is_measured() and device.type == "cpu" and library() is not None
+    return _candidates(chain, max(int(batch), 1), dtype, device.type, training, allow_dense, force, model, by_kernels)
 
 
 @lru_cache(maxsize=4096)
@@ -117,8 +121,9 @@ def _candidates(
     allow_dense: bool,
     force: Force | None,
     model: CostModel,
+    by_kernels: bool,
 ) -> tuple[ContractionPlan, ...]:
-    pricer = _Pricer(chain, batch, dtype, device_type, training, model)
+    pricer = _Pricer(chain, batch, dtype, device_type, training, model, by_kernels)
     if force == "dense":
         return (pricer.dense(),)
     plans = list(pricer.factorized(force))
@@ -182,6 +187,16 @@ class _Pricer:
     device_type: str
     training: bool
     model: CostModel
+    by_kernels: bool = False
+
+    @property
+    def views_s(self) -> float:
+        """The calls that go with each product."""
+        if self.by_kernels:
+            calls = _VIEW_CALLS_TRAINING_OF_KERNELS if self.training else _VIEW_CALLS_OF_KERNELS
+        else:
+            calls = _VIEW_CALLS_TRAINING if self.training else _VIEW_CALLS
+        return calls * self.model.overhead_s
 
     def factorized(self, force: Force | None) -> Iterator[ContractionPlan]:
         """The best plans of each direction that ``force`` admits, one for every number of steps."""
@@ -271,7 +286,6 @@ class _Pricer:
         item, passes = self.dtype.itemsize, 3 if self.training else 1
         prepare_s = self.merge_s(*span) + 2 * self.copy_s(layout_bytes) if self.training else 0.0
         copies_s = self.copy_s(copied_bytes) * (2 if self.training else 1)
-        calls = _VIEW_CALLS_TRAINING if self.training else _VIEW_CALLS
         batch, m, n, k = product.gemm
         return Step(
             *span,
@@ -283,7 +297,7 @@ class _Pricer:
             n=n,
             flops=passes * product.flops + (self.merge_flops(*span) if self.training else 0),
             moved_bytes=passes * item * product.numel + copied_bytes * (2 if self.training else 1),
-            predicted_s=self.product_s(product) + copies_s + prepare_s + calls * self.model.overhead_s,
+            predicted_s=self.product_s(product) + copies_s + prepare_s + self.views_s,
             state_bytes=item * product.out_numel,
             extra_bytes=copied_bytes // 2,
             weight_grad_bytes=item * product.weight_grad_numel if self.training else 0,
@@ -324,7 +338,7 @@ class _Pricer:
             m, n, k = step.m, step.n, step.k
             seconds += self.gemm_s(m, n, k) + self.gemm_s(m, k, n) + self.gemm_s(k, n, m)
             seconds += 2 * self.copy_s(2 * self.dtype.itemsize * m * n)
-            seconds += _VIEW_CALLS_TRAINING * self.model.overhead_s
+            seconds += self.views_s
         return seconds
 
     def merge_flops(self, start: int, stop: int) -> int:
@@ -342,8 +356,7 @@ class _Pricer:
         product = _Product(self.batch, chain.out_features, chain.in_features, 1, batched=False)
         step = self.step("linear", whole, (chain.in_features, 1), product, 0, 0)
         # Without views around it, the call is that of a dense layer.
-        views_s = (_VIEW_CALLS_TRAINING if self.training else _VIEW_CALLS) * self.model.overhead_s
-        step = replace(step, predicted_s=step.predicted_s - views_s)
+        step = replace(step, predicted_s=step.predicted_s - self.views_s)
         weight_bytes = self.dtype.itemsize * chain.dense_numel
         # In training the weight, its gradient, and that gradient sorted by cores are alive together.
         peak_bytes = weight_bytes * (3 if self.training and chain.order > 1 else 1)

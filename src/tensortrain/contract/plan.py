@@ -94,6 +94,8 @@ class ContractionPlan:
         predicted_s: Seconds of one call; of forward and backward when training. At inference the
             prepared weights count as kept from the call before.
         dense_flops, dense_s: The same for a plain dense layer.
+        rows_at_a_time: With kernels and without gradients, each thread takes about so many rows through all steps, so
+            that states stay in its cache; 0 takes all rows through one step after the other.
     """
 
     chain: Chain
@@ -112,6 +114,7 @@ class ContractionPlan:
     predicted_s: float
     dense_flops: int
     dense_s: float
+    rows_at_a_time: int = 0
 
     @property
     def uses_dense(self) -> bool:
@@ -127,6 +130,10 @@ class ContractionPlan:
         """The same plan with single products computed as their transposes: for a few rows that can be faster."""
         steps = [replace(step, kind="flipped") if step.kind == "linear" else step for step in self.steps]
         return replace(self, steps=tuple(steps))
+
+    def by_parts(self, rows_at_a_time: int) -> ContractionPlan:
+        """The same plan, a few rows at a time."""
+        return replace(self, rows_at_a_time=rows_at_a_time)
 
     @property
     def speed_up(self) -> float:
@@ -281,7 +288,8 @@ def _report(plan: ContractionPlan) -> Iterator[str]:
     )
     yield f"batch {plan.batch}, {str(plan.dtype).removeprefix('torch.')} on {plan.device_type}, {phase}"
     sweep = f", {plan.direction}" if plan.kind == "merged" else ""
-    yield f"plan: {plan.kind}{sweep}"
+    parts = f", {plan.rows_at_a_time} rows at a time" if plan.rows_at_a_time else ""
+    yield f"plan: {plan.kind}{sweep}{parts}"
     yield f"  {'cores':<14}{'form':<9}{'batch x (m x k) (k x n)':<32}{'flops':>10}{'moved':>12}{'time':>12}"
     for step in plan.steps:
         shape = f"{step.batch} x ({step.m} x {step.k}) ({step.k} x {step.n})"

@@ -36,6 +36,9 @@ _ENOUGH_S = 0.05  # after two rounds, no new one begins later than this
 _TOO_LONG_S = 0.5  # of one round as predicted: then the prediction decides
 _MOST_BYTES = 2**28  # of input, output and what a plan holds in between: a trial must not exhaust the memory
 _FLIPPED_ROWS = range(2, 129)  # beyond, a product and its transpose are level
+_CACHED_BYTES = 2**22  # smaller states stay in the cache between two steps
+_ROWS_AT_A_TIME = 12  # fewer make products too small, more leave the cache
+_MOST_BY_PARTS = 4
 _CLEARLY = 0.97  # what is not faster by so much than an earlier candidate is taken for level with it
 
 _KNOWN: dict[Any, Plan] = {}
@@ -73,8 +76,9 @@ def fastest_plan(
     if not may_time or len(plans) == 1 or not _can_time(device):
         return plans[0]
     key = (shape, device, torch.get_num_threads(), *options.values())
-    if device.type == "cpu" and library() is not None:
-        key = (*key, "kernels")  # other times, other plans
+    kernels = library()
+    if device.type == "cpu" and kernels is not None:
+        key = (*key, Path(kernels.__file__).parent.name)  # other times, other plans
     if key not in _KNOWN:
         _KNOWN[key] = _recalled(plans, device, key) or _found(plans, device, key)
     return _KNOWN[key]
@@ -100,7 +104,8 @@ def _found(plans: Sequence[Plan], device: torch.device, key: Any) -> Plan:
 def _recalled(plans: Sequence[Plan], device: torch.device, key: Any) -> Plan | None:
     """The plan that an earlier process on this machine found."""
     wanted = _entries(_file(device)).get(_digest(key))
-    return next((plan for plan in [*plans, *_flipped(plans)] if _digest(_course(plan)) == wanted), None)
+    known = [*plans, *_flipped(plans), *_by_parts(plans)]
+    return next((plan for plan in known if _digest(_course(plan)) == wanted), None)
 
 
 def _file(device: torch.device) -> Path:
@@ -115,7 +120,8 @@ def _entries(file: Path) -> dict[str, str]:
 def _course(plan: Plan) -> Any:
     """What tells plans of one layer apart."""
     if isinstance(plan, ContractionPlan):
-        return plan.kind, plan.direction, plan.groups, [step.kind for step in plan.steps]
+        parts = [plan.rows_at_a_time] if plan.rows_at_a_time else []
+        return plan.kind, plan.direction, plan.groups, [step.kind for step in plan.steps], *parts
     return plan.kind, [(step.operands, step.equation) for step in plan.steps]
 
 
@@ -141,7 +147,7 @@ def _likely(plans: Sequence[Plan]) -> list[Plan]:
     if _held_bytes(plans[0]) > _MOST_BYTES:
         return []
     found = [plan for plan in found if _held_bytes(plan) <= _MOST_BYTES]
-    return found + _flipped(found)
+    return found + _flipped(found) + _by_parts(found)
 
 
 def _held_bytes(plan: Plan) -> int:
@@ -157,6 +163,15 @@ def _flipped(plans: Sequence[Plan]) -> list[Plan]:
         return []
     flipped = [plan.flipped() for plan in plans if isinstance(plan, ContractionPlan)]
     return [plan for plan in flipped if plan.flips]
+
+
+def _by_parts(plans: Sequence[Plan]) -> list[Plan]:
+    """The likeliest plans a few rows at a time, where states are too large for the cache of a core."""
+    if not plans or plans[0].training or plans[0].device_type != "cpu" or library() is None:
+        return []
+    chains = [plan for plan in plans if isinstance(plan, ContractionPlan) and not plan.uses_dense]
+    large = [plan for plan in chains if max(step.state_bytes for step in plan.steps) > _CACHED_BYTES]
+    return [plan.by_parts(_ROWS_AT_A_TIME) for plan in large[:_MOST_BY_PARTS]]
 
 
 def _fastest(plans: Sequence[Plan], device: torch.device) -> Plan:

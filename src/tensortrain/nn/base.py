@@ -426,7 +426,8 @@ def plan_name(plan: Any) -> str:
     if groups is None:
         return "core by core"
     merged = "".join("[" + " ".join(map(str, range(*group))) + "]" for group in groups)
-    return f"{plan.kind} {merged}{flipped}"
+    parts = f", {plan.rows_at_a_time} rows at a time" if plan.rows_at_a_time else ""
+    return f"{plan.kind} {merged}{flipped}{parts}"
 
 
 def as_tuple(value: int | Sequence[int], n: int, what: str, *, least: int = 1) -> tuple[int, ...]:

@@ -25,9 +25,8 @@ def compiled(plan: ContractionPlan, *, ready: bool) -> Any | None:
         steps = [_described(k, step, plan, ready) for k, step in enumerate(plan.steps)]
         shapes = [_matrix_shape(step, plan) for step in plan.steps] if ready else plan.chain.core_shapes
         leftward = plan.direction != "left-to-right"  # a dense plan is one leftward step
-        kept[ready] = kernels.make_sweep(
-            leftward, ready, plan.chain.in_features, plan.chain.out_features, steps, [list(s) for s in shapes]
-        )
+        sizes = plan.chain.in_features, plan.chain.out_features
+        kept[ready] = kernels.make_sweep(leftward, ready, *sizes, plan.rows_at_a_time, steps, [list(s) for s in shapes])
     return kept[ready]
 
 

@@ -11,12 +11,14 @@ namespace {
 
 // Steps as (start, stop, form, mode, rank, start and middle of every merge).
 c10::intrusive_ptr<Sweep> make_sweep(bool leftward, bool ready, int64_t in_features, int64_t out_features,
-                                     const std::vector<Sizes>& steps, std::vector<Sizes> shapes) {
+                                     int64_t rows_at_a_time, const std::vector<Sizes>& steps,
+                                     std::vector<Sizes> shapes) {
   auto sweep = c10::make_intrusive<Sweep>();
   sweep->leftward = leftward;
   sweep->ready = ready;
   sweep->in_features = in_features;
   sweep->out_features = out_features;
+  sweep->rows_at_a_time = rows_at_a_time;
   sweep->shapes = std::move(shapes);
   for (const auto& given : steps) {
     Step step{given[0], given[1], static_cast<Form>(given[2]), given[3], given[4], {}};
@@ -28,7 +30,7 @@ c10::intrusive_ptr<Sweep> make_sweep(bool leftward, bool ready, int64_t in_featu
 
 // One product with a weight (out_features, in_features).
 c10::intrusive_ptr<Sweep> dense_sweep(int64_t in_features, int64_t out_features) {
-  return make_sweep(true, true, in_features, out_features, {{0, 1, static_cast<int64_t>(Form::linear), in_features, 1}},
+  return make_sweep(true, true, in_features, out_features, 0, {{0, 1, static_cast<int64_t>(Form::linear), in_features, 1}},
                     {{out_features, in_features}});
 }
 

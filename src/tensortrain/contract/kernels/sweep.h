@@ -1,13 +1,16 @@
 // A contraction plan in C++: the products that plan.py does, in the same order, without Python between them.
 #pragma once
 
+#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/bmm.h>
+#include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/custom_function.h>
 
+#include <algorithm>
 #include <optional>
 #include <utility>
 #include <vector>
@@ -46,6 +49,7 @@ struct Sweep : torch::CustomClassHolder {
   bool leftward;
   bool ready;
   int64_t in_features, out_features;
+  int64_t rows_at_a_time;  // 0: all; else each thread takes about so many rows through all steps, in its own cache
   std::vector<Step> steps;
   std::vector<Sizes> shapes;  // of cores or matrices
 
@@ -59,6 +63,7 @@ struct Sweep : torch::CustomClassHolder {
 
  private:
   bool is_one_product() const { return steps.size() == 1 && steps[0].form == Form::linear; }
+  Tensor by_parts(const Tensor& x, at::TensorList tensors, const std::optional<Tensor>& bias, int64_t rows) const;
 };
 
 inline Tensor merge_pair(const Tensor& left, const Tensor& right) {
@@ -182,6 +187,8 @@ inline Tensor Sweep::forward(const Tensor& x, at::TensorList tensors, const std:
                              Trace* trace) const {
   if (ready && !trace && is_one_product()) return apply_weight(x, tensors[0], bias);
   const auto rows = x.numel() / in_features;
+  if (rows_at_a_time > 0 && rows > rows_at_a_time && !trace && !at::in_parallel_region())
+    return by_parts(x, tensors, bias, rows);
   Tensor state = leftward ? x.reshape({rows * in_features, 1, 1}) : x.reshape({rows, 1, in_features});
   for (const auto& step : steps) {
     const auto width = Cut(state.sizes(), step, leftward).width(leftward);
@@ -199,6 +206,26 @@ inline Tensor Sweep::forward(const Tensor& x, at::TensorList tensors, const std:
   sizes.back() = out_features;
   auto y = state.reshape(sizes);
   return bias && !is_one_product() ? y.add_(*bias) : y;
+}
+
+// Parts of equal size, a whole number of them for every thread; no gradients are recorded here.
+inline Tensor Sweep::by_parts(const Tensor& x, at::TensorList tensors, const std::optional<Tensor>& bias,
+                              int64_t rows) const {
+  const auto n_threads = static_cast<int64_t>(at::get_num_threads());
+  const auto per_thread = (rows + rows_at_a_time * n_threads - 1) / (rows_at_a_time * n_threads);
+  const auto part = (rows + per_thread * n_threads - 1) / (per_thread * n_threads);
+  const auto input = x.reshape({rows, in_features});
+  auto sizes = x.sizes().vec();
+  sizes.back() = out_features;
+  auto y = at::empty({rows, out_features}, x.options());
+  at::parallel_for(0, (rows + part - 1) / part, 1, [&](int64_t first, int64_t last) {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    for (auto k = first; k < last; ++k) {
+      const auto start = k * part, n = std::min(part, rows - start);
+      y.narrow(0, start, n).copy_(forward(input.narrow(0, start, n), tensors, bias, nullptr));
+    }
+  });
+  return y.view(sizes);
 }
 
 // Gradients of a sweep, with what it saved; differentiating twice goes through the products once more.

@@ -15,6 +15,7 @@ PYTEST_ARGS ?=
 
 BIN = $(VENV)/bin
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+KERNELS = $(wildcard src/tensortrain/contract/kernels/*.h src/tensortrain/contract/kernels/*.cpp)
 # Tests run side by side, one thread each: more threads than cores make all of them slower.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) $(PYTEST_ARGS)
 
@@ -61,17 +62,23 @@ data: env
 
 # The stamps lie inside the environment: removing it removes them, and they are older than
 # pyproject.toml or constraints.txt exactly when the requirements may have changed.
-env: $(VENV)/.runtime-installed
+env: $(VENV)/.runtime-installed $(VENV)/.kernels-built
 
-dev-env: $(VENV)/.dev-installed
+dev-env: $(VENV)/.dev-installed $(VENV)/.kernels-built
 
 $(VENV)/.runtime-installed: pyproject.toml constraints.txt | $(VENV)/.made
-	$(INSTALL) -e .
+	$(INSTALL) -e ".[kernels]"
 	@touch $@
 
 $(VENV)/.dev-installed: pyproject.toml constraints.txt | $(VENV)/.made
 	$(INSTALL) -e ".[dev]"
 	@touch $(VENV)/.runtime-installed $@
+
+# Everything works without kernels, so a machine that cannot compile them is no reason to stop.
+$(VENV)/.kernels-built: $(KERNELS) | $(VENV)/.runtime-installed
+	@echo "Compiling the kernels: about a minute, once."
+	@$(BIN)/tensortrain build-kernels || echo "Going on without kernels: small layers run slower."
+	@touch $@
 
 $(VENV)/.made:
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10))" 2>/dev/null || { \

@@ -17,6 +17,7 @@ from .compress import (
     plan_compression,
     to_dense_,
 )
+from .contract.kernels import build as build_kernels
 from .errors import TTError
 from .io import load_pretrained, save_pretrained
 from .tensor import (
@@ -52,6 +53,7 @@ __all__ = [
     "TensorTrain",
     "__version__",
     "apply_plan_",
+    "build_kernels",
     "cat",
     "compress",
     "contract",

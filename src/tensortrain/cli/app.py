@@ -168,6 +168,17 @@ def demo(
         raise typer.Exit(1)
 
 
+@app.command(name="build-kernels")
+def build_kernels(
+    force: Annotated[bool, typer.Option("--force", help="Compile them anew.")] = False,
+    json: Json = False,
+) -> None:
+    """Compile the kernels that make small layers two to three times faster on this machine's CPU; a minute, once."""
+    from tensortrain.cli import commands
+
+    commands.build_kernels(force=force, json=json)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit."""
     sys.exit(run(arguments))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json as json_module
 import math
 import re
+import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -35,11 +36,21 @@ from tensortrain.compress.layers import count_params
 from tensortrain.compress.measure import measure_latency
 from tensortrain.compress.observer import Observer
 from tensortrain.compress.report import write_text_atomic
+from tensortrain.contract import kernels
 from tensortrain.errors import BudgetError, RankError, ShapeError
 from tensortrain.io import save_pretrained
 from tensortrain.viz import inspect_table, report_table, write_html
 
-__all__ = ["CompressOptions", "bench", "compress", "demo", "evaluate", "inspect", "read_budget_text"]
+__all__ = [
+    "CompressOptions",
+    "bench",
+    "build_kernels",
+    "compress",
+    "demo",
+    "evaluate",
+    "inspect",
+    "read_budget_text",
+]
 
 
 def inspect(text: str, weights: Path | None, *, shape: str | None, seed: int, json: bool) -> None:
@@ -297,6 +308,17 @@ def _demo_lines(result: DemoResult) -> list[str]:
         f"accuracy, reloaded in a new process:   {result.reloaded_accuracy!r}  ({verdict})",
         *(f"{what}: {path}" for what, path in result.files.items()),
     ]
+
+
+def build_kernels(*, force: bool, json: bool) -> None:
+    """Compile what runs contraction plans without Python between their products."""
+    start = time.perf_counter()
+    path = kernels.build(force=force)
+    seconds = round(time.perf_counter() - start, 1)
+    if json:
+        print_json({"library": str(path), "seconds": seconds})
+    else:
+        print(f"The kernels are ready ({seconds:g} s): {path}")
 
 
 def read_budget_text(text: str) -> str | float | dict[str, Any]:

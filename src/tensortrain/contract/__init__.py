@@ -1,5 +1,6 @@
 """Shapes to plan to execution: how a TT-matrix multiplies, chosen by predicted time."""
 
+from tensortrain.contract import kernels
 from tensortrain.contract.cache import WeightCache
 from tensortrain.contract.chain import Chain
 from tensortrain.contract.choose import plan_chain
@@ -22,6 +23,7 @@ __all__ = [
     "chain_to_dense",
     "cost_model",
     "fastest_plan",
+    "kernels",
     "measure_cost_model",
     "merge_cores",
     "plan_chain",

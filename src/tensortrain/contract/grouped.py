@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from tensortrain.contract.kernels import library
+
 __all__ = ["can_group", "grouped_product"]
 
 
@@ -42,6 +44,9 @@ def grouped_product(states: Tensor, table: Tensor, counts: Sequence[int]) -> Ten
 
 def _multiplied(states: Tensor, table: Tensor, counts: Sequence[int]) -> Tensor:
     out = states.new_empty(*states.shape[:2], table.shape[2])
+    kernels = library()
+    if kernels is not None and kernels.multiply_groups(states, table, counts, out):
+        return out
     for k, (some, into) in enumerate(zip(states.split(list(counts)), out.split(list(counts)), strict=True)):
         if some.shape[0]:
             torch.mm(some.reshape(-1, some.shape[2]), table[k], out=into.view(-1, into.shape[2]))
@@ -86,6 +91,9 @@ def _recorded_table_grad(states: Tensor, grad: Tensor, table: Tensor, counts: Se
 
 def _table_grad(states: Tensor, grad: Tensor, table: Tensor, counts: Sequence[int]) -> Tensor:
     out = torch.zeros_like(table, memory_format=torch.contiguous_format)
+    kernels = library()
+    if kernels is not None and kernels.multiply_groups_backward(states, grad, counts, out):
+        return out
     for k, (some, its) in enumerate(zip(states.split(list(counts)), grad.split(list(counts)), strict=True)):
         if some.shape[0]:
             torch.mm(some.reshape(-1, some.shape[2]).mH, its.reshape(-1, its.shape[2]), out=out[k])

@@ -1,4 +1,5 @@
 // What Python sees of the kernels.
+#include "grouped.h"
 #include "short_way.h"
 
 #include <torch/csrc/autograd/python_variable.h>
@@ -76,6 +77,19 @@ std::optional<Tensor> run_short(ShortWay& way, const py::object& input, const py
   return multiply(found->first, x, found->second, *bias);
 }
 
+// Whether grouped products of these tensors were done; out lies as it was made, so that its rows can be written to.
+using GroupedProduct = void (*)(const Tensor&, const Tensor&, const std::vector<int64_t>&, const Tensor&);
+
+template <GroupedProduct multiply>
+bool run_groups(const Tensor& states, const Tensor& other, const std::vector<int64_t>& counts, const Tensor& out) {
+  for (const auto& tensor : {states, other, out})
+    if (!is_plain(tensor) || tensor.dim() != 3 || tensor.scalar_type() != states.scalar_type()) return false;
+  if (!is_undisturbed() || !at::isFloatingType(states.scalar_type()) || !out.is_contiguous()) return false;
+  const py::gil_scoped_release unlocked;
+  multiply(states, other, counts, out);
+  return true;
+}
+
 }  // namespace
 }  // namespace tensortrain
 
@@ -92,5 +106,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("make_sweep", &make_sweep);
   m.def("dense_sweep", &dense_sweep);
   m.def("run", &run);
+  m.def("multiply_groups", &run_groups<multiply_groups>);
+  m.def("multiply_groups_backward", &run_groups<multiply_groups_backward>);
   m.def("count_optimizer_step", [] { ++n_optimizer_steps; });
 }

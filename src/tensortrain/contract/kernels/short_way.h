@@ -16,15 +16,7 @@ namespace tensortrain {
 // Steps of all optimizers, counted in Python: fused ones write without raising a tensor's version.
 inline int64_t n_optimizer_steps = 0;
 
-// A strided CPU tensor and nothing else: no subclass, no wrapper of a transform, no lazy conjugate, no tangent.
-inline bool is_plain(const Tensor& tensor) {
-  static const auto of_inference = c10::autograd_dispatch_keyset | c10::DispatchKeySet(c10::DispatchKey::ADInplaceOrView);
-  static const auto plain = [] {
-    const c10::InferenceMode off(false);
-    return at::detail::empty_cpu({0}, at::kFloat).key_set() | of_inference;
-  }();
-  return (tensor.key_set() | of_inference) == plain && !tensor._fw_grad(0).defined();
-}
+inline bool is_plain(const Tensor& tensor) { return has_plain_keys(tensor) && !tensor._fw_grad(0).defined(); }
 
 // Whether nobody listens to, rewrites or casts the operations of this thread.
 inline bool is_undisturbed() {
@@ -34,7 +26,7 @@ inline bool is_undisturbed() {
          !at::autocast::is_autocast_enabled(at::kCPU);
 }
 
-inline bool fits(const Sweep& sweep, const Tensor& x, at::TensorList tensors, const std::optional<Tensor>& bias) {
+inline bool fits(const Sweep& sweep, const Tensor& x, at::TensorList tensors, const Bias& bias) {
   if (!is_plain(x) || x.dim() == 0 || x.size(-1) != sweep.in_features || x.numel() == 0) return false;
   const auto dtype = x.scalar_type();
   if (!at::isFloatingType(dtype) || tensors.size() != sweep.shapes.size()) return false;
@@ -52,7 +44,7 @@ inline bool any_requires_grad(at::TensorList tensors) {
 }
 
 inline Tensor multiply(const c10::intrusive_ptr<Sweep>& sweep, const Tensor& x, at::TensorList tensors,
-                       const std::optional<Tensor>& bias) {
+                       const Bias& bias) {
   const bool differentiates = c10::GradMode::is_enabled() &&
                               (x.requires_grad() || (bias && bias->requires_grad()) || any_requires_grad(tensors));
   if (differentiates) return differentiable(sweep, x, tensors, bias);

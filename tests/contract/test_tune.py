@@ -181,7 +181,8 @@ def test_what_another_process_found_meanwhile_counts(monkeypatch, timed):
     found = tune._fastest
 
     def meanwhile(plans, device):
-        key = (CHAIN, device, torch.get_num_threads(), OPTIONS["batch"], OPTIONS["dtype"], False, True, None)
+        options = {"batch": OPTIONS["batch"], "dtype": OPTIONS["dtype"], "training": False, "allow_dense": True}
+        key = tune._key(CHAIN, device, {**options, "force": None})
         tune.write_json(tune._file(device), {tune._digest(key): tune._digest(tune._course(others))})
         return found(plans, device)
 

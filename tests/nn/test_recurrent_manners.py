@@ -451,7 +451,8 @@ def test_compiles_to_one_graph(name: str) -> None:
     found, exact = flat(compiled(*inputs)), flat(layer(*inputs))
     grads = [torch.autograd.grad(sum(y.square().sum() for y in ys), list(layer.parameters())) for ys in (found, exact)]
     for mine, theirs in zip((*found, *grads[0]), (*exact, *grads[1]), strict=True):
-        assert rel_error(mine, theirs) <= 1e-12
+        # Keys' biases have no gradient: what is there is rounding, and differs.
+        torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.parametrize("name", ["gru cell", "attention", "encoder layer", "lstm"])

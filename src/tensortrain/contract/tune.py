@@ -75,13 +75,18 @@ def fastest_plan(
     plans = find(shape, device=device, **options)
     if not may_time or len(plans) == 1 or not _can_time(device):
         return plans[0]
-    key = (shape, device, torch.get_num_threads(), *options.values())
-    kernels = library()
-    if device.type == "cpu" and kernels is not None:
-        key = (*key, Path(kernels.__file__).parent.name)  # other times, other plans
+    key = _key(shape, device, options)
     if key not in _KNOWN:
         _KNOWN[key] = _recalled(plans, device, key) or _found(plans, device, key)
     return _KNOWN[key]
+
+
+def _key(shape: Chain | Network, device: torch.device, options: dict[str, Any]) -> tuple[Any, ...]:
+    key = (shape, device, torch.get_num_threads(), *options.values())
+    kernels = library()
+    if device.type != "cpu" or kernels is None:
+        return key
+    return (*key, Path(kernels.__file__).parent.name)  # other times, other plans
 
 
 def _found(plans: Sequence[Plan], device: torch.device, key: Any) -> Plan:

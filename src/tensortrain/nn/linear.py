@@ -97,12 +97,11 @@ class Linear(FactorizedLayer):
         return self._chain_plan(batch, force=force)
 
     def forward(self, x: Tensor) -> Tensor:
-        way = self._way
-        if way is not None and not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and self._way is not None:
             # Past attributes of modules, which take longer to look up than a small product.
             cores = self._modules["cores"]
             if type(cores) is nn.ParameterList and self._stand_ins is None and self._way_options == self._options():
-                y: Tensor | None = way(x, cores._parameters, self._parameters)
+                y: Tensor | None = self._way(x, cores._parameters, self._parameters)
                 if y is not None:
                     return y
         self._check_input(x)

@@ -219,7 +219,7 @@ inline Tensor Sweep::forward(const Tensor& x, at::TensorList tensors, const Bias
       trace->operands.push_back(operand);
     }
   }
-  const auto y = shaped(state, sizes);
+  const auto y = shaped(state, sizes).contiguous();  // flipped products come out transposed
   return bias ? y.add_(*bias) : y;
 }
 

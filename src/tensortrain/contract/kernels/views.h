@@ -27,7 +27,8 @@ inline bool has_plain_keys(const Tensor& tensor) {
 
 // Whether nobody but the CPU's own functions would see an operation on this tensor.
 inline bool is_unseen(const Tensor& tensor) {
-  return c10::impl::tls_is_dispatch_key_excluded(c10::DispatchKey::AutogradCPU) && has_plain_keys(tensor);
+  const auto excluded = c10::impl::tls_local_dispatch_key_set().excluded_;
+  return excluded.isSupersetOf(c10::autograd_dispatch_keyset_with_ADInplaceOrView) && has_plain_keys(tensor);
 }
 
 inline Tensor strided(const Tensor& tensor, at::IntArrayRef sizes, at::IntArrayRef strides) {

@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import tensortrain as tt
 from tensortrain.contract import Chain, ContractionPlan, CostModel, chain_to_dense, kernels
 from tensortrain.contract.choose import chain_candidates
+from tensortrain.contract.grouped import grouped_product
 from tensortrain.contract.kernels import load as loading
 from tensortrain.errors import KernelBuildError, ShapeError
 
@@ -185,6 +186,51 @@ def test_strided_inputs() -> None:
         y = plan.execute(x, cores, bias=bias)
         with kernels.python_only():
             torch.testing.assert_close(y, plan.execute(x, cores, bias=bias))
+
+
+@built
+@pytest.mark.parametrize("rows", [1, 4, 5, 23])
+def test_a_few_rows_at_a_time_change_nothing(rows: int) -> None:
+    chain = CHAINS[1]
+    x, bias, cores = draw(chain, (1, rows))
+    for plan in all_plans(chain, rows, training=False):
+        with torch.no_grad():
+            ready = plan.prepare(cores)
+            parts = plan.by_parts(4)
+            torch.testing.assert_close(parts.execute(x, (), ready, bias), plan.execute(x, (), ready, bias))
+        y = parts.execute(x, (), ready, bias)  # gradients are recorded: all rows at once
+        (found,) = torch.autograd.grad(y.square().sum(), x)
+        (expected,) = torch.autograd.grad(plan.execute(x, (), ready, bias).square().sum(), x)
+        torch.testing.assert_close(found, expected)
+
+
+@built
+def test_many_gradients_at_once() -> None:
+    chain = CHAINS[1]
+    x, bias, cores = draw(chain, (3,))
+    many = torch.randn(4, 3, chain.out_features, dtype=torch.float64)
+    for plan in all_plans(chain, 3, training=True):
+        y = plan.execute(x, cores, bias=bias)
+        inputs = [x, bias, *cores]
+        found = torch.autograd.grad(y, inputs, many, is_grads_batched=True, retain_graph=True)
+        one_by_one = [torch.autograd.grad(y, inputs, one, retain_graph=True) for one in many]
+        for got, expected in zip(found, zip(*one_by_one, strict=True), strict=True):
+            torch.testing.assert_close(got, torch.stack(expected))
+
+
+@built
+@pytest.mark.parametrize("counts", [(3, 0, 4, 1), (0, 0, 8, 0), (8, 0, 0, 0)])
+def test_grouped_products(counts: tuple[int, ...]) -> None:
+    states = torch.randn(8, 2, 5, dtype=torch.float64, requires_grad=True)
+    table = torch.randn(5, 4, 3, dtype=torch.float64).transpose(0, 1).requires_grad_()
+    found = grouped_product(states, table, counts)
+    gradients = torch.autograd.grad(found.square().sum(), [states, table])
+    with kernels.python_only():
+        expected = grouped_product(states, table, counts)
+        slow = torch.autograd.grad(expected.square().sum(), [states, table])
+    torch.testing.assert_close(found, expected)
+    for one, other in zip(gradients, slow, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 # -- layers: the short way ----------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from tensortrain.cli import main
 from tensortrain.cli.app import run
 from tensortrain.cli.commands import read_budget_text
 from tensortrain.compress.report import Report
+from tensortrain.contract import kernels
 from tensortrain.errors import BudgetError
 from tensortrain.io import load_pretrained, save_pretrained
 
@@ -300,3 +301,20 @@ def test_demo_refuses_an_impossible_budget_before_training(tmp_path: Path, capsy
     said = fails(f"demo --quick --budget 100000x --dataset digits --out {tmp_path / 'demo'}", capsys)
     assert "no form of this model has fewer than" in said
     assert not (tmp_path / "demo").exists()
+
+
+@pytest.mark.skipif(kernels.library() is None, reason="kernels are not built")
+def test_build_kernels_finds_what_was_built(capsys: Captured) -> None:
+    assert run(["build-kernels", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["library"] == str(kernels.built_path())
+    assert run(["build-kernels"]) == 0
+    assert str(kernels.built_path()) in capsys.readouterr().out
+
+
+def test_build_kernels_without_a_compiler_is_one_line(
+    capsys: Captured, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert run(["build-kernels"]) == 2
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1

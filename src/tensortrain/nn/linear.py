@@ -170,6 +170,8 @@ class Linear(FactorizedLayer):
 
     def _execute(self, plan: ContractionPlan | NetworkPlan, x: Tensor, prepared: tuple[Tensor, ...]) -> Tensor:
         """The product by steps, padded where the modes exceed the sizes, and the bias."""
+        if isinstance(plan, ContractionPlan) and not self._is_padded:
+            return plan.execute(x, (), prepared, self.bias)
         if self._n_padded_inputs:
             x = F.pad(x, (0, self._n_padded_inputs))
         y = plan.execute(x, (), prepared)

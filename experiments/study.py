@@ -87,10 +87,11 @@ def run_layers(
     parser.add_argument("--out", type=Path, default=Path("runs") / here.name)
     parser.add_argument("--data", help="folder with the four idx files")
     parser.add_argument("--seed", type=int, action="append", help="only these seeds")
+    parser.add_argument("--config", type=Path, default=here / "config.json")
     parser.add_argument("--choose", action="store_true", help="choose the learning rates and stop")
     parser.add_argument("--record", type=Path, default=here, help="where results.json and results.png go")
     given = parser.parse_args()
-    config = json.loads((here / "config.json").read_text())
+    config = json.loads(given.config.read_text())
     for folder in ("rates", "runs"):
         (given.out / folder).mkdir(parents=True, exist_ok=True)
     chosen = {name: rate(name, config, given.out, given.data) for name in config["layers"]}

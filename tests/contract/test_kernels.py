@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 import threading
+import weakref
 from collections.abc import Iterator, Sequence
 from itertools import combinations
 from pathlib import Path
@@ -308,6 +310,18 @@ def test_kept_weights_are_dropped_when_training_goes_on(layer: tt.nn.Linear) -> 
         layer(x), layer(x)
     layer(x), layer(x)
     assert layer.resident_cache_bytes == 0
+
+
+@built
+def test_the_dense_weight_leaves_memory_with_the_cache(layer: tt.nn.Linear) -> None:
+    layer.implementation = "dense"
+    with torch.no_grad():
+        layer(torch.randn(5, 24, dtype=torch.float64))
+        kept = weakref.ref(layer.weight)
+    assert kept() is not None
+    layer.weight.sum().backward()  # the cores are about to change
+    gc.collect()
+    assert kept() is None
 
 
 @built

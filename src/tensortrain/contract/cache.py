@@ -76,6 +76,7 @@ class WeightCache:
         self._stamps: tuple[_Stamp, ...] = ()
         self._values: dict[Hashable, Tensor | tuple[Tensor, ...]] = {}
         self._optimizer_steps = 0
+        self.holder: Any = None  # of the kernels, which keeps the same values and forgets them with this cache
 
     def get(self, sources: Sequence[Tensor], build: Callable[[], Derived], *, tag: Hashable = None) -> Derived:
         """Return ``build()``, or the value it had when the sources were as they are now.
@@ -121,6 +122,8 @@ class WeightCache:
     def clear(self) -> None:
         """Forget everything."""
         self._stamps, self._values = (), {}
+        if self.holder is not None:
+            self.holder.forget_weights()
 
     @property
     def nbytes(self) -> int:

@@ -153,6 +153,7 @@ class Linear(FactorizedLayer):
             return
         if self._way is None or self._way_options != self._options():
             self._way, self._way_options = kernels.ShortWay(), self._options()
+            self._cache.holder = self._way
         rows = x.numel() // self.in_features
         if self._trains():
             if isinstance(plan, ContractionPlan) and not self._is_padded and self._stores_chain:

@@ -96,6 +96,11 @@ class ShortWay {
     return std::make_pair(inference_[k].sweep, inference_[k].weights);
   }
 
+  void forget_weights() {
+    stamps_.clear();
+    inference_.fill({});
+  }
+
  private:
   struct Ready {
     c10::intrusive_ptr<Sweep> sweep;
@@ -114,11 +119,6 @@ class ShortWay {
     for (size_t k = 0; k < cores.size(); ++k)
       if (cores[k].is_inference() || !stamps_[k].is_of(cores[k])) return false;
     return true;
-  }
-
-  void forget_weights() {
-    stamps_.clear();
-    inference_.fill({});
   }
 
   std::array<c10::intrusive_ptr<Sweep>, n_buckets> training_;

@@ -14,7 +14,7 @@ from math import prod
 import torch
 
 import tensortrain as tt
-from tensortrain.contract import Chain, ContractionPlan, CostModel, cost_model
+from tensortrain.contract import Chain, ContractionPlan, CostModel, cost_model, kernels
 
 # Not public: a plan cannot be asked for by its merges and forms.
 from tensortrain.contract.choose import _Path, _Pricer
@@ -123,7 +123,8 @@ def every_plan(
     chain: Chain, batch: int, training: bool, dtype: torch.dtype = torch.float32, model: CostModel | None = None
 ) -> Iterator[ContractionPlan]:
     """Both sweeps with all merges of neighbours in all forms, and the dense weight."""
-    pricer = _Pricer(chain, batch, dtype, "cpu", training, cost_model("cpu") if model is None else model)
+    measured = cost_model("cpu") if model is None else model
+    pricer = _Pricer(chain, batch, dtype, "cpu", training, measured, by_kernels=kernels.library() is not None)
     yield pricer.dense()
     directions: tuple[Direction, ...] = ("left-to-right", "right-to-left")
     for direction in directions:

@@ -247,6 +247,8 @@ def markdown(record: Row, source: str, page: str, plot: str) -> str:
         "",
         _INTRODUCTION,
         "",
+        f"Kernels (`tensortrain build-kernels`): {'built' if record.get('kernels') else 'not built'}.",
+        "",
         "## Asked and measured",
         "",
         *markdown_table(

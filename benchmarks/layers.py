@@ -32,7 +32,7 @@ from torch import Tensor
 
 import tensortrain as tt
 from tensortrain.compress.report import provenance, write_text_atomic
-from tensortrain.contract import ContractionPlan, chain_to_dense
+from tensortrain.contract import ContractionPlan, chain_to_dense, kernels
 
 PARTS = ("speed", "plans", "memory", "embedding", "recurrent", "laws")
 # Relative Frobenius error of float32 against float64. Sweeps of some peers round more: 1.7e-5 was seen in the gradients
@@ -69,6 +69,7 @@ def _benchmark(args: argparse.Namespace) -> int:
         "quick": args.quick,
         "row_s": args.seconds,
         "peers": {},
+        "kernels": kernels.library() is not None,
         "measured": rates.as_dict(),
     }
     runs: dict[str, Callable[[], None]] = {

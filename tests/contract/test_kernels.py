@@ -128,6 +128,26 @@ def test_derivatives_are_right_to_second_order() -> None:
 
 
 @built
+@pytest.mark.parametrize("wanted", range(5))
+def test_penalties_on_one_gradient_reach_everything(wanted: int) -> None:
+    chain = CHAINS[1]
+    for plan in all_plans(chain, 3, training=True):
+        x, bias, cores = draw(chain, (3,))
+        inputs = [x, bias, *cores]
+
+        def second(plan: ContractionPlan = plan, inputs: list[Tensor] = inputs) -> tuple[Tensor, ...]:
+            y = plan.execute(inputs[0], inputs[2:], bias=inputs[1])
+            (first,) = torch.autograd.grad(y.sin().sum(), inputs[wanted], create_graph=True)
+            return torch.autograd.grad(first.square().sum(), inputs)
+
+        found = second()
+        with kernels.python_only():
+            expected = second()
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, other)
+
+
+@built
 def test_second_derivatives_follow_inputs_that_depend_on_each_other() -> None:
     chain, plan = CHAINS[1], all_plans(CHAINS[1], 3, training=True)[0]
     source, bias, cores = draw(chain, (3,))

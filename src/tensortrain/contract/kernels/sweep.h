@@ -348,14 +348,17 @@ struct SweepFunction : torch::autograd::Function<SweepFunction> {
   // Under create_graph, by torch's own derivatives of the same products.
   static Tensors again(const Course& course, const Tensors& saved, const Tensor& grad_y, const Needs& needs) {
     Tensors inputs, wanted;
-    const auto take = [&](const Tensor& tensor, bool needed) {
-      // An alias: the history of one input may hold another one, and that way is not this node's.
-      inputs.push_back(needed ? tensor.view_as(tensor) : tensor.detach());
-      if (needed) wanted.push_back(inputs.back());
+    std::vector<bool> needed;
+    const auto take = [&](const Tensor& tensor, bool need) {
+      // An alias: the history of one input may hold another one, and that way is not this node's. What needs no
+      // gradient now stays linked too: the gradients of the others depend on it.
+      inputs.push_back(tensor.view_as(tensor));
+      needed.push_back(need);
+      if (need) wanted.push_back(inputs.back());
     };
     take(saved[0], needs.x);
     if (course.has_bias) take(saved[1], needs.bias);
-    for (const bool needed : needs.tensors) take(saved[inputs.size()], needed);
+    for (const bool need : needs.tensors) take(saved[inputs.size()], need);
     const auto bias = course.has_bias ? Bias(inputs[1]) : std::nullopt;
     const auto tensors = at::TensorList(inputs).slice(course.n_leading());
     const auto y = course.sweep->forward(inputs[0], tensors, bias, nullptr);
@@ -363,7 +366,7 @@ struct SweepFunction : torch::autograd::Function<SweepFunction> {
                                              /*allow_unused=*/true);
     Tensors result(inputs.size());
     for (size_t k = 0, taken = 0; k < inputs.size(); ++k)
-      if (inputs[k].requires_grad()) result[k] = found[taken++];
+      if (needed[k]) result[k] = found[taken++];
     return result;
   }
 };

@@ -224,6 +224,12 @@ def test_a_few_rows_at_a_time_change_nothing(rows: int) -> None:
         (found,) = torch.autograd.grad(y.square().sum(), x)
         (expected,) = torch.autograd.grad(plan.execute(x, (), ready, bias).square().sum(), x)
         torch.testing.assert_close(found, expected)
+        (first,) = torch.autograd.grad(parts.execute(x, (), ready, bias).square().sum(), x, create_graph=True)
+        (found,) = torch.autograd.grad(first.sin().sum(), x)
+        with kernels.python_only():
+            (first,) = torch.autograd.grad(plan.execute(x, (), ready, bias).square().sum(), x, create_graph=True)
+            (expected,) = torch.autograd.grad(first.sin().sum(), x)
+        torch.testing.assert_close(found, expected)
 
 
 @built

@@ -197,8 +197,8 @@ inline Tensor apply_weight(const Tensor& rows, const Tensor& weight, const Bias&
 
 inline Tensor Sweep::forward(const Tensor& x, at::TensorList tensors, const Bias& bias, Trace* trace) const {
   const auto rows = x.numel() / in_features;
-  if (rows_at_a_time > 0 && rows > rows_at_a_time && !trace && !at::in_parallel_region())
-    return by_parts(x, tensors, bias, rows);
+  const bool may_part = !trace && is_unseen(x) && !at::in_parallel_region();  // seen by autograd: its second derivative
+  if (may_part && rows_at_a_time > 0 && rows > rows_at_a_time) return by_parts(x, tensors, bias, rows);
   const auto sizes = output_sizes(x, out_features);
   if (is_one_product()) {
     auto weight = weight_of(steps[0], tensors, *this);

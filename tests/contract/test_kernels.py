@@ -247,6 +247,24 @@ def test_many_gradients_at_once() -> None:
 
 
 @built
+def test_where_no_gradient_arrives_none_leaves() -> None:
+    class Stop(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, y: Tensor) -> Tensor:
+            return y.clone()
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> None:
+            return None
+
+    chain = CHAINS[1]
+    x, bias, cores = draw(chain, (3,))
+    for plan in all_plans(chain, 3, training=True):
+        Stop.apply(plan.execute(x, cores, bias=bias)).sum().backward()
+        assert all(tensor.grad is None for tensor in (x, bias, *cores))
+
+
+@built
 @pytest.mark.parametrize("counts", [(3, 0, 4, 1), (0, 0, 8, 0), (8, 0, 0, 0)])
 def test_grouped_products(counts: tuple[int, ...]) -> None:
     states = torch.randn(8, 2, 5, dtype=torch.float64, requires_grad=True)

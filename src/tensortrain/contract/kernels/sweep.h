@@ -273,6 +273,7 @@ struct SweepFunction : torch::autograd::Function<SweepFunction> {
       saved.insert(saved.end(), {trace.operands[k], weight.matrix});
       for (const auto& pair : weight.pairs) saved.insert(saved.end(), {pair.first, pair.second});
     }
+    ctx->set_materialize_grads(false);
     ctx->save_for_backward(std::move(saved));
     ctx->saved_data["course"] = c10::IValue::make_capsule(std::move(course));
     return y;
@@ -280,6 +281,7 @@ struct SweepFunction : torch::autograd::Function<SweepFunction> {
 
   static Tensors backward(Context* ctx, Tensors grads) {
     const auto course = c10::static_intrusive_pointer_cast<Course>(ctx->saved_data["course"].toCapsule());
+    if (!grads[0].defined()) return Tensors(3 + course->sweep->shapes.size());
     const auto saved = ctx->get_saved_variables();
     const auto n_leading = course->n_leading();
     Needs needs{ctx->needs_input_grad(0), course->has_bias && ctx->needs_input_grad(1), {}};

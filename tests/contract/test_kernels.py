@@ -470,6 +470,35 @@ def test_an_input_changed_before_backward_is_noticed(layer: tt.nn.Linear) -> Non
 
 
 @built
+def test_only_what_the_gradients_need_is_kept(layer: tt.nn.Linear) -> None:
+    source = torch.randn(5, 24, dtype=torch.float64, requires_grad=True)
+    layer(source), layer(source)
+    y = layer(source)
+    with torch.no_grad():
+        layer.bias.add_(1)
+    y.sum().backward()
+    layer.cores.requires_grad_(False)
+    weight = layer.weight
+    for _ in range(3):
+        x = source * 1
+        y = layer(x)
+        x.add_(1)
+        (first,) = torch.autograd.grad(y.square().sum(), source, create_graph=True)
+        (second,) = torch.autograd.grad(first.sum(), source)
+        torch.testing.assert_close(second, 2 * (weight.t() @ weight).sum(0).expand(5, -1))
+
+
+@built
+def test_frozen_layers_train_their_bias_on_inference_tensors(layer: tt.nn.Linear) -> None:
+    layer.cores.requires_grad_(False)
+    with torch.inference_mode():
+        x = torch.randn(5, 24, dtype=torch.float64)
+    for _ in range(3):
+        (grad,) = torch.autograd.grad(layer(x).sum(), layer.bias)
+        torch.testing.assert_close(grad, torch.full_like(grad, 5))
+
+
+@built
 def test_constrained_cores_are_not_taken_for_plain_ones(layer: tt.nn.Linear) -> None:
     x = torch.randn(5, 24, dtype=torch.float64)
     for _ in range(2):

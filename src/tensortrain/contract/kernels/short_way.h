@@ -37,12 +37,6 @@ inline bool fits(const Sweep& sweep, const Tensor& x, at::TensorList tensors, co
                    bias->size(0) == sweep.out_features);
 }
 
-inline bool any_requires_grad(at::TensorList tensors) {
-  for (const auto& tensor : tensors)
-    if (tensor.requires_grad()) return true;
-  return false;
-}
-
 inline Tensor multiply(const c10::intrusive_ptr<Sweep>& sweep, const Tensor& x, at::TensorList tensors,
                        const Bias& bias) {
   const bool differentiates = c10::GradMode::is_enabled() &&

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo import compiled_autograd
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -262,6 +263,19 @@ def test_where_no_gradient_arrives_none_leaves() -> None:
     for plan in all_plans(chain, 3, training=True):
         Stop.apply(plan.execute(x, cores, bias=bias)).sum().backward()
         assert all(tensor.grad is None for tensor in (x, bias, *cores))
+
+
+@built
+def test_compiled_autograd() -> None:
+    chain = CHAINS[1]
+    x, bias, cores = draw(chain, (3,))
+    inputs = [x, bias, *cores]
+    for plan in all_plans(chain, 3, training=True)[:3]:
+        expected = torch.autograd.grad(plan.execute(x, cores, bias=bias).sin().sum(), inputs)
+        with compiled_autograd._enable(lambda graph: graph):
+            found = torch.autograd.grad(plan.execute(x, cores, bias=bias).sin().sum(), inputs)
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, other)
 
 
 @built

@@ -5,16 +5,24 @@
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <map>
+#include <tuple>
+
 namespace py = pybind11;
 
 namespace tensortrain {
 namespace {
 
-// Steps as (start, stop, form, mode, rank, start and middle of every merge).
+// Steps as (start, stop, form, mode, rank, start and middle of every merge). Equal sweeps are one, and it stays for
+// good: what waits for its way back holds its address.
 c10::intrusive_ptr<Sweep> make_sweep(bool leftward, bool ready, int64_t in_features, int64_t out_features,
                                      int64_t rows_at_a_time, const std::vector<Sizes>& steps,
                                      std::vector<Sizes> shapes) {
-  auto sweep = c10::make_intrusive<Sweep>();
+  using Key = std::tuple<Sizes, std::vector<Sizes>, std::vector<Sizes>>;
+  static auto& known = *new std::map<Key, c10::intrusive_ptr<Sweep>>();  // never destroyed
+  auto& sweep = known[Key({leftward, ready, in_features, out_features, rows_at_a_time}, steps, shapes)];
+  if (sweep) return sweep;
+  sweep = c10::make_intrusive<Sweep>();
   sweep->leftward = leftward;
   sweep->ready = ready;
   sweep->in_features = in_features;

@@ -255,11 +255,30 @@ inline Tensor Sweep::by_parts(const Tensor& x, at::TensorList tensors, const Bia
 
 // -- gradients --------------------------------------------------------------------------------------
 
-// What a sweep keeps beside tensors until its way back.
-struct Course : torch::CustomClassHolder {
-  c10::intrusive_ptr<Sweep> sweep;
+// What a sweep keeps beside tensors until its way back: whole numbers, since compiled autograd takes nothing else.
+struct Course {
+  const Sweep* sweep;  // sweeps stay for as long as the process, see module.cpp
   bool has_bias;
   std::vector<Sizes> states, cores;
+
+  Sizes packed() const {
+    Sizes all{reinterpret_cast<int64_t>(sweep), has_bias};
+    for (size_t k = 0; k < states.size(); ++k) {
+      all.insert(all.end(), states[k].begin(), states[k].end());
+      all.insert(all.end(), cores[k].begin(), cores[k].end());
+    }
+    return all;
+  }
+
+  explicit Course(const Sizes& packed) : sweep(reinterpret_cast<const Sweep*>(packed[0])), has_bias(packed[1] != 0) {
+    const auto n_core = sweep->ready ? 0 : 4;
+    for (auto at = packed.begin() + 2; at != packed.end(); at += 3 + n_core) {
+      states.emplace_back(at, at + 3);
+      cores.emplace_back(at + 3, at + 3 + n_core);
+    }
+  }
+  Course(const Sweep* sweep, bool has_bias, std::vector<Sizes> states)
+      : sweep(sweep), has_bias(has_bias), states(std::move(states)) {}
 };
 
 // Gradients of a sweep, with what it saved; differentiating twice goes through the products once more.
@@ -271,38 +290,35 @@ struct SweepFunction : torch::autograd::Function<SweepFunction> {
     const at::AutoDispatchBelowADInplaceOrView below;
     Trace trace;
     const auto y = sweep->forward(x, tensors, bias, &trace);
-    auto course = c10::make_intrusive<Course>();
-    course->sweep = sweep;
-    course->has_bias = bias.has_value();
-    course->states = std::move(trace.states);
+    Course course(sweep.get(), bias.has_value(), std::move(trace.states));
     Tensors saved{any_requires_grad(tensors) ? x : Tensor()};  // frozen cores: gradients do not depend on it
     saved.insert(saved.end(), tensors.begin(), tensors.end());
     for (size_t k = 0; k < sweep->steps.size(); ++k) {
       auto& weight = trace.weights[k];
-      course->cores.push_back(std::move(weight.core));
+      course.cores.push_back(std::move(weight.core));
       saved.insert(saved.end(), {trace.operands[k], weight.matrix});
       for (const auto& pair : weight.pairs) saved.insert(saved.end(), {pair.first, pair.second});
     }
     ctx->set_materialize_grads(false);
     ctx->save_for_backward(std::move(saved));
-    ctx->saved_data["course"] = c10::IValue::make_capsule(std::move(course));
+    ctx->saved_data["course"] = course.packed();
     return y;
   }
 
   static Tensors backward(Context* ctx, Tensors grads) {
-    const auto course = c10::static_intrusive_pointer_cast<Course>(ctx->saved_data["course"].toCapsule());
-    if (!grads[0].defined()) return Tensors(3 + course->sweep->shapes.size());
+    const Course course(ctx->saved_data["course"].toIntVector());
+    if (!grads[0].defined()) return Tensors(3 + course.sweep->shapes.size());
     const auto saved = ctx->get_saved_variables();
-    const size_t n_leading = course->has_bias ? 2 : 1;  // x and bias, before the cores
-    Needs needs{ctx->needs_input_grad(0), course->has_bias && ctx->needs_input_grad(1), {}};
-    for (size_t k = 0; k < course->sweep->shapes.size(); ++k)
+    const size_t n_leading = course.has_bias ? 2 : 1;  // x and bias, before the cores
+    Needs needs{ctx->needs_input_grad(0), course.has_bias && ctx->needs_input_grad(1), {}};
+    for (size_t k = 0; k < course.sweep->shapes.size(); ++k)
       needs.tensors.push_back(ctx->needs_input_grad(n_leading + k));
     Tensors found;
     if (c10::GradMode::is_enabled()) {
-      found = again(*course, saved, grads[0], needs);
+      found = again(course, saved, grads[0], needs);
     } else {
       const at::AutoDispatchBelowADInplaceOrView below;
-      found = first(*course, saved, grads[0], needs);
+      found = first(course, saved, grads[0], needs);
     }
     // The sweep itself; then x, a place for the bias whether there is one or not, cores.
     found.insert(found.begin(), Tensor());

@@ -513,6 +513,28 @@ def test_frozen_layers_train_their_bias_on_inference_tensors(layer: tt.nn.Linear
 
 
 @built
+def test_subclasses_see_their_operations(layer: tt.nn.Linear) -> None:
+    x = torch.randn(5, 24, dtype=torch.float64)
+    for _ in range(3):
+        layer(x)
+        assert type(layer(x.as_subclass(_Marked))) is _Marked
+    with torch.no_grad():
+        for _ in range(3):
+            layer(x)
+            assert type(layer(x.as_subclass(_Marked))) is _Marked
+    chain = CHAINS[1]
+    given, bias, cores = draw(chain, (3,))
+    for plan in all_plans(chain, 3, training=True):
+        assert type(plan.execute(given.as_subclass(_Marked), cores)) is _Marked
+        assert type(plan.execute(given, [core.as_subclass(_Marked) for core in cores])) is _Marked
+        assert type(plan.execute(given, cores, bias=bias.as_subclass(_Marked))) is _Marked
+
+
+class _Marked(Tensor):
+    """A subclass that shows only in its type."""
+
+
+@built
 def test_constrained_cores_are_not_taken_for_plain_ones(layer: tt.nn.Linear) -> None:
     x = torch.randn(5, 24, dtype=torch.float64)
     for _ in range(2):

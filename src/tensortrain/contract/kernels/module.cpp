@@ -43,8 +43,19 @@ c10::intrusive_ptr<Sweep> dense_sweep(int64_t in_features, int64_t out_features)
                     {{out_features, in_features}});
 }
 
-std::optional<Tensor> run(const c10::intrusive_ptr<Sweep>& sweep, const Tensor& x, const Tensors& tensors,
-                          const std::optional<Tensor>& bias) {
+// Instances of subclasses, which may see operations without a dispatch key that shows it, are none.
+bool is_tensor(PyObject* object) { return THPVariable_CheckExact(object); }
+
+std::optional<Tensor> run(const c10::intrusive_ptr<Sweep>& sweep, const py::object& input, const py::list& given,
+                          const py::object& added) {
+  Tensors tensors;
+  for (const auto one : given) {
+    if (!is_tensor(one.ptr())) return std::nullopt;
+    tensors.push_back(THPVariable_Unpack(one.ptr()));
+  }
+  if (!is_tensor(input.ptr()) || !(added.is_none() || is_tensor(added.ptr()))) return std::nullopt;
+  const auto x = THPVariable_Unpack(input.ptr());
+  const auto bias = added.is_none() ? std::nullopt : Bias(THPVariable_Unpack(added.ptr()));
   if (!is_undisturbed() || !fits(*sweep, x, tensors, bias)) return std::nullopt;
   const py::gil_scoped_release unlocked;
   return multiply(sweep, x, tensors, bias);
@@ -56,7 +67,7 @@ std::optional<Tensors> values(const py::dict& dictionary) {
   found.reserve(dictionary.size());
   PyObject *key = nullptr, *value = nullptr;
   for (Py_ssize_t at = 0; PyDict_Next(dictionary.ptr(), &at, &key, &value);) {
-    if (!THPVariable_Check(value)) return std::nullopt;
+    if (!is_tensor(value)) return std::nullopt;
     found.push_back(THPVariable_Unpack(value));
   }
   return found;
@@ -68,14 +79,14 @@ std::optional<std::optional<Tensor>> bias_of(const py::dict& parameters) {
   PyObject* const found = PyDict_GetItemWithError(parameters.ptr(), name);
   if (found == nullptr) return std::nullopt;
   if (found == Py_None) return std::optional<Tensor>();
-  if (!THPVariable_Check(found)) return std::nullopt;
+  if (!is_tensor(found)) return std::nullopt;
   return std::optional<Tensor>(THPVariable_Unpack(found));
 }
 
 std::optional<Tensor> run_short(ShortWay& way, const py::object& input, const py::dict& cores,
                                 const py::dict& parameters) {
-  if (!THPVariable_Check(input.ptr())) return std::nullopt;
-  const auto& x = THPVariable_Unpack(input.ptr());
+  if (!is_tensor(input.ptr())) return std::nullopt;
+  const auto x = THPVariable_Unpack(input.ptr());
   auto tensors = values(cores);
   const auto bias = bias_of(parameters);
   if (!tensors || !bias) return std::nullopt;

@@ -513,6 +513,17 @@ def test_frozen_layers_train_their_bias_on_inference_tensors(layer: tt.nn.Linear
 
 
 @built
+def test_nothing_is_recorded_in_inference_mode(layer: tt.nn.Linear) -> None:
+    x = torch.randn(5, 24, dtype=torch.float64)
+    expected = [layer(x), layer(x)][-1]
+    with torch.inference_mode(), torch.enable_grad():
+        for _ in range(3):
+            y = layer(x)
+            assert not y.requires_grad
+            torch.testing.assert_close(y, expected)
+
+
+@built
 def test_subclasses_see_their_operations(layer: tt.nn.Linear) -> None:
     x = torch.randn(5, 24, dtype=torch.float64)
     for _ in range(3):

@@ -39,7 +39,7 @@ inline bool fits(const Sweep& sweep, const Tensor& x, at::TensorList tensors, co
 
 inline Tensor multiply(const c10::intrusive_ptr<Sweep>& sweep, const Tensor& x, at::TensorList tensors,
                        const Bias& bias) {
-  const bool differentiates = c10::GradMode::is_enabled() &&
+  const bool differentiates = c10::GradMode::is_enabled() && !c10::InferenceMode::is_enabled() &&
                               (x.requires_grad() || (bias && bias->requires_grad()) || any_requires_grad(tensors));
   if (differentiates) return differentiable(sweep, x, tensors, bias);
   const at::AutoDispatchBelowADInplaceOrView below;

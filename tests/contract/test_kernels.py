@@ -371,6 +371,20 @@ def test_kept_weights_are_dropped_when_training_goes_on(layer: tt.nn.Linear) -> 
 
 
 @built
+@pytest.mark.parametrize("by", ["layer", "weight"])
+def test_kept_weights_are_dropped_when_training_goes_on_the_short_way(layer: tt.nn.Linear, by: str) -> None:
+    x = torch.randn(5, 24, dtype=torch.float64)
+    layer.implementation = "dense"
+    for _ in range(3):
+        layer(x), layer(x)
+        with torch.no_grad():
+            layer(x) if by == "layer" else layer.weight
+        assert layer.resident_cache_bytes > 0
+        layer(x)
+        assert layer.resident_cache_bytes == 0
+
+
+@built
 def test_the_dense_weight_leaves_memory_with_the_cache(layer: tt.nn.Linear) -> None:
     layer.implementation = "dense"
     with torch.no_grad():

@@ -107,6 +107,8 @@ class WeightCache:
             if not all(type(part) in _PLAIN for part in _parts(value)):
                 return value
             self._values[key] = value
+            if self.holder is not None:
+                self.holder.note_cached()
         return self._values[key]  # type: ignore[return-value]
 
     def peek(self, sources: Sequence[Tensor], tag: Hashable) -> Any:

@@ -120,6 +120,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def("keep_training", &ShortWay::keep_training)
       .def("keep_inference", &ShortWay::keep_inference)
       .def("forget_weights", &ShortWay::forget_weights)
+      .def("note_cached", &ShortWay::note_cached)
       .def("__call__", &run_short)
       // Part of no copy and no checkpoint: None takes its place.
       .def("__reduce__", [](const py::object&) { return py::make_tuple(py::type::of(py::none()), py::tuple()); });

@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo import compiled_autograd
+from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -557,6 +558,22 @@ def test_subclasses_see_their_operations(layer: tt.nn.Linear) -> None:
 
 class _Marked(Tensor):
     """A subclass that shows only in its type."""
+
+
+@built
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_pruned_cores_are_not_taken_for_plain_ones(layer: tt.nn.Linear, which: int) -> None:
+    x = torch.randn(5, 24, dtype=torch.float64)
+    for _ in range(2):
+        layer(x)
+        with torch.no_grad():
+            layer(x)
+    prune.l1_unstructured(layer.cores, str(which), amount=0.5)
+    with torch.no_grad():
+        expected = nn.functional.linear(x, chain_to_dense(list(layer.cores)), layer.bias)
+        torch.testing.assert_close(layer(x), expected)
+        torch.testing.assert_close(layer(x), expected)
+    torch.testing.assert_close(layer(x), expected)
 
 
 @built

@@ -6,6 +6,7 @@
 #include <torch/csrc/utils/pybind.h>
 
 #include <map>
+#include <string>
 #include <tuple>
 
 namespace py = pybind11;
@@ -61,12 +62,15 @@ std::optional<Tensor> run(const c10::intrusive_ptr<Sweep>& sweep, const py::obje
   return multiply(sweep, x, tensors, bias);
 }
 
-// The tensors of a dictionary in order; nothing where it holds something else.
-std::optional<Tensors> values(const py::dict& dictionary) {
+// The tensors of a ParameterList in order; nothing where it holds something else. Pruning and weight norm leave other
+// names there than 0, 1, .., or these in another order.
+std::optional<Tensors> cores_of(const py::dict& dictionary) {
   Tensors found;
   found.reserve(dictionary.size());
   PyObject *key = nullptr, *value = nullptr;
   for (Py_ssize_t at = 0; PyDict_Next(dictionary.ptr(), &at, &key, &value);) {
+    const auto name = std::to_string(found.size());
+    if (!PyUnicode_Check(key) || PyUnicode_CompareWithASCIIString(key, name.c_str()) != 0) return std::nullopt;
     if (!is_tensor(value)) return std::nullopt;
     found.push_back(THPVariable_Unpack(value));
   }
@@ -87,7 +91,7 @@ std::optional<Tensor> run_short(ShortWay& way, const py::object& input, const py
                                 const py::dict& parameters) {
   if (!is_tensor(input.ptr())) return std::nullopt;
   const auto x = THPVariable_Unpack(input.ptr());
-  auto tensors = values(cores);
+  auto tensors = cores_of(cores);
   const auto bias = bias_of(parameters);
   if (!tensors || !bias) return std::nullopt;
   const auto found = way.find(x, std::move(*tensors));

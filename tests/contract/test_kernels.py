@@ -636,6 +636,21 @@ def test_off_means_python(layer: tt.nn.Linear) -> None:
         assert "SweepFunction" not in y.grad_fn.name()
 
 
+@built
+def test_off_means_python_for_layers_that_ran_before(layer: tt.nn.Linear) -> None:
+    x = torch.randn(5, 24, dtype=torch.float64)
+    layer(x), layer(x)
+    with torch.no_grad():
+        layer(x), layer(x)
+    with kernels.python_only():
+        for parameter in layer.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        torch.optim.SGD(layer.parameters(), lr=0.1, fused=True).step()
+        assert "SweepFunction" not in layer(x).grad_fn.name()
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), nn.functional.linear(x, layer.weight, layer.bias))
+
+
 @pytest.fixture
 def elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     """A machine where nothing has been built."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from tensortrain.contract.kernels.load import library
+from tensortrain.contract.kernels.load import loaded
 
 __all__ = ["WeightCache"]
 
@@ -33,7 +33,7 @@ class _OptimizerSteps:
 
     def _increment(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         self.n_steps += 1
-        kernels = library()
+        kernels = loaded()
         if kernels is not None:
             kernels.count_optimizer_step()
 

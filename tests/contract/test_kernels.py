@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import os
 import pickle
 import threading
 import weakref
@@ -669,6 +670,17 @@ def test_a_failed_build_says_what_is_missing_and_leaves_nothing(
         kernels.build()
     assert not list((elsewhere / "tensortrain").iterdir())
     assert kernels.library() is None
+
+
+def test_a_cache_that_may_not_be_read_is_passed_by(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise PermissionError
+
+    with monkeypatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", "/not/mine")
+        patch.setattr(os, "stat", refuse)
+        assert not loading.look_again()
+    loading.look_again()
 
 
 def test_a_broken_library_is_passed_by(elsewhere: Path, layer: tt.nn.Linear) -> None:

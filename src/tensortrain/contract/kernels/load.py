@@ -77,7 +77,7 @@ _modules: dict[Path, Any] = {}
 def _loaded(path: Path) -> Any | None:
     """The module there. It is loaded once: Python cannot replace compiled code."""
     if path not in _modules:
-        if not path.is_file():
+        if not os.path.isfile(path):  # Path.is_file raises where the folder may not be read
             return None
         spec = importlib.util.spec_from_file_location(MODULE, path)
         try:

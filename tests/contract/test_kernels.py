@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import os
 import pickle
 import threading
 import weakref
@@ -15,6 +16,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo import compiled_autograd
+from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -128,6 +131,26 @@ def test_derivatives_are_right_to_second_order() -> None:
 
 
 @built
+@pytest.mark.parametrize("wanted", range(5))
+def test_penalties_on_one_gradient_reach_everything(wanted: int) -> None:
+    chain = CHAINS[1]
+    for plan in all_plans(chain, 3, training=True):
+        x, bias, cores = draw(chain, (3,))
+        inputs = [x, bias, *cores]
+
+        def second(plan: ContractionPlan = plan, inputs: list[Tensor] = inputs) -> tuple[Tensor, ...]:
+            y = plan.execute(inputs[0], inputs[2:], bias=inputs[1])
+            (first,) = torch.autograd.grad(y.sin().sum(), inputs[wanted], create_graph=True)
+            return torch.autograd.grad(first.square().sum(), inputs)
+
+        found = second()
+        with kernels.python_only():
+            expected = second()
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, other)
+
+
+@built
 def test_second_derivatives_follow_inputs_that_depend_on_each_other() -> None:
     chain, plan = CHAINS[1], all_plans(CHAINS[1], 3, training=True)[0]
     source, bias, cores = draw(chain, (3,))
@@ -204,6 +227,12 @@ def test_a_few_rows_at_a_time_change_nothing(rows: int) -> None:
         (found,) = torch.autograd.grad(y.square().sum(), x)
         (expected,) = torch.autograd.grad(plan.execute(x, (), ready, bias).square().sum(), x)
         torch.testing.assert_close(found, expected)
+        (first,) = torch.autograd.grad(parts.execute(x, (), ready, bias).square().sum(), x, create_graph=True)
+        (found,) = torch.autograd.grad(first.sin().sum(), x)
+        with kernels.python_only():
+            (first,) = torch.autograd.grad(plan.execute(x, (), ready, bias).square().sum(), x, create_graph=True)
+            (expected,) = torch.autograd.grad(first.sin().sum(), x)
+        torch.testing.assert_close(found, expected)
 
 
 @built
@@ -218,6 +247,37 @@ def test_many_gradients_at_once() -> None:
         one_by_one = [torch.autograd.grad(y, inputs, one, retain_graph=True) for one in many]
         for got, expected in zip(found, zip(*one_by_one, strict=True), strict=True):
             torch.testing.assert_close(got, torch.stack(expected))
+
+
+@built
+def test_where_no_gradient_arrives_none_leaves() -> None:
+    class Stop(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, y: Tensor) -> Tensor:
+            return y.clone()
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> None:
+            return None
+
+    chain = CHAINS[1]
+    x, bias, cores = draw(chain, (3,))
+    for plan in all_plans(chain, 3, training=True):
+        Stop.apply(plan.execute(x, cores, bias=bias)).sum().backward()
+        assert all(tensor.grad is None for tensor in (x, bias, *cores))
+
+
+@built
+def test_compiled_autograd() -> None:
+    chain = CHAINS[1]
+    x, bias, cores = draw(chain, (3,))
+    inputs = [x, bias, *cores]
+    for plan in all_plans(chain, 3, training=True)[:3]:
+        expected = torch.autograd.grad(plan.execute(x, cores, bias=bias).sin().sum(), inputs)
+        with compiled_autograd._enable(lambda graph: graph):
+            found = torch.autograd.grad(plan.execute(x, cores, bias=bias).sin().sum(), inputs)
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, other)
 
 
 @built
@@ -310,6 +370,20 @@ def test_kept_weights_are_dropped_when_training_goes_on(layer: tt.nn.Linear) -> 
         layer(x), layer(x)
     layer(x), layer(x)
     assert layer.resident_cache_bytes == 0
+
+
+@built
+@pytest.mark.parametrize("by", ["layer", "weight"])
+def test_kept_weights_are_dropped_when_training_goes_on_the_short_way(layer: tt.nn.Linear, by: str) -> None:
+    x = torch.randn(5, 24, dtype=torch.float64)
+    layer.implementation = "dense"
+    for _ in range(3):
+        layer(x), layer(x)
+        with torch.no_grad():
+            layer(x) if by == "layer" else layer.weight
+        assert layer.resident_cache_bytes > 0
+        layer(x)
+        assert layer.resident_cache_bytes == 0
 
 
 @built
@@ -426,6 +500,84 @@ def test_an_input_changed_before_backward_is_noticed(layer: tt.nn.Linear) -> Non
 
 
 @built
+def test_only_what_the_gradients_need_is_kept(layer: tt.nn.Linear) -> None:
+    source = torch.randn(5, 24, dtype=torch.float64, requires_grad=True)
+    layer(source), layer(source)
+    y = layer(source)
+    with torch.no_grad():
+        layer.bias.add_(1)
+    y.sum().backward()
+    layer.cores.requires_grad_(False)
+    weight = layer.weight
+    for _ in range(3):
+        x = source * 1
+        y = layer(x)
+        x.add_(1)
+        (first,) = torch.autograd.grad(y.square().sum(), source, create_graph=True)
+        (second,) = torch.autograd.grad(first.sum(), source)
+        torch.testing.assert_close(second, 2 * (weight.t() @ weight).sum(0).expand(5, -1))
+
+
+@built
+def test_frozen_layers_train_their_bias_on_inference_tensors(layer: tt.nn.Linear) -> None:
+    layer.cores.requires_grad_(False)
+    with torch.inference_mode():
+        x = torch.randn(5, 24, dtype=torch.float64)
+    for _ in range(3):
+        (grad,) = torch.autograd.grad(layer(x).sum(), layer.bias)
+        torch.testing.assert_close(grad, torch.full_like(grad, 5))
+
+
+@built
+def test_nothing_is_recorded_in_inference_mode(layer: tt.nn.Linear) -> None:
+    x = torch.randn(5, 24, dtype=torch.float64)
+    expected = [layer(x), layer(x)][-1]
+    with torch.inference_mode(), torch.enable_grad():
+        for _ in range(3):
+            y = layer(x)
+            assert not y.requires_grad
+            torch.testing.assert_close(y, expected)
+
+
+@built
+def test_subclasses_see_their_operations(layer: tt.nn.Linear) -> None:
+    x = torch.randn(5, 24, dtype=torch.float64)
+    for _ in range(3):
+        layer(x)
+        assert type(layer(x.as_subclass(_Marked))) is _Marked
+    with torch.no_grad():
+        for _ in range(3):
+            layer(x)
+            assert type(layer(x.as_subclass(_Marked))) is _Marked
+    chain = CHAINS[1]
+    given, bias, cores = draw(chain, (3,))
+    for plan in all_plans(chain, 3, training=True):
+        assert type(plan.execute(given.as_subclass(_Marked), cores)) is _Marked
+        assert type(plan.execute(given, [core.as_subclass(_Marked) for core in cores])) is _Marked
+        assert type(plan.execute(given, cores, bias=bias.as_subclass(_Marked))) is _Marked
+
+
+class _Marked(Tensor):
+    """A subclass that shows only in its type."""
+
+
+@built
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_pruned_cores_are_not_taken_for_plain_ones(layer: tt.nn.Linear, which: int) -> None:
+    x = torch.randn(5, 24, dtype=torch.float64)
+    for _ in range(2):
+        layer(x)
+        with torch.no_grad():
+            layer(x)
+    prune.l1_unstructured(layer.cores, str(which), amount=0.5)
+    with torch.no_grad():
+        expected = nn.functional.linear(x, chain_to_dense(list(layer.cores)), layer.bias)
+        torch.testing.assert_close(layer(x), expected)
+        torch.testing.assert_close(layer(x), expected)
+    torch.testing.assert_close(layer(x), expected)
+
+
+@built
 def test_constrained_cores_are_not_taken_for_plain_ones(layer: tt.nn.Linear) -> None:
     x = torch.randn(5, 24, dtype=torch.float64)
     for _ in range(2):
@@ -485,6 +637,21 @@ def test_off_means_python(layer: tt.nn.Linear) -> None:
         assert "SweepFunction" not in y.grad_fn.name()
 
 
+@built
+def test_off_means_python_for_layers_that_ran_before(layer: tt.nn.Linear) -> None:
+    x = torch.randn(5, 24, dtype=torch.float64)
+    layer(x), layer(x)
+    with torch.no_grad():
+        layer(x), layer(x)
+    with kernels.python_only():
+        for parameter in layer.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        torch.optim.SGD(layer.parameters(), lr=0.1, fused=True).step()
+        assert "SweepFunction" not in layer(x).grad_fn.name()
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), nn.functional.linear(x, layer.weight, layer.bias))
+
+
 @pytest.fixture
 def elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     """A machine where nothing has been built."""
@@ -503,6 +670,17 @@ def test_a_failed_build_says_what_is_missing_and_leaves_nothing(
         kernels.build()
     assert not list((elsewhere / "tensortrain").iterdir())
     assert kernels.library() is None
+
+
+def test_a_cache_that_may_not_be_read_is_passed_by(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise PermissionError
+
+    with monkeypatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", "/not/mine")
+        patch.setattr(os, "stat", refuse)
+        assert not loading.look_again()
+    loading.look_again()
 
 
 def test_a_broken_library_is_passed_by(elsewhere: Path, layer: tt.nn.Linear) -> None:

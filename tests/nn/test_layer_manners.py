@@ -437,3 +437,13 @@ def test_cores_may_be_kept_elsewhere():
     torch.testing.assert_close(replica(x), expected)
     torch.nn.utils.weight_norm(layer.cores, "0")
     torch.testing.assert_close(layer(x), expected)
+
+
+def test_cores_keep_their_order_when_weight_norm_is_taken_off() -> None:
+    layer = tt.nn.Linear(16, 16, in_modes=(4, 4), out_modes=(4, 4), rank=1)  # cores of one shape
+    x = torch.randn(3, 16)
+    before = [layer(x), layer(x)][-1]
+    torch.nn.utils.weight_norm(layer.cores, "0")
+    torch.nn.utils.remove_weight_norm(layer.cores, "0")
+    torch.testing.assert_close(layer(x), before)
+    torch.testing.assert_close(F.linear(x, layer.weight, layer.bias), before)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from tensortrain.contract.kernels.load import library
+from tensortrain.contract.kernels.load import loaded
 
 __all__ = ["WeightCache"]
 
@@ -33,7 +33,7 @@ class _OptimizerSteps:
 
     def _increment(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         self.n_steps += 1
-        kernels = library()
+        kernels = loaded()
         if kernels is not None:
             kernels.count_optimizer_step()
 
@@ -107,6 +107,8 @@ class WeightCache:
             if not all(type(part) in _PLAIN for part in _parts(value)):
                 return value
             self._values[key] = value
+            if self.holder is not None:
+                self.holder.note_cached()
         return self._values[key]  # type: ignore[return-value]
 
     def peek(self, sources: Sequence[Tensor], tag: Hashable) -> Any:

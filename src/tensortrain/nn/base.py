@@ -29,6 +29,7 @@ Implementation = Literal["auto", "factorized", "dense"]
 Init = Literal["match", "glorot", "he", "structured"] | float | None
 Self = TypeVar("Self", bound="FactorizedLayer")
 _FORCE: dict[str, Any] = {"auto": None, "dense": "dense", "factorized": "factorized"}
+_NAMES = [str(k) for k in range(64)]  # of parameters in a list
 _COMPILE_BATCH = 32  # a traced graph cannot choose by batch size, so it is planned for this one
 
 
@@ -336,11 +337,11 @@ class FactorizedLayer(nn.Module):
     def _core_list(self) -> list[Tensor]:
         if self._stand_ins is not None:
             return self._stand_ins
-        # Going through ParameterList costs more than a small product. Constrained cores are a list of another type, and
-        # weight norm or a replica for another device keeps some of them elsewhere.
+        # Going through ParameterList costs more than a small product. Constrained cores are a list of another type;
+        # weight norm, pruning or a replica for another device keeps some of them elsewhere or in another order.
         cores = self.cores
         stored = cores._parameters
-        is_plain = type(cores) is nn.ParameterList and len(stored) == len(cores)
+        is_plain = type(cores) is nn.ParameterList and list(stored) == _NAMES[: len(cores)]
         return list(stored.values()) if is_plain else list(cores)  # type: ignore[arg-type]
 
     def _cached(self, key: Any, build: Callable[[], Any]) -> Any:

@@ -97,7 +97,7 @@ class Linear(FactorizedLayer):
         return self._chain_plan(batch, force=force)
 
     def forward(self, x: Tensor) -> Tensor:
-        if not torch.compiler.is_compiling() and self._way is not None:
+        if not torch.compiler.is_compiling() and self._way is not None and library() is not None:
             # Past attributes of modules, which take longer to look up than a small product.
             cores = self._modules["cores"]
             if type(cores) is nn.ParameterList and self._stand_ins is None and self._way_options == self._options():

@@ -18,7 +18,7 @@ import torch
 
 from tensortrain.contract.machine import cache_folder
 
-__all__ = ["MODULE", "SOURCES", "built_path", "library", "look_again", "python_only"]
+__all__ = ["MODULE", "SOURCES", "built_path", "library", "loaded", "look_again", "python_only"]
 
 MODULE = "_kernels"
 SOURCES = Path(__file__).parent
@@ -37,6 +37,11 @@ def library() -> Any | None:
         return None
     if not _state.is_known:
         look_again()
+    return _state.found
+
+
+def loaded() -> Any | None:
+    """The module if this process has loaded it, switched off or not: for what it must not miss."""
     return _state.found
 
 
@@ -72,7 +77,7 @@ _modules: dict[Path, Any] = {}
 def _loaded(path: Path) -> Any | None:
     """The module there. It is loaded once: Python cannot replace compiled code."""
     if path not in _modules:
-        if not path.is_file():
+        if not os.path.isfile(path):  # Path.is_file raises where the folder may not be read
             return None
         spec = importlib.util.spec_from_file_location(MODULE, path)
         try:

@@ -5,16 +5,25 @@
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <map>
+#include <string>
+#include <tuple>
+
 namespace py = pybind11;
 
 namespace tensortrain {
 namespace {
 
-// Steps as (start, stop, form, mode, rank, start and middle of every merge).
+// Steps as (start, stop, form, mode, rank, start and middle of every merge). Equal sweeps are one, and it stays for
+// good: what waits for its way back holds its address.
 c10::intrusive_ptr<Sweep> make_sweep(bool leftward, bool ready, int64_t in_features, int64_t out_features,
                                      int64_t rows_at_a_time, const std::vector<Sizes>& steps,
                                      std::vector<Sizes> shapes) {
-  auto sweep = c10::make_intrusive<Sweep>();
+  using Key = std::tuple<Sizes, std::vector<Sizes>, std::vector<Sizes>>;
+  static auto& known = *new std::map<Key, c10::intrusive_ptr<Sweep>>();  // never destroyed
+  auto& sweep = known[Key({leftward, ready, in_features, out_features, rows_at_a_time}, steps, shapes)];
+  if (sweep) return sweep;
+  sweep = c10::make_intrusive<Sweep>();
   sweep->leftward = leftward;
   sweep->ready = ready;
   sweep->in_features = in_features;
@@ -35,20 +44,34 @@ c10::intrusive_ptr<Sweep> dense_sweep(int64_t in_features, int64_t out_features)
                     {{out_features, in_features}});
 }
 
-std::optional<Tensor> run(const c10::intrusive_ptr<Sweep>& sweep, const Tensor& x, const Tensors& tensors,
-                          const std::optional<Tensor>& bias) {
+// Instances of subclasses, which may see operations without a dispatch key that shows it, are none.
+bool is_tensor(PyObject* object) { return THPVariable_CheckExact(object); }
+
+std::optional<Tensor> run(const c10::intrusive_ptr<Sweep>& sweep, const py::object& input, const py::list& given,
+                          const py::object& added) {
+  Tensors tensors;
+  for (const auto one : given) {
+    if (!is_tensor(one.ptr())) return std::nullopt;
+    tensors.push_back(THPVariable_Unpack(one.ptr()));
+  }
+  if (!is_tensor(input.ptr()) || !(added.is_none() || is_tensor(added.ptr()))) return std::nullopt;
+  const auto x = THPVariable_Unpack(input.ptr());
+  const auto bias = added.is_none() ? std::nullopt : Bias(THPVariable_Unpack(added.ptr()));
   if (!is_undisturbed() || !fits(*sweep, x, tensors, bias)) return std::nullopt;
   const py::gil_scoped_release unlocked;
   return multiply(sweep, x, tensors, bias);
 }
 
-// The tensors of a dictionary in order; nothing where it holds something else.
-std::optional<Tensors> values(const py::dict& dictionary) {
+// The tensors of a ParameterList in order; nothing where it holds something else. Pruning and weight norm leave other
+// names there than 0, 1, .., or these in another order.
+std::optional<Tensors> cores_of(const py::dict& dictionary) {
   Tensors found;
   found.reserve(dictionary.size());
   PyObject *key = nullptr, *value = nullptr;
   for (Py_ssize_t at = 0; PyDict_Next(dictionary.ptr(), &at, &key, &value);) {
-    if (!THPVariable_Check(value)) return std::nullopt;
+    const auto name = std::to_string(found.size());
+    if (!PyUnicode_Check(key) || PyUnicode_CompareWithASCIIString(key, name.c_str()) != 0) return std::nullopt;
+    if (!is_tensor(value)) return std::nullopt;
     found.push_back(THPVariable_Unpack(value));
   }
   return found;
@@ -60,15 +83,15 @@ std::optional<std::optional<Tensor>> bias_of(const py::dict& parameters) {
   PyObject* const found = PyDict_GetItemWithError(parameters.ptr(), name);
   if (found == nullptr) return std::nullopt;
   if (found == Py_None) return std::optional<Tensor>();
-  if (!THPVariable_Check(found)) return std::nullopt;
+  if (!is_tensor(found)) return std::nullopt;
   return std::optional<Tensor>(THPVariable_Unpack(found));
 }
 
 std::optional<Tensor> run_short(ShortWay& way, const py::object& input, const py::dict& cores,
                                 const py::dict& parameters) {
-  if (!THPVariable_Check(input.ptr())) return std::nullopt;
-  const auto& x = THPVariable_Unpack(input.ptr());
-  auto tensors = values(cores);
+  if (!is_tensor(input.ptr())) return std::nullopt;
+  const auto x = THPVariable_Unpack(input.ptr());
+  auto tensors = cores_of(cores);
   const auto bias = bias_of(parameters);
   if (!tensors || !bias) return std::nullopt;
   const auto found = way.find(x, std::move(*tensors));
@@ -101,6 +124,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def("keep_training", &ShortWay::keep_training)
       .def("keep_inference", &ShortWay::keep_inference)
       .def("forget_weights", &ShortWay::forget_weights)
+      .def("note_cached", &ShortWay::note_cached)
       .def("__call__", &run_short)
       // Part of no copy and no checkpoint: None takes its place.
       .def("__reduce__", [](const py::object&) { return py::make_tuple(py::type::of(py::none()), py::tuple()); });

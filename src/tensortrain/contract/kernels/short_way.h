@@ -37,15 +37,9 @@ inline bool fits(const Sweep& sweep, const Tensor& x, at::TensorList tensors, co
                    bias->size(0) == sweep.out_features);
 }
 
-inline bool any_requires_grad(at::TensorList tensors) {
-  for (const auto& tensor : tensors)
-    if (tensor.requires_grad()) return true;
-  return false;
-}
-
 inline Tensor multiply(const c10::intrusive_ptr<Sweep>& sweep, const Tensor& x, at::TensorList tensors,
                        const Bias& bias) {
-  const bool differentiates = c10::GradMode::is_enabled() &&
+  const bool differentiates = c10::GradMode::is_enabled() && !c10::InferenceMode::is_enabled() &&
                               (x.requires_grad() || (bias && bias->requires_grad()) || any_requires_grad(tensors));
   if (differentiates) return differentiable(sweep, x, tensors, bias);
   const at::AutoDispatchBelowADInplaceOrView below;
@@ -79,6 +73,7 @@ class ShortWay {
       n_steps_ = n_optimizer_steps;
     }
     inference_[bucket(rows)] = {std::move(sweep), std::move(weights)};
+    may_be_cached_ = true;
   }
 
   // The plan and its tensors for an input; none where the long way must be taken.
@@ -88,8 +83,7 @@ class ShortWay {
     if (x.dim() == 0 || x.size(-1) == 0) return std::nullopt;
     const auto k = bucket(x.numel() / x.size(-1));
     if (c10::GradMode::is_enabled() && any_requires_grad(cores)) {
-      if (!stamps_.empty()) forget_weights();  // the cores are about to change
-      if (!training_[k]) return std::nullopt;
+      if (!training_[k] || may_be_cached_) return std::nullopt;  // the long way clears the cache
       return std::make_pair(training_[k], std::move(cores));
     }
     if (!inference_[k].sweep || !is_current(cores)) return std::nullopt;
@@ -99,7 +93,10 @@ class ShortWay {
   void forget_weights() {
     stamps_.clear();
     inference_.fill({});
+    may_be_cached_ = false;
   }
+
+  void note_cached() { may_be_cached_ = true; }
 
  private:
   struct Ready {
@@ -125,6 +122,7 @@ class ShortWay {
   std::array<Ready, n_buckets> inference_;
   std::vector<Stamp> stamps_;
   int64_t n_steps_ = 0;
+  bool may_be_cached_ = true;  // whether the layer's cache may hold weights, which leave memory when training goes on
 };
 
 }  // namespace tensortrain

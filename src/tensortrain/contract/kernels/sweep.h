@@ -8,6 +8,7 @@
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/bmm.h>
 #include <ATen/ops/mm.h>
+#include <ATen/ops/zeros.h>
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/custom_function.h>
 
@@ -47,7 +48,7 @@ struct Weight {
 // What the steps leave for the way back.
 struct Trace {
   std::vector<Weight> weights;
-  Tensors operands;           // of each product, as it read them
+  Tensors operands;           // of each product, as it read them, where the weight's gradient takes it
   std::vector<Sizes> states;  // sizes of the state before each step
 };
 
@@ -66,6 +67,12 @@ struct Sweep : torch::CustomClassHolder {
   bool is_one_product() const { return steps.size() == 1 && steps[0].form == Form::linear; }
   Tensor by_parts(const Tensor& x, at::TensorList tensors, const Bias& bias, int64_t rows) const;
 };
+
+inline bool any_requires_grad(at::TensorList tensors) {
+  for (const auto& tensor : tensors)
+    if (tensor.requires_grad()) return true;
+  return false;
+}
 
 // -- cores to matrices ------------------------------------------------------------------------------
 
@@ -164,12 +171,11 @@ inline Tensor product(const Tensor& operand, const Tensor& weight, const Step& s
 }
 
 // The gradient that arrives at a product, laid out as the product made it.
-inline Tensor product_backward(const Tensor& grad, const Tensor& operand, const Tensor& weight, const Step& step,
-                               int64_t width) {
-  const auto m = weight.size(0);
-  if (step.is_batched()) return shaped(grad, {operand.size(0), m, width});
-  if (width == 1) return shaped(grad, {operand.size(0), m});
-  return shaped(permuted(shaped(grad, {operand.size(0) / width, m, width}), {0, 2, 1}), {operand.size(0), m});
+inline Tensor product_backward(const Tensor& grad, const Tensor& weight, const Step& step, int64_t width) {
+  const auto m = weight.size(0), lead = grad.numel() / (m * width);
+  if (step.is_batched()) return shaped(grad, {lead, m, width});
+  if (width == 1) return shaped(grad, {lead, m});
+  return shaped(permuted(shaped(grad, {lead, m, width}), {0, 2, 1}), {lead * width, m});
 }
 
 // The sum over the batch of grad_b operand_b^T.
@@ -185,11 +191,14 @@ inline Tensor summed_products(const Tensor& grad, const Tensor& operand) {
 
 // -- sweeps -----------------------------------------------------------------------------------------
 
-inline Sizes output_sizes(const Tensor& x, int64_t out_features) {
-  auto sizes = x.sizes().vec();
-  sizes.back() = out_features;
+// Sizes of the tensor with another number of features.
+inline Sizes sizes_with(const Tensor& tensor, int64_t features) {
+  auto sizes = tensor.sizes().vec();
+  sizes.back() = features;
   return sizes;
 }
+
+inline Tensor summed_rows(const Tensor& y) { return shaped(y, {y.numel() / y.size(-1), y.size(-1)}).sum(0); }
 
 inline Tensor apply_weight(const Tensor& rows, const Tensor& weight, const Bias& bias) {
   return bias ? at::addmm(*bias, rows, transposed(weight)) : at::mm(rows, transposed(weight));
@@ -197,14 +206,18 @@ inline Tensor apply_weight(const Tensor& rows, const Tensor& weight, const Bias&
 
 inline Tensor Sweep::forward(const Tensor& x, at::TensorList tensors, const Bias& bias, Trace* trace) const {
   const auto rows = x.numel() / in_features;
-  if (rows_at_a_time > 0 && rows > rows_at_a_time && !trace && !at::in_parallel_region())
-    return by_parts(x, tensors, bias, rows);
-  const auto sizes = output_sizes(x, out_features);
+  const bool may_part = !trace && is_unseen(x) && !at::in_parallel_region();  // seen by autograd: its second derivative
+  if (may_part && rows_at_a_time > 0 && rows > rows_at_a_time) return by_parts(x, tensors, bias, rows);
+  const auto sizes = sizes_with(x, out_features);
   if (is_one_product()) {
     auto weight = weight_of(steps[0], tensors, *this);
     const auto operand = shaped(x, {rows, in_features});
     const auto y = shaped(apply_weight(operand, weight.matrix, bias), sizes);
-    if (trace) *trace = {{std::move(weight)}, {operand}, {{rows * (leftward ? in_features : 1), 1, leftward ? 1 : in_features}}};
+    if (trace) {
+      trace->operands.push_back(any_requires_grad(tensors) ? operand : Tensor());
+      trace->states.push_back({rows * (leftward ? in_features : 1), 1, leftward ? 1 : in_features});
+      trace->weights.push_back(std::move(weight));
+    }
     return y;
   }
   Tensor state = leftward ? shaped(x, {rows * in_features, 1, 1}) : shaped(x, {rows, 1, in_features});
@@ -216,7 +229,7 @@ inline Tensor Sweep::forward(const Tensor& x, at::TensorList tensors, const Bias
     state = product(operand, weight.matrix, step, width);
     if (trace) {
       trace->weights.push_back(std::move(weight));
-      trace->operands.push_back(operand);
+      trace->operands.push_back(any_requires_grad(tensors.slice(step.start, step.n_cores())) ? operand : Tensor());
     }
   }
   const auto y = shaped(state, sizes).contiguous();  // flipped products come out transposed
@@ -237,18 +250,35 @@ inline Tensor Sweep::by_parts(const Tensor& x, at::TensorList tensors, const Bia
       y.narrow(0, start, n).copy_(forward(input.narrow(0, start, n), tensors, bias, nullptr));
     }
   });
-  return shaped(y, output_sizes(x, out_features));
+  return shaped(y, sizes_with(x, out_features));
 }
 
 // -- gradients --------------------------------------------------------------------------------------
 
-// What a sweep keeps beside tensors until its way back.
-struct Course : torch::CustomClassHolder {
-  c10::intrusive_ptr<Sweep> sweep;
+// What a sweep keeps beside tensors until its way back: whole numbers, since compiled autograd takes nothing else.
+struct Course {
+  const Sweep* sweep;  // sweeps stay for as long as the process, see module.cpp
   bool has_bias;
   std::vector<Sizes> states, cores;
 
-  size_t n_leading() const { return has_bias ? 2 : 1; }  // x and bias, before the cores
+  Sizes packed() const {
+    Sizes all{reinterpret_cast<int64_t>(sweep), has_bias};
+    for (size_t k = 0; k < states.size(); ++k) {
+      all.insert(all.end(), states[k].begin(), states[k].end());
+      all.insert(all.end(), cores[k].begin(), cores[k].end());
+    }
+    return all;
+  }
+
+  explicit Course(const Sizes& packed) : sweep(reinterpret_cast<const Sweep*>(packed[0])), has_bias(packed[1] != 0) {
+    const auto n_core = sweep->ready ? 0 : 4;
+    for (auto at = packed.begin() + 2; at != packed.end(); at += 3 + n_core) {
+      states.emplace_back(at, at + 3);
+      cores.emplace_back(at + 3, at + 3 + n_core);
+    }
+  }
+  Course(const Sweep* sweep, bool has_bias, std::vector<Sizes> states)
+      : sweep(sweep), has_bias(has_bias), states(std::move(states)) {}
 };
 
 // Gradients of a sweep, with what it saved; differentiating twice goes through the products once more.
@@ -260,42 +290,39 @@ struct SweepFunction : torch::autograd::Function<SweepFunction> {
     const at::AutoDispatchBelowADInplaceOrView below;
     Trace trace;
     const auto y = sweep->forward(x, tensors, bias, &trace);
-    auto course = c10::make_intrusive<Course>();
-    course->sweep = sweep;
-    course->has_bias = bias.has_value();
-    course->states = std::move(trace.states);
-    Tensors saved{x};
-    if (bias) saved.push_back(*bias);
+    Course course(sweep.get(), bias.has_value(), std::move(trace.states));
+    Tensors saved{any_requires_grad(tensors) ? x : Tensor()};  // frozen cores: gradients do not depend on it
     saved.insert(saved.end(), tensors.begin(), tensors.end());
     for (size_t k = 0; k < sweep->steps.size(); ++k) {
       auto& weight = trace.weights[k];
-      course->cores.push_back(std::move(weight.core));
+      course.cores.push_back(std::move(weight.core));
       saved.insert(saved.end(), {trace.operands[k], weight.matrix});
       for (const auto& pair : weight.pairs) saved.insert(saved.end(), {pair.first, pair.second});
     }
+    ctx->set_materialize_grads(false);
     ctx->save_for_backward(std::move(saved));
-    ctx->saved_data["course"] = c10::IValue::make_capsule(std::move(course));
+    ctx->saved_data["course"] = course.packed();
     return y;
   }
 
   static Tensors backward(Context* ctx, Tensors grads) {
-    const auto course = c10::static_intrusive_pointer_cast<Course>(ctx->saved_data["course"].toCapsule());
+    const Course course(ctx->saved_data["course"].toIntVector());
+    if (!grads[0].defined()) return Tensors(3 + course.sweep->shapes.size());
     const auto saved = ctx->get_saved_variables();
-    const auto n_leading = course->n_leading();
-    Needs needs{ctx->needs_input_grad(0), course->has_bias && ctx->needs_input_grad(1), {}};
-    for (size_t k = 0; k < course->sweep->shapes.size(); ++k)
+    const size_t n_leading = course.has_bias ? 2 : 1;  // x and bias, before the cores
+    Needs needs{ctx->needs_input_grad(0), course.has_bias && ctx->needs_input_grad(1), {}};
+    for (size_t k = 0; k < course.sweep->shapes.size(); ++k)
       needs.tensors.push_back(ctx->needs_input_grad(n_leading + k));
     Tensors found;
     if (c10::GradMode::is_enabled()) {
-      found = again(*course, saved, grads[0], needs);
+      found = again(course, saved, grads[0], needs);
     } else {
       const at::AutoDispatchBelowADInplaceOrView below;
-      found = first(*course, saved, grads[0], needs);
+      found = first(course, saved, grads[0], needs);
     }
-    // The sweep itself, x, a place for the bias whether there is one or not, cores.
-    Tensors result{Tensor(), found[0], course->has_bias ? found[1] : Tensor()};
-    result.insert(result.end(), found.begin() + n_leading, found.end());
-    return result;
+    // The sweep itself; then x, a place for the bias whether there is one or not, cores.
+    found.insert(found.begin(), Tensor());
+    return found;
   }
 
  private:
@@ -313,9 +340,9 @@ struct SweepFunction : torch::autograd::Function<SweepFunction> {
 
   static Tensors first(const Course& course, const Tensors& saved, const Tensor& grad_y, const Needs& needs) {
     const auto& sweep = *course.sweep;
-    const auto n_leading = course.n_leading(), n_steps = sweep.steps.size();
+    const auto n_steps = sweep.steps.size();
     Tensors grads(sweep.shapes.size());
-    std::vector<size_t> at{n_leading + sweep.shapes.size()};  // where each step's tensors begin
+    std::vector<size_t> at{1 + sweep.shapes.size()};  // where each step's tensors begin
     for (const auto& step : sweep.steps) at.push_back(at.back() + 2 + 2 * step.merges.size());
     auto grad = grad_y;
     for (size_t k = n_steps; k-- > 0;) {
@@ -324,7 +351,7 @@ struct SweepFunction : torch::autograd::Function<SweepFunction> {
       Weight weight{saved[at[k] + 1], course.cores[k], {}};
       for (auto m = at[k] + 2; m < at[k + 1]; m += 2) weight.pairs.emplace_back(saved[m], saved[m + 1]);
       const auto width = Cut(course.states[k], step, sweep.leftward).width;
-      const auto arriving = product_backward(grad, operand, weight.matrix, step, width);
+      const auto arriving = product_backward(grad, weight.matrix, step, width);
       if (needs.any(step)) {
         const auto of_weight =
             step.is_batched() ? summed_products(arriving, operand) : at::mm(transposed(arriving), operand);
@@ -336,11 +363,8 @@ struct SweepFunction : torch::autograd::Function<SweepFunction> {
                                   : at::mm(arriving, weight.matrix);
       grad = operand_backward(of_operand, course.states[k], step, sweep.leftward);
     }
-    Tensors result{needs.x ? shaped(grad, saved[0].sizes()) : Tensor()};
-    if (course.has_bias) {
-      const auto rows = shaped(grad_y, {grad_y.numel() / sweep.out_features, sweep.out_features});
-      result.push_back(needs.bias ? rows.sum(0) : Tensor());
-    }
+    Tensors result{needs.x ? shaped(grad, sizes_with(grad_y, sweep.in_features)) : Tensor(),
+                   needs.bias ? summed_rows(grad_y) : Tensor()};
     result.insert(result.end(), grads.begin(), grads.end());
     return result;
   }
@@ -348,22 +372,26 @@ struct SweepFunction : torch::autograd::Function<SweepFunction> {
   // Under create_graph, by torch's own derivatives of the same products.
   static Tensors again(const Course& course, const Tensors& saved, const Tensor& grad_y, const Needs& needs) {
     Tensors inputs, wanted;
-    const auto take = [&](const Tensor& tensor, bool needed) {
-      // An alias: the history of one input may hold another one, and that way is not this node's.
-      inputs.push_back(needed ? tensor.view_as(tensor) : tensor.detach());
-      if (needed) wanted.push_back(inputs.back());
+    std::vector<bool> needed;
+    const auto take = [&](const Tensor& tensor, bool need) {
+      // An alias: the history of one input may hold another one, and that way is not this node's. What needs no
+      // gradient now stays linked too: the gradients of the others depend on it.
+      inputs.push_back(tensor.view_as(tensor));
+      needed.push_back(need);
+      if (need) wanted.push_back(inputs.back());
     };
-    take(saved[0], needs.x);
-    if (course.has_bias) take(saved[1], needs.bias);
-    for (const bool needed : needs.tensors) take(saved[inputs.size()], needed);
-    const auto bias = course.has_bias ? Bias(inputs[1]) : std::nullopt;
-    const auto tensors = at::TensorList(inputs).slice(course.n_leading());
-    const auto y = course.sweep->forward(inputs[0], tensors, bias, nullptr);
-    const auto found = torch::autograd::grad({y}, wanted, {grad_y}, /*retain_graph=*/true, /*create_graph=*/true,
-                                             /*allow_unused=*/true);
-    Tensors result(inputs.size());
-    for (size_t k = 0, taken = 0; k < inputs.size(); ++k)
-      if (inputs[k].requires_grad()) result[k] = found[taken++];
+    const auto x_sizes = sizes_with(grad_y, course.sweep->in_features);
+    take(saved[0].defined() ? saved[0] : at::zeros(x_sizes, grad_y.options()).requires_grad_(), needs.x);
+    for (const bool need : needs.tensors) take(saved[inputs.size()], need);
+    Tensors found;
+    if (!wanted.empty()) {
+      const auto y = course.sweep->forward(inputs[0], at::TensorList(inputs).slice(1), std::nullopt, nullptr);
+      found = torch::autograd::grad({y}, wanted, {grad_y}, /*retain_graph=*/true, /*create_graph=*/true,
+                                    /*allow_unused=*/true);
+    }
+    Tensors result;
+    for (size_t k = 0, taken = 0; k < inputs.size(); ++k) result.push_back(needed[k] ? found[taken++] : Tensor());
+    result.insert(result.begin() + 1, needs.bias ? summed_rows(grad_y) : Tensor());
     return result;
   }
 };

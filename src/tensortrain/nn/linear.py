@@ -124,8 +124,10 @@ class Linear(FactorizedLayer):
                 self._cache.clear()  # the cores are about to change
             return plan.execute(x, self._chain_cores(), bias=self.bias)
         if plan.uses_dense:
-            flipped = isinstance(plan, ContractionPlan) and plan.flips
-            return linear_product(x, self._dense_weight(), self.bias, flipped=flipped)
+            # The same products as on the short way, so that what is run again saves the same for its gradients.
+            if isinstance(plan, ContractionPlan) and not self._is_padded:
+                return plan.execute(x, (), (self._dense_weight(),), self.bias)
+            return linear_product(x, self._dense_weight(), self.bias)
         return self._execute(plan, x, self._prepared(plan))
 
     # -- the short way: a size that was met before, in C++ --------------------------------------------

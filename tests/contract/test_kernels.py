@@ -640,6 +640,22 @@ def test_threads_share_a_layer(layer: tt.nn.Linear) -> None:
     assert not failures
 
 
+@built
+def test_another_thread_may_clear_a_layer_at_any_time(layer: tt.nn.Linear, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(5, 24, dtype=torch.float64)
+    expected = [layer(x), layer(x)][-1]
+    options = layer._options
+
+    def interrupted() -> tuple[Any, ...]:
+        found = options()
+        layer.clear_cache()
+        return found
+
+    monkeypatch.setattr(layer, "_options", interrupted)
+    torch.testing.assert_close(layer(x), expected)
+    torch.testing.assert_close(layer(x), expected)
+
+
 # -- building -----------------------------------------------------------------------------------------
 
 

@@ -97,11 +97,12 @@ class Linear(FactorizedLayer):
         return self._chain_plan(batch, force=force)
 
     def forward(self, x: Tensor) -> Tensor:
-        if not torch.compiler.is_compiling() and self._way is not None and library() is not None:
+        way = None if torch.compiler.is_compiling() else self._way  # once: another thread may clear it
+        if way is not None and library() is not None:
             # Past attributes of modules, which take longer to look up than a small product.
             cores = self._modules["cores"]
             if type(cores) is nn.ParameterList and self._stand_ins is None and self._way_options == self._options():
-                y: Tensor | None = self._way(x, cores._parameters, self._parameters)
+                y: Tensor | None = way(x, cores._parameters, self._parameters)
                 if y is not None:
                     return y
         self._check_input(x)
@@ -124,8 +125,10 @@ class Linear(FactorizedLayer):
                 self._cache.clear()  # the cores are about to change
             return plan.execute(x, self._chain_cores(), bias=self.bias)
         if plan.uses_dense:
-            flipped = isinstance(plan, ContractionPlan) and plan.flips
-            return linear_product(x, self._dense_weight(), self.bias, flipped=flipped)
+            # The same products as on the short way, so that what is run again saves the same for its gradients.
+            if isinstance(plan, ContractionPlan) and not self._is_padded:
+                return plan.execute(x, (), (self._dense_weight(),), self.bias)
+            return linear_product(x, self._dense_weight(), self.bias)
         return self._execute(plan, x, self._prepared(plan))
 
     # -- the short way: a size that was met before, in C++ --------------------------------------------
@@ -151,13 +154,14 @@ class Linear(FactorizedLayer):
         cores = self._core_list()
         if self._stand_ins is not None or type(self.cores) is not nn.ParameterList:
             return
-        if self._way is None or self._way_options != self._options():
-            self._way, self._way_options = kernels.ShortWay(), self._options()
-            self._cache.holder = self._way
+        way, options = self._way, self._options()
+        if way is None or self._way_options != options:
+            way = kernels.ShortWay()
+            self._way, self._way_options, self._cache.holder = way, options, way
         rows = x.numel() // self.in_features
         if self._trains():
             if isinstance(plan, ContractionPlan) and not self._is_padded and self._stores_chain:
-                self._way.keep_training(rows, compiled(plan, ready=False))
+                way.keep_training(rows, compiled(plan, ready=False))
             return
         if isinstance(plan, ContractionPlan) and not self._is_padded:
             sweep = compiled(plan, ready=True)
@@ -167,7 +171,7 @@ class Linear(FactorizedLayer):
             return
         found = self._cache.peek(cores, "dense" if plan.uses_dense else self._prepared_tag(plan))
         if found is not None:
-            self._way.keep_inference(rows, sweep, [found] if plan.uses_dense else list(found), cores)
+            way.keep_inference(rows, sweep, [found] if plan.uses_dense else list(found), cores)
 
     def _execute(self, plan: ContractionPlan | NetworkPlan, x: Tensor, prepared: tuple[Tensor, ...]) -> Tensor:
         """The product by steps, padded where the modes exceed the sizes, and the bias."""

@@ -6,6 +6,7 @@
 #include <ATen/Context.h>
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/autocast_mode.h>
+#include <ATen/ops/linear.h>
 #include <c10/core/GradMode.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 
@@ -41,6 +42,8 @@ inline Tensor multiply(const c10::intrusive_ptr<Sweep>& sweep, const Tensor& x, 
                        const Bias& bias) {
   const bool differentiates = c10::GradMode::is_enabled() && !c10::InferenceMode::is_enabled() &&
                               (x.requires_grad() || (bias && bias->requires_grad()) || any_requires_grad(tensors));
+  // A ready weight is a layer of torch's: the long way takes it so, and checkpointing must find the same saved.
+  if (differentiates && sweep->ready && sweep->is_one_product()) return at::linear(x, tensors[0], bias);
   if (differentiates) return differentiable(sweep, x, tensors, bias);
   const at::AutoDispatchBelowADInplaceOrView below;
   return sweep->forward(x, tensors, bias, nullptr);

@@ -62,9 +62,9 @@ struct Sweep : torch::CustomClassHolder {
   std::vector<Sizes> shapes;  // of cores or matrices
 
   Tensor forward(const Tensor& x, at::TensorList tensors, const Bias& bias, Trace* trace) const;
+  bool is_one_product() const { return steps.size() == 1 && steps[0].form == Form::linear; }
 
  private:
-  bool is_one_product() const { return steps.size() == 1 && steps[0].form == Form::linear; }
   Tensor by_parts(const Tensor& x, at::TensorList tensors, const Bias& bias, int64_t rows) const;
 };
 

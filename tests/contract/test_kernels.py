@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo import compiled_autograd
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
@@ -278,6 +279,21 @@ def test_compiled_autograd() -> None:
             found = torch.autograd.grad(plan.execute(x, cores, bias=bias).sin().sum(), inputs)
         for one, other in zip(found, expected, strict=True):
             torch.testing.assert_close(one, other)
+
+
+@built
+@pytest.mark.parametrize("k", range(3))
+def test_a_way_back_can_be_traced(k: int) -> None:
+    chain = CHAINS[1]
+    x, bias, cores = draw(chain, (3,))
+    y = all_plans(chain, 3, training=True)[k].execute(x, cores, bias=bias)
+
+    def back(grad: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(y, [x, bias, *cores], grad, retain_graph=True)
+
+    traced, grad = make_fx(back)(torch.ones_like(y)), torch.randn_like(y)
+    for one, other in zip(traced(grad), back(grad), strict=True):
+        torch.testing.assert_close(one, other)
 
 
 @built

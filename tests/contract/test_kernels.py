@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo import compiled_autograd
+from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
@@ -294,6 +295,20 @@ def test_a_way_back_can_be_traced(k: int) -> None:
     traced, grad = make_fx(back)(torch.ones_like(y)), torch.randn_like(y)
     for one, other in zip(traced(grad), back(grad), strict=True):
         torch.testing.assert_close(one, other)
+
+
+@built
+def test_a_way_back_has_forward_derivatives() -> None:
+    chain = CHAINS[1]
+    x, bias, cores = draw(chain, (3,))
+    grad, tangent = torch.randn(2, 3, chain.out_features, dtype=torch.float64)
+    for plan in all_plans(chain, 3, training=True):
+        y = plan.execute(x, cores, bias=bias)
+        expected = torch.autograd.grad(y, [x, bias, *cores], tangent, retain_graph=True)
+        with forward_ad.dual_level():
+            found = torch.autograd.grad(y, [x, bias, *cores], forward_ad.make_dual(grad, tangent))
+            for one, other in zip(found, expected, strict=True):
+                torch.testing.assert_close(forward_ad.unpack_dual(one).tangent, other)
 
 
 @built

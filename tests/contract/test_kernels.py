@@ -740,6 +740,15 @@ def test_a_cache_that_may_not_be_read_is_passed_by(monkeypatch: pytest.MonkeyPat
         patch.setenv("XDG_CACHE_HOME", "/not/mine")
         patch.setattr(os, "stat", refuse)
         assert not loading.look_again()
+
+
+@built
+def test_a_folder_that_cannot_be_written_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with monkeypatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+        with pytest.raises(KernelBuildError, match="XDG_CACHE_HOME"):
+            kernels.build()
     loading.look_again()
 
 

@@ -33,18 +33,28 @@ def build(*, force: bool = False) -> Path:
     Cost: half a minute to a minute, once for every release of torch and of this package.
     """
     target = built_path()
-    if not target.is_file() or force:
-        target.parent.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent.parent, prefix="kernels-", suffix=".part") as folder:
-            made = _compile(Path(folder))
-            target.parent.mkdir(exist_ok=True)
-            os.replace(made, target)
+    try:
+        if not target.is_file() or force:
+            _build_at(target)
+    except OSError as error:
+        raise KernelBuildError(
+            f"the kernels must be written to {target.parent.parent}: {error}. Point XDG_CACHE_HOME to a folder that "
+            "may be written to."
+        ) from error
     if not look_again():
         raise KernelBuildError(
             f"kernels that were built must load: {target} does not. Build them again with force=True "
             "(tensortrain build-kernels --force)."
         )
     return target
+
+
+def _build_at(target: Path) -> None:
+    target.parent.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent.parent, prefix="kernels-", suffix=".part") as folder:
+        made = _compile(Path(folder))
+        target.parent.mkdir(exist_ok=True)
+        os.replace(made, target)
 
 
 def _compile(folder: Path) -> Path:

@@ -6,6 +6,7 @@ import copy
 import gc
 import os
 import pickle
+import sys
 import threading
 import weakref
 from collections.abc import Iterator, Sequence
@@ -17,6 +18,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo import compiled_autograd
+from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
@@ -236,6 +239,27 @@ def test_a_few_rows_at_a_time_change_nothing(rows: int) -> None:
 
 
 @built
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="other compilers may lack OpenMP")
+def test_threads_share_the_rows_and_the_groups() -> None:
+    kept = Path(kernels.library().__file__).read_bytes()  # type: ignore[union-attr]
+    assert any(call in kept for call in (b"GOMP_parallel", b"__kmpc_fork_call"))
+    chain = CHAINS[1]
+    x, bias, cores = draw(chain, (23,))
+    n_threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        for mode in (torch.no_grad, torch.inference_mode):
+            for plan in all_plans(chain, 23, training=False):
+                with mode():
+                    ready = plan.prepare(cores)
+                    found, expected = plan.by_parts(4).execute(x, (), ready, bias), plan.execute(x, (), ready, bias)
+                    torch.testing.assert_close(found, expected)
+        test_grouped_products((3, 0, 4, 1))
+    finally:
+        torch.set_num_threads(n_threads)
+
+
+@built
 def test_many_gradients_at_once() -> None:
     chain = CHAINS[1]
     x, bias, cores = draw(chain, (3,))
@@ -278,6 +302,35 @@ def test_compiled_autograd() -> None:
             found = torch.autograd.grad(plan.execute(x, cores, bias=bias).sin().sum(), inputs)
         for one, other in zip(found, expected, strict=True):
             torch.testing.assert_close(one, other)
+
+
+@built
+@pytest.mark.parametrize("k", range(3))
+def test_a_way_back_can_be_traced(k: int) -> None:
+    chain = CHAINS[1]
+    x, bias, cores = draw(chain, (3,))
+    y = all_plans(chain, 3, training=True)[k].execute(x, cores, bias=bias)
+
+    def back(grad: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(y, [x, bias, *cores], grad, retain_graph=True)
+
+    traced, grad = make_fx(back)(torch.ones_like(y)), torch.randn_like(y)
+    for one, other in zip(traced(grad), back(grad), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@built
+def test_a_way_back_has_forward_derivatives() -> None:
+    chain = CHAINS[1]
+    x, bias, cores = draw(chain, (3,))
+    grad, tangent = torch.randn(2, 3, chain.out_features, dtype=torch.float64)
+    for plan in all_plans(chain, 3, training=True):
+        y = plan.execute(x, cores, bias=bias)
+        expected = torch.autograd.grad(y, [x, bias, *cores], tangent, retain_graph=True)
+        with forward_ad.dual_level():
+            found = torch.autograd.grad(y, [x, bias, *cores], forward_ad.make_dual(grad, tangent))
+            for one, other in zip(found, expected, strict=True):
+                torch.testing.assert_close(forward_ad.unpack_dual(one).tangent, other)
 
 
 @built
@@ -709,6 +762,15 @@ def test_a_cache_that_may_not_be_read_is_passed_by(monkeypatch: pytest.MonkeyPat
         patch.setenv("XDG_CACHE_HOME", "/not/mine")
         patch.setattr(os, "stat", refuse)
         assert not loading.look_again()
+
+
+@built
+def test_a_folder_that_cannot_be_written_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with monkeypatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+        with pytest.raises(KernelBuildError, match="XDG_CACHE_HOME"):
+            kernels.build()
     loading.look_again()
 
 

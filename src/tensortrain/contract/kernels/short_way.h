@@ -21,9 +21,7 @@ inline bool is_plain(const Tensor& tensor) { return has_plain_keys(tensor) && !t
 
 // Whether nobody listens to, rewrites or casts the operations of this thread.
 inline bool is_undisturbed() {
-  static const auto usual = c10::DispatchKeySet({c10::DispatchKey::BackendSelect, c10::DispatchKey::ADInplaceOrView});
-  const auto included = c10::impl::tls_local_dispatch_key_set().included_;
-  return (included - usual).empty() && !at::impl::torch_function_mode_enabled() &&
+  return is_unheard(c10::impl::tls_local_dispatch_key_set()) && !at::impl::torch_function_mode_enabled() &&
          !at::autocast::is_autocast_enabled(at::kCPU);
 }
 

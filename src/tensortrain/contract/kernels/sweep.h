@@ -317,7 +317,8 @@ struct SweepFunction : torch::autograd::Function<SweepFunction> {
     if (c10::GradMode::is_enabled()) {
       found = again(course, saved, grads[0], needs);
     } else {
-      const at::AutoDispatchBelowADInplaceOrView below;
+      std::optional<at::AutoDispatchBelowADInplaceOrView> below;
+      if (!grads[0]._fw_grad(0).defined()) below.emplace();  // else torch takes the derivative of the way back along
       found = first(course, saved, grads[0], needs);
     }
     // The sweep itself; then x, a place for the bias whether there is one or not, cores.

@@ -25,10 +25,17 @@ inline bool has_plain_keys(const Tensor& tensor) {
   return (tensor.key_set() | of_gradients) == plain;
 }
 
+// Whether no mode, tracer or transform listens to the operations of a thread.
+inline bool is_unheard(const c10::impl::LocalDispatchKeySet& keys) {
+  static const auto usual = c10::DispatchKeySet({c10::DispatchKey::BackendSelect, c10::DispatchKey::ADInplaceOrView});
+  return (keys.included_ - usual).empty();
+}
+
 // Whether nobody but the CPU's own functions would see an operation on this tensor.
 inline bool is_unseen(const Tensor& tensor) {
-  const auto excluded = c10::impl::tls_local_dispatch_key_set().excluded_;
-  return excluded.isSupersetOf(c10::autograd_dispatch_keyset_with_ADInplaceOrView) && has_plain_keys(tensor);
+  const auto keys = c10::impl::tls_local_dispatch_key_set();
+  return keys.excluded_.isSupersetOf(c10::autograd_dispatch_keyset_with_ADInplaceOrView) && is_unheard(keys) &&
+         has_plain_keys(tensor);
 }
 
 inline Tensor strided(const Tensor& tensor, at::IntArrayRef sizes, at::IntArrayRef strides) {

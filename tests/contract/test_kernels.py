@@ -6,7 +6,6 @@ import copy
 import gc
 import os
 import pickle
-import sys
 import threading
 import weakref
 from collections.abc import Iterator, Sequence
@@ -236,27 +235,6 @@ def test_a_few_rows_at_a_time_change_nothing(rows: int) -> None:
             (first,) = torch.autograd.grad(plan.execute(x, (), ready, bias).square().sum(), x, create_graph=True)
             (expected,) = torch.autograd.grad(first.sin().sum(), x)
         torch.testing.assert_close(found, expected)
-
-
-@built
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="other compilers may lack OpenMP")
-def test_threads_share_the_rows_and_the_groups() -> None:
-    kept = Path(kernels.library().__file__).read_bytes()  # type: ignore[union-attr]
-    assert any(call in kept for call in (b"GOMP_parallel", b"__kmpc_fork_call"))
-    chain = CHAINS[1]
-    x, bias, cores = draw(chain, (23,))
-    n_threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(2)
-        for mode in (torch.no_grad, torch.inference_mode):
-            for plan in all_plans(chain, 23, training=False):
-                with mode():
-                    ready = plan.prepare(cores)
-                    found, expected = plan.by_parts(4).execute(x, (), ready, bias), plan.execute(x, (), ready, bias)
-                    torch.testing.assert_close(found, expected)
-        test_grouped_products((3, 0, 4, 1))
-    finally:
-        torch.set_num_threads(n_threads)
 
 
 @built

@@ -9,8 +9,6 @@ import sys
 import tempfile
 from pathlib import Path
 
-import torch
-
 from tensortrain.contract.kernels.load import MODULE, SOURCES, built_path, look_again
 from tensortrain.errors import KernelBuildError
 
@@ -60,30 +58,14 @@ def _build_at(target: Path) -> None:
 
 
 def _compile(folder: Path) -> Path:
-    made = None
-    if torch.backends.openmp.is_available():
-        # Without the flag torch's loops have one thread. Its calls go to torch's own runtime: none is linked.
-        made, _ = _tried(folder, "-O2", "-fopenmp")
-    if made is None:  # not every compiler has OpenMP
-        made, output = _tried(folder, "-O2")
-    if made is None:
-        raise KernelBuildError(
-            "compiling the kernels needs a C++ compiler, Python's headers and ninja (pip install ninja): found\n"
-            f"{_reason(output)}\nLayers work without kernels; only small ones are slower."
-        )
-    return made
-
-
-def _tried(folder: Path, *flags: str) -> tuple[Path | None, str]:
-    """The library, if it could be compiled and loads, and what the compiler said."""
     # In a process of its own: torch imports what it has compiled, and that must happen at the final place.
     program = (
         "import sys\n"
         "from torch.utils.cpp_extension import load\n"
-        "load(sys.argv[1], [sys.argv[2]], build_directory=sys.argv[3], extra_cflags=sys.argv[4:], verbose=True)\n"
+        "load(sys.argv[1], [sys.argv[2]], build_directory=sys.argv[3], extra_cflags=['-O2'], verbose=True)\n"
     )
     source = str(SOURCES / "module.cpp")
-    command = [sys.executable, "-c", program, MODULE, source, str(folder), *flags]
+    command = [sys.executable, "-c", program, MODULE, source, str(folder)]
     environment = {**os.environ, "PATH": _path_with_tools()}
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_MOST_S, env=environment)
@@ -92,7 +74,12 @@ def _tried(folder: Path, *flags: str) -> tuple[Path | None, str]:
             f"compiling the kernels must end within {_MOST_S} s: it did not. Try again on a quieter machine."
         ) from error
     made = next((path for path in folder.glob(f"{MODULE}*") if path.suffix in (".so", ".pyd", ".dylib")), None)
-    return made if done.returncode == 0 else None, done.stdout + done.stderr
+    if done.returncode != 0 or made is None:
+        raise KernelBuildError(
+            "compiling the kernels needs a C++ compiler, Python's headers and ninja (pip install ninja): found\n"
+            f"{_reason(done.stdout + done.stderr)}\nLayers work without kernels; only small ones are slower."
+        )
+    return made
 
 
 def _path_with_tools() -> str:

@@ -92,7 +92,7 @@ def _loaded(path: Path) -> Any | None:
 @cache
 def _digest() -> str:
     digest = hashlib.sha256()
-    for path in (*sorted(SOURCES.glob("*.h")), *sorted(SOURCES.glob("*.cpp")), SOURCES / "build.py"):
+    for path in sorted(SOURCES.glob("*.h")) + sorted(SOURCES.glob("*.cpp")):
         digest.update(path.read_bytes())
     digest.update(f"{torch.__version__} {sys.implementation.cache_tag} {platform.machine()}".encode())
     return digest.hexdigest()[:16]

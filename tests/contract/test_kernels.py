@@ -672,6 +672,33 @@ def test_threads_share_a_layer(layer: tt.nn.Linear) -> None:
 
 
 @built
+def test_threads_share_a_layer_that_changes(layer: tt.nn.Linear) -> None:
+    inputs = [torch.randn(rows, 24, dtype=torch.float64) for rows in (1, 3, 9, 30)]
+    failures: list[BaseException] = []
+    done = threading.Event()
+
+    def work() -> None:
+        try:
+            with torch.no_grad():
+                while not done.is_set():
+                    for x in inputs:
+                        layer(x)
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    with torch.no_grad():
+        for _ in range(600):
+            layer.cores[0].mul_(1)
+    done.set()
+    for thread in threads:
+        thread.join()
+    assert not failures
+
+
+@built
 def test_another_thread_may_clear_a_layer_at_any_time(layer: tt.nn.Linear, monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(5, 24, dtype=torch.float64)
     expected = [layer(x), layer(x)][-1]

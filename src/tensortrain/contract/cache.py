@@ -100,7 +100,8 @@ class WeightCache:
             self._stamps, self._values = stamps, {}
             self._optimizer_steps = _STEPS.count()
         key = (tag, _autocast_dtype(sources))
-        if key not in self._values:
+        value: Any = self._values.get(key)
+        if value is None:
             # A tensor made in inference mode could not serve a later backward pass.
             with torch.inference_mode(False), torch.no_grad():
                 value = build()
@@ -109,7 +110,7 @@ class WeightCache:
             self._values[key] = value
             if self.holder is not None:
                 self.holder.note_cached()
-        return self._values[key]  # type: ignore[return-value]
+        return value  # type: ignore[no-any-return]
 
     def peek(self, sources: Sequence[Tensor], tag: Hashable) -> Any:
         """The value kept outside autocast under a tag, or ``None``; what ``get`` does where nothing has changed.

@@ -68,12 +68,14 @@ class ShortWay {
   void keep_training(int64_t rows, c10::intrusive_ptr<Sweep> sweep) { training_[bucket(rows)] = std::move(sweep); }
 
   void keep_inference(int64_t rows, c10::intrusive_ptr<Sweep> sweep, Tensors weights, const Tensors& cores) {
+    Kept gone;
     if (!is_current(cores)) {
-      forget_weights();
-      for (const auto& core : cores) stamps_.emplace_back(core);
-      n_steps_ = n_optimizer_steps;
+      std::swap(gone, kept_);
+      for (const auto& core : cores) kept_.stamps.emplace_back(core);
+      kept_.n_steps = n_optimizer_steps;
     }
-    inference_[bucket(rows)] = {std::move(sweep), std::move(weights)};
+    std::swap(gone.inference[bucket(rows)], kept_.inference[bucket(rows)]);
+    kept_.inference[bucket(rows)] = {std::move(sweep), std::move(weights)};
     may_be_cached_ = true;
   }
 
@@ -87,13 +89,14 @@ class ShortWay {
       if (!training_[k] || may_be_cached_) return std::nullopt;  // the long way clears the cache
       return std::make_pair(training_[k], std::move(cores));
     }
-    if (!inference_[k].sweep || !is_current(cores)) return std::nullopt;
-    return std::make_pair(inference_[k].sweep, inference_[k].weights);
+    const auto& ready = kept_.inference[k];
+    if (!ready.sweep || !is_current(cores)) return std::nullopt;
+    return std::make_pair(ready.sweep, ready.weights);
   }
 
   void forget_weights() {
-    stamps_.clear();
-    inference_.fill({});
+    Kept gone;
+    std::swap(gone, kept_);
     may_be_cached_ = false;
   }
 
@@ -105,6 +108,12 @@ class ShortWay {
     Tensors weights;
   };
   static constexpr size_t n_buckets = 63;
+  // Tensors that end may let another thread take the GIL and come here: they are moved out first, and end last.
+  struct Kept {
+    std::array<Ready, n_buckets> inference;
+    std::vector<Stamp> stamps;
+    int64_t n_steps = 0;
+  };
 
   static size_t bucket(int64_t rows) {
     size_t k = 0;
@@ -113,16 +122,14 @@ class ShortWay {
   }
 
   bool is_current(const Tensors& cores) const {
-    if (stamps_.size() != cores.size() || n_steps_ != n_optimizer_steps) return false;
+    if (kept_.stamps.size() != cores.size() || kept_.n_steps != n_optimizer_steps) return false;
     for (size_t k = 0; k < cores.size(); ++k)
-      if (cores[k].is_inference() || !stamps_[k].is_of(cores[k])) return false;
+      if (cores[k].is_inference() || !kept_.stamps[k].is_of(cores[k])) return false;
     return true;
   }
 
   std::array<c10::intrusive_ptr<Sweep>, n_buckets> training_;
-  std::array<Ready, n_buckets> inference_;
-  std::vector<Stamp> stamps_;
-  int64_t n_steps_ = 0;
+  Kept kept_;
   bool may_be_cached_ = true;  // whether the layer's cache may hold weights, which leave memory when training goes on
 };
 

@@ -110,7 +110,7 @@ class WeightCache:
             self._values[key] = value
             if self.holder is not None:
                 self.holder.note_cached()
-        return value  # type: ignore[no-any-return]
+        return value
 
     def peek(self, sources: Sequence[Tensor], tag: Hashable) -> Any:
         """The value kept outside autocast under a tag, or ``None``; what ``get`` does where nothing has changed.

@@ -94,8 +94,8 @@ class ContractionPlan:
         predicted_s: Seconds of one call; of forward and backward when training. At inference the
             prepared weights count as kept from the call before.
         dense_flops, dense_s: The same for a plain dense layer.
-        rows_at_a_time: With kernels and without gradients, each thread takes about so many rows through all steps, so
-            that states stay in its cache; 0 takes all rows through one step after the other.
+        rows_at_a_time: With kernels and without gradients, about so many rows at a time go through all steps, so that
+            states stay in the cache; 0 takes all rows through one step after the other.
     """
 
     chain: Chain

@@ -12,7 +12,7 @@
 namespace tensortrain {
 
 // Calls work(k, first row, rows) for every group that has rows. Groups differ in size, so threads take them as they
-// come; a product inside a thread is that thread's alone.
+// come; a product inside a thread is that thread's alone. Built without OpenMP, as now, this is a plain loop.
 template <typename Work>
 void for_groups(const std::vector<int64_t>& counts, const Work& work) {
   std::vector<int64_t> starts;

@@ -57,7 +57,7 @@ struct Sweep : torch::CustomClassHolder {
   bool leftward;
   bool ready;
   int64_t in_features, out_features;
-  int64_t rows_at_a_time;  // 0: all; else each thread takes about so many rows through all steps, in its own cache
+  int64_t rows_at_a_time;  // 0: all; else about so many at a time go through all steps, which keeps states in the cache
   std::vector<Step> steps;
   std::vector<Sizes> shapes;  // of cores or matrices
 
@@ -236,7 +236,8 @@ inline Tensor Sweep::forward(const Tensor& x, at::TensorList tensors, const Bias
   return bias ? y.add_(*bias) : y;
 }
 
-// Parts of equal size, a whole number of them for every thread; no gradients are recorded here.
+// Parts of equal size, a whole number of them for every thread; no gradients are recorded here. Built without OpenMP,
+// as now, parts follow each other and their products use all threads.
 inline Tensor Sweep::by_parts(const Tensor& x, at::TensorList tensors, const Bias& bias, int64_t rows) const {
   const auto n_threads = static_cast<int64_t>(at::get_num_threads());
   const auto per_thread = (rows + rows_at_a_time * n_threads - 1) / (rows_at_a_time * n_threads);

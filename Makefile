@@ -77,8 +77,7 @@ $(VENV)/.dev-installed: pyproject.toml constraints.txt | $(VENV)/.made
 # Everything works without kernels, so a machine that cannot compile them is no reason to stop.
 $(VENV)/.kernels-built: $(KERNELS) | $(VENV)/.runtime-installed
 	@echo "Compiling the kernels: about a minute, once."
-	@$(BIN)/tensortrain build-kernels || echo "Going on without kernels: small layers run slower."
-	@touch $@
+	@$(BIN)/tensortrain build-kernels && touch $@ || echo "Going on without kernels: small layers run slower."
 
 $(VENV)/.made:
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10))" 2>/dev/null || { \

@@ -97,14 +97,10 @@ class Linear(FactorizedLayer):
         return self._chain_plan(batch, force=force)
 
     def forward(self, x: Tensor) -> Tensor:
-        way = None if torch.compiler.is_compiling() else self._way  # once: another thread may clear it
-        if way is not None and library() is not None:
-            # Past attributes of modules, which take longer to look up than a small product.
-            cores = self._modules["cores"]
-            if type(cores) is nn.ParameterList and self._stand_ins is None and self._way_options == self._options():
-                y: Tensor | None = way(x, cores._parameters, self._parameters)
-                if y is not None:
-                    return y
+        if not torch.compiler.is_compiling():
+            y = self._short(x) if library() is None else self._shortest(x)
+            if y is not None:
+                return y
         self._check_input(x)
         plan = self._plan_for(x)
         y = self._run(plan, x)
@@ -131,7 +127,30 @@ class Linear(FactorizedLayer):
             return linear_product(x, self._dense_weight(), self.bias)
         return self._execute(plan, x, self._prepared(plan))
 
-    # -- the short way: a size that was met before, in C++ --------------------------------------------
+    # -- the short way: a size that was met before ----------------------------------------------------
+
+    def _shortest(self, x: Tensor) -> Tensor | None:
+        """The product by the kernels, where they have kept the way."""
+        way = self._way  # once: another thread may clear it
+        # Past attributes of modules, which take longer to look up than a small product.
+        cores = self._modules["cores"]
+        if way is None or type(cores) is not nn.ParameterList:
+            return None
+        if self._stand_ins is not None or self._way_options != self._options():
+            return None
+        y: Tensor | None = way(x, cores._parameters, self._parameters)
+        return y
+
+    def _short(self, x: Tensor) -> Tensor | None:
+        """Without kernels: the product by the dense weight, where it runs at this many rows and lies ready."""
+        if torch.is_grad_enabled() or torch._C._get_tracing_state() is not None:
+            return None
+        self._check_input(x)
+        plan = self._plans.get(self._plan_key(x.numel() // self.in_features, training=False))
+        if plan is None or plan.kind != "dense" or (plan.steps and plan.steps[0].kind == "flipped"):
+            return None
+        weight = self._cache.peek(self._core_list(), "dense")
+        return None if weight is None else F.linear(x, weight, self.bias)
 
     def _forget(self) -> None:
         super()._forget()

@@ -1,4 +1,4 @@
-// Many small products with few distinct right sides: the loops of grouped.py, shared out among threads.
+// Many small products with few distinct right sides: the loops of grouped.py.
 #pragma once
 
 #include <ATen/Parallel.h>

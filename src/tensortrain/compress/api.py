@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterable, Mapping, Sequence
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tensortrain.nn import FactorizedLayer
 
 from .apply import apply_plan_
+from .batches import Parts, length_of, map_tensors, n_examples, read_batch, run, tensors_in
 from .budget import BudgetLike
 from .candidates import DEFAULT_FORMATS
-from .heal import Heal, check_healing, heal_
+from .heal import Heal, check_healing, heal_, task_on_data
 from .layers import check_module, count_params
-from .measure import latency_rows, memory_rows, resident_bytes
+from .measure import Call, batch_of, latency_rows, memory_rows, resident_bytes
 from .observer import Observer, Silent
-from .output_weights import OutputFunction
+from .outputs import Output, check_output
 from .plan import CompressionPlan, LayerPlan, plan_compression
+from .preserve import copy_model, preserved, uncompiled
 from .report import CurvePoint, LayerReport, Report, own_commit, provenance
+from .task import Task, TaskName, check_task_name
 from .training import Evaluate, FitResult
 
 __all__ = ["CompressionResult", "compress", "evaluate_metric"]
@@ -53,7 +56,8 @@ def compress(
     allow_slower: bool = False,
     batch_size: int | None = None,
     n_batches: int = 16,
-    output: OutputFunction | None = None,
+    task: TaskName | Task | None = None,
+    output: Output | None = None,
     plan: CompressionPlan | None = None,
     inplace: bool = False,
     checkpoint: str | Path | None = None,
@@ -72,7 +76,7 @@ def compress(
         evaluate: ``model -> figure``, measured before, after compression and after healing.
         metric_name: What the figure is called in the report; ``"accuracy"`` is shown in per cent.
         example_inputs: A batch for shapes and measurements when there is no ``data``.
-        formats, include, exclude, allow_slower, batch_size, n_batches, output: As ``plan_compression``.
+        formats, include, exclude, allow_slower, batch_size, n_batches, task, output: As ``plan_compression``.
         plan: A plan made before, in place of a new one.
         checkpoint: File for resuming a killed healing.
         measure: Time both models and measure memory for the report.
@@ -95,82 +99,185 @@ def compress(
     check_module(model)
     observer = observer or Silent()
     settings = _heal_settings(heal, data)
-    if settings is not None and data is not None:
-        check_healing(model, data, settings, output=output)
-    if plan is None:
-        plan = plan_compression(
-            model,
-            budget=budget,
-            data=data,
-            example_inputs=example_inputs,
-            formats=formats,
-            include=include,
-            exclude=exclude,
-            allow_slower=allow_slower,
-            batch_size=batch_size,
-            n_batches=n_batches,
-            will_heal=_healing_to_come(settings) if data is not None else False,
-            output=output,
-            observer=observer,
+    notes = _compiled_note(model)
+    model = uncompiled(model)
+    with torch.inference_mode(False):
+        judged = _judge(model, data, settings, task, output)
+        original = _original(model, inplace, settings, measure)
+        before, bytes_before = evaluate_metric(evaluate, model), _stored_bytes(model)
+        if plan is None:
+            plan = plan_compression(
+                model,
+                budget=budget,
+                data=data,
+                example_inputs=example_inputs,
+                formats=formats,
+                include=include,
+                exclude=exclude,
+                allow_slower=allow_slower,
+                batch_size=batch_size,
+                n_batches=n_batches,
+                will_heal=_healing_to_come(settings, data),
+                task=judged or task,
+                output=output,
+                observer=observer,
+            )
+        with _whole_or_as_before(model, inplace):
+            compressed = apply_plan_(model if inplace else copy_model(model), plan, observer=observer)
+            notes += _unused_layers(compressed, original if inplace else model, plan)
+            unhealed = _figure(evaluate, compressed, notes)
+            history: FitResult | None = None
+            if settings is not None and data is not None:
+                history = heal_(
+                    compressed,
+                    original,
+                    data,
+                    settings,
+                    task=judged,
+                    output=output,
+                    evaluate=evaluate,
+                    checkpoint=checkpoint,
+                    seed=seed,
+                    observer=observer,
+                )
+                notes += history.notes
+        after = _figure(evaluate, compressed, notes) if history is not None else unhealed
+        if heal and data is None:
+            notes.append("Nothing was healed: no data was given.")
+        report = _report(compressed, plan, name or type(model).__name__, bytes_before, history, seed)
+        report = replace(
+            report,
+            metric_name=metric_name if evaluate else None,
+            metric_before=before,
+            metric_compressed=unhealed,
+            metric_after=after,
+            curve=_curve(report, before, unhealed, after if history is not None else None),
         )
-    before, bytes_before = evaluate_metric(evaluate, model), _stored_bytes(model)
-    original = model if not inplace else _original(model, settings, measure)
-    compressed = apply_plan_(model if inplace else copy.deepcopy(model), plan, observer=observer)
-    unhealed = evaluate_metric(evaluate, compressed)
-    history: FitResult | None = None
-    if settings is not None and data is not None:
-        history = heal_(
-            compressed,
-            original,
-            data,
-            settings,
-            output=output,
-            evaluate=evaluate,
-            checkpoint=checkpoint,
-            seed=seed,
-            observer=observer,
-        )
-    after = evaluate_metric(evaluate, compressed) if history is not None else unhealed
-    report = _report(compressed, plan, name or type(model).__name__, bytes_before, history, seed)
-    report = replace(
-        report,
-        metric_name=metric_name if evaluate else None,
-        metric_before=before,
-        metric_compressed=unhealed,
-        metric_after=after,
-        curve=_curve(report, before, unhealed, after if history is not None else None),
-    )
-    if heal and data is None:
-        report = replace(report, notes=(*report.notes, "Nothing was healed: no data was given."))
-    if measure:
-        report = _measured(report, original, compressed, plan, example_inputs, batch_size)
+        if measure:
+            report = _measured(report, original, compressed, plan, example_inputs, batch_size, notes)
+    report = replace(report, notes=(*notes, *plan.notes, *report.notes))
     report.provenance["wall_s"] = round(perf_counter() - start, 2)
     return CompressionResult(compressed, plan, report)
+
+
+def _compiled_note(model: nn.Module) -> list[str]:
+    if uncompiled(model) is model:
+        return []
+    return ["The model was compiled by torch.compile; the result is not: compile it again."]
+
+
+def _judge(
+    model: nn.Module,
+    data: Iterable[Any] | None,
+    settings: Heal | None,
+    task: TaskName | Task | None,
+    output: Output | None,
+) -> Task | None:
+    """How the model is judged; what would stop the healing later is raised now. None: left to the planning."""
+    check_output(output)
+    check_task_name(task.kind if isinstance(task, Task) else task)
+    if data is None or settings is None or isinstance(data, Iterator):
+        if data is not None and settings is not None:
+            check_healing(model, data, settings)  # says what to do with an iterator
+        return task if isinstance(task, Task) else None
+    if settings.only_statistics:
+        check_healing(model, data, settings)
+        return task if isinstance(task, Task) else None
+    found = task if isinstance(task, Task) else task_on_data(model, data, task=task, output=output)
+    return check_healing(model, data, settings, task=found, output=output)
+
+
+def _original(model: nn.Module, inplace: bool, settings: Heal | None, measure: bool) -> nn.Module:
+    """What teaches and is compared with: the model, or a copy of one that will be changed.
+
+    A model that cannot be copied is found out now, not after the planning.
+    """
+    if inplace:
+        return copy_model(model) if settings is not None or measure else model
+    copy_model(model)
+    return model
+
+
+@contextlib.contextmanager
+def _whole_or_as_before(model: nn.Module, inplace: bool) -> Iterator[None]:
+    """Where a model is changed in place, put it back after an error: modules, values and modes."""
+    if not inplace:
+        yield
+        return
+    before = [(module, dict(module.__dict__), dict(module._modules)) for module in model.modules()]
+    tensors = {id(t): (t, t.detach().clone()) for t in (*model.parameters(), *model.buffers())}
+    try:
+        yield
+    except BaseException:
+        for module, attributes, children in before:
+            module.__dict__.clear()
+            module.__dict__.update(attributes)
+            module._modules.clear()
+            module._modules.update(children)
+        with torch.no_grad():
+            for tensor, value in tensors.values():
+                tensor.copy_(value)
+        raise
+
+
+def _figure(evaluate: Evaluate | None, model: nn.Module, notes: list[str]) -> float | None:
+    """The metric; where it cannot be had any more, a note says so and the work goes on."""
+    try:
+        return evaluate_metric(evaluate, model)
+    except Exception as error:
+        notes.append(f"The compressed model could not be evaluated ({_in_short(error)}).")
+        return None
+
+
+def _in_short(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split()):.200}"
+
+
+def _unused_layers(compressed: nn.Module, original: nn.Module, plan: CompressionPlan) -> list[str]:
+    """Run one batch: new layers that no longer run although the old ones did are named."""
+    if plan.calibration is None or not plan.calibration.batches or compressed is original:
+        return []
+    batch, ran = plan.calibration.batches[0], set[str]()
+    new = {layer.name: compressed.get_submodule(layer.name) for layer in plan.layers if layer.spec is not None}
+    handles = [module.register_forward_hook(lambda *_, name=name: ran.add(name)) for name, module in new.items()]
+    try:
+        with torch.no_grad(), preserved(compressed):
+            compressed.eval()
+            run(compressed, batch, with_labels=plan.calibration.with_labels)
+    except Exception as error:
+        return [f"The compressed model does not run on the first batch ({_in_short(error)})."]
+    finally:
+        for handle in handles:
+            handle.remove()
+    idle = sorted(name for name in new if plan.calibration.calls.get(name) and name not in ran)
+    if not idle:
+        return []
+    names = ", ".join(map(repr, idle[:8]))
+    return [
+        f"New layers that the model does not run: {names}. Its code reaches the old ones by another way (a list, a "
+        "bound method); leave them out with exclude=."
+    ]
 
 
 def evaluate_metric(evaluate: Evaluate | None, model: nn.Module) -> float | None:
     """The first figure that ``evaluate`` gives."""
     if evaluate is None:
         return None
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        with torch.no_grad():
-            model.eval()
-            figures = evaluate(model)
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    with torch.no_grad(), preserved(model, as_user_runs_it=True):
+        model.eval()
+        figures = evaluate(model)
     return float(next(iter(figures.values()))) if isinstance(figures, Mapping) else float(figures)
 
 
-_LONG = 3  # passes over the data from which healing counts as long
+_LONG, _LONG_STEPS = 3, 500  # passes over the data, and steps in all, from which healing counts as long
 
 
-def _healing_to_come(settings: Heal | None) -> bool | Literal["long"]:
+def _healing_to_come(settings: Heal | None, data: Iterable[Any] | None) -> bool | Literal["long"]:
     """What the planning may count on."""
-    if settings is None or settings.only_statistics:
+    if settings is None or data is None or settings.only_statistics:
         return False
-    return "long" if (settings.epochs or 0) >= _LONG else True
+    epochs = settings.epochs or 0
+    return "long" if epochs >= _LONG and epochs * (length_of(data) or 0) >= _LONG_STEPS else True
 
 
 def _heal_settings(heal: Heal | Mapping[str, Any] | bool | None, data: Iterable[Any] | None) -> Heal | None:
@@ -179,11 +286,6 @@ def _heal_settings(heal: Heal | Mapping[str, Any] | bool | None, data: Iterable[
     if isinstance(heal, Heal):
         return heal
     return Heal.read(heal) if isinstance(heal, Mapping) else Heal()
-
-
-def _original(model: nn.Module, settings: Heal | None, measure: bool) -> nn.Module:
-    """A copy to teach and to compare with, where somebody will ask for it."""
-    return copy.deepcopy(model) if settings is not None or measure else model
 
 
 def _report(
@@ -262,15 +364,25 @@ def _measured(
     plan: CompressionPlan,
     example_inputs: Any,
     batch_size: int | None,
+    notes: list[str],
 ) -> Report:
-    example = _inputs_of(example_inputs)
-    if example is None and plan.calibration is not None and plan.calibration.batches:
-        example = _inputs_of(plan.calibration.batches[0])
-    if example is None:
+    """Time and memory at batch 1 and at the size of the data; what cannot be run becomes a note."""
+    batch = example_inputs
+    if batch is None and plan.calibration is not None and plan.calibration.batches:
+        batch = plan.calibration.batches[0]
+    if batch is None:
         return report
-    batches = sorted({1, batch_size or _batch_axis(example)})
-    latency = latency_rows(original, compressed, example, batches=batches)
-    memory = memory_rows(original, compressed, example, batches=batches)
+    with_labels = plan.calibration is not None and plan.calibration.with_labels
+    latency, memory = [], []
+    for size, example in _examples(original, batch, batch_size, with_labels, notes):
+        try:
+            with preserved(original, as_user_runs_it=True):
+                times = latency_rows(original, compressed, example, batches=[size])
+                bytes_held = memory_rows(original, compressed, example, batches=[size])
+        except Exception as error:
+            notes.append(f"Not timed at batch size {size}: the model does not run there ({_in_short(error)}).")
+            continue
+        latency, memory = [*latency, *times], [*memory, *bytes_held]
     return replace(
         report,
         latency=tuple(latency),
@@ -279,23 +391,30 @@ def _measured(
     )
 
 
+def _examples(
+    model: nn.Module, batch: Any, batch_size: int | None, with_labels: bool, notes: list[str]
+) -> list[tuple[int, Call]]:
+    """Batch sizes to time at, with their inputs. Inputs are cut only along an axis that all of them share."""
+    parts = read_batch(model, batch, with_labels=with_labels)
+    # copies: a model may write into its input
+    call = Call(*map_tensors(lambda tensor: tensor.detach().clone(), (parts.args, dict(parts.kwargs))))
+    own = max(1, n_examples(batch))
+    tensors = [t for t in tensors_in([list(parts.args), dict(parts.kwargs)]) if t.ndim]
+    shared = len({t.shape[0] for t in tensors}) == 1 and _is_cut_by_axis(parts)
+    if not shared:
+        notes.append(f"Timed at the size of the data alone ({own}): its inputs share no batch axis to cut along.")
+        return [(own, call)]
+    sizes = sorted({1, batch_size or own})
+    return [(size, call if size == own else batch_of(call, size)) for size in sizes]
+
+
+def _is_cut_by_axis(parts: Parts) -> bool:
+    return all(isinstance(value, Tensor) or not tensors_in(value) for value in (*parts.args, *parts.kwargs.values()))
+
+
 def _with_implementation(layer: LayerReport, compressed: nn.Module) -> LayerReport:
     """How the layer ran and what it keeps, after both batch sizes were run."""
     module: Any = compressed.get_submodule(layer.name)
     if not isinstance(module, FactorizedLayer):
         return replace(layer, resident_bytes=resident_bytes(module))
     return replace(layer, implementation=module.how_it_ran(), resident_bytes=resident_bytes(module))
-
-
-def _inputs_of(batch: Any) -> Any:
-    if isinstance(batch, Mapping):
-        return {name: value for name, value in batch.items() if name != "labels"}
-    return batch[0] if isinstance(batch, (tuple, list)) else batch
-
-
-def _batch_axis(example: Any) -> int:
-    if isinstance(example, Mapping):
-        example = next(iter(example.values()))
-    if isinstance(example, (tuple, list)):
-        example = example[0]
-    return int(example.shape[0])

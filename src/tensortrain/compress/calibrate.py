@@ -11,18 +11,23 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from tensortrain.errors import DataError
 
+from .batches import n_examples, opened, run, to_device
 from .layers import FoundLayer
-from .losses import forward
 from .observer import Observer, Silent
-from .output_weights import OutputFunction, weigh_outputs
+from .output_weights import Spreads, weigh_outputs
+from .outputs import Output, judged_outputs
+from .preserve import preserved
+from .training import is_frozen_norm
 
 __all__ = ["Calibration", "calibrate"]
 
 LARGEST_FULL_GRAM = 4608  # inputs: 170 MB in float64; above, only the diagonal is kept
 PATCHES_PER_BATCH = 2048  # of a convolution: neighbouring patches say nearly the same
+_CONSTANT = 1e-10  # of the second moment: an input that varies less is the same for all rows
 
 
 @dataclass
@@ -38,7 +43,11 @@ class Calibration:
         n_examples: Size of the first batch.
         output_grams: ``(M, M)`` or ``(M,)`` second moments of the gradients of the model's output with respect to
             the layer's, summed over the rows of an example: how much a change of the layer's output matters.
-        output_scale: Mean square of the model's output about its mean, per example.
+        output_scale: Mean square of the model's output about its mean, per example. Where there are several outputs,
+            that of the first; ``output_grams`` weigh the others as if they had the same.
+        unseen: Layers that no rows, or only equal ones, came to.
+        notes: What was left out.
+        with_labels: The labels went into the model.
         calls: How often a layer ran on the first batch.
         structures: For a layer behind a flattening, the (channels, height, width) that were flattened.
         batches: The batches kept for measuring sensitivities.
@@ -54,6 +63,9 @@ class Calibration:
     calls: dict[str, int] = field(default_factory=dict)
     structures: dict[str, tuple[int, ...]] = field(default_factory=dict)
     batches: list[Any] = field(default_factory=list)
+    unseen: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    with_labels: bool = False
 
     def weighing(self, name: str) -> tuple[Tensor | None, Tensor | None]:
         """Second moments of a layer's inputs and of its output's gradients."""
@@ -70,7 +82,8 @@ def calibrate(
     keep_batches: int = 2,
     grams: bool = True,
     gradient_batches: int = 6,
-    output: OutputFunction | None = None,
+    output: Output | None = None,
+    with_labels: bool = False,
     observer: Observer | None = None,
 ) -> Calibration:
     """Run some batches through the model and sum up what every layer is given.
@@ -82,10 +95,11 @@ def calibrate(
         n_batches: How many batches to run, at least one.
         grams: Off: record shapes alone.
         gradient_batches: How many of the batches also run backward, for ``output_grams``.
-        output: ``(model, batch) -> tensor`` the model is judged by.
+        output: Which outputs the model is judged by, see ``judged_outputs``; all when None.
+        with_labels: The labels go into the model.
 
     Raises:
-        DataError: The data gives no batches.
+        DataError: The data gives no batches with an example.
 
     Cost: ``n_batches`` forward passes plus O(rows N^2) flops per layer with N inputs.
     """
@@ -94,34 +108,40 @@ def calibrate(
         raise DataError(
             f"calibration must see a batch: n_batches has {n_batches}, expected at least 1. Pass 16, or data=None."
         )
-    found, counts = Calibration(), dict[str, int]()
+    found, counts = Calibration(with_labels=with_labels), dict[str, int]()
     mask: list[Tensor | None] = [None]
     handles = _watch(model, layers, found, counts, mask, grams)
-    training = [(module, module.training) for module in model.modules()]
     kept = max(keep_batches, gradient_batches if grams else 0)
+    spreads = Spreads()
+
+    def judge(batch: Any) -> dict[str, Tensor]:
+        return judged_outputs(model, batch, output if grams else None, with_labels=with_labels)[0]
+
     observer.on_start("calibrate", n_batches)
-    try:
-        model.eval()
-        _run_batches(model, itertools.islice(data, n_batches), found, mask, kept, observer)
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module, mode in training:
-            module.training = mode
-        observer.on_end()
-    if not found.input_shapes and not found.batches:
-        raise DataError(
-            "data must give batches: calibration has none, expected at least one. Pass a re-iterable such as a list "
-            "or a DataLoader, not an iterator that is used up."
-        )
-    if grams and gradient_batches:
-        weigh_outputs(model, layers, found, gradient_batches, output, observer)
-        del found.batches[keep_batches:]
-    found.norms = _one_to_one(found.norms)
+    with preserved(model):
+        try:
+            model.eval()
+            _run_batches(model, data, n_batches, judge if grams else None, found, spreads, mask, kept, observer)
+        finally:
+            for handle in handles:
+                handle.remove()
+            observer.on_end()
+        if not found.batches:
+            raise DataError(
+                "data must give batches: calibration has none with an example, expected at least one. Pass a "
+                "re-iterable such as a list or a DataLoader, not an iterator that is used up."
+            )
+        if grams and gradient_batches:
+            weigh_outputs(model, layers, found, gradient_batches, judge, spreads, observer)
+    del found.batches[keep_batches:]
+    found.norms = {
+        k: v for k, v in _one_to_one(found.norms).items() if not is_frozen_norm(model, model.get_submodule(v))
+    }
     centred = {layer.name for layer in layers if getattr(layer.module, "bias", None) is not None} | set(found.norms)
-    for name, count in counts.items():
-        if count:
-            _finish(found, name, count, name in centred)
+    for name in list(found.grams):
+        _finish(found, name, counts.get(name, 0), name in centred)
+    summarized = [layer.name for layer in layers if _is_summarized(layer) or layer.name not in counts]
+    found.unseen = [name for name in summarized if grams and name not in found.grams]
     return found
 
 
@@ -138,7 +158,7 @@ def _watch(
     handles: list[Any] = []
     for layer in layers:
         register = layer.module.register_forward_pre_hook
-        handles.append(register(_recorder(layer, found, counts, mask, grams)))
+        handles.append(register(_recorder(layer, found, counts, mask, grams), with_kwargs=True))
         handles.append(register(_structure_recorder(layer, found, feature_map)))
     handles += [module.register_forward_hook(_feature_map_recorder(feature_map)) for module in model.modules()]
     return handles + _norm_watchers(model, layers, found.norms)
@@ -147,33 +167,54 @@ def _watch(
 @torch.no_grad()
 def _run_batches(
     model: nn.Module,
-    batches: Iterable[Any],
+    data: Iterable[Any],
+    n_batches: int,
+    judge: Callable[[Any], dict[str, Tensor]] | None,
     found: Calibration,
+    spreads: Spreads,
     mask: list[Tensor | None],
     kept: int,
     observer: Observer,
 ) -> None:
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    for k, batch in enumerate(batches):
-        batch = _moved(batch, device)
-        if k == 0:
-            found.n_examples = max(1, _n_examples(batch))
-        mask[0] = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-        forward(model, batch)
-        if k < kept:
-            found.batches.append(batch)
-        observer.on_step(k + 1)
+    with opened(data) as batches:
+        for k, batch in enumerate(itertools.islice(batches, n_batches)):
+            observer.on_step(k + 1)
+            if not n_examples(batch):
+                continue
+            batch = to_device(batch, device)
+            if not found.batches:
+                found.n_examples = n_examples(batch)
+            mask[0] = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+            if judge is None:
+                run(model, batch)
+            else:
+                spreads.add(judge(batch))
+            if len(found.batches) < max(1, kept):
+                found.batches.append(batch)
 
 
 def _finish(found: Calibration, name: str, count: int, centred: bool) -> None:
-    """Sums to means; about the mean where a shift of the layer's mean output does no harm."""
-    gram = found.grams[name] / count
-    mean = found.means.pop(name, None)
+    """Sums to means; about the mean where a shift of the layer's mean output does no harm.
+
+    Statistics of no rows, of NaN, or of inputs that never change say nothing about a layer: they are dropped.
+    """
+    gram, mean = found.grams.pop(name), found.means.pop(name, None)
+    second = _trace(gram)
+    if not count or not math.isfinite(second) or second <= 0:
+        return
+    gram = gram / count
     if mean is not None and centred:
         mean = mean / count
         gram = gram - (mean.square() if gram.ndim == 1 else torch.outer(mean, mean))
+        if _trace(gram) <= _CONSTANT * second / count:
+            return
         found.means[name] = mean
     found.grams[name] = gram
+
+
+def _trace(gram: Tensor) -> float:
+    return float((gram if gram.ndim == 1 else gram.diagonal()).sum())
 
 
 def _norm_watchers(model: nn.Module, layers: Sequence[FoundLayer], norms: dict[str, str]) -> list[Any]:
@@ -187,8 +228,8 @@ def _norm_watchers(model: nn.Module, layers: Sequence[FoundLayer], norms: dict[s
         return hook
 
     def enter(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            if last and args and args[0] is last[0][1]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if last and any(x is last[0][1] for x in (*args, *kwargs.values())):
                 layer = last[0][0]
                 norms[layer] = name if norms.get(layer, name) == name else ""
 
@@ -196,7 +237,7 @@ def _norm_watchers(model: nn.Module, layers: Sequence[FoundLayer], norms: dict[s
 
     found = {n: m for n, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
     return [layer.module.register_forward_hook(leave(layer.name)) for layer in layers] + [
-        norm.register_forward_pre_hook(enter(name)) for name, norm in found.items()
+        norm.register_forward_pre_hook(enter(name), with_kwargs=True) for name, norm in found.items()
     ]
 
 
@@ -208,13 +249,14 @@ def _one_to_one(norms: dict[str, str]) -> dict[str, str]:
 
 def _recorder(
     layer: FoundLayer, found: Calibration, counts: dict[str, int], mask: list[Tensor | None], grams: bool
-) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
     summarize = _SUMMARIES.get(layer.weight.kind)
 
-    def record(module: nn.Module, args: tuple[Any, ...]) -> None:
-        if not args or not isinstance(args[0], Tensor):
+    def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x = _plain(args[0] if args else next(iter(kwargs.values()), None))
+        if x is None:
             return
-        x = args[0]
+        counts.setdefault(layer.name, 0)
         if not found.batches:  # the first one; the last may be short
             found.input_shapes[layer.name] = tuple(x.shape)
             found.calls[layer.name] = found.calls.get(layer.name, 0) + 1
@@ -230,6 +272,15 @@ def _recorder(
         counts[layer.name] = counts.get(layer.name, 0) + count
 
     return record
+
+
+def _plain(x: Any) -> Tensor | None:
+    """A layer's input as an ordinary tensor; the rows of a nested one below one another."""
+    if not isinstance(x, Tensor):
+        return None
+    if x.is_nested:
+        return torch.cat([part.reshape(-1, part.shape[-1]) for part in x.unbind()])
+    return x if x.layout is torch.strided else x.to_dense()
 
 
 def _feature_map_recorder(feature_map: list[tuple[int, ...]]) -> Callable[..., None]:
@@ -289,6 +340,12 @@ def _conv_summary(layer: FoundLayer, x: Tensor, mask: Tensor | None) -> Summary 
     return _second_moment(rows), rows.double().sum(dim=0), rows.shape[0]
 
 
+def _is_summarized(layer: FoundLayer) -> bool:
+    """Whether there are statistics of this kind of layer."""
+    plain = not isinstance(layer.module, _ConvNd) or (type(layer.module) is nn.Conv2d and layer.module.groups == 1)
+    return layer.weight.kind in _SUMMARIES and plain
+
+
 def _second_moment(rows: Tensor) -> Tensor:
     if rows.shape[1] > LARGEST_FULL_GRAM:
         return rows.double().square().sum(dim=0)
@@ -301,21 +358,3 @@ _SUMMARIES: dict[str, Callable[[FoundLayer, Tensor, Tensor | None], Summary | No
     "conv": _conv_summary,
     "embedding": _embedding_summary,
 }
-
-
-def _n_examples(batch: Any) -> int:
-    """Size of the first axis of the first tensor in a batch."""
-    if isinstance(batch, Tensor):
-        return batch.shape[0] if batch.ndim else 1
-    values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (tuple, list)) else ()
-    return next((_n_examples(value) for value in values if isinstance(value, (Tensor, tuple, list, Mapping))), 1)
-
-
-def _moved(batch: Any, device: torch.device) -> Any:
-    if isinstance(batch, Tensor):
-        return batch.to(device)
-    if isinstance(batch, Mapping):
-        return {key: _moved(value, device) for key, value in batch.items()}
-    if isinstance(batch, (tuple, list)):
-        return tuple(_moved(value, device) for value in batch)
-    return batch

@@ -14,21 +14,26 @@ from torch import nn
 
 from tensortrain.errors import DataError, KindError, RankError
 
+from .batches import length_of, n_examples, take, to_device
+from .held_back import Guard, hold_back
 from .losses import Loss, distillation_loss, feature_loss
-from .observer import Observer
-from .output_weights import OutputFunction
+from .observer import Observer, Silent
+from .outputs import Output
+from .preserve import eager, modes_kept, preserved
+from .task import Task, decide_task
 from .training import (
     Evaluate,
     FitResult,
     _device_of,
-    _modes_kept,
-    _to_device,
     _total_steps,
+    _TrainModes,
     fit,
     reestimate_batchnorm_,
 )
 
 __all__ = ["Heal", "check_healing", "heal_"]
+
+_STREAM_STEPS = 100
 
 
 @dataclass(frozen=True)
@@ -38,9 +43,10 @@ class Heal:
     Attributes:
         epochs, steps: How long; give one. ``epochs=0`` re-estimates batch-norm statistics and stops.
         lr, weight_decay, optimizer, schedule, warmup, grad_clip: As ``fit``.
-        loss: ``"distill"`` (logits: KL at ``temperature`` plus labels where there are any), ``"feature"``
-            (cosine distance of ``output``), or a callable ``(model, batch) -> loss``.
-        alpha: Share of the teacher's word against the labels'.
+        loss: ``"distill"`` (class probabilities by their divergence at ``temperature``, other outputs by their
+            distance, plus labels where there are any), ``"feature"`` (cosine distance of ``output``), or a callable
+            ``(model, batch) -> loss``.
+        alpha: Weight of the original's outputs in the loss; the labels have the rest.
         batchnorm_batches: Batches for the batch-norm statistics before fine-tuning.
     """
 
@@ -91,9 +97,11 @@ class Heal:
         """Whether nothing is trained: batch-norm statistics alone are put right."""
         return self.epochs == 0 or self.steps == 0
 
-    def with_length(self) -> Heal:
-        """The same settings, one pass over the data where no length was given."""
-        return self if self.epochs is not None or self.steps is not None else replace(self, epochs=1)
+    def with_length(self, data: Iterable[Any]) -> Heal:
+        """The same settings; where no length was given one pass over the data, 100 steps of a stream."""
+        if self.epochs is not None or self.steps is not None:
+            return self
+        return replace(self, steps=_STREAM_STEPS) if length_of(data) is None else replace(self, epochs=1)
 
 
 def _check_range(settings: Mapping[str, Any], holds: Callable[[Any], bool], expected: str) -> None:
@@ -118,7 +126,8 @@ def heal_(
     data: Iterable[Any],
     settings: Heal | None = None,
     *,
-    output: OutputFunction | None = None,
+    task: Task | None = None,
+    output: Output | None = None,
     evaluate: Evaluate | None = None,
     checkpoint: str | Path | None = None,
     seed: int | None = None,
@@ -126,78 +135,146 @@ def heal_(
 ) -> FitResult:
     """Fine-tune a compressed model in place towards its original.
 
+    Some batches are held back (one in eight, at most eight). The last state is kept, unless an earlier one was nearer
+    to the original on them by more than their noise, or the last is no nearer than the model was before. A run that goes away from the original from the start is ended; so is one
+    that fails half-way or is interrupted by Ctrl-C. ``notes`` of the result say so.
+
     Args:
         model: Compressed; changed.
         teacher: The original; not changed.
         data: Training batches; the teacher supplies targets, so labels may be missing.
-        output: ``(model, batch) -> features`` for ``loss="feature"``.
+        task: How outputs and labels are read; found out on the first batch when None.
+        output: Which outputs count, see ``judged_outputs``.
         checkpoint: File to resume from after a kill; the result is the same to the last bit.
 
     Returns:
-        FitResult: History of losses and figures.
+        FitResult: History of losses and figures, notes.
 
     Raises:
         DataError, KindError: See ``check_healing``; the model was not changed.
     """
-    settings = (settings or Heal()).with_length()
-    check_healing(model, data, settings, output=output)
-    reestimate_batchnorm_(model, data, n_batches=settings.batchnorm_batches)
-    if settings.only_statistics:
-        return FitResult([], 0, 0.0)
-    with _modes_kept(teacher):  # the losses run it in eval mode
-        return _fit(model, teacher, data, settings, output, evaluate, checkpoint, seed, observer)
+    settings = (settings or Heal()).with_length(data)
+    task = check_healing(teacher, data, settings, task=task, output=output, trained=model)
+    with eager(), modes_kept(teacher):  # the losses run the teacher in eval mode
+        if settings.only_statistics:
+            reestimate_batchnorm_(model, data, n_batches=settings.batchnorm_batches)
+            return FitResult([], 0, 0.0)
+        loss = _loss(settings, teacher, task, output)
+        rest, held, really = hold_back(data, _total_steps(data, settings.epochs, settings.steps))
+        guard = Guard(model, held, getattr(loss, "distance", loss), held=really)
+        reestimate_batchnorm_(model, rest, n_batches=settings.batchnorm_batches)
+        guard.begin(model)
+        result = _fit(model, rest, loss, settings, evaluate, checkpoint, seed, observer, guard)
+        guard.finish(model)
+    return replace(result, notes=(*result.notes, *guard.notes))
 
 
 def check_healing(
-    model: nn.Module, data: Iterable[Any], settings: Heal, *, output: OutputFunction | None = None
-) -> None:
-    """Raise now what would stop the healing later.
+    model: nn.Module,
+    data: Iterable[Any],
+    settings: Heal,
+    *,
+    task: Task | None = None,
+    output: Output | None = None,
+    trained: nn.Module | None = None,
+) -> Task | None:
+    """Raise now what would stop the healing later. Nothing of the model is changed.
 
-    The loss is tried on one batch, with the model as its own teacher.
+    The loss and its gradient are tried on one batch, with the model as its own teacher.
+
+    Returns:
+        The task, found out where none was given; None where nothing will be trained.
 
     Raises:
         DataError: The data can be read only once, or has no length where epochs are counted.
         KindError: Both epochs and steps are given, nothing can be trained, or the loss does not suit the model.
     """
-    settings = settings.with_length()
+    settings = settings.with_length(data)
+    trained = trained if trained is not None else model
     if isinstance(data, Iterator):
         raise DataError(
             f"data must be re-iterable: healing has a {type(data).__name__} that is used up after one pass, expected a "
             "list or a DataLoader. Pass list(data), or heal=False."
         )
-    if _total_steps(data, settings.epochs, settings.steps) and not any(p.requires_grad for p in model.parameters()):
+    if _total_steps(data, settings.epochs, settings.steps) and not any(p.requires_grad for p in trained.parameters()):
         raise KindError(
             f"a model must have something to heal: {type(model).__name__} has no parameter that requires grad, "
             "expected at least one. Call model.requires_grad_(), or pass heal=False."
         )
-    if not settings.only_statistics:
-        _try_loss(model, data, _loss(settings, model, output))
+    if settings.only_statistics:
+        return task
+    if any(p.is_inference() for p in trained.parameters()):
+        raise KindError(
+            f"a model must be one that autograd takes: {type(model).__name__} has parameters that were made in "
+            "inference mode. Build or load it outside of torch.inference_mode(), or pass heal=False."
+        )
+    task = task or task_on_data(model, data, output=output)
+    if not task.outputs and not callable(settings.loss):
+        raise KindError(
+            f"a model must give floating-point numbers to be healed by: {type(model).__name__} gives whole numbers "
+            "alone, expected logits or values. Pass heal=False, or output=, a callable (model, batch) -> tensor."
+        )
+    _try_loss(trained, data, _loss(settings, model, task, output))
+    return task
+
+
+def task_on_data(model: nn.Module, data: Iterable[Any], *, task: Any = None, output: Output | None = None) -> Task:
+    """Decide the task on the first batch that has an example. Nothing of the model is changed.
+
+    Raises:
+        DataError: There is no such batch, or the model does not run on it.
+    """
+    batch = next((batch for batch in take(data, _FIRST) if n_examples(batch)), None)
+    if batch is None:
+        raise DataError(
+            "data must give batches: none of the first ones has an example. Pass a re-iterable such as a list or a "
+            "DataLoader, not an iterator that is used up."
+        )
+    with torch.no_grad(), preserved(model):
+        model.eval()
+        return decide_task(model, to_device(batch, _device_of(model)), task=task, output=output)
+
+
+_FIRST = 3  # batches among which the first with an example is looked for
 
 
 def _try_loss(model: nn.Module, data: Iterable[Any], loss: Loss) -> None:
-    """One forward pass; the caller's random numbers and the model's modes stay as they are."""
-    with torch.random.fork_rng(devices=[]), torch.no_grad(), _modes_kept(model):
-        model.eval()
-        for batch in data:
-            loss(model, _to_device(batch, _device_of(model)))
+    """A forward and a backward pass as in training, on the first batch and on one of another size."""
+    modes = _TrainModes(model)
+    params = [p for p in model.parameters() if p.requires_grad]
+    with torch.inference_mode(False), torch.enable_grad(), preserved(model):
+        modes.set()
+        for batch in _of_each_size(take(data, 1) if not isinstance(data, (list, tuple)) else data):
+            with modes.fitting(batch):
+                value = loss(model, to_device(batch, _device_of(model)))
+            if value is not None and params and value.requires_grad:
+                torch.autograd.grad(value, params, allow_unused=True)
+
+
+def _of_each_size(batches: Iterable[Any]) -> list[Any]:
+    sizes: dict[int, Any] = {}
+    for batch in batches:
+        sizes.setdefault(n_examples(batch), batch)
+        if len(sizes) == _FIRST:
             break
+    return list(sizes.values())
 
 
 def _fit(
     model: nn.Module,
-    teacher: nn.Module,
     data: Iterable[Any],
+    loss: Loss,
     settings: Heal,
-    output: OutputFunction | None,
     evaluate: Evaluate | None,
     checkpoint: str | Path | None,
     seed: int | None,
     observer: Observer | None,
+    guard: Guard,
 ) -> FitResult:
     return fit(
         model,
         data,
-        loss=_loss(settings, teacher, output),
+        loss=loss,
         epochs=settings.epochs,
         steps=settings.steps,
         optimizer=settings.optimizer,
@@ -209,14 +286,17 @@ def _fit(
         evaluate=evaluate,
         checkpoint=checkpoint,
         seed=seed,
-        observer=observer,
+        observer=observer or Silent(),
         label="heal",
+        monitor=guard,
     )
 
 
-def _loss(settings: Heal, teacher: nn.Module, output: OutputFunction | None) -> Loss:
+def _loss(settings: Heal, teacher: nn.Module, task: Task | None, output: Output | None) -> Loss:
     if settings.loss == "distill":
-        return distillation_loss(teacher, alpha=settings.alpha, temperature=settings.temperature)
+        return distillation_loss(
+            teacher, alpha=settings.alpha, temperature=settings.temperature, task=task, output=output
+        )
     if settings.loss == "feature":
         return feature_loss(teacher, output=output)
     assert callable(settings.loss)

@@ -12,7 +12,7 @@ import os
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any
 
@@ -24,6 +24,7 @@ from tensortrain.compress.report import LatencyRow, MemoryRow
 from tensortrain.errors import ShapeError
 
 __all__ = [
+    "Call",
     "Latency",
     "batch_of",
     "count_flops",
@@ -36,6 +37,14 @@ __all__ = [
 
 _RUNS_PER_TURN = 4
 _MAX_RUNS = 20_000
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a model is called with: ``model(*args, **kwargs)``."""
+
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -211,6 +220,8 @@ def batch_of(example: Any, batch: int) -> Any:
                 "expected a first axis of at least 1. Pass one real input."
             )
         return example[torch.arange(batch, device=example.device) % example.shape[0]]
+    if isinstance(example, Call):
+        return Call(batch_of(example.args, batch), batch_of(example.kwargs, batch))
     if isinstance(example, Mapping):
         return {key: batch_of(value, batch) for key, value in example.items()}
     if isinstance(example, (tuple, list)):
@@ -309,6 +320,8 @@ def _cache_bytes(module: nn.Module) -> int:
 
 
 def _call(model: nn.Module, x: Any) -> Any:
+    if isinstance(x, Call):
+        return model(*x.args, **x.kwargs)
     if isinstance(x, tuple):
         return model(*x)
     if isinstance(x, Mapping):

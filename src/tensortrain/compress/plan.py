@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
+import torch
 from torch import nn
 
 from tensortrain.errors import BudgetError, CheckpointError
@@ -15,13 +17,16 @@ from tensortrain.formats import FactorSpec, energy, get_format
 from tensortrain.nn.base import Implementation
 
 from .allocate import Option, allocate
+from .batches import n_examples, take, to_device
 from .budget import Budget, BudgetLike, read_budget
 from .calibrate import Calibration, calibrate
 from .candidates import DEFAULT_FORMATS, Candidate, candidates, least_params
 from .cost import LayerCost, dense_cost, spec_cost
 from .layers import FoundLayer, LeftAlone, count_params, find_layers
 from .observer import Observer, Silent
-from .output_weights import OutputFunction
+from .outputs import Output, check_output
+from .preserve import preserved, uncompiled
+from .task import Task, TaskName, check_task_name, decide_task
 
 __all__ = ["CompressionPlan", "LayerPlan", "check_reachable", "plan_compression"]
 
@@ -39,6 +44,8 @@ _TRAINED_ERROR, _TRAINED_OWN_ERROR = 1 / 3, 0.001
 _GROWTHS = (0.08, 0.01)
 _SPENT = 0.95
 _FLOPS_NOT_KNOWN_YET = 10**15
+_OFF_THE_PATH = 0.01  # of the usual weight: for a layer that the output the user named does not depend on
+_FIRST = 3  # batches among which the first with an example is looked for
 _VERSION = 1
 
 
@@ -72,7 +79,13 @@ class LayerPlan:
 class CompressionPlan:
     """Formats, modes and ranks for a whole model. Prints as a table; ``to_json`` gives it as text.
 
-    ``calibration`` holds the input statistics it was made with; they are not part of the text.
+    Attributes:
+        layers: One entry a layer that can be factorized.
+        budget, params_before, params_after: Of the whole model.
+        left_alone: What is not touched, and why.
+        task, outputs: How the model is judged, in words, and the names of its outputs that count.
+        notes: Sentences on what could not be done as asked.
+        calibration: The input statistics it was made with; not part of the text.
     """
 
     layers: tuple[LayerPlan, ...]
@@ -81,6 +94,9 @@ class CompressionPlan:
     params_after: int
     left_alone: tuple[LeftAlone, ...] = ()
     calibration: Calibration | None = field(default=None, compare=False, repr=False)
+    task: str = ""
+    outputs: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def compression(self) -> float:
@@ -94,6 +110,9 @@ class CompressionPlan:
             "params_after": self.params_after,
             "layers": [_layer_to_dict(layer) for layer in self.layers],
             "left_alone": [asdict(layer) for layer in self.left_alone],
+            "task": self.task,
+            "outputs": list(self.outputs),
+            "notes": list(self.notes),
         }
         return json.dumps(data, indent=1)
 
@@ -114,6 +133,9 @@ class CompressionPlan:
                 params_before=int(data["params_before"]),
                 params_after=int(data["params_after"]),
                 left_alone=tuple(LeftAlone(**layer) for layer in data["left_alone"]),
+                task=str(data.get("task", "")),
+                outputs=_texts(data.get("outputs", [])),
+                notes=_texts(data.get("notes", [])),
             )
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise CheckpointError(
@@ -128,7 +150,9 @@ class CompressionPlan:
             f"budget {self.budget}: {self.params_before:,} -> {self.params_after:,} parameters "
             f"({self.compression:.4g}x fewer)"
         )
+        rows += [self.task] if self.task else []
         rows += [f"left alone: {layer.name} ({layer.kind}): {layer.reason}" for layer in self.left_alone]
+        rows += [f"note: {note}" for note in self.notes]
         return "\n".join(rows)
 
 
@@ -145,7 +169,8 @@ def plan_compression(
     batch_size: int | None = None,
     n_batches: int = 16,
     will_heal: bool | Literal["long"] = False,
-    output: OutputFunction | None = None,
+    task: TaskName | Task | None = None,
+    output: Output | None = None,
     observer: Observer | None = None,
 ) -> CompressionPlan:
     """Choose format, modes and ranks of every layer so that the model fits a budget. Changes nothing.
@@ -168,7 +193,10 @@ def plan_compression(
         will_heal: The model will be fine-tuned afterwards. Training makes up for errors where they reach far
             more than where they do not, so layers are then weighed more alike (by the square root). ``"long"``, for
             several passes over the training data, prefers forms of high matrix rank over those of small error.
-        output: ``(model, batch) -> tensor`` the model is judged by; logits or hidden states by default.
+        task: What the model gives: ``"classify"``, ``"multi-label"``, ``"regress"``, ``"causal-lm"``, ``"seq2seq"`` or
+            ``"embed"``; found out from the data when None. The plan says which.
+        output: What the model is judged by: the name or number of one of its outputs, a callable on what it returns, or
+            one on ``(model, batch)``; all tensors that it returns when None.
 
     Returns:
         CompressionPlan: Print it, save it as JSON, or hand it to ``apply_plan_``.
@@ -181,6 +209,9 @@ def plan_compression(
     Cost: singular values of every candidate matricization, plus ``n_batches`` forward passes and one per layer.
     """
     observer = observer or Silent()
+    check_output(output)
+    check_task_name(task.kind if isinstance(task, Task) else task)
+    model = uncompiled(model)
     layers, left = find_layers(model, include=include, exclude=exclude)
     if not layers:
         raise BudgetError(
@@ -189,13 +220,15 @@ def plan_compression(
         )
     if data is not None or example_inputs is not None:
         check_reachable(model, layers, budget, formats)  # before the passes over the data
-    calibration = _calibration(model, layers, data, example_inputs, n_batches, output, observer)
+    judged, data = _task(model, data, task, output)
+    calibration = _calibration(model, layers, data, example_inputs, n_batches, output, judged, observer)
     costs = {layer.name: dense_cost(layer, calibration, batch_size) for layer in layers}
     total = count_params(model)
     flops = sum(cost.flops or 0 for cost in costs.values()) if calibration is not None else None
     limit = read_budget(budget, params=total, flops=flops)
     reach = _HEALED_REACH if will_heal else 1.0
-    weights = {layer.name: _weight(layer, calibration) ** reach for layer in layers}
+    weights, unseen = _weights(layers, calibration, narrowed=output is not None)
+    weights = {name: weight**reach for name, weight in weights.items()}
     long = will_heal == "long"
     for growth in _GROWTHS:
         menus = _menus(layers, calibration, formats, growth, long, observer)
@@ -204,7 +237,31 @@ def plan_compression(
         if chooser.spent(plans) >= _SPENT * limit.limit:
             break
     after = total - sum(layer.params_before - layer.params_after for layer in plans)
-    return CompressionPlan(tuple(plans), limit.text, total, after, tuple(left), calibration)
+    notes = [*(judged.notes if judged else ()), *(calibration.notes if calibration else ()), *unseen]
+    notes += _unspent(plans, chooser.spent(plans), limit)
+    outputs = judged.outputs if judged else ()
+    words = str(judged) if judged else ""
+    return CompressionPlan(
+        tuple(plans), limit.text, total, after, tuple(left), calibration, words, outputs, tuple(notes)
+    )
+
+
+def _task(
+    model: nn.Module, data: Iterable[Any] | None, task: TaskName | Task | None, output: Output | None
+) -> tuple[Task | None, Iterable[Any] | None]:
+    """How the model is judged, None without data; and the data, complete again where it can be read only once."""
+    if data is None or isinstance(task, Task):
+        return (task if isinstance(task, Task) else None), data
+    seen = take(data, _FIRST)
+    first = next((batch for batch in seen if n_examples(batch)), None)
+    if isinstance(data, Iterator):
+        data = itertools.chain(seen, data)
+    if first is None:
+        return None, data  # the calibration says what is wrong
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    with torch.no_grad(), preserved(model):
+        model.eval()
+        return decide_task(model, to_device(first, device), task=task, output=output), data
 
 
 def check_reachable(
@@ -231,11 +288,20 @@ def _calibration(
     data: Iterable[Any] | None,
     example_inputs: Any,
     n_batches: int,
-    output: OutputFunction | None,
+    output: Output | None,
+    task: Task | None,
     observer: Observer,
 ) -> Calibration | None:
     if data is not None:
-        return calibrate(model, layers, data, n_batches=n_batches, output=output, observer=observer)
+        return calibrate(
+            model,
+            layers,
+            data,
+            n_batches=n_batches,
+            output=output,
+            with_labels=task is not None and task.with_labels,
+            observer=observer,
+        )
     if example_inputs is not None:
         return calibrate(model, layers, [example_inputs], n_batches=1, grams=False, observer=observer)
     return None
@@ -264,19 +330,83 @@ def _menus(
     return menus
 
 
-def _weight(layer: FoundLayer, calibration: Calibration | None) -> float:
+def _weights(
+    layers: Sequence[FoundLayer], calibration: Calibration | None, *, narrowed: bool
+) -> tuple[dict[str, float], list[str]]:
     """What losing a layer wholly would change: a relative squared error times this adds up over layers.
 
-    With gradients, the mean square of the model's output that the layer carries; else all layers count alike.
+    With gradients, the mean square of the model's output that the layer carries; else all layers count alike. A layer
+    that no row or no gradient came to counts as the median one does: nothing is known of it, which is no reason to
+    cut it away. One that an output named by the user does not depend on counts a hundredth of that.
     """
-    gram, output_gram = calibration.weighing(layer.name) if calibration else (None, None)
-    if calibration is None or gram is None or not calibration.output_grams:
+    if calibration is None or not (calibration.output_grams or _missing(layers, calibration)):
+        return {layer.name: 1.0 for layer in layers}, []
+    found = {layer.name: _carried(layer, calibration) for layer in layers}
+    known = sorted(weight for weight in found.values() if 0 < weight < math.inf)
+    usual = known[len(known) // 2] if known else 1.0
+    notes = _unseen_notes(layers, found, calibration)
+    share = _OFF_THE_PATH if narrowed else 1.0
+    return {
+        layer.name: found[layer.name]
+        if 0 < found[layer.name] < math.inf
+        else usual * (share if layer.name in calibration.grams else 1.0)
+        for layer in layers
+    }, notes
+
+
+def _missing(layers: Sequence[FoundLayer], calibration: Calibration) -> bool:
+    """Whether some layers have input statistics and some have none."""
+    return 0 < len(calibration.grams) < len(layers)
+
+
+def _carried(layer: FoundLayer, calibration: Calibration) -> float:
+    gram, output_gram = calibration.weighing(layer.name)
+    if gram is None:
+        return 0.0
+    if not calibration.output_grams:
         return 1.0
     if output_gram is None:
-        return 0.0  # no gradient came back: the tensor that the model is judged by does not depend on this layer
+        return 0.0
     matrix = layer.kernel.flatten(1)
     matrix = matrix.T if layer.weight.kind == "embedding" else matrix
     return energy(matrix, gram, output_gram) / calibration.output_scale
+
+
+def _unseen_notes(layers: Sequence[FoundLayer], found: Mapping[str, float], calibration: Calibration) -> list[str]:
+    without = [layer for layer in layers if not 0 < found[layer.name] < math.inf]
+    rows = [layer.name for layer in without if layer.name in calibration.unseen]
+    gradients = [layer.name for layer in without if layer.name in calibration.grams]
+    notes = []
+    if rows:
+        notes.append(f"No rows of the data (or only equal ones) came to {_named(rows)}: judged by the weights alone.")
+    if gradients:
+        notes.append(
+            f"No output that counts depends on {_named(gradients)}, as far as gradients tell: judged by the "
+            "weights and inputs alone."
+        )
+    return notes
+
+
+def _named(names: Sequence[str]) -> str:
+    shown = ", ".join(repr(name) for name in names[:8])
+    return f"{shown} and {len(names) - 8} more" if len(names) > 8 else shown
+
+
+def _unspent(plans: Sequence[LayerPlan], spent: int, budget: Budget) -> list[str]:
+    """Why much of the budget is left, where it is."""
+    if spent >= _SPENT * budget.limit:
+        return []
+    slow = [plan.name for plan in plans if plan.spec is None and "slower" in plan.decision]
+    dense = all(plan.spec is None for plan in plans)
+    if dense:
+        why = "the model fits as it is" if not slow else f"{_named(slow)} would become slower"
+    else:
+        why = (
+            f"{_named(slow)} would become slower in every form that fits"
+            if slow
+            else ("no larger form of a layer fits into the rest")
+        )
+    return [f"{spent:,} of {budget.limit:,} {budget.measure} are used ({spent / budget.limit:.0%}): {why}."]
 
 
 _Banned = dict[str, dict[tuple[Any, ...], int]]
@@ -443,6 +573,12 @@ def _row(layer: LayerPlan, width: int) -> str:
     error = "" if layer.rel_error is None else f"{layer.rel_error:.3f}"
     params = f"{layer.params_before:,} -> {layer.params_after:,}"
     return f"{layer.name:<{width}}  {layer.format:<9} {modes:<28} {ranks:<22} {params:>23} {error:>7}"
+
+
+def _texts(values: Any) -> tuple[str, ...]:
+    if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+        raise ValueError("a list of texts is none")
+    return tuple(values)
 
 
 def _by(modes: Sequence[int]) -> str:

@@ -5,25 +5,22 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from tensortrain.compress.losses import (
-    Loss,
-    cross_entropy_loss,
-    distillation_loss,
-    feature_loss,
-    forward,
-    labels_of,
-    logits_of,
-)
+from tensortrain.compress.batches import length_of, n_examples, opened, read_batch, run, to_device
+from tensortrain.compress.losses import Loss, cross_entropy_loss, distillation_loss, feature_loss
+from tensortrain.compress.masters import float32_masters
 from tensortrain.compress.observer import Observer, Silent
+from tensortrain.compress.outputs import judged_outputs
+from tensortrain.compress.preserve import modes_kept
+from tensortrain.compress.task import IGNORED, task_of_outputs
 from tensortrain.compress.training_state import (
     check_state_fits,
     loader_parts,
@@ -65,12 +62,36 @@ class FitResult:
         steps: Optimizer steps done, those before a resume included.
         seconds: Wall time of training and evaluation, that before a resume included.
         resumed_from: Step that a checkpoint gave back; 0 for a run from the start.
+        notes: Sentences on what went another way than asked.
     """
 
     history: list[dict[str, float]]
     steps: int
     seconds: float
     resumed_from: int = 0
+    notes: tuple[str, ...] = ()
+
+
+class Monitor(Protocol):
+    """Somebody who watches a run, may end it, and takes its errors: what was learnt then is not lost."""
+
+    def due(self, step: int, total: int) -> bool:
+        """Whether to look at the model after this step."""
+
+    def look(self, model: nn.Module, step: int) -> bool:
+        """Look; True ends the run."""
+
+    def failed(self, error: BaseException, step: int) -> None:
+        """The run ends after this step by an error or by Ctrl-C."""
+
+    def unsaved(self, error: Exception, step: int) -> None:
+        """The checkpoint could not be written; the run goes on without one."""
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint has to hold."""
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Go on from there."""
 
 
 def fit(
@@ -95,6 +116,7 @@ def fit(
     observer: Observer | None = None,
     autocast_dtype: torch.dtype | None = None,
     label: str = "train",
+    monitor: Monitor | None = None,
 ) -> FitResult:
     """Train a model in place.
 
@@ -105,10 +127,12 @@ def fit(
     not used: the run starts over, says so to the observer, and writes over it.
 
     Args:
-        model: Trained in train mode; the modes it had are put back.
-        data: Re-iterable; gives ``(x, y)`` tuples, tensors or dicts, moved to the model's device.
+        model: Trained in train mode; the modes it had are put back. In a model that is in train mode already, parts
+            that the user put into eval mode stay in it; batch norms whose weights are frozen keep their statistics.
+            Weights in half or bfloat16 are trained as float32 copies, under autocast, and come back in their dtype.
+        data: Re-iterable; gives batches as ``batches`` reads them, moved to the model's device.
             ``set_epoch`` is called on it and on its sampler where they have one.
-        loss: ``(model, batch) -> scalar tensor``; it does the forward pass.
+        loss: ``(model, batch) -> scalar tensor``; it does the forward pass. None passes the batch over.
         epochs: Passes over ``data``, which then needs a length.
         steps: Optimizer steps; give this or ``epochs``.
         optimizer: A name, or a factory called as ``factory(params, lr=lr)``.
@@ -128,6 +152,7 @@ def fit(
         observer: Gets the progress.
         autocast_dtype: ``torch.bfloat16`` for mixed precision.
         label: What the observer is told that this work is.
+        monitor: Looks at the model now and then; errors and Ctrl-C then end the run without being raised.
 
     Returns:
         FitResult: history, steps, seconds.
@@ -144,25 +169,27 @@ def fit(
     """
     total = _total_steps(data, epochs, steps)
     _check_options(schedule, warmup, autocast_dtype)
-    trainer = _Trainer(
-        model=model,
-        data=data,
-        loss=loss,
-        total=total,
-        optimizer=_make_optimizer(model, optimizer, param_groups, lr, weight_decay, momentum),
-        schedule=schedule,
-        warmup=warmup,
-        grad_clip=grad_clip,
-        evaluate=evaluate,
-        checkpoint=None if checkpoint is None else Path(checkpoint),
-        checkpoint_every_s=checkpoint_every_s,
-        seed=seed,
-        observer=observer or Silent(),
-        autocast_dtype=autocast_dtype,
-        label=label,
-    )
-    with _seeded(seed, trainer.device), _modes_kept(model):
-        return trainer.run()
+    with torch.inference_mode(False), torch.enable_grad(), float32_masters(model) as low_dtype:
+        trainer = _Trainer(
+            model=model,
+            data=data,
+            loss=loss,
+            total=total,
+            optimizer=_make_optimizer(model, optimizer, param_groups, lr, weight_decay, momentum),
+            schedule=schedule,
+            warmup=warmup,
+            grad_clip=grad_clip,
+            evaluate=evaluate,
+            checkpoint=None if checkpoint is None else Path(checkpoint),
+            checkpoint_every_s=checkpoint_every_s,
+            seed=seed,
+            observer=observer or Silent(),
+            autocast_dtype=autocast_dtype or low_dtype,
+            label=label,
+            monitor=monitor,
+        )
+        with _seeded(seed, trainer.device), modes_kept(model):
+            return trainer.run()
 
 
 def evaluate_accuracy(model: nn.Module, data: Iterable[Any]) -> float:
@@ -175,22 +202,33 @@ def evaluate_accuracy(model: nn.Module, data: Iterable[Any]) -> float:
     Raises:
         DataError: The data gives no labelled batch.
     """
-    device = _device_of(model)
-    right, n = torch.zeros((), dtype=torch.int64, device=device), 0
-    with torch.no_grad(), _modes_kept(model):
+    device, right, n = _device_of(model), 0, 0
+    with torch.no_grad(), modes_kept(model), opened(data) as batches:
         model.eval()
-        for batch in data:
-            batch = _to_device(batch, device)
-            labels = labels_of(batch)
-            if labels is not None:
-                right += (logits_of(forward(model, batch)).argmax(-1) == labels).sum()
-                n += labels.numel()
+        for batch in batches:
+            batch = to_device(batch, device)
+            labels = read_batch(model, batch).labels
+            if isinstance(labels, Tensor) and labels.numel():
+                hits = _hits(model, batch, labels)
+                right, n = right + hits.sum(), n + hits.numel()
     if n == 0:
         raise DataError(
             "accuracy must be measured on labelled examples: data has none, expected (x, y) batches. "
             "Pass a re-iterable loader with labels."
         )
     return int(right) / n
+
+
+def _hits(model: nn.Module, batch: Any, labels: Tensor) -> Tensor:
+    """Which labels that count are the likeliest class."""
+    tensors, _ = judged_outputs(model, batch)
+    task = task_of_outputs(model, batch, tensors, labels)
+    y = tensors[task.main]
+    if task.labels == "shares":
+        labels = labels.reshape(y.shape).argmax(task.class_axis)
+    found = y.argmax(task.class_axis if task.labels != "none" else -1)
+    labels = labels.reshape(found.shape)
+    return found[labels != IGNORED] == labels[labels != IGNORED]
 
 
 def reestimate_batchnorm_(model: nn.Module, data: Iterable[Any], *, n_batches: int | None = None) -> int:
@@ -210,13 +248,13 @@ def reestimate_batchnorm_(model: nn.Module, data: Iterable[Any], *, n_batches: i
     Raises:
         DataError: The data gives no batches.
     """
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    norms = [m for m in model.modules() if _is_norm(m) and m.track_running_stats and not is_frozen_norm(model, m)]
     if not norms:
         return 0
     before = [(norm, norm.momentum, {k: b.clone() for k, b in norm.named_buffers()}) for norm in norms]
     used = 0
     try:
-        with torch.no_grad(), _modes_kept(model):
+        with torch.no_grad(), modes_kept(model):
             model.eval()
             for norm in norms:
                 norm.reset_running_stats()
@@ -234,13 +272,59 @@ def reestimate_batchnorm_(model: nn.Module, data: Iterable[Any], *, n_batches: i
 
 
 def _forward_batches(model: nn.Module, data: Iterable[Any], n_batches: int | None) -> int:
-    device, used = _device_of(model), 0
-    for batch in data:
-        if used == n_batches:
-            break
-        forward(model, _to_device(batch, device))
-        used += 1
+    """Run batches through; those of no or one example have no variance and are passed over."""
+    device, used, seen = _device_of(model), 0, 0
+    with opened(data) as batches:
+        for batch in batches:
+            if used == n_batches or seen == 2 * (n_batches or math.inf):
+                break
+            seen += 1
+            if n_examples(batch) > 1:
+                run(model, to_device(batch, device))
+                used += 1
     return used
+
+
+def _is_norm(module: nn.Module) -> Any:
+    return isinstance(module, nn.modules.batchnorm._BatchNorm)
+
+
+def is_frozen_norm(model: nn.Module, norm: nn.Module) -> bool:
+    """Whether the user keeps a batch norm from learning: in eval mode within a model in train mode, or its weights."""
+    if model.training and not norm.training:
+        return True
+    own = list(norm.parameters(recurse=False))
+    frozen = bool(own) and not any(p.requires_grad for p in own)
+    return frozen and any(p.requires_grad for p in model.parameters())
+
+
+class _TrainModes:
+    """The modes a model is trained in: the user's own where it is in train mode, else train mode."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.own = [(module, module.training) for module in model.modules()] if model.training else None
+        self.frozen = [m for m in model.modules() if _is_norm(m) and is_frozen_norm(model, m)]
+        self.norms = [m for m in model.modules() if _is_norm(m) and m not in self.frozen]
+
+    def set(self) -> None:
+        self.model.train()
+        for module, training in self.own or ():
+            module.training = training
+        for norm in self.frozen:
+            norm.training = False
+
+    @contextlib.contextmanager
+    def fitting(self, batch: Any) -> Iterator[None]:
+        """One example has no variance: batch norms then use their running statistics."""
+        norms = [norm for norm in self.norms if norm.training] if n_examples(batch) == 1 else []
+        for norm in norms:
+            norm.training = False
+        try:
+            yield
+        finally:
+            for norm in norms:
+                norm.training = True
 
 
 @dataclass
@@ -251,8 +335,10 @@ class _Progress:
     epoch: int = 0
     step_in_epoch: int = 0
     loss_sum: float = 0.0  # over the settled steps of this epoch
+    n_losses: int = 0  # of this epoch; batches that were passed over have none
     seconds: float = 0.0
     history: list[dict[str, float]] = field(default_factory=list)
+    stopped: bool = False  # by the monitor
 
 
 @dataclass
@@ -272,9 +358,13 @@ class _Trainer:
     observer: Observer
     autocast_dtype: torch.dtype | None
     label: str
+    monitor: Monitor | None = None
 
     def __post_init__(self) -> None:
         self.device = _device_of(self.model)
+        self.modes = _TrainModes(self.model)
+        half = self.autocast_dtype is torch.float16  # whose small gradients would vanish
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=half)
         self.progress = _Progress()
         self.resumed_rng: dict[str, Any] | None = None
         self.epoch_rng: dict[str, Any] = {}
@@ -292,27 +382,40 @@ class _Trainer:
         self.observer.on_start(self.label, self.total)
         self.mark = self.last_save = time.perf_counter()
         try:
-            while self.progress.step < self.total:
-                self.model.train()
-                self._run_epoch()
-                self._end_epoch()
+            self._run_epochs()
+        except (Exception, KeyboardInterrupt) as error:
+            if self.monitor is None:  # nobody takes it
+                raise
+            self.monitor.failed(error, self.progress.step)
         finally:
             self.optimizer.zero_grad(set_to_none=True)
             self.observer.on_end()
         done = self.progress
         return FitResult(done.history, done.step, done.seconds, resumed_from)
 
+    def _run_epochs(self) -> None:
+        while self.progress.step < self.total and not self.progress.stopped:
+            self.modes.set()
+            self._run_epoch()
+            self._end_epoch()
+
     def _run_epoch(self) -> None:
-        for batch in self._batches():
-            self._step(_to_device(batch, self.device))
-            if self.progress.step == self.total:
-                break
-            if self.checkpoint and self._due():
-                self._save()
+        with self._batches() as batches:
+            for batch in batches:
+                self._step(to_device(batch, self.device))
+                if self.monitor is not None and self.monitor.due(self.progress.step, self.total):
+                    self._settle()
+                    with self._autocast():
+                        self.progress.stopped = self.monitor.look(self.model, self.progress.step)
+                if self.progress.step == self.total or self.progress.stopped:
+                    break
+                if self.checkpoint and self._due():
+                    self._save()
         if self.progress.step_in_epoch == 0:
             raise _no_batches(f"epoch {self.progress.epoch}")
 
-    def _batches(self) -> Iterator[Any]:
+    @contextlib.contextmanager
+    def _batches(self) -> Iterator[Iterator[Any]]:
         """Start an epoch's pass; after a resume, take it to the batch that the checkpoint was at.
 
         The loader draws its order when the pass starts, from generators that the model may share. So they
@@ -325,30 +428,43 @@ class _Trainer:
         if resumed is not None:
             set_rng_state(resumed["epoch"], self.data, self.device)
         self.epoch_rng = rng_state(self.data, self.device)
-        batches = iter(self.data)
-        for _ in range(self.progress.step_in_epoch):
-            next(batches, None)
-        if resumed is not None and self.progress.step_in_epoch > 0:
-            set_rng_state(resumed["now"], self.data, self.device)
-        return batches
+        with opened(self.data) as batches:
+            for _ in range(self.progress.step_in_epoch):
+                next(batches, None)
+            if resumed is not None and self.progress.step_in_epoch > 0:
+                set_rng_state(resumed["now"], self.data, self.device)
+            yield batches
 
     def _step(self, batch: Any) -> None:
         self._set_lr()
-        with self._autocast():
+        with self._autocast(), self.modes.fitting(batch):
             loss = self.loss(self.model, batch)
+        if loss is not None:
+            self._learn(loss)
+        self.progress.step += 1
+        self.progress.step_in_epoch += 1
+        self._tell()
+
+    def _tell(self) -> None:
+        try:
+            self.observer.on_step(self.progress.step, loss=self.last_loss, lr=self._lr())
+        except Exception:
+            self.monitor = None  # whoever watches wants the run to end, and by this error
+            raise
+
+    def _learn(self, loss: Tensor) -> None:
         _check_loss(loss)
         self.unsettled.append((self.progress.step, loss.detach()))
         if len(self.unsettled) >= self.steps_between_syncs:
             self._settle()
-        loss.backward()
+        self.scaler.scale(loss).backward()
+        self.scaler.unscale_(self.optimizer)
         if self.grad_clip is not None:
             params = [p for group in self.optimizer.param_groups for p in group["params"]]
             nn.utils.clip_grad_norm_(params, self.grad_clip)
-        self.optimizer.step()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        self.progress.step += 1
-        self.progress.step_in_epoch += 1
-        self.observer.on_step(self.progress.step, loss=self.last_loss, lr=self._lr())
 
     def _settle(self) -> None:
         """Read the losses that are still on the device, in one transfer; refuse any that is not finite."""
@@ -359,6 +475,7 @@ class _Trainer:
             if not math.isfinite(value):
                 raise self._not_finite(step, value)
             self.progress.loss_sum += value
+            self.progress.n_losses += 1
         self.last_loss = values[-1]
         self.unsettled.clear()
 
@@ -376,21 +493,21 @@ class _Trainer:
         row = {
             "epoch": done.epoch,
             "step": done.step,
-            "loss": done.loss_sum / done.step_in_epoch,
+            "loss": done.loss_sum / done.n_losses if done.n_losses else math.nan,
             "lr": self._lr(),
         }
         row |= self._figures()
         self._count_time()
         row["seconds"] = done.seconds
         done.history.append(row)
-        done.epoch, done.step_in_epoch, done.loss_sum = done.epoch + 1, 0, 0.0
-        if self.checkpoint and (done.step == self.total or self._due()):
+        done.epoch, done.step_in_epoch, done.loss_sum, done.n_losses = done.epoch + 1, 0, 0.0, 0
+        if self.checkpoint and (done.step == self.total or done.stopped or self._due()):
             self._save()
 
     def _figures(self) -> dict[str, float]:
         if self.evaluate is None:
             return {}
-        with torch.no_grad():
+        with torch.no_grad(), self._autocast():
             self.model.eval()
             figures = self.evaluate(self.model)
         named = figures if isinstance(figures, Mapping) else {"metric": figures}
@@ -421,20 +538,28 @@ class _Trainer:
         assert self.checkpoint is not None
         self._settle()
         self._count_time()
-        finished = self.progress.step == self.total
-        now = rng_state(self.data, self.device)
-        write_checkpoint(
-            self.checkpoint,
-            {
-                "settings": self.settings,
-                "start": self.start,
-                "progress": asdict(self.progress),
-                "model": self.model.state_dict(),
-                "optimizer": None if finished else self.optimizer.state_dict(),
-                "rng": {"now": now, "epoch": self.epoch_rng if self.progress.step_in_epoch else now},
-            },
-        )
+        try:
+            write_checkpoint(self.checkpoint, self._content())
+        except (OSError, CheckpointError) as error:
+            if self.monitor is None:
+                raise
+            self.monitor.unsaved(error, self.progress.step)
+            self.checkpoint = None
         self.last_save = time.perf_counter()
+
+    def _content(self) -> dict[str, Any]:
+        finished = self.progress.step == self.total or self.progress.stopped
+        now = rng_state(self.data, self.device)
+        return {
+            "settings": self.settings,
+            "start": self.start,
+            "progress": asdict(self.progress),
+            "model": self.model.state_dict(),
+            "optimizer": None if finished else self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "monitor": None if self.monitor is None else self.monitor.state(),
+            "rng": {"now": now, "epoch": self.epoch_rng if self.progress.step_in_epoch else now},
+        }
 
     def _resume(self) -> int:
         """Take over the checkpoint if it is this run's; return the step it was at."""
@@ -445,8 +570,11 @@ class _Trainer:
             self._check_is_this_run(content)
             check_state_fits(self.model, content["model"], self.checkpoint)
             progress = _Progress(**content["progress"])
-            if progress.step < self.total:
+            if progress.step < self.total and not progress.stopped:
                 self.optimizer.load_state_dict(content["optimizer"])
+                self.scaler.load_state_dict(content.get("scaler") or {})
+            if self.monitor is not None:
+                self.monitor.load(content["monitor"])
         except (CheckpointError, KeyError, TypeError, ValueError) as error:
             self.observer.message(f"Starting over: {error}")
             return 0
@@ -484,7 +612,7 @@ class _Trainer:
             "grad_clip": self.grad_clip,
             "seed": self.seed,
             "autocast_dtype": self.autocast_dtype,
-            "data length": len(self.data) if isinstance(self.data, Sized) else None,
+            "data length": length_of(self.data),
             "batch size": getattr(self.data, "batch_size", None),
             "data seed": getattr(self.data, "seed", None),
         }
@@ -564,12 +692,12 @@ def _total_steps(data: Iterable[Any], epochs: int | None, steps: int | None) -> 
             f"a run must have one length: epochs has {epochs} and steps has {steps}, expected exactly one of "
             "them. Pass epochs=... or steps=..."
         )
-    if steps is None and not isinstance(data, Sized):
+    if steps is None and length_of(data) is None:
         raise DataError(
             f"data must have a length when epochs are counted: {type(data).__name__} has no len(), expected "
             "one. Pass steps=... instead."
         )
-    total = steps if epochs is None else epochs * len(data)  # type: ignore[arg-type]
+    total = steps if epochs is None else epochs * (length_of(data) or 0)
     assert total is not None
     if total < 0:
         raise KindError(
@@ -617,26 +745,6 @@ def _no_batches(where: str) -> DataError:
 def _device_of(model: nn.Module) -> torch.device:
     tensor = next(chain(model.parameters(), model.buffers()), None)
     return torch.device("cpu") if tensor is None else tensor.device
-
-
-def _to_device(batch: Any, device: torch.device) -> Any:
-    if isinstance(batch, Tensor):
-        return batch.to(device, non_blocking=True)
-    if isinstance(batch, Mapping):
-        return {name: _to_device(value, device) for name, value in batch.items()}
-    if isinstance(batch, (tuple, list)):
-        return tuple(_to_device(value, device) for value in batch)
-    return batch
-
-
-@contextlib.contextmanager
-def _modes_kept(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 @contextlib.contextmanager

@@ -1,0 +1,134 @@
+"""Running a model without leaving a trace on it, and copying one."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import sys
+from collections.abc import Iterator
+from types import FunctionType, ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tensortrain.errors import KindError
+
+__all__ = ["copy_model", "modes_kept", "preserved", "uncompiled"]
+
+_MANY = 100_000  # objects that are searched for tensors with a history
+
+
+@contextlib.contextmanager
+def modes_kept(*models: nn.Module) -> Iterator[None]:
+    """Put the train or eval mode of every module back."""
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextlib.contextmanager
+def preserved(model: nn.Module, *, as_user_runs_it: bool = False) -> Iterator[None]:
+    """Leave modes, attributes, buffers and torch's random numbers as they were, whatever the forward changes.
+
+    Compiled parts run eagerly, so that hooks are seen, and the fused paths of torch's encoders, which go past the
+    layers, are off; unless the model shall run as its user runs it.
+    """
+    devices = [tensor.device for tensor in model.parameters() if tensor.is_cuda][:1]
+    before = [_state_of(module) for module in model.modules()]
+    with torch.random.fork_rng(devices=devices), contextlib.nullcontext() if as_user_runs_it else eager():
+        try:
+            yield
+        finally:
+            for state in before:
+                _put_back(*state)
+
+
+@contextlib.contextmanager
+def eager() -> Iterator[None]:
+    """Run what ``torch.compile`` made as plain Python, and torch's attention without its fused paths."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    compiled = "torch._dynamo" in sys.modules  # importing it for nothing would take seconds
+    try:
+        torch.backends.mha.set_fastpath_enabled(False)
+        with torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext():
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
+_State = tuple[nn.Module, dict[str, Any], list[tuple[Any, Any]], list[tuple[Tensor, int, Tensor]]]
+
+
+def _state_of(module: nn.Module) -> _State:
+    attributes = dict(module.__dict__)
+    containers = [(value, copy.copy(value)) for value in attributes.values() if type(value) in (list, dict, set)]
+    tensors = [*module._buffers.values(), *attributes.values()]
+    kept = [(t, t._version, t.detach().clone()) for t in tensors if isinstance(t, Tensor) and not t.is_inference()]
+    return module, attributes, containers, kept
+
+
+@torch.no_grad()
+def _put_back(
+    module: nn.Module, attributes: dict[str, Any], containers: list[Any], tensors: list[tuple[Tensor, int, Tensor]]
+) -> None:
+    module.__dict__.clear()
+    module.__dict__.update(attributes)
+    for container, content in containers:
+        if isinstance(container, list):
+            container[:] = content
+        else:
+            container.clear()
+            container.update(content)
+    for tensor, version, value in tensors:
+        if tensor._version != version:
+            tensor.copy_(value)
+
+
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The module that ``torch.compile`` wrapped; the model itself where it was not wrapped."""
+    inner = getattr(model, "_orig_mod", None)
+    return inner if isinstance(inner, nn.Module) else model
+
+
+def copy_model(model: nn.Module) -> nn.Module:
+    """A deep copy, also where modules keep tensors of their last forward, which torch refuses to copy.
+
+    Raises:
+        KindError: Something in the model cannot be copied.
+    """
+    memo: dict[int, Any] = {id(tensor): tensor.detach().clone() for tensor in _with_history(model)}
+    try:
+        return copy.deepcopy(model, memo)
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise KindError(
+            f"a model must be one that can be copied: copy.deepcopy of {type(model).__name__} fails with "
+            f"{type(error).__name__}: {reason:.200} Pass inplace=True with heal=False and measure=False, or take out "
+            "what cannot be copied."
+        ) from error
+
+
+def _with_history(model: nn.Module) -> list[Tensor]:
+    """Tensors that autograd made and the model still holds."""
+    found: list[Tensor] = []
+    seen: set[int] = set()
+    waiting: list[Any] = [model]
+    while waiting and len(seen) < _MANY:
+        value = waiting.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, Tensor):
+            if value.grad_fn is not None:
+                found.append(value)
+        elif isinstance(value, dict):
+            waiting += value.values()
+        elif isinstance(value, (list, tuple, set, frozenset)):
+            waiting += value
+        elif hasattr(value, "__dict__") and not isinstance(value, (type, ModuleType, FunctionType)):
+            waiting += vars(value).values()
+    return found

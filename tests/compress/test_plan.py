@@ -65,11 +65,11 @@ def test_planning_changes_nothing(build, shape) -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
-@pytest.mark.parametrize("fails_at", [0, 2, 4])  # the first batch, a later one, a pass for gradients
+@pytest.mark.parametrize("fails_at", [0, 1, 4])  # the first trial, the second, a later batch
 def test_a_failing_forward_leaves_nothing_behind(fails_at: int) -> None:
     model = odd_modes(nn.Sequential(nn.Linear(8, 8), Fuse(fails_at), nn.BatchNorm1d(8), nn.Linear(8, 8)))
     before = snapshot(model)
-    with pytest.raises(RuntimeError, match="blown"):
+    with pytest.raises((RuntimeError, DataError), match="blown"):
         plan_compression(model, budget="2x", data=batches(3, 4, 8))
     assert_unchanged(model, before)
 

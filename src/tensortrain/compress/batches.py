@@ -4,7 +4,8 @@
 batch                                  what the model is called with               labels
 =====================================  ==========================================  =================
 tensor, dataclass, ``PackedSequence``  the object, as it is                        none
-named tuple                            the tuple, as it is                         its label field
+named tuple                            the tuple, as it is; where the model fails   its label field
+                                       on that, as an ordinary tuple
 mapping                                its entries as keywords, labels left out    its label entry
 ``(x,)``                               ``x``                                       none
 ``(x, y)``                             ``x``                                       ``y``
@@ -23,12 +24,14 @@ import contextlib
 import copy
 import dataclasses
 import inspect
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence as _PackedSequence
 
 from tensortrain.errors import DataError, TTError
 
@@ -68,7 +71,7 @@ class Signature:
 def signature_of(model: nn.Module) -> Signature:
     """Read the signature of ``forward``, through the wrappers of torch."""
     try:
-        parameters = list(inspect.signature(_unwrapped(model).forward).parameters.values())
+        parameters = list(inspect.signature(getattr(_unwrapped(model), "forward", model)).parameters.values())
     except (TypeError, ValueError):  # code that is not Python
         return Signature()
     named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
@@ -102,7 +105,7 @@ def read_batch(model: nn.Module, batch: Any, *, with_labels: bool = False) -> Pa
         with_labels: Hand the labels to the model as well, under the name its ``forward`` has for them.
     """
     known = signature_of(model)
-    parts = _parts(batch, known)
+    parts = _parts(tuple(batch) if _is_named_tuple(batch) and model in _TAKES_PLAIN_TUPLES else batch, known)
     if not with_labels or parts.labels is None:
         return parts
     return dataclasses.replace(parts, kwargs={**parts.kwargs, known.label_name or "labels": parts.labels})
@@ -111,7 +114,7 @@ def read_batch(model: nn.Module, batch: Any, *, with_labels: bool = False) -> Pa
 def _parts(batch: Any, known: Signature) -> Parts:
     if isinstance(batch, Mapping):
         return _parts_of_mapping(batch, known)
-    if not isinstance(batch, (tuple, list)) or hasattr(batch, "_fields"):
+    if not isinstance(batch, (tuple, list)) or hasattr(batch, "_fields"):  # PackedSequence too
         return Parts((batch,), labels=_label_field(batch))
     if not batch:
         raise DataError("a batch must hold something: found an empty list. Leave empty batches out of the data.")
@@ -150,10 +153,43 @@ def _has_field(batch: Any, name: str) -> bool:
 
 def run(model: nn.Module, batch: Any, *, with_labels: bool = False) -> Any:
     """Call the model on a batch. It gets copies of the tensors, so that it may write into its input."""
+    if _is_named_tuple(batch) and model not in _TAKES_PLAIN_TUPLES and isinstance(model, nn.Module):
+        return _run_named_tuple(model, batch, with_labels)
     parts = read_batch(model, batch, with_labels=with_labels)
     with torch.no_grad():
         args, kwargs = map_tensors(_fresh, parts.args), map_tensors(_fresh, dict(parts.kwargs))
     return model(*args, **kwargs)
+
+
+def run_somehow(model: nn.Module, batch: Any) -> Any:
+    """Call the model on a batch, with the labels where it does not run without them."""
+    try:
+        return run(model, batch)
+    except Exception as error:
+        try:
+            return run(model, batch, with_labels=True)
+        except Exception:
+            raise error from None
+
+
+# Models that were found not to take a named tuple as it is: their batches are (x, y) with names.
+_TAKES_PLAIN_TUPLES: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+def _is_named_tuple(batch: Any) -> bool:
+    return isinstance(batch, tuple) and hasattr(batch, "_fields") and not isinstance(batch, _PackedSequence)
+
+
+def _run_named_tuple(model: nn.Module, batch: Any, with_labels: bool) -> Any:
+    try:
+        return model(map_tensors(_fresh, batch))
+    except (TypeError, AttributeError):
+        _TAKES_PLAIN_TUPLES.add(model)
+        try:
+            return run(model, batch, with_labels=with_labels)
+        except Exception:
+            _TAKES_PLAIN_TUPLES.discard(model)
+            raise
 
 
 def _fresh(tensor: Tensor) -> Tensor:
@@ -173,7 +209,7 @@ def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
     """Apply a function to every tensor in containers, named tuples, packed sequences and dataclasses."""
     if isinstance(value, Tensor):
         return function(value)
-    if isinstance(value, nn.utils.rnn.PackedSequence):
+    if isinstance(value, _PackedSequence):
         index = [None if t is None else function(t) for t in (value.sorted_indices, value.unsorted_indices)]
         return type(value)(function(value.data), value.batch_sizes, *index)
     if isinstance(value, Mapping):
@@ -209,7 +245,7 @@ def tensors_in(batch: Any) -> list[Tensor]:
 
 def n_examples(batch: Any) -> int:
     """Size of the first axis of the first tensor; of a packed sequence the number of sequences; 1 without any."""
-    if isinstance(batch, nn.utils.rnn.PackedSequence):
+    if isinstance(batch, _PackedSequence):
         return int(batch.batch_sizes[0]) if batch.batch_sizes.numel() else 0
     if isinstance(batch, Tensor):
         return batch.shape[0] if batch.ndim else 1
@@ -249,9 +285,9 @@ def opened(data: Iterable[Any]) -> Iterator[Iterator[Any]]:
 
 
 def take(data: Iterable[Any], n: int | None) -> list[Any]:
-    """The first ``n`` batches; all when None."""
+    """The first ``n`` batches; all when None. A loader's draws leave torch's random numbers as they were."""
     found: list[Any] = []
-    with opened(data) as batches:
+    with torch.random.fork_rng(devices=[]), opened(data) as batches:
         while n is None or len(found) < n:
             try:
                 found.append(next(batches))

@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from tensortrain.errors import DataError
+from tensortrain.errors import DataError, NonFiniteError
 
-from .batches import n_examples, opened, run, to_device
+from .batches import n_examples, opened, run_somehow, to_device
 from .layers import FoundLayer
 from .observer import Observer, Silent
 from .output_weights import Spreads, weigh_outputs
@@ -46,6 +46,7 @@ class Calibration:
         output_scale: Mean square of the model's output about its mean, per example. Where there are several outputs,
             that of the first; ``output_grams`` weigh the others as if they had the same.
         unseen: Layers that no rows, or only equal ones, came to.
+        unmeasured: Layers of a kind for which input moments are not taken.
         notes: What was left out.
         with_labels: The labels went into the model.
         calls: How often a layer ran on the first batch.
@@ -64,6 +65,7 @@ class Calibration:
     structures: dict[str, tuple[int, ...]] = field(default_factory=dict)
     batches: list[Any] = field(default_factory=list)
     unseen: list[str] = field(default_factory=list)
+    unmeasured: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     with_labels: bool = False
 
@@ -140,8 +142,10 @@ def calibrate(
     centred = {layer.name for layer in layers if getattr(layer.module, "bias", None) is not None} | set(found.norms)
     for name in list(found.grams):
         _finish(found, name, counts.get(name, 0), name in centred)
-    summarized = [layer.name for layer in layers if _is_summarized(layer) or layer.name not in counts]
-    found.unseen = [name for name in summarized if grams and name not in found.grams]
+    if grams:
+        known = [layer.name for layer in layers if _is_summarized(layer) or layer.name not in counts]
+        found.unseen = [name for name in known if name not in found.grams]
+        found.unmeasured = [n for n in (layer.name for layer in layers) if n not in known and n not in found.grams]
     return found
 
 
@@ -187,7 +191,7 @@ def _run_batches(
                 found.n_examples = n_examples(batch)
             mask[0] = batch.get("attention_mask") if isinstance(batch, Mapping) else None
             if judge is None:
-                run(model, batch)
+                run_somehow(model, batch)
             else:
                 spreads.add(judge(batch))
             if len(found.batches) < max(1, kept):
@@ -314,6 +318,7 @@ def _linear_summary(layer: FoundLayer, x: Tensor, mask: Tensor | None) -> Summar
     rows = x.reshape(-1, x.shape[-1])
     if mask is not None and mask.shape == x.shape[:-1]:
         rows = rows[mask.reshape(-1).bool()]
+    rows = _finite(layer, rows)
     return _second_moment(rows), rows.double().sum(dim=0), rows.shape[0]
 
 
@@ -325,25 +330,54 @@ def _embedding_summary(layer: FoundLayer, x: Tensor, mask: Tensor | None) -> Sum
 
 def _conv_summary(layer: FoundLayer, x: Tensor, mask: Tensor | None) -> Summary | None:
     conv = layer.module
-    if not isinstance(conv, nn.Conv2d) or conv.groups > 1 or x.ndim != 4:
+    if not _is_summarized(layer) or x.ndim != len(layer.weight.kernel) + 2:
         return None
+    assert isinstance(conv, _ConvNd)
     if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
         x = F.pad(x, conv._reversed_padding_repeated_twice)  # zeros at the border change the moments little
         padding: Any = 0
     else:
         padding = conv.padding
     few = max(1, math.ceil(x.shape[0] / 8))  # unfolding multiplies memory by the kernel's size
-    patches = F.unfold(x[:: max(1, x.shape[0] // few)], conv.kernel_size, conv.dilation, padding, conv.stride)
+    patches = _patches(conv, x[:: max(1, x.shape[0] // few)], padding)
     rows = patches.transpose(1, 2).reshape(-1, patches.shape[1])
     stride = max(1, rows.shape[0] // PATCHES_PER_BATCH)
-    rows = rows[::stride]
+    rows = _finite(layer, rows[::stride])
     return _second_moment(rows), rows.double().sum(dim=0), rows.shape[0]
+
+
+def _patches(conv: _ConvNd, x: Tensor, padding: Any) -> Tensor:
+    """What the kernel is laid over: (b, channels times kernel size, places)."""
+    if x.ndim == 4:
+        return F.unfold(x, conv.kernel_size, conv.dilation, padding, conv.stride)  # type: ignore[arg-type]
+    size, stride, spread = ((1, *each) for each in (conv.kernel_size, conv.stride, conv.dilation))
+    around = (0, *(padding if isinstance(padding, tuple) else (padding,)))
+    return F.unfold(x.unsqueeze(2), size, spread, around, stride)
 
 
 def _is_summarized(layer: FoundLayer) -> bool:
     """Whether there are statistics of this kind of layer."""
-    plain = not isinstance(layer.module, _ConvNd) or (type(layer.module) is nn.Conv2d and layer.module.groups == 1)
+    plain = not isinstance(layer.module, _ConvNd) or (
+        type(layer.module) in (nn.Conv1d, nn.Conv2d) and layer.module.groups == 1
+    )
     return layer.weight.kind in _SUMMARIES and plain
+
+
+def _finite(layer: FoundLayer, rows: Tensor) -> Tensor:
+    """Rows without NaN or Inf, which half precision gives now and then.
+
+    Raises:
+        NonFiniteError: There is none.
+    """
+    good = torch.isfinite(rows).all(dim=1)
+    if bool(good.all()):  # one host sync per layer and batch
+        return rows
+    if not bool(good.any()):
+        raise NonFiniteError(
+            f"calibration data must give finite numbers: all rows that come to layer {layer.name!r} hold NaN or Inf. "
+            "Check the calibration data, and the model's outputs on it."
+        )
+    return rows[good]
 
 
 def _second_moment(rows: Tensor) -> Tensor:

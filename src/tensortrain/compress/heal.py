@@ -19,7 +19,7 @@ from .held_back import Guard, hold_back
 from .losses import Loss, distillation_loss, feature_loss
 from .observer import Observer, Silent
 from .outputs import Output
-from .preserve import eager, modes_kept, preserved
+from .preserve import modes_kept, preserved
 from .task import Task, decide_task
 from .training import (
     Evaluate,
@@ -135,9 +135,10 @@ def heal_(
 ) -> FitResult:
     """Fine-tune a compressed model in place towards its original.
 
-    Some batches are held back (one in eight, at most eight). The last state is kept, unless an earlier one was nearer
-    to the original on them by more than their noise, or the last is no nearer than the model was before. A run that goes away from the original from the start is ended; so is one
-    that fails half-way or is interrupted by Ctrl-C. ``notes`` of the result say so.
+    Some of the data is held back (one in eight). The last state is kept, unless an earlier one was nearer to the
+    original on it by more than the noise, or the last is no nearer than the model was before. A run that goes away
+    from the original from the start is ended; so is one that fails half-way or is interrupted by Ctrl-C. ``notes`` of
+    the result say so.
 
     Args:
         model: Compressed; changed.
@@ -155,13 +156,17 @@ def heal_(
     """
     settings = (settings or Heal()).with_length(data)
     task = check_healing(teacher, data, settings, task=task, output=output, trained=model)
-    with eager(), modes_kept(teacher):  # the losses run the teacher in eval mode
+    with preserved(teacher):  # the losses run it, in eval mode
         if settings.only_statistics:
             reestimate_batchnorm_(model, data, n_batches=settings.batchnorm_batches)
             return FitResult([], 0, 0.0)
         loss = _loss(settings, teacher, task, output)
-        rest, held, really = hold_back(data, _total_steps(data, settings.epochs, settings.steps))
-        guard = Guard(model, held, getattr(loss, "distance", loss), held=really)
+        n_steps, distance = _total_steps(data, settings.epochs, settings.steps), getattr(loss, "distance", loss)
+        rest, held, really = hold_back(data, n_steps)
+        try:
+            guard = Guard(model, held, distance, held=really)
+        except Exception:  # rows were not what the first axis counts
+            rest, guard = data, Guard(model, take(data, 1), distance, held=False)
         reestimate_batchnorm_(model, rest, n_batches=settings.batchnorm_batches)
         guard.begin(model)
         result = _fit(model, rest, loss, settings, evaluate, checkpoint, seed, observer, guard)
@@ -214,7 +219,8 @@ def check_healing(
             f"a model must give floating-point numbers to be healed by: {type(model).__name__} gives whole numbers "
             "alone, expected logits or values. Pass heal=False, or output=, a callable (model, batch) -> tensor."
         )
-    _try_loss(trained, data, _loss(settings, model, task, output))
+    with modes_kept(model):
+        _try_loss(trained, data, _loss(settings, model, task, output))
     return task
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, RandomSampler, SequentialSampler, Subset
 
-from .batches import length_of, n_examples, take, to_device
+from .batches import length_of, map_tensors, n_examples, take, tensors_in, to_device
 from .preserve import preserved
 
 __all__ = ["Guard", "hold_back"]
@@ -22,14 +22,15 @@ Distance = Callable[[nn.Module, Any], "Tensor | None"]
 _MOST, _SHARE = 8, 8  # batches held back: one in eight, at most eight
 _LOOKS = (0.05, 0.1, 0.25, 0.5, 0.75, 1.0)  # shares of the run after which the model is looked at
 _RISES = 3  # looks in a row, from the start, each farther off than the one before
+_EARLIEST = 10  # steps: before, nothing can be said
 _FAR = 1.2  # times the distance at the start: less is no reason to give up
 
 
 def hold_back(data: Iterable[Any], n_steps: int | None) -> tuple[Iterable[Any], list[Any], bool]:
-    """Set some batches aside.
+    """Set a share of the data aside, one in eight, at most eight batches.
 
-    Lists give up batches, and loaders over a data set that they pass through in order or at random give up examples. Of
-    anything else the first batches are taken, which are trained on too.
+    Lists give up batches, short lists some rows of each; loaders over a data set that they pass through in order or at
+    random give up examples. Of anything else the first batches are taken, which are trained on too.
 
     Args:
         n_steps: Length of the run to come, which decides how many batches are worth their time.
@@ -39,18 +40,39 @@ def hold_back(data: Iterable[Any], n_steps: int | None) -> tuple[Iterable[Any], 
     """
     length = length_of(data)
     few = max(1, min(_MOST, min(length or n_steps or 1, n_steps or length or 1) // _SHARE))
-    if length is None or length < 2:
-        return data, take(data, few), False
-    if isinstance(data, Sequence) and not isinstance(data, str):
-        places = {int((k + 0.5) * length / few) for k in range(few)}
-        return [data[k] for k in range(length) if k not in places], [data[k] for k in sorted(places)], True
+    if length is not None and isinstance(data, Sequence) and not isinstance(data, str):
+        return _split_list(data, few) if length >= _SHARE else _split_rows(data)
     split = getattr(data, "split_off", None)
-    if callable(split):
-        rest, held = split(few)
+    if callable(split) and (length or 0) > 1:
+        rest, held = split(_SHARE, few)
         return rest, take(held, few), True
     if isinstance(data, DataLoader) and _is_plain(data):
         return *_split_loader(data, few), True
     return data, take(data, few), False
+
+
+def _split_list(data: Sequence[Any], few: int) -> tuple[list[Any], list[Any], bool]:
+    places = {int((k + 0.5) * len(data) / few) for k in range(few)}
+    return [data[k] for k in range(len(data)) if k not in places], [data[k] for k in sorted(places)], True
+
+
+def _split_rows(data: Sequence[Any]) -> tuple[Sequence[Any], list[Any], bool]:
+    """Some rows of every batch, where all tensors of a batch have their rows along the first axis."""
+    if not all(_has_rows(batch) for batch in data):
+        return data, list(data), False
+    counts = [max(1, n_examples(batch) // _SHARE) for batch in data]
+    rest = [map_tensors(lambda t, n=n: t[n:] if t.ndim else t, b) for b, n in zip(data, counts, strict=True)]
+    held = [map_tensors(lambda t, n=n: t[:n] if t.ndim else t, b) for b, n in zip(data, counts, strict=True)]
+    return rest, held, True
+
+
+def _has_rows(batch: Any) -> bool:
+    tensors = [tensor for tensor in tensors_in(batch) if tensor.ndim]
+    values = list(batch.values()) if isinstance(batch, Mapping) else batch if isinstance(batch, (tuple, list)) else ()
+    flat = all(isinstance(value, Tensor) or not tensors_in(value) for value in values)
+    plain = isinstance(batch, (Tensor, Mapping)) or type(batch) in (tuple, list)
+    alike = len({tensor.shape[0] for tensor in tensors}) == 1
+    return plain and flat and alike and tensors[0].shape[0] >= 2 and any(t.ndim > 1 for t in tensors)
 
 
 def _is_plain(loader: DataLoader[Any]) -> bool:
@@ -68,7 +90,7 @@ def _split_loader(loader: DataLoader[Any], few: int) -> tuple[DataLoader[Any], l
     """The same loader over the other examples, and batches of those that a fixed draw picked."""
     n, size = len(loader.dataset), loader.batch_size or 1  # type: ignore[arg-type]
     order = torch.randperm(n, generator=torch.Generator().manual_seed(0)).tolist()
-    count = min(few * size, max(1, n // 2))
+    count = min(few * size, max(1, n // _SHARE))
     held, kept = sorted(order[:count]), sorted(order[count:])
     options = {
         "batch_size": loader.batch_size,
@@ -160,7 +182,7 @@ class Guard:
         self.seen.append(self.last)
         if self.last < self.best:
             self.best, self.best_state, self.best_step = self.last, _state_of(model), step
-        if not self._rises_from_the_start():
+        if not self._rises_from_the_start(step):
             return False
         self.notes.append(
             f"Healing stopped after {step} steps: the outputs went away from the original's from the start "
@@ -168,10 +190,10 @@ class Guard:
         )
         return True
 
-    def _rises_from_the_start(self) -> bool:
+    def _rises_from_the_start(self, step: int) -> bool:
         values = [self.start, *self.seen]
         rises = all(later > earlier for earlier, later in itertools.pairwise(values))
-        return len(self.seen) >= _RISES and rises and self.last > _FAR * self.start
+        return step >= _EARLIEST and len(self.seen) >= _RISES and rises and self.last > _FAR * self.start
 
     def failed(self, error: BaseException, step: int) -> None:
         reason = " ".join(str(error).split())

@@ -8,6 +8,7 @@ counts.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -162,7 +163,7 @@ class Distillation:
         labels = read_batch(model, batch).labels
         if soft is None or task.labels == "none" or labels is None:
             return soft
-        hard = _hard_loss(task, student[task.main], labels, result)
+        hard = _hard_loss(task, student.get(task.main, next(iter(student.values()))), labels, result)
         return soft if hard is None else self.alpha * soft + (1 - self.alpha) * hard
 
     def distance(self, model: nn.Module, batch: Any) -> Tensor | None:
@@ -238,6 +239,8 @@ def _soft_loss(
     losses = []
     for name, target in teacher.items():
         own = student.get(name)
+        if own is None:  # some give more in train mode, such as an auxiliary head
+            own = next((y for y in student.values() if y.shape == target.shape), None)
         if own is None:
             raise _missing_output(name)
         _same_shape(own, target)
@@ -252,7 +255,7 @@ def _soft_loss(
             losses.append(
                 relative_distance(own, target) if mask is None else relative_distance(own[mask], target[mask])
             )
-    return torch.stack([loss.float() for loss in losses]).sum() if losses else None
+    return functools.reduce(torch.add, losses) if losses else None
 
 
 def _hard_loss(task: Task, y: Tensor, labels: Any, result: Any) -> Tensor | None:

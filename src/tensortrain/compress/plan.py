@@ -46,7 +46,7 @@ _SPENT = 0.95
 _FLOPS_NOT_KNOWN_YET = 10**15
 _OFF_THE_PATH = 0.01  # of the usual weight: for a layer that the output the user named does not depend on
 _FIRST = 3  # batches among which the first with an example is looked for
-_VERSION = 1
+_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -125,6 +125,8 @@ class CompressionPlan:
         """
         try:
             data = json.loads(text)
+            if data["version"] == 1:  # before plans told how a model is judged
+                data = {**data, "version": _VERSION, "task": "", "outputs": [], "notes": []}
             if data["version"] != _VERSION:
                 raise ValueError(f"version {data['version']}")
             return cls(
@@ -133,9 +135,9 @@ class CompressionPlan:
                 params_before=int(data["params_before"]),
                 params_after=int(data["params_after"]),
                 left_alone=tuple(LeftAlone(**layer) for layer in data["left_alone"]),
-                task=str(data.get("task", "")),
-                outputs=_texts(data.get("outputs", [])),
-                notes=_texts(data.get("notes", [])),
+                task=str(data["task"]),
+                outputs=_texts(data["outputs"]),
+                notes=_texts(data["notes"]),
             )
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise CheckpointError(
@@ -344,19 +346,15 @@ def _weights(
     found = {layer.name: _carried(layer, calibration) for layer in layers}
     known = sorted(weight for weight in found.values() if 0 < weight < math.inf)
     usual = known[len(known) // 2] if known else 1.0
-    notes = _unseen_notes(layers, found, calibration)
-    share = _OFF_THE_PATH if narrowed else 1.0
-    return {
-        layer.name: found[layer.name]
-        if 0 < found[layer.name] < math.inf
-        else usual * (share if layer.name in calibration.grams else 1.0)
-        for layer in layers
-    }, notes
+    unknown = {name: usual * (_OFF_THE_PATH if narrowed else 1.0) for name in calibration.grams}
+    unknown |= {name: max(1.0, usual) for name in calibration.unmeasured}  # the output, as of layers in sequence
+    weights = {name: weight if 0 < weight < math.inf else unknown.get(name, usual) for name, weight in found.items()}
+    return weights, _unseen_notes(layers, found, calibration)
 
 
 def _missing(layers: Sequence[FoundLayer], calibration: Calibration) -> bool:
     """Whether some layers have input statistics and some have none."""
-    return 0 < len(calibration.grams) < len(layers)
+    return len(calibration.grams) < len(layers) and bool(calibration.grams or calibration.unseen)
 
 
 def _carried(layer: FoundLayer, calibration: Calibration) -> float:
@@ -377,6 +375,8 @@ def _unseen_notes(layers: Sequence[FoundLayer], found: Mapping[str, float], cali
     rows = [layer.name for layer in without if layer.name in calibration.unseen]
     gradients = [layer.name for layer in without if layer.name in calibration.grams]
     notes = []
+    if calibration.unmeasured:
+        notes.append(f"Input moments are not taken of {_named(calibration.unmeasured)}: judged by the weights alone.")
     if rows:
         notes.append(f"No rows of the data (or only equal ones) came to {_named(rows)}: judged by the weights alone.")
     if gradients:

@@ -60,20 +60,24 @@ def eager() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(fast)
 
 
-_State = tuple[nn.Module, dict[str, Any], list[tuple[Any, Any]], list[tuple[Tensor, int, Tensor]]]
+_State = tuple[nn.Module, dict[str, Any], list[tuple[Any, Any]], list[tuple[Tensor, Tensor]]]
 
 
 def _state_of(module: nn.Module) -> _State:
     attributes = dict(module.__dict__)
     containers = [(value, copy.copy(value)) for value in attributes.values() if type(value) in (list, dict, set)]
     tensors = [*module._buffers.values(), *attributes.values()]
-    kept = [(t, t._version, t.detach().clone()) for t in tensors if isinstance(t, Tensor) and not t.is_inference()]
+    kept = [(t, t.detach().clone()) for t in tensors if isinstance(t, Tensor) and _can_be_put_back(t)]
     return module, attributes, containers, kept
+
+
+def _can_be_put_back(tensor: Tensor) -> bool:
+    return tensor.layout is torch.strided and not (tensor.is_meta or tensor.is_nested or tensor.is_inference())
 
 
 @torch.no_grad()
 def _put_back(
-    module: nn.Module, attributes: dict[str, Any], containers: list[Any], tensors: list[tuple[Tensor, int, Tensor]]
+    module: nn.Module, attributes: dict[str, Any], containers: list[Any], tensors: list[tuple[Tensor, Tensor]]
 ) -> None:
     module.__dict__.clear()
     module.__dict__.update(attributes)
@@ -83,8 +87,8 @@ def _put_back(
         else:
             container.clear()
             container.update(content)
-    for tensor, version, value in tensors:
-        if tensor._version != version:
+    for tensor, value in tensors:  # version counters do not tell: batch norms change statistics past them
+        if not torch.equal(tensor, value):
             tensor.copy_(value)
 
 

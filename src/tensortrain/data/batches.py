@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 
 import torch
@@ -46,6 +47,23 @@ class ImageBatches:
     def __len__(self) -> int:
         whole, rest = divmod(self.labels.numel(), self.batch_size)
         return whole + (rest > 0 and not self.drop_last)
+
+    def split_off(self, share: int, n_batches: int) -> tuple[ImageBatches, ImageBatches]:
+        """Two loaders over disjoint images: the rest, and one image in ``share``, at most ``n_batches`` full.
+
+        The images set aside come without augmentation, always in one order.
+        """
+        n = self.labels.numel()
+        order = torch.randperm(n, generator=torch.Generator().manual_seed(self.seed)).to(self.labels.device)
+        count = min(n_batches * self.batch_size, max(1, n // share))
+        rest, aside = copy.copy(self), copy.copy(self)
+        frame = _MAX_SHIFT if self.augment else 0
+        height, width = self.images.shape[1:]
+        aside.images = self.images[order[:count], frame : height - frame, frame : width - frame]
+        aside.labels, aside.augment, aside.shuffle, aside.drop_last = self.labels[order[:count]], False, False, False
+        kept = order[count:].sort().values
+        rest.images, rest.labels = self.images[kept], self.labels[kept]
+        return rest, aside
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)

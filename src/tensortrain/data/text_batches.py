@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -30,6 +31,15 @@ class TextBatches:
 
     def __len__(self) -> int:
         return len(self.groups)
+
+    def split_off(self, share: int, n_batches: int) -> tuple[TextBatches, TextBatches]:
+        """Two loaders over disjoint batches: the rest, and one batch in ``share``, at most ``n_batches``."""
+        count = min(n_batches, max(1, len(self.groups) // share))
+        places = {int((k + 0.5) * len(self.groups) / count) for k in range(count)}
+        rest, aside = copy.copy(self), copy.copy(self)
+        rest.groups = [group for k, group in enumerate(self.groups) if k not in places]
+        aside.groups, aside.seed = [self.groups[k] for k in sorted(places)], None
+        return rest, aside
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         for k in self._order():

@@ -10,7 +10,7 @@ from types import MethodType
 from typing import Any
 
 import torch
-from gallery_case import Case, case, drawn_classes, forward
+from gallery_case import Case, case, drawn_classes, forward, needs
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations
@@ -158,6 +158,26 @@ def masked_policy() -> Case:
 
 
 # -- data -------------------------------------------------------------------------------------------------
+
+
+class ForceField(nn.Module):
+    """Energies, and forces as their gradients: it takes a gradient in its forward, in eval mode too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(30, 64), nn.SiLU(), nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, 1))
+
+    def forward(self, places: Tensor) -> dict[str, Tensor]:
+        with torch.enable_grad():
+            places = places.detach().requires_grad_()
+            energy = self.net(places.flatten(1)).squeeze(1)
+            (slope,) = torch.autograd.grad(energy.sum(), places, create_graph=self.training)
+        return {"energy": energy, "forces": -slope}
+
+
+@case
+def force_field() -> Case:
+    return Case(ForceField, lambda net: {"places": torch.randn(32, 10, 3)})
 
 
 class Siamese(nn.Module):
@@ -593,5 +613,41 @@ def mixture_of_experts() -> Case:
 
 
 @case
+@needs("lightning")
+def lightning() -> Case:
+    import lightning
+
+    class Module(LightningLike, lightning.LightningModule):
+        pass
+
+    return Case(Module, lambda net: classified(net, 32))
+
+
+@case
 def data_parallel() -> Case:
     return Case(lambda: nn.DataParallel(mlp(32, 64, 64, 10)), lambda net: classified(net, 32))
+
+
+# -- what is refused --------------------------------------------------------------------------------------
+
+
+@case
+def nothing_to_heal() -> Case:
+    def build() -> nn.Module:
+        return mlp(32, 64, 64, 10).requires_grad_(False)
+
+    return Case(build, lambda net: classified(net, 32), refuses="something to heal")
+
+
+@case
+def weights_that_are_not_finite() -> Case:
+    def spoilt_(net: nn.Module) -> nn.Module:
+        net.get_parameter("2.weight").data[3, 5] = torch.nan
+        return net
+
+    return Case(lambda: mlp(32, 64, 64, 10), lambda net: torch.randn(32, 32), trained=spoilt_, refuses="finite")
+
+
+@case
+def budget_out_of_reach() -> Case:
+    return Case(lambda: mlp(32, 64, 64, 10), lambda net: classified(net, 32), "200x", refuses="budget")

@@ -262,7 +262,7 @@ def t5() -> Case:
     def batch(net: nn.Module) -> dict[str, Tensor]:
         ids = torch.randint(1, V, (16, 10))
         text = written_by(lambda said: net(input_ids=ids, decoder_input_ids=said).logits, length=7, start=0)
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": text[:, 1:]}
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": text[:, 1:].clone()}
 
     return Case(build, batch, run=lambda net, batch: net(**batch))
 

@@ -5,4 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import pytest
+
+pytest.register_assert_rewrite("gallery_checks")
 sys.path.append(str(Path(__file__).parent))

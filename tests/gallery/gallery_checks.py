@@ -173,7 +173,7 @@ def settle_norms_(model: nn.Module, run: Callable[[], Any]) -> None:
     for norm in norms:
         norm.reset_running_stats()
         norm.train().momentum = None
-    for _ in range(N_TRAIN if norms else 0):
+    for _ in range(4 * N_TRAIN if norms else 0):
         run()
     for norm in norms:
         norm.momentum = 0.1
@@ -191,9 +191,9 @@ def squares(new: Tensor, old: Tensor) -> tuple[float, float]:
     return float((new - old).square().sum()), float((old - mean).masked_fill(~finite, 0).square().sum())
 
 
-def mean_error(errors: Mapping[str, float]) -> float:
-    """One figure for all outputs, in which each counts alike."""
-    return math.sqrt(sum(error**2 for error in errors.values()) / len(errors))
+def total_error(errors: Mapping[str, float]) -> float:
+    """One figure for all outputs, in which each counts alike: what a plan foretells."""
+    return math.sqrt(sum(error**2 for error in errors.values()))
 
 
 def predicted_error(plan: tt.CompressionPlan, model: nn.Module) -> float:
@@ -273,14 +273,12 @@ def _check_budget(run: Run, result: tt.CompressionResult) -> None:
 def outputs_stay_within_twice_the_prediction(run: Run) -> None:
     errors, calibration = run.errors(run.cut.model, run.held_back), run.plan.calibration
     assert calibration is not None
-    assert mean_error(errors) > 0, "the new layers do not run"
+    assert total_error(errors) > 0, "the new layers do not run"
     if any(0 not in calibration.input_shapes.get(name, ()) for name in not_weighed(run.plan)):
         return  # named, see below
     predicted = predicted_error(run.plan, run.original) + run.rounding
     text = f"predicted {predicted:.4f}, found {shown(errors)}"
-    assert mean_error(errors) <= 2 * predicted, text
-    # Of a mean over several outputs one may hold all.
-    assert max(errors.values()) <= 2 * predicted * math.sqrt(len(errors)), text
+    assert total_error(errors) <= 2 * predicted, text
 
 
 @check
@@ -299,11 +297,11 @@ def layers_cut_without_data_stay_within_their_error(run: Run) -> None:
 
 
 def _check_weights(run: Run, result: tt.CompressionResult, names: list[str]) -> None:
-    old = {layer.name: layer.kernel.double() for layer in find_layers(run.original)[0]}
+    old = {layer.name: layer.kernel.detach().double() for layer in find_layers(run.original)[0]}
     said = {layer.name: layer.rel_error or 0.0 for layer in result.plan.layers}
     for name in names:
         new: Any = result.model.get_submodule(name)
-        kept = new.format.to_dense(list(new.cores), new.spec).double()
+        kept = new.format.to_dense(list(new.cores), new.spec).detach().double()
         error = float((kept - old[name]).norm() / old[name].norm())
         assert error <= 1.01 * said[name] + run.rounding, f"{name}: weight error {error:.4f}, said {said[name]:.4f}"
 
@@ -313,7 +311,7 @@ def healing_does_not_hurt(run: Run) -> None:
     cut, healed = run.errors(run.unhealed, run.held_back), run.errors(run.healed.model, run.held_back)
     told = [note for note in run.healed.report.notes if "heal" in note.lower()]
     text = f"cut {shown(cut)}, healed {shown(healed)}, notes {run.healed.report.notes}"
-    assert mean_error(healed) <= 1.02 * mean_error(cut) + run.rounding or told, text
+    assert total_error(healed) <= 1.02 * total_error(cut) + run.rounding or told, text
     losses = [row["loss"] for row in run.healed.report.healing]
     assert losses or told, f"no history of the healing, no note: {run.healed.report.notes}"
 

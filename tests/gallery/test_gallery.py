@@ -43,8 +43,7 @@ def _fault(run: Run, what: str) -> str:
     except Unavailable:
         return ""
     except Exception as error:
-        text = " ".join(str(error).split())
-        return text if isinstance(error, AssertionError) else f"{type(error).__name__}: {text}"
+        return f"{type(error).__name__}: {' '.join(str(error).split())}"
     return ""
 
 

@@ -43,7 +43,8 @@ def _fault(run: Run, what: str) -> str:
     except Unavailable:
         return ""
     except Exception as error:
-        return f"{type(error).__name__}: {' '.join(str(error).split())}"
+        first = str(error).strip().partition("\n")[0]  # pytest goes on with what it compared
+        return f"{type(error).__name__}: {first:.300}"
     return ""
 
 

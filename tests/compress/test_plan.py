@@ -65,12 +65,20 @@ def test_planning_changes_nothing(build, shape) -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
-@pytest.mark.parametrize("fails_at", [0, 1, 4])  # the first trial, the second, a later batch
+@pytest.mark.parametrize("fails_at", [0, 1, 2])  # the first trial, the second, the last batch
 def test_a_failing_forward_leaves_nothing_behind(fails_at: int) -> None:
     model = odd_modes(nn.Sequential(nn.Linear(8, 8), Fuse(fails_at), nn.BatchNorm1d(8), nn.Linear(8, 8)))
     before = snapshot(model)
     with pytest.raises((RuntimeError, DataError), match="blown"):
         plan_compression(model, budget="2x", data=batches(3, 4, 8))
+    assert_unchanged(model, before)
+
+
+def test_a_failing_pass_for_gradients_is_noted_and_inputs_alone_decide() -> None:
+    model = odd_modes(nn.Sequential(nn.Linear(8, 8), Fuse(4), nn.BatchNorm1d(8), nn.Linear(8, 8)))
+    before = snapshot(model)
+    plan = plan_compression(model, budget="1.2x", data=batches(3, 4, 8))
+    assert any("inputs alone" in note and "blown" in note for note in plan.notes)
     assert_unchanged(model, before)
 
 

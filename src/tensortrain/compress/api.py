@@ -101,7 +101,7 @@ def compress(
     settings = _heal_settings(heal, data)
     notes = _compiled_note(model)
     model = uncompiled(model)
-    with torch.inference_mode(False):
+    with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
         judged = _judge(model, data, settings, task, output)
         original = _original(model, inplace, settings, measure)
         before, bytes_before = evaluate_metric(evaluate, model), _stored_bytes(model)

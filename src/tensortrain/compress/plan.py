@@ -346,7 +346,7 @@ def _weights(
     found = {layer.name: _carried(layer, calibration) for layer in layers}
     known = sorted(weight for weight in found.values() if 0 < weight < math.inf)
     usual = known[len(known) // 2] if known else 1.0
-    unknown = {name: usual * (_OFF_THE_PATH if narrowed else 1.0) for name in calibration.grams}
+    unknown = dict.fromkeys(calibration.grams, usual * (_OFF_THE_PATH if narrowed else 1.0))
     unknown |= {name: max(1.0, usual) for name in calibration.unmeasured}  # the output, as of layers in sequence
     weights = {name: weight if 0 < weight < math.inf else unknown.get(name, usual) for name, weight in found.items()}
     return weights, _unseen_notes(layers, found, calibration)
@@ -406,7 +406,9 @@ def _unspent(plans: Sequence[LayerPlan], spent: int, budget: Budget) -> list[str
             if slow
             else ("no larger form of a layer fits into the rest")
         )
-    return [f"{spent:,} of {budget.limit:,} {budget.measure} are used ({spent / budget.limit:.0%}): {why}."]
+    return [
+        f"Of the budget {spent:,} of {budget.limit:,} {budget.measure} are used ({spent / budget.limit:.0%}): {why}."
+    ]
 
 
 _Banned = dict[str, dict[tuple[Any, ...], int]]

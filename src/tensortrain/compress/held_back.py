@@ -20,9 +20,11 @@ __all__ = ["Guard", "hold_back"]
 Distance = Callable[[nn.Module, Any], "Tensor | None"]
 
 _MOST, _SHARE = 8, 8  # batches held back: one in eight, at most eight
+_ENOUGH = 64  # examples to measure on; of small data up to a quarter
 _LOOKS = (0.05, 0.1, 0.25, 0.5, 0.75, 1.0)  # shares of the run after which the model is looked at
 _RISES = 3  # looks in a row, from the start, each farther off than the one before
 _EARLIEST = 10  # steps: before, nothing can be said
+_LOST = 1.0  # distance of outputs that tell nothing about the original's
 _FAR = 1.2  # times the distance at the start: less is no reason to give up
 
 
@@ -52,6 +54,8 @@ def hold_back(data: Iterable[Any], n_steps: int | None) -> tuple[Iterable[Any], 
 
 
 def _split_list(data: Sequence[Any], few: int) -> tuple[list[Any], list[Any], bool]:
+    enough = -(-_ENOUGH // max(1, n_examples(data[0])))
+    few = max(few, min(enough, len(data) // 4))
     places = {int((k + 0.5) * len(data) / few) for k in range(few)}
     return [data[k] for k in range(len(data)) if k not in places], [data[k] for k in sorted(places)], True
 
@@ -149,9 +153,9 @@ class Guard:
     def begin(self, model: nn.Module) -> None:
         """The batch norms have new statistics: the better ones are the start."""
         self.last = self.measure(model)
-        if self.last > self.start:
+        if not self._better(self.last):
             _put_back(model, self.first_state)
-        elif self.last < self.start:
+        else:
             self.start = self.best = self.last
             self.first_state = self.best_state = _state_of(model)
 
@@ -174,6 +178,17 @@ class Guard:
                     total, count = total + n * float(value), count + n
         return total / count if count and math.isfinite(total) else math.inf
 
+    def _better(self, value: float) -> bool:
+        """Nearer than at the start by more than the noise of the measurement."""
+        return value < self.start * (1 - self.noise)
+
+    def _measured(self, model: nn.Module) -> float:
+        """At the end: a measure that fails by now, for whatever reason, decides for what was measured before."""
+        try:
+            return self.measure(model)
+        except Exception:
+            return math.inf
+
     def due(self, step: int, total: int) -> bool:
         return step in {max(1, round(share * total)) for share in _LOOKS}
 
@@ -191,9 +206,11 @@ class Guard:
         return True
 
     def _rises_from_the_start(self, step: int) -> bool:
-        values = [self.start, *self.seen]
-        rises = all(later > earlier for earlier, later in itertools.pairwise(values))
-        return step >= _EARLIEST and len(self.seen) >= _RISES and rises and self.last > _FAR * self.start
+        if step < _EARLIEST:
+            return False
+        rises = all(later > earlier for earlier, later in itertools.pairwise([self.start, *self.seen]))
+        lost = all(value > max(_LOST, 10 * self.start) for value in self.seen)
+        return lost or (len(self.seen) >= _RISES and rises and self.last > _FAR * self.start)
 
     def failed(self, error: BaseException, step: int) -> None:
         reason = " ".join(str(error).split())
@@ -208,17 +225,17 @@ class Guard:
         """Put the best state back where the last one is not it; called with the weights in their own dtype."""
         if not self.useful:
             return
-        now = self.measure(model)
-        if now <= self.best * (1 + self.noise) and now <= self.start:
+        now = self._measured(model)
+        if now <= self.best * (1 + self.noise) and self._better(now):
             return
         _put_back(model, self.best_state)
-        if self.best < self.start and self.measure(model) < self.start:  # rounding to a low dtype may cost all
+        if self._better(self.best) and self._better(self._measured(model)):  # rounding to a low dtype may cost all
             return
         _put_back(model, self.first_state)
         where = "held-back batches" if self.held else "the first batches"
         self.notes.append(
             f"Healing brought the outputs no nearer to the original's on {where} ({self.start:.3g} as it was cut, "
-            f"{now:.3g} after): the model stays as it was cut."
+            f"{now:.3g} after, noise {self.noise:.0%}): the model stays as it was cut."
         )
 
     def state(self) -> dict[str, Any]:

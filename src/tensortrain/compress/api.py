@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tensortrain.nn import FactorizedLayer
 
 from .apply import apply_plan_
-from .batches import Parts, length_of, map_tensors, n_examples, read_batch, run, tensors_in
+from .batches import Parts, length_of, map_tensors, n_examples, read_batch, run, tensors_in, to_device
 from .budget import BudgetLike
 from .candidates import DEFAULT_FORMATS
 from .heal import Heal, check_healing, heal_, task_on_data
@@ -395,7 +395,8 @@ def _examples(
     model: nn.Module, batch: Any, batch_size: int | None, with_labels: bool, notes: list[str]
 ) -> list[tuple[int, Call]]:
     """Batch sizes to time at, with their inputs. Inputs are cut only along an axis that all of them share."""
-    parts = read_batch(model, batch, with_labels=with_labels)
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    parts = read_batch(model, to_device(batch, device), with_labels=with_labels)
     # copies: a model may write into its input
     call = Call(*map_tensors(lambda tensor: tensor.detach().clone(), (parts.args, dict(parts.kwargs))))
     own = max(1, n_examples(batch))

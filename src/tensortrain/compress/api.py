@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from tensortrain.nn import FactorizedLayer
 from .apply import apply_plan_
 from .budget import BudgetLike
 from .candidates import DEFAULT_FORMATS
+from .copying import copy_model
 from .heal import Heal, check_healing, heal_
 from .layers import check_module, count_params
 from .measure import latency_rows, memory_rows, resident_bytes
@@ -24,6 +24,7 @@ from .observer import Observer, Silent
 from .output_weights import OutputFunction
 from .plan import CompressionPlan, LayerPlan, plan_compression
 from .report import CurvePoint, LayerReport, Report, own_commit, provenance
+from .storage import count_bytes
 from .training import Evaluate, FitResult
 
 __all__ = ["CompressionResult", "compress", "evaluate_metric"]
@@ -115,7 +116,7 @@ def compress(
         )
     before, bytes_before = evaluate_metric(evaluate, model), _stored_bytes(model)
     original = model if not inplace else _original(model, settings, measure)
-    compressed = apply_plan_(model if inplace else copy.deepcopy(model), plan, observer=observer)
+    compressed = apply_plan_(model if inplace else copy_model(model), plan, observer=observer)
     unhealed = evaluate_metric(evaluate, compressed)
     history: FitResult | None = None
     if settings is not None and data is not None:
@@ -183,7 +184,7 @@ def _heal_settings(heal: Heal | Mapping[str, Any] | bool | None, data: Iterable[
 
 def _original(model: nn.Module, settings: Heal | None, measure: bool) -> nn.Module:
     """A copy to teach and to compare with, where somebody will ask for it."""
-    return copy.deepcopy(model) if settings is not None or measure else model
+    return copy_model(model) if settings is not None or measure else model
 
 
 def _report(
@@ -228,8 +229,7 @@ def _curve(
 
 
 def _stored_bytes(model: nn.Module) -> int:
-    tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    return sum(t.numel() * t.element_size() for t in tensors.values())
+    return count_bytes((*model.parameters(), *model.buffers()))
 
 
 def _layer_report(layer: LayerPlan, compressed: nn.Module) -> LayerReport:

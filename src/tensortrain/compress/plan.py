@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any, Literal, get_args
 
 from torch import nn
@@ -15,6 +16,7 @@ from tensortrain.formats import FactorSpec, energy, get_format
 from tensortrain.nn.base import Implementation
 
 from .allocate import Option, allocate
+from .beyond_reach import nothing_to_compress, what_stands_in_the_way
 from .budget import Budget, BudgetLike, read_budget
 from .calibrate import Calibration, calibrate
 from .candidates import DEFAULT_FORMATS, Candidate, candidates, least_params
@@ -128,7 +130,7 @@ class CompressionPlan:
             f"budget {self.budget}: {self.params_before:,} -> {self.params_after:,} parameters "
             f"({self.compression:.4g}x fewer)"
         )
-        rows += [f"left alone: {layer.name} ({layer.kind}): {layer.reason}" for layer in self.left_alone]
+        rows += [f"left alone: {layer}" for layer in self.left_alone]
         return "\n".join(rows)
 
 
@@ -183,10 +185,7 @@ def plan_compression(
     observer = observer or Silent()
     layers, left = find_layers(model, include=include, exclude=exclude)
     if not layers:
-        raise BudgetError(
-            f"a model must have layers to compress: none of its {sum(1 for _ in model.modules())} modules is a plain "
-            "Linear, Conv or Embedding. Check include= and exclude=, or tensortrain.inspect(model)."
-        )
+        raise nothing_to_compress(model, left)
     if data is not None or example_inputs is not None:
         check_reachable(model, layers, budget, formats)  # before the passes over the data
     calibration = _calibration(model, layers, data, example_inputs, n_batches, output, observer)
@@ -200,6 +199,7 @@ def plan_compression(
     for growth in _GROWTHS:
         menus = _menus(layers, calibration, formats, growth, long, observer)
         chooser = _Chooser(layers, menus, weights, costs, calibration, limit, total, batch_size, allow_slower, long)
+        chooser.beyond_reach = partial(what_stands_in_the_way, model, layers, left)
         plans = chooser.choose()
         if chooser.spent(plans) >= _SPENT * limit.limit:
             break
@@ -221,7 +221,7 @@ def check_reachable(
     if limit.measure == "params" and limit.limit < least:
         raise BudgetError(
             f"a budget must be reachable: {limit.text} allows {limit.limit:,} parameters, but no form of this model "
-            f"has fewer than {least:,}. Ask for more."
+            f"has fewer than {least:,}. Ask for more.{what_stands_in_the_way(model, layers)}"
         )
 
 
@@ -297,6 +297,7 @@ class _Chooser:
     allow_slower: bool
     long_healing: bool
     known: dict[tuple[str, FactorSpec], LayerCost] = field(default_factory=dict)
+    beyond_reach: Callable[[], str] = str  # who holds the parameters that no plan reaches, for a message
 
     def choose(self) -> list[LayerPlan]:
         # Per layer: formats and modes that are too slow from so many parameters on.
@@ -386,7 +387,8 @@ class _Chooser:
             cause = f" {len(names)} layers would become slower (such as {names[0]!r}); allow_slower=True admits them."
         return BudgetError(
             f"a budget must be reachable: {self.budget.text} allows {self.budget.limit:,} {self.budget.measure}, but "
-            f"the smallest that this model can be made is {least:,}.{cause} Ask for at least {least:,}."
+            f"the smallest that this model can be made is {least:,}.{cause}{self.beyond_reach()} "
+            f"Ask for at least {least:,}."
         )
 
     def _plan(self, layer: FoundLayer, pick: Candidate | None, was_slower: bool) -> LayerPlan:

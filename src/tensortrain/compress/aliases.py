@@ -15,6 +15,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -171,7 +172,7 @@ class _Walk:
                 self._queue(open_one(held, place))
                 break
         else:
-            if _attributes(held) is None:
+            if _attributes(held) is None and not _slots(type(held)):
                 self._queue(_Opaque(place, found) for found in gc.get_referents(held))
         self._open_attributes(held, place)
 
@@ -411,18 +412,18 @@ class _PartialState(_Place):
     """Function, arguments, keywords and attributes of a ``functools.partial``, as one tuple."""
 
     up: _Place
-    partial: Any
+    holder: Any
 
     def get(self) -> Any:
-        return self.partial.__reduce__()[2]
+        return self.holder.__reduce__()[2]
 
     def put(self, value: Any, undo: Undo) -> None:
         old = self.get()
-        undo.append(lambda: self.partial.__setstate__(old))
-        self.partial.__setstate__(value)
+        undo.append(lambda: self.holder.__setstate__(old))
+        self.holder.__setstate__(value)
 
     def changes(self) -> int:
-        return id(self.partial)
+        return id(self.holder)
 
 
 @dataclass(eq=False)
@@ -482,7 +483,7 @@ def _in_method(held: Any, place: _Place) -> Iterator[_Place]:
     def rebind(now: Any, part: Any) -> Any:
         name = now.__func__.__name__
         own = getattr(type(now.__self__), name, None) is now.__func__
-        return getattr(part, name) if own else types.MethodType(now.__func__, part)
+        return types.MethodType(getattr(type(part), name) if own else now.__func__, part)
 
     name = f" (the method {getattr(held.__func__, '__name__', '?')})"
     yield _Method(place, held.__self__, rebind, name)
@@ -523,6 +524,45 @@ def _in_function(held: Any, place: _Place) -> Iterator[_Place]:
     yield from (_Cell(place, cell, name) for cell, name in cells)
     yield _Attribute(place, held, "__defaults__")
     yield _Attribute(place, held, "__kwdefaults__")
+    for name in _global_names(held.__code__):
+        value = held.__globals__.get(name)
+        if isinstance(value, nn.Module) or isinstance(getattr(value, "__self__", None), nn.Module):
+            yield _Inside(place, value, partial(_with_global, name), f" (the global {name})")
+
+
+def _global_names(code: types.CodeType) -> set[str]:
+    inner = (constant for constant in code.co_consts if isinstance(constant, types.CodeType))
+    return set(code.co_names).union(*map(_global_names, inner))
+
+
+def _with_global(name: str, function: types.FunctionType, value: Any) -> types.FunctionType:
+    """The function with another value for one of its globals; the module that it came from keeps its own."""
+    space = function.__globals__
+    known, base = (dict(space), space.base) if isinstance(space, _Namespace) else ({}, space)
+    own = _Namespace({"__builtins__": base.get("__builtins__"), **known, name: value}, base)
+    made = types.FunctionType(function.__code__, own, function.__name__, function.__defaults__, function.__closure__)
+    made.__kwdefaults__, made.__qualname__, made.__doc__ = (
+        function.__kwdefaults__,
+        function.__qualname__,
+        function.__doc__,
+    )
+    made.__module__, made.__doc__ = function.__module__, function.__doc__
+    vars(made).update(vars(function))
+    return made
+
+
+class _Namespace(dict[str, Any]):
+    """A few global names over those of a module, which are read when they are needed."""
+
+    def __init__(self, own: dict[str, Any], base: dict[str, Any]) -> None:
+        super().__init__(own)
+        self.base = base
+
+    def __missing__(self, name: str) -> Any:
+        return self.base[name]
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return self[name] if name in self or name in self.base else default
 
 
 _OPENERS: tuple[tuple[Any, Callable[[Any, _Place], Iterator[_Place]]], ...] = (

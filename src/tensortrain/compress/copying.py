@@ -92,7 +92,8 @@ def _detach(model: nn.Module, copied: nn.Module, memo: Memo) -> None:
     for _ in range(_MOST_ROUNDS):
         references = find_aliases(copied, originals).references
         own = {id(clone) for clone in clones.values()}
-        if not any([_detach_one(reference, shared, own, clone_of, memo) for reference in references]):
+        changed = [_detach_one(reference, shared, own, clone_of, memo) for reference in references]
+        if not any(changed):
             break
 
 

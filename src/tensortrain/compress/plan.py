@@ -221,7 +221,7 @@ def check_reachable(
     if limit.measure == "params" and limit.limit < least:
         raise BudgetError(
             f"a budget must be reachable: {limit.text} allows {limit.limit:,} parameters, but no form of this model "
-            f"has fewer than {least:,}. Ask for more.{what_stands_in_the_way(model, layers)}"
+            f"has fewer than {least:,}.{what_stands_in_the_way(model, layers)} Ask for more."
         )
 
 

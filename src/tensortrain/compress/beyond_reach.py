@@ -31,7 +31,7 @@ def what_stands_in_the_way(
     if not holders:
         return ""
     reasons = {one.name: one for one in (find_layers(model)[1] if left is None else left)}
-    shown = ", ".join(_shown(name, module, n, reasons) for n, name, module in holders[:_SHOWN])
+    shown = ", ".join(dict.fromkeys(_shown(name, module, n, reasons) for n, name, module in holders[:_SHOWN]))
     more = f", and {len(holders) - _SHOWN} more" if len(holders) > _SHOWN else ""
     share = sum(n for n, _, _ in holders) / max(1, count_params(model))
     return f" Beyond reach are {share:.0%} of the parameters: {shown}{more}."

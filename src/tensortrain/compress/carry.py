@@ -42,16 +42,18 @@ def cannot_carry(layer: nn.Module, *, to: type[nn.Module] | None = None) -> str:
         to: Class of the new layer; that of the factorized twin when left out.
     """
     kind: Any = to or counterpart(layer)
-    changed = [name for name in vars(layer) if hasattr(type(layer), name) and not _is_own(layer, name)]
+    changed = [name for name in vars(layer) if _hides_ours(layer, name) and not _is_own(layer, name)]
     if "forward" in changed and wraps_own_forward(layer):
         changed.remove("forward")
     replaced = next(iter(changed), None)
     if replaced == "forward":
         return "its forward was replaced on the layer itself, by one that a new layer would not have"
+    if replaced == "_compiled_call_impl":
+        return "it was compiled by itself; compile the new model"
     if replaced is not None:
         return f"its {replaced} was replaced on the layer itself, by one that a new layer would not have"
     taken = set(dir(kind)) | (_twin_names(layer) if to is None else frozenset())
-    clash = next((name for name in _hung(layer) if name in taken), None)
+    clash = next((name for name in _hung(layer) if name in taken and not _is_data(layer, name)), None)
     if clash is not None:
         return f"it carries a {clash!r} of its own, which would hide that of the new layer"
     return ""
@@ -72,7 +74,7 @@ def carry(old: nn.Module, new: nn.Module) -> None:
         target.update({name: entries[name] for name in hung if name in entries})
     new._non_persistent_buffers_set.update(name for name in hung if name in old._non_persistent_buffers_set)
     plain = {name: value for name, value in vars(old).items() if name in hung or name in _OF_TORCH_ALONE}
-    vars(new).update({name: value for name, value in plain.items() if not hasattr(new, name)})
+    vars(new).update({name: value for name, value in plain.items() if not hasattr(new, name) or _is_data(old, name)})
     if "forward" in vars(old):  # one that wraps the layer's own
         vars(new)["forward"] = vars(old)["forward"]
     _carry_marks(old, new)
@@ -108,10 +110,21 @@ def _weight_of(layer: nn.Module) -> Any:
 def _hung(layer: nn.Module) -> list[str]:
     """Names on a layer that it does not have from its constructor."""
     own = own_names(layer)
-    plain = [name for name in vars(layer) if not hasattr(type(layer), name)]
+    plain = [name for name in vars(layer) if not _hides_ours(layer, name)]
     registered = [name for registry in _REGISTERED for name in getattr(layer, registry)]
     passed_over = _OF_TORCH_ALONE if isinstance(layer, FactorizedLayer) else ()
     return [name for name in (*plain, *registered) if name not in own and name not in passed_over]
+
+
+def _hides_ours(layer: nn.Module, name: str) -> bool:
+    """Whether an attribute on the layer itself takes the place of something that its class has."""
+    return hasattr(type(layer), name) and not _is_data(layer, name)
+
+
+def _is_data(layer: nn.Module, name: str) -> bool:
+    """Whether an attribute is plain data that bears the name of a method, as the ``type`` of YOLO's layers does."""
+    value = vars(layer).get(name)
+    return value is not None and not callable(value) and callable(getattr(nn.Module, name, None))
 
 
 def _is_own(layer: nn.Module, name: str) -> bool:

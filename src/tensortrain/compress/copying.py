@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from .aliases import Reference, find_aliases, function_in, reachable, references_from
-from .storage import overlaps
+from .storage import overlaps, repeats
 
 __all__ = ["copy_model"]
 
@@ -30,8 +30,9 @@ def copy_model(model: M) -> M:
     Cost: the model's memory once more, and a walk over what hangs on it.
     """
     memo: Memo = {}
-    _copy_shared(model, memo)
-    _copy_sparse(model, memo)
+    tensors = _tensors(model)
+    _copy_shared(tensors, memo)
+    _copy_odd(tensors, memo)
     copied = copy.deepcopy(model, memo)
     try:
         _detach(model, copied, memo)
@@ -40,11 +41,11 @@ def copy_model(model: M) -> M:
     return copied
 
 
-def _copy_shared(model: nn.Module, memo: Memo) -> None:
-    """Copies of all tensors that share numbers, on one copy of what they stand on."""
-    named = [(tensor, tensor) for tensor in _tensors(model)]
+def _copy_shared(tensors: Sequence[Tensor], memo: Memo) -> None:
+    """Copies of all tensors that share numbers, or repeat them, on one copy of what they stand on."""
     storages: dict[tuple[str, int], torch.UntypedStorage] = {}
-    for tensor, _ in list(overlaps(named)):
+    shared = [tensor for tensor, _ in overlaps([(tensor, tensor) for tensor in tensors])]
+    for tensor in [*shared, *(tensor for tensor in tensors if repeats(tensor))]:
         storage = tensor.untyped_storage()
         key = (str(tensor.device), storage._cdata)
         if key not in storages:
@@ -55,25 +56,28 @@ def _copy_shared(model: nn.Module, memo: Memo) -> None:
             memo[id(tensor)] = _like(placed, tensor)
 
 
-def _copy_sparse(model: nn.Module, memo: Memo) -> None:
-    """Copies of parameters whose layout ``nn.Parameter`` cannot copy."""
-    for tensor in _tensors(model):
-        if type(tensor) is nn.Parameter and tensor.layout is not torch.strided:
+def _copy_odd(tensors: Sequence[Tensor], memo: Memo) -> None:
+    """Copies of what ``copy.deepcopy`` refuses: sparse parameters, and tensors that were computed from others.
+
+    The latter are what weight norm and pruning leave on a layer; every forward computes them anew.
+    """
+    for tensor in tensors:
+        sparse = type(tensor) is nn.Parameter and tensor.layout is not torch.strided
+        if (sparse or tensor.grad_fn is not None) and id(tensor) not in memo:
             memo[id(tensor)] = _like(tensor.detach().clone(), tensor)
 
 
-def _tensors(model: nn.Module) -> Iterator[Tensor]:
-    seen: set[int] = set()
-    for tensor in (*model.parameters(), *model.buffers()):
-        if id(tensor) not in seen and not is_lazy(tensor):
-            seen.add(id(tensor))
-            yield tensor
+def _tensors(model: nn.Module) -> list[Tensor]:
+    """Every tensor that hangs on a model, once."""
+    loose = [tensor for _, tensor in find_aliases(model, {}).tensors]
+    unique = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers(), *loose)}
+    return [tensor for tensor in unique.values() if not is_lazy(tensor)]
 
 
 def _like(copied: Tensor, old: Tensor) -> Tensor:
     new = nn.Parameter(copied, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else copied
     vars(new).update(vars(old))
-    if old.grad is not None:
+    if old.is_leaf and old.grad is not None:
         new.grad = old.grad.clone()
     return new
 
@@ -83,15 +87,16 @@ def _detach(model: nn.Module, copied: nn.Module, memo: Memo) -> None:
     originals = {id(module): module for module in model.modules()}
     shared = reachable(model)
     clones: dict[int, types.FunctionType] = {}
+    own: set[int] = set()
 
     def clone_of(function: types.FunctionType) -> types.FunctionType:
         if id(function) not in clones:
             clones[id(function)] = _cloned(function, originals, memo)
+            own.add(id(clones[id(function)]))
         return clones[id(function)]
 
     for _ in range(_MOST_ROUNDS):
         references = find_aliases(copied, originals).references
-        own = {id(clone) for clone in clones.values()}
         changed = [_detach_one(reference, shared, own, clone_of, memo) for reference in references]
         if not any(changed):
             break

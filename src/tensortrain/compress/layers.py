@@ -57,13 +57,17 @@ class FoundLayer:
 class LeftAlone:
     """A layer, or another module with parameters of its own, that is not touched, and why.
 
-    ``n_params`` counts what is stored under its name and nowhere else in this list.
+    ``n_params`` counts its own parameters, also those that it shares with others.
     """
 
     name: str
     kind: str
     reason: str
     n_params: int = 0
+
+    def __post_init__(self) -> None:
+        if not (all(isinstance(text, str) for text in (self.name, self.kind, self.reason)) and self.n_params >= 0):
+            raise TypeError(f"a layer left alone has values of the wrong type: {self.name!r}")
 
     def __str__(self) -> str:
         return f"{self.name or 'the model itself'} ({self.kind}, {self.n_params:,} parameters): {self.reason}"

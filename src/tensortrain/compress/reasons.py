@@ -17,7 +17,7 @@ from tensortrain.nn import COUNTERPARTS, FactorizedLayer, counterpart
 
 from .aliases import Aliases
 from .carry import cannot_carry, gradient_hooks, own_names
-from .storage import count_numbers, overlaps, span_of
+from .storage import count_numbers, overlaps, repeats, span_of
 
 __all__ = ["Survey", "why_not", "why_unknown"]
 
@@ -78,7 +78,7 @@ class Survey:
         for name in module._parameters:
             other = self.shared.get((id(module), name))
             if other is not None:
-                return f"its {name} is tied to another layer's or held twice: it shares memory with {other}"
+                return f"its {name} is tied: it shares memory with {other}"
         return ""
 
     def looks_like_a_layer(self, module: nn.Module) -> bool:
@@ -182,8 +182,7 @@ def _odd_weight(module: Any) -> str:
         return "its weight is empty"
     if gradient_hooks(weight):
         return "a hook hangs on its weight itself, which several cores cannot take over"
-    span = span_of(weight)
-    if span is None or span.n_places < weight.numel():
+    if span_of(weight) is None or repeats(weight):
         return "its weight repeats numbers in memory, or lies in memory of another kind"
     return ""
 

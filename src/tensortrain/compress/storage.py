@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-__all__ = ["Span", "count_bytes", "count_numbers", "overlaps", "span_of"]
+__all__ = ["Span", "count_bytes", "count_numbers", "overlaps", "repeats", "span_of"]
 
 T = TypeVar("T")
 
@@ -84,6 +84,12 @@ def overlaps(owned: Sequence[tuple[T, Tensor]]) -> Iterator[tuple[T, T]]:
                 if _share(first, second):
                     yield from itertools.product(owners[id(first)], owners[id(second)])
                     yield from itertools.product(owners[id(second)], owners[id(first)])
+
+
+def repeats(tensor: Tensor) -> bool:
+    """Whether a tensor has more numbers than places in memory, as an expanded one has."""
+    span = span_of(tensor)
+    return span is not None and span.n_places < tensor.numel()
 
 
 def _clusters(spans: Sequence[Span]) -> Iterator[list[Span]]:

@@ -105,8 +105,8 @@ def function_in(place: _Place, *, but_not: set[int]) -> tuple[_Place, Any] | Non
     """The outermost function that leads to a place by its variables, and the place that holds the function."""
     found = None
     while not isinstance(place, _Module):
-        if isinstance(place, (_Cell, _Attribute)) and isinstance(place.up.get(), types.FunctionType):
-            found = found if id(place.up.get()) in but_not else (place.up, place.up.get())
+        if isinstance(place, (_Cell, _Attribute)) and isinstance(place.holder, types.FunctionType):
+            found = found if id(place.holder) in but_not else (place.up, place.holder)
         place = place.up
     return found
 
@@ -343,6 +343,7 @@ class _Cell(_Place):
     """A variable that a function closes over."""
 
     up: _Place
+    holder: types.FunctionType
     cell: types.CellType
     name: str
 
@@ -521,7 +522,7 @@ def _in_partial(held: Any, place: _Place) -> Iterator[_Place]:
 
 def _in_function(held: Any, place: _Place) -> Iterator[_Place]:
     cells = zip(held.__closure__ or (), held.__code__.co_freevars, strict=True)
-    yield from (_Cell(place, cell, name) for cell, name in cells)
+    yield from (_Cell(place, held, cell, name) for cell, name in cells)
     yield _Attribute(place, held, "__defaults__")
     yield _Attribute(place, held, "__kwdefaults__")
     for name in _global_names(held.__code__):

@@ -172,7 +172,7 @@ class _Walk:
                 self._queue(open_one(held, place))
                 break
         else:
-            if _attributes(held) is None and not _slots(type(held)):
+            if _attributes(held) is None and not _slots(type(held)):  # type: ignore[arg-type]
                 self._queue(_Opaque(place, found) for found in gc.get_referents(held))
         self._open_attributes(held, place)
 
@@ -182,7 +182,7 @@ class _Walk:
             self.seen.add(id(attributes))
             skipped = (*_SKIPPED, *_REGISTERED) if isinstance(place, _Module) else _SKIPPED
             self._queue(_Item(place, attributes, name, f".{name}") for name in attributes if name not in skipped)
-        self._queue(_Attribute(place, held, name) for name in _slots(type(held)))
+        self._queue(_Attribute(place, held, name) for name in _slots(type(held)))  # type: ignore[arg-type]
 
     def _queue(self, places: Any) -> None:
         self.todo.extend(place for place in places if _is_proxy(held := place.get()) or not isinstance(held, _ATOMS))

@@ -145,7 +145,7 @@ def _fresh(layer: Any) -> nn.Module:
         return type(layer).like(layer, layer.spec, device="meta")
     with torch.device("meta"):
         if is_transformers_conv1d(layer):
-            return type(layer)(layer.nf, layer.nx)  # type: ignore[call-arg]
+            return type(layer)(layer.nf, layer.nx)
         kind: Any = counterpart(layer)
         fresh: nn.Module = type(layer)(**kind.arguments_of(layer))
         return fresh

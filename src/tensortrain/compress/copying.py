@@ -52,7 +52,7 @@ def _copy_shared(tensors: Sequence[Tensor], memo: Memo) -> None:
             storages[key] = storage.clone()
         if id(tensor) not in memo:
             placed = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-            placed.set_(storages[key], tensor.storage_offset(), tensor.shape, tensor.stride())  # type: ignore[call-overload]
+            placed.set_(storages[key], tensor.storage_offset(), tensor.shape, tensor.stride())
             memo[id(tensor)] = _like(placed, tensor)
 
 

@@ -136,7 +136,7 @@ def _why_not_this_kind(module: nn.Module) -> str:
         return "a parametrization computes one of its parameters"
     if _is_quantized(module):
         return f"it is quantized: {kind} keeps {_n_packed(module):,} packed numbers, and no parameters"
-    if any(is_lazy(parameter) for parameter in module._parameters.values()):
+    if any(parameter is not None and is_lazy(parameter) for parameter in module._parameters.values()):
         return "its weight is not initialised yet; run the model once"
     return f"{kind} is a subclass that may have a forward of its own"
 
@@ -222,7 +222,7 @@ def _inner(module: nn.Module) -> list[nn.Module]:
     if isinstance(module, FactorizedLayer):
         return list(module.cores.modules())
     if isinstance(getattr(module, "parametrizations", None), nn.ModuleDict):
-        return list(module.parametrizations.modules())  # type: ignore[union-attr, operator]
+        return list(module.parametrizations.modules())  # type: ignore[union-attr]
     if _is_quantized(module):
         return [part for part in module.modules() if part is not module]
     return [] if not isinstance(module, ParametrizationList) else list(module.modules())

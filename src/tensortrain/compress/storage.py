@@ -47,8 +47,8 @@ def span_of(tensor: Tensor) -> Span | None:
     if tensor.numel() == 0 or (address == 0 and not tensor.is_meta):
         return None
     size = tensor.element_size()
-    start = address + tensor.storage_offset() * size
-    last = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
+    start = address + int(tensor.storage_offset()) * size
+    last = sum(int(n - 1) * int(step) for n, step in zip(tensor.shape, tensor.stride(), strict=True))
     # What lies on the meta device has no address, so that its storage tells what it shares.
     memory = ("meta", storage._cdata) if tensor.is_meta else (str(tensor.device), 0)
     return Span(memory, start, start + (last + 1) * size, tensor)

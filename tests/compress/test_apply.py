@@ -287,3 +287,25 @@ def test_a_flops_budget_never_builds_the_dense_weight() -> None:
     result.model(data[0][0])
     assert {layer.implementation for layer in factorized(result.model)} == {"factorized"}
     assert resident_bytes(result.model) < 0.5 * resident_bytes(model)
+
+
+def test_gpt2_is_compressed_and_comes_back() -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=40, n_positions=16)
+    model = transformers.GPT2LMHeadModel(config).double().eval()
+    ids = torch.randint(0, 40, (2, 8))
+    kinds, keys = [type(module) for module in model.modules()], list(model.state_dict())
+    table = tt.inspect(model, {"input_ids": ids})
+    assert [row.kind for row in table][1:] == ["Conv1D"] * 4
+    assert table.rows[1].flops == 8 * 2 * 32 * 96
+    result = compress(model, budget=0.7, data=[{"input_ids": ids}], heal=False, measure=False, allow_slower=True)
+    small, plan = result.model, CompressionPlan.from_json(result.plan.to_json())
+    assert len(factorized(small)) >= 3
+    assert small.transformer.h[0].attn.c_attn.nf == 96
+    again = apply_plan_(copy.deepcopy(model), plan)
+    assert [type(module) for module in again.modules()] == [type(module) for module in small.modules()]
+    y = small(ids).logits
+    to_dense_(small)
+    torch.testing.assert_close(small(ids).logits, y)
+    assert [type(module) for module in small.modules()] == kinds
+    assert list(small.state_dict()) == keys

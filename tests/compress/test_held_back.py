@@ -16,7 +16,7 @@ from tensortrain.compress.batches import tensors_in
 from tensortrain.compress.held_back import hold_back
 from tensortrain.compress.masters import float32_masters
 from tensortrain.compress.outputs import relative_distance
-from tensortrain.compress.preserve import copy_model, preserved
+from tensortrain.compress.preserve import checked_copy, preserved
 from tensortrain.data import image_batches
 from tensortrain.errors import KindError
 
@@ -284,7 +284,7 @@ def test_models_that_keep_their_activations_are_copied() -> None:
     model(torch.randn(4, 6))
     with pytest.raises(RuntimeError):
         copy.deepcopy(model)
-    twin = copy_model(model)
+    twin = checked_copy(model)
     torch.testing.assert_close(twin.last, model.last.detach())
     torch.testing.assert_close(twin.eval()(torch.ones(2, 6)), model.eval()(torch.ones(2, 6)))
     model.lock = __import__("threading").Lock()

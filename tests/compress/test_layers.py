@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable
+
 import pytest
 import torch
 from small_models import TwoHeads, mlp
@@ -165,3 +168,112 @@ def test_a_pattern_that_matches_nothing_is_an_error(filters) -> None:
 def test_parameters_are_counted_once() -> None:
     model = TwoHeads(24)
     assert count_params(model) == 2 * (24 * 24 + 24) + (24 * 4 + 4)
+
+
+def with_weight(change: Callable[[Tensor], Tensor], *, grad: bool = False) -> nn.Module:
+    layer = nn.Linear(8, 8)
+    layer.weight = nn.Parameter(change(layer.weight.detach()), requires_grad=grad)
+    return layer
+
+
+def pruned_bias() -> nn.Module:
+    return prune.random_unstructured(nn.Linear(8, 8), "bias", amount=0.5)
+
+
+def dynamic() -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.ao.quantization.quantize_dynamic(nn.Sequential(nn.Linear(8, 8)), dtype=torch.qint8)[0]
+
+
+ODD: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "float8": (lambda: with_weight(lambda w: w.to(torch.float8_e5m2)), "float8_e5m2"),
+    "integers": (lambda: with_weight(lambda w: w.to(torch.int8)), "int8"),
+    "complex": (lambda: nn.Linear(8, 8, dtype=torch.complex64), "complex64"),
+    "sparse": (lambda: with_weight(lambda w: w.to_sparse()), "sparse_coo"),
+    "sparse rows": (lambda: with_weight(lambda w: w.to_sparse_csr()), "sparse_csr"),
+    "lazy": (lambda: nn.LazyConv2d(8, 3), "run the model once"),
+    "meta": (lambda: nn.Linear(8, 8, device="meta"), "meta device"),
+    "expanded": (lambda: with_weight(lambda w: w[:1].expand(8, 8)), "repeats numbers"),
+    "another shape": (lambda: with_weight(lambda w: w[:5]), "shape (5, 8)"),
+    "computed bias": (pruned_bias, "its bias is computed"),
+    "quantized": (dynamic, "quantized: Linear keeps 64 packed numbers"),
+}
+
+
+@pytest.mark.parametrize("odd", ODD)
+def test_odd_weights_are_left_alone_and_listed(odd: str) -> None:
+    build, reason = ODD[odd]
+    model = nn.Sequential(nn.Linear(8, 8), build())
+    assert names(model) == ["0"]
+    assert reason in reasons(model)["1"]
+    plan = tt.plan_compression(model, budget=0.95)
+    assert plan.params_before == count_params(model)
+    assert reason in str(plan)
+
+
+def test_a_bias_of_another_dtype_is_left_alone() -> None:
+    layer = nn.Linear(8, 8, dtype=torch.bfloat16)
+    layer.bias.data = layer.bias.data.float()
+    assert "its bias is torch.float32" in reasons(nn.Sequential(layer))["0"]
+
+
+def test_layers_offloaded_by_accelerate_are_named_as_that() -> None:
+    accelerate = pytest.importorskip("accelerate")
+    model = accelerate.cpu_offload(mlp(8, 8))
+    assert "meta device" in reasons(model)["0"]
+    assert "offloaded by accelerate (AlignDevicesHook)" in reasons(model)["0"]
+    hooked = mlp(8, 8)
+    accelerate.hooks.add_hook_to_module(hooked[0], accelerate.hooks.ModelHook())
+    assert reasons(hooked)["0"] == "accelerate's ModelHook replaced its forward"
+
+
+class Experts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(torch.zeros(4, 32, 16))
+        self.scale = nn.Parameter(torch.ones(4))
+
+
+def test_whatever_holds_parameters_is_listed_with_its_parameters() -> None:
+    model = nn.ModuleDict(
+        {
+            "lstm": nn.LSTM(16, 16),
+            "cell": nn.GRUCell(16, 16),
+            "attention": nn.MultiheadAttention(16, 2),
+            "experts": Experts(),
+            "norm": nn.LayerNorm(3000),
+            "prelu": nn.PReLU(),
+            "head": nn.Linear(16, 4),
+        }
+    )
+    model.register_parameter("positions", nn.Parameter(torch.zeros(40, 16)))
+    _, left = find_layers(model)
+    listed = {layer.name: layer for layer in left}
+    assert {name: layer.n_params for name, layer in listed.items()} == {
+        "": 640,
+        "lstm": 2176,
+        "cell": 1632,
+        "attention": 816,
+        "attention.out_proj": 272,
+        "experts": 2052,
+    }
+    assert sum(layer.n_params for layer in left) == count_params(model) - 6000 - 1 - 68
+    assert "tensortrain.nn.LSTM.from_dense" in listed["lstm"].reason
+    assert "gate_up_proj (4, 32, 16), scale (4,)" in listed["experts"].reason
+    assert str(listed[""]).startswith("the model itself (ModuleDict, 640 parameters): no plan reaches its positions")
+
+
+def test_cores_are_no_parameters_out_of_reach() -> None:
+    model = nn.Sequential(tt.nn.Linear(64, 64), tt.nn.orthogonal(tt.nn.Linear(64, 64), "left"), tt.nn.LSTM(32, 32))
+    assert all(layer.kind == "Linear" for layer in find_layers(model)[1])
+    weighed = nn.Sequential(torch.nn.utils.parametrizations.weight_norm(nn.Linear(64, 64)))
+    (layer,) = find_layers(weighed)[1]
+    assert layer.n_params == count_params(weighed)
+
+
+def test_a_pattern_that_meets_only_what_is_left_alone_says_so() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), Doubled(4, 4))
+    with pytest.raises(FilterError, match=r"none of 1 layers \(0\). Left alone is 1 \(Doubled, 20 parameters\)"):
+        find_layers(model, include="1")
+    assert names(model, exclude="1") == ["0"]  # it is left out already

@@ -126,12 +126,13 @@ def test_only_the_formats_asked_for_are_used() -> None:
 def test_a_plan_prints() -> None:
     model = nn.ModuleDict({"body": decay_(mlp(64, 64)), "tail": nn.MultiheadAttention(8, 2)})
     text = str(plan_compression(model, budget={"params": 3000}))
-    head, _, row, total, left = text.splitlines()
+    head, _, row, total, attention, left = text.splitlines()
     assert head.split() == ["layer", "format", "modes", "out", "x", "in", "ranks", "params", "error"]
     assert row.startswith("body.0 ")
     assert "4,160 -> " in row
     assert total.startswith("budget 3000 params: 4,448 -> ")
-    assert left.startswith("left alone: tail.out_proj (NonDynamicallyQuantizableLinear): ")
+    assert attention.startswith("left alone: tail (MultiheadAttention, 216 parameters): no plan reaches its in_proj")
+    assert left.startswith("left alone: tail.out_proj (NonDynamicallyQuantizableLinear, 72 parameters): ")
 
 
 def test_progress_is_told() -> None:
@@ -233,6 +234,9 @@ DAMAGES = {
     "count of text": lambda text: edited(text, params_after="few"),
     "endless count": lambda text: edited(text, params_after=float("inf")),
     "left alone": lambda text: edited(text, left_alone=[{"name": "x"}]),
+    "left alone with a text for a count": lambda text: edited(
+        text, left_alone=[{"name": "x", "kind": "Linear", "reason": "tied", "n_params": "9"}]
+    ),
     "unknown key": lambda text: with_layer(text, colour="red"),
     "names of text": lambda text: with_layer(text, names="head"),
     "no names": lambda text: with_layer(text, names=[]),

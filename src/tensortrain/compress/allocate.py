@@ -53,7 +53,7 @@ def allocate(menus: Sequence[Sequence[Option]], budget: int) -> list[Option]:
     smallest = sum(menu[0].cost for menu in cleaned)
     if smallest > budget:
         raise BudgetError(
-            f"a budget must be reachable: the layers need at least {smallest:,}, expected at most {budget:,}. "
+            f"a budget must be reachable: the layers need at least {smallest:,}, expected at most {max(budget, 0):,}. "
             "Allow a larger budget or more formats, or exclude fewer layers."
         )
     return _descend(cleaned, budget - smallest)

@@ -24,8 +24,10 @@ from .measure import Call, batch_of, latency_rows, memory_rows, resident_bytes
 from .observer import Observer, Silent
 from .outputs import Output, check_output
 from .plan import CompressionPlan, LayerPlan, plan_compression
-from .preserve import copy_model, preserved, uncompiled
+from .preserve import checked_copy, preserved, uncompiled
 from .report import CurvePoint, LayerReport, Report, own_commit, provenance
+from .runs import check_new_layers_run, layers_that_run
+from .storage import count_bytes
 from .task import Task, TaskName, check_task_name
 from .training import Evaluate, FitResult
 
@@ -123,7 +125,7 @@ def compress(
                 observer=observer,
             )
         with _whole_or_as_before(model, inplace):
-            compressed = apply_plan_(model if inplace else copy_model(model), plan, observer=observer)
+            compressed = apply_plan_(model if inplace else checked_copy(model), plan, observer=observer)
             notes += _unused_layers(compressed, original if inplace else model, plan)
             unhealed = _figure(evaluate, compressed, notes)
             history: FitResult | None = None
@@ -193,8 +195,8 @@ def _original(model: nn.Module, inplace: bool, settings: Heal | None, measure: b
     A model that cannot be copied is found out now, not after the planning.
     """
     if inplace:
-        return copy_model(model) if settings is not None or measure else model
-    copy_model(model)
+        return checked_copy(model) if settings is not None or measure else model
+    checked_copy(model)
     return model
 
 
@@ -235,27 +237,26 @@ def _in_short(error: BaseException) -> str:
 
 def _unused_layers(compressed: nn.Module, original: nn.Module, plan: CompressionPlan) -> list[str]:
     """Run one batch: new layers that no longer run although the old ones did are named."""
-    if plan.calibration is None or not plan.calibration.batches or compressed is original:
+    if plan.calibration is None or not plan.calibration.batches:
         return []
-    batch, ran = plan.calibration.batches[0], set[str]()
-    new = {layer.name: compressed.get_submodule(layer.name) for layer in plan.layers if layer.spec is not None}
-    handles = [module.register_forward_hook(lambda *_, name=name: ran.add(name)) for name, module in new.items()]
+    batch, with_labels = plan.calibration.batches[0], plan.calibration.with_labels
+    names = [layer.name for layer in plan.layers if layer.spec is not None]
+
+    def once(net: nn.Module) -> None:
+        with preserved(net):
+            run(net, batch, with_labels=with_labels)
+
     try:
-        with torch.no_grad(), preserved(compressed):
-            compressed.eval()
-            run(compressed, batch, with_labels=plan.calibration.with_labels)
+        ran = layers_that_run(original, names, once)
+        idle = check_new_layers_run(compressed, names, once, ran_before=ran)
     except Exception as error:
         return [f"The compressed model does not run on the first batch ({_in_short(error)})."]
-    finally:
-        for handle in handles:
-            handle.remove()
-    idle = sorted(name for name in new if plan.calibration.calls.get(name) and name not in ran)
     if not idle:
         return []
-    names = ", ".join(map(repr, idle[:8]))
+    shown = ", ".join(map(repr, idle[:8]))
     return [
-        f"New layers that the model does not run: {names}. Its code reaches the old ones by another way (a list, a "
-        "bound method); leave them out with exclude=."
+        f"New layers that the model does not run: {shown}. Its code reaches the old ones by another way; leave them "
+        "out with exclude=."
     ]
 
 
@@ -330,8 +331,7 @@ def _curve(
 
 
 def _stored_bytes(model: nn.Module) -> int:
-    tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    return sum(t.numel() * t.element_size() for t in tensors.values())
+    return count_bytes((*model.parameters(), *model.buffers()))
 
 
 def _layer_report(layer: LayerPlan, compressed: nn.Module) -> LayerReport:

@@ -2,41 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import warnings
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tensortrain.errors import ShapeError
-from tensortrain.nn import COUNTERPARTS, FactorizedLayer
+from tensortrain.nn import FactorizedLayer, dense_twin
 
+from .aliases import Undo, replace_aliases
 from .calibrate import Calibration
+from .carry import cannot_carry, carry
 from .layers import FoundLayer, check_module, find_layers
 from .observer import Observer, Silent
 from .plan import CompressionPlan, LayerPlan
 
 __all__ = ["apply_plan_", "to_dense_"]
 
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_pre_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks_with_kwargs",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-    "_state_dict_hooks",
-    "_state_dict_pre_hooks",
-    "_load_state_dict_pre_hooks",
-    "_load_state_dict_post_hooks",
-)
-
 
 def apply_plan_(model: nn.Module, plan: CompressionPlan, *, observer: Observer | None = None) -> nn.Module:
     """Replace layers as a plan says: all of them or none.
 
-    Shared modules stay shared, hooks, ``requires_grad``, mode, dtype and device carry over.
+    Shared modules stay shared. Hooks, ``requires_grad``, mode, dtype, device and whatever hangs on a layer (attributes,
+    buffers, parameters, children) carry over. Where the model holds a layer in a list, another object or a bound
+    method, the new one is put there too.
 
     Args:
         model: Changed in place. A bare layer cannot be changed in place: its replacement is returned.
@@ -56,7 +46,7 @@ def apply_plan_(model: nn.Module, plan: CompressionPlan, *, observer: Observer |
     found = {layer.name: layer for layer in find_layers(model)[0]}
     work = [(_checked(entry, found), entry) for entry in plan.layers if entry.spec is not None]
     weighing = plan.calibration.weighing if plan.calibration is not None else _unweighed
-    built: list[tuple[tuple[str, ...], nn.Module, nn.Module]] = []
+    built: list[_Built] = []
     statistics: list[tuple[Tensor, Tensor]] = []
     observer.on_start("decompose", len(work))
     try:
@@ -86,12 +76,20 @@ def to_dense_(model: nn.Module) -> nn.Module:
         if isinstance(module, FactorizedLayer):
             aliases.setdefault(id(module), []).append(name)
             modules[id(module)] = module
-    built: list[tuple[tuple[str, ...], nn.Module, Any]] = [
-        (tuple(aliases[key]), module, module.to_dense()) for key, module in modules.items()
-    ]
-    for _, old, new in built:
-        _carry_hooks(old, new)
+    built: list[_Built] = []
+    with torch.random.fork_rng(devices=[]):  # a fresh layer draws its first weights
+        for key, module in modules.items():
+            reason = cannot_carry(module, to=module.dense_type)
+            if reason:
+                name = aliases[key][0]
+                warnings.warn(f"to_dense_ left {name!r} ({type(module).__name__}) factorized: {reason}", stacklevel=2)
+                continue
+            built.append((tuple(aliases[key]), module, dense_twin(module)))
+            carry(module, built[-1][2])
     return _swap(model, built)
+
+
+_Built = tuple[tuple[str, ...], nn.Module, Any]  # names, old layer, new layer
 
 
 def _checked(entry: LayerPlan, found: dict[str, FoundLayer]) -> FoundLayer:
@@ -116,7 +114,7 @@ def _unweighed(name: str) -> tuple[None, None]:
 
 def _build(layer: FoundLayer, entry: LayerPlan, gram: Tensor | None, output_gram: Tensor | None) -> FactorizedLayer:
     assert entry.spec is not None
-    new = COUNTERPARTS[type(layer.module)].from_dense(
+    new = layer.reader.from_dense(
         layer.module,
         format=entry.spec.format,
         rank=entry.spec.ranks,
@@ -126,7 +124,7 @@ def _build(layer: FoundLayer, entry: LayerPlan, gram: Tensor | None, output_gram
         output_gram=output_gram,
         implementation=entry.implementation,  # type: ignore[arg-type]
     )
-    _carry_hooks(layer.module, new)
+    carry(layer.module, new)
     return new
 
 
@@ -143,7 +141,7 @@ def _keep_moments(
         list: Statistics that are still to be changed, with their new values.
     """
     mean = calibration.means.get(layer.name) if calibration is not None else None
-    if calibration is None or mean is None:
+    if calibration is None or mean is None or "forward" in vars(layer.module):  # its input may not be what was seen
         return []
     old = layer.kernel.double().flatten(1)
     kept = new.format.to_dense(list(new.cores), new.spec).double().flatten(1)  # new.weight would stay in a cache
@@ -165,31 +163,28 @@ def _variances(matrix: Tensor, gram: Tensor) -> Tensor:
     return ((matrix * gram if gram.ndim == 1 else matrix @ gram) * matrix).sum(dim=1).clamp_min(0)
 
 
-def _carry_hooks(old: nn.Module, new: nn.Module) -> None:
-    for name in _HOOKS:
-        if getattr(old, name, None):
-            setattr(new, name, getattr(old, name))  # the same dict, so that the user's handles still remove them
-    new._is_full_backward_hook = old._is_full_backward_hook
-
-
-def _swap(model: nn.Module, built: list[tuple[tuple[str, ...], nn.Module, Any]]) -> nn.Module:
-    """Assign every replacement to every name of the layer it replaces; undo all if one assignment fails."""
-    if len(built) == 1 and built[0][1] is model:
-        return built[0][2]
-    undo: list[Callable[[], None]] = []
+def _swap(model: nn.Module, built: list[_Built]) -> nn.Module:
+    """Put every new layer wherever the model holds the one it replaces; undo all if one assignment fails."""
+    replaced = {id(old): (old, new) for _, old, new in built}
+    root: nn.Module = replaced[id(model)][1] if id(model) in replaced else model
+    # Parents first: a layer may have others hung on it, which its successor has by then.
+    todo = sorted(((name, new) for names, _, new in built for name in names), key=lambda pair: pair[0].count("."))
+    undo: Undo = []
     try:
-        for names, old, new in built:
-            for name in names:
+        for name, new in todo:
+            if name:
                 parent, _, child = name.rpartition(".")
-                owner = model.get_submodule(parent)
+                owner = root.get_submodule(parent)
+                old = owner._modules[child]
                 undo.append(lambda owner=owner, child=child, old=old: _assign(owner, child, old))  # type: ignore[misc]
                 _assign(owner, child, new)
+        replace_aliases(root, replaced, undo)
     except BaseException:
         for restore in reversed(undo):
             restore()
         raise
-    return model
+    return root
 
 
-def _assign(owner: nn.Module, child: str, module: nn.Module) -> None:
+def _assign(owner: nn.Module, child: str, module: nn.Module | None) -> None:
     owner._modules[child] = module  # Sequential and ModuleList have no attribute of that name to set

@@ -10,7 +10,7 @@ import torch
 
 from tensortrain.contract import cost_model, use_cost_model
 from tensortrain.formats import FactorSpec, get_format
-from tensortrain.nn import COUNTERPARTS, ConvLayer, Embedding, FactorizedLayer, Linear
+from tensortrain.nn import ConvLayer, Embedding, FactorizedLayer, Linear
 
 from .calibrate import Calibration
 from .layers import FoundLayer
@@ -90,8 +90,7 @@ def _twin_cost(twin: FactorizedLayer, rows: int, spatial: tuple[int, ...], *, de
 
 def empty_twin(layer: FoundLayer, spec: FactorSpec | None) -> FactorizedLayer:
     """The factorized layer of a spec without memory for its cores (of low rank when there is no spec)."""
-    kind = COUNTERPARTS[type(layer.module)]
     if spec is None:
         spec = get_format("low_rank").spec(layer.weight, rank=1)
     weight: Any = layer.module.weight
-    return kind.like(layer.module, spec, device="meta", dtype=weight.dtype)
+    return layer.reader.like(layer.module, spec, device="meta", dtype=weight.dtype)

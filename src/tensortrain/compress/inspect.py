@@ -74,7 +74,7 @@ class Inspection:
                 f"{row.full_rank:>5} {row.rank_90:>5} {row.rank_99:>5} {row.gain_99:>5.1f}x"
             )
         lines.append(f"{self.params:,} parameters, {sum(row.params for row in self.rows):,} in these layers")
-        lines += [f"left alone: {layer.name} ({layer.kind}): {layer.reason}" for layer in self.left_alone]
+        lines += [f"left alone: {layer}" for layer in self.left_alone]
         return "\n".join(lines)
 
 

@@ -8,12 +8,14 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
-from torch.nn.utils.parametrize import is_parametrized
 
 from tensortrain.errors import FilterError, KindError, NonFiniteError
 from tensortrain.formats import WeightShape
-from tensortrain.nn import COUNTERPARTS, FactorizedLayer
+from tensortrain.nn import FactorizedLayer, counterpart
+
+from .aliases import find_aliases
+from .reasons import Survey, why_not, why_unknown
+from .storage import count_numbers
 
 __all__ = ["FoundLayer", "LeftAlone", "check_finite", "check_module", "count_params", "find_layers"]
 
@@ -39,18 +41,36 @@ class FoundLayer:
         return sum(p.numel() for p in self.module.parameters(recurse=False))
 
     @property
+    def reader(self) -> type[FactorizedLayer]:
+        """The class that reads the layer and builds its factorized twin."""
+        kind = counterpart(self.module)
+        assert kind is not None
+        return kind
+
+    @property
     def kernel(self) -> Tensor:
         """The weight as formats take it, without gradient."""
-        return COUNTERPARTS[type(self.module)].kernel_of(self.module)
+        return self.reader.kernel_of(self.module)
 
 
 @dataclass(frozen=True)
 class LeftAlone:
-    """A layer that looks like one we know, and why it is not touched."""
+    """A layer, or another module with parameters of its own, that is not touched, and why.
+
+    ``n_params`` counts its own parameters, also those that it shares with others.
+    """
 
     name: str
     kind: str
     reason: str
+    n_params: int = 0
+
+    def __post_init__(self) -> None:
+        if not (all(isinstance(text, str) for text in (self.name, self.kind, self.reason)) and self.n_params >= 0):
+            raise TypeError(f"a layer left alone has values of the wrong type: {self.name!r}")
+
+    def __str__(self) -> str:
+        return f"{self.name or 'the model itself'} ({self.kind}, {self.n_params:,} parameters): {self.reason}"
 
 
 def find_layers(
@@ -70,20 +90,30 @@ def find_layers(
     """
     check_module(model)
     aliases: dict[int, list[str]] = {}
-    modules: dict[int, nn.Module] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         aliases.setdefault(id(module), []).append(name)
-        modules[id(module)] = module
-    owners = _owners(modules)
+    survey = Survey.of(model)
+    reasons = _reasons(model, survey)
     found: list[FoundLayer] = []
     left: list[LeftAlone] = []
-    for key, module in modules.items():
-        reason = _why_not(module, owners)
-        if reason == "":
-            found.append(FoundLayer(tuple(aliases[key]), module, COUNTERPARTS[type(module)].weight_shape_of(module)))
-        elif reason is not None:
-            left.append(LeftAlone(aliases[key][0], type(module).__name__, reason))
-    return _filtered(found, include, exclude), left
+    for module in survey.modules:
+        reason = reasons.get(id(module), "")
+        names = tuple(aliases[id(module)])
+        if reason:
+            left.append(LeftAlone(names[0], type(module).__name__, reason, survey.n_params(module)))
+        elif counterpart(module) is not None:
+            found.append(FoundLayer(names, module, counterpart(module).weight_shape_of(module)))  # type: ignore[union-attr]
+    return _filtered(found, left, include, exclude), left
+
+
+def _reasons(model: nn.Module, survey: Survey) -> dict[int, str]:
+    """Why modules are left alone, by their ids: those that look like layers, and those that hold parameters."""
+    reasons = {id(module): why_not(module, survey) for module in survey.modules if survey.looks_like_a_layer(module)}
+    fit = {key: module for module in survey.modules if reasons.get(key := id(module)) == ""}
+    survey.add(find_aliases(model, fit))
+    reasons |= {key: survey.why_held(module) for key, module in fit.items()}
+    others = (module for module in survey.modules if id(module) not in reasons)
+    return reasons | {id(module): why_unknown(module, survey) for module in others}
 
 
 def check_module(model: object) -> None:
@@ -103,57 +133,24 @@ def check_finite(name: str, weight: Tensor) -> None:
 
 
 def count_params(model: nn.Module) -> int:
-    """All parameters of a model, shared ones once."""
-    return sum(p.numel() for p in model.parameters())
-
-
-def _owners(modules: dict[int, nn.Module]) -> dict[int, int]:
-    """How many distinct modules hold each parameter."""
-    counts: dict[int, int] = {}
-    for module in modules.values():
-        for parameter in {id(p) for p in module._parameters.values() if p is not None}:
-            counts[parameter] = counts.get(parameter, 0) + 1
-    return counts
-
-
-def _why_not(module: nn.Module, owners: dict[int, int]) -> str | None:
-    """``""`` if the layer can be factorized, ``None`` if it is of another kind, else the reason."""
-    if isinstance(module, FactorizedLayer):
-        return None
-    if type(module) not in COUNTERPARTS:
-        if isinstance(module, tuple(COUNTERPARTS)) and is_parametrized(module):
-            return "a parametrization computes one of its parameters"
-        if isinstance(module, tuple(COUNTERPARTS)):
-            return f"{type(module).__name__} is a subclass that may have a forward of its own"
-        return None
-    weight = module._parameters.get("weight")
-    if weight is None:
-        return "its weight is computed by a parametrization, not a parameter"
-    if type(weight) is nn.parameter.UninitializedParameter or not isinstance(weight, Tensor):
-        return "its weight is not initialised yet; run the model once"
-    for name, parameter in module._parameters.items():
-        if parameter is not None and owners[id(parameter)] > 1:
-            return f"its {name} is tied to another layer's"
-    if not weight.is_floating_point() or weight.is_meta:
-        return f"its weight has no floating-point data ({weight.dtype}, {weight.device})"
-    if weight.numel() == 0:
-        return "its weight is empty"
-    if isinstance(module, _ConvNd) and module.in_channels == module.groups > 1:
-        return "depthwise: each group is a single filter, there is nothing to factorize"
-    return ""
+    """All parameters of a model; shared ones, and those that share memory, once."""
+    return count_numbers(model.parameters())
 
 
 def _filtered(
-    found: list[FoundLayer], include: Sequence[str] | str | None, exclude: Sequence[str] | str | None
+    found: list[FoundLayer],
+    left: list[LeftAlone],
+    include: Sequence[str] | str | None,
+    exclude: Sequence[str] | str | None,
 ) -> list[FoundLayer]:
     kept = found
     if include is not None:
         patterns = _patterns(include)
-        _check_patterns(patterns, found, "include")
+        _check_patterns(patterns, found, left, "include")
         kept = [layer for layer in kept if _matches(layer, patterns)]
     if exclude is not None:
         patterns = _patterns(exclude)
-        _check_patterns(patterns, found, "exclude")
+        _check_patterns(patterns, found, left, "exclude")
         kept = [layer for layer in kept if not _matches(layer, patterns)]
     return kept
 
@@ -166,12 +163,20 @@ def _matches(layer: FoundLayer, patterns: Sequence[str]) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for name in layer.names for pattern in patterns)
 
 
-def _check_patterns(patterns: Sequence[str], found: Sequence[FoundLayer], what: str) -> None:
+def _check_patterns(patterns: Sequence[str], found: Sequence[FoundLayer], left: Sequence[LeftAlone], what: str) -> None:
     for pattern in patterns:
-        if not any(_matches(layer, [pattern]) for layer in found):
-            names = [layer.name for layer in found]
-            shown = ", ".join(names[:8]) + (", .." if len(names) > 8 else "")
-            raise FilterError(
-                f"a pattern must match a layer: {what} has {pattern!r}, which matches none of {len(names)} layers "
-                f"({shown}). Run tensortrain.inspect(model) for the names."
-            )
+        if any(_matches(layer, [pattern]) for layer in found):
+            continue
+        alone = next((layer for layer in left if fnmatch.fnmatchcase(layer.name, pattern)), None)
+        if alone is None or what == "include":
+            raise _unmatched(pattern, found, alone, what)
+
+
+def _unmatched(pattern: str, found: Sequence[FoundLayer], alone: LeftAlone | None, what: str) -> FilterError:
+    names = [layer.name for layer in found]
+    shown = ", ".join(names[:8]) + (", .." if len(names) > 8 else "")
+    why = "" if alone is None else f" Left alone is {alone}."
+    return FilterError(
+        f"a pattern must match a layer: {what} has {pattern!r}, which matches none of {len(names)} layers "
+        f"({shown}).{why} Run tensortrain.inspect(model) for the names."
+    )

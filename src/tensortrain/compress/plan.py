@@ -5,8 +5,9 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -18,6 +19,7 @@ from tensortrain.nn.base import Implementation
 
 from .allocate import Option, allocate
 from .batches import n_examples, take, to_device
+from .beyond_reach import nothing_to_compress, unspent_note, what_stands_in_the_way
 from .budget import Budget, BudgetLike, read_budget
 from .calibrate import Calibration, calibrate
 from .candidates import DEFAULT_FORMATS, Candidate, candidates, least_params
@@ -153,7 +155,7 @@ class CompressionPlan:
             f"({self.compression:.4g}x fewer)"
         )
         rows += [self.task] if self.task else []
-        rows += [f"left alone: {layer.name} ({layer.kind}): {layer.reason}" for layer in self.left_alone]
+        rows += [f"left alone: {layer}" for layer in self.left_alone]
         rows += [f"note: {note}" for note in self.notes]
         return "\n".join(rows)
 
@@ -216,10 +218,7 @@ def plan_compression(
     model = uncompiled(model)
     layers, left = find_layers(model, include=include, exclude=exclude)
     if not layers:
-        raise BudgetError(
-            f"a model must have layers to compress: none of its {sum(1 for _ in model.modules())} modules is a plain "
-            "Linear, Conv or Embedding. Check include= and exclude=, or tensortrain.inspect(model)."
-        )
+        raise nothing_to_compress(model, left)
     if data is not None or example_inputs is not None:
         check_reachable(model, layers, budget, formats)  # before the passes over the data
     judged, data = _task(model, data, task, output)
@@ -235,12 +234,16 @@ def plan_compression(
     for growth in _GROWTHS:
         menus = _menus(layers, calibration, formats, growth, long, observer)
         chooser = _Chooser(layers, menus, weights, costs, calibration, limit, total, batch_size, allow_slower, long)
+        chooser.beyond_reach = partial(what_stands_in_the_way, model, layers, left)
         plans = chooser.choose()
         if chooser.spent(plans) >= _SPENT * limit.limit:
             break
     after = total - sum(layer.params_before - layer.params_after for layer in plans)
     notes = [*(judged.notes if judged else ()), *(calibration.notes if calibration else ()), *unseen]
-    notes += _unspent(plans, chooser.spent(plans), limit)
+    full = total if limit.measure == "params" else flops or 0
+    slower = [name for name, families in chooser.banned.items() if families]
+    unspent = unspent_note(limit, chooser.spent(plans), full=full, slower=slower)
+    notes += [unspent] if unspent else []
     outputs = judged.outputs if judged else ()
     words = str(judged) if judged else ""
     return CompressionPlan(
@@ -280,7 +283,7 @@ def check_reachable(
     if limit.measure == "params" and limit.limit < least:
         raise BudgetError(
             f"a budget must be reachable: {limit.text} allows {limit.limit:,} parameters, but no form of this model "
-            f"has fewer than {least:,}. Ask for more."
+            f"has fewer than {least:,}.{what_stands_in_the_way(model, layers)} Ask for more."
         )
 
 
@@ -392,25 +395,6 @@ def _named(names: Sequence[str]) -> str:
     return f"{shown} and {len(names) - 8} more" if len(names) > 8 else shown
 
 
-def _unspent(plans: Sequence[LayerPlan], spent: int, budget: Budget) -> list[str]:
-    """Why much of the budget is left, where it is."""
-    if spent >= _SPENT * budget.limit:
-        return []
-    slow = [plan.name for plan in plans if plan.spec is None and "slower" in plan.decision]
-    dense = all(plan.spec is None for plan in plans)
-    if dense:
-        why = "the model fits as it is" if not slow else f"{_named(slow)} would become slower"
-    else:
-        why = (
-            f"{_named(slow)} would become slower in every form that fits"
-            if slow
-            else ("no larger form of a layer fits into the rest")
-        )
-    return [
-        f"Of the budget {spent:,} of {budget.limit:,} {budget.measure} are used ({spent / budget.limit:.0%}): {why}."
-    ]
-
-
 _Banned = dict[str, dict[tuple[Any, ...], int]]
 
 
@@ -429,10 +413,12 @@ class _Chooser:
     allow_slower: bool
     long_healing: bool
     known: dict[tuple[str, FactorSpec], LayerCost] = field(default_factory=dict)
+    banned: _Banned = field(default_factory=dict)
+    beyond_reach: Callable[[], str] = str  # who holds the parameters that no plan reaches, for a message
 
     def choose(self) -> list[LayerPlan]:
         # Per layer: formats and modes that are too slow from so many parameters on.
-        banned: _Banned = {layer.name: {} for layer in self.layers}
+        banned = self.banned = {layer.name: {} for layer in self.layers}
         while True:
             picks = self._allocate(banned)
             slower = [] if self.allow_slower else self._slower(picks)
@@ -518,7 +504,8 @@ class _Chooser:
             cause = f" {len(names)} layers would become slower (such as {names[0]!r}); allow_slower=True admits them."
         return BudgetError(
             f"a budget must be reachable: {self.budget.text} allows {self.budget.limit:,} {self.budget.measure}, but "
-            f"the smallest that this model can be made is {least:,}.{cause} Ask for at least {least:,}."
+            f"the smallest that this model can be made is {least:,}.{cause}{self.beyond_reach()} "
+            f"Ask for at least {least:,}."
         )
 
     def _plan(self, layer: FoundLayer, pick: Candidate | None, was_slower: bool) -> LayerPlan:

@@ -6,7 +6,6 @@ import contextlib
 import copy
 import sys
 from collections.abc import Iterator
-from types import FunctionType, ModuleType
 from typing import Any
 
 import torch
@@ -14,9 +13,9 @@ from torch import Tensor, nn
 
 from tensortrain.errors import KindError
 
-__all__ = ["copy_model", "modes_kept", "preserved", "uncompiled"]
+from .copying import copy_model
 
-_MANY = 100_000  # objects that are searched for tensors with a history
+__all__ = ["checked_copy", "modes_kept", "preserved", "uncompiled"]
 
 
 @contextlib.contextmanager
@@ -98,41 +97,18 @@ def uncompiled(model: nn.Module) -> nn.Module:
     return inner if isinstance(inner, nn.Module) else model
 
 
-def copy_model(model: nn.Module) -> nn.Module:
-    """A deep copy, also where modules keep tensors of their last forward, which torch refuses to copy.
+def checked_copy(model: nn.Module) -> nn.Module:
+    """A copy of its own, see ``copy_model``.
 
     Raises:
         KindError: Something in the model cannot be copied.
     """
-    memo: dict[int, Any] = {id(tensor): tensor.detach().clone() for tensor in _with_history(model)}
     try:
-        return copy.deepcopy(model, memo)
+        return copy_model(model)
     except Exception as error:
         reason = " ".join(str(error).split())
         raise KindError(
-            f"a model must be one that can be copied: copy.deepcopy of {type(model).__name__} fails with "
+            f"a model must be one that can be copied: a deep copy of {type(model).__name__} fails with "
             f"{type(error).__name__}: {reason:.200} Pass inplace=True with heal=False and measure=False, or take out "
             "what cannot be copied."
         ) from error
-
-
-def _with_history(model: nn.Module) -> list[Tensor]:
-    """Tensors that autograd made and the model still holds."""
-    found: list[Tensor] = []
-    seen: set[int] = set()
-    waiting: list[Any] = [model]
-    while waiting and len(seen) < _MANY:
-        value = waiting.pop()
-        if id(value) in seen:
-            continue
-        seen.add(id(value))
-        if isinstance(value, Tensor):
-            if value.grad_fn is not None:
-                found.append(value)
-        elif isinstance(value, dict):
-            waiting += value.values()
-        elif isinstance(value, (list, tuple, set, frozenset)):
-            waiting += value
-        elif hasattr(value, "__dict__") and not isinstance(value, (type, ModuleType, FunctionType)):
-            waiting += vars(value).values()
-    return found

@@ -51,6 +51,7 @@ class Linear(FactorizedLayer):
 
     dense_type = nn.Linear
     torch_arguments = ("in_features", "out_features")
+    made_from: str | None = None  # a kind of dense layer to go back to, where it is not torch's Linear
 
     def __init__(
         self,

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from tensortrain.errors import KindError, ModeIndexError, ShapeError
 from tensortrain.tensor import chain
+from tensortrain.tensor.scales import Exponents, Scale, guarded, plain_exponent
+from tensortrain.tensor.scaling import spread_pow2, times_pow2, work_dtype
 
 __all__ = ["checked_list", "expand_ellipsis", "index_cores", "resolve_lists"]
 
@@ -44,10 +46,13 @@ def index_cores(cores: Sequence[Tensor], key: Any, n_batch: int = 0) -> tuple[li
     after = _basic_pieces(cores, entries[last:], n_last, n_batch)
     if all(chosen[first:last]):
         before = _basic_pieces(cores, entries[:first], 0, n_batch)
-        gathered = _gather(cores[n_first:n_last], [found for found in lists[first:last] if found is not None])
+        given = [found for found in lists[first:last] if found is not None]
+        gathered, exponents = _gather(cores[n_first:n_last], given, n_batch)
         if not before and not after:
-            return [gathered], shape
-        return [*before, *_unflatten(gathered, shape), *after], None
+            return [times_pow2(gathered, exponents).to(cores[0].dtype).movedim(0, -2)], shape
+        gathered, exponent = _one_exponent(gathered, exponents)
+        pieces = [*before, *_unflatten(gathered.movedim(0, -2), shape), *after]
+        return [piece.to(cores[0].dtype) for piece in spread_pow2(pieces, exponent)], None
     # NumPy puts the axis of lists that stand apart in front of all others.
     indexed = _apart(cores[:n_last], entries[:last], lists[:last], n_batch)
     return [*_unflatten(indexed[0], shape), *indexed[1:], *after], None
@@ -187,15 +192,34 @@ def _checked_int(entry: Any, n: int, k: int) -> int:
     return at % n
 
 
-def _gather(group: Sequence[Tensor], lists: Sequence[Tensor]) -> Tensor:
-    """One core ``(.., r, P, s)`` whose mode runs through index lists in neighbouring modes."""
-    state: Tensor | None = None
-    for core, values in zip(group, lists, strict=True):
-        # A copy with the mode in front first: rows of r s entries are then gathered whole.
-        picked = core.movedim(-2, 0).contiguous()[values.to(core.device)]  # P .. r s
-        state = picked if state is None else state @ picked
-    assert state is not None
-    return state.movedim(0, -2)
+def _gather(group: Sequence[Tensor], lists: Sequence[Tensor], n_batch: int) -> tuple[Tensor, Exponents]:
+    """Entries ``(P, .., r, s)`` at index lists in neighbouring modes, and exponents that broadcast to them, or 0."""
+    wide = [core.to(work_dtype(core.dtype)) for core in group]
+
+    def run(scale: Scale) -> tuple[Tensor, Exponents]:
+        state: Tensor | None = None
+        waiting: Exponents = 0
+        for core, values in zip(wide, lists, strict=True):
+            # A copy with the mode in front first: rows of r s entries are then gathered whole.
+            picked = core.movedim(-2, 0).contiguous()[values.to(core.device)]  # P .. r s
+            if state is not None:
+                state, step = scale.split(state)
+                waiting = waiting + step
+            picked, waiting = scale.weigh(picked, waiting)
+            state = picked if state is None else state @ picked
+        assert state is not None
+        waiting = plain_exponent(waiting)
+        return state, waiting.unsqueeze(-2) if isinstance(waiting, Tensor) else waiting
+
+    return guarded(wide, run, n_batch + 1, storage=group[0].dtype)
+
+
+def _one_exponent(gathered: Tensor, exponents: Exponents) -> tuple[Tensor, Exponents]:
+    """The same with one exponent for all points of a member, which other cores can take over."""
+    if isinstance(exponents, int) or not exponents.numel():
+        return gathered, 0
+    most = exponents.amax((0, -2, -1))
+    return times_pow2(gathered, exponents - most[..., None, None]), most
 
 
 def _apart(

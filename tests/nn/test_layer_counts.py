@@ -184,7 +184,7 @@ def test_an_int_is_clipped_and_a_tuple_is_not() -> None:
     modes = {"in_modes": (2,) * 4, "out_modes": (2,) * 4}
     assert tt.nn.Linear(16, 16, rank=100, **modes, device="meta").ranks == (1, 4, 16, 4, 1)
     assert tt.nn.Linear(16, 16, rank=(100, 100, 100), **modes, device="meta").ranks == (1, 100, 100, 100, 1)
-    assert tt.nn.Linear(16, 16, rank="same", **modes, device="meta").ranks == (1, 4, 16, 4, 1)
+    assert tt.nn.Linear(16, 16, rank="full", **modes, device="meta").ranks == (1, 4, 16, 4, 1)
     share = tt.nn.Linear(16, 16, False, rank=0.5, **modes, device="meta")
     assert share.spec.n_params <= 128
     assert tt.nn.Conv2d(6, 9, 3, format="tucker2", rank=100, device="meta").ranks == (6, 9)

@@ -15,7 +15,7 @@ modes_lists = st.lists(st.integers(1, 9), min_size=1, max_size=7).map(tuple)
 def test_caps_are_the_smaller_product(modes):
     expected = tuple(min(math.prod(modes[:k]), math.prod(modes[k:])) for k in range(len(modes) + 1))
     assert max_ranks(modes) == expected
-    assert resolve_ranks(modes, "same") == expected
+    assert resolve_ranks(modes, "full") == expected
 
 
 @given(modes_lists, st.integers(1, 100))

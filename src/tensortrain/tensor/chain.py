@@ -7,13 +7,13 @@ are batch axes, the same for every core.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from tensortrain.tensor.scales import Exponents, Scale, common, guarded, plain_exponent
+from tensortrain.tensor.scales import Exponents, Kept, Scale, common, guarded, plain_exponent
 from tensortrain.tensor.scaling import split_pow2, spread_pow2, times_pow2, work_dtype
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "add_cores",
     "as_left",
     "as_right",
+    "balanced",
     "constant_cores",
     "contract",
     "deviation_parts",
@@ -83,20 +84,32 @@ def _contracted(cores: Sequence[Tensor], n_batch: int, scale: Scale) -> Tensor:
     return times_pow2(state, plain_exponent(of_rows + waiting))
 
 
-def join_pieces(pieces: Sequence[Tensor], n_batch: int = 0, *, dtype: torch.dtype | None = None) -> list[Tensor]:
+def join_pieces(
+    pieces: Sequence[Tensor],
+    n_batch: int = 0,
+    *,
+    dtype: torch.dtype | None = None,
+    waiting: Mapping[int, Exponents] | None = None,
+) -> list[Tensor]:
     """Multiply matrices ``(.., r, s)`` into neighbouring cores ``(.., r, n, s)``, to the right where there is one.
 
-    Without any core the result is the single matrix that the chain stands for. It is in ``dtype``, if one is given.
+    Args:
+        pieces: Matrices and cores. Without any core the result is the single matrix that the chain stands for.
+        n_batch: Number of batch axes.
+        dtype: Of the result, if it is another one.
+        waiting: Exponents ``(.., s)`` at the right bond of some pieces.
     """
     dtype = dtype or pieces[0].dtype
-    if not any(piece.ndim == n_batch + 2 for piece in pieces):
+    kept = {at: exponents for at, exponents in (waiting or {}).items() if isinstance(exponents, Tensor)}
+    if not kept and not any(piece.ndim == n_batch + 2 for piece in pieces):
         return [piece.to(dtype) for piece in pieces]
     wide = [piece.to(work_dtype(dtype)) for piece in pieces]
-    joined = guarded(wide, partial(_joined, wide, n_batch), n_batch, storage=dtype)
+    run = partial(_joined, wide, n_batch, kept)
+    joined = run(Kept(n_batch)) if kept else guarded(wide, run, n_batch, storage=dtype)
     return [core.to(dtype) for core in joined]
 
 
-def _joined(pieces: Sequence[Tensor], n_batch: int, scale: Scale) -> list[Tensor]:
+def _joined(pieces: Sequence[Tensor], n_batch: int, extra: Mapping[int, Exponents], scale: Scale) -> list[Tensor]:
     cores: list[Tensor] = []
     carry: Tensor | None = None
     waiting: Exponents = 0
@@ -108,6 +121,7 @@ def _joined(pieces: Sequence[Tensor], n_batch: int, scale: Scale) -> list[Tensor
         if at + 1 < len(pieces) or not is_matrix:
             piece, step = scale.split(piece)
             waiting = waiting + step
+        waiting = waiting + extra.get(at, 0)
         carry = piece if is_matrix else None
         if carry is None:
             cores.append(piece)
@@ -309,6 +323,27 @@ def _triangular(cores: Sequence[Tensor], n_batch: int, scale: Scale) -> tuple[Te
         core, waiting = scale.weigh(core, waiting + step)
         state = absorb_left(carry, core)
     return common(state, waiting, n_batch)
+
+
+def balanced(cores: Sequence[Tensor]) -> list[Tensor]:
+    """The same train, with its bonds scaled by powers of two if terms go through sizes that lie far apart.
+
+    Then what lies left of a bond has columns of like size, and one exponent will do for what lies right of it.
+    """
+    return guarded(cores, partial(_balanced, cores), cores[0].ndim - 3)
+
+
+def _balanced(cores: Sequence[Tensor], scale: Scale) -> list[Tensor]:
+    out: list[Tensor] = []
+    carry: Tensor | None = None
+    waiting: Exponents = 0
+    for core in cores:
+        core, waiting = scale.weigh(core, waiting)
+        state, step = scale.split(core if carry is None else absorb_left(carry, core))
+        waiting, step = plain_exponent(waiting + step), plain_exponent(step)
+        out.append(times_pow2(core, -step[..., None, None, :]) if isinstance(step, Tensor) else core)
+        carry = torch.linalg.qr(as_left(state), mode="r").R
+    return spread_pow2(out, waiting[..., 0] if isinstance(waiting, Tensor) else waiting)
 
 
 def place_pow2(

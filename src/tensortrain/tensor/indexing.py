@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -13,12 +14,27 @@ from torch import Tensor
 from tensortrain.errors import KindError, ModeIndexError, ShapeError
 from tensortrain.tensor import chain
 from tensortrain.tensor.scales import Exponents, Scale, guarded, plain_exponent
-from tensortrain.tensor.scaling import spread_pow2, times_pow2, work_dtype
+from tensortrain.tensor.scaling import times_pow2, work_dtype
 
-__all__ = ["checked_list", "expand_ellipsis", "index_cores", "resolve_lists"]
+__all__ = ["Indexed", "checked_list", "expand_ellipsis", "index_cores", "resolve_lists"]
 
 
-def index_cores(cores: Sequence[Tensor], key: Any, n_batch: int = 0) -> tuple[list[Tensor], tuple[int, ...] | None]:
+@dataclass(frozen=True)
+class Indexed:
+    """What an index leaves of the cores.
+
+    Attributes:
+        pieces: Matrices and cores, to be multiplied.
+        values_shape: Where lists took every mode, so that the single core left holds plain values, their shape.
+        waiting: Powers of two at the right bonds of some pieces.
+    """
+
+    pieces: list[Tensor]
+    values_shape: tuple[int, ...] | None = None
+    waiting: Mapping[int, Exponents] = field(default_factory=dict)
+
+
+def index_cores(cores: Sequence[Tensor], key: Any, n_batch: int = 0) -> Indexed:
     """Apply an index to a list of cores.
 
     Args:
@@ -27,8 +43,7 @@ def index_cores(cores: Sequence[Tensor], key: Any, n_batch: int = 0) -> tuple[li
             to one another, or boolean masks. Beside a list an integer counts as a list, as in NumPy.
 
     Returns:
-        Pieces in order, matrices ``(.., r, s)`` for modes that are gone and cores for those that stay; and, where
-        lists took every mode, so that the single core left holds plain values, the shape of these values.
+        Indexed: pieces in order, matrices ``(.., r, s)`` for modes that are gone and cores for those that stay.
 
     Raises:
         ModeIndexError: Out of range, or too many indices.
@@ -37,7 +52,7 @@ def index_cores(cores: Sequence[Tensor], key: Any, n_batch: int = 0) -> tuple[li
     """
     entries = expand_ellipsis(key if isinstance(key, tuple) else (key,), [core.shape[-2] for core in cores])
     if all(_as_list(entry) is None for entry in entries):
-        return _basic_pieces(cores, entries, 0, n_batch), None
+        return Indexed(_basic_pieces(cores, entries, 0, n_batch))
     lists, shape = resolve_lists(entries, [core.shape[-2] for core in cores])
     chosen = [found is not None for found in lists]
     first, last = chosen.index(True), len(chosen) - chosen[::-1].index(True)
@@ -49,13 +64,13 @@ def index_cores(cores: Sequence[Tensor], key: Any, n_batch: int = 0) -> tuple[li
         given = [found for found in lists[first:last] if found is not None]
         gathered, exponents = _gather(cores[n_first:n_last], given, n_batch)
         if not before and not after:
-            return [times_pow2(gathered, exponents).to(cores[0].dtype).movedim(0, -2)], shape
-        gathered, exponent = _one_exponent(gathered, exponents)
-        pieces = [*before, *_unflatten(gathered.movedim(0, -2), shape), *after]
-        return [piece.to(cores[0].dtype) for piece in spread_pow2(pieces, exponent)], None
+            return Indexed([times_pow2(gathered, exponents).to(cores[0].dtype).movedim(0, -2)], shape)
+        gathered, waiting = _of_columns(gathered, exponents)
+        points = _unflatten(gathered.to(cores[0].dtype).movedim(0, -2), shape)
+        return Indexed([*before, *points, *after], waiting={len(before) + len(points) - 1: waiting})
     # NumPy puts the axis of lists that stand apart in front of all others.
     indexed = _apart(cores[:n_last], entries[:last], lists[:last], n_batch)
-    return [*_unflatten(indexed[0], shape), *indexed[1:], *after], None
+    return Indexed([*_unflatten(indexed[0], shape), *indexed[1:], *after])
 
 
 def expand_ellipsis(entries: Sequence[Any], modes: Sequence[int]) -> list[Any]:
@@ -214,12 +229,12 @@ def _gather(group: Sequence[Tensor], lists: Sequence[Tensor], n_batch: int) -> t
     return guarded(wide, run, n_batch + 1, storage=group[0].dtype)
 
 
-def _one_exponent(gathered: Tensor, exponents: Exponents) -> tuple[Tensor, Exponents]:
-    """The same with one exponent for all points of a member, which other cores can take over."""
+def _of_columns(gathered: Tensor, exponents: Exponents) -> tuple[Tensor, Exponents]:
+    """The same with exponents ``(.., s)`` for all points alike, which the next piece can take over."""
     if isinstance(exponents, int) or not exponents.numel():
         return gathered, 0
-    most = exponents.amax((0, -2, -1))
-    return times_pow2(gathered, exponents - most[..., None, None]), most
+    most = exponents.squeeze(-2).amax(0)
+    return times_pow2(gathered, exponents - most.unsqueeze(-2)), most
 
 
 def _apart(

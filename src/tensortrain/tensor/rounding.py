@@ -94,6 +94,8 @@ def _rounded(x: Any, eps: float | None, max_rank: RankLike | None, method: str, 
     eps = checked_eps(eps, x.dtype, x.order)
     # In lower dtypes cores are orthonormal to 1e-7 at best: not good enough for float64 to build on.
     center = x.center if x.dtype == cores[0].dtype else (0, x.order - 1)
+    if center == (0, x.order - 1):
+        cores = chain.balanced(cores)
     problem = _Problem(cores, center, x.dtype, eps, x.ranks, splitter(cores))
     if max_params is not None:
         caps = _caps_within(problem, caps, max_params)

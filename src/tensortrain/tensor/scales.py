@@ -19,7 +19,7 @@ from torch import Tensor
 
 from tensortrain.tensor.scaling import keep_pow2, times_pow2
 
-__all__ = ["Exponents", "Scale", "common", "guarded", "plain_exponent"]
+__all__ = ["Exponents", "Kept", "Scale", "common", "guarded", "plain_exponent"]
 
 Exponents = Tensor | int  # int32 (.., r), one for each index of a bond; or 0: none are kept
 Out = TypeVar("Out")
@@ -82,10 +82,11 @@ class Kept:
     def split(self, x: Tensor, axis: int = -1) -> tuple[Tensor, Exponents]:
         others = tuple(k for k in range(self.n_batch, x.ndim) if k != x.ndim + axis)
         size = _largest(x.detach().abs(), others)
-        exponents = torch.frexp(size).exponent
+        # One factor will do: it cannot overflow unless all is subnormal, and the bound keeps it from that.
+        exponents = torch.frexp(size).exponent.clamp_min(3 - math.frexp(torch.finfo(size.dtype).max)[1])
         shape = [*x.shape[: self.n_batch], *(1,) * (x.ndim - self.n_batch)]
         shape[axis] = x.shape[axis]
-        return times_pow2(x, -exponents.reshape(shape)), exponents.where(size > 0, _ZERO)
+        return x * torch.exp2(-exponents.reshape(shape).to(size.dtype)), exponents.where(size > 0, _ZERO)
 
 
 def guarded(
@@ -124,7 +125,7 @@ def plain_exponent(exponents: Exponents) -> Exponents:
     """Exponents without the mark of a zero."""
     if isinstance(exponents, int):
         return exponents
-    return exponents - _ZERO * torch.round(exponents / _ZERO).int()
+    return ((exponents - _ZERO // 2) & (-_ZERO - 1)) + _ZERO // 2
 
 
 def common(x: Tensor, exponents: Exponents, n_batch: int) -> tuple[Tensor, Tensor]:

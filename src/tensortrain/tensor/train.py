@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -16,6 +16,7 @@ from tensortrain.tensor import chain
 from tensortrain.tensor.base import CoreChain, broadcast_batch, unbiasing
 from tensortrain.tensor.indexing import index_cores
 from tensortrain.tensor.ranks import RankLike
+from tensortrain.tensor.scales import Exponents
 from tensortrain.tensor.scaling import work_dtype
 from tensortrain.tensor.setting import At
 
@@ -222,14 +223,14 @@ class TensorTrain(CoreChain):
         return At(self)
 
     def __getitem__(self, key: Any) -> Tensor | TensorTrain:
-        pieces, values_shape = index_cores(self.cores, key, self._n_batch)
-        if values_shape is not None:  # lists in every mode: one value for each
-            return pieces[0][..., 0, :, 0].reshape(*self.batch_shape, *values_shape)
-        return self._joined(pieces)
+        found = index_cores(self.cores, key, self._n_batch)
+        if found.values_shape is not None:  # lists in every mode: one value for each
+            return found.pieces[0][..., 0, :, 0].reshape(*self.batch_shape, *found.values_shape)
+        return self._joined(found.pieces, found.waiting)
 
-    def _joined(self, pieces: Sequence[Tensor]) -> Tensor | TensorTrain:
-        """A train of the cores among the pieces, or the number that they multiply to."""
-        joined = chain.join_pieces(pieces, self._n_batch, dtype=self.dtype)
+    def _joined(self, pieces: Sequence[Tensor], waiting: Mapping[int, Exponents] | None = None) -> Tensor | TensorTrain:
+        """A train of the cores among the pieces, or the number that they multiply to; see ``join_pieces``."""
+        joined = chain.join_pieces(pieces, self._n_batch, dtype=self.dtype, waiting=waiting)
         if joined[0].ndim == self._n_batch + 2:
             return joined[0][..., 0, 0]
         return TensorTrain(tuple(joined))

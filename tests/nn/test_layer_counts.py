@@ -190,6 +190,16 @@ def test_an_int_is_clipped_and_a_tuple_is_not() -> None:
     assert tt.nn.Conv2d(6, 9, 3, format="tucker2", rank=100, device="meta").ranks == (6, 9)
 
 
+@pytest.mark.parametrize("format", ["tt", "low_rank", "cp", "ring", "tucker", "kronecker", "tt_separate"])
+def test_same_is_about_as_many_parameters_as_dense(format: str) -> None:
+    for layer in (
+        tt.nn.Linear(512, 768, bias=False, format=format, rank="same", device="meta"),
+        tt.nn.Conv2d(32, 48, 3, bias=False, format=format, rank="same", device="meta"),
+        tt.nn.Embedding(1000, 64, format=format, rank="same", device="meta"),
+    ):
+        assert layer.compression == pytest.approx(1.0, abs=0.02)
+
+
 def test_nothing_is_allocated_on_meta() -> None:
     layer = tt.nn.Linear(25088, 4096, rank=4, **VGG, device="meta")
     assert all(core.is_meta for core in layer.cores)

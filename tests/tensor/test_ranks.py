@@ -36,6 +36,22 @@ def test_a_share_is_the_largest_rank_that_fits(modes, share):
         assert count_params(modes, larger) > share * math.prod(modes)
 
 
+@given(modes_lists)
+def test_same_is_the_uniform_rank_closest_to_dense(modes):
+    ranks, dense = resolve_ranks(modes, "same"), math.prod(modes)
+    assert ranks == resolve_ranks(modes, max(ranks))
+    gap = abs(count_params(modes, ranks) - dense)
+    for other in {1, max(1, max(ranks) - 1), max(ranks) + 1}:
+        assert gap <= abs(count_params(modes, resolve_ranks(modes, other)) - dense)
+
+
+def test_words():
+    assert resolve_ranks((28, 28), "same") == (1, 14, 1)
+    assert resolve_ranks((28, 28), "full") == (1, 28, 1)
+    with pytest.raises(RankError, match="'same' or 'full'"):
+        resolve_ranks((4, 4), "all")
+
+
 def test_tuples():
     assert resolve_ranks((4, 4, 4), (8, 2)) == (1, 4, 2, 1)
     assert resolve_ranks((4, 4, 4), (8, 2), clip=False) == (1, 8, 2, 1)

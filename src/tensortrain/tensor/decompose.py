@@ -174,7 +174,7 @@ def unfolding_spectra(x: Tensor, *, method: Literal["svd", "gram"] = "svd") -> l
         [torch.Size([2]), torch.Size([4])]
     """
     _check_tensor(x)
-    if method not in _SPECTRA:
+    if method not in list(_SPECTRA):
         raise KindError(
             f"a method must be known: method has {method!r}, expected one of {sorted(_SPECTRA)}. Use 'svd' if in doubt."
         )
@@ -197,7 +197,7 @@ _SPECTRA = {"svd": singular_values, "gram": gram_singular_values}
 
 
 def _check_method(name: str) -> None:
-    if name not in METHODS:
+    if name not in list(METHODS):
         raise KindError(
             f"a method must be known: method has {name!r}, expected one of {sorted(METHODS)}. Use 'auto' if in doubt."
         )

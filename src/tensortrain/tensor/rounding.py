@@ -365,7 +365,7 @@ def _check_arguments(x: object, method: str) -> None:
             f"only a train can be rounded: x has {type(x).__name__}, expected TensorTrain or TTMatrix. "
             "Decompose a dense tensor with tensortrain.tt_svd."
         )
-    if method not in _METHODS:
+    if method not in list(_METHODS):
         raise KindError(
             f"a method must be known: method has {method!r}, expected one of {sorted(_METHODS)}. Use 'svd' if in doubt."
         )

@@ -37,10 +37,6 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @pytest.fixture
 def default_dtype(request: pytest.FixtureRequest) -> torch.dtype:
     """Torch's default dtype in the tests of tensors, formats, manifolds and layers: float64 if not asked for both."""
-    import os
-
-    if os.environ.get("TRY32"):
-        return torch.float32
     return getattr(request, "param", torch.float64)
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -119,6 +119,14 @@ def guarded(
         if _bits(free.seen) <= limit:
             return out
     return run(Kept(n_batch))
+
+
+@overload
+def plain_exponent(exponents: Tensor) -> Tensor: ...
+
+
+@overload
+def plain_exponent(exponents: int) -> int: ...
 
 
 def plain_exponent(exponents: Exponents) -> Exponents:

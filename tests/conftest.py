@@ -27,6 +27,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A module with ``BOTH_DEFAULTS = True`` runs under both default dtypes of torch, where its folder sets one."""
+    if getattr(metafunc.module, "BOTH_DEFAULTS", False) and "default_dtype" in metafunc.fixturenames:
+        names = [f"default {dtype}".replace("torch.", "") for dtype in (torch.float64, torch.float32)]
+        metafunc.parametrize("default_dtype", [torch.float64, torch.float32], indirect=True, ids=names)
+
+
+@pytest.fixture
+def default_dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    """Torch's default dtype in the tests of tensors, formats, manifolds and layers: float64 if not asked for both."""
+    return getattr(request, "param", torch.float64)
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _plans_of_their_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """What earlier runs found out about plans would hide what happens at a first call."""

@@ -46,8 +46,8 @@ class DTypeError(TTError, TypeError):
     """Tensors of one object with different or unusable dtypes."""
 
 
-class KindError(TTError, TypeError):
-    """An operand of a kind that the operation does not take."""
+class KindError(TTError, TypeError, ValueError):
+    """An operand of a kind that the operation does not take, or an option of no known name."""
 
 
 class ModeIndexError(TTError, IndexError):

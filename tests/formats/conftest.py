@@ -1,4 +1,4 @@
-"""Formats in double precision."""
+"""Formats in double precision, some also under float32 as the default."""
 
 from __future__ import annotations
 
@@ -7,5 +7,5 @@ import torch
 
 
 @pytest.fixture(autouse=True)
-def _double_precision() -> None:
-    torch.set_default_dtype(torch.float64)  # the fixture of all tests puts it back
+def _default_dtype(default_dtype: torch.dtype) -> None:
+    torch.set_default_dtype(default_dtype)  # the fixture of all tests puts it back

@@ -15,7 +15,7 @@ sys.path.append(str(Path(__file__).parent))  # layer_agreement.py
 
 
 @pytest.fixture(autouse=True)
-def _double_precision_and_fixed_plans() -> Iterator[None]:
-    torch.set_default_dtype(torch.float64)
+def _default_dtype_and_fixed_plans(default_dtype: torch.dtype) -> Iterator[None]:
+    torch.set_default_dtype(default_dtype)
     with use_cost_model(CostModel.reference("cpu")):
         yield

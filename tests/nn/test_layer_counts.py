@@ -184,10 +184,20 @@ def test_an_int_is_clipped_and_a_tuple_is_not() -> None:
     modes = {"in_modes": (2,) * 4, "out_modes": (2,) * 4}
     assert tt.nn.Linear(16, 16, rank=100, **modes, device="meta").ranks == (1, 4, 16, 4, 1)
     assert tt.nn.Linear(16, 16, rank=(100, 100, 100), **modes, device="meta").ranks == (1, 100, 100, 100, 1)
-    assert tt.nn.Linear(16, 16, rank="same", **modes, device="meta").ranks == (1, 4, 16, 4, 1)
+    assert tt.nn.Linear(16, 16, rank="full", **modes, device="meta").ranks == (1, 4, 16, 4, 1)
     share = tt.nn.Linear(16, 16, False, rank=0.5, **modes, device="meta")
     assert share.spec.n_params <= 128
     assert tt.nn.Conv2d(6, 9, 3, format="tucker2", rank=100, device="meta").ranks == (6, 9)
+
+
+@pytest.mark.parametrize("format", ["tt", "low_rank", "cp", "ring", "tucker", "kronecker", "tt_separate"])
+def test_same_is_about_as_many_parameters_as_dense(format: str) -> None:
+    for layer in (
+        tt.nn.Linear(512, 768, bias=False, format=format, rank="same", device="meta"),
+        tt.nn.Conv2d(32, 48, 3, bias=False, format=format, rank="same", device="meta"),
+        tt.nn.Embedding(1000, 64, format=format, rank="same", device="meta"),
+    ):
+        assert layer.compression == pytest.approx(1.0, abs=0.02)
 
 
 def test_nothing_is_allocated_on_meta() -> None:

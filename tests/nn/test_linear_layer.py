@@ -27,7 +27,7 @@ CASES: dict[str, tuple[int, int, dict[str, Any]]] = {
     "tt, one input": (1, 30, {"rank": 2}),
     "tt, no bias": (12, 20, {"rank": 3, "bias": False}),
     "tt, share": (16, 16, {"rank": 0.5}),
-    "tt, full": (16, 16, {"rank": "same"}),
+    "tt, full": (16, 16, {"rank": "full"}),
     "low_rank": (12, 20, {"format": "low_rank", "rank": 3}),
     "low_rank, rank 1": (12, 20, {"format": "low_rank", "rank": 1}),
     "low_rank, rank above the feasible": (6, 9, {"format": "low_rank", "rank": 1000}),

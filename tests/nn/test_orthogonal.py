@@ -221,7 +221,7 @@ def test_spectral_keeps_the_weight_at_full_rank(modes: tuple[tuple[int, ...], tu
         return
     dense = nn.Linear(math.prod(ins), math.prod(outs))
     layer = tt.nn.Linear.from_dense(dense, in_modes=ins, out_modes=outs)
-    tt.nn.orthogonal(layer, "spectral", rank="same")
+    tt.nn.orthogonal(layer, "spectral", rank="full")
     assert rel_error(layer.weight.detach(), dense.weight) <= 1e-12
     x = torch.randn(3, math.prod(ins))
     assert rel_error(layer(x), dense(x)) <= 1e-12
@@ -313,7 +313,7 @@ def test_unit_singular_values_carry_a_recurrence() -> None:
     start = nn.Linear(16, 16, bias=False)
     nn.init.orthogonal_(start.weight)
     layer = tt.nn.Linear.from_dense(start, in_modes=(4, 4), out_modes=(4, 4))
-    tt.nn.orthogonal(layer, "spectral", rank="same", max_norm=1.0)
+    tt.nn.orthogonal(layer, "spectral", rank="full", max_norm=1.0)
     jacobian = torch.linalg.matrix_power(layer.weight, 100)
     assert 0.1 <= torch.linalg.svdvals(jacobian)[-1] <= torch.linalg.svdvals(jacobian)[0] <= 1.0
     rotated = tt.nn.Linear(16, 16, bias=False, in_modes=(2, 2, 4), out_modes=(2, 2, 4), rank=(1, 3, 3, 1), init=0.5)
@@ -505,7 +505,7 @@ def test_from_one_kind_to_another() -> None:
     weight = layer.weight.detach().clone()
     tt.nn.orthogonal(layer, "left")
     assert rel_error(layer.weight.detach(), weight) <= 1e-12
-    tt.nn.orthogonal(layer, "spectral", rank="same")
+    tt.nn.orthogonal(layer, "spectral", rank="full")
     assert rel_error(layer.weight.detach(), weight) <= 1e-12
     tt.nn.orthogonal(layer, "left")
     assert rel_error(layer.weight.detach(), weight) <= 1e-12

@@ -8,8 +8,5 @@ def generator() -> torch.Generator:
 
 
 @pytest.fixture(autouse=True)
-def _double_precision():
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(before)
+def _default_dtype(default_dtype):
+    torch.set_default_dtype(default_dtype)  # the fixture of all tests puts it back

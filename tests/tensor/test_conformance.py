@@ -5,6 +5,8 @@ import torch
 from tensortrain.tensor import randn, randn_matrix
 from tensortrain.testing import ChainSuite
 
+BOTH_DEFAULTS = True
+
 
 class TestTrain(ChainSuite):
     def make(self, seed, dtype):

@@ -15,7 +15,7 @@ modes_lists = st.lists(st.integers(1, 9), min_size=1, max_size=7).map(tuple)
 def test_caps_are_the_smaller_product(modes):
     expected = tuple(min(math.prod(modes[:k]), math.prod(modes[k:])) for k in range(len(modes) + 1))
     assert max_ranks(modes) == expected
-    assert resolve_ranks(modes, "same") == expected
+    assert resolve_ranks(modes, "full") == expected
 
 
 @given(modes_lists, st.integers(1, 100))
@@ -34,6 +34,22 @@ def test_a_share_is_the_largest_rank_that_fits(modes, share):
     larger = resolve_ranks(modes, uniform + 1)
     if larger != ranks:
         assert count_params(modes, larger) > share * math.prod(modes)
+
+
+@given(modes_lists)
+def test_same_is_the_uniform_rank_closest_to_dense(modes):
+    ranks, dense = resolve_ranks(modes, "same"), math.prod(modes)
+    assert ranks == resolve_ranks(modes, max(ranks))
+    gap = abs(count_params(modes, ranks) - dense)
+    for other in {1, max(1, max(ranks) - 1), max(ranks) + 1}:
+        assert gap <= abs(count_params(modes, resolve_ranks(modes, other)) - dense)
+
+
+def test_words():
+    assert resolve_ranks((28, 28), "same") == (1, 14, 1)
+    assert resolve_ranks((28, 28), "full") == (1, 28, 1)
+    with pytest.raises(RankError, match="'same' or 'full'"):
+        resolve_ranks((4, 4), "all")
 
 
 def test_tuples():

@@ -494,7 +494,7 @@ def test_creation_arguments():
     assert randn((4, 5, 6), 100).ranks == (1, 4, 6, 1)
     assert randn((4, 5, 6), (100, 2)).ranks == (1, 100, 2, 1)
     assert randn((4, 5, 6), 0.5).n_params <= 60
-    assert randn_matrix((4, 4), (4, 4), "same").ranks == (1, 16, 1)
+    assert randn_matrix((4, 4), (4, 4), "full").ranks == (1, 16, 1)
     for make in (
         lambda **k: randn((3, 2), 2, **k),
         lambda **k: ones((3, 2), **k),

@@ -219,7 +219,7 @@ class Format(ABC):
 
     def rank_caps(self, spec: FactorSpec) -> tuple[int, ...]:
         """Largest useful ranks for these modes."""
-        return self.spec(spec.weight, rank="same", out_modes=spec.out_modes, in_modes=spec.in_modes).ranks
+        return self.spec(spec.weight, rank="full", out_modes=spec.out_modes, in_modes=spec.in_modes).ranks
 
     @abstractmethod
     def inner_ranks(self, spec: FactorSpec) -> tuple[int, ...]:
@@ -361,7 +361,7 @@ class Format(ABC):
             )
         exact = rank is None and eps is None
         spec = self.spec(
-            weight, rank="same" if rank is None else rank, out_modes=out_modes, in_modes=in_modes, clip=True
+            weight, rank="full" if rank is None else rank, out_modes=out_modes, in_modes=in_modes, clip=True
         )
         tolerance = default_eps(dense.dtype, 2 + len(spec.in_modes)) if exact else eps
         if weight.groups == 1:

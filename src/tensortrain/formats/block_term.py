@@ -71,7 +71,7 @@ class BlockTerm(NetworkFormat):
         sizes = (*self.out_legs(draft).values(), *self.in_legs(draft).values())
         return (math.prod(sizes), *feasible_ranks(sizes))
 
-    def same_ranks(self, draft: FactorSpec) -> tuple[int, ...]:
+    def full_ranks(self, draft: FactorSpec) -> tuple[int, ...]:
         return (1, *self.caps(draft)[1:])
 
     def rank_caps(self, spec: FactorSpec) -> tuple[int, ...]:

@@ -77,7 +77,7 @@ class NetworkFormat(Format):
         """All ranks from one number."""
         return tuple(min(rank, cap) for cap in caps)
 
-    def same_ranks(self, draft: FactorSpec) -> tuple[int, ...]:
+    def full_ranks(self, draft: FactorSpec) -> tuple[int, ...]:
         """Ranks at which every weight is exact, as far as the format can."""
         return self.caps(draft)
 
@@ -129,7 +129,7 @@ class NetworkFormat(Format):
             what=self.rank_words,
             dense_params=draft.weight.n_params,
             count=lambda some: replace(draft, ranks=some).n_params,
-            same=self.same_ranks(draft),
+            full=self.full_ranks(draft),
             expand=lambda r: self.expand_rank(r, caps),
         )
         return FactorSpec(self.name, weight, outs, ins, ranks)

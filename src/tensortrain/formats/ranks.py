@@ -22,19 +22,20 @@ def resolve_rank_tuple(
     what: str,
     dense_params: int,
     count: Callable[[Ranks], int],
-    same: Ranks | None = None,
+    full: Ranks | None = None,
     expand: Callable[[int], Ranks] | None = None,
 ) -> Ranks:
     """Turn a rank as a caller writes it into one rank per entry of ``caps``.
 
     Args:
-        rank: A number for all, a tuple, a share of the dense parameters in (0, 1], or ``"same"``.
+        rank: A number for all, a tuple, a share of the dense parameters in (0, 1], ``"same"`` (about as many parameters
+            as dense), or ``"full"``.
         caps: Largest useful ranks.
         clip: Whether a tuple is cut down to ``caps``; a number or a share always is.
         what: The ranks in words, for messages, such as ``"tucker2 takes two ranks (R_in, R_out)"``.
         dense_params: What a share is a share of.
         count: Parameters at some ranks.
-        same: What ``"same"`` gives; ``caps`` when left out.
+        full: What ``"full"`` gives, where every weight is exact as far as the format can; ``caps`` when left out.
         expand: All ranks from one number; clipped to ``caps`` when left out.
 
     Raises:
@@ -42,9 +43,13 @@ def resolve_rank_tuple(
     """
     each = expand if expand is not None else lambda r: tuple(min(r, cap) for cap in caps)
     if isinstance(rank, str):
-        if rank != "same":
+        if rank not in ("same", "full"):
             raise RankError(f"a rank must be a number, a tuple, a share or 'same': found {rank!r}. Pass one of these.")
-        return caps if same is None else same
+        if rank == "full":
+            return caps if full is None else full
+        below = _share(1.0, each, max(caps), lambda ranks: count(ranks) <= dense_params)
+        above = each(max(below) + 1)
+        return min(below, above, key=lambda ranks: abs(count(ranks) - dense_params))
     if isinstance(rank, Sequence):
         given: tuple[Any, ...] = tuple(rank)
         if len(given) != len(caps) or not all(_is_rank(r) for r in given):

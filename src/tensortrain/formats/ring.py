@@ -55,7 +55,7 @@ class Ring(NetworkFormat):
         closing = 1 if len(sizes) == 1 else min(sizes[0], sizes[-1])
         return (closing, *max_ranks(sizes)[1:-1])
 
-    def same_ranks(self, draft: FactorSpec) -> tuple[int, ...]:
+    def full_ranks(self, draft: FactorSpec) -> tuple[int, ...]:
         return (1, *max_ranks(self._sizes(draft))[1:-1])
 
     def rank_caps(self, spec: FactorSpec) -> tuple[int, ...]:

@@ -420,7 +420,7 @@ def frequencies(ids: Tensor, n_ids: int) -> Tensor:
 
 def scale_gradient(rows: Tensor, counts: Tensor) -> Tensor:
     """The same rows, with gradients divided by one count per row."""
-    share = (1.0 / counts).to(rows.dtype)[..., None]
+    share = (1.0 / counts.to(rows.dtype))[..., None]
     return rows * share + (rows * (1 - share)).detach()
 
 

@@ -7,6 +7,7 @@ import numbers
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
@@ -20,7 +21,7 @@ from tensortrain.tensor.ranks import RankLike
 from tensortrain.tensor.scaling import spread_pow2, times_pow2, work_dtype
 from tensortrain.tensor.validation import DTYPES, checked_center, checked_cores
 
-__all__ = ["DTYPES", "CoreChain", "as_scalar", "broadcast_batch", "check_same_kind", "check_same_place"]
+__all__ = ["DTYPES", "CoreChain", "as_scalar", "broadcast_batch", "check_same_kind", "check_same_place", "unbiasing"]
 
 Self = TypeVar("Self", bound="CoreChain")
 Scalar = int | float | complex | Tensor
@@ -175,7 +176,7 @@ class CoreChain(ABC):
     def log_norm(self) -> Tensor:
         """Natural logarithm of the Frobenius norm, real, ``batch_shape``; finite where ``norm()`` overflows."""
         mantissa, exponent = self._norm_parts()
-        return (mantissa.log() + exponent * math.log(2.0)).to(self.cores[0].abs().dtype)
+        return (mantissa.log() + exponent.to(mantissa.dtype) * math.log(2.0)).to(self.cores[0].abs().dtype)
 
     def normalize(self: Self) -> Self:
         """The same direction with Frobenius norm 1; the zero tensor stays as it is."""
@@ -193,6 +194,22 @@ class CoreChain(ABC):
     def _norm_parts(self) -> tuple[Tensor, Tensor]:
         cores, center = self._wide_cores()
         return chain.norm_parts(cores, center)
+
+    def _variance(self: Self, mean: Tensor, correction: float) -> Tensor:
+        factor = unbiasing(self.numel, correction)
+        real = self.cores[0].abs().dtype
+        cores = [core.detach() for core in self._wide_cores()[0]]
+        root, exponent = chain.deviation_parts(cores)
+        value = times_pow2(root.square() * factor, 2 * exponent).to(real)
+        if torch.is_grad_enabled() and any(core.requires_grad for core in self.cores):
+            # The derivative of a QR does not exist for cores of deficient rank, that of the squares does.
+            centred, _ = (self - mean)._wide_cores()
+            square, doubled = chain.dot_parts(centred, centred)
+            square = square.real if square.is_complex() else square
+            size = self.numel.bit_length()
+            square = times_pow2(square * (factor / float(Fraction(self.numel, 1 << size))), doubled - size).to(real)
+            value = value + (square - square.detach())
+        return value
 
     def _wide_cores(self) -> tuple[list[Tensor], tuple[int, int]]:
         """Merged cores in a dtype that LAPACK knows."""
@@ -351,6 +368,14 @@ class CoreChain(ABC):
         if isinstance(scalar, Tensor) and scalar.ndim:
             dtype = torch.promote_types(dtype, scalar.dtype)
         return self if dtype == self.dtype else self.to(dtype)
+
+
+def unbiasing(count: int, correction: float) -> float:
+    """What a mean square is multiplied by for ``count - correction`` to be its divisor; counts may exceed a float."""
+    divisor = Fraction(count) - Fraction(correction)
+    if divisor > 0:
+        return float(count / divisor)
+    return math.inf if count > 1 else math.nan  # as torch divides by zero
 
 
 def as_scalar(value: Any, batch_shape: Sequence[int] = ()) -> Scalar | None:

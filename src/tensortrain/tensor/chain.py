@@ -7,12 +7,14 @@ are batch axes, the same for every core.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from tensortrain.tensor.scaling import split_pow2, spread_pow2, times_pow2
+from tensortrain.tensor.scales import Exponents, Kept, Scale, common, guarded, plain_exponent
+from tensortrain.tensor.scaling import split_pow2, spread_pow2, times_pow2, work_dtype
 
 __all__ = [
     "absorb_left",
@@ -20,8 +22,10 @@ __all__ = [
     "add_cores",
     "as_left",
     "as_right",
+    "balanced",
     "constant_cores",
     "contract",
+    "deviation_parts",
     "dot_parts",
     "hadamard_cores",
     "join_pieces",
@@ -58,35 +62,75 @@ def absorb_right(core: Tensor, carry: Tensor) -> Tensor:
 
 
 def contract(cores: Sequence[Tensor]) -> Tensor:
-    """The full array ``(.., n_1, .., n_d)`` of a list of cores."""
-    state = as_left(cores[0])
-    for core in cores[1:]:
-        state = as_left(absorb_left(state, core))  # rows: all modes so far, slowest first
+    """The full array ``(.., n_1, .., n_d)`` of a list of cores. Overflows only where an entry itself does."""
+    dtype, n_batch = cores[0].dtype, cores[0].ndim - 3
+    wide = [core.to(work_dtype(dtype)) for core in cores]
+    state = guarded(wide, partial(_contracted, wide, n_batch), n_batch).to(dtype)
     return state.reshape(*cores[0].shape[:-3], *(core.shape[-2] for core in cores))
 
 
-def join_pieces(pieces: Sequence[Tensor], n_batch: int = 0) -> list[Tensor]:
+def _contracted(cores: Sequence[Tensor], n_batch: int, scale: Scale) -> Tensor:
+    """``(.., n_1 .. n_d, 1)``: rows are all modes so far, slowest first, and each has an exponent of its own."""
+    core, waiting = scale.weigh(cores[0], 0)
+    state = as_left(core)
+    of_rows: Exponents = 0
+    for core in cores[1:]:
+        state, step = scale.split(state, axis=-2)
+        of_rows = plain_exponent(of_rows + step)
+        state, step = scale.split(state)
+        core, waiting = scale.weigh(core, waiting + step)
+        state = as_left(absorb_left(state, core))
+        of_rows = of_rows.repeat_interleave(core.shape[-2], -1) if isinstance(of_rows, Tensor) else of_rows
+    return times_pow2(state, plain_exponent(of_rows + waiting))
+
+
+def join_pieces(
+    pieces: Sequence[Tensor],
+    n_batch: int = 0,
+    *,
+    dtype: torch.dtype | None = None,
+    waiting: Mapping[int, Exponents] | None = None,
+) -> list[Tensor]:
     """Multiply matrices ``(.., r, s)`` into neighbouring cores ``(.., r, n, s)``, to the right where there is one.
 
-    Without any core the result is the single matrix that the chain stands for.
+    Args:
+        pieces: Matrices and cores. Without any core the result is the single matrix that the chain stands for.
+        n_batch: Number of batch axes.
+        dtype: Of the result, if it is another one.
+        waiting: Exponents ``(.., s)`` at the right bond of some pieces.
     """
+    dtype = dtype or pieces[0].dtype
+    kept = {at: exponents for at, exponents in (waiting or {}).items() if isinstance(exponents, Tensor)}
+    if not kept and not any(piece.ndim == n_batch + 2 for piece in pieces):
+        return [piece.to(dtype) for piece in pieces]
+    wide = [piece.to(work_dtype(dtype)) for piece in pieces]
+    run = partial(_joined, wide, n_batch, kept)
+    joined = run(Kept(n_batch)) if kept else guarded(wide, run, n_batch, storage=dtype)
+    return [core.to(dtype) for core in joined]
+
+
+def _joined(pieces: Sequence[Tensor], n_batch: int, extra: Mapping[int, Exponents], scale: Scale) -> list[Tensor]:
     cores: list[Tensor] = []
     carry: Tensor | None = None
-    for piece in pieces:
+    waiting: Exponents = 0
+    for at, piece in enumerate(pieces):
+        piece, waiting = scale.weigh(piece, waiting)
         is_matrix = piece.ndim == n_batch + 2
         if carry is not None:
             piece = carry @ piece if is_matrix else absorb_left(carry, piece)
-        if is_matrix:
-            carry = piece
-        else:
+        if at + 1 < len(pieces) or not is_matrix:
+            piece, step = scale.split(piece)
+            waiting = waiting + step
+        waiting = waiting + extra.get(at, 0)
+        carry = piece if is_matrix else None
+        if carry is None:
             cores.append(piece)
-            carry = None
-    if carry is None:
-        return cores
-    if not cores:
-        return [carry]
-    cores[-1] = absorb_right(cores[-1], carry)
-    return cores
+    if carry is not None and cores:
+        cores[-1] = absorb_right(cores[-1], carry)
+    elif carry is not None:
+        cores = [carry]
+    exponent = plain_exponent(waiting)
+    return spread_pow2(cores, exponent[..., 0] if isinstance(exponent, Tensor) else exponent)
 
 
 def constant_cores(modes: Sequence[int], value: int | float | complex | Tensor, like: Tensor) -> list[Tensor]:
@@ -124,38 +168,30 @@ def hadamard_core(a: Tensor, b: Tensor) -> Tensor:
 
 def dot_parts(left: Sequence[Tensor], right: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """``(m, e)`` with ``<left, right> = m * 2**e``; the left one is conjugated. Cost: O(d n r^3)."""
-    core = left[0]
-    # To look at what came out would be a sync on a GPU, and in a batch the members differ.
-    can_look = core.ndim == 3 and not (core.is_cuda or torch.compiler.is_compiling() or _is_transformed())
-    # At small ranks scaling takes most of the time: it is left out as long as nothing nears the ends of the range.
-    stride = int(math.log2(torch.finfo(core.dtype).max)) // 64 if can_look else 1
-    env, exponent, sizes = _dot_steps(left, right, stride)
-    if stride > 1:
-        worst = float(torch.stack(torch._foreach_norm(sizes)).log2().abs().amax())
-        if not worst < 0.4 * math.log2(torch.finfo(core.dtype).max):
-            env, exponent, _ = _dot_steps(left, right, 1)
-    return env[..., 0, 0], exponent
+    n_batch = left[0].ndim - 3
+    env, waiting = guarded([*left, *right], partial(_dotted, left, right, n_batch), n_batch, factors=2)
+    env, exponent = split_pow2(env, n_batch)
+    return env[..., 0, 0], exponent + waiting
 
 
-def _dot_steps(left: Sequence[Tensor], right: Sequence[Tensor], stride: int) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """The inner product, scaled every so many steps, and what there was after each of the steps."""
-    batch, n_batch = left[0].shape[:-3], left[0].ndim - 3
+def _dotted(left: Sequence[Tensor], right: Sequence[Tensor], n_batch: int, scale: Scale) -> tuple[Tensor, Tensor | int]:
+    batch = left[0].shape[:-3]
     env = left[0].new_ones((*batch, 1, 1))
-    exponent = torch.zeros((), dtype=torch.int32, device=env.device)
+    mine: Exponents = 0
+    theirs: Exponents = 0
     times = torch.matmul if n_batch else torch.mm  # at small ranks what surrounds a product takes most of the time
-    seen = []
-    for k, (a, b) in enumerate(zip(left, right, strict=True), start=1):
+    for k, (a, b) in enumerate(zip(left, right, strict=True)):
+        if k:
+            env, step = scale.split(env, axis=-2)
+            mine = mine + step
+            env, step = scale.split(env)
+            theirs = theirs + step
+        a, mine = scale.weigh(a, mine)
+        b, theirs = scale.weigh(b, theirs)
         # two products, never r^4
         env = times(as_left(a).mH, times(env, as_right(b)).reshape(*batch, -1, b.shape[-1]))
-        seen.append(env.detach())
-        if k % stride == 0 or k == len(left):
-            env, step = split_pow2(env, n_batch)
-            exponent = exponent + step
-    return env, exponent, seen
-
-
-def _is_transformed() -> bool:
-    return torch._C._functorch.maybe_current_level() is not None
+    total = plain_exponent(mine) + plain_exponent(theirs)
+    return env, total[..., 0] if isinstance(total, Tensor) else total
 
 
 def norm_parts(cores: Sequence[Tensor], center: Span) -> tuple[Tensor, Tensor]:
@@ -173,6 +209,34 @@ def norm_parts(cores: Sequence[Tensor], center: Span) -> tuple[Tensor, Tensor]:
     return mantissa, exponent
 
 
+def deviation_parts(cores: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """``(m, e)`` with the root-mean-square ``m * 2**e`` of the entries less their mean.
+
+    What an index adds to the spread is what its core differs from its own mean, seen through the mean of all before it:
+    nothing of the size of the mean is ever subtracted, so that a constant has no spread at all.
+    """
+    n_batch = cores[0].ndim - 3
+    rows, exponent = guarded(cores, partial(_deviation, cores, n_batch), n_batch)
+    rows, step = split_pow2(rows, n_batch)
+    return torch.linalg.vector_norm(rows, dim=(-2, -1)), exponent + step
+
+
+def _deviation(cores: Sequence[Tensor], n_batch: int, scale: Scale) -> tuple[Tensor, Tensor]:
+    mean = cores[0].new_ones((*cores[0].shape[:-3], 1, 1))
+    rows = mean[..., :0, :]  # their products with themselves are the covariance of all so far
+    waiting: Exponents = 0
+    for k, core in enumerate(cores):
+        if k:
+            state, step = scale.split(torch.cat((mean, rows), dim=-2))
+            mean, rows, waiting = state[..., :1, :], state[..., 1:, :], waiting + step
+        core, waiting = scale.weigh(core, waiting)
+        middle = core.mean(-2, keepdim=True)
+        spread = torch.cat((absorb_left(rows, core), absorb_left(mean, core - middle)), dim=-3)
+        rows = torch.linalg.qr(as_left(spread) / math.sqrt(max(1, core.shape[-2])), mode="r").R
+        mean = mean @ middle.squeeze(-2)
+    return common(rows, waiting, n_batch)
+
+
 def orthogonalize_cores(cores: Sequence[Tensor], center: Span, k: int) -> tuple[list[Tensor], Tensor]:
     """Cores with all but core ``k`` orthonormal, and the power of two taken out of core ``k``.
 
@@ -181,20 +245,41 @@ def orthogonalize_cores(cores: Sequence[Tensor], center: Span, k: int) -> tuple[
         center: Range outside which the cores are orthonormal already.
         k: The core that keeps the norm.
     """
-    out, n_batch = list(cores), cores[0].ndim - 3
-    exponent = torch.zeros((), dtype=torch.int32, device=out[0].device)
-    for at in range(center[0], k):
-        out[at], carry = left_qr(out[at])
-        carry, step = split_pow2(carry, n_batch)
-        out[at + 1] = absorb_left(carry, out[at + 1])
-        exponent = exponent + step
-    for at in range(center[1], k, -1):
-        out[at], carry = right_qr(out[at])
-        carry, step = split_pow2(carry, n_batch)
-        out[at - 1] = absorb_right(out[at - 1], carry)
-        exponent = exponent + step
+    n_batch = cores[0].ndim - 3
+    out, exponent = guarded(cores, partial(_orthogonalized, cores, center, k, n_batch), n_batch)
     out[k], step = split_pow2(out[k], n_batch)
     return out, exponent + step
+
+
+def _orthogonalized(
+    cores: Sequence[Tensor], center: Span, k: int, n_batch: int, scale: Scale
+) -> tuple[list[Tensor], Tensor]:
+    before, left, of_rows = _bases(cores[center[0] : k], scale)
+    after, right, of_columns = _bases([_mirrored(core) for core in reversed(cores[k + 1 : center[1] + 1])], scale)
+    core, waiting = scale.weigh(cores[k], of_rows)
+    core, exponent = common(core, waiting + of_columns, n_batch)
+    core = core if left is None else absorb_left(left, core)
+    core = core if right is None else absorb_right(core, right.mT)
+    inner = [*before, core, *(_mirrored(basis) for basis in reversed(after))]
+    return [*cores[: min(k, center[0])], *inner, *cores[max(k, center[1]) + 1 :]], exponent
+
+
+def _bases(cores: Sequence[Tensor], scale: Scale) -> tuple[list[Tensor], Tensor | None, Exponents]:
+    """Left-orthogonal cores, the carry ``(.., t, s)`` that is left over, and the exponents of its columns."""
+    out: list[Tensor] = []
+    carry: Tensor | None = None
+    waiting: Exponents = 0
+    for core in cores:
+        core, waiting = scale.weigh(core, waiting)
+        core, step = scale.split(core if carry is None else absorb_left(carry, core))
+        waiting = waiting + step
+        basis, carry = left_qr(core)
+        out.append(basis)
+    return out, carry, waiting
+
+
+def _mirrored(core: Tensor) -> Tensor:
+    return core.transpose(-3, -1)
 
 
 def singular_values_at(cores: Sequence[Tensor], center: Span, bond: int) -> tuple[Tensor, Tensor]:
@@ -223,14 +308,42 @@ def _block_diagonal(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _norm_by_qr(cores: Sequence[Tensor], center: Span) -> tuple[Tensor, Tensor]:
-    lo, hi = center
-    n_batch = cores[0].ndim - 3
-    state, exponent = split_pow2(cores[lo], n_batch)
-    for core in cores[lo + 1 : hi + 1]:
+    n_batch, span = cores[0].ndim - 3, cores[center[0] : center[1] + 1]
+    state, exponent = guarded(span, partial(_triangular, span, n_batch), n_batch)
+    state, step = split_pow2(state, n_batch)
+    return torch.linalg.vector_norm(state, dim=(-3, -2, -1)), exponent + step
+
+
+def _triangular(cores: Sequence[Tensor], n_batch: int, scale: Scale) -> tuple[Tensor, Tensor]:
+    """A core ``(.., t, n, s)`` of the norm of the chain, up to a power of two."""
+    state, waiting = scale.weigh(cores[0], 0)
+    for core in cores[1:]:
+        state, step = scale.split(state)
         carry = torch.linalg.qr(as_left(state), mode="r").R
-        state, step = split_pow2(absorb_left(carry, core), n_batch)
-        exponent = exponent + step
-    return torch.linalg.vector_norm(state, dim=(-3, -2, -1)), exponent
+        core, waiting = scale.weigh(core, waiting + step)
+        state = absorb_left(carry, core)
+    return common(state, waiting, n_batch)
+
+
+def balanced(cores: Sequence[Tensor]) -> list[Tensor]:
+    """The same train, with its bonds scaled by powers of two if terms go through sizes that lie far apart.
+
+    Then what lies left of a bond has columns of like size, and one exponent will do for what lies right of it.
+    """
+    return guarded(cores, partial(_balanced, cores), cores[0].ndim - 3)
+
+
+def _balanced(cores: Sequence[Tensor], scale: Scale) -> list[Tensor]:
+    out: list[Tensor] = []
+    carry: Tensor | None = None
+    waiting: Exponents = 0
+    for core in cores:
+        core, waiting = scale.weigh(core, waiting)
+        state, step = scale.split(core if carry is None else absorb_left(carry, core))
+        waiting, step = plain_exponent(waiting + step), plain_exponent(step)
+        out.append(times_pow2(core, -step[..., None, None, :]) if isinstance(step, Tensor) else core)
+        carry = torch.linalg.qr(as_left(state), mode="r").R
+    return spread_pow2(out, waiting[..., 0] if isinstance(waiting, Tensor) else waiting)
 
 
 def place_pow2(

@@ -101,6 +101,7 @@ def tt_svd(
             )
         return stream_tt_svd(x, shape, eps=eps, max_rank=max_rank, method=method, slab_bytes=slab_bytes, one=tt_svd)
     _check_tensor(x, batch_dims)
+    x = x.resolve_conj().resolve_neg()
     tensor, modes = _as_train_shape(x, out_modes, in_modes, batch_dims)
     with torch.no_grad():
         found = _decomposed(tensor.detach(), eps, max_rank, method, batch_dims)
@@ -173,9 +174,13 @@ def unfolding_spectra(x: Tensor, *, method: Literal["svd", "gram"] = "svd") -> l
         [torch.Size([2]), torch.Size([4])]
     """
     _check_tensor(x)
-    scaled, exponent = _unit_scale(x.detach())
+    if method not in list(_SPECTRA):
+        raise KindError(
+            f"a method must be known: method has {method!r}, expected one of {sorted(_SPECTRA)}. Use 'svd' if in doubt."
+        )
+    scaled, exponent = _unit_scale(x.detach().resolve_conj().resolve_neg())
     scaled = scaled.to(compute_dtype(x.dtype))
-    values_of = {"svd": singular_values, "gram": gram_singular_values}[method]
+    values_of = _SPECTRA[method]
     spectra: list[Tensor] = []
     rows = 1
     for k, n in enumerate(x.shape[:-1]):
@@ -188,8 +193,11 @@ def unfolding_spectra(x: Tensor, *, method: Literal["svd", "gram"] = "svd") -> l
     return spectra
 
 
+_SPECTRA = {"svd": singular_values, "gram": gram_singular_values}
+
+
 def _check_method(name: str) -> None:
-    if name not in METHODS:
+    if name not in list(METHODS):
         raise KindError(
             f"a method must be known: method has {name!r}, expected one of {sorted(METHODS)}. Use 'auto' if in doubt."
         )

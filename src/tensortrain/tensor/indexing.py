@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -12,11 +13,28 @@ from torch import Tensor
 
 from tensortrain.errors import KindError, ModeIndexError, ShapeError
 from tensortrain.tensor import chain
+from tensortrain.tensor.scales import Exponents, Scale, guarded, plain_exponent
+from tensortrain.tensor.scaling import times_pow2, work_dtype
 
-__all__ = ["checked_list", "expand_ellipsis", "index_cores", "resolve_lists"]
+__all__ = ["Indexed", "checked_list", "expand_ellipsis", "index_cores", "resolve_lists"]
 
 
-def index_cores(cores: Sequence[Tensor], key: Any, n_batch: int = 0) -> tuple[list[Tensor], tuple[int, ...] | None]:
+@dataclass(frozen=True)
+class Indexed:
+    """What an index leaves of the cores.
+
+    Attributes:
+        pieces: Matrices and cores, to be multiplied.
+        values_shape: Where lists took every mode, so that the single core left holds plain values, their shape.
+        waiting: Powers of two at the right bonds of some pieces.
+    """
+
+    pieces: list[Tensor]
+    values_shape: tuple[int, ...] | None = None
+    waiting: Mapping[int, Exponents] = field(default_factory=dict)
+
+
+def index_cores(cores: Sequence[Tensor], key: Any, n_batch: int = 0) -> Indexed:
     """Apply an index to a list of cores.
 
     Args:
@@ -25,8 +43,7 @@ def index_cores(cores: Sequence[Tensor], key: Any, n_batch: int = 0) -> tuple[li
             to one another, or boolean masks. Beside a list an integer counts as a list, as in NumPy.
 
     Returns:
-        Pieces in order, matrices ``(.., r, s)`` for modes that are gone and cores for those that stay; and, where
-        lists took every mode, so that the single core left holds plain values, the shape of these values.
+        Indexed: pieces in order, matrices ``(.., r, s)`` for modes that are gone and cores for those that stay.
 
     Raises:
         ModeIndexError: Out of range, or too many indices.
@@ -35,7 +52,7 @@ def index_cores(cores: Sequence[Tensor], key: Any, n_batch: int = 0) -> tuple[li
     """
     entries = expand_ellipsis(key if isinstance(key, tuple) else (key,), [core.shape[-2] for core in cores])
     if all(_as_list(entry) is None for entry in entries):
-        return _basic_pieces(cores, entries, 0, n_batch), None
+        return Indexed(_basic_pieces(cores, entries, 0, n_batch))
     lists, shape = resolve_lists(entries, [core.shape[-2] for core in cores])
     chosen = [found is not None for found in lists]
     first, last = chosen.index(True), len(chosen) - chosen[::-1].index(True)
@@ -44,13 +61,16 @@ def index_cores(cores: Sequence[Tensor], key: Any, n_batch: int = 0) -> tuple[li
     after = _basic_pieces(cores, entries[last:], n_last, n_batch)
     if all(chosen[first:last]):
         before = _basic_pieces(cores, entries[:first], 0, n_batch)
-        gathered = _gather(cores[n_first:n_last], [found for found in lists[first:last] if found is not None])
+        given = [found for found in lists[first:last] if found is not None]
+        gathered, exponents = _gather(cores[n_first:n_last], given, n_batch)
         if not before and not after:
-            return [gathered], shape
-        return [*before, *_unflatten(gathered, shape), *after], None
+            return Indexed([times_pow2(gathered, exponents).to(cores[0].dtype).movedim(0, -2)], shape)
+        gathered, waiting = _of_columns(gathered, exponents)
+        points = _unflatten(gathered.to(cores[0].dtype).movedim(0, -2), shape)
+        return Indexed([*before, *points, *after], waiting={len(before) + len(points) - 1: waiting})
     # NumPy puts the axis of lists that stand apart in front of all others.
     indexed = _apart(cores[:n_last], entries[:last], lists[:last], n_batch)
-    return [*_unflatten(indexed[0], shape), *indexed[1:], *after], None
+    return Indexed([*_unflatten(indexed[0], shape), *indexed[1:], *after])
 
 
 def expand_ellipsis(entries: Sequence[Any], modes: Sequence[int]) -> list[Any]:
@@ -187,15 +207,34 @@ def _checked_int(entry: Any, n: int, k: int) -> int:
     return at % n
 
 
-def _gather(group: Sequence[Tensor], lists: Sequence[Tensor]) -> Tensor:
-    """One core ``(.., r, P, s)`` whose mode runs through index lists in neighbouring modes."""
-    state: Tensor | None = None
-    for core, values in zip(group, lists, strict=True):
-        # A copy with the mode in front first: rows of r s entries are then gathered whole.
-        picked = core.movedim(-2, 0).contiguous()[values.to(core.device)]  # P .. r s
-        state = picked if state is None else state @ picked
-    assert state is not None
-    return state.movedim(0, -2)
+def _gather(group: Sequence[Tensor], lists: Sequence[Tensor], n_batch: int) -> tuple[Tensor, Exponents]:
+    """Entries ``(P, .., r, s)`` at index lists in neighbouring modes, and exponents that broadcast to them, or 0."""
+    wide = [core.to(work_dtype(core.dtype)) for core in group]
+
+    def run(scale: Scale) -> tuple[Tensor, Exponents]:
+        state: Tensor | None = None
+        waiting: Exponents = 0
+        for core, values in zip(wide, lists, strict=True):
+            # A copy with the mode in front first: rows of r s entries are then gathered whole.
+            picked = core.movedim(-2, 0).contiguous()[values.to(core.device)]  # P .. r s
+            if state is not None:
+                state, step = scale.split(state)
+                waiting = waiting + step
+            picked, waiting = scale.weigh(picked, waiting)
+            state = picked if state is None else state @ picked
+        assert state is not None
+        waiting = plain_exponent(waiting)
+        return state, waiting.unsqueeze(-2) if isinstance(waiting, Tensor) else waiting
+
+    return guarded(wide, run, n_batch + 1, storage=group[0].dtype)
+
+
+def _of_columns(gathered: Tensor, exponents: Exponents) -> tuple[Tensor, Exponents]:
+    """The same with exponents ``(.., s)`` for all points alike, which the next piece can take over."""
+    if isinstance(exponents, int) or not exponents.numel():
+        return gathered, 0
+    most = exponents.squeeze(-2).amax(0)
+    return times_pow2(gathered, exponents - most.unsqueeze(-2)), most
 
 
 def _apart(

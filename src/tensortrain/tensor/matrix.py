@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -14,7 +15,8 @@ from tensortrain.errors import KindError, ModeIndexError, RankError, ShapeError
 from tensortrain.tensor import chain
 from tensortrain.tensor.base import CoreChain, broadcast_batch, check_same_place
 from tensortrain.tensor.ranks import RankLike
-from tensortrain.tensor.scaling import split_pow2, times_pow2, work_dtype
+from tensortrain.tensor.scales import Exponents, Scale, guarded, plain_exponent
+from tensortrain.tensor.scaling import times_pow2, work_dtype
 from tensortrain.tensor.train import TensorTrain, checked_dims
 
 __all__ = ["TTMatrix", "dense_to_paired", "paired_to_dense", "times_matrix_core", "times_train_core"]
@@ -108,13 +110,15 @@ class TTMatrix(CoreChain):
         reduce = torch.mean if mean else torch.sum
         if not dims:
             raise KindError("dim must name an axis: dim has none, expected 0, 1 or both. Use the matrix as it is.")
+        wide = [core.to(work_dtype(core.dtype)) for core in self.cores]  # a sum in half precision may overflow
         if len(dims) == 2:
-            pieces = [reduce(core, dim=(-3, -2)) for core in self.cores]
-            return chain.join_pieces(pieces, self._n_batch)[0][..., 0, 0]
-        axis = -3 + min(dims)
-        return TensorTrain(tuple(reduce(core, dim=axis) for core in self.cores))
+            return self._number([reduce(core, dim=(-3, -2)) for core in wide])
+        return TensorTrain(tuple(reduce(core, dim=-3 + min(dims)).to(self.dtype) for core in wide))
 
-    def var(self, dim: int | Sequence[int] | None = None, *, correction: int = 1) -> Tensor | TensorTrain:
+    def _number(self, pieces: Sequence[Tensor]) -> Tensor:
+        return chain.join_pieces(pieces, self._n_batch, dtype=self.dtype)[0][..., 0, 0]
+
+    def var(self, dim: int | Sequence[int] | None = None, *, correction: float = 1) -> Tensor | TensorTrain:
         """Variance over rows, columns or all, as ``torch.var``; see ``TensorTrain.var``."""
         dims = checked_dims(dim, 2)
         if len(dims) != 2:
@@ -122,9 +126,7 @@ class TTMatrix(CoreChain):
             d = self.order
             fine = joined.reshape([n for pair in zip(self.out_modes, self.in_modes, strict=True) for n in pair], eps=0)
             return fine.var([2 * k + min(dims) for k in range(d)], correction=correction)
-        count = self.numel
-        spread = (self - self.mean()).norm().square()
-        return spread / (count - correction) if count > correction else spread * math.nan
+        return self._variance(self.mean(), correction)  # type: ignore[arg-type]
 
     def trace(self) -> Tensor:
         """Sum of the diagonal, a tensor of ``batch_shape``.  Cost: O(d n r^2).
@@ -133,8 +135,8 @@ class TTMatrix(CoreChain):
             ShapeError: The modes are not square.
         """
         self._check_square("a trace")
-        pieces = [torch.diagonal(core, dim1=-3, dim2=-2).sum(-1) for core in self.cores]
-        return chain.join_pieces(pieces, self._n_batch)[0][..., 0, 0]
+        wide = [core.to(work_dtype(core.dtype)) for core in self.cores]
+        return self._number([torch.diagonal(core, dim1=-3, dim2=-2).sum(-1) for core in wide])
 
     def slogdet(self) -> tuple[Tensor, Tensor]:
         """Sign and natural logarithm of the modulus of the determinant of a Kronecker product (all ranks 1).
@@ -182,15 +184,10 @@ class TTMatrix(CoreChain):
         check_same_place("bilinear", self, x)
         check_same_place("bilinear", self, y)
         wide = work_dtype(self.dtype)
-        env = self.cores[0].new_ones((1, 1, 1), dtype=wide)  # left ranks of x, A, y
-        exponent = torch.zeros((), dtype=torch.int32, device=env.device)
-        n_batch = max(self._n_batch, x._n_batch, y._n_batch)
-        for a, u, v in zip(self.cores, x.cores, y.cores, strict=True):
-            half = torch.einsum("...tru,...ujv->...trjv", env, v.to(wide))
-            half = torch.einsum("...trjv,...rijs->...tisv", half, a.to(wide))
-            env, step = split_pow2(torch.einsum("...tin,...tisv->...nsv", u.to(wide).conj(), half), n_batch)
-            exponent = exponent + step
-        return times_pow2(env[..., 0, 0, 0], exponent).to(self.dtype)
+        n_batch = max(train._n_batch for train in (self, x, y))
+        a, u, v = ([_with_batch(core.to(wide), train, n_batch) for core in train.cores] for train in (self, x, y))
+        value, exponent = guarded([*a, *u, *v], partial(_sandwich, a, u, v), n_batch, factors=3)
+        return times_pow2(value, exponent).to(self.dtype)
 
     def reshape(self, out_modes: Sequence[int], in_modes: Sequence[int], *, eps: float | None = None) -> TTMatrix:
         """The same matrix with other row and column modes of the same products; see ``TensorTrain.reshape``.
@@ -229,7 +226,7 @@ class TTMatrix(CoreChain):
                 place = -2 if axis == -3 and column is not None else axis
                 cores = [core.select(place, digit) for core, digit in zip(cores, _digits(at, modes), strict=True)]
         if row is not None and column is not None:
-            return chain.join_pieces(cores, self._n_batch)[0][..., 0, 0]
+            return self._number(cores)
         return TTMatrix(tuple(cores)) if row is None and column is None else TensorTrain(tuple(cores))
 
     def _row_and_column(self, key: Any) -> tuple[int | None, int | None]:
@@ -280,18 +277,12 @@ class TTMatrix(CoreChain):
                 f"({self.shape[1]},) or ({self.shape[1]}, b). Transpose or reshape x."
             )
         check_same_place("@", self, x)
+        wide = work_dtype(self.dtype)
         columns = x[:, None] if x.ndim == 1 else x  # .. N b
-        batch, b = self.batch_shape, columns.shape[-1]
-        state = columns.mT.expand(*batch, b, self.shape[1]).unsqueeze(-1)
-        for core in self.cores:
-            # b (j_k rest) r, with what is done moved behind: b rest (i_1 .. i_k) s
-            r, _, j, s = core.shape[-4:]
-            rest = state.shape[-2] // j
-            split = state.reshape(*batch, b, j, rest, r).movedim(-3, -1)  # b rest r j
-            weights = core.transpose(-3, -2).flatten(-4, -3).flatten(-2, -1)  # (r j) (i s)
-            state = split.flatten(-2, -1).flatten(-3, -2) @ weights  # (b rest) (i s)
-            state = state.reshape(*batch, b, -1 if b else 1, s)  # b (rest i) s
-        y = state.reshape(*batch, b, self.shape[0]).mT
+        state = columns.mT.expand(*self.batch_shape, columns.shape[-1], self.shape[1]).unsqueeze(-1).to(wide)
+        cores = [core.to(wide) for core in self.cores]
+        y = guarded([state, *cores], partial(_applied, cores, state, self._n_batch), self._n_batch)
+        y = y.reshape(*self.batch_shape, columns.shape[-1], self.shape[0]).mT.to(self.dtype)
         return y[..., 0] if x.ndim == 1 else y
 
     def _merged(self) -> list[Tensor]:
@@ -316,6 +307,47 @@ class TTMatrix(CoreChain):
 
     def _modes_by_name(self) -> dict[str, tuple[int, ...]]:
         return {"out_modes": self.out_modes, "in_modes": self.in_modes}
+
+
+def _with_batch(core: Tensor, train: CoreChain, n_batch: int) -> Tensor:
+    return core[None] if train._n_batch < n_batch else core
+
+
+def _sandwich(a: Sequence[Tensor], x: Sequence[Tensor], y: Sequence[Tensor], scale: Scale) -> tuple[Tensor, Exponents]:
+    """``x^H A y`` up to a power of two; what is carried has an axis for the bond of x, of A and of y."""
+    env = a[0].new_ones((1,) * (a[0].ndim - 1))  # t r u
+    waiting: list[Exponents] = [0, 0, 0]
+    for k, cores in enumerate(zip(x, a, y, strict=True)):
+        for axis in range(-3, 0) if k else ():
+            env, step = scale.split(env, axis)
+            waiting[axis] = waiting[axis] + step
+        (u, m, v), waiting = zip(*(scale.weigh(core, w) for core, w in zip(cores, waiting, strict=True)), strict=True)
+        half = torch.einsum("...tru,...ujv->...trjv", env, v)
+        half = torch.einsum("...trjv,...rijs->...tisv", half, m)
+        env = torch.einsum("...tin,...tisv->...nsv", u.conj(), half)
+        waiting = list(waiting)
+    total = sum(map(plain_exponent, waiting))
+    return env[..., 0, 0, 0], total[..., 0] if isinstance(total, Tensor) else total
+
+
+def _applied(cores: Sequence[Tensor], state: Tensor, n_batch: int, scale: Scale) -> Tensor:
+    """Cores times columns ``(.., b, N, 1)``: modes are taken from the front, and what is done moves behind."""
+    batch, b = state.shape[:n_batch], state.shape[-3]
+    waiting: Exponents = 0
+    of_columns: Exponents = 0
+    for core in cores:
+        # b (j_k rest) r to b rest (i_1 .. i_k) s
+        state, step = scale.split(state, axis=-3)
+        of_columns = plain_exponent(of_columns + step)
+        state, step = scale.split(state)
+        core, waiting = scale.weigh(core, waiting + step)
+        r, _, j, s = core.shape[-4:]
+        rest = state.shape[-2] // j
+        split = state.reshape(*batch, b, j, rest, r).movedim(-3, -1)  # b rest r j
+        weights = core.transpose(-3, -2).flatten(-4, -3).flatten(-2, -1)  # (r j) (i s)
+        state = split.flatten(-2, -1).flatten(-3, -2) @ weights  # (b rest) (i s)
+        state = state.reshape(*batch, b, -1 if b else 1, s)  # b (rest i) s
+    return times_pow2(state, plain_exponent(of_columns + plain_exponent(waiting)))
 
 
 def times_train_core(a: Tensor, x: Tensor) -> Tensor:

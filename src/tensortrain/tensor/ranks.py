@@ -49,7 +49,8 @@ def resolve_ranks(modes: Sequence[int], rank: RankLike, *, clip: bool = True) ->
         modes: ``(n_1 .. n_d)``; for a TTMatrix the merged sizes ``i_k * j_k``.
         rank: An int for every bond; a tuple of the ``d - 1`` inner ranks, or of all ``d + 1`` with ones at
             the ends; a float in ``(0, 1]``, the share of the dense parameters (the largest uniform rank
-            that fits, at least 1); or ``"same"``, the largest ranks the modes can need.
+            that fits, at least 1); ``"same"``, the uniform rank whose number of parameters is closest to that of the
+            dense tensor; or ``"full"``, the largest ranks the modes can need.
         clip: Whether a tuple is cut down to what the modes allow. A number or a share always is.
 
     Returns:
@@ -70,9 +71,11 @@ def resolve_ranks(modes: Sequence[int], rank: RankLike, *, clip: bool = True) ->
         raise ShapeError("a train must have a mode: modes has length 0, expected at least 1. Pass one size or more.")
     caps = max_ranks(modes)
     if isinstance(rank, str):
-        if rank != "same":
-            raise RankError(f"a rank in words must be known: rank has {rank!r}, expected 'same'. Pass a number.")
-        return caps
+        if rank not in ("same", "full"):
+            raise RankError(
+                f"a rank in words must be known: rank has {rank!r}, expected 'same' or 'full'. Pass a number."
+            )
+        return caps if rank == "full" else _same_ranks(modes, caps)
     if isinstance(rank, float):
         return _share_ranks(modes, caps, rank)
     if isinstance(rank, Sequence) and not isinstance(rank, str):
@@ -135,6 +138,12 @@ def _share_ranks(modes: Sequence[int], caps: Sequence[int], share: float) -> tup
         else:
             high = middle - 1
     return _clip_uniform(caps, low)
+
+
+def _same_ranks(modes: Sequence[int], caps: Sequence[int]) -> tuple[int, ...]:
+    below = _share_ranks(modes, caps, 1.0)
+    above = _clip_uniform(caps, max(below) + 1)
+    return min(below, above, key=lambda ranks: abs(count_params(modes, ranks) - math.prod(modes)))
 
 
 def ranks_within(modes: Sequence[int], energies: Sequence[Sequence[float]], max_params: int) -> tuple[int, ...]:

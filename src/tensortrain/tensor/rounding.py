@@ -94,6 +94,8 @@ def _rounded(x: Any, eps: float | None, max_rank: RankLike | None, method: str, 
     eps = checked_eps(eps, x.dtype, x.order)
     # In lower dtypes cores are orthonormal to 1e-7 at best: not good enough for float64 to build on.
     center = x.center if x.dtype == cores[0].dtype else (0, x.order - 1)
+    if center == (0, x.order - 1):
+        cores = chain.balanced(cores)
     problem = _Problem(cores, center, x.dtype, eps, x.ranks, splitter(cores))
     if max_params is not None:
         caps = _caps_within(problem, caps, max_params)
@@ -363,7 +365,7 @@ def _check_arguments(x: object, method: str) -> None:
             f"only a train can be rounded: x has {type(x).__name__}, expected TensorTrain or TTMatrix. "
             "Decompose a dense tensor with tensortrain.tt_svd."
         )
-    if method not in _METHODS:
+    if method not in list(_METHODS):
         raise KindError(
             f"a method must be known: method has {method!r}, expected one of {sorted(_METHODS)}. Use 'svd' if in doubt."
         )

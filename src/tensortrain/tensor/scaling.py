@@ -21,6 +21,8 @@ def times_pow2(x: Tensor, exponent: Tensor | int) -> Tensor:
 
     A tensor of exponents has the leading axes of ``x``, one exponent for each of their members.
     """
+    if isinstance(exponent, int) and exponent == 0:
+        return x
     if isinstance(exponent, Tensor):
         exponent = exponent.reshape(exponent.shape + (1,) * (x.ndim - exponent.ndim))
     half = exponent // 2
@@ -69,12 +71,16 @@ def _top(x: Tensor) -> int:
 
 def spread_pow2(cores: Sequence[Tensor], exponent: Tensor | int) -> list[Tensor]:
     """Multiply a train by ``2**exponent``, an equal part to every core."""
+    if isinstance(exponent, int) and exponent == 0:
+        return list(cores)
     each, extra = exponent // len(cores), exponent % len(cores)
     return [times_pow2(core, each + (extra > k)) for k, core in enumerate(cores)]
 
 
 def _pow2(exponent: Tensor | int, like: Tensor) -> Tensor | float:
+    # What is infinite in the dtype would turn a zero into NaN, and 2.0**1024 is an error in Python.
+    most = _top(like) - 1
     if isinstance(exponent, int):
-        return 2.0**exponent
+        return 2.0 ** min(exponent, most)
     real = like.real.dtype if like.is_complex() else like.dtype
-    return torch.exp2(exponent.to(real))
+    return torch.exp2(exponent.clamp_max(most).to(real))

@@ -103,7 +103,8 @@ def _cut_modes(
         basis, s, tail = cut(unfolding, delta, cap)
         rest = unfolding if basis is None else basis.mH @ unfolding
         if basis is None:
-            basis = torch.eye(rank * n, dtype=unfolding.dtype, device=unfolding.device)
+            eye = torch.eye(rank * n, dtype=unfolding.dtype, device=unfolding.device)
+            basis = eye.expand(*batch, *eye.shape)
         cores.append(basis.unflatten(-2, (rank, n)))
         spectra.append(s)
         tails.append(tail)

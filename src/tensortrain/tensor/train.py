@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -13,9 +13,11 @@ from torch import Tensor
 
 from tensortrain.errors import ModeIndexError, ShapeError
 from tensortrain.tensor import chain
-from tensortrain.tensor.base import CoreChain, broadcast_batch
+from tensortrain.tensor.base import CoreChain, broadcast_batch, unbiasing
 from tensortrain.tensor.indexing import index_cores
 from tensortrain.tensor.ranks import RankLike
+from tensortrain.tensor.scales import Exponents
+from tensortrain.tensor.scaling import work_dtype
 from tensortrain.tensor.setting import At
 
 __all__ = ["TensorTrain"]
@@ -89,12 +91,13 @@ class TensorTrain(CoreChain):
         """Mean over some modes, or over all; arguments and result as for ``sum``."""
         return self._reduce(dim, mean=True)
 
-    def var(self, dim: int | Sequence[int] | None = None, *, correction: int = 1) -> Tensor | TensorTrain:
+    def var(self, dim: int | Sequence[int] | None = None, *, correction: float = 1) -> Tensor | TensorTrain:
         """Variance over some modes, or over all, as ``torch.var``.
 
         Args:
             dim: As for ``sum``.
-            correction: Subtracted from the number of entries; 1 is the unbiased estimate, 0 the plain mean.
+            correction: Subtracted from the number of entries; 1 is the unbiased estimate, 0 the plain mean. Where
+                nothing is left of that number there is no variance: NaN, or as in torch infinity.
 
         Returns:
             A real train of the modes that are left (a complex one with real entries for complex trains), or a real
@@ -104,18 +107,16 @@ class TensorTrain(CoreChain):
         count = math.prod(self.shape[k] for k in dims)
         mean = self.mean(dims)
         if isinstance(mean, Tensor):
-            spread = (self - mean).norm().square()
-        else:
-            kept = [k for k in range(self.order) if k not in dims]
-            index = tuple(slice(None) if k in kept else None for k in range(self.order))
-            centred = self - mean[index]
-            spread = (centred.conj() * centred).sum(dims)  # type: ignore[assignment]
-        return spread / max(0, count - correction) if count > correction else spread * math.nan
+            return self._variance(mean, correction)
+        kept = [k for k in range(self.order) if k not in dims]
+        centred = self - mean[tuple(slice(None) if k in kept else None for k in range(self.order))]
+        return (centred.conj() * centred).mean(dims) * unbiasing(count, correction)
 
     def _reduce(self, dim: int | Sequence[int] | None, *, mean: bool) -> Tensor | TensorTrain:
         dims = checked_dims(dim, self.order)
         reduce = torch.mean if mean else torch.sum
-        pieces = [reduce(core, dim=-2) if k in dims else core for k, core in enumerate(self.cores)]
+        wide = [core.to(work_dtype(core.dtype)) for core in self.cores]  # a sum in half precision may overflow
+        pieces = [reduce(core, dim=-2) if k in dims else core for k, core in enumerate(wide)]
         return self._joined(pieces)
 
     def mode_product(self, matrix: Tensor, dim: int) -> TensorTrain:
@@ -222,14 +223,14 @@ class TensorTrain(CoreChain):
         return At(self)
 
     def __getitem__(self, key: Any) -> Tensor | TensorTrain:
-        pieces, values_shape = index_cores(self.cores, key, self._n_batch)
-        if values_shape is not None:  # lists in every mode: one value for each
-            return pieces[0][..., 0, :, 0].reshape(*self.batch_shape, *values_shape)
-        return self._joined(pieces)
+        found = index_cores(self.cores, key, self._n_batch)
+        if found.values_shape is not None:  # lists in every mode: one value for each
+            return found.pieces[0][..., 0, :, 0].reshape(*self.batch_shape, *found.values_shape)
+        return self._joined(found.pieces, found.waiting)
 
-    def _joined(self, pieces: Sequence[Tensor]) -> Tensor | TensorTrain:
-        """A train of the cores among the pieces, or the number that they multiply to."""
-        joined = chain.join_pieces(pieces, self._n_batch)
+    def _joined(self, pieces: Sequence[Tensor], waiting: Mapping[int, Exponents] | None = None) -> Tensor | TensorTrain:
+        """A train of the cores among the pieces, or the number that they multiply to; see ``join_pieces``."""
+        joined = chain.join_pieces(pieces, self._n_batch, dtype=self.dtype, waiting=waiting)
         if joined[0].ndim == self._n_batch + 2:
             return joined[0][..., 0, 0]
         return TensorTrain(tuple(joined))

@@ -25,7 +25,7 @@ from .observer import Observer, Silent
 from .outputs import Output, check_output
 from .plan import CompressionPlan, LayerPlan, plan_compression
 from .preserve import checked_copy, preserved, uncompiled
-from .report import CurvePoint, LayerReport, Report, own_commit, provenance
+from .report import CurvePoint, LatencyRow, LayerReport, MemoryRow, Report, own_commit, provenance
 from .runs import check_new_layers_run, layers_that_run
 from .storage import count_bytes
 from .task import Task, TaskName, check_task_name
@@ -373,7 +373,8 @@ def _measured(
     if batch is None:
         return report
     with_labels = plan.calibration is not None and plan.calibration.with_labels
-    latency, memory = [], []
+    latency: list[LatencyRow] = []
+    memory: list[MemoryRow] = []
     for size, example in _examples(original, batch, batch_size, with_labels, notes):
         try:
             with preserved(original, as_user_runs_it=True):

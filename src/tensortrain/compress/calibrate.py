@@ -349,7 +349,7 @@ def _conv_summary(layer: FoundLayer, x: Tensor, mask: Tensor | None) -> Summary 
 def _patches(conv: _ConvNd, x: Tensor, padding: Any) -> Tensor:
     """What the kernel is laid over: (b, channels times kernel size, places)."""
     if x.ndim == 4:
-        return F.unfold(x, conv.kernel_size, conv.dilation, padding, conv.stride)  # type: ignore[arg-type]
+        return F.unfold(x, conv.kernel_size, conv.dilation, padding, conv.stride)
     size, stride, spread = ((1, *each) for each in (conv.kernel_size, conv.stride, conv.dilation))
     around = (0, *(padding if isinstance(padding, tuple) else (padding,)))
     return F.unfold(x.unsqueeze(2), size, spread, around, stride)

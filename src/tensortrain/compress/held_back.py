@@ -6,6 +6,7 @@ import copy
 import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -65,9 +66,13 @@ def _split_rows(data: Sequence[Any]) -> tuple[Sequence[Any], list[Any], bool]:
     if not all(_has_rows(batch) for batch in data):
         return data, list(data), False
     counts = [max(1, n_examples(batch) // _SHARE) for batch in data]
-    rest = [map_tensors(lambda t, n=n: t[n:] if t.ndim else t, b) for b, n in zip(data, counts, strict=True)]
-    held = [map_tensors(lambda t, n=n: t[:n] if t.ndim else t, b) for b, n in zip(data, counts, strict=True)]
+    rest = [map_tensors(partial(_rows, start=n), batch) for batch, n in zip(data, counts, strict=True)]
+    held = [map_tensors(partial(_rows, stop=n), batch) for batch, n in zip(data, counts, strict=True)]
     return rest, held, True
+
+
+def _rows(tensor: Tensor, *, start: int | None = None, stop: int | None = None) -> Tensor:
+    return tensor[start:stop] if tensor.ndim else tensor
 
 
 def _has_rows(batch: Any) -> bool:

@@ -202,7 +202,8 @@ def evaluate_accuracy(model: nn.Module, data: Iterable[Any]) -> float:
     Raises:
         DataError: The data gives no labelled batch.
     """
-    device, right, n = _device_of(model), 0, 0
+    device, n = _device_of(model), 0
+    right = torch.zeros((), dtype=torch.int64, device=device)
     with torch.no_grad(), modes_kept(model), opened(data) as batches:
         model.eval()
         for batch in batches:
@@ -248,7 +249,8 @@ def reestimate_batchnorm_(model: nn.Module, data: Iterable[Any], *, n_batches: i
     Raises:
         DataError: The data gives no batches.
     """
-    norms = [m for m in model.modules() if _is_norm(m) and m.track_running_stats and not is_frozen_norm(model, m)]
+    found: list[Any] = [m for m in model.modules() if _is_norm(m) and m.track_running_stats]
+    norms = [norm for norm in found if not is_frozen_norm(model, norm)]
     if not norms:
         return 0
     before = [(norm, norm.momentum, {k: b.clone() for k, b in norm.named_buffers()}) for norm in norms]

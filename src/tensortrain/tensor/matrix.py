@@ -321,11 +321,12 @@ def _sandwich(a: Sequence[Tensor], x: Sequence[Tensor], y: Sequence[Tensor], sca
         for axis in range(-3, 0) if k else ():
             env, step = scale.split(env, axis)
             waiting[axis] = waiting[axis] + step
-        (u, m, v), waiting = zip(*(scale.weigh(core, w) for core, w in zip(cores, waiting, strict=True)), strict=True)
+        weighed = [scale.weigh(core, w) for core, w in zip(cores, waiting, strict=True)]
+        u, m, v = (core for core, _ in weighed)
+        waiting = [exponent for _, exponent in weighed]
         half = torch.einsum("...tru,...ujv->...trjv", env, v)
         half = torch.einsum("...trjv,...rijs->...tisv", half, m)
         env = torch.einsum("...tin,...tisv->...nsv", u.conj(), half)
-        waiting = list(waiting)
     total = sum(map(plain_exponent, waiting))
     return env[..., 0, 0, 0], total[..., 0] if isinstance(total, Tensor) else total
 

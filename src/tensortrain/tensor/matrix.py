@@ -327,7 +327,7 @@ def _sandwich(a: Sequence[Tensor], x: Sequence[Tensor], y: Sequence[Tensor], sca
         half = torch.einsum("...tru,...ujv->...trjv", env, v)
         half = torch.einsum("...trjv,...rijs->...tisv", half, m)
         env = torch.einsum("...tin,...tisv->...nsv", u.conj(), half)
-    total = sum(map(plain_exponent, waiting))
+    total: Exponents = sum(plain_exponent(exponent) for exponent in waiting)
     return env[..., 0, 0, 0], total[..., 0] if isinstance(total, Tensor) else total
 
 

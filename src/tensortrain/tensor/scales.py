@@ -129,6 +129,10 @@ def plain_exponent(exponents: Tensor) -> Tensor: ...
 def plain_exponent(exponents: int) -> int: ...
 
 
+@overload
+def plain_exponent(exponents: Exponents) -> Exponents: ...
+
+
 def plain_exponent(exponents: Exponents) -> Exponents:
     """Exponents without the mark of a zero."""
     if isinstance(exponents, int):

@@ -85,9 +85,10 @@ def build_layer(entry: LayerEntry, stored: StoredTensors, folder: Path) -> Facto
     shapes = _shapes_of(entry, stored)
     _check_arguments(cls, entry, shapes, folder)
     _check_numbers(entry, shapes, folder)
+    dtype = _dtype_of(entry, stored)
     try:
         build: Any = cls
-        layer: FactorizedLayer = build(**entry.config, init=None, device="meta", dtype=_dtype_of(entry, stored))
+        layer: FactorizedLayer = build(**entry.config, init=None, device="meta", dtype=dtype)
     except (TTError, ArithmeticError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise _unbuildable(entry, folder, f"fails with: {error!s:.400}") from error
     if not same_json(as_json(layer.config()), entry.config):
@@ -183,7 +184,7 @@ def _most(name: str, config: Mapping[str, Any], largest_core: int, shapes: Mappi
 def _dtype_of(entry: LayerEntry, stored: StoredTensors) -> torch.dtype | None:
     """The dtype of a layer's cores, which they share."""
     lead = f"{entry.names[0]}.cores." if entry.names[0] else "cores."
-    found = {}
+    found: dict[torch.dtype, str] = {}
     for name, first in stored.names.items():
         if name.startswith(lead):
             found.setdefault(stored.tensors[first].dtype, name)
@@ -194,6 +195,10 @@ def _dtype_of(entry: LayerEntry, stored: StoredTensors) -> torch.dtype | None:
             "Convert the layer with layer.to(dtype), and save the model again."
         )
     return next(iter(found), None)
+
+
+def _sentence(error: BaseException) -> str:
+    return f"{error!s:.400}".rstrip(".")
 
 
 def _unbuildable(entry: LayerEntry, folder: Path, why: str) -> CheckpointError:

@@ -293,7 +293,8 @@ def _check_complete(folder: Path) -> None:
             f"{'is a file' if folder.exists() else 'does not exist'}, "
             "expected one that save_pretrained wrote. Check the path."
         )
-    begun = (folder / RECIPE).is_file() and any(folder.glob(f"{_STAGE}*/*"))
+    # Not what lies in them: they may vanish while one looks.
+    begun = (folder / RECIPE).is_file() and any(folder.glob(f"{_STAGE}*"))
     missing = [] if begun else [name for name in (TENSORS, RECIPE) if not (folder / name).is_file()]
     if missing:
         raise CheckpointError(
@@ -305,8 +306,9 @@ def _check_complete(folder: Path) -> None:
 def tensors_of(folder: Path, checksum: str) -> Path:
     """Where the tensors of a recipe lie: in their place, or still where the save prepared them."""
     if _is_checksum(checksum):
-        for path in folder.glob(f"{_STAGE}*/{checksum}"):
-            return path
+        for stage in folder.glob(f"{_STAGE}*"):
+            if (stage / checksum).is_file():
+                return stage / checksum
     return folder / TENSORS
 
 

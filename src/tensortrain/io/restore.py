@@ -74,7 +74,7 @@ class Become(Change):
         module: Any = self.module
         kept = {name: _kept(value, vars(self.new).get(name)) for name, value in self.old_parts.items() if name in _KEPT}
         module.__class__ = type(self.new)
-        if issubclass(self.old_class, (FactorizedLayer, CompositeLayer)):
+        if issubclass(self.old_class, (FactorizedLayer, CompositeLayer)) and self.old_class is not type(self.new):
             vars(module).clear()  # plans, caches and the like
         vars(module).update({**vars(self.new), **kept})
 

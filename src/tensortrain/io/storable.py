@@ -57,7 +57,13 @@ def check_storable(name: str, tensor: Tensor) -> None:
             "numbers. Load or initialise the model first; bring weights back that a device map has moved away."
         )
     if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_nested:
-        what = "is quantized" if tensor.is_quantized else f"has layout {tensor.layout}"
+        what = (
+            "is quantized"
+            if tensor.is_quantized
+            else "is nested"
+            if tensor.is_nested
+            else f"has layout {tensor.layout}"
+        )
         raise CheckpointError(
             f"a tensor must be strided to be saved: {name} {what}, expected torch.strided. Make it dense first."
         )

@@ -24,7 +24,18 @@ from types import ModuleType
 
 from tensortrain.errors import CheckpointError, DiskError
 
-__all__ = ["RECIPE", "TENSORS", "fill_folder", "finish", "read_recipe", "sha256_of", "state_of", "sync", "tensors_of"]
+__all__ = [
+    "RECIPE",
+    "TENSORS",
+    "fill_folder",
+    "finish",
+    "identity_on_disk",
+    "read_recipe",
+    "sha256_of",
+    "state_of",
+    "sync",
+    "tensors_of",
+]
 
 fcntl: ModuleType | None
 try:
@@ -314,10 +325,11 @@ def tensors_of(folder: Path, checksum: str) -> Path:
 
 def state_of(folder: Path) -> tuple[tuple[int, ...] | None, ...]:
     """Differs before and after another process saves into the folder."""
-    return tuple(_identity(folder / name) for name in (RECIPE, TENSORS))
+    return tuple(identity_on_disk(folder / name) for name in (RECIPE, TENSORS))
 
 
-def _identity(path: Path) -> tuple[int, ...] | None:
+def identity_on_disk(path: Path) -> tuple[int, ...] | None:
+    """Another one for every other file under a name; None for no file."""
     try:
         found = path.stat()
     except (OSError, ValueError):

@@ -204,8 +204,9 @@ def _joined(name: str, own: str) -> str:
 
 def _is_like(old: nn.Module, entry: LayerEntry) -> bool:
     """Whether a layer of the model has the form of the recipe's."""
-    plain = isinstance(old, FactorizedLayer) and type(old).__name__ == entry.kind
-    return plain and same_json(as_json(old.config()), entry.config)
+    if not isinstance(old, FactorizedLayer) or type(old).__name__ != entry.kind:
+        return False
+    return same_json(as_json(old.config()), entry.config)
 
 
 def _is_dense_in(name: str, module: nn.Module, stored: StoredTensors) -> bool:

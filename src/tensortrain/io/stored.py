@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tensortrain.errors import CheckpointError, KindError
-from tensortrain.io.folder import RECIPE, sha256_of, sync
+from tensortrain.io.folder import RECIPE, identity_on_disk, sha256_of, sync
 from tensortrain.io.recipe import Kind, Recipe, TensorEntry, dtype_named
 from tensortrain.io.storable import check_storable, check_whole
 
@@ -120,6 +120,7 @@ def read_tensors(path: Path, recipe: Recipe) -> StoredTensors:
     """Read the tensors, after checksum, header and recipe agree."""
     from safetensors import SafetensorError, safe_open
 
+    before = identity_on_disk(path)
     try:
         _check_size(path, recipe)
         found = sha256_of(path)
@@ -133,8 +134,10 @@ def read_tensors(path: Path, recipe: Recipe) -> StoredTensors:
         raise CheckpointError(
             f"a checkpoint must be a safetensors file: {path} has {error}. Save the model again."
         ) from error
-    except OSError as error:
-        raise CheckpointError(f"a checkpoint must be readable: {path} has {error}. Check the file.") from error
+    except (OSError, RuntimeError) as error:  # torch's own opening of the file raises the latter
+        raise CheckpointError(f"a checkpoint must be readable: {path} has {error!s:.400}. Check the file.") from error
+    if identity_on_disk(path) != before:
+        raise _changed(path, "another file now", "the one whose checksum was taken")
     return StoredTensors(tensors, aliases, recipe.tensors)
 
 

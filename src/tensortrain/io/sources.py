@@ -204,7 +204,7 @@ def _check_numbers(value: Any, where: str, n_tensors: int, key: str = "") -> Non
     if too_many or (isinstance(value, (dict, list, str)) and len(value) > _MOST_COUNTED):
         found = value if isinstance(value, int) else f"{len(value):,} entries"
         raise CheckpointError(
-            f"a model must be buildable: {where} has arguments that fail: {key!r:.80} has {str(found):.40}, "
+            f"a model must be buildable: {where} has arguments that fail: {key!r:.80} has {found!s:.40}, "
             "which no model has. Save the model again, or pass model=."
         )
 

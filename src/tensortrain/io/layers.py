@@ -33,6 +33,7 @@ _SET_HERE = {"self", "init", "device", "dtype"}  # constructor arguments that a 
 _LARGEST_SIZE = 2**40  # of a layer's inputs or outputs; factoring larger numbers, as messages do, takes seconds
 _LARGEST_NUMBER = 2**31
 _LONGEST_TEXT = 64
+_MAY_BE_FRACTIONS = ("max_norm", "norm_type")
 _IN, _OUT = ("in_features", "in_channels", "num_embeddings"), ("out_features", "out_channels", "embedding_dim")
 
 
@@ -150,6 +151,8 @@ def _check_numbers(entry: LayerEntry, shapes: Mapping[str, tuple[int, ...]], fol
     if not largest_core:
         return  # without cores, or with empty ones: the comparison of names and shapes says so
     for name, value in config.items():
+        if name in _MAY_BE_FRACTIONS and isinstance(value, float):
+            continue
         most = _most(name, config, largest_core, shapes)
         for one in value if isinstance(value, list) else [value]:
             if isinstance(one, list) and one:
@@ -163,7 +166,7 @@ def _size(value: Any) -> float:
         return abs(value)
     if isinstance(value, str):
         return 0 if len(value) <= _LONGEST_TEXT else math.inf
-    return math.inf if isinstance(value, (dict, list)) else 0
+    return math.inf if isinstance(value, (dict, float, list)) else 0
 
 
 def _most(name: str, config: Mapping[str, Any], largest_core: int, shapes: Mapping[str, tuple[int, ...]]) -> int:

@@ -10,6 +10,7 @@ __all__ = [
     "DTypeError",
     "DataError",
     "DeviceError",
+    "DiskError",
     "FilterError",
     "KernelBuildError",
     "KindError",
@@ -64,6 +65,10 @@ class FilterError(TTError, ValueError):
 
 class CheckpointError(TTError, ValueError):
     """A checkpoint that is truncated, edited, or does not fit the model."""
+
+
+class DiskError(CheckpointError, OSError):
+    """A disk that is full, a folder that cannot be written: ``errno`` tells which."""
 
 
 class DataError(TTError, ValueError):

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
+import os
+import random
 import shutil
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -317,3 +321,113 @@ def test_config_entries_that_could_run_code_are_dropped(tmp_path: Path) -> None:
     assert not hasattr(again.config, "auto_map")
     assert "evil" not in json.dumps(again.config.to_dict())
     assert again.config._attn_implementation in ("sdpa", "eager")
+
+
+# -- sizes ---------------------------------------------------------------------------------------------------
+
+
+ABSURD: list[Any] = [
+    *(10**18, 10**40, 2**63, 2**40, -1, True, 1.5, 16.0, float("inf"), None, "x" * 10**6, {}, [[]]),
+    *([1] * 100_000, [10**18] * 3, [-4, -4], [True], [4.0, 4.0]),
+]
+
+
+@pytest.mark.parametrize("key", ["in_features", "out_features", "in_modes", "out_modes", "rank", "bias", "format"])
+def test_absurd_arguments_are_refused_at_once(folder: Path, key: str) -> None:
+    text = (folder / "tensortrain.json").read_text()
+    for value in ABSURD:
+        (folder / "tensortrain.json").write_text(text)
+        if json.loads(text)["layers"][0]["config"][key] is value:
+            continue
+        edit_recipe(folder, lambda r, value=value: _layer(r)["config"].update({key: value}))  # type: ignore[misc]
+        start = time.process_time()
+        with pytest.raises(CheckpointError) as caught:
+            load_pretrained(folder, two_layers())
+        assert time.process_time() - start < 1
+        assert len(str(caught.value)) < 2000
+
+
+@pytest.mark.parametrize("key", ["num_embeddings", "embedding_dim", "padding_idx", "hot_rows", "max_norm", "in_modes"])
+def test_absurd_arguments_of_a_table(tmp_path: Path, key: str) -> None:
+    save_pretrained(nn.Sequential(tt.nn.Embedding(30, 12, rank=2, padding_idx=0)), tmp_path / "m")
+    for value in (10**18, -(10**18), 31, [10**9] * 2, "x" * 10**6):
+        edit_recipe(tmp_path / "m", lambda r, value=value: _layer(r)["config"].update({key: value}))  # type: ignore[misc]
+        start = time.process_time()
+        with pytest.raises(CheckpointError):
+            load_pretrained(tmp_path / "m", nn.Sequential(nn.Embedding(30, 12, padding_idx=0)))
+        assert time.process_time() - start < 1
+
+
+@pytest.mark.parametrize("kwargs", [{"hidden": [1] * 100_000}, {"hidden": [10**9, 10**9]}, {"in_features": 10**18}])
+def test_absurd_arguments_of_a_named_model(tmp_path: Path, kwargs: dict[str, Any]) -> None:
+    save_pretrained(models.build("mlp", in_features=8, hidden=(4,)), tmp_path / "m")
+    edit_recipe(tmp_path / "m", lambda r: r["source"]["kwargs"].update(kwargs))
+    with pytest.raises(CheckpointError):
+        load_pretrained(tmp_path / "m")
+
+
+@pytest.mark.parametrize("key", ["n_layer", "n_positions", "vocab_size", "num_labels", "n_inner"])
+def test_absurd_config_of_a_transformers_model(tmp_path: Path, key: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=20, n_positions=8)
+    save_pretrained(transformers.GPT2Model(config), tmp_path / "m")
+    edit_recipe(tmp_path / "m", lambda r: r["source"]["config"].update({key: 10**9}))
+    with pytest.raises(CheckpointError):
+        load_pretrained(tmp_path / "m")
+
+
+@pytest.mark.parametrize(
+    "old, new",
+    [
+        ('"version": 1', '"version": 1, "version": 1'),
+        ('"version": 1', '"version": true'),
+        ('"version": 1', '"version": 1.0'),
+        ('"version": 1', '"version": NaN'),
+        ('"bias": true', '"bias": 1'),
+        ('"in_features": 16', '"in_features": 16.0'),
+        ('"names": [', '"names": [' + "[" * 5000 + "]" * 5000 + ","),
+    ],
+)
+def test_text_that_is_nearly_right(folder: Path, old: str, new: str) -> None:
+    path = folder / "tensortrain.json"
+    text = json.dumps(json.loads(path.read_text()))
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+    refuses(folder, ".")
+
+
+def test_cores_of_two_dtypes(folder: Path) -> None:
+    edit_tensors(folder, lambda t: t.update({"0.cores.1": t["0.cores.1"].half()}))
+    refuses(folder, r"one dtype: 0\.cores\.0 has torch\.float32, 0\.cores\.1 has torch\.float16")
+
+
+def test_file_without_end(folder: Path) -> None:
+    os.truncate(folder / "model.safetensors", 10**12)  # sparse: taking its checksum would take an hour
+    refuses(folder, "unchanged since it was saved: .* has 1,000,000,000,000 bytes")
+
+
+def _places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, one in items:
+        yield (*path, key)
+        yield from _places(one, (*path, key))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_mutated_recipes_give_one_clear_error_or_equal_bits(folder: Path, seed: int) -> None:
+    draw, text = random.Random(seed), (folder / "tensortrain.json").read_text()
+    original = load_pretrained(folder, two_layers())
+    for _ in range(40):
+        recipe = json.loads(text)
+        *path, key = draw.choice(list(_places(recipe)))
+        functools.reduce(lambda one, part: one[part], path, recipe)[key] = draw.choice(ABSURD)
+        (folder / "tensortrain.json").write_text(json.dumps(recipe))
+        given = two_layers()
+        try:
+            found = load_pretrained(folder, given)
+        except CheckpointError:
+            assert given.training
+            assert type(given[0]) is nn.Linear
+        else:
+            pairs = zip(found.state_dict().values(), original.state_dict().values(), strict=True)
+            assert all(torch.equal(a, b) for a, b in pairs)

@@ -1,59 +1,277 @@
-"""A checkpoint's folder on disk: two files that appear together, beside nobody else's loss."""
+"""A checkpoint's folder on disk: two files that change together, beside nobody else's loss.
+
+A save prepares both files in a hidden folder inside the checkpoint's own, so that mounts, links, the current folder
+and folders under a parent that nobody may write to serve alike, and keep their mode. Two renames then put them in
+place: the recipe first, which names its tensors by their checksum, the tensors next. Between the two, and after a kill
+between the two, the tensors of the recipe are found in the hidden folder. What a killed save left is finished or
+cleared by the next save; a lock, which ends with its process, tells it from that of a save at work.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
+import json
 import os
+import re
+import secrets
 import shutil
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 
-from tensortrain.errors import CheckpointError
+from tensortrain.errors import CheckpointError, DiskError
 
-__all__ = ["RECIPE", "TENSORS", "fill_folder", "read_recipe", "sha256_of", "sync"]
+__all__ = [
+    "RECIPE",
+    "TENSORS",
+    "fill_folder",
+    "finish",
+    "identity_on_disk",
+    "read_recipe",
+    "sha256_of",
+    "state_of",
+    "sync",
+    "tensors_of",
+]
+
+fcntl: ModuleType | None
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks
+    fcntl = None
 
 TENSORS, RECIPE = "model.safetensors", "tensortrain.json"
+_STAGE, _BEFORE = ".tensortrain-save-", "before"
 _CHUNK_BYTES = 2**22
+_LARGEST_RECIPE_BYTES = 2**26  # some 300,000 tensors; reading one takes about a second
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_WAIT_S = 60.0  # for the two renames of another save
+_ABANDONED_S = 86400.0  # age of what a killed save left, where the file system has no locks to tell
 
 
-def fill_folder(folder: Path, fill: Callable[[Path], None]) -> None:
-    """Let ``fill`` write both files into a new folder beside ``folder``, then move them into place.
+def fill_folder(folder: Path, fill: Callable[[Path], str]) -> None:
+    """Let ``fill`` write both files into a hidden folder and return the tensors' checksum, then move them into place.
 
-    A checkpoint that is there already is moved aside and removed after; in a folder with other files only
-    the two are replaced. When ``fill`` raises, nothing changes.
+    When anything fails, what was there before stays as it was.
+
+    Raises:
+        DiskError: The disk is full, or the folder cannot be written.
+        CheckpointError: ``folder`` is no folder.
     """
-    folder = folder.resolve()
-    if folder.exists() and not folder.is_dir():
+    made: list[Path] = []
+    with _told_clearly(folder):
+        try:
+            whole = _as_folder(folder, made)
+            with _stage_in(whole) as stage:
+                checksum = fill(stage)
+                os.replace(stage / TENSORS, stage / checksum)
+                with _locked(whole):
+                    _move_into_place(stage, checksum, whole)
+        except BaseException:
+            for path in made:
+                with contextlib.suppress(OSError):
+                    path.rmdir()
+            raise
+
+
+def _as_folder(folder: Path, made: list[Path]) -> Path:
+    """The folder behind links, made where it is missing; ``made`` lists the new ones, innermost first."""
+    try:
+        whole = folder.resolve()
+    except (RuntimeError, ValueError) as error:  # a loop of links, a zero byte
+        raise CheckpointError(
+            f"a checkpoint needs a usable path: {str(folder)!r} has {error}. Choose another."
+        ) from error
+    if whole.exists() and not whole.is_dir():
         raise CheckpointError(
             f"a checkpoint must be a folder: {folder} is a file, expected a folder or nothing. Choose another name."
         )
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    new = folder.with_name(f".{folder.name}.{os.getpid()}.new")
-    shutil.rmtree(new, ignore_errors=True)
-    new.mkdir()
+    made += [path for path in (whole, *whole.parents) if not path.exists()]
+    whole.mkdir(parents=True, exist_ok=True)
+    return whole
+
+
+@contextlib.contextmanager
+def _told_clearly(folder: Path) -> Iterator[None]:
     try:
-        fill(new)
-        _move_into_place(new, folder)
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
+        yield
+    except DiskError:
+        raise
+    except OSError as error:
+        raise _disk_error(folder, error) from error
 
 
-def _move_into_place(new: Path, folder: Path) -> None:
-    present = {path.name for path in folder.iterdir()} if folder.exists() else set()
-    if not present:
-        os.replace(new, folder)  # also onto an empty folder
-    elif present <= {TENSORS, RECIPE}:
-        old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
-        os.replace(folder, old)
-        try:
-            os.replace(new, folder)
-        except OSError:
-            os.replace(old, folder)
-            raise
-        shutil.rmtree(old, ignore_errors=True)
+def _disk_error(folder: Path, error: OSError) -> DiskError:
+    why = error.strerror or str(error)
+    if error.errno in _FULL:
+        told = DiskError(
+            f"a checkpoint needs room on its disk: writing {folder} ended with {why!r}. What was there before is "
+            "whole; free some space (or raise the limit on the size of files), or choose another folder."
+        )
     else:
-        for name in (TENSORS, RECIPE):  # a kill between the two leaves a pair that the checksum refuses
-            os.replace(new / name, folder / name)
+        told = DiskError(
+            f"a checkpoint's folder must be writable: {folder} has {why!r} ({error.filename}). What was there before "
+            "is whole; change its permissions, or choose another folder."
+        )
+    told.errno = error.errno
+    return told
+
+
+# -- moving into place -----------------------------------------------------------------------------------
+
+
+def _move_into_place(stage: Path, checksum: str, folder: Path) -> None:
+    if os.path.lexists(folder / RECIPE):
+        shutil.copy2(folder / RECIPE, stage / _BEFORE)
+    sync(stage)
+    sync(folder)
+    os.replace(stage / RECIPE, folder / RECIPE)  # from here on the new checkpoint is the one that loads
+    try:
+        os.replace(stage / checksum, folder / TENSORS)
+    except OSError:
+        _put_back(stage, folder)
+        raise
+    sync(folder)
+
+
+def _put_back(stage: Path, folder: Path) -> None:
+    if (stage / _BEFORE).exists():
+        os.replace(stage / _BEFORE, folder / RECIPE)
+    else:
+        (folder / RECIPE).unlink()
+
+
+def _settle(stage: Path, folder: Path) -> None:
+    """Finish what was begun where the recipe is in place already, and clear the rest."""
+    checksum = _checksum_in(_text_of(folder / RECIPE))
+    if checksum is not None and (stage / checksum).is_file():
+        os.replace(stage / checksum, folder / TENSORS)
+        sync(folder)
+    shutil.rmtree(stage, ignore_errors=True)
+
+
+def finish(folder: Path) -> None:
+    """Finish a save that was killed, if nobody else is at it and the folder can be written."""
+    with contextlib.suppress(OSError, CheckpointError), _locked(folder, wait_s=0.0):
+        _settle_all(folder)
+
+
+def _settle_all(folder: Path) -> None:
+    for stage in folder.glob(f"{_STAGE}*"):
+        if stage.is_dir() and not stage.is_symlink() and _is_abandoned(stage):
+            _settle(stage, folder)
+
+
+def _text_of(path: Path) -> bytes | None:
+    try:
+        return path.read_bytes() if path.stat().st_size <= _LARGEST_RECIPE_BYTES else None
+    except OSError:
+        return None
+
+
+def _checksum_in(text: bytes | None) -> str | None:
+    try:
+        found = json.loads(text or b"")["sha256"]
+    except (ValueError, RecursionError, KeyError, TypeError):
+        return None
+    return found if _is_checksum(found) else None
+
+
+def _is_checksum(text: object) -> bool:
+    return isinstance(text, str) and re.fullmatch("[0-9a-f]{64}", text) is not None
+
+
+# -- locks -----------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _stage_in(folder: Path) -> Iterator[Path]:
+    """A hidden folder for a save to write into, locked while it is at work."""
+    stage = folder / f"{_STAGE}{secrets.token_hex(8)}"
+    held: int | None = None
+    try:
+        with _locked(folder):  # so that nobody takes the new one for abandoned before it is locked
+            _settle_all(folder)
+            stage.mkdir()
+            held = _lock(stage, wait_s=0.0)
+        yield stage
+    finally:
+        with contextlib.suppress(OSError, CheckpointError), _locked(folder):
+            _settle(stage, folder)
+        _unlock(held)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path, *, wait_s: float = _WAIT_S) -> Iterator[None]:
+    """One save at a time moves files in and out of a folder."""
+    held = _lock(folder, wait_s=wait_s)
+    try:
+        yield
+    finally:
+        _unlock(held)
+
+
+def _lock(folder: Path, *, wait_s: float) -> int | None:
+    """A descriptor that holds the lock, None where there are no locks."""
+    if fcntl is None:
+        return None
+    held = os.open(folder, os.O_RDONLY)
+    try:
+        _wait_for(held, folder, wait_s)
+    except BaseException:
+        os.close(held)
+        raise
+    return held
+
+
+def _wait_for(held: int, folder: Path, wait_s: float) -> None:
+    assert fcntl is not None
+    end = time.monotonic() + wait_s
+    while True:
+        try:
+            return fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= end:
+                raise CheckpointError(
+                    f"a checkpoint must be written by one save at a time: {folder} is held by another process for "
+                    f"{wait_s:.0f} s. End that process, or choose another folder."
+                ) from None
+            time.sleep(0.005)
+        except OSError:  # a file system without locks: one save at a time is up to the caller
+            return None
+
+
+def _unlock(held: int | None) -> None:
+    if held is not None:
+        with contextlib.suppress(OSError):
+            assert fcntl is not None
+            fcntl.flock(held, fcntl.LOCK_UN)  # closing is not enough where a process was forked meanwhile
+        os.close(held)
+
+
+def _is_abandoned(stage: Path) -> bool:
+    """Whether the save that made a hidden folder is over."""
+    try:
+        if fcntl is None:
+            return time.time() - stage.stat().st_mtime > _ABANDONED_S
+        held = os.open(stage, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return time.time() - os.fstat(held).st_mtime > _ABANDONED_S
+    finally:
+        _unlock(held)
+    return True
+
+
+# -- reading ---------------------------------------------------------------------------------------------
 
 
 def read_recipe(folder: Path) -> str:
@@ -62,25 +280,61 @@ def read_recipe(folder: Path) -> str:
     Raises:
         CheckpointError: The folder or one of its two files is missing or unreadable.
     """
+    try:
+        _check_complete(folder)
+        path = folder / RECIPE
+        if path.stat().st_size > _LARGEST_RECIPE_BYTES:
+            raise CheckpointError(
+                f"a recipe must be as save_pretrained wrote it: {path} has {path.stat().st_size:,} bytes, expected at "
+                f"most {_LARGEST_RECIPE_BYTES:,}. Save the model again."
+            )
+        return path.read_text(encoding="utf-8")
+    except CheckpointError:
+        raise
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"a recipe must be readable text: {str(folder / RECIPE)!r} has {error}. Save the model again."
+        ) from error
+
+
+def _check_complete(folder: Path) -> None:
     if not folder.is_dir():
         raise CheckpointError(
             f"a checkpoint must be a folder: {folder} "
             f"{'is a file' if folder.exists() else 'does not exist'}, "
             "expected one that save_pretrained wrote. Check the path."
         )
-    missing = [name for name in (TENSORS, RECIPE) if not (folder / name).is_file()]
+    # Not what lies in them: they may vanish while one looks.
+    begun = (folder / RECIPE).is_file() and any(folder.glob(f"{_STAGE}*"))
+    missing = [] if begun else [name for name in (TENSORS, RECIPE) if not (folder / name).is_file()]
     if missing:
         raise CheckpointError(
             f"a checkpoint must have its two files: {folder} has no {' and no '.join(missing)}, expected "
-            f"{TENSORS} "
-            f"and {RECIPE}. Save the model again with save_pretrained."
+            f"{TENSORS} and {RECIPE}. Save the model again with save_pretrained."
         )
+
+
+def tensors_of(folder: Path, checksum: str) -> Path:
+    """Where the tensors of a recipe lie: in their place, or still where the save prepared them."""
+    if _is_checksum(checksum):
+        for stage in folder.glob(f"{_STAGE}*"):
+            if (stage / checksum).is_file():
+                return stage / checksum
+    return folder / TENSORS
+
+
+def state_of(folder: Path) -> tuple[tuple[int, ...] | None, ...]:
+    """Differs before and after another process saves into the folder."""
+    return tuple(identity_on_disk(folder / name) for name in (RECIPE, TENSORS))
+
+
+def identity_on_disk(path: Path) -> tuple[int, ...] | None:
+    """Another one for every other file under a name; None for no file."""
     try:
-        return (folder / RECIPE).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(
-            f"a recipe must be readable text: {folder / RECIPE} has {error}. Save the model again."
-        ) from error
+        found = path.stat()
+    except (OSError, ValueError):
+        return None
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def sha256_of(path: Path) -> str:
@@ -93,6 +347,13 @@ def sha256_of(path: Path) -> str:
 
 
 def sync(path: Path) -> None:
-    """Bring a file to the disk before its folder gets its name."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+    """Bring a file, or the names in a folder, to the disk."""
+    held = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(held)
+    except OSError as error:
+        if error.errno in (*_FULL, errno.EIO):
+            raise
+        # Some file systems cannot sync a folder, or nothing at all; the checksum still tells a broken file.
+    finally:
+        os.close(held)

@@ -3,45 +3,69 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
 from tensortrain.errors import CheckpointError, KindError
-from tensortrain.io.folder import RECIPE, TENSORS, fill_folder, read_recipe, sha256_of, sync
-from tensortrain.io.recipe import LayerEntry, Recipe, as_json
-from tensortrain.io.restore import LAYERS, build_layer, changes, check_counterpart, commit, device_of
-from tensortrain.io.sources import build_empty, describe_source, source_factory
+from tensortrain.io.composites import composite_entries
+from tensortrain.io.folder import (
+    RECIPE,
+    TENSORS,
+    fill_folder,
+    finish,
+    read_recipe,
+    sha256_of,
+    state_of,
+    sync,
+    tensors_of,
+)
+from tensortrain.io.hidden import check_no_meta
+from tensortrain.io.layers import build_layer, check_counterpart, check_shapes, layer_entries
+from tensortrain.io.recipe import LayerEntry, Recipe
+from tensortrain.io.restore import changes, commit
+from tensortrain.io.sources import build_empty, build_from_source, describe_source
 from tensortrain.io.stored import StoredTensors, read_tensors, write_tensors
 from tensortrain.nn import FactorizedLayer
 
 __all__ = ["has_source", "load_pretrained", "save_pretrained"]
 
 
+Layers = Sequence[tuple[LayerEntry, FactorizedLayer]]
+_ATTEMPTS = 20  # at reading a folder that another process saves into
+
+
 def save_pretrained(model: nn.Module, directory: str | os.PathLike[str]) -> Path:
     """Write a model into a folder: all parameters and buffers, and the recipe of its factorized layers.
 
-    Shared tensors are stored once, and are shared again after loading. The files appear together: a kill
-    leaves the old checkpoint or the new one. Other files in the folder are left alone.
+    Shared tensors are stored once, and are shared again after loading. The files change together: after a kill at
+    any moment the folder loads as the old checkpoint or the new one, and the next save clears what was left. Other
+    files in the folder, and its mode, are left alone; several processes may save into one folder.
 
     Args:
-        model: Any module; a bare factorized layer too.
+        model: Any module; a bare factorized layer too. Of a compiled one, the module inside.
         directory: Created where it is missing.
 
     Returns:
         Path: ``directory``.
 
     Raises:
-        CheckpointError: A tensor has no data (meta device) or a dtype that safetensors lacks, or the model
-            keeps state outside of parameters and buffers.
+        CheckpointError: What is written would not load again: a tensor has no data (meta device), is sharded,
+            quantized or sparse, or of a dtype that safetensors lacks; a layer is pruned or its cores are constrained;
+            or the model keeps state outside of parameters and buffers. Nothing is written.
+        DiskError: The disk is full, or the folder cannot be written (an ``OSError``, too). What was there is whole.
 
     Example:
         >>> save_pretrained(model, "runs/small")  # doctest: +SKIP
     """
     folder = Path(directory)
+    model = _inner(model)
     stored = StoredTensors.of(model)
-    fill_folder(folder, lambda new: _write(model, stored, new))
+    recipe = _recipe_of(model, stored, folder)
+    fill_folder(folder, lambda stage: _write(stored, recipe, stage))
     return folder
 
 
@@ -55,12 +79,14 @@ def load_pretrained(
 
     Args:
         directory: The folder.
-        model: A module of the original's class, dense or factorized, on any device; it is changed in place,
-            unless it is a bare layer. Or a function that builds one, called on the meta device. None for
-            models that this package or transformers can name.
+        model: A module of the original's class, dense or factorized, on any device; it is changed in place. Layers
+            and parameters that have the right form keep their objects, hooks and ``requires_grad``, so that an
+            optimizer goes on with them; a layer of another form becomes one of the checkpoint's. Or a class or
+            function that builds one, called on the meta device where that is enough. None for models that this
+            package or transformers can name.
 
     Returns:
-        Module: The model; where ``model`` is a bare layer, the new layer.
+        Module: The model.
 
     Raises:
         CheckpointError: A file is missing, truncated or edited, or does not fit; nothing is changed.
@@ -70,13 +96,14 @@ def load_pretrained(
         >>> model = load_pretrained("runs/small", model=MyNet)  # doctest: +SKIP
     """
     folder = Path(directory)
-    recipe = Recipe.from_json(read_recipe(folder), where=str(folder / RECIPE))
-    stored = read_tensors(folder / TENSORS, recipe)
+    recipe, stored = _read(folder)
     layers = [(entry, build_layer(entry, stored, folder)) for entry in recipe.layers]
-    if len(layers) == 1 and layers[0][0].names == ("",):
-        return _load_bare(model, *layers[0], stored, folder)
-    skeleton = _skeleton(model, recipe, folder)
-    commit(changes(skeleton, layers, stored, folder))
+    given = isinstance(model, nn.Module)
+    skeleton = model if isinstance(model, nn.Module) else _skeleton(model, recipe, stored, layers, folder)
+    inner = _inner(skeleton)
+    if given:
+        check_no_meta(inner, str(folder))
+    commit(changes(inner, recipe, layers, stored, folder, adopt=not given), inner)
     return skeleton.eval()
 
 
@@ -91,65 +118,65 @@ def has_source(directory: str | os.PathLike[str]) -> bool:
     return recipe.source is not None or any(entry.names == ("",) for entry in recipe.layers)
 
 
-def _write(model: nn.Module, stored: StoredTensors, folder: Path) -> None:
-    path = folder / TENSORS
-    write_tensors(stored, path)
-    recipe = Recipe(describe_source(model), _layer_entries(model), dict(stored.entries), sha256_of(path))
-    (folder / RECIPE).write_text(recipe.to_json(), encoding="utf-8")
-    sync(folder / RECIPE)
+def _inner(model: Any) -> Any:
+    """The module inside a compiled one, whose names are those that it has without."""
+    compiled = getattr(model, "_orig_mod", None)
+    return compiled if isinstance(compiled, nn.Module) and type(model).__name__ == "OptimizedModule" else model
 
 
-def _layer_entries(model: nn.Module) -> tuple[LayerEntry, ...]:
-    names: dict[int, list[str]] = {}
-    layers: dict[int, FactorizedLayer] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, FactorizedLayer):
-            names.setdefault(id(module), []).append(name)
-            layers[id(module)] = module
-    return tuple(_layer_entry(tuple(names[key]), layer) for key, layer in layers.items())
+def _recipe_of(model: nn.Module, stored: StoredTensors, folder: Path) -> Recipe:
+    """The recipe without checksum, after a look whether it will be read and its layers built."""
+    layers, composites = layer_entries(model), composite_entries(model)
+    recipe = Recipe(describe_source(model), layers, dict(stored.entries), "", composites)
+    read = Recipe.from_json(recipe.to_json(), where=str(folder / RECIPE))
+    for entry in read.layers:
+        layer = build_layer(entry, stored, folder)
+        check_counterpart(entry.names[0], model.get_submodule(entry.names[0]), entry, layer, folder)
+        check_shapes(entry, layer, stored, folder)
+    return recipe
 
 
-def _layer_entry(names: tuple[str, ...], layer: FactorizedLayer) -> LayerEntry:
-    if LAYERS.get(type(layer).__name__) is not type(layer):
-        raise CheckpointError(
-            f"a factorized layer must be of tensortrain.nn: {names[0]} is a {type(layer).__name__}, expected "
-            "one "
-            f"of {', '.join(LAYERS)}. Save the dense model after to_dense_()."
-        )
-    if type(layer.cores) is not nn.ParameterList:
-        raise CheckpointError(
-            f"the cores of a layer that is saved must be plain parameters: those of {names[0]!r} are constrained by "
-            "tensortrain.nn.orthogonal. Save its state_dict(), or tensortrain.nn.Linear.from_dense(layer.to_dense(), "
-            "rank=layer.ranks, in_modes=.., out_modes=..)."
-        )
-    return LayerEntry(names, type(layer).__name__, as_json(layer.config()))
+def _write(stored: StoredTensors, recipe: Recipe, stage: Path) -> str:
+    tensors, path = stage / TENSORS, stage / RECIPE
+    write_tensors(stored, tensors)
+    checksum = sha256_of(tensors)
+    path.write_text(replace(recipe, sha256=checksum).to_json(), encoding="utf-8")
+    sync(path)
+    tensors.chmod(path.stat().st_mode & 0o777)  # safetensors makes files for their owner alone
+    return checksum
 
 
-def _load_bare(
-    model: nn.Module | Callable[[], nn.Module] | None,
-    entry: LayerEntry,
-    layer: FactorizedLayer,
-    stored: StoredTensors,
-    folder: Path,
-) -> FactorizedLayer:
-    """A checkpoint of one layer names itself; a model that is given must be that layer."""
-    device = None
-    if model is not None:
-        given = model if isinstance(model, nn.Module) else build_empty(model, where=str(folder))
-        check_counterpart("", given, entry, layer, folder)
-        device = device_of(given)
-    commit(changes(layer, [], stored, folder, device=device))
-    return layer.eval()
+def _read(folder: Path) -> tuple[Recipe, StoredTensors]:
+    """The two files of one save, also while another process saves into the folder, or after it was killed."""
+    for attempt in range(_ATTEMPTS):
+        before = state_of(folder)
+        try:
+            recipe = Recipe.from_json(read_recipe(folder), where=str(folder / RECIPE))
+            path = tensors_of(folder, recipe.sha256)
+            stored = read_tensors(path, recipe)
+        except CheckpointError:
+            if before == state_of(folder) or attempt == _ATTEMPTS - 1:
+                raise
+            continue
+        if path.parent != folder:
+            finish(folder)
+        return recipe, stored
+    raise AssertionError("the last attempt returns or raises")
 
 
-def _skeleton(model: nn.Module | Callable[[], nn.Module] | None, recipe: Recipe, folder: Path) -> nn.Module:
-    if isinstance(model, nn.Module):
-        return model
+def _skeleton(
+    model: Callable[[], nn.Module] | None, recipe: Recipe, stored: StoredTensors, layers: Layers, folder: Path
+) -> nn.Module:
+    """A model to fill in, built by what was given or by what the recipe names."""
+    where = str(folder / RECIPE)
+    if model is None and len(layers) == 1 and layers[0][0].names == ("",):
+        return layers[0][1]  # a layer names itself
     if model is not None and not callable(model):
         raise KindError(
             "a model must be a module or a function that builds one: load_pretrained has "
-            f"{type(model).__name__}. "
-            "Pass the module, its class, or nothing."
+            f"{type(model).__name__}. Pass the module, its class, or nothing."
         )
-    where = str(folder / RECIPE)
-    return build_empty(model or source_factory(recipe.source, where=where), where=where)
+    if model is not None:
+        return build_empty(model, where=where)
+    n_bytes = sum(tensor.nbytes for tensor in stored.tensors.values())
+    return build_from_source(recipe.source, where=where, n_tensors=len(stored.names), n_bytes=n_bytes)

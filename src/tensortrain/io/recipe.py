@@ -9,6 +9,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from numbers import Integral, Real
 from typing import Any, Literal
 
 import torch
@@ -16,19 +17,31 @@ from torch import Tensor
 
 from tensortrain.errors import CheckpointError
 
-__all__ = ["LayerEntry", "Recipe", "TensorEntry", "as_json", "c_strides", "dtype_named", "is_dense_layout"]
+__all__ = [
+    "LayerEntry",
+    "Recipe",
+    "TensorEntry",
+    "as_json",
+    "c_strides",
+    "dtype_named",
+    "dtype_names",
+    "is_dense_layout",
+    "same_json",
+]
 
 Kind = Literal["parameter", "buffer", "transient"]
 
 _FORMAT = "tensortrain-pretrained"
 _VERSION = 1
 _KINDS = ("parameter", "buffer", "transient")
+_LONGEST_NAME, _MOST_AXES = 4096, 64  # torch has no more axes
 _DTYPES = {
     str(dtype).removeprefix("torch."): dtype
     for dtype in (
         *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex64),
         *(torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz),
         *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
+        *(torch.uint16, torch.uint32, torch.uint64),
     )
 }
 
@@ -63,7 +76,11 @@ class TensorEntry:
 
 @dataclass(frozen=True)
 class LayerEntry:
-    """One factorized layer: all its names, its class in ``tensortrain.nn``, its constructor arguments."""
+    """One layer of ``tensortrain.nn``: all its names, its class, what tells it from others of its class.
+
+    That is all constructor arguments of a factorized layer; of a composite one, whose factorized maps are layers
+    of their own, the torch arguments.
+    """
 
     names: tuple[str, ...]
     kind: str
@@ -79,12 +96,14 @@ class Recipe:
         layers: The factorized layers.
         tensors: Name -> entry; further names of a shared tensor stand in the safetensors file's metadata.
         sha256: Of the safetensors file.
+        composites: Layers made of several maps, outer ones first.
     """
 
     source: dict[str, Any] | None
     layers: tuple[LayerEntry, ...]
     tensors: dict[str, TensorEntry]
     sha256: str
+    composites: tuple[LayerEntry, ...] = ()
 
     def to_json(self) -> str:
         """Return the recipe as JSON text.
@@ -93,12 +112,9 @@ class Recipe:
             CheckpointError: The source or a layer's arguments hold what JSON cannot.
         """
         try:
-            text = json.dumps({"format": _FORMAT, "version": _VERSION, **asdict(self)}, indent=1)
-        except (TypeError, ValueError) as error:
-            raise CheckpointError(
-                f"a recipe must be plain data: it has a value that JSON cannot hold ({error}). "
-                "Build the model with numbers, texts and lists as arguments."
-            ) from error
+            text = _dumps({"format": _FORMAT, "version": _VERSION, **asdict(self)}, indent=1)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise _not_plain(error) from error
         return text + "\n"
 
     @classmethod
@@ -109,22 +125,23 @@ class Recipe:
             CheckpointError: The text is no recipe of this version.
         """
         try:
-            data = json.loads(text)
+            data = json.loads(text, object_pairs_hook=_once_each, parse_constant=_infinite)
         except (ValueError, RecursionError) as error:
             raise _unreadable(where, f"no JSON ({error})") from error
         if not isinstance(data, dict) or data.get("format") != _FORMAT:
             raise _unreadable(where, "no mark of the format")
-        if data.get("version") != _VERSION:
+        if data.get("version") != _VERSION or isinstance(data["version"], (bool, float)):
             raise CheckpointError(
-                f"a recipe must be of a known version: {where} has version {data.get('version')!r}, expected "
+                f"a recipe must be of a known version: {where} has version {data.get('version')!r:.40}, expected "
                 f"{_VERSION}. Load it with the tensortrain release that wrote it."
             )
         try:
             return cls(
                 source=_optional(data["source"], dict),
                 layers=_layers(data["layers"]),
-                tensors={name: _tensor(entry) for name, entry in _typed(data["tensors"], dict).items()},
+                tensors={_name(name): _tensor(entry) for name, entry in _typed(data["tensors"], dict).items()},
                 sha256=_typed(data["sha256"], str),
+                composites=_layers(data.get("composites", []), bare=True),
             )
         except KeyError as error:
             raise _unreadable(where, f"no entry {error}") from error
@@ -133,8 +150,54 @@ class Recipe:
 
 
 def as_json(value: Any) -> Any:
-    """The value as it reads after a way through JSON: tuples as lists."""
-    return json.loads(json.dumps(value))
+    """The value as it reads after a way through JSON: tuples as lists.
+
+    Raises:
+        CheckpointError: It holds what JSON cannot.
+    """
+    try:
+        return json.loads(_dumps(value))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise _not_plain(error) from error
+
+
+def _dumps(value: Any, **options: Any) -> str:
+    text = json.dumps(value, default=_plain_number, **options)
+    json.loads(text, parse_constant=_infinite)
+    return text
+
+
+def _plain_number(value: Any) -> Any:
+    """A number of numpy's, say, as Python's own."""
+    if isinstance(value, Integral):
+        return int(value)
+    if isinstance(value, Real):
+        return float(value)
+    raise TypeError(f"a {type(value).__name__}")
+
+
+def _infinite(name: str) -> float:
+    """Norms may be infinite; NaN equals nothing, itself included, so that no check could pass it."""
+    if name == "NaN":
+        raise ValueError("a NaN")
+    return float(name)
+
+
+def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("an entry that is there twice")
+    return found
+
+
+def same_json(a: Any, b: Any) -> bool:
+    """Equal to the letter: True is not 1, and 16.0 not 16."""
+    return a == b and json.dumps(a, sort_keys=True) == json.dumps(b, sort_keys=True)
+
+
+def dtype_names() -> dict[torch.dtype, str]:
+    """The dtypes that a checkpoint can hold, and their names in a recipe."""
+    return {dtype: name for name, dtype in _DTYPES.items()}
 
 
 def dtype_named(name: str) -> torch.dtype:
@@ -157,19 +220,26 @@ def is_dense_layout(shape: Sequence[int], stride: Sequence[int]) -> bool:
     return True
 
 
-def _layers(value: Any) -> tuple[LayerEntry, ...]:
+def _layers(value: Any, *, bare: bool = False) -> tuple[LayerEntry, ...]:
     layers = tuple(_layer(entry) for entry in _typed(value, list))
     names = [name for layer in layers for name in layer.names]
-    if len(set(names)) < len(names) or ("" in names and len(names) > 1):
+    if len(set(names)) < len(names) or ("" in names and len(names) > 1 and not bare):
         raise ValueError("two layers of one name")
     return layers
 
 
 def _layer(entry: Any) -> LayerEntry:
-    names = tuple(_typed(name, str) for name in _typed(entry["names"], list))
+    names = tuple(_name(name) for name in _typed(entry["names"], list))
     if not names:
         raise ValueError("a layer without a name")
     return LayerEntry(names, _typed(entry["kind"], str), _typed(entry["config"], dict))
+
+
+def _name(value: Any) -> str:
+    name: str = _typed(value, str)
+    if len(name) > _LONGEST_NAME:
+        raise ValueError(f"a name of {len(name):,} letters")
+    return name
 
 
 def _tensor(entry: Mapping[str, Any]) -> TensorEntry:
@@ -181,22 +251,22 @@ def _tensor(entry: Mapping[str, Any]) -> TensorEntry:
         stride=None if entry["stride"] is None else _sizes(entry["stride"]),
     )
     if read.kind not in _KINDS:
-        raise ValueError(f"kind {read.kind!r}, expected one of {', '.join(_KINDS)}")
+        raise ValueError(f"kind {read.kind!r:.60}, expected one of {', '.join(_KINDS)}")
     if read.dtype not in _DTYPES:
-        raise ValueError(f"dtype {read.dtype!r}")
+        raise ValueError(f"dtype {read.dtype!r:.60}")
     if read.requires_grad and not (dtype_named(read.dtype).is_floating_point or "complex" in read.dtype):
         raise ValueError(f"a gradient for dtype {read.dtype}")
     if read.stride is not None and not (
         len(read.stride) == len(read.shape) and is_dense_layout(read.shape, read.stride)
     ):
-        raise ValueError(f"strides {read.stride} for shape {read.shape}")
+        raise ValueError(f"strides {read.stride!r:.80} for shape {read.shape!r:.80}")
     return read
 
 
 def _sizes(value: Any) -> tuple[int, ...]:
     sizes = tuple(_typed(size, int) for size in _typed(value, list))
-    if any(size < 0 for size in sizes):
-        raise ValueError(f"a negative size in {sizes}")
+    if len(sizes) > _MOST_AXES or any(not 0 <= size < 2**63 for size in sizes):
+        raise ValueError(f"a negative size, or one too large, in {sizes!r:.80}")
     return sizes
 
 
@@ -208,6 +278,13 @@ def _typed(value: Any, kind: type) -> Any:
 
 def _optional(value: Any, kind: type) -> Any:
     return None if value is None else _typed(value, kind)
+
+
+def _not_plain(error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"a recipe must be plain data: it has a value that JSON cannot hold ({error}). "
+        "Build the model with numbers, texts and lists as arguments."
+    )
 
 
 def _unreadable(where: str, what: str) -> CheckpointError:

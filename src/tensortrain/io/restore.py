@@ -1,8 +1,12 @@
-"""Fitting a checkpoint to a model: everything is checked first, then all attributes change or none."""
+"""Fitting a checkpoint to a model: everything is checked first, then all of it changes or nothing.
+
+A layer that takes another form keeps its object, which becomes one of the other class: whoever holds it, a list, a
+bound method, a hook, holds the new one. A tensor that has its form already is filled in place, so that an optimizer
+and every other holder of a parameter sees the new numbers.
+"""
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,102 +15,236 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tensortrain.errors import CheckpointError, TTError
-from tensortrain.io.folder import RECIPE
-from tensortrain.io.recipe import Kind, LayerEntry, TensorEntry, as_json, dtype_named
-from tensortrain.io.stored import StoredTensors, listed, named_tensors
-from tensortrain.nn import COUNTERPARTS, FactorizedLayer
+from tensortrain.errors import CheckpointError
+from tensortrain.io.composites import build_composite, dense_twin
+from tensortrain.io.layers import check_counterpart
+from tensortrain.io.recipe import Kind, LayerEntry, Recipe, TensorEntry, as_json, dtype_named, same_json
+from tensortrain.io.storable import check_unsharded
+from tensortrain.io.stored import StoredTensors, identity_of, listed, named_tensors
+from tensortrain.nn import CompositeLayer, FactorizedLayer
 
-__all__ = ["LAYERS", "Change", "build_layer", "changes", "check_counterpart", "commit", "device_of"]
+__all__ = ["Change", "changes", "commit", "device_of"]
 
-LAYERS: dict[str, type[FactorizedLayer]] = {cls.__name__: cls for cls in COUNTERPARTS.values()}
-_SET_HERE = {"self", "init", "device", "dtype"}  # constructor arguments that a recipe must not give
-
-
-def build_layer(entry: LayerEntry, stored: StoredTensors, folder: Path) -> FactorizedLayer:
-    """The layer of a recipe on the meta device, checked against its tensors."""
-    cls = LAYERS.get(entry.kind)
-    if cls is None:
-        raise CheckpointError(
-            f"a factorized layer must be of a known class: {entry.names[0]!r} has {entry.kind!r:.60}, "
-            "expected one of "
-            f"{', '.join(LAYERS)}. Load {folder} with the tensortrain release that wrote it."
-        )
-    _check_arguments(cls, entry, stored, folder)
-    lead = f"{entry.names[0]}." if entry.names[0] else ""
-    first = stored.tensors.get(stored.names.get(f"{lead}cores.0", ""))
-    try:
-        build: Any = cls
-        layer = build(**entry.config, init=None, device="meta", dtype=None if first is None else first.dtype)
-    except (TTError, TypeError, ValueError, KeyError, RuntimeError, OverflowError, AttributeError) as error:
-        raise CheckpointError(
-            f"a layer's arguments must build it: {entry.names[0]!r} ({entry.kind}) in {folder / RECIPE} "
-            "fails with: "
-            f"{error} Save the model again."
-        ) from error
-    if as_json(layer.config()) != entry.config:
-        raise CheckpointError(
-            f"a layer's arguments must be those it was saved with: {entry.names[0]!r} in {folder / RECIPE} "
-            "builds "
-            f"{_first_difference(as_json(layer.config()), entry.config)}. Save the model again."
-        )
-    return layer
+Layers = Sequence[tuple[LayerEntry, FactorizedLayer]]
+_KEPT = {name for name in vars(nn.Module()) if "hook" in name} | {"training"}
 
 
-def _check_arguments(cls: type[FactorizedLayer], entry: LayerEntry, stored: StoredTensors, folder: Path) -> None:
-    unknown = sorted(entry.config.keys() - (inspect.signature(cls.__init__).parameters.keys() - _SET_HERE))
-    modes = entry.config.get("in_modes")
-    # More modes than tensors cannot be true, and planning for them could take for ever.
-    too_long = isinstance(modes, list) and len(modes) > max(1, len(stored.names))
-    if unknown or too_long:
-        found = f"the arguments {listed(unknown)}" if unknown else f"{len(modes or ())} modes"
-        raise CheckpointError(
-            f"a layer must have the arguments of its class: {entry.names[0]!r} ({entry.kind}) in "
-            f"{folder / RECIPE} "
-            f"has {found}, which do not belong. Save the model again."
-        )
+# -- changes ---------------------------------------------------------------------------------------------
 
 
 class Change:
-    """One attribute that gets another value once all is checked."""
+    """Something that gets another value once all is checked."""
+
+    def make(self) -> None:
+        """Do it."""
+        raise NotImplementedError
+
+    def undo(self) -> None:
+        """Bring back what was there before, also after half of ``make``."""
+        raise NotImplementedError
+
+
+class Put(Change):
+    """Another module or tensor as an attribute."""
 
     def __init__(self, owner: nn.Module, name: str, value: nn.Module | Tensor) -> None:
         self.owner, self.name, self.value = owner, name, value
-        self.old = owner._modules.get(name, owner._parameters.get(name, owner._buffers.get(name)))
+        self.old: nn.Module | Tensor | None = None
 
     def make(self) -> None:
+        owner, name = self.owner, self.name
+        self.old = owner._modules.get(name, owner._parameters.get(name, owner._buffers.get(name)))
         setattr(self.owner, self.name, self.value)
 
     def undo(self) -> None:
-        setattr(self.owner, self.name, self.old)
+        if isinstance(self.old, nn.Module):
+            self.owner._modules[self.name] = self.old  # past a __setattr__ that may have refused
+        else:
+            setattr(self.owner, self.name, self.old)
+
+
+class Become(Change):
+    """A layer takes the class and the parts of another; its hooks, mode and attributes of its own stay."""
+
+    def __init__(self, module: nn.Module, new: nn.Module) -> None:
+        self.module, self.new = module, new
+        self.old_class, self.old_parts = type(module), dict(vars(module))
+
+    def make(self) -> None:
+        module: Any = self.module
+        kept = {name: _kept(value, vars(self.new).get(name)) for name, value in self.old_parts.items() if name in _KEPT}
+        module.__class__ = type(self.new)
+        if issubclass(self.old_class, (FactorizedLayer, CompositeLayer)) and self.old_class is not type(self.new):
+            vars(module).clear()  # plans, caches and the like
+        vars(module).update({**vars(self.new), **kept})
+
+    def undo(self) -> None:
+        module: Any = self.module
+        module.__class__ = self.old_class
+        vars(module).clear()
+        vars(module).update(self.old_parts)
+
+
+def _kept(old: Any, new: Any) -> Any:
+    """The hooks of a layer, in the dict that the handles of their owners know, beside those that its class brings."""
+    return {**old, **new} if isinstance(new, dict) and new else old
+
+
+class Fill(Change):
+    """Other numbers in a tensor; where dtype or layout differ, in the same tensor object."""
+
+    def __init__(self, tensor: Tensor, value: Tensor, requires_grad: bool) -> None:
+        self.tensor, self.value, self.requires_grad = tensor, value, requires_grad
+        self.old = (tensor.data, tensor.grad, tensor.requires_grad)
+        self.numbers: Tensor | None = None
+
+    @torch.no_grad()
+    def make(self) -> None:
+        if _same_form(self.tensor, self.value):
+            self.numbers = self.tensor.detach().clone()
+            self.tensor.copy_(self.value)
+        else:
+            self.tensor.grad = None
+            self.tensor.data = self.value
+        if self.tensor.requires_grad != self.requires_grad:
+            self.tensor.requires_grad_(self.requires_grad)
+
+    @torch.no_grad()
+    def undo(self) -> None:
+        self.tensor.data = self.old[0]
+        if self.numbers is not None:
+            self.tensor.copy_(self.numbers)
+        self.tensor.requires_grad_(self.old[2])
+        self.tensor.grad = self.old[1]
+
+
+def _same_form(a: Tensor, b: Tensor) -> bool:
+    return (a.shape, a.stride(), a.dtype, a.device) == (b.shape, b.stride(), b.dtype, b.device)
+
+
+def commit(todo: Sequence[Change], model: nn.Module) -> None:
+    """Make all changes, or none if one of them is refused; weights that layers derived are forgotten."""
+    done: list[Change] = []
+    try:
+        for change in todo:
+            done.append(change)
+            change.make()
+    except BaseException:
+        for change in reversed(done):
+            change.undo()
+        raise
+    finally:
+        for module in model.modules():
+            if isinstance(module, FactorizedLayer):
+                module.clear_cache()
+
+
+# -- what has to change ----------------------------------------------------------------------------------
 
 
 def changes(
-    skeleton: nn.Module,
-    layers: Sequence[tuple[LayerEntry, FactorizedLayer]],
-    stored: StoredTensors,
-    folder: Path,
-    *,
-    device: torch.device | None = None,
+    skeleton: nn.Module, recipe: Recipe, layers: Layers, stored: StoredTensors, folder: Path, *, adopt: bool
 ) -> list[Change]:
     """Everything that loading will do to the model; raises where the two do not fit.
 
     Args:
-        device: For all tensors; by default each goes where the one it replaces is.
+        adopt: Whether parameters that are filled in place take ``requires_grad`` from the checkpoint, too.
     """
-    modules = dict(skeleton.named_modules(remove_duplicate=False))
-    swaps: list[Change] = []
-    swapped: dict[str, FactorizedLayer] = {}
-    for entry, layer in layers:
-        for name in entry.names:
-            old = modules.get(name)
-            check_counterpart(name, old, entry, layer, folder)
-            parent, _, child = name.rpartition(".")
-            swaps.append(Change(modules[parent], child, layer))
-            swapped[name] = layer
-    targets = _targets(skeleton, swapped)
+    swaps = _swaps(skeleton, recipe, layers, stored, folder)
+    targets = _targets(skeleton, swaps)
     _check_names(targets, stored, folder)
-    return swaps + _assignments(targets, stored, folder, device)
+    return [*_surgery(skeleton, swaps), *_assignments(targets, stored, folder, adopt)]
+
+
+def _swaps(
+    skeleton: nn.Module, recipe: Recipe, layers: Layers, stored: StoredTensors, folder: Path
+) -> dict[str, nn.Module]:
+    """Name -> the module that is to be there, for all names that get another, or one of another form."""
+    modules = dict(skeleton.named_modules(remove_duplicate=False))
+    maps = {name: (entry, layer) for entry, layer in layers for name in entry.names}
+    swaps: dict[str, nn.Module] = {}
+    for entry in recipe.composites:
+        new = build_composite(modules.get(entry.names[0]), entry, maps, folder)
+        _swap_all(entry, new, swaps, modules)
+    for entry, layer in layers:
+        if all(modules.get(name) is layer for name in entry.names):
+            continue  # a map of a composite layer
+        for name in entry.names:
+            check_counterpart(name, modules.get(name), entry, layer, folder)
+        _swap_all(entry, None if _is_like(modules[entry.names[0]], entry) else layer, swaps, modules)
+    known = {name for entry in (*recipe.composites, *recipe.layers) for name in entry.names}
+    for name, module in list(modules.items()):
+        if name not in known and name in modules and _is_dense_in(name, module, stored):
+            _swap(name, dense_twin(module), swaps, modules)
+    return swaps
+
+
+def _swap_all(
+    entry: LayerEntry, new: nn.Module | None, swaps: dict[str, nn.Module], modules: dict[str, nn.Module]
+) -> None:
+    """One module at all names of a layer: the new one, or the first name's where that has the form already."""
+    first = modules[entry.names[0]]
+    if new is not None or any(modules.get(name) is not first for name in entry.names):
+        for name in entry.names:
+            _swap(name, new or first, swaps, modules)
+
+
+def _swap(name: str, new: nn.Module | None, swaps: dict[str, nn.Module], modules: dict[str, nn.Module]) -> None:
+    assert new is not None
+    lead = f"{name}." if name else ""
+    for below in [other for other in modules if other.startswith(lead)]:
+        del modules[below]
+    swaps[name] = new
+    modules.update({_joined(name, own): module for own, module in new.named_modules(remove_duplicate=False)})
+
+
+def _joined(name: str, own: str) -> str:
+    return f"{name}.{own}" if name and own else name or own
+
+
+def _is_like(old: nn.Module, entry: LayerEntry) -> bool:
+    """Whether a layer of the model has the form of the recipe's."""
+    if not isinstance(old, FactorizedLayer) or type(old).__name__ != entry.kind:
+        return False
+    return same_json(as_json(old.config()), entry.config)
+
+
+def _is_dense_in(name: str, module: nn.Module, stored: StoredTensors) -> bool:
+    """Whether a layer that is factorized in the model is torch's own in the checkpoint."""
+    if not isinstance(module, (FactorizedLayer, CompositeLayer)):
+        return False
+    own = {_joined(name, other) for other, _, _ in named_tensors(module)}
+    twin = None if own <= stored.names.keys() else dense_twin(module)
+    return twin is not None and {_joined(name, other) for other, _, _ in named_tensors(twin)} <= stored.names.keys()
+
+
+def _surgery(skeleton: nn.Module, swaps: Mapping[str, nn.Module]) -> list[Change]:
+    """Every old layer becomes the new one, and stands at all its names."""
+    todo: list[Change] = []
+    becomes: dict[int, nn.Module] = {}  # by new module: the object that becomes it
+    taken: dict[int, nn.Module] = {}  # by that object: the new module
+    for name, new in swaps.items():
+        old = skeleton.get_submodule(name)
+        module = becomes.get(id(new))
+        if module is None:
+            module = becomes[id(new)] = old
+            if taken.setdefault(id(old), new) is not new:
+                raise _unshared_modules(name)
+            todo += [Become(old, new)] if old is not new else []
+        if name:
+            parent, _, child = name.rpartition(".")
+            todo.append(Put(skeleton.get_submodule(parent), child, module))
+    return todo
+
+
+def _unshared_modules(name: str, where: object = "the checkpoint") -> CheckpointError:
+    return CheckpointError(
+        f"modules that the model shares must be shared in the checkpoint: {name} in {where} has a value of "
+        "its own. Pass the model that was saved, in the shape it had."
+    )
+
+
+# -- tensors ---------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -120,13 +258,18 @@ class _Target:
     device: torch.device
 
 
-def _targets(skeleton: nn.Module, swapped: Mapping[str, FactorizedLayer]) -> dict[str, _Target]:
+def _targets(skeleton: nn.Module, swaps: Mapping[str, nn.Module]) -> dict[str, _Target]:
     """Every named place for a tensor in the model as it will be."""
-    skip = tuple(f"{name}." for name in swapped)
+    skip = tuple(f"{name}." if name else "" for name in swaps)
     targets = {name: target for name, target in _own_targets(skeleton) if not name.startswith(skip)}
-    for name, layer in swapped.items():
-        device = device_of(skeleton.get_submodule(name))  # the new layer itself has no memory yet
-        targets |= {f"{name}.{own}": replace(target, device=device) for own, target in _own_targets(layer)}
+    holders: dict[int, nn.Module] = {}
+    for name, new in swaps.items():
+        old = holders.setdefault(id(new), skeleton.get_submodule(name))
+        device = device_of(old)  # the new layer itself has no memory yet
+        for own, target in _own_targets(new):
+            here = replace(target, device=device if target.tensor.is_meta else target.device)
+            # What the new layer owns will be the old one's, which becomes the new one.
+            targets[_joined(name, own)] = replace(here, owner=old) if target.owner is new else here
     return targets
 
 
@@ -151,46 +294,71 @@ def _check_names(targets: Mapping[str, _Target], stored: StoredTensors, folder: 
         )
 
 
-def _assignments(
-    targets: Mapping[str, _Target], stored: StoredTensors, folder: Path, device: torch.device | None
-) -> list[Change]:
-    """New tensors for all places; places that share one in the checkpoint get the same object."""
-    made: dict[tuple[str, torch.device], Tensor] = {}
-    made_here: dict[tuple[int, str], Change] = {}
+class _Assignments:
+    """Numbers for all places; places that share a tensor in the checkpoint share an object afterwards."""
+
+    def __init__(self, stored: StoredTensors, *, adopt: bool) -> None:
+        self.stored, self.adopt = stored, adopt
+        self.todo: list[Change] = []
+        self.made: dict[tuple[str, torch.device], Tensor] = {}  # what holds a stored tensor on a device
+        self.filled: dict[Any, str] = {}  # a tensor of the model -> the stored one that goes into it
+
+    def add(self, first: str, target: _Target) -> None:
+        """Bring a stored tensor to its place: into the tensor that is there, where it serves, or in its stead."""
+        own, place = target.tensor, _with_memory(target.device)
+        value, known = self.stored.tensors[first], self.made.get((first, place))
+        if known is own:
+            return
+        if _can_be_filled(own, value, place) and self._is_free(own, known, first, target.kind):
+            self.made.setdefault((first, place), own)
+            trains = self.stored.entries[first].requires_grad if self.adopt else own.requires_grad
+            self.todo.append(Fill(own, value.to(place), trains))
+            return
+        if known is None:
+            known = self.made[first, place] = _new_tensor(value.to(place), self.stored.entries[first])
+        self.todo.append(Put(target.owner, target.name, known))
+
+    def _is_free(self, own: Tensor, known: Tensor | None, first: str, kind: Kind) -> bool:
+        """Whether a tensor of the model may get this stored one: no other goes there, nor this one elsewhere."""
+        here = identity_of(own, kind)
+        return (known is None or identity_of(known, kind) == here) and self.filled.setdefault(here, first) == first
+
+
+def _assignments(targets: Mapping[str, _Target], stored: StoredTensors, folder: Path, adopt: bool) -> list[Change]:
+    found = _Assignments(stored, adopt=adopt)
+    seen: dict[tuple[int, str], str] = {}
     for name, target in targets.items():
         if name not in stored.names:
             continue
         first = stored.names[name]
-        entry = stored.entries[first]
-        _check_fits(name, target, entry, folder)
-        place = _with_memory(device or target.device)
-        value = made.get((first, place))
-        if value is None:
-            value = stored.tensors[first].to(place)
-            if entry.kind == "parameter":
-                value = nn.Parameter(value, requires_grad=entry.requires_grad)
-            made[first, place] = value
-        known = made_here.setdefault((id(target.owner), target.name), Change(target.owner, target.name, value))
-        if known.value is not value:
-            raise CheckpointError(
-                f"modules that the model shares must be shared in the checkpoint: {name} in {folder} has a "
-                "value of "
-                "its own. Pass the model that was saved, in the shape it had."
-            )
-    return list(made_here.values())
+        _check_fits(name, target, stored.entries[first], folder)
+        if seen.setdefault((id(target.owner), target.name), first) != first:
+            raise _unshared_modules(name, folder)
+        found.add(first, target)
+    return found.todo
+
+
+def _new_tensor(value: Tensor, entry: TensorEntry) -> Tensor:
+    return nn.Parameter(value, requires_grad=entry.requires_grad) if entry.kind == "parameter" else value
+
+
+def _can_be_filled(own: Tensor, value: Tensor, place: torch.device) -> bool:
+    if own.is_meta or nn.parameter.is_lazy(own) or own.is_inference() or own.device != place:
+        return False
+    return own.layout == value.layout and torch._has_compatible_shallow_copy_type(own, value)
 
 
 def _check_fits(name: str, target: _Target, entry: TensorEntry, folder: Path) -> None:
+    check_unsharded(name, target.tensor)
     if (entry.kind == "parameter") != (target.kind == "parameter"):
         raise CheckpointError(
             f"a tensor must be of the same kind in both: {name} is a {entry.kind} in {folder} and a "
-            f"{target.kind} in "
-            "the model. Pass the model that was saved."
+            f"{target.kind} in the model. Pass the model that was saved."
         )
     if target.kind == "transient":
         return
     shape = tuple(target.tensor.shape)
-    if entry.shape != shape:
+    if entry.shape != shape and not nn.parameter.is_lazy(target.tensor):
         raise CheckpointError(
             f"a checkpoint must fit its model: {name} in {folder} has shape {entry.shape}, expected {shape}. "
             "Pass the model that was saved, in the shape it had."
@@ -198,50 +366,8 @@ def _check_fits(name: str, target: _Target, entry: TensorEntry, folder: Path) ->
     if _number_kind(dtype_named(entry.dtype)) != _number_kind(target.tensor.dtype):
         raise CheckpointError(
             f"a checkpoint must fit its model: {name} in {folder} has dtype {entry.dtype}, expected a "
-            "relative of "
-            f"{str(target.tensor.dtype).removeprefix('torch.')}. Pass the model that was saved."
+            f"relative of {str(target.tensor.dtype).removeprefix('torch.')}. Pass the model that was saved."
         )
-
-
-def check_counterpart(
-    name: str, old: nn.Module | None, entry: LayerEntry, layer: FactorizedLayer, folder: Path
-) -> None:
-    """Refuse to put a layer where the model has nothing, or something else."""
-    found = type(old).__name__ if old is not None else "nothing"
-    if type(old) not in (layer.dense_type, type(layer)):
-        raise CheckpointError(
-            f"a factorized layer must replace one of its kind: the model has {found} at {name!r}, expected "
-            "the "
-            f"{entry.kind} that {folder} names. Pass the model that was saved."
-        )
-    theirs, ours = as_json(layer.arguments_of(old)), as_json(layer.arguments_of(layer))
-    if theirs != ours:
-        raise CheckpointError(
-            f"a factorized layer must have the sizes of the one it replaces: {name!r} in {folder} has "
-            f"{_first_difference(ours, theirs)} in the model. Pass the model that was saved."
-        )
-
-
-def commit(todo: Sequence[Change]) -> None:
-    """Make all changes, or none if one of them is refused; weights that layers derived are forgotten."""
-    done: list[Change] = []
-    try:
-        for change in todo:
-            done.append(change)
-            change.make()
-    except BaseException:
-        for change in reversed(done):
-            change.undo()
-        raise
-    for owner in {id(c.owner): c.owner for c in todo}.values():
-        for module in owner.modules():
-            if isinstance(module, FactorizedLayer):
-                module.clear_cache()
-
-
-def _first_difference(a: Mapping[str, Any], b: Mapping[str, Any]) -> str:
-    key = next(key for key in (*a, *b) if key not in a or key not in b or a[key] != b[key])
-    return f"{key} {a.get(key)!r}, not {b.get(key)!r}"
 
 
 def device_of(module: nn.Module) -> torch.device:

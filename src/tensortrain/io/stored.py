@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
+import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,10 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from tensortrain.errors import CheckpointError, KindError
-from tensortrain.io.folder import RECIPE, sha256_of, sync
+from tensortrain.io.folder import RECIPE, identity_on_disk, sha256_of, sync
 from tensortrain.io.recipe import Kind, Recipe, TensorEntry, dtype_named
+from tensortrain.io.storable import check_storable, check_whole
 
-__all__ = ["StoredTensors", "listed", "named_tensors", "read_tensors", "write_tensors"]
+__all__ = ["StoredTensors", "identity_of", "listed", "named_tensors", "read_tensors", "write_tensors"]
+
+_LARGEST_HEADER_BYTES = 10**8 + 8  # what safetensors reads
 
 
 class StoredTensors:
@@ -30,20 +36,20 @@ class StoredTensors:
         if not isinstance(model, nn.Module):
             raise KindError(
                 f"a model must be a module: save_pretrained has {type(model).__name__}, expected "
-                "torch.nn.Module. "
-                "Pass the model itself."
+                "torch.nn.Module. Pass the model itself."
             )
+        check_whole(model)
         tensors: dict[str, Tensor] = {}
         aliases: dict[str, str] = {}
         entries: dict[str, TensorEntry] = {}
         first: dict[Any, str] = {}
         for name, tensor, kind in named_tensors(model):
-            _check_storable(name, tensor)
-            known = first.setdefault(_identity(tensor, kind), name)
+            check_storable(name, tensor)
+            known = first.setdefault(identity_of(tensor, kind), name)
             if known != name:
                 aliases[name] = known
                 continue
-            tensors[name] = tensor.detach()
+            tensors[name] = tensor.detach().resolve_conj().resolve_neg()
             entries[name] = TensorEntry.of(tensor, kind)
         return cls(tensors, aliases, entries)
 
@@ -54,8 +60,7 @@ def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor, Kind]]:
         if type(module).get_extra_state is not nn.Module.get_extra_state:
             raise CheckpointError(
                 f"a model must keep its state in tensors: {prefix or 'the model'} ({type(module).__name__}) "
-                "has "
-                "extra state, expected parameters and buffers alone. Save it with torch.save."
+                "has extra state, expected parameters and buffers alone. Save it with torch.save."
             )
         lead = f"{prefix}." if prefix else ""
         for name, parameter in module._parameters.items():
@@ -67,66 +72,60 @@ def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor, Kind]]:
                 yield lead + name, buffer, kind
 
 
-def _identity(tensor: Tensor, kind: Kind) -> Any:
+def identity_of(tensor: Tensor, kind: Kind) -> Any:
     """Equal for tensors that are one: the same object, or the same view of one storage."""
     if tensor.is_meta or tensor.numel() == 0:
         return id(tensor)
     place = (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.device)
-    return kind == "parameter", place, tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype
-
-
-def _check_storable(name: str, tensor: Tensor) -> None:
-    if nn.parameter.is_lazy(tensor) or tensor.is_meta:
-        raise CheckpointError(
-            f"a model must have data to be saved: {name} has none (device {tensor.device}), expected "
-            "numbers. "
-            "Load or initialise the model first."
-        )
-    if tensor.layout != torch.strided or tensor.is_quantized:
-        raise CheckpointError(
-            f"a tensor must be strided to be saved: {name} has layout {tensor.layout}, expected "
-            "torch.strided. "
-            "Make it dense first."
-        )
+    view = tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype, tensor.is_conj(), tensor.is_neg()
+    return kind == "parameter", place, view
 
 
 def write_tensors(stored: StoredTensors, path: Path) -> None:
     """Write the safetensors file.
 
     Raises:
-        CheckpointError: A dtype that safetensors lacks.
+        OSError: The disk is full, or the like.
+        CheckpointError: What safetensors refuses.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    contiguous = {name: _unshared(tensor) for name, tensor in stored.tensors.items()}
+    places: set[int] = set()
+    contiguous = {name: _unshared(tensor, places) for name, tensor in stored.tensors.items()}
     try:
         # A single entry: safetensors writes several in random order, and equal models should give equal files.
         save_file(contiguous, path, metadata={"aliases": json.dumps(stored.aliases)})
     except (KeyError, ValueError, SafetensorError) as error:
+        number = re.search(r"os error (\d+)", str(error))
+        if number:
+            raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
         raise CheckpointError(
-            f"tensors must be of dtypes that safetensors knows: {error!r}. Convert the model with model.to(dtype)."
+            f"tensors must be such that safetensors takes them: {error!r}. Convert the model."
         ) from error
     sync(path)
 
 
-def _unshared(tensor: Tensor) -> Tensor:
+def _unshared(tensor: Tensor, places: set[int]) -> Tensor:
     """On the CPU, in C order, in a storage of its own, which is what safetensors takes."""
     plain = tensor.cpu().contiguous()
-    return plain.clone() if plain.untyped_storage().nbytes() != plain.nbytes else plain
+    place = plain.untyped_storage().data_ptr()
+    if plain.untyped_storage().nbytes() != plain.nbytes or (place in places and plain.numel()):
+        return plain.clone(memory_format=torch.contiguous_format)
+    places.add(place)
+    return plain
 
 
 def read_tensors(path: Path, recipe: Recipe) -> StoredTensors:
     """Read the tensors, after checksum, header and recipe agree."""
     from safetensors import SafetensorError, safe_open
 
-    found = sha256_of(path)
-    if found != recipe.sha256:
-        raise CheckpointError(
-            f"a checkpoint must be unchanged since it was saved: {path} has sha256 {found[:12]}.., expected "
-            f"{recipe.sha256[:12]}... It is truncated, edited, or of another save; save the model again."
-        )
+    before = identity_on_disk(path)
     try:
+        _check_size(path, recipe)
+        found = sha256_of(path)
+        if found != recipe.sha256:
+            raise _changed(path, f"sha256 {found[:12]}..", f"{recipe.sha256[:12]}..")
         with safe_open(path, framework="pt", device="cpu") as file:
             _check_header(file, recipe, path)
             aliases = _aliases(file.metadata() or {}, recipe, path)
@@ -135,7 +134,28 @@ def read_tensors(path: Path, recipe: Recipe) -> StoredTensors:
         raise CheckpointError(
             f"a checkpoint must be a safetensors file: {path} has {error}. Save the model again."
         ) from error
+    except (OSError, RuntimeError) as error:  # torch's own opening of the file raises the latter
+        raise CheckpointError(f"a checkpoint must be readable: {path} has {error!s:.400}. Check the file.") from error
+    if identity_on_disk(path) != before:
+        raise _changed(path, "another file now", "the one whose checksum was taken")
     return StoredTensors(tensors, aliases, recipe.tensors)
+
+
+def _check_size(path: Path, recipe: Recipe) -> None:
+    """A file far too large is refused before its checksum is taken, which could last for ever."""
+    found = path.stat().st_size
+    most = _LARGEST_HEADER_BYTES + sum(
+        math.prod(entry.shape) * dtype_named(entry.dtype).itemsize for entry in recipe.tensors.values()
+    )
+    if found > most:
+        raise _changed(path, f"{found:,} bytes", f"at most {most:,}")
+
+
+def _changed(path: Path, found: str, expected: str) -> CheckpointError:
+    return CheckpointError(
+        f"a checkpoint must be unchanged since it was saved: {path} has {found}, expected {expected}. It is "
+        "truncated, edited, or of another save; save the model again."
+    )
 
 
 def _check_header(file: Any, recipe: Recipe, path: Path) -> None:

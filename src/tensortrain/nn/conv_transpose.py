@@ -23,6 +23,7 @@ from tensortrain.formats import ChainFormat, FactorSpec, Rank
 from .base import Implementation, Init, as_tuple
 from .conv import ConvLayer, Convolve, Size
 from .conv_plan import transposed_out_size
+from .inputs import once, traceable
 
 __all__ = ["ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d", "swap_channels"]
 
@@ -130,7 +131,7 @@ class _ConvTransposeNd(ConvLayer):
 
     @classmethod
     def kernel_of(cls, layer: Any) -> Tensor:
-        return swap_channels(layer.weight.detach(), layer.groups)
+        return swap_channels(super().kernel_of(layer), layer.groups)
 
     def _dense_weight(self) -> Tensor:
         def build() -> Tensor:
@@ -141,10 +142,11 @@ class _ConvTransposeNd(ConvLayer):
 
     # -- how it runs ---------------------------------------------------------------------------------
 
-    def forward(self, x: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
-        self._check_input(x)
-        more = self.output_padding if output_size is None else self._padding_for(x, output_size)
-        return self._run(x, partial(self._convolve, output_padding=more))
+    @traceable
+    @once
+    def forward(self, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
+        more = self.output_padding if output_size is None else self._padding_for(input, output_size)
+        return self._run(input, partial(self._convolve, output_padding=more))
 
     def _convolve(
         self,
@@ -160,6 +162,7 @@ class _ConvTransposeNd(ConvLayer):
 
     def _padding_for(self, x: Tensor, output_size: Sequence[int]) -> tuple[int, ...]:
         """Output padding that gives this output size, with or without batch and channels in front."""
+        self._check_input(x)
         n, sizes = self.n_axes, tuple(output_size)
         if len(sizes) not in (n, x.ndim):
             raise ShapeError(

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tensortrain.contract import ContractionPlan, cost_model
+from tensortrain.contract.tracing import is_traced
 from tensortrain.errors import DTypeError, KindError, ModeIndexError, NonFiniteError, ShapeError
 from tensortrain.formats import FactorSpec, Format, Rank, WeightShape, get_format
 
@@ -317,7 +318,7 @@ class Embedding(FactorizedLayer):
         if self.implementation == "dense" or type(self.format).lookup is Format.lookup:
             return True
         # While training, every step would rebuild the whole table for the few rows of a batch.
-        return self._dense_allowed and not self._trains() and not torch.compiler.is_compiling()
+        return self._dense_allowed and not self._trains() and not is_traced()
 
     def _check_ids(self, ids: Tensor) -> None:
         if ids.dtype not in (torch.int64, torch.int32):
@@ -325,7 +326,7 @@ class Embedding(FactorizedLayer):
                 f"an embedding's input must be whole numbers: found dtype {ids.dtype}, expected int64. Pass ids.long()."
             )
         # On the CPU a look at the range is cheap and prevents rows of the padded vocabulary being read.
-        if ids.is_cpu and ids.numel() and not torch.compiler.is_compiling():
+        if ids.is_cpu and ids.numel() and not is_traced():
             low, high = int(ids.min()), int(ids.max())
             if low < 0 or high >= self.num_embeddings:
                 raise ModeIndexError(
@@ -359,11 +360,6 @@ class Embedding(FactorizedLayer):
         padding = "" if self.padding_idx is None else f", padding_idx={self.padding_idx}"
         hot = f", hot_rows={self.hot_rows}" if self.hot_rows else ""
         return f"{self.num_embeddings}, {self.embedding_dim}{padding}{hot}, {self._format_repr()}"
-
-
-def is_traced() -> bool:
-    """Whether a program is being recorded, which must not depend on the ids at hand."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 def check_sparse(sparse: bool) -> None:

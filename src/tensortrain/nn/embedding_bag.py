@@ -9,11 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tensortrain.contract.tracing import is_traced
 from tensortrain.errors import DTypeError, ShapeError
 from tensortrain.formats import Rank
 
 from .base import Implementation, Init, Self
-from .embedding import Embedding, check_sparse, check_table, frequencies, is_traced, scale_gradient
+from .embedding import Embedding, check_sparse, check_table, frequencies, scale_gradient
 
 __all__ = ["EmbeddingBag"]
 

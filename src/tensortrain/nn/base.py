@@ -13,10 +13,8 @@ from torch import Tensor, nn
 
 from tensortrain.contract import (
     Chain,
-    ContractionPlan,
     CostModel,
     Network,
-    NetworkPlan,
     WeightCache,
     fastest_plan,
     plan_chain,
@@ -26,7 +24,7 @@ from tensortrain.contract.tracing import constant_when_traced, is_traced, static
 from tensortrain.errors import DerivedWeightError, KindError, ShapeError
 from tensortrain.formats import Factorization, FactorSpec, Format, Rank, WeightShape, get_format
 
-from .cores import Cores, held_cores, holding_cores, is_watched, list_cores
+from .cores import Cores, held_cores, list_cores
 from .derived import read_only
 from .inputs import Traced
 

@@ -155,7 +155,7 @@ class ConvLayer(FactorizedLayer):
         if self._static_plan is None:
             return None
         if is_traced():
-            plan: ContractionPlan = self._plan_when_traced(self._chain_rows(x.shape[0], tuple(x.shape[2:])))
+            plan: ContractionPlan = self._plan_when_traced(self._chain_rows(sizes_of(x)[0], sizes_of(x)[2:]))
             return plan
         return self._chain_plan(self._chain_rows(x.shape[0], tuple(x.shape[2:])), force="factorized")
 

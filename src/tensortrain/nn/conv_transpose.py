@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tensortrain.contract import Chain
+from tensortrain.contract.tracing import sizes_of
 from tensortrain.errors import ShapeError
 from tensortrain.formats import ChainFormat, FactorSpec, Rank
 
@@ -169,13 +170,14 @@ class _ConvTransposeNd(ConvLayer):
                 f"output_size must have a size per position axis, or per axis of the output: found {sizes} for an "
                 f"input of {x.ndim} axes, expected {n} or {x.ndim} sizes. Pass the sizes of the positions."
             )
-        least = self._positions(x.shape[-n:], (0,) * n)
+        positions = sizes_of(x)[-n:]
+        least = self._positions(positions, (0,) * n)
         more = tuple(size - low for size, low in zip(sizes[-n:], least, strict=True))
         if not all(0 <= extra < stride for extra, stride in zip(more, self.stride, strict=True)):
             most = tuple(low + stride - 1 for low, stride in zip(least, self.stride, strict=True))
             raise ShapeError(
                 f"output_size must be one that this layer can give: found {sizes[-n:]}, expected {least} to {most} for "
-                f"positions {tuple(x.shape[-n:])}. Choose a size in between."
+                f"positions {positions}. Choose a size in between."
             )
         return more
 
@@ -226,11 +228,12 @@ class _ConvTransposeNd(ConvLayer):
         assert isinstance(fmt, ChainFormat)
         assert plan is not None
         filters, channel = fmt.split_spatial(cores, spec)
-        channel = [_filters_to_outputs(channel[0], len(filters)), *channel[1:]]
+        n_filters = sizes_of(filters)[0]
+        channel = [_filters_to_outputs(channel[0], n_filters), *channel[1:]]
         b, positions, outputs = x.shape[0], x.shape[2:], spec.weight.out_features
         y = plan.execute(x.flatten(2).transpose(1, 2), channel)  # b p (r_0 s)
-        maps = y.unflatten(2, (len(filters), outputs)).permute(0, 3, 2, 1)  # b s r_0 p
-        y = convolve(maps.reshape(b * outputs, len(filters), *positions), filters)
+        maps = y.unflatten(2, (n_filters, outputs)).permute(0, 3, 2, 1)  # b s r_0 p
+        y = convolve(maps.reshape(b * outputs, n_filters, *positions), filters)
         return y.reshape(b, outputs, *y.shape[2:])
 
     def _more_repr(self) -> list[str]:
@@ -290,7 +293,7 @@ def _on_convolution_kernels(convolve: Convolve) -> Convolve:
 
 def _filters_to_outputs(first: Tensor, n_filters: int) -> Tensor:
     """The first channel core with the filters as slowest output instead of slowest input index."""
-    r, i, _, s = first.shape
+    r, i, _, s = sizes_of(first)
     core = first.reshape(r, i, n_filters, -1, s).transpose(1, 2)
     return core.reshape(r, n_filters * i, -1, s)
 

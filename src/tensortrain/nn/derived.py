@@ -12,6 +12,7 @@ from tensortrain.errors import DerivedWeightError
 
 __all__ = ["DerivedWeight", "read_only"]
 
+
 def _refuse(what: str) -> NoReturn:
     raise DerivedWeightError(
         f"the weight of a factorized layer must be changed through its cores: {what} would write to the dense weight, "

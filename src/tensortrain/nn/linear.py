@@ -141,8 +141,9 @@ class Linear(FactorizedLayer):
             )
 
     def _run(self, plan: ContractionPlan | NetworkPlan, x: Tensor) -> Tensor:
-        if isinstance(plan, ContractionPlan) and not self._is_padded and self._trains():
-            if not is_traced():
+        traced = is_traced()  # the same program whether or not gradients are wanted
+        if isinstance(plan, ContractionPlan) and not self._is_padded and (traced or self._trains()):
+            if not traced:
                 self._cache.clear()  # the cores are about to change
             return plan.execute(x, self._chain_cores(), bias=self.bias)
         if plan.uses_dense:
@@ -231,7 +232,7 @@ class Linear(FactorizedLayer):
         if self._n_padded_inputs:
             x = F.pad(x, (0, self._n_padded_inputs))
         y = plan.execute(x, (), prepared)
-        if y.shape[-1] != self.out_features:
+        if sizes_of(y)[-1] != self.out_features:
             y = y[..., : self.out_features]
             y = y.contiguous() if self.bias is None else y
         return y if self.bias is None else y + self.bias.to(y.dtype)

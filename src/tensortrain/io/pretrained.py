@@ -15,6 +15,7 @@ from tensortrain.io.restore import LAYERS, build_layer, changes, check_counterpa
 from tensortrain.io.sources import build_empty, describe_source, source_factory
 from tensortrain.io.stored import StoredTensors, read_tensors, write_tensors
 from tensortrain.nn import FactorizedLayer
+from tensortrain.nn.cores import Cores
 
 __all__ = ["has_source", "load_pretrained", "save_pretrained"]
 
@@ -116,7 +117,7 @@ def _layer_entry(names: tuple[str, ...], layer: FactorizedLayer) -> LayerEntry:
             "one "
             f"of {', '.join(LAYERS)}. Save the dense model after to_dense_()."
         )
-    if type(layer.cores) is not nn.ParameterList:
+    if type(layer.cores) not in (Cores, nn.ParameterList):
         raise CheckpointError(
             f"the cores of a layer that is saved must be plain parameters: those of {names[0]!r} are constrained by "
             "tensortrain.nn.orthogonal. Save its state_dict(), or tensortrain.nn.Linear.from_dense(layer.to_dense(), "

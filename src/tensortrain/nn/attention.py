@@ -303,6 +303,20 @@ class MultiheadAttention(CompositeLayer):
         extra = {"bias_k": self.bias_k, "bias_v": self.bias_v}
         return found | {name: value for name, value in extra.items() if value is not None}
 
+    # What torch's own encoder layer reads of its attention, to choose how it runs.
+
+    _qkv_same_embed_dim = False  # its fused kernel would pass by the projections: let it call the layer
+
+    @property
+    def in_proj_weight(self) -> Tensor | None:
+        """The dense weights of queries, keys and values, one under the other, to read; ``None`` for unlike sizes."""
+        return self.dense_weights().get("in_proj_weight")
+
+    @property
+    def in_proj_bias(self) -> Tensor | None:
+        """Their biases, to read."""
+        return self.dense_weights().get("in_proj_bias")
+
     def extra_repr(self) -> str:
         parts = [f"{self.embed_dim}, {self.num_heads}"]
         parts += [f"kdim={self.kdim}, vdim={self.vdim}"] if self.kdim != self.embed_dim != self.vdim else []

@@ -362,6 +362,8 @@ class FactorizedLayer(Traced):
         return held_cores(self) or list_cores(self.cores)
 
     def _cached(self, key: Any, build: Callable[[], Any]) -> Any:
+        if held_cores(self) is not None:  # cores that a hook makes or loads for this call alone must not outlive it
+            return build()
         return self._cache.get(self._core_list(), build, tag=key)
 
     def _dense_weight(self) -> Tensor:

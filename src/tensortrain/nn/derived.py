@@ -28,7 +28,7 @@ class DerivedWeight(Tensor):
     """
 
     # As Parameter: no function of torch makes a detour for it, so that fused paths are taken as for a plain tensor.
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__: Any = torch._C._disabled_torch_function_impl
     _may_require_grad = False
 
     @property
@@ -39,7 +39,7 @@ class DerivedWeight(Tensor):
     def _is_param(self, value: bool) -> None:
         # nn.Parameter(weight) marks what detach() gave: from here on it is a parameter like any other.
         if value:
-            self.__class__ = nn.Parameter  # type: ignore[assignment]
+            self.__class__ = nn.Parameter
 
     def detach(self) -> Tensor:
         found = _as_derived(super().detach())
@@ -72,23 +72,23 @@ class DerivedWeight(Tensor):
         return super().requires_grad_(requires_grad)
 
     def numpy(self, **options: Any) -> Any:
-        found = self.as_subclass(Tensor).numpy(**options)  # type: ignore[arg-type]
+        found = self.as_subclass(Tensor).numpy(**options)
         found.setflags(write=False)
         return found
 
     def __array__(self, *args: Any, **options: Any) -> Any:
-        found = self.as_subclass(Tensor).__array__(*args, **options)  # type: ignore[arg-type]
+        found = self.as_subclass(Tensor).__array__(*args, **options)
         found.setflags(write=False)
         return found
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
-        return self.as_subclass(Tensor).detach().clone()  # type: ignore[arg-type]
+        return self.as_subclass(Tensor).detach().clone()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return self.as_subclass(Tensor).__reduce_ex__(protocol)  # type: ignore[arg-type]
+        return self.as_subclass(Tensor).__reduce_ex__(protocol)
 
-    def __repr__(self, **options: Any) -> str:
-        return self.as_subclass(Tensor).__repr__(**options)  # type: ignore[arg-type]
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        return self.as_subclass(Tensor).__repr__(tensor_contents=tensor_contents)
 
 
 def read_only(weight: Tensor, *, is_shared: bool) -> Tensor:
@@ -97,7 +97,7 @@ def read_only(weight: Tensor, *, is_shared: bool) -> Tensor:
 
 
 def _as_derived(tensor: Tensor) -> Any:
-    return tensor.as_subclass(DerivedWeight)  # type: ignore[arg-type]
+    return tensor.as_subclass(DerivedWeight)
 
 
 def _writer(name: str) -> Callable[..., NoReturn]:

@@ -15,7 +15,7 @@ from tensortrain.formats import Rank
 
 from .base import Implementation, Init, Self
 from .embedding import Embedding, check_sparse, check_table, frequencies, scale_gradient
-from .inputs import once, traceable
+from .inputs import check_plain_layout, once, traceable
 
 __all__ = ["EmbeddingBag"]
 
@@ -151,6 +151,8 @@ class EmbeddingBag(Embedding):
     ) -> tuple[Tensor, Tensor, Tensor | None, bool]:
         """Flat ids, where each bag starts, flat weights, and whether the end of the last bag is among the starts."""
         last = self.include_last_offset
+        if not ids.is_nested:
+            check_plain_layout(ids, type(self).__name__)
         if weights is not None:
             _check_weights(weights, ids, self.mode, self.cores[0].dtype)
         if ids.ndim == 2 and offsets is not None:
@@ -177,7 +179,7 @@ class EmbeddingBag(Embedding):
         n_bags = offsets.shape[0] - int(last)
         row_bytes = distinct.shape[0] * self.embedding_dim * self.cores[0].element_size()
         # Frequencies are those of the whole batch, which its parts do not know.
-        if row_bytes > _MAX_ROW_BYTES and n_bags > 1 and not self.scale_grad_by_freq and not is_traced():
+        if not is_traced() and row_bytes > _MAX_ROW_BYTES and n_bags > 1 and not self.scale_grad_by_freq:
             return self._pool_by_halves(ids, offsets, weights, last, n_bags // 2)
         rows = self._limited_rows(distinct.clamp_min(0))
         if self.scale_grad_by_freq:

@@ -33,7 +33,7 @@ _PLAIN_LISTS = (Cores, nn.ParameterList)
 
 def is_watched(cores: nn.Module) -> bool:
     """Whether something waits for the list of cores to be called."""
-    state = cores.__dict__
+    state = cores.__dict__  # past attributes of modules, which take longer to look up
     if state["_forward_pre_hooks"] or state["_forward_hooks"] or "forward" in state:
         return True
     return bool(state["_backward_hooks"] or state["_backward_pre_hooks"])

@@ -39,7 +39,7 @@ class DerivedWeight(Tensor):
     def _is_param(self, value: bool) -> None:
         # nn.Parameter(weight) marks what detach() gave: from here on it is a parameter like any other.
         if value:
-            self.__class__ = nn.Parameter
+            self.__class__ = nn.Parameter  # type: ignore[assignment]
 
     def detach(self) -> Tensor:
         found = _as_derived(super().detach())
@@ -47,7 +47,7 @@ class DerivedWeight(Tensor):
         return found
 
     @property
-    def data(self) -> Tensor:  # type: ignore[override]
+    def data(self) -> Tensor:
         return _as_derived(super().detach())
 
     @data.setter
@@ -55,7 +55,7 @@ class DerivedWeight(Tensor):
         _refuse("assigning to .data")
 
     @property
-    def requires_grad(self) -> bool:  # type: ignore[override]
+    def requires_grad(self) -> bool:
         found: bool = Tensor.requires_grad.__get__(self)  # type: ignore[attr-defined]
         return found
 
@@ -87,8 +87,8 @@ class DerivedWeight(Tensor):
     def __reduce_ex__(self, protocol: Any) -> Any:
         return self.as_subclass(Tensor).__reduce_ex__(protocol)
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
-        return self.as_subclass(Tensor).__repr__(tensor_contents=tensor_contents)
+    def __repr__(self, **options: Any) -> str:  # type: ignore[override]
+        return repr(self.as_subclass(Tensor))
 
 
 def read_only(weight: Tensor, *, is_shared: bool) -> Tensor:

@@ -9,6 +9,7 @@ __all__ = [
     "ConvergenceError",
     "DTypeError",
     "DataError",
+    "DerivedWeightError",
     "DeviceError",
     "DiskError",
     "FilterError",
@@ -37,6 +38,10 @@ class RankError(TTError, ValueError):
 
 class NonFiniteError(TTError, ValueError):
     """NaN or Inf where finite numbers are needed."""
+
+
+class DerivedWeightError(TTError, RuntimeError):
+    """A write to the dense weight of a factorized layer, which is made from its cores."""
 
 
 class DeviceError(TTError, ValueError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import hashlib
 import os
 import pickle
 import threading
@@ -422,7 +423,7 @@ def test_the_dense_weight_leaves_memory_with_the_cache(layer: tt.nn.Linear) -> N
     layer.implementation = "dense"
     with torch.no_grad():
         layer(torch.randn(5, 24, dtype=torch.float64))
-        kept = weakref.ref(layer.weight)
+        kept = weakref.ref(layer._dense_weight())  # what layer.weight copies
     assert kept() is not None
     layer.weight.sum().backward()  # the cores are about to change
     gc.collect()
@@ -777,6 +778,32 @@ def test_a_folder_that_cannot_be_written_is_named(monkeypatch: pytest.MonkeyPatc
         with pytest.raises(KernelBuildError, match="XDG_CACHE_HOME"):
             kernels.build()
     loading.look_again()
+
+
+@built
+@pytest.mark.parametrize("share", [0.0, 0.25, 0.6, 0.999])
+def test_a_library_that_was_cut_short_is_passed_by(elsewhere: Path, share: float) -> None:
+    """Loading one would end the process: the pages behind its end are not there."""
+    source, target = next(iter(loading._modules)), kernels.built_path()
+    target.parent.mkdir(parents=True)
+    content = Path(source).read_bytes()
+    digest = hashlib.sha256(content).hexdigest()
+    loading.digest_path(target).write_text(digest)
+    target.write_bytes(content[: int(share * len(content))])
+    assert not loading.look_again()
+    target.write_bytes(content)
+    assert loading.is_whole(target)
+
+
+@built
+@pytest.mark.parametrize("digest", [None, "", "0" * 64, "\udc80"])
+def test_a_library_without_its_checksum_is_passed_by(elsewhere: Path, digest: str | None) -> None:
+    source, target = next(iter(loading._modules)), kernels.built_path()
+    target.parent.mkdir(parents=True)
+    target.write_bytes(Path(source).read_bytes())
+    if digest is not None:
+        loading.digest_path(target).write_bytes(digest.encode(errors="surrogateescape"))
+    assert not loading.look_again()
 
 
 def test_a_broken_library_is_passed_by(elsewhere: Path, layer: tt.nn.Linear) -> None:

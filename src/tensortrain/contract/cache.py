@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from tensortrain.contract.kernels.load import loaded
+from tensortrain.contract.tracing import is_traced
 
 __all__ = ["WeightCache"]
 
@@ -86,7 +87,7 @@ class WeightCache:
             build: Makes the value: a tensor or a tuple of tensors.
             tag: Tells apart several values of the same sources.
         """
-        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        if is_traced():
             return build()
         if torch.is_grad_enabled() and any(source.requires_grad for source in sources):
             self.clear()

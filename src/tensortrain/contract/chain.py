@@ -8,6 +8,7 @@ from math import prod
 
 from torch import Tensor
 
+from tensortrain.contract.tracing import sizes_of
 from tensortrain.errors import RankError, ShapeError
 
 __all__ = ["Chain"]
@@ -49,8 +50,9 @@ class Chain:
             ShapeError: A core is not of order 4, or neighbours disagree on their rank.
         """
         _check_cores(cores)
-        ranks = (cores[0].shape[0], *(core.shape[3] for core in cores)) if cores else (1,)
-        return cls(tuple(c.shape[1] for c in cores), tuple(c.shape[2] for c in cores), ranks)
+        shapes = [sizes_of(core) for core in cores]
+        ranks = (shapes[0][0], *(shape[3] for shape in shapes)) if shapes else (1,)
+        return cls(tuple(shape[1] for shape in shapes), tuple(shape[2] for shape in shapes), ranks)
 
     @property
     def order(self) -> int:
@@ -111,16 +113,17 @@ def _check_ranks(ranks: tuple[int, ...], order: int) -> None:
 
 
 def _check_cores(cores: Sequence[Tensor]) -> None:
-    for k, core in enumerate(cores):
-        if core.ndim != 4:
+    shapes = [sizes_of(core) for core in cores]
+    for k, shape in enumerate(shapes):
+        if len(shape) != 4:
             raise ShapeError(
-                f"cores of a TT-matrix must have order 4: cores[{k}] has shape {tuple(core.shape)}, "
+                f"cores of a TT-matrix must have order 4: cores[{k}] has shape {shape}, "
                 "expected (r, i, j, s). Reshape the core."
             )
     for k in range(1, len(cores)):
-        if cores[k - 1].shape[3] != cores[k].shape[0]:
+        if shapes[k - 1][3] != shapes[k][0]:
             raise ShapeError(
                 f"neighbouring cores must share a rank: cores[{k - 1}] has shape "
-                f"{tuple(cores[k - 1].shape)} and cores[{k}] {tuple(cores[k].shape)}, expected the last "
+                f"{shapes[k - 1]} and cores[{k}] {shapes[k]}, expected the last "
                 "size of one to be the first of the next. Build the cores from one list of ranks."
             )

@@ -358,7 +358,7 @@ def _load(path: Path) -> CostModel | None:
     try:
         constants = read_json(path)["constants"]
         model = CostModel(**{name: _as_constant(value) for name, value in constants.items()})
-    except (ValueError, TypeError, KeyError, AttributeError):
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError):
         return None
     return model if _is_sound(model) else None
 

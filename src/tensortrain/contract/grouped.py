@@ -10,13 +10,14 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from tensortrain.contract.kernels import library
+from tensortrain.contract.tracing import is_traced
 
 __all__ = ["can_group", "grouped_product"]
 
 
 def can_group() -> bool:
     """Whether nothing looks on that would have to see every product: a tracer, autocast, a transform of torch.func."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if is_traced():
         return False
     if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
         return False

@@ -14,6 +14,7 @@ from tensortrain.contract.chain import Chain
 from tensortrain.contract.cost import CostModel, cost_model
 from tensortrain.contract.grouped import can_group, grouped_product
 from tensortrain.contract.merge import merge_cores, merge_order, run_numel
+from tensortrain.contract.tracing import is_traced
 from tensortrain.errors import DTypeError, ModeIndexError, ShapeError
 
 __all__ = ["chain_lookup", "lookup_groups"]
@@ -65,7 +66,7 @@ def chain_lookup(
     chain = Chain.of(cores)
     _check_lookup(ids, chain, tuple(in_modes))
     flat, inverse = ids.reshape(-1).long(), None
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if is_traced():
         # A traced program must not depend on the number of ids, so it takes ids and cores as they are.
         rows = _rows(flat, _tables(cores, [(k, k + 1) for k in range(chain.order)]), share=False)
         return rows.reshape(*ids.shape, chain.out_features)

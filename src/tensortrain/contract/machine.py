@@ -63,6 +63,8 @@ def write_json(path: Path, data: Any) -> None:
         try:
             with os.fdopen(handle, "w") as file:
                 file.write(json.dumps(data, indent=1))
+                file.flush()
+                os.fsync(file.fileno())  # else a crash of the machine may leave the new name with nothing behind it
             os.replace(temporary, path)
         except OSError:
             os.unlink(temporary)

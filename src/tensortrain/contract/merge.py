@@ -10,7 +10,7 @@ from math import prod
 from torch import Tensor
 
 from tensortrain.contract.chain import Chain
-from tensortrain.contract.tracing import constant_when_traced
+from tensortrain.contract.tracing import constant_when_traced, sizes_of
 from tensortrain.errors import ShapeError
 
 __all__ = ["Merge", "chain_to_dense", "merge_cores", "merge_order"]
@@ -117,7 +117,7 @@ def chain_to_dense(cores: Sequence[Tensor]) -> Tensor:
 
 
 def _merge_run(cores: Sequence[Tensor]) -> Tensor:
-    shapes = tuple((core.shape[0], core.shape[1], core.shape[2], core.shape[3]) for core in cores)
+    shapes = tuple(_shape_of(core) for core in cores)
     runs: dict[tuple[int, int], Tensor] = {(k, k + 1): core for k, core in enumerate(cores)}
     for step in merge_order(shapes):
         left = runs.pop((step.start, step.middle))
@@ -127,11 +127,16 @@ def _merge_run(cores: Sequence[Tensor]) -> Tensor:
 
 
 def _merge_pair(left: Tensor, right: Tensor) -> Tensor:
-    r, i, j, t = left.shape
-    _, i2, j2, s = right.shape
+    r, i, j, t = _shape_of(left)
+    _, i2, j2, s = _shape_of(right)
     both = left.reshape(r * i * j, t) @ right.reshape(t, i2 * j2 * s)
     both = both.reshape(r, i, j, i2, j2, s).permute(0, 1, 3, 2, 4, 5)  # r i i2 j j2 s
     return both.reshape(r, i * i2, j * j2, s)
+
+
+def _shape_of(core: Tensor) -> CoreShape:
+    sizes = sizes_of(core)
+    return sizes[0], sizes[1], sizes[2], sizes[3]
 
 
 def _check_groups(groups: Sequence[tuple[int, int]], order: int) -> None:

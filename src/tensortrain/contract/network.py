@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tensortrain.contract.cost import CostModel, given_or_measured
-from tensortrain.contract.tracing import constant_when_traced
+from tensortrain.contract.tracing import constant_when_traced, sizes_of
 from tensortrain.errors import KindError, ShapeError
 
 __all__ = [
@@ -386,9 +386,10 @@ class NetworkPlan:
             torch.Size([2, 5])
         """
         network = self.network
-        if x.ndim == 0 or x.shape[-1] != network.in_features:
+        sizes = sizes_of(x)
+        if not sizes or sizes[-1] != network.in_features:
             raise ShapeError(
-                f"the last size of the input must be in_features: x has shape {tuple(x.shape)}, expected "
+                f"the last size of the input must be in_features: x has shape {sizes}, expected "
                 f"(..., {network.in_features}). Reshape the input or plan for its size."
             )
         weights = self.prepare(cores) if prepared is None else prepared
@@ -407,7 +408,7 @@ class NetworkPlan:
         return sorted(left)
 
     def _check_cores(self, cores: Sequence[Tensor]) -> None:
-        shapes = tuple(tuple(core.shape) for core in cores)
+        shapes = tuple(sizes_of(core) for core in cores)
         if shapes != self.network.core_shapes:
             raise ShapeError(
                 f"cores must have the planned shapes: cores has {shapes}, expected "

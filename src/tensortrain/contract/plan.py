@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Any, Literal
 
 import torch
@@ -23,6 +24,7 @@ from torch import Tensor
 from tensortrain.contract.chain import Chain
 from tensortrain.contract.kernels import compiled, library
 from tensortrain.contract.merge import chain_to_dense, merge_cores
+from tensortrain.contract.tracing import is_traced, sizes_of
 from tensortrain.errors import ShapeError
 
 __all__ = ["ContractionPlan", "Direction", "Form", "Kind", "Step", "linear_product"]
@@ -154,9 +156,9 @@ class ContractionPlan:
             return (chain_to_dense(cores),)
         merged = merge_cores(cores, self.groups)
         if self.direction == "right-to-left":
-            return tuple(core.reshape(-1, core.shape[2] * core.shape[3]) for core in reversed(merged))
+            return tuple(core.reshape(-1, prod(sizes_of(core)[2:])) for core in reversed(merged))
         return tuple(  # i s, r j
-            core.permute(1, 3, 0, 2).reshape(core.shape[1] * core.shape[3], -1) for core in merged
+            core.permute(1, 3, 0, 2).reshape(prod(sizes_of(core)[1::2]), -1) for core in merged
         )
 
     def execute(
@@ -205,7 +207,7 @@ class ContractionPlan:
         self, x: Tensor, cores: Sequence[Tensor], prepared: Sequence[Tensor] | None, bias: Tensor | None
     ) -> Tensor | None:
         """The product by the kernels; ``None`` where there are none, or they do not serve these tensors."""
-        if torch.compiler.is_compiling():
+        if is_traced():
             return None
         sweep = compiled(self, ready=prepared is not None)
         if sweep is None:
@@ -217,14 +219,15 @@ class ContractionPlan:
         return {name: value for name, value in self.__dict__.items() if name != "_compiled"}
 
     def _check_input(self, x: Tensor) -> None:
-        if x.ndim == 0 or x.shape[-1] != self.chain.in_features:
+        sizes = sizes_of(x)
+        if not sizes or sizes[-1] != self.chain.in_features:
             raise ShapeError(
-                f"the last size of the input must be in_features: x has shape {tuple(x.shape)}, expected "
+                f"the last size of the input must be in_features: x has shape {sizes}, expected "
                 f"(..., {self.chain.in_features}). Reshape the input or plan for its size."
             )
 
     def _check_cores(self, cores: Sequence[Tensor]) -> None:
-        shapes = tuple(tuple(core.shape) for core in cores)
+        shapes = tuple(sizes_of(core) for core in cores)
         if shapes != self.chain.core_shapes:
             raise ShapeError(
                 f"cores must have the planned shapes: cores has {shapes}, expected "
@@ -241,7 +244,7 @@ def linear_product(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, fli
         return F.linear(x, weight, bias)
     columns = x.reshape(-1, x.shape[-1]).t()
     y = torch.mm(weight, columns) if bias is None else torch.addmm(bias.unsqueeze(1), weight, columns)
-    return y.t().contiguous().view(*x.shape[:-1], weight.shape[0])
+    return y.t().contiguous().view(*x.shape[:-1], sizes_of(weight)[0])
 
 
 # The state between steps is (lead, rows of the last weight, width). After a "copied" step it is a
@@ -251,28 +254,29 @@ def linear_product(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, fli
 
 def _step_leftward(state: Tensor, weight: Tensor, step: Step) -> Tensor:
     """State ``(b j, s i, p)`` to ``(b, r i, i p)``; ``i p`` are output modes already made."""
-    i, p = state.shape[1] // step.rank, state.shape[2]
+    _, rows, p = sizes_of(state)
+    i = rows // step.rank
     state = state.reshape(-1, step.mode, step.rank, i, p)
     if step.kind == "batched":
         return _batched(weight, state.reshape(-1, step.mode * step.rank, i * p))
     columns = state.permute(0, 3, 4, 1, 2).reshape(-1, step.mode * step.rank)
     return (
         linear_product(columns, weight, flipped=step.kind == "flipped")
-        .reshape(-1, i * p, weight.shape[0])
+        .reshape(-1, i * p, sizes_of(weight)[0])
         .transpose(1, 2)
     )
 
 
 def _step_rightward(state: Tensor, weight: Tensor, step: Step) -> Tensor:
     """State ``(b, i r, j p)`` to ``(b i, i s, p)``; ``p`` are input modes still to come."""
-    i, p = state.shape[1] // step.rank, state.shape[2] // step.mode
+    _, rows, columns_left = sizes_of(state)
+    i, p = rows // step.rank, columns_left // step.mode
     state = state.reshape(-1, i, step.rank, step.mode, p)
     if step.kind == "batched":
         return _batched(weight, state.reshape(-1, step.rank * step.mode, p))
     columns = state.permute(0, 1, 4, 2, 3).reshape(-1, step.rank * step.mode)
-    return (
-        linear_product(columns, weight, flipped=step.kind == "flipped").reshape(-1, p, weight.shape[0]).transpose(1, 2)
-    )
+    product = linear_product(columns, weight, flipped=step.kind == "flipped")
+    return product.reshape(-1, p, sizes_of(weight)[0]).transpose(1, 2)
 
 
 def _batched(weight: Tensor, state: Tensor) -> Tensor:

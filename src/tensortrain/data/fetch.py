@@ -46,6 +46,9 @@ def fill_folder(folder: Path, fill: Callable[[Path], None]) -> None:
         new, old = Path(scratch) / "new", Path(scratch) / "old"
         new.mkdir()
         fill(new)
+        for path in new.rglob("*"):
+            if path.is_file():
+                _sync(path)
         if folder.exists():
             os.rename(folder, old)
         try:
@@ -53,6 +56,15 @@ def fill_folder(folder: Path, fill: Callable[[Path], None]) -> None:
         except OSError:
             if not folder.exists():  # otherwise another process has just put its own there
                 raise
+
+
+def _sync(path: Path) -> None:
+    """Bring a file to the disk before the folder gets its name: a crash must not leave half of it there."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def run(command: Sequence[str], *, cwd: Path) -> None:

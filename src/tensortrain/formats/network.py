@@ -21,7 +21,7 @@ from torch import Tensor
 
 from tensortrain.contract import ContractionPlan, CostModel, Network, plan_network
 from tensortrain.contract.network import Product, contraction, contraction_flops, run
-from tensortrain.contract.tracing import constant_when_traced
+from tensortrain.contract.tracing import constant_when_traced, is_traced
 from tensortrain.errors import DTypeError, ModeIndexError
 from tensortrain.tensor.linalg import singular_values
 from tensortrain.tensor.tolerance import checked_eps, compute_dtype
@@ -263,7 +263,7 @@ class NetworkFormat(Format):
         y = spatial(x.reshape(b * c, 1, *x.shape[2:]), shifts)  # (b c) x *p
         places = y.shape[2:]
         y = y.reshape(b, c, positions, places.numel()).permute(0, 3, 2, 1)  # b p x c
-        rows = _TRACED_ROWS if torch.compiler.is_compiling() else y.shape[0] * y.shape[1]
+        rows = _TRACED_ROWS if is_traced() else y.shape[0] * y.shape[1]
         steps = _row_steps(_plain(spec), spec.ranks, rows)
         y = run(steps, [y.reshape(-1, *self.in_legs(spec).values()), *cores])
         y = y.reshape(b, places.numel(), spec.weight.out_features).transpose(1, 2)
@@ -280,7 +280,7 @@ class NetworkFormat(Format):
     def lookup(self, ids: Tensor, cores: Sequence[Tensor], spec: FactorSpec) -> Tensor:
         """Rows of an embedding: every core that bears input legs gives the slices that an id's digits pick."""
         flat, inverse = ids.reshape(-1).long(), None
-        traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+        traced = is_traced()
         if not traced:
             flat, inverse = torch.unique(flat, return_inverse=True)
             _check_range(flat, math.prod(spec.in_modes))

@@ -10,11 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tensortrain.contract.tracing import sizes_of
 from tensortrain.errors import DTypeError, ShapeError
 from tensortrain.formats import Rank
 
 from .base import Implementation, Init
-from .composite import CompositeLayer, Map, linear_of
+from .composite import CompositeLayer, Map, linear_of, weight_of
+from .inputs import lengths_of, nest, traceable
 from .linear import Linear
 
 __all__ = ["MultiheadAttention"]
@@ -122,6 +124,7 @@ class MultiheadAttention(CompositeLayer):
 
     # -- forward -------------------------------------------------------------------------------------
 
+    @traceable
     def forward(
         self,
         query: Tensor,
@@ -137,6 +140,9 @@ class MultiheadAttention(CompositeLayer):
 
         Without ``need_weights``, ``scaled_dot_product_attention`` does the work.
         """
+        if query.is_nested or key.is_nested or value.is_nested:
+            _check_nested((query, key, value), (key_padding_mask, attn_mask), self.batch_first)
+            return self._attend_nested(query, key, value, need_weights, average_attn_weights)
         batched, axis = query.ndim == 3, 0 if self.batch_first else 1
         if not batched:
             self._check_axes(query, key, value, 2)
@@ -151,7 +157,7 @@ class MultiheadAttention(CompositeLayer):
         q = self._heads(self.q_proj(query))
         k = self._extended(self._heads(self.k_proj(key)), self.bias_k)
         v = self._extended(self._heads(self.v_proj(value)), self.bias_v)
-        n_extra = k.shape[2] - key.shape[1 - axis]
+        n_extra = sizes_of(k)[2] - sizes_of(key)[1 - axis]
         hinted = is_causal and key_padding_mask is None and not need_weights and n_extra == 0
         mask = None if hinted else self._merged_mask(attn_mask, key_padding_mask, q, k, n_extra)
         y, weights = self._attend(q, k, v, mask, need_weights, hinted)
@@ -161,6 +167,18 @@ class MultiheadAttention(CompositeLayer):
         if not batched:
             return y.squeeze(axis), None if weights is None else weights.squeeze(0)
         return y, weights
+
+    def _attend_nested(
+        self, query: Tensor, key: Tensor, value: Tensor, need_weights: bool, average_attn_weights: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Sequences of several lengths: padded, with the padding masked, and cut out again."""
+        q, k, v = (torch.nested.to_padded_tensor(x, 0.0) for x in (query, key, value))
+        # A sequence without keys would give NaN; nothing of it comes back.
+        padding = torch.arange(k.shape[1], device=k.device) >= lengths_of(key).clamp_min(1)[:, None]
+        y, weights = self.forward(
+            q, k, v, padding, need_weights=need_weights, average_attn_weights=average_attn_weights
+        )
+        return nest(y, query), weights
 
     def _heads(self, x: Tensor) -> Tensor:
         """``(b, L, E)`` or ``(L, b, E)`` as ``(b, n_heads, L, head_dim)``."""
@@ -181,12 +199,12 @@ class MultiheadAttention(CompositeLayer):
         self, attn_mask: Tensor | None, padding: Tensor | None, q: Tensor, k: Tensor, n_extra: int
     ) -> Tensor | None:
         """What is added to the scores ``(b, n_heads, L, S)``, in a shape that broadcasts; extra positions stay."""
-        b, heads, n_queries, n_keys = *q.shape[:3], k.shape[2] - n_extra
+        b, heads, n_queries, n_keys = *sizes_of(q)[:3], sizes_of(k)[2] - n_extra
         masks = []
         if attn_mask is not None:
             shapes = ((n_queries, n_keys), (b * heads, n_queries, n_keys))
             _check_mask("attn_mask", attn_mask, shapes)
-            masks.append(attn_mask if attn_mask.ndim == 2 else attn_mask.unflatten(0, (b, heads)))
+            masks.append(attn_mask if attn_mask.ndim == 2 else attn_mask.unflatten(0, (-1, heads)))
         if padding is not None:
             _check_mask("key_padding_mask", padding, ((b, n_keys),))
             masks.append(padding[:, None, None, :])
@@ -207,7 +225,7 @@ class MultiheadAttention(CompositeLayer):
     # -- checks --------------------------------------------------------------------------------------
 
     def _check_axes(self, query: Tensor, key: Tensor, value: Tensor, n_axes: int) -> None:
-        found = [tuple(x.shape) for x in (query, key, value)]
+        found = [sizes_of(x) for x in (query, key, value)]
         sizes = (self.embed_dim, self.kdim, self.vdim)
         if any(len(shape) != n_axes or shape[-1] != size for shape, size in zip(found, sizes, strict=True)):
             raise ShapeError(
@@ -217,10 +235,11 @@ class MultiheadAttention(CompositeLayer):
 
     def _check_inputs(self, query: Tensor, key: Tensor, value: Tensor, axis: int) -> None:
         self._check_axes(query, key, value, 3)
-        if key.shape[:2] != value.shape[:2] or query.shape[axis] != key.shape[axis]:
+        q, k, v = sizes_of(query), sizes_of(key), sizes_of(value)
+        if k[:2] != v[:2] or q[axis] != k[axis]:
             raise ShapeError(
-                f"key and value must have one length, and one batch with the query: found {tuple(query.shape)}, "
-                f"{tuple(key.shape)} and {tuple(value.shape)}, the batch in axis {axis}. Check batch_first."
+                f"key and value must have one length, and one batch with the query: found {q}, {k} and {v}, "
+                f"the batch in axis {axis}. Check batch_first."
             )
 
     # -- to and from torch's layer -------------------------------------------------------------------
@@ -264,26 +283,39 @@ class MultiheadAttention(CompositeLayer):
 
     def to_dense(self) -> Any:
         """Torch's layer with the same weights."""
-        weight = self.out_proj.weight
+        weight = weight_of(self.out_proj)
         has = {"bias": self.out_proj.bias is not None, "add_bias_kv": self.bias_k is not None}
         arguments: Any = {name: getattr(self, name) for name in self.torch_arguments} | has
         dense = nn.MultiheadAttention(**arguments, device=weight.device, dtype=weight.dtype)
         self._fill(dense)
         return dense
 
-    def dense_weights(self) -> dict[str, Tensor]:
-        """The dense weights under the names that torch's layer gives them, differentiable in the cores."""
+    def _weights(self) -> dict[str, Tensor]:
         maps = {"q": self.q_proj, "k": self.k_proj, "v": self.v_proj}
         if self.kdim == self.vdim == self.embed_dim:
-            found = {"in_proj_weight": torch.cat([one.weight for one in maps.values()])}
+            found = {"in_proj_weight": torch.cat([weight_of(one) for one in maps.values()])}
         else:
-            found = {f"{name}_proj_weight": one.weight for name, one in maps.items()}
-        found["out_proj.weight"] = self.out_proj.weight
+            found = {f"{name}_proj_weight": weight_of(one) for name, one in maps.items()}
+        found["out_proj.weight"] = weight_of(self.out_proj)
         if self.out_proj.bias is not None:
             found["in_proj_bias"] = torch.cat([one.bias for one in maps.values()])
             found["out_proj.bias"] = self.out_proj.bias
         extra = {"bias_k": self.bias_k, "bias_v": self.bias_v}
         return found | {name: value for name, value in extra.items() if value is not None}
+
+    # What torch's own encoder layer reads of its attention, to choose how it runs.
+
+    _qkv_same_embed_dim = False  # its fused kernel would pass by the projections: let it call the layer
+
+    @property
+    def in_proj_weight(self) -> Tensor | None:
+        """The dense weights of queries, keys and values, one under the other, to read; ``None`` for unlike sizes."""
+        return self.dense_weights().get("in_proj_weight")
+
+    @property
+    def in_proj_bias(self) -> Tensor | None:
+        """Their biases, to read."""
+        return self.dense_weights().get("in_proj_bias")
 
     def extra_repr(self) -> str:
         parts = [f"{self.embed_dim}, {self.num_heads}"]
@@ -319,10 +351,19 @@ def _check_mask(name: str, mask: Tensor, shapes: Sequence[tuple[int, ...]]) -> N
             f"{name} must be boolean (True blanks out) or floating-point (added to the scores): found {mask.dtype}. "
             "Convert it with mask.bool()."
         )
-    if tuple(mask.shape) not in shapes:
+    if sizes_of(mask) not in shapes:
         raise ShapeError(
-            f"{name} must fit queries and keys: found {tuple(mask.shape)}, expected "
+            f"{name} must fit queries and keys: found {sizes_of(mask)}, expected "
             f"{' or '.join(map(str, shapes))}. Check the lengths, and True means blanked out."
+        )
+
+
+def _check_nested(inputs: Sequence[Tensor], masks: Sequence[Tensor | None], batch_first: bool) -> None:
+    if not all(x.is_nested for x in inputs) or not batch_first or any(mask is not None for mask in masks):
+        raise ShapeError(
+            f"nested query, key and value come together, with batch_first and without masks: found nested "
+            f"{[x.is_nested for x in inputs]}, batch_first={batch_first}, {sum(m is not None for m in masks)} masks. "
+            "Pad them with torch.nested.to_padded_tensor(x, 0.0)."
         )
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from typing import Any, ClassVar, Literal, TypeVar, get_args
 
 import torch
@@ -11,17 +13,20 @@ from torch import Tensor, nn
 
 from tensortrain.contract import (
     Chain,
-    ContractionPlan,
     CostModel,
     Network,
-    NetworkPlan,
     WeightCache,
     fastest_plan,
     plan_chain,
     plan_network,
 )
-from tensortrain.errors import KindError, ShapeError
+from tensortrain.contract.tracing import constant_when_traced, is_traced, static_power_of_two
+from tensortrain.errors import DerivedWeightError, KindError, ShapeError
 from tensortrain.formats import Factorization, FactorSpec, Format, Rank, WeightShape, get_format
+
+from .cores import Cores, held_cores, list_cores
+from .derived import read_only
+from .inputs import Traced
 
 __all__ = ["FactorizedLayer", "Implementation"]
 
@@ -29,11 +34,10 @@ Implementation = Literal["auto", "factorized", "dense"]
 Init = Literal["match", "glorot", "he", "structured"] | float | None
 Self = TypeVar("Self", bound="FactorizedLayer")
 _FORCE: dict[str, Any] = {"auto": None, "dense": "dense", "factorized": "factorized"}
-_NAMES = [str(k) for k in range(64)]  # of parameters in a list
-_COMPILE_BATCH = 32  # a traced graph cannot choose by batch size, so it is planned for this one
+_COMPILE_BATCH = 32  # a traced graph that takes any batch size is planned for this one
 
 
-class FactorizedLayer(nn.Module):
+class FactorizedLayer(Traced):
     """Base of the layers whose weight is a product of small cores.
 
     Attributes:
@@ -72,7 +76,7 @@ class FactorizedLayer(nn.Module):
         self._group_spec = spec.one_group()
         self.implementation = implementation
         empty = [torch.empty(shape, device=device, dtype=dtype) for shape in spec.core_shapes]
-        self.cores = nn.ParameterList(nn.Parameter(core) for core in empty)
+        self.cores: nn.ParameterList = Cores(nn.Parameter(core) for core in empty)
         if bias is None:
             self.register_parameter("bias", None)
         else:
@@ -131,8 +135,7 @@ class FactorizedLayer(nn.Module):
     @classmethod
     def kernel_of(cls, layer: Any) -> Tensor:
         """The dense weight of such a layer, torch's or factorized, laid out as formats take it; no gradient."""
-        weight: Tensor = layer.weight
-        return weight.detach()
+        return _full_weight_of(layer).detach()
 
     @classmethod
     def arguments_of(cls, layer: Any) -> dict[str, Any]:
@@ -236,7 +239,7 @@ class FactorizedLayer(nn.Module):
         core = self.cores[0]
         dense: Any = self.dense_type(**self.arguments_of(self), device=core.device, dtype=core.dtype)
         with torch.no_grad():
-            dense.weight.copy_(self.weight)
+            dense.weight.copy_(self._full_weight())
         dense.weight.requires_grad_(core.requires_grad)
         _copy_bias(self, dense)
         return dense.train(self.training)
@@ -265,8 +268,27 @@ class FactorizedLayer(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The dense weight in torch's layout, built from the cores (kept while they do not change)."""
+        """The dense weight in torch's layout, built from the cores: a copy to read, which refuses to be written to."""
+        if is_traced():
+            return self._full_weight()
+        weight = self._full_weight()
+        return read_only(weight, is_shared=self._is_shared(weight))
+
+    def _is_shared(self, weight: Tensor) -> bool:
+        """Whether the cache or a core may hold the memory of this weight."""
+        return not weight.requires_grad or len(self.cores) == 1
+
+    def _full_weight(self) -> Tensor:
+        """The weight as others see it; not to be written to, since it may lie in the cache."""
         return self._dense_weight()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight":
+            raise DerivedWeightError(
+                "the weight of a factorized layer must be changed through its cores: layer.weight was assigned to, but "
+                "it is made from layer.cores. Make a new layer with from_dense, and put that in this one's place."
+            )
+        super().__setattr__(name, value)
 
     @property
     def n_params(self) -> int:
@@ -337,14 +359,11 @@ class FactorizedLayer(nn.Module):
     def _core_list(self) -> list[Tensor]:
         if self._stand_ins is not None:
             return self._stand_ins
-        # Going through ParameterList costs more than a small product. Constrained cores are a list of another type;
-        # weight norm, pruning or a replica for another device keeps some of them elsewhere or in another order.
-        cores = self.cores
-        stored = cores._parameters
-        is_plain = type(cores) is nn.ParameterList and list(stored) == _NAMES[: len(cores)]
-        return list(stored.values()) if is_plain else list(cores)  # type: ignore[arg-type]
+        return held_cores(self) or list_cores(self.cores)
 
     def _cached(self, key: Any, build: Callable[[], Any]) -> Any:
+        if held_cores(self) is not None:  # cores that a hook makes or loads for this call alone must not outlive it
+            return build()
         return self._cache.get(self._core_list(), build, tag=key)
 
     def _dense_weight(self) -> Tensor:
@@ -369,15 +388,19 @@ class FactorizedLayer(nn.Module):
         chain = self._chain()
         if chain is None:
             return None
-        core = self.cores[0]
-        return _plan(
-            chain,
-            batch=_COMPILE_BATCH,
-            dtype=core.dtype,
-            allow_dense=self._dense_allowed,
-            force=_FORCE[self.implementation],
-            cost_model=CostModel.reference(self._device_type),
-        )
+        self._static_shape = type(chain).__name__, tuple(getattr(chain, field.name) for field in fields(chain))
+        return self._plan_when_traced(None)
+
+    def _plan_when_traced(self, rows: int | None) -> Any:  # ContractionPlan | NetworkPlan
+        """The plan of a traced program: for its number of rows, where that is fixed in it."""
+        bucket = None if rows is None else static_power_of_two(rows)
+        place = self.cores[0].dtype, self._device_type
+        how = self._options_when_traced()
+        return getattr(_plans, _name_of_plan(*self._static_shape, bucket or _COMPILE_BATCH, *place, *how))
+
+    def _options_when_traced(self) -> tuple[bool, Any]:
+        """Whether a traced plan may be dense, and of which kind it must be."""
+        return self._dense_allowed, _FORCE[self.implementation]
 
     def _plan_key(self, rows: int, training: bool, force: Any = None) -> tuple[Any, ...]:
         bucket = 1 << max(0, rows - 1).bit_length()
@@ -407,8 +430,38 @@ class FactorizedLayer(nn.Module):
         return plan
 
 
-def _plan(shape: Chain | Network, **options: Any) -> ContractionPlan | NetworkPlan:
-    return plan_network(shape, **options) if isinstance(shape, Network) else plan_chain(shape, **options)
+def _full_weight_of(layer: Any) -> Tensor:
+    """The dense weight of a layer, torch's or factorized."""
+    weight: Tensor = layer._full_weight() if isinstance(layer, FactorizedLayer) else layer.weight
+    return weight
+
+
+class _Plans:
+    """The plans that traced programs have asked for, as attributes: what a compiler can look up by name."""
+
+
+_plans = _Plans()
+
+
+@constant_when_traced  # plain arguments and a plain answer, as a compiler wants them
+def _name_of_plan(
+    kind: str,
+    shape: tuple[Any, ...],
+    rows: int,
+    dtype: torch.dtype,
+    device_type: str,
+    allow_dense: bool,
+    force: Any,
+) -> str:
+    """Make the plan for a program that keeps nothing between its calls: as in training, every call merges its cores."""
+    asked = repr((kind, shape, rows, dtype, device_type, allow_dense, force))
+    name = f"plan_{hashlib.sha256(asked.encode()).hexdigest()[:24]}"
+    if not hasattr(_plans, name):
+        options: dict[str, Any] = {"batch": rows, "dtype": dtype, "training": True, "allow_dense": allow_dense}
+        options |= {"force": force, "cost_model": CostModel.reference(device_type)}
+        find: Any = plan_network if kind == "Network" else plan_chain
+        setattr(_plans, name, find((Network if kind == "Network" else Chain)(*shape), **options))
+    return name
 
 
 def _copy_bias(source: Any, target: Any) -> None:

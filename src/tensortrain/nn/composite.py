@@ -12,7 +12,10 @@ from torch import Tensor, nn
 from tensortrain.contract import ContractionPlan, NetworkPlan
 from tensortrain.errors import KindError
 
+from . import cores as core_lists
 from .base import FactorizedLayer
+from .derived import read_only
+from .inputs import Traced
 from .linear import Linear
 
 __all__ = ["CompositeLayer", "CompositePlan", "MapPlan"]
@@ -80,7 +83,7 @@ class CompositePlan:
         return "\n\n".join(str(one) for one in self.maps)
 
 
-class CompositeLayer(nn.Module):
+class CompositeLayer(Traced):
     """Base of the layers that hold several maps, factorized or dense, as children.
 
     All parameters live in the children, so whatever knows ``tensortrain.nn.Linear`` (checkpoints, surgery,
@@ -137,13 +140,22 @@ class CompositeLayer(nn.Module):
             )
 
     def dense_weights(self) -> dict[str, Tensor]:
-        """The dense weights under the names that torch's layer gives them, differentiable in the cores."""
+        """The dense weights under the names that torch's layer gives them, differentiable in the cores.
+
+        Those made from cores are copies to read: writing to them is refused.
+        """
+        own = {id(parameter) for parameter in self.parameters()}
+        found = self._weights()
+        return {name: w if id(w) in own else read_only(w, is_shared=True) for name, w in found.items()}
+
+    def _weights(self) -> dict[str, Tensor]:
+        """The same tensors without a copy."""
         raise NotImplementedError
 
     def _fill(self, dense: nn.Module) -> None:
         """Give a torch layer this one's dense weights; ``requires_grad`` and mode carry over."""
         with torch.enable_grad():  # else a weight built from cores would not tell whether they are trained
-            weights = self.dense_weights()
+            weights = self._weights()
         with torch.no_grad():
             for name, parameter in dense.named_parameters():
                 parameter.copy_(weights[name])
@@ -160,6 +172,11 @@ def plan_map(name: str, one: Map, rows: int, calls: int) -> MapPlan:
     return MapPlan(name, one.in_features, one.out_features, rows, calls, plan)
 
 
+def weight_of(one: Map) -> Tensor:
+    """The dense weight of a map, not to be written to."""
+    return one._full_weight() if isinstance(one, Linear) else one.weight
+
+
 def linear_of(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     """A torch layer with copies of these tensors, which keep their dtype, device and ``requires_grad``."""
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
@@ -170,9 +187,9 @@ def linear_of(weight: Tensor, bias: Tensor | None) -> nn.Linear:
 
 
 def is_watched(module: nn.Module) -> bool:
-    """Whether hooks wait for the module to be called."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return any(hooks)
+    """Whether hooks, or a forward put on the instance, wait for the module or its cores to be called."""
+    cores = module.cores if isinstance(module, FactorizedLayer) else None
+    return core_lists.is_watched(module) or (cores is not None and core_lists.is_watched(cores))
 
 
 def is_plain(module: nn.Module) -> bool:

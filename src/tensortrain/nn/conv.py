@@ -10,12 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tensortrain.contract import Chain, ContractionPlan, cost_model
+from tensortrain.contract import Chain, ContractionPlan, CostModel, cost_model
+from tensortrain.contract.tracing import is_traced, sizes_of, static_power_of_two
 from tensortrain.errors import ShapeError
 from tensortrain.formats import FactorSpec, Format, Rank, WeightShape, get_format
 
-from .base import FactorizedLayer, Implementation, Init, as_tuple
+from .base import _COMPILE_BATCH, FactorizedLayer, Implementation, Init, as_tuple
 from .conv_plan import ConvPlan, out_size
+from .inputs import check_plain_layout, once, traceable
 
 __all__ = ["Conv1d", "Conv2d", "Conv3d", "ConvLayer"]
 
@@ -24,6 +26,7 @@ Convolve = Callable[..., Tensor]  # (x, weight in torch's layout, bias=None, gro
 # Core by core has to be clearly ahead: its predicted time is rougher than that of one library call.
 _MARGIN = 0.7
 _STEPS_OVERHEAD_S = 40e-6  # of the calls between the steps, which no flop count shows; seen on a CPU
+_FEW = 4  # inputs of a traced program that is planned for one
 _CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 
@@ -76,6 +79,8 @@ class ConvLayer(FactorizedLayer):
             dtype=dtype,
         )
         self._seen_spatial: tuple[int, ...] = tuple(4 * k for k in self.kernel_size)
+        # Whether the kernel is rebuilt in every call of a traced program, for few inputs and for many.
+        self._dense_pays = tuple(self._plan(n, self._seen_spatial, traced=True).uses_dense for n in (1, _COMPILE_BATCH))
 
     @classmethod
     def weight_shape_of(cls, layer: Any) -> WeightShape:
@@ -103,14 +108,18 @@ class ConvLayer(FactorizedLayer):
     # -- how it runs ---------------------------------------------------------------------------------
 
     def _check_input(self, x: Tensor) -> None:
-        n = self.n_axes
-        if x.ndim not in (n + 1, n + 2) or x.shape[-n - 1] != self.in_channels:
+        check_plain_layout(x, type(self).__name__)
+        n, sizes = self.n_axes, sizes_of(x)
+        if len(sizes) not in (n + 1, n + 2) or sizes[-n - 1] != self.in_channels:
             raise ShapeError(
-                f"a convolution's input must be (b, C, *positions) or (C, *positions): found {tuple(x.shape)}, "
+                f"a convolution's input must be (b, C, *positions) or (C, *positions): found {sizes}, "
                 f"expected C = {self.in_channels} and {n} position axes. Check the layer before."
             )
 
     def _run(self, x: Tensor, convolve: Convolve) -> Tensor:
+        if x.layout is torch._mkldnn:  # type: ignore[attr-defined]
+            return self._run(x.to_dense(), convolve).to_mkldnn()
+        self._check_input(x)
         if x.ndim == self.n_axes + 1:
             return self._run(x.unsqueeze(0), convolve).squeeze(0)
         if self._runs_dense(x):
@@ -119,10 +128,16 @@ class ConvLayer(FactorizedLayer):
         return y if self.bias is None else y + self.bias.to(y.dtype).reshape(-1, *[1] * self.n_axes)
 
     def _runs_dense(self, x: Tensor) -> bool:
-        if torch.compiler.is_compiling():
-            return self._dense_allowed or not self._has_steps
+        if is_traced():
+            return self._runs_dense_when_traced(x)
         self._seen_spatial = tuple(x.shape[2:])
         return self.plan(x.shape[0], self._seen_spatial).uses_dense
+
+    def _runs_dense_when_traced(self, x: Tensor) -> bool:
+        if self.implementation != "auto" or not self._has_steps:
+            return self.implementation == "dense" or not self._has_steps
+        few = (static_power_of_two(x.shape[0]) or _COMPILE_BATCH) <= _FEW
+        return self._dense_allowed and self._dense_pays[0 if few else 1]
 
     @property
     def _has_steps(self) -> bool:
@@ -137,8 +152,10 @@ class ConvLayer(FactorizedLayer):
         return torch.cat(outputs, dim=1)
 
     def _channel_plan(self, x: Tensor) -> ContractionPlan | None:
-        plan = self._static_plan
-        if plan is None or torch.compiler.is_compiling():
+        if self._static_plan is None:
+            return None
+        if is_traced():
+            plan: ContractionPlan = self._plan_when_traced(self._chain_rows(sizes_of(x)[0], sizes_of(x)[2:]))
             return plan
         return self._chain_plan(self._chain_rows(x.shape[0], tuple(x.shape[2:])), force="factorized")
 
@@ -149,13 +166,8 @@ class ConvLayer(FactorizedLayer):
     def _chain(self) -> Chain | None:
         return self.format.channel_chain(self._group_spec)
 
-    def _make_static_plan(self) -> ContractionPlan | None:
-        implementation = self.implementation
-        self.implementation = "factorized"  # the channel chain itself never runs through a dense kernel
-        try:
-            return super()._make_static_plan()
-        finally:
-            self.implementation = implementation
+    def _options_when_traced(self) -> tuple[bool, Any]:
+        return False, "factorized"  # the channel chain itself never runs through a dense kernel
 
     def plan(self, batch: int = 1, spatial: Sequence[int] | None = None) -> ConvPlan:
         """How the layer runs on this many inputs of this size (the size last seen when left out)."""
@@ -166,15 +178,16 @@ class ConvLayer(FactorizedLayer):
             found = self._plans[key] = self._plan(batch, sizes)
         return found
 
-    def _plan(self, batch: int, spatial: tuple[int, ...]) -> ConvPlan:
-        core = self.cores[0]
-        model, size, weight = cost_model(self._device_type), core.element_size(), self.spec.weight
+    def _plan(self, batch: int, spatial: tuple[int, ...], *, traced: bool = False) -> ConvPlan:
+        core, trains = self.cores[0], traced or self._trains()
+        model = CostModel.reference(self._device_type) if traced else cost_model(self._device_type)
+        size, weight = core.element_size(), self.spec.weight
         ins, outs = math.prod(spatial), math.prod(self._out_spatial(spatial))
-        backward = 3 if self._trains() else 1
+        backward = 3 if trains else 1
         dense_flops = 2 * batch * self._filter_positions(ins, outs) * weight.n_params
         dense_moved = batch * (self.in_channels * ins + self.out_channels * outs) + weight.n_params
         dense_s = backward * model.conv_s(dense_flops, dense_moved * size)
-        if self._trains():
+        if trains:
             dense_s += 3 * model.conv_s(2 * weight.n_params * max(self.spec.ranks), weight.n_params * size)
         if not self._has_steps:
             return ConvPlan("dense", batch, spatial, dense_flops, dense_flops, dense_s, dense_s, 0)
@@ -183,7 +196,8 @@ class ConvLayer(FactorizedLayer):
         factorized_s += _STEPS_OVERHEAD_S * self.groups
         flops = sum(flops for flops, _ in steps)
         if self._chain() is not None:
-            plan = self._chain_plan(self._chain_rows(batch, spatial), force="factorized")
+            rows = self._chain_rows(batch, spatial)
+            plan = self._plan_when_traced(rows) if traced else self._chain_plan(rows, force="factorized")
             factorized_s += plan.predicted_s * self.groups
             flops += plan.flops * self.groups
         peak = max((moved for _, moved in steps), default=0) * size
@@ -259,9 +273,10 @@ class _ConvNd(ConvLayer):
             dtype=dtype,
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        self._check_input(x)
-        return self._run(x, self._convolve)
+    @traceable
+    @once
+    def forward(self, input: Tensor) -> Tensor:
+        return self._run(input, self._convolve)
 
     def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, groups: int = 1) -> Tensor:
         padding: Any = self.padding

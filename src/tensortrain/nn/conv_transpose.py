@@ -17,12 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tensortrain.contract import Chain
+from tensortrain.contract.tracing import sizes_of
 from tensortrain.errors import ShapeError
 from tensortrain.formats import ChainFormat, FactorSpec, Rank
 
 from .base import Implementation, Init, as_tuple
 from .conv import ConvLayer, Convolve, Size
 from .conv_plan import transposed_out_size
+from .inputs import once, traceable
 
 __all__ = ["ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d", "swap_channels"]
 
@@ -130,7 +132,7 @@ class _ConvTransposeNd(ConvLayer):
 
     @classmethod
     def kernel_of(cls, layer: Any) -> Tensor:
-        return swap_channels(layer.weight.detach(), layer.groups)
+        return swap_channels(super().kernel_of(layer), layer.groups)
 
     def _dense_weight(self) -> Tensor:
         def build() -> Tensor:
@@ -141,10 +143,11 @@ class _ConvTransposeNd(ConvLayer):
 
     # -- how it runs ---------------------------------------------------------------------------------
 
-    def forward(self, x: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
-        self._check_input(x)
-        more = self.output_padding if output_size is None else self._padding_for(x, output_size)
-        return self._run(x, partial(self._convolve, output_padding=more))
+    @traceable
+    @once
+    def forward(self, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
+        more = self.output_padding if output_size is None else self._padding_for(input, output_size)
+        return self._run(input, partial(self._convolve, output_padding=more))
 
     def _convolve(
         self,
@@ -160,19 +163,21 @@ class _ConvTransposeNd(ConvLayer):
 
     def _padding_for(self, x: Tensor, output_size: Sequence[int]) -> tuple[int, ...]:
         """Output padding that gives this output size, with or without batch and channels in front."""
+        self._check_input(x)
         n, sizes = self.n_axes, tuple(output_size)
         if len(sizes) not in (n, x.ndim):
             raise ShapeError(
                 f"output_size must have a size per position axis, or per axis of the output: found {sizes} for an "
                 f"input of {x.ndim} axes, expected {n} or {x.ndim} sizes. Pass the sizes of the positions."
             )
-        least = self._positions(x.shape[-n:], (0,) * n)
+        positions = sizes_of(x)[-n:]
+        least = self._positions(positions, (0,) * n)
         more = tuple(size - low for size, low in zip(sizes[-n:], least, strict=True))
         if not all(0 <= extra < stride for extra, stride in zip(more, self.stride, strict=True)):
             most = tuple(low + stride - 1 for low, stride in zip(least, self.stride, strict=True))
             raise ShapeError(
                 f"output_size must be one that this layer can give: found {sizes[-n:]}, expected {least} to {most} for "
-                f"positions {tuple(x.shape[-n:])}. Choose a size in between."
+                f"positions {positions}. Choose a size in between."
             )
         return more
 
@@ -223,11 +228,12 @@ class _ConvTransposeNd(ConvLayer):
         assert isinstance(fmt, ChainFormat)
         assert plan is not None
         filters, channel = fmt.split_spatial(cores, spec)
-        channel = [_filters_to_outputs(channel[0], len(filters)), *channel[1:]]
+        n_filters = sizes_of(filters)[0]
+        channel = [_filters_to_outputs(channel[0], n_filters), *channel[1:]]
         b, positions, outputs = x.shape[0], x.shape[2:], spec.weight.out_features
         y = plan.execute(x.flatten(2).transpose(1, 2), channel)  # b p (r_0 s)
-        maps = y.unflatten(2, (len(filters), outputs)).permute(0, 3, 2, 1)  # b s r_0 p
-        y = convolve(maps.reshape(b * outputs, len(filters), *positions), filters)
+        maps = y.unflatten(2, (n_filters, outputs)).permute(0, 3, 2, 1)  # b s r_0 p
+        y = convolve(maps.reshape(b * outputs, n_filters, *positions), filters)
         return y.reshape(b, outputs, *y.shape[2:])
 
     def _more_repr(self) -> list[str]:
@@ -287,7 +293,7 @@ def _on_convolution_kernels(convolve: Convolve) -> Convolve:
 
 def _filters_to_outputs(first: Tensor, n_filters: int) -> Tensor:
     """The first channel core with the filters as slowest output instead of slowest input index."""
-    r, i, _, s = first.shape
+    r, i, _, s = sizes_of(first)
     core = first.reshape(r, i, n_filters, -1, s).transpose(1, 2)
     return core.reshape(r, n_filters * i, -1, s)
 

@@ -11,11 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tensortrain.contract import ContractionPlan, cost_model
+from tensortrain.contract.tracing import is_traced
 from tensortrain.errors import DTypeError, KindError, ModeIndexError, NonFiniteError, ShapeError
-from tensortrain.formats import FactorSpec, Format, Rank, WeightShape, get_format
+from tensortrain.formats import Factorization, FactorSpec, Format, Rank, WeightShape, get_format
 
 from .base import FactorizedLayer, Implementation, Init, Self
 from .conv_plan import LookupPlan
+from .inputs import check_plain_layout, map_nested, once, traceable
 
 __all__ = ["Embedding"]
 
@@ -28,7 +30,8 @@ class Embedding(FactorizedLayer):
 
     Args:
         num_embeddings, embedding_dim: As ``torch.nn.Embedding``.
-        padding_idx: The row is zero: masked on the way out, since no row of a train can be zeroed alone.
+        padding_idx: An id whose row gets no gradient. The row is kept beside the cores: zero in a new layer, and what
+            it was in a layer made from torch's.
         max_norm, norm_type: Rows looked up are scaled down to this norm; the cores are not changed.
         scale_grad_by_freq: As torch; counts are those of the batch.
         sparse: False; gradients of cores are small and dense.
@@ -36,6 +39,7 @@ class Embedding(FactorizedLayer):
         rank: Number, tuple, share, or ``"same"``.
         in_modes: Factors of the vocabulary; their product may exceed it.
         out_modes: Factors of the dimension, as many.
+        has_padding_row: Whether there is room for a row of ``padding_idx`` that is not zero, ``padding_row``.
         hot_rows: How many ids get an exact row of their own, trained beside the cores; chosen and filled by
             ``populate_hot_rows_``. None by default.
 
@@ -78,6 +82,7 @@ class Embedding(FactorizedLayer):
         rank: Rank = 16,
         in_modes: Sequence[int] | None = None,
         out_modes: Sequence[int] | None = None,
+        has_padding_row: bool = False,
         hot_rows: int = 0,
         init: Init = "match",
         implementation: Implementation = "auto",
@@ -92,6 +97,10 @@ class Embedding(FactorizedLayer):
         self.max_norm, self.norm_type, self.scale_grad_by_freq = max_norm, norm_type, scale_grad_by_freq
         self.sparse = False
         super().__init__(spec, bias=None, init=init, implementation=implementation, device=device, dtype=dtype)
+        self.padding_row: Tensor | None
+        self.register_buffer("padding_row", None)
+        if has_padding_row:
+            self._set_padding_row(torch.zeros(embedding_dim))
         self._add_hot_rows(hot_rows)
 
     # -- to and from torch's layer -------------------------------------------------------------------
@@ -99,6 +108,21 @@ class Embedding(FactorizedLayer):
     @classmethod
     def weight_shape_of(cls, layer: Any) -> WeightShape:
         return WeightShape("embedding", layer.embedding_dim, layer.num_embeddings)
+
+    @classmethod
+    def kernel_of(cls, layer: Any) -> Tensor:
+        table = super().kernel_of(layer)
+        index = layer.padding_idx
+        if index is None or not bool(table[index].any()):  # one host sync
+            return table
+        return table.index_fill(0, torch.tensor(index, device=table.device), 0)  # its row is kept beside the cores
+
+    def _adopt(self: Self, found: Factorization, dense: Any) -> Self:
+        layer: Any = super()._adopt(found, dense)
+        if layer.padding_idx is not None:
+            row = dense.weight.detach()[layer.padding_idx]
+            layer._set_padding_row(row if bool(row.any()) else None)
+        return self
 
     @classmethod
     def from_dense(
@@ -163,19 +187,48 @@ class Embedding(FactorizedLayer):
 
     @property
     def weight(self) -> Tensor:
-        """The dense table, ``(num_embeddings, embedding_dim)``, hot rows in it; the padding row is zero."""
+        """The dense table, ``(num_embeddings, embedding_dim)``, hot rows and the padding row in it, to read."""
+        return super().weight
+
+    def _full_weight(self) -> Tensor:
         table = self._dense_weight()
         if self.hot_weight is None and self.padding_idx is None:
             return table
         ids = torch.arange(self.num_embeddings, device=table.device)
-        return self._without_padding(self._with_hot_rows(table, ids), ids)
+        return self._with_padding(self._with_hot_rows(table, ids), ids)
 
     def config(self) -> dict[str, Any]:
+        padding = {"has_padding_row": True} if self.padding_row is not None else {}
         hot = {"hot_rows": self.hot_rows} if self.hot_rows else {}
-        return {**super().config(), **hot}
+        return {**super().config(), **padding, **hot}
 
     def _matching_sigma(self) -> float:
         return 1.0  # torch draws tables from N(0, 1)
+
+    # -- the padding row -----------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _set_padding_row(self, row: Tensor | None) -> None:
+        """Keep a row for ``padding_idx``; ``None`` where it is zero, so that nothing is stored."""
+        if self.padding_idx is None:
+            raise ShapeError("a padding row needs an id: found has_padding_row with padding_idx=None. Pass the index.")
+        core = self.cores[0]
+        self.padding_row = None if row is None else row.to(core.device, core.dtype, copy=True)
+
+    def _with_padding(self, rows: Tensor, ids: Tensor) -> Tensor:
+        if self.padding_idx is None:
+            return rows
+        is_padding = (ids == self.padding_idx)[..., None]
+        if self.padding_row is None:
+            return rows.masked_fill(is_padding, 0.0)
+        return torch.where(is_padding, self.padding_row.to(rows.dtype), rows)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # A zero row is not stored, by older releases none at all: it may come and go with what is loaded.
+        given = state_dict.get(f"{prefix}padding_row")
+        if self.padding_idx is not None and (given is None) != (self.padding_row is None):
+            self._set_padding_row(None if given is None else torch.zeros(self.embedding_dim))
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     # -- hot rows ------------------------------------------------------------------------------------
 
@@ -251,8 +304,10 @@ class Embedding(FactorizedLayer):
         self.hot_ids.copy_(ids)
 
     def reset_parameters(self, init: Init = "match", generator: torch.Generator | None = None) -> None:
-        """Draw cores anew (see ``FactorizedLayer``); no row is hot any more."""
+        """Draw cores anew (see ``FactorizedLayer``); no row is hot any more, and that of padding is zero."""
         super().reset_parameters(init, generator)
+        if getattr(self, "padding_row", None) is not None:
+            self.padding_row.zero_()  # type: ignore[union-attr]
         if getattr(self, "hot_weight", None) is not None:
             with torch.no_grad():
                 self.hot_weight.zero_()
@@ -272,16 +327,22 @@ class Embedding(FactorizedLayer):
 
     # -- lookup --------------------------------------------------------------------------------------
 
-    def forward(self, ids: Tensor) -> Tensor:
+    @traceable
+    @once
+    def forward(self, input: Tensor) -> Tensor:
+        if input.is_nested:
+            found: Tensor = map_nested(input, self._look_up, n_last=0)
+            return found
+        return self._look_up(input)
+
+    def _look_up(self, ids: Tensor) -> Tensor:
         self._check_ids(ids)
         rows = self._limited_rows(ids)
-        if self.scale_grad_by_freq:
-            rows = scale_gradient(rows, self._met(ids))
-        return self._without_padding(rows, ids)
+        return scale_gradient(rows, self._met(ids)) if self.scale_grad_by_freq else rows
 
     def _limited_rows(self, ids: Tensor) -> Tensor:
         """Rows, scaled down to ``max_norm``."""
-        rows = self._rows(ids)
+        rows = self._with_padding(self._rows(ids), ids)
         if self.max_norm is None:
             return rows
         norms = rows.norm(p=self.norm_type, dim=-1, keepdim=True)
@@ -293,9 +354,6 @@ class Embedding(FactorizedLayer):
             return frequencies(ids, self.num_embeddings)[ids]
         _, inverse, counts = torch.unique(ids, return_inverse=True, return_counts=True)
         return counts[inverse]
-
-    def _without_padding(self, rows: Tensor, ids: Tensor) -> Tensor:
-        return rows if self.padding_idx is None else rows.masked_fill((ids == self.padding_idx)[..., None], 0.0)
 
     def _rows(self, ids: Tensor) -> Tensor:
         if self.hot_weight is None or is_traced():  # no sizes that depend on the ids
@@ -317,15 +375,16 @@ class Embedding(FactorizedLayer):
         if self.implementation == "dense" or type(self.format).lookup is Format.lookup:
             return True
         # While training, every step would rebuild the whole table for the few rows of a batch.
-        return self._dense_allowed and not self._trains() and not torch.compiler.is_compiling()
+        return self._dense_allowed and not self._trains() and not is_traced()
 
     def _check_ids(self, ids: Tensor) -> None:
+        check_plain_layout(ids, type(self).__name__)
         if ids.dtype not in (torch.int64, torch.int32):
             raise DTypeError(
                 f"an embedding's input must be whole numbers: found dtype {ids.dtype}, expected int64. Pass ids.long()."
             )
         # On the CPU a look at the range is cheap and prevents rows of the padded vocabulary being read.
-        if ids.is_cpu and ids.numel() and not torch.compiler.is_compiling():
+        if not is_traced() and ids.is_cpu and ids.numel():
             low, high = int(ids.min()), int(ids.max())
             if low < 0 or high >= self.num_embeddings:
                 raise ModeIndexError(
@@ -359,11 +418,6 @@ class Embedding(FactorizedLayer):
         padding = "" if self.padding_idx is None else f", padding_idx={self.padding_idx}"
         hot = f", hot_rows={self.hot_rows}" if self.hot_rows else ""
         return f"{self.num_embeddings}, {self.embedding_dim}{padding}{hot}, {self._format_repr()}"
-
-
-def is_traced() -> bool:
-    """Whether a program is being recorded, which must not depend on the ids at hand."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 def check_sparse(sparse: bool) -> None:
@@ -420,8 +474,10 @@ def frequencies(ids: Tensor, n_ids: int) -> Tensor:
 
 def scale_gradient(rows: Tensor, counts: Tensor) -> Tensor:
     """The same rows, with gradients divided by one count per row."""
-    share = (1.0 / counts.to(rows.dtype))[..., None]
-    return rows * share + (rows * (1 - share)).detach()
+    wide = torch.promote_types(rows.dtype, torch.float32)
+    share = counts.to(wide).reciprocal().to(rows.dtype)[..., None]
+    fixed = rows.detach()
+    return fixed + (rows - fixed) * share  # the same to the bit
 
 
 def _row_products(spec: FactorSpec) -> int:

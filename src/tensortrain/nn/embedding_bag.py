@@ -9,11 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tensortrain.contract.tracing import is_traced, sizes_of
 from tensortrain.errors import DTypeError, ShapeError
 from tensortrain.formats import Rank
 
 from .base import Implementation, Init, Self
-from .embedding import Embedding, check_sparse, check_table, frequencies, is_traced, scale_gradient
+from .embedding import Embedding, check_sparse, check_table, frequencies, scale_gradient
+from .inputs import check_plain_layout, once, traceable
 
 __all__ = ["EmbeddingBag"]
 
@@ -74,6 +76,7 @@ class EmbeddingBag(Embedding):
         rank: Rank = 16,
         in_modes: Sequence[int] | None = None,
         out_modes: Sequence[int] | None = None,
+        has_padding_row: bool = False,
         hot_rows: int = 0,
         init: Init = "match",
         implementation: Implementation = "auto",
@@ -94,6 +97,7 @@ class EmbeddingBag(Embedding):
             rank=rank,
             in_modes=in_modes,
             out_modes=out_modes,
+            has_padding_row=has_padding_row,
             hot_rows=hot_rows,
             init=init,
             implementation=implementation,
@@ -136,8 +140,10 @@ class EmbeddingBag(Embedding):
         )
         return cls.from_dense(dense, **options)
 
-    def forward(self, ids: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
-        ids, offsets, weights, last = self._as_bags(ids, offsets, per_sample_weights)
+    @traceable
+    @once
+    def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
+        ids, offsets, weights, last = self._as_bags(input, offsets, per_sample_weights)
         return self._pool(ids, offsets, weights, last)
 
     def _as_bags(
@@ -145,6 +151,8 @@ class EmbeddingBag(Embedding):
     ) -> tuple[Tensor, Tensor, Tensor | None, bool]:
         """Flat ids, where each bag starts, flat weights, and whether the end of the last bag is among the starts."""
         last = self.include_last_offset
+        if not ids.is_nested:
+            check_plain_layout(ids, type(self).__name__)
         if weights is not None:
             _check_weights(weights, ids, self.mode, self.cores[0].dtype)
         if ids.ndim == 2 and offsets is not None:
@@ -168,10 +176,10 @@ class EmbeddingBag(Embedding):
         if plain and self._runs_dense():
             return self._reduce(ids, self._dense_weight(), offsets, weights, last, self.padding_idx)
         places, distinct = self._distinct(ids)
-        n_bags = offsets.shape[0] - last
+        n_bags = offsets.shape[0] - int(last)
         row_bytes = distinct.shape[0] * self.embedding_dim * self.cores[0].element_size()
         # Frequencies are those of the whole batch, which its parts do not know.
-        if row_bytes > _MAX_ROW_BYTES and n_bags > 1 and not self.scale_grad_by_freq and not is_traced():
+        if not is_traced() and row_bytes > _MAX_ROW_BYTES and n_bags > 1 and not self.scale_grad_by_freq:
             return self._pool_by_halves(ids, offsets, weights, last, n_bags // 2)
         rows = self._limited_rows(distinct.clamp_min(0))
         if self.scale_grad_by_freq:
@@ -189,7 +197,7 @@ class EmbeddingBag(Embedding):
         first, second = (weights[:cut], weights[cut:]) if weights is not None else (None, None)
         return torch.cat(
             [
-                self._pool(ids[:cut], offsets[: middle + last], first, last),
+                self._pool(ids[:cut], offsets[: middle + int(last)], first, last),
                 self._pool(ids[cut:], offsets[middle:] - cut, second, last),
             ]
         )
@@ -242,7 +250,7 @@ def _check_weights(weights: Tensor, ids: Tensor, mode: str, dtype: torch.dtype) 
         raise ShapeError(
             f"per_sample_weights need mode 'sum': found mode {mode!r}. Divide the weights by their sum for a mean."
         )
-    if weights.shape != ids.shape:
+    if sizes_of(weights) != sizes_of(ids):
         raise ShapeError(
             f"per_sample_weights must have the shape of the ids: found {tuple(weights.shape)}, expected "
             f"{tuple(ids.shape)}. Pass one weight per id."
@@ -255,13 +263,13 @@ def _check_weights(weights: Tensor, ids: Tensor, mode: str, dtype: torch.dtype) 
 
 
 def _check_offsets(ids: Tensor, offsets: Tensor | None, last: bool) -> None:
-    if ids.ndim != 1 or offsets is None or offsets.ndim != 1 or offsets.shape[0] < last:
+    if ids.ndim != 1 or offsets is None or offsets.ndim != 1 or sizes_of(offsets)[0] < int(last):
         found = None if offsets is None else tuple(offsets.shape)
         raise ShapeError(
             "ids must be (b, n), or (N,) with offsets (b,), one more with include_last_offset: found ids "
             f"{tuple(ids.shape)} and offsets {found}. Pass where each bag starts."
         )
-    if offsets.is_cpu and offsets.shape[0] and not is_traced():  # cheap on the CPU
+    if not is_traced() and offsets.is_cpu and offsets.shape[0]:  # cheap on the CPU
         first, final = int(offsets[0]), int(offsets[-1])
         if first != 0 or not bool((offsets.diff() >= 0).all()) or final > ids.shape[0]:
             raise ShapeError(

@@ -13,10 +13,13 @@ from torch import Tensor, nn
 from tensortrain.contract import ContractionPlan, NetworkPlan
 from tensortrain.contract.kernels import compiled, library
 from tensortrain.contract.plan import linear_product
+from tensortrain.contract.tracing import is_traced, sizes_of
 from tensortrain.errors import ShapeError
 from tensortrain.formats import ChainFormat, Rank, WeightShape, get_format
 
 from .base import FactorizedLayer, Implementation, Init
+from .cores import are_plain, is_watched
+from .inputs import is_plain_input, map_nested, once, traceable
 
 __all__ = ["Linear"]
 
@@ -97,28 +100,51 @@ class Linear(FactorizedLayer):
         """
         return self._chain_plan(batch, force=force)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         if not torch.compiler.is_compiling():
-            y = self._short(x) if library() is None else self._shortest(x)
+            y = self._short(input) if library() is None else self._shortest(input)
             if y is not None:
                 return y
+        return self._long(input)
+
+    @traceable
+    @once
+    def _long(self, x: Tensor) -> Tensor:
+        """The way of every input, which leaves a shorter one to the next of its size."""
+        if not is_plain_input(x):
+            return self._run_laid_out(x)
         self._check_input(x)
         plan = self._plan_for(x)
         y = self._run(plan, x)
-        if not torch.compiler.is_compiling():
+        if not is_traced():
             self._keep_way(plan, x)
         return y
 
+    def _run_laid_out(self, x: Tensor) -> Tensor:
+        """Nested, sparse and oneDNN inputs, with an output as that of torch's layer."""
+        if x.is_nested:
+            found: Tensor = map_nested(x, self._long, n_last=1)
+            return found
+        self._check_input(x)
+        if x.layout is torch._mkldnn:  # type: ignore[attr-defined]
+            return self._long(x.to_dense()).to_mkldnn()
+        is_matrix = x.layout in (torch.sparse_coo, torch.sparse_csr, torch.sparse_csc) and x.ndim == 2
+        if is_matrix and x.dense_dim() == 0 and self._dense_allowed:
+            return F.linear(x, self._dense_weight(), self.bias)
+        return self._long(x.to_dense())
+
     def _check_input(self, x: Tensor) -> None:
-        if x.ndim == 0 or x.shape[-1] != self.in_features:
+        sizes = sizes_of(x)
+        if not sizes or sizes[-1] != self.in_features:
             raise ShapeError(
-                f"a linear layer's input must end with its in_features: found {tuple(x.shape)}, expected (..., "
+                f"a linear layer's input must end with its in_features: found {sizes}, expected (..., "
                 f"{self.in_features}). Check the layer before."
             )
 
     def _run(self, plan: ContractionPlan | NetworkPlan, x: Tensor) -> Tensor:
-        if isinstance(plan, ContractionPlan) and not self._is_padded and self._trains():
-            if not torch.compiler.is_compiling():
+        traced = is_traced()  # the same program whether or not gradients are wanted
+        if isinstance(plan, ContractionPlan) and not self._is_padded and (traced or self._trains()):
+            if not traced:
                 self._cache.clear()  # the cores are about to change
             return plan.execute(x, self._chain_cores(), bias=self.bias)
         if plan.uses_dense:
@@ -135,16 +161,23 @@ class Linear(FactorizedLayer):
         way = self._way  # once: another thread may clear it
         # Past attributes of modules, which take longer to look up than a small product.
         cores = self._modules["cores"]
-        if way is None or type(cores) is not nn.ParameterList:
+        if way is None or not are_plain(cores):  # type: ignore[arg-type]
             return None
         if self._stand_ins is not None or self._way_options != self._options():
             return None
-        y: Tensor | None = way(x, cores._parameters, self._parameters)
+        try:
+            y: Tensor | None = way(x, cores._parameters, self._parameters)  # type: ignore[union-attr]
+        except RuntimeError:
+            if not getattr(x, "is_nested", False):  # a nested tensor has no sizes to look at
+                raise
+            return None
         return y
 
     def _short(self, x: Tensor) -> Tensor | None:
         """Without kernels: the product by the dense weight, where it runs at this many rows and lies ready."""
-        if torch.is_grad_enabled() or torch._C._get_tracing_state() is not None:
+        if torch.is_grad_enabled() or not isinstance(x, Tensor) or not is_plain_input(x) or is_traced():
+            return None
+        if is_watched(self.cores):
             return None
         self._check_input(x)
         plan = self._plans.get(self._plan_key(x.numel() // self.in_features, training=False))
@@ -172,7 +205,7 @@ class Linear(FactorizedLayer):
         if kernels is None or x.device.type != "cpu" or torch.are_deterministic_algorithms_enabled():
             return
         cores = self._core_list()
-        if self._stand_ins is not None or type(self.cores) is not nn.ParameterList:
+        if self._stand_ins is not None or not are_plain(self.cores):
             return
         way, options = self._way, self._options()
         if way is None or self._way_options != options:
@@ -200,15 +233,15 @@ class Linear(FactorizedLayer):
         if self._n_padded_inputs:
             x = F.pad(x, (0, self._n_padded_inputs))
         y = plan.execute(x, (), prepared)
-        if y.shape[-1] != self.out_features:
+        if sizes_of(y)[-1] != self.out_features:
             y = y[..., : self.out_features]
             y = y.contiguous() if self.bias is None else y
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def _plan_for(self, x: Tensor) -> ContractionPlan | NetworkPlan:
-        if torch.compiler.is_compiling():
+        if is_traced():
             assert self._static_plan is not None
-            return self._static_plan
+            return self._plan_when_traced(_n_rows(x))
         return self._chain_plan(x.numel() // self.in_features)
 
     def _prepared(self, plan: ContractionPlan | NetworkPlan) -> tuple[Tensor, ...]:
@@ -230,3 +263,7 @@ class Linear(FactorizedLayer):
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"{self._format_repr()}"
         )
+
+
+def _n_rows(x: Tensor) -> int:
+    return math.prod(x.shape[:-1])

@@ -31,6 +31,7 @@ from tensortrain.tensor.tolerance import compute_dtype
 
 from .base import FactorizedLayer
 from .constraints import Frame, Rotations, ScaledFrame, logit, nearest_rotation
+from .cores import Cores
 from .gram import chain_squared_norm
 from .linear import Linear
 from .stand_ins import make_cores_once
@@ -97,7 +98,7 @@ def orthogonal(
     return layer
 
 
-class OrthogonalCores(nn.ParameterList):
+class OrthogonalCores(Cores):
     """Constrained cores of a layer. Its entries read as tensors; the parameters are the numbers behind them."""
 
     kind: OrthogonalKind
@@ -235,7 +236,7 @@ def _become_spectral(layer: Linear, rank: Rank | None, max_norm: float | None) -
     spec = tt.spec(weight, rank=max(layer.ranks) if rank is None else rank, clip=True, **modes)
     frames = _maps("spectral", [torch.empty(shape, device="meta") for shape in spec.core_shapes], len(outs))
     _check_frames(spec, frames)
-    dense = layer.weight.detach()
+    dense = layer._full_weight().detach()
     found = tt.factorize(dense, weight, rank=spec.ranks, **modes).value
     # A weight of lower rank is filled up with zeros: shapes follow from the request alone, as checkpoints need.
     given = [_padded(core, shape) for core, shape in zip(found.cores, spec.core_shapes, strict=True)]

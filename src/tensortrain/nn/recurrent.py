@@ -16,11 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from tensortrain.contract.tracing import is_traced, sizes_of
 from tensortrain.errors import DTypeError, ShapeError
 from tensortrain.formats import Rank
 
 from .base import Init
-from .composite import CompositeLayer, CompositePlan, plan_map
+from .composite import CompositeLayer, CompositePlan, plan_map, weight_of
+from .inputs import check_plain_layout, traceable
 from .recurrent_cells import (
     Cell,
     GRUCell,
@@ -145,7 +147,7 @@ class _Recurrent(CompositeLayer):
         if x.ndim == 2 and state is not None:
             self._check_states(state, ())
             state = tuple(s.unsqueeze(1) for s in state)
-        layout = _Layout(batched.shape[batch_axis], batched.shape[1 - batch_axis], 1 - batch_axis)
+        layout = _Layout(batched.shape[batch_axis], sizes_of(batched)[1 - batch_axis], 1 - batch_axis)
         output, final = self._run(batched, state, layout)
         if x.ndim == 2:
             return output.squeeze(batch_axis), tuple(s.squeeze(1) for s in final)
@@ -171,7 +173,8 @@ class _Recurrent(CompositeLayer):
                 "Drop empty sequences."
             )
         if state is not None:
-            self._check_states(state, (layout.batch,))
+            batch = layout.batch if layout.batch_sizes is not None else sizes_of(x)[1 - layout.axis]
+            self._check_states(state, (batch,))
         n_directions, finals = 1 + self.bidirectional, []
         for index in range(self.num_layers):
             cells = [self.get_submodule(name) for name in self._cell_names(index)]
@@ -184,11 +187,9 @@ class _Recurrent(CompositeLayer):
 
     def _run_layer(self, cells: list[Cell], x: Tensor, state: State | None, layout: _Layout) -> tuple[Tensor, State]:
         """One layer in one or both directions; states ``(n_directions, b, size)``."""
-        if not torch.compiler.is_compiling() and not torch.is_autocast_enabled("cpu"):
-            # (under autocast on a CPU, oneDNN refuses an LSTM and a GRU comes out in float32)
-            rows = x.numel() // x.shape[-1]
-            if all(cell.fits_kernel(rows, layout.batch) for cell in cells):
-                return _torch_kernel(cells, x, state, layout)
+        # (under autocast on a CPU, oneDNN refuses an LSTM and a GRU comes out in float32)
+        if not torch.is_autocast_enabled("cpu") and _fit_kernel(cells, x, layout):
+            return _torch_kernel(cells, x, state, layout)
         outputs, finals = [], []
         for direction, cell in enumerate(cells):
             gates = cell.ih(x)
@@ -206,10 +207,12 @@ class _Recurrent(CompositeLayer):
 
     def _check_input(self, x: Tensor, axes: tuple[int, ...]) -> None:
         kind = type(self).__name__
-        if x.ndim not in axes or x.shape[-1] != self.input_size:
+        check_plain_layout(x, kind)
+        sizes = sizes_of(x)
+        if len(sizes) not in axes or sizes[-1] != self.input_size:
             expected = "packed rows" if axes == (2,) else "(T, b, N), (b, T, N) with batch_first, or (T, N)"
             raise ShapeError(
-                f"the input of {kind} must be {expected} with N = {self.input_size}: found {tuple(x.shape)}. "
+                f"the input of {kind} must be {expected} with N = {self.input_size}: found {sizes}. "
                 "Check the layer before."
             )
         dtype = next(self._first.hh.parameters()).dtype
@@ -225,10 +228,9 @@ class _Recurrent(CompositeLayer):
 
     # -- to and from torch's layers ------------------------------------------------------------------
 
-    def dense_weights(self) -> dict[str, Tensor]:
-        """The dense weights under the names that torch's layer gives them, differentiable in the cores."""
+    def _weights(self) -> dict[str, Tensor]:
         cells = self.cells().items()
-        return {f"{part}_{name}": tensor for name, cell in cells for part, tensor in cell.dense_weights().items()}
+        return {f"{part}_{name}": tensor for name, cell in cells for part, tensor in cell._weights().items()}
 
     @classmethod
     def from_dense(
@@ -271,7 +273,7 @@ class _Recurrent(CompositeLayer):
             KindError: A GRU that resets before the hidden product, which torch does not have.
         """
         self._check_torch_has_it()
-        weight = self._first.hh.weight
+        weight = weight_of(self._first.hh)
         build: Any = self.dense_type
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -315,6 +317,7 @@ class RNN(_Recurrent):
         mine = {"nonlinearity": nonlinearity}
         super().__init__(input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, mine, options)
 
+    @traceable
     def forward(
         self, input: Tensor | PackedSequence, hx: Tensor | None = None
     ) -> tuple[Tensor | PackedSequence, Tensor]:
@@ -379,6 +382,7 @@ class GRU(_Recurrent):
         mine = {"reset_after": reset_after}
         super().__init__(input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, mine, options)
 
+    @traceable
     def forward(
         self, input: Tensor | PackedSequence, hx: Tensor | None = None
     ) -> tuple[Tensor | PackedSequence, Tensor]:
@@ -417,6 +421,7 @@ class LSTM(_Recurrent):
         mine = {"proj_size": proj_size}
         super().__init__(input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, mine, options)
 
+    @traceable
     def forward(
         self, input: Tensor | PackedSequence, hx: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor | PackedSequence, tuple[Tensor, Tensor]]:
@@ -455,10 +460,20 @@ def _scan(cell: Cell, steps: Sequence[Tensor], initial: State, *, reverse: bool)
     return outputs, state
 
 
+def _fit_kernel(cells: Sequence[Cell], x: Tensor, layout: _Layout) -> bool:
+    """Whether torch's own kernel takes the whole sequence."""
+    if torch._C._get_tracing_state() is not None:  # a loop would be recorded for one length
+        return all(cell.kernel is not None and not cell.is_watched() for cell in cells)
+    if is_traced():
+        return False
+    rows = x.numel() // x.shape[-1]
+    return all(cell.fits_kernel(rows, layout.batch) for cell in cells)
+
+
 def _torch_kernel(cells: list[Cell], x: Tensor, state: State | None, layout: _Layout) -> tuple[Tensor, State]:
     """One layer by torch's own kernel, from dense weights; states ``(n_directions, b, size)``."""
     first = cells[0]
-    weights = [weight for cell in cells for weight in cell.dense_weights().values()]
+    weights = [weight for cell in cells for weight in cell._weights().values()]
     if state is None:
         state = tuple(x.new_zeros(len(cells), layout.batch, size) for size in first.state_sizes())
     hx: Any = state if first.n_states > 1 else state[0]

@@ -9,11 +9,13 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
+from tensortrain.contract.tracing import sizes_of
 from tensortrain.errors import KindError, ShapeError
 from tensortrain.formats import Rank
 
 from .base import Init
-from .composite import CompositeLayer, Map, is_watched, linear_of
+from .composite import CompositeLayer, Map, is_watched, linear_of, weight_of
+from .inputs import check_plain_layout, traceable
 from .recurrent_maps import Apply, MapOptions, blocks_of, dense_at, refill, repeated, reset_map
 
 __all__ = ["Cell", "GRUCell", "LSTMCell", "RNNCell"]
@@ -94,26 +96,33 @@ class Cell(CompositeLayer):
         """The state before the first step."""
         return tuple(like.new_zeros(batch, size) for size in self.state_sizes())
 
+    def is_watched(self) -> bool:
+        """Whether a map must be called, since something hangs on its call."""
+        return any(is_watched(one) for _, one in self.named_maps())
+
     def fits_kernel(self, rows: int, batch: int) -> bool:
         """Whether torch's kernel computes a sequence as this cell would: all maps dense, nobody watching."""
-        if self.kernel is None or any(is_watched(one) for _, one in self.named_maps()):
+        if self.kernel is None or self.is_watched():
             return False
         return dense_at(self.ih, rows, kept=False) and dense_at(self.hh, batch, kept=True)
 
     def _run(self, x: Tensor, state: State | None) -> State:
         """One step from an input with or without a batch axis."""
         kind = type(self).__name__
-        if x.ndim not in (1, 2) or x.shape[-1] != self.input_size:
+        if x.is_nested:
+            check_plain_layout(x, kind)
+        sizes = sizes_of(x)
+        if len(sizes) not in (1, 2) or sizes[-1] != self.input_size:
             raise ShapeError(
                 f"the input of {kind} must be (b, {self.input_size}) or ({self.input_size},): found "
-                f"{tuple(x.shape)}. Check the layer before, or pass one time step."
+                f"{sizes}. Check the layer before, or pass one time step."
             )
         batched = x if x.ndim == 2 else x.unsqueeze(0)
         gates = self.ih(batched)
         if state is None:
             state = self.zero_state(batched.shape[0], gates)
         else:
-            check_state(state, [(*x.shape[:-1], size) for size in self.state_sizes()], kind)
+            check_state(state, [(*sizes[:-1], size) for size in self.state_sizes()], kind)
             state = tuple(s.reshape(-1, s.shape[-1]).to(gates.dtype) for s in state)
         # A single step calls the map as a module: it alone knows what it keeps between calls.
         state = self.step(gates, state, *blocks_of(self.hh, self.blocks()))
@@ -121,9 +130,8 @@ class Cell(CompositeLayer):
 
     # -- to and from torch's cells -------------------------------------------------------------------
 
-    def dense_weights(self) -> dict[str, Tensor]:
-        """The dense weights under the names that torch's cell gives them, differentiable in the cores."""
-        found = {"weight_ih": self.ih.weight, "weight_hh": self.hh.weight}
+    def _weights(self) -> dict[str, Tensor]:
+        found = {"weight_ih": weight_of(self.ih), "weight_hh": weight_of(self.hh)}
         if self.ih.bias is not None and self.hh.bias is not None:
             found |= {"bias_ih": self.ih.bias, "bias_hh": self.hh.bias}
         return found
@@ -175,7 +183,7 @@ class Cell(CompositeLayer):
             KindError: Torch has no such cell (reset before the hidden product, a projection).
         """
         self.check_torch_has_it()
-        weight = self.hh.weight
+        weight = weight_of(self.hh)
         build: Any = self.dense_type
         dense = build(**torch_arguments(type(self), self), device=weight.device, dtype=weight.dtype)
         self._fill(dense)
@@ -219,6 +227,7 @@ class RNNCell(Cell):
     def step(self, gates: Tensor, state: State, *hidden: Apply) -> State:
         return (_NONLINEARITIES[self.nonlinearity](gates + hidden[0](state[0])),)
 
+    @traceable
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         return self._run(input, None if hx is None else (hx,))[0]
 
@@ -274,6 +283,7 @@ class GRUCell(Cell):
             n = torch.tanh(x_n + hidden[1](r * h))
         return (torch.lerp(n, h, z),)
 
+    @traceable
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         return self._run(input, None if hx is None else (hx,))[0]
 
@@ -322,8 +332,8 @@ class LSTMCell(Cell):
         if self.proj_size:
             self.hr = nn.Linear(self.hidden_size, self.proj_size, bias=False, device=maps.device, dtype=maps.dtype)
 
-    def dense_weights(self) -> dict[str, Tensor]:
-        found = super().dense_weights()
+    def _weights(self) -> dict[str, Tensor]:
+        found = super()._weights()
         return {**found, "weight_hr": self.hr.weight} if self.proj_size else found
 
     def take(self, weights: Mapping[str, Tensor], **how: Any) -> None:
@@ -348,6 +358,7 @@ class LSTMCell(Cell):
         h = torch.sigmoid(o) * torch.tanh(c)
         return (self.hr(h) if self.proj_size else h), c
 
+    @traceable
     def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
         h, c = self._run(input, hx)
         return h, c
@@ -386,7 +397,7 @@ def check_state(state: Sequence[Tensor], shapes: Sequence[tuple[int, ...]], kind
     """Raise ``ShapeError`` where an initial state does not fit the input."""
     # a GRU's state wrapped in a tuple, an LSTM's that is not: torch's users mix them up
     parts = state if isinstance(state, (tuple, list)) else [state]
-    found = [tuple(s.shape) if isinstance(s, Tensor) else type(s).__name__ for s in parts]
+    found = [sizes_of(s) if isinstance(s, Tensor) else type(s).__name__ for s in parts]
     if found != list(shapes):
         raise ShapeError(
             f"the initial state of {kind} must fit its input: found {found}, expected {list(shapes)}. "

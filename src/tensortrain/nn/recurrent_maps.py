@@ -12,11 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tensortrain.contract.tracing import is_traced
 from tensortrain.errors import ShapeError
 from tensortrain.formats import ChainFormat, Rank, WeightShape, get_format, suggest_modes
 
 from .base import Implementation, Init
-from .composite import Map, is_plain, is_watched, linear_of
+from .composite import Map, is_plain, is_watched, linear_of, weight_of
 from .linear import Linear
 
 __all__ = ["Apply", "Compress", "MapOptions", "blocks_of", "dense_at", "refill", "repeated", "reset_map"]
@@ -144,11 +145,11 @@ def repeated(one: Map, rows: int, sizes: Sequence[int]) -> tuple[Apply, ...]:
     share; a block of a factorized map costs as much as the whole map. The module itself is called while a program
     is traced, where hooks are on it, and where it is a layer with a forward of its own.
     """
-    if torch.compiler.is_compiling() or is_watched(one):
+    if is_traced() or is_watched(one):
         return blocks_of(one, sizes)
     if dense_at(one, rows, kept=True):
         biases = [None] * len(sizes) if one.bias is None else one.bias.split(list(sizes))
-        weights = one.weight.split(list(sizes))
+        weights = weight_of(one).split(list(sizes))
         return tuple(partial(F.linear, weight=w, bias=b) for w, b in zip(weights, biases, strict=True))
     return blocks_of(_prepared(one, rows), sizes)
 

@@ -10,11 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tensortrain.contract import Chain, ContractionPlan, CostModel, plan_chain
+from tensortrain.contract.tracing import is_traced, sizes_of
 from tensortrain.errors import KindError, ShapeError
 from tensortrain.formats import ChainFormat
 
 from .base import _COMPILE_BATCH, _FORCE
+from .cores import holding_cores, is_watched
 from .embedding import Embedding
+from .inputs import Traced, is_plain_input, map_nested, traceable
 
 __all__ = ["TiedHead", "tied_head"]
 
@@ -38,11 +41,11 @@ def tied_head(embedding: nn.Module, *, bias: bool = False) -> TiedHead:
     return TiedHead(embedding, bias=bias)
 
 
-class TiedHead(nn.Module):
+class TiedHead(Traced):
     """Logits through the TT-matrix product with the cores of an embedding, transposed; see ``tied_head``.
 
-    Rows past the vocabulary are cut off, the padding row gives a logit of zero (before the bias), hot rows are those
-    of the embedding. ``max_norm`` acts on lookups alone.
+    Rows past the vocabulary are cut off, the padding row gives its own logit (of zero, before the bias, where the row
+    is zero) and gets no gradient, hot rows are those of the embedding. ``max_norm`` acts on lookups alone.
 
     Shapes: input ``(..., embedding_dim)``, output ``(..., num_embeddings)``.
 
@@ -81,19 +84,34 @@ class TiedHead(nn.Module):
         """The dense table, ``(num_embeddings, embedding_dim)``."""
         return self.embedding.weight
 
-    def forward(self, h: Tensor) -> Tensor:
-        if h.ndim == 0 or h.shape[-1] != self.in_features:
+    @traceable
+    def forward(self, input: Tensor) -> Tensor:
+        if input.is_nested:
+            found: Tensor = map_nested(input, self._logits, n_last=1)
+            return found
+        return self._logits(input if is_plain_input(input) else input.to_dense())
+
+    def _logits(self, h: Tensor) -> Tensor:
+        sizes, table = sizes_of(h), self.embedding
+        if not sizes or sizes[-1] != self.in_features:
             raise ShapeError(
-                f"a tied head's input must end with the embedding's dimension: found {tuple(h.shape)}, expected (..., "
+                f"a tied head's input must end with the embedding's dimension: found {sizes}, expected (..., "
                 f"{self.in_features}). Check the layer before."
             )
-        table = self.embedding
         if not isinstance(table, Embedding):
             return F.linear(h, table.weight, self.bias)
+        if is_watched(table.cores) and not is_traced():
+            with holding_cores(table, table.cores):
+                return self._logits_of(table, h)
+        return self._logits_of(table, h)
+
+    def _logits_of(self, table: Embedding, h: Tensor) -> Tensor:
         logits = self._with_hot_rows(self._core_logits(table, h), table, h)
         if table.padding_idx is not None:
-            ids = torch.arange(self.out_features, device=h.device)
-            logits = logits.masked_fill(ids == table.padding_idx, 0.0)
+            is_padding = torch.arange(self.out_features, device=h.device) == table.padding_idx
+            row = table.padding_row
+            of_padding = logits.new_zeros(()) if row is None else F.linear(h, row[None]).to(logits.dtype)
+            logits = torch.where(is_padding, of_padding, logits)
         return logits if self.bias is None else logits + self.bias.to(logits.dtype)
 
     def _core_logits(self, table: Embedding, h: Tensor) -> Tensor:
@@ -134,7 +152,7 @@ class TiedHead(nn.Module):
 
     def _plan_for(self, table: Embedding, h: Tensor) -> ContractionPlan | None:
         # A traced graph takes the plan made before: it cannot choose by batch size, nor time this machine.
-        if torch.compiler.is_compiling():
+        if is_traced():
             return self._static_plan
         chain = _transposed_chain(table)
         if chain is None:
@@ -148,7 +166,8 @@ class TiedHead(nn.Module):
         if chain is None:
             return None
         assert isinstance(table, Embedding)
-        return _make_plan(table, chain, _COMPILE_BATCH, False, CostModel.reference(table._device_type))
+        # As in training, every call of a traced program merges its cores.
+        return _make_plan(table, chain, _COMPILE_BATCH, True, CostModel.reference(table._device_type))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TiedHead:
         super()._apply(fn, recurse)

@@ -15,7 +15,8 @@ from tensortrain.formats import Rank
 
 from .attention import MultiheadAttention
 from .base import Implementation, Init
-from .composite import CompositeLayer, Map
+from .composite import CompositeLayer, Map, weight_of
+from .inputs import traceable
 from .linear import Linear
 
 __all__ = ["TransformerEncoderLayer"]
@@ -86,6 +87,7 @@ class TransformerEncoderLayer(CompositeLayer):
         self.activation = _activation(activation)
         self.norm_first = norm_first
 
+    @traceable
     def forward(
         self,
         src: Tensor,
@@ -154,11 +156,11 @@ class TransformerEncoderLayer(CompositeLayer):
         self._fill(dense)
         return dense
 
-    def dense_weights(self) -> dict[str, Tensor]:
-        found = {f"self_attn.{name}": weight for name, weight in self.self_attn.dense_weights().items()}
+    def _weights(self) -> dict[str, Tensor]:
+        found = {f"self_attn.{name}": weight for name, weight in self.self_attn._weights().items()}
         for name in ("linear1", "linear2", "norm1", "norm2"):
-            one = self.get_submodule(name)
-            found |= {f"{name}.{part}": getattr(one, part) for part in ("weight", "bias")}
+            one: Any = self.get_submodule(name)
+            found |= {f"{name}.weight": weight_of(one), f"{name}.bias": one.bias}
         return {name: weight for name, weight in found.items() if weight is not None}
 
     @staticmethod

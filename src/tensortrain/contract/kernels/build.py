@@ -9,7 +9,15 @@ import sys
 import tempfile
 from pathlib import Path
 
-from tensortrain.contract.kernels.load import MODULE, SOURCES, built_path, look_again
+from tensortrain.contract.kernels.load import (
+    MODULE,
+    SOURCES,
+    built_path,
+    digest_path,
+    file_digest,
+    is_whole,
+    look_again,
+)
 from tensortrain.errors import KernelBuildError
 
 __all__ = ["build"]
@@ -34,7 +42,7 @@ def build(*, force: bool = False) -> Path:
     """
     target = built_path()
     try:
-        if not target.is_file() or force:
+        if not is_whole(target) or force:
             _build_at(target)
     except OSError as error:
         raise KernelBuildError(
@@ -53,8 +61,22 @@ def _build_at(target: Path) -> None:
     target.parent.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent.parent, prefix="kernels-", suffix=".part") as folder:
         made = _compile(Path(folder))
+        digest = made.with_name("digest")
+        digest.write_text(file_digest(made))
+        for path in (made, digest):
+            _sync(path)
         target.parent.mkdir(exist_ok=True)
         os.replace(made, target)
+        os.replace(digest, digest_path(target))  # until then the library is passed over
+
+
+def _sync(path: Path) -> None:
+    """Bring a file to the disk before its name: a crash must not leave the name with half of it."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _compile(folder: Path) -> Path:

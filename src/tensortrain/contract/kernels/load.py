@@ -18,7 +18,18 @@ import torch
 
 from tensortrain.contract.machine import cache_folder
 
-__all__ = ["MODULE", "SOURCES", "built_path", "library", "loaded", "look_again", "python_only"]
+__all__ = [
+    "MODULE",
+    "SOURCES",
+    "built_path",
+    "digest_path",
+    "file_digest",
+    "is_whole",
+    "library",
+    "loaded",
+    "look_again",
+    "python_only",
+]
 
 MODULE = "_kernels"
 SOURCES = Path(__file__).parent
@@ -29,6 +40,24 @@ def built_path() -> Path:
     """Where the kernels of these sources, this torch, Python and machine lie once they are built."""
     name = f"kernels-{_digest()}"
     return cache_folder() / name / f"{MODULE}{importlib.machinery.EXTENSION_SUFFIXES[0]}"
+
+
+def digest_path(path: Path) -> Path:
+    """Where the checksum of a library is kept: beside it."""
+    return path.with_name(path.name + ".sha256")
+
+
+def file_digest(path: Path) -> str:
+    """The checksum of a file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a library is the one that ``build`` left there, to the bit: running another could end the process."""
+    try:
+        return digest_path(path).read_text().strip() == file_digest(path)
+    except (OSError, ValueError):
+        return False
 
 
 def library() -> Any | None:
@@ -77,7 +106,7 @@ _modules: dict[Path, Any] = {}
 def _loaded(path: Path) -> Any | None:
     """The module there. It is loaded once: Python cannot replace compiled code."""
     if path not in _modules:
-        if not os.path.isfile(path):  # Path.is_file raises where the folder may not be read
+        if not is_whole(path):
             return None
         spec = importlib.util.spec_from_file_location(MODULE, path)
         try:

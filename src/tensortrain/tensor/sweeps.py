@@ -21,7 +21,7 @@ from tensortrain.tensor.linalg import (
 )
 from tensortrain.tensor.tolerance import Sweep, compute_dtype
 
-__all__ = ["METHODS", "Unfolded"]
+__all__ = ["METHODS", "SweepMethod", "Unfolded"]
 
 # (unfolding, largest tail, largest rank) to (basis, kept singular values, tail); no basis means the identity
 Cut = Callable[[Tensor, Tensor, int], tuple[Tensor | None, Tensor, Tensor]]
@@ -44,7 +44,7 @@ class Unfolded:
         x: ``(.., n_1, .., n_d)``, contiguous, of any dtype.
         n_batch: Number of batch axes.
         norm: Of ``x``, float64, one for each member.
-        exponent: Of two, taken out of ``x`` before.
+        exponent: Of two, taken out of ``x`` before, one for each member.
     """
 
     x: Tensor
@@ -53,11 +53,9 @@ class Unfolded:
     exponent: Tensor
 
     @classmethod
-    def of(cls, x: Tensor, exponent: int, n_batch: int) -> Unfolded:
+    def of(cls, x: Tensor, exponent: Tensor, n_batch: int) -> Unfolded:
         x = x.contiguous()
-        norm = energy(x, n_batch).sqrt()
-        exponents = torch.full(x.shape[:n_batch], exponent, dtype=torch.int32, device=x.device)
-        return cls(x, n_batch, norm, exponents)
+        return cls(x, n_batch, energy(x, n_batch).sqrt(), exponent)
 
     @property
     def modes(self) -> tuple[int, ...]:
@@ -103,7 +101,8 @@ def _cut_modes(
         basis, s, tail = cut(unfolding, delta, cap)
         rest = unfolding if basis is None else basis.mH @ unfolding
         if basis is None:
-            basis = torch.eye(rank * n, dtype=unfolding.dtype, device=unfolding.device)
+            eye = torch.eye(rank * n, dtype=unfolding.dtype, device=unfolding.device)
+            basis = eye.expand(*batch, rank * n, rank * n)
         cores.append(basis.unflatten(-2, (rank, n)))
         spectra.append(s)
         tails.append(tail)
@@ -335,7 +334,9 @@ class _Blocks:
         return math.sqrt(float(total))
 
 
-METHODS: dict[str, Callable[[Unfolded, float, Sequence[int]], tuple[Sweep, str]]] = {
+SweepMethod = Callable[[Unfolded, float, Sequence[int]], tuple[Sweep, str]]
+
+METHODS: dict[str, SweepMethod] = {
     "auto": _auto_sweep,
     "svd": _svd_sweep,
     "qr": _qr_sweep,

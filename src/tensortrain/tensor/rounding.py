@@ -25,7 +25,7 @@ from tensortrain.tensor.linalg import (
     triangle,
 )
 from tensortrain.tensor.ranks import RankLike, count_params, max_ranks, ranks_within, resolve_ranks
-from tensortrain.tensor.scaling import split_pow2, splitter, times_pow2
+from tensortrain.tensor.scaling import balanced_pow2, keep_pow2, split_pow2, splitter, times_pow2
 from tensortrain.tensor.sketch import OVERSAMPLING, Plain, sketched_cores
 from tensortrain.tensor.tolerance import (
     Budget,
@@ -173,14 +173,14 @@ class _Problem:
     def of(
         cls, cores: list[Tensor], center: tuple[int, int], dtype: torch.dtype, eps: float, ranks: tuple[int, ...]
     ) -> _Problem:
-        """Where numbers may leave the range, a power of two is taken out of every core that is not orthonormal."""
-        split, n_batch = splitter(cores), cores[0].ndim - 3
-        scaled = list(cores)
+        """Where numbers may leave the range, the cores that are not orthonormal are balanced first."""
+        split = splitter(cores)
         total = torch.zeros(cores[0].shape[:-3], dtype=torch.int32, device=cores[0].device)
-        for k in range(center[0], center[1] + 1):
-            scaled[k], step = split(cores[k], n_batch)
-            total = total + step
-        return cls(scaled, center, dtype, eps, tuple(ranks), split, total)
+        if split is not keep_pow2:
+            lo, hi = center
+            inner, total = balanced_pow2(cores[lo : hi + 1])
+            cores = [*cores[:lo], *inner, *cores[hi + 1 :]]
+        return cls(cores, center, dtype, eps, tuple(ranks), split, total)
 
     def budget(self, caps: Sequence[int], growth: Tensor | None = None) -> Budget:
         return Budget.of(self.eps, self.dtype, self.ranks, caps, growth)

@@ -143,18 +143,18 @@ def _rounded(
 
 
 def _by_method(problem: _Problem, caps: Sequence[int], method: str) -> tuple[Finished, str]:
-    """By the method asked for, unless what squares cannot show is all that keeps it from the tolerance."""
+    """By the method asked for, unless what that cannot see keeps it from the tolerance."""
     if method != "svd":
         found = _METHODS[method](problem, caps)
-        if found is not None and (found.bound <= problem.eps or _mostly_cut(found)):
+        if found is not None and (found.bound <= problem.eps or _is_held_by(found, caps)):
             return found, method
     return _round_svd(problem, caps), "svd"
 
 
-def _mostly_cut(found: Finished) -> bool:
-    """Whether what was seen to be cut makes up nearly all of the bound."""
-    cut = torch.stack([*found.sweep.tails, torch.zeros_like(found.bounds)]).square().sum(0).sqrt()
-    return bool((found.bounds <= 1.02 * cut).all())
+def _is_held_by(found: Finished, caps: Sequence[int]) -> bool:
+    """Whether it is a cap that makes the bound what it is, not what squares cannot show."""
+    is_capped = any(core.shape[-1] >= cap for core, cap in zip(found.cores[:-1], caps[1:], strict=False))
+    return is_capped and bool((found.sweep.unseen <= 0.02 * found.bounds).all())
 
 
 @dataclass(frozen=True)
@@ -182,8 +182,8 @@ class _Problem:
             cores = [*cores[:lo], *inner, *cores[hi + 1 :]]
         return cls(cores, center, dtype, eps, tuple(ranks), split, total)
 
-    def budget(self, caps: Sequence[int], growth: Tensor | None = None) -> Budget:
-        return Budget.of(self.eps, self.dtype, self.ranks, caps, growth)
+    def budget(self, caps: Sequence[int], past: _Past, growth: Tensor | None = None) -> Budget:
+        return Budget.of(self.eps, self.dtype, self.ranks, caps, growth, past.before)
 
     @property
     def one(self) -> Sizes:
@@ -200,7 +200,7 @@ def _round_gram(problem: _Problem, caps: Sequence[int]) -> Finished:
     roots = _gram_roots(problem)
     left, _ = _left_sizes(problem, problem.cores)
     growth = growths(problem.cores, left, roots.sizes(problem), (roots.norm, roots.exponent))
-    return _swept(problem, caps, roots, _gram_cut, before=_unseen(growth), growth=growth)
+    return _swept(problem, caps, roots, _gram_cut, _Past(unseen=_unseen(growth), growth=growth))
 
 
 def _unseen(growth: Tensor) -> Tensor:
@@ -230,15 +230,11 @@ def _round_randomized(problem: _Problem, caps: Sequence[int]) -> Finished | None
         sketched, exponent = sketched_cores(mirrored, widths[::-1])
         cores = _mirrored(sketched)
         lost = torch.hypot(_lost(whole, cores, exponent), unseen)
-        if widths == tops or bool((lost <= 0.5 * problem.eps).all()):
+        if widths == tops or bool((lost <= 0.3 * problem.eps).all()):
             break
         guess *= 2
-    # What the sketch lost is orthogonal to what is left, and so are the cuts within it.
-    rest = math.sqrt(max(problem.eps**2 - float(lost.amax()) ** 2, 0.0)) or problem.eps
-    after = replace(
-        problem, cores=cores, center=(0, 0), eps=rest, ranks=tuple(widths), exponent=problem.exponent + exponent
-    )
-    return _swept(after, caps, _gram_roots(after), _gram_cut, before=lost, growth=growth, eps=problem.eps)
+    after = replace(problem, cores=cores, center=(0, 0), ranks=tuple(widths), exponent=problem.exponent + exponent)
+    return _swept(after, caps, _gram_roots(after), _gram_cut, _Past(lost, unseen, growth))
 
 
 def _mirrored(cores: Sequence[Tensor]) -> list[Tensor]:
@@ -271,39 +267,35 @@ def _lost(whole: Sizes, cores: Sequence[Tensor], exponent: Tensor) -> Tensor:
     return (1.0 - (kept / norm.where(norm > 0, 1.0)).square()).clamp_min(0.0).sqrt()
 
 
-def _swept(
-    problem: _Problem,
-    caps: Sequence[int],
-    roots: _Roots,
-    cut_with: Cut,
-    before: Tensor | float = 0.0,
-    growth: Tensor | None = None,
-    eps: float | None = None,
-) -> Finished:
+@dataclass(frozen=True)
+class _Past:
+    """What happened to a train before a sweep: see ``Sweep``."""
+
+    before: Tensor | float = 0.0
+    unseen: Tensor | float = 0.0
+    growth: Tensor | None = None
+
+
+def _swept(problem: _Problem, caps: Sequence[int], roots: _Roots, cut_with: Cut, past: _Past | None = None) -> Finished:
     """Left to right: cut every bond to a tail that its share of the tolerance allows.
 
     With ``b_k`` what lies right of bond k, ``b_k b_k^H = c_k c_k^H``: the singular vectors of ``current b_k`` are
     those of ``current c_k``. The next core is taken as it was given, so no orthogonal factor is ever formed.
-
-    Args:
-        before: Relative error made before, or that cannot be seen.
-        growth: Of rounding, where more of it happened before.
-        eps: The tolerance asked for, if that of the problem is what is left of it.
     """
+    past = past or _Past()
 
     def make(tolerance: Tensor | float) -> Sweep:
-        return _cut_all(problem, caps, roots, cut_with, tolerance, before)
+        return _cut_all(problem, caps, roots, cut_with, tolerance, past)
 
-    budget = problem.budget(caps)
+    budget = problem.budget(caps, past)
     sweep = make(budget.cut)
-    grown = _largest_growth(sweep, growth)
+    grown = _largest_growth(sweep, past.growth)
     if bool((grown > 1.5).any()):
         # Rounding weighs more than was thought: where the cuts leave it no room, or leave what it made, they are
         # made anew.
-        budget = problem.budget(caps, grown)
+        budget = problem.budget(caps, past, grown)
         if _calls_for_other_cuts(sweep, budget.cut, caps):
             sweep = make(budget.cut)
-    budget = replace(budget, eps=problem.eps if eps is None else eps)
     return settled(sweep, make, dtype=problem.dtype, budget=budget, caps=caps)
 
 
@@ -329,7 +321,7 @@ def _cut_all(
     roots: _Roots,
     cut_with: Cut,
     tolerance: Tensor | float,
-    before: Tensor | float,
+    past: _Past,
 ) -> Sweep:
     cores = problem.cores
     n_batch, d = cores[0].ndim - 3, len(cores)
@@ -356,7 +348,7 @@ def _cut_all(
         shift = shift + step
     last = times_pow2(current, shift - exponent)
     growth = growths(cores, left, roots.sizes(problem), (norm, exponent))
-    return Sweep([*done, last], spectra, tails, norm, exponent + problem.exponent, before, growth)
+    return Sweep([*done, last], spectra, tails, norm, exponent + problem.exponent, past.before, past.unseen, growth)
 
 
 def _total(tails: Sequence[Tensor]) -> Tensor:

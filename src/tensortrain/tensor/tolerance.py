@@ -92,6 +92,7 @@ class Budget:
         sizes: Sequence[int],
         caps: Sequence[int],
         growth: Tensor | None = None,
+        before: Tensor | float = 0.0,
     ) -> Budget:
         """Budget for a decomposition.
 
@@ -101,6 +102,7 @@ class Budget:
             sizes: Smaller sides of the matrices factorized, length ``order + 1`` with the ends.
             caps: Largest ranks, same length.
             growth: By how much rounding grows at each inner bond, ``(order - 1, ..)``; left out, not at all.
+            before: Relative error that was made already.
         """
         # Roundings at different bonds do not conspire, so their squares add. Sweeps over random tensors
         # erred by 26 units at sides of 64, 77 at 256 and 124 at 512: less than half of this.
@@ -115,12 +117,12 @@ class Budget:
             unit = torch.finfo(dtype).eps / 2
             casting = (len(caps) - 1) * unit * (1.0 + math.sqrt(max(caps)) * eps)
             noise = 2.0 * unit * math.sqrt(len(units))
-        reserve = arithmetic + casting + _evaluation_error(dtype, caps)
+        reserve = arithmetic + casting + _evaluation_error(dtype, caps) + before
         # Where rounding alone is beyond eps, no cut can keep the promise; half of eps still finds the ranks. And
         # singular values that rounding makes are never worth keeping.
         noise = torch.clamp(0.5 * torch.as_tensor(arithmetic, dtype=torch.float64), max=_LARGEST_NOISE) + noise
         cut = torch.clamp(torch.as_tensor(eps - reserve, dtype=torch.float64), min=eps / 2).maximum(noise)
-        return cls(eps, cut if growth is not None else float(cut), arithmetic)
+        return cls(eps, cut if cut.ndim else float(cut), arithmetic)
 
 
 @dataclass(frozen=True)
@@ -133,7 +135,8 @@ class Sweep:
         tails: Relative root-sum-square of what was cut at each bond, ``batch_shape``.
         norm: Frobenius norm of what was swept is ``norm * 2**exponent``, ``batch_shape``; 0 only where all is zero.
         exponent: Integers, ``batch_shape``.
-        before: Relative error made before the sweep, orthogonal to the cuts.
+        before: Relative error made before the sweep; the cuts need not be orthogonal to it.
+        unseen: Relative size of what may have been cut without showing in ``tails``.
         growth: By how much rounding grew at each bond, ``(d - 1, ..)``; ``None`` for not at all.
     """
 
@@ -143,6 +146,7 @@ class Sweep:
     norm: Tensor
     exponent: Tensor
     before: Tensor | float = 0.0
+    unseen: Tensor | float = 0.0
     growth: Tensor | None = None
 
 
@@ -179,7 +183,8 @@ def settled(
     is_capped = all(core.shape[-1] >= cap for core, cap in zip(done.cores, caps[1:], strict=True))
     if done.bound <= budget.eps or is_capped or not math.isfinite(done.bound):
         return done
-    left = float((budget.eps - (done.bounds - _total(sweep))).amin())
+    cuts = _total(sweep) - sweep.before
+    left = float((budget.eps - (done.bounds - cuts)).amin())
     if left < 0.1 * budget.eps:
         return done
     closer = finish(again(0.95 * left), dtype=dtype, budget=budget)
@@ -188,7 +193,7 @@ def settled(
 
 def _total(sweep: Sweep) -> Tensor:
     tails = torch.stack([*sweep.tails, torch.zeros_like(sweep.norm)])
-    return (tails.square().sum(0) + sweep.before**2).sqrt()
+    return (tails.square().sum(0) + sweep.unseen**2).sqrt() + sweep.before
 
 
 def finish(sweep: Sweep, *, dtype: torch.dtype, budget: Budget) -> Finished:

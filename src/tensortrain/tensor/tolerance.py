@@ -113,16 +113,16 @@ class Budget:
             parts = zip(units, sizes[1:-1], growth, strict=True)
             each = torch.stack([unit + 4.0 * math.sqrt(n) * (grown - 1.0) for unit, n, grown in parts])
             arithmetic = _UNIT * each.square().sum(0).sqrt()
-        casting = noise = 0.0
+        casting = stored = 0.0
         if dtype != compute_dtype(dtype):
             # see _casting_error: a unit of the whole per core, and what a basis feels of later cuts
             unit = torch.finfo(dtype).eps / 2
             casting = (len(caps) - 1) * unit * (1.0 + math.sqrt(max(caps)) * eps)
-            noise = 2.0 * unit * math.sqrt(len(units))
+            stored = 2.0 * unit * math.sqrt(len(units))
         reserve = arithmetic + casting + _evaluation_error(dtype, caps) + before
         # Where rounding alone is beyond eps, no cut can keep the promise; half of eps still finds the ranks. And
         # singular values that rounding makes are never worth keeping.
-        noise = torch.clamp(0.5 * torch.as_tensor(arithmetic, dtype=torch.float64), max=_LARGEST_NOISE) + noise
+        noise = torch.clamp(0.5 * torch.as_tensor(arithmetic, dtype=torch.float64), max=_LARGEST_NOISE) + stored
         cut = torch.clamp(torch.as_tensor(eps - reserve, dtype=torch.float64), min=eps / 2).maximum(noise)
         return cls(eps, cut if cut.ndim else float(cut), arithmetic)
 
@@ -280,8 +280,9 @@ def _evaluation_error(dtype: torch.dtype, ranks: Sequence[int]) -> float:
     Products of equal entries are all rounded alike, so their errors add; beyond some thirty cores no array holds all.
     """
     unit = torch.finfo(dtype).eps / 2
-    apart = math.hypot(*(max(1.0, 0.6 * math.sqrt(r)) for r in ranks[1:-1]))
-    return unit * max(apart, min(30, len(ranks) - 2))
+    apart = math.hypot(*(max(1.5, 0.6 * math.sqrt(r)) for r in ranks[1:-1]))
+    of_products = 1.5 if dtype.is_complex else 1.0
+    return unit * of_products * max(apart, min(30, len(ranks) - 2))
 
 
 def _casting_error(

@@ -30,11 +30,13 @@ __all__ = [
     "hadamard_cores",
     "join_pieces",
     "left_qr",
+    "multiplied_pow2",
     "norm_parts",
     "orthogonalize_cores",
     "over_core",
     "place_pow2",
     "right_qr",
+    "shares_pow2",
     "singular_values_at",
 ]
 
@@ -354,13 +356,41 @@ def place_pow2(
     Returns:
         The cores, and whether core ``at`` took it all.
     """
+    shares, single = shares_pow2(cores, exponent, at, dtype)
+    return multiplied_pow2(cores, shares), single
+
+
+def shares_pow2(
+    cores: Sequence[Tensor], exponent: Tensor | int, at: int, dtype: torch.dtype
+) -> tuple[list[Tensor | int], bool]:
+    """How ``2**exponent`` is shared out among the cores, so that ``dtype`` can hold their entries.
+
+    Entries of core ``at`` may be of any size, those of the others are taken to be at most about 1.
+
+    Returns:
+        An exponent for each core, and whether core ``at`` gets it all.
+    """
     top = math.floor(math.log2(torch.finfo(dtype).max)) - 2
-    if isinstance(exponent, Tensor):  # the one host sync of this decision
-        lowest, highest = (int(e) for e in torch.aminmax(exponent))
-    else:
-        lowest = highest = exponent
+    size = _exponent_of(cores[at])
+    total = torch.where(size.isfinite(), exponent + size, 0).to(torch.int32)
+    lowest, highest = (int(e) for e in torch.aminmax(total)) if total.numel() else (0, 0)  # the one host sync
     if -top // 2 <= lowest and highest <= top:
-        placed = list(cores)
-        placed[at] = times_pow2(placed[at], exponent)
-        return placed, True
-    return spread_pow2(cores, exponent), False
+        return [exponent if k == at else 0 for k in range(len(cores))], True
+    each, extra = total // len(cores), total % len(cores)
+    shares = [each + (extra > k) for k in range(len(cores))]
+    shares[at] = shares[at] - torch.where(size.isfinite(), size, 0).to(torch.int32)
+    return list(shares), False
+
+
+def multiplied_pow2(cores: Sequence[Tensor], shares: Sequence[Tensor | int]) -> list[Tensor]:
+    """Every core times its own power of two."""
+    pairs = zip(cores, shares, strict=True)
+    return [core if isinstance(share, int) and share == 0 else times_pow2(core, share) for core, share in pairs]
+
+
+def _exponent_of(core: Tensor) -> Tensor:
+    """Of two, of the largest entry of each member; minus infinity for zeros."""
+    if core.numel() == 0:
+        return core.new_full(core.shape[:-3], -math.inf, dtype=torch.float64)
+    largest = core.detach().abs().amax(dim=(-3, -2, -1))
+    return torch.where(largest > 0, torch.frexp(largest).exponent.to(torch.float64), -math.inf)

@@ -10,15 +10,23 @@ import torch
 from torch import Tensor
 
 from tensortrain.errors import DTypeError, KindError, NonFiniteError, ShapeError
+from tensortrain.tensor import chain
 from tensortrain.tensor.approximation import Approximation
-from tensortrain.tensor.chain import place_pow2
-from tensortrain.tensor.linalg import cut, gram_singular_values, singular_values
+from tensortrain.tensor.linalg import cut, cut_along, gram_singular_values, singular_values
 from tensortrain.tensor.matrix import TTMatrix, dense_to_paired
 from tensortrain.tensor.ranks import RankLike, max_ranks, resolve_ranks
-from tensortrain.tensor.scaling import split_pow2
+from tensortrain.tensor.scaling import split_pow2, times_pow2
 from tensortrain.tensor.streaming import is_stream, stream_tt_svd
-from tensortrain.tensor.sweeps import METHODS, Unfolded
-from tensortrain.tensor.tolerance import Budget, checked_eps, compute_dtype, finish
+from tensortrain.tensor.sweeps import METHODS, SweepMethod, Unfolded
+from tensortrain.tensor.tolerance import (
+    Budget,
+    Finished,
+    Sweep,
+    checked_eps,
+    compute_dtype,
+    settled,
+    with_derivatives,
+)
 from tensortrain.tensor.train import TensorTrain
 from tensortrain.tensor.validation import DTYPES
 
@@ -104,10 +112,10 @@ def tt_svd(
     x = x.resolve_conj().resolve_neg()
     tensor, modes = _as_train_shape(x, out_modes, in_modes, batch_dims)
     with torch.no_grad():
-        found = _decomposed(tensor.detach(), eps, max_rank, method, batch_dims)
+        found, done = _decomposed(tensor.detach(), eps, max_rank, method, batch_dims)
     train = found.value
     if torch.is_grad_enabled() and x.requires_grad:
-        train = _differentiable(tensor, train.ranks, batch_dims)
+        train = _differentiable(tensor, train, done, batch_dims)
     if modes is None:
         return Approximation(train, found.rel_error_bound, found.info)
     pairs = zip(train.cores, zip(*modes, strict=True), strict=True)
@@ -117,36 +125,56 @@ def tt_svd(
 
 def _decomposed(
     x: Tensor, eps: float | None, max_rank: RankLike | None, method: str, batch_dims: int
-) -> Approximation[TensorTrain]:
+) -> tuple[Approximation[TensorTrain], Finished | None]:
     shape = tuple(x.shape[batch_dims:])
     caps = max_ranks(shape) if max_rank is None else resolve_ranks(shape, max_rank)
     tolerance = checked_eps(eps, x.dtype, len(shape))
-    problem = Unfolded.of(*_unit_scale(x), batch_dims)
+    problem = Unfolded.of(*_unit_scale(x, batch_dims), batch_dims)
     info = {"method": method, "eps": tolerance, "bond_errors": (0.0,) * (len(shape) - 1)}
     if x.numel() == 0 or not bool((problem.norm > 0).any()):
         cores = tuple(x.new_zeros((*x.shape[:batch_dims], 1, n, 1)) for n in shape)
-        return Approximation(TensorTrain(cores), 0.0, info)
+        return Approximation(TensorTrain(cores), 0.0, info), None
     budget = Budget.of(tolerance, x.dtype, max_ranks(shape), caps)
-    sweep, used = METHODS[method](problem, budget.cut, caps)
-    done = finish(sweep, dtype=x.dtype, budget=budget)
+    limits = caps if max_rank is not None else [_NO_CAP] * len(caps)
+    done, used = _settled_sweep(problem, METHODS[method], x.dtype, budget, caps, limits)
     info = {"method": used, "eps": tolerance, "bond_errors": done.bond_errors}
     if batch_dims:
         info["rel_error_bounds"] = done.bounds
-    return Approximation(TensorTrain(done.cores, done.center), done.bound, info)
+    return Approximation(TensorTrain(done.cores, done.center), done.bound, info), done
 
 
-def _differentiable(x: Tensor, ranks: Sequence[int], batch_dims: int) -> TensorTrain:
-    """The cuts once more at known ranks, by steps that have derivatives."""
-    batch, modes = x.shape[:batch_dims], x.shape[batch_dims:]
+_NO_CAP = 1 << 62
+
+
+def _settled_sweep(
+    problem: Unfolded,
+    sweep_by: SweepMethod,
+    dtype: torch.dtype,
+    budget: Budget,
+    caps: Sequence[int],
+    limits: Sequence[int],
+) -> tuple[Finished, str]:
+    def again(tolerance: float) -> Sweep:
+        return sweep_by(problem, tolerance, caps)[0]
+
+    sweep, used = sweep_by(problem, float(budget.cut), caps)
+    return settled(sweep, again, dtype=dtype, budget=budget, caps=limits), used
+
+
+def _differentiable(x: Tensor, train: TensorTrain, done: Finished | None, batch_dims: int) -> TensorTrain:
+    """The same train, its cuts made once more along the bases that were found, by steps that have derivatives."""
+    batch, modes, ranks = x.shape[:batch_dims], x.shape[batch_dims:], train.ranks
     rest, exponent = split_pow2(x.to(compute_dtype(x.dtype)), batch_dims)
     cores = []
-    for n, left, right in zip(modes[:-1], ranks[:-2], ranks[1:-1], strict=True):
-        u, rest = cut(rest.reshape(*batch, left * n, -1), right)
+    for k, (n, left, right) in enumerate(zip(modes[:-1], ranks[:-2], ranks[1:-1], strict=True)):
+        unfolding = rest.reshape(*batch, left * n, -1)
+        u, rest = cut(unfolding, right) if done is None else cut_along(unfolding, chain.as_left(done.sweep.cores[k]))
         cores.append(u.unflatten(-2, (left, n)))
     cores.append(rest.reshape(*batch, ranks[-2], modes[-1], 1))
-    placed, single = place_pow2(cores, exponent, len(cores) - 1, x.dtype)
-    last = len(cores) - 1
-    return TensorTrain(tuple(core.to(x.dtype) for core in placed), (last, last) if single else (0, -1))
+    if done is None:  # all is zero
+        return TensorTrain(tuple(core.to(x.dtype) for core in cores), train.center)
+    cores[-1] = times_pow2(cores[-1], exponent - done.sweep.exponent)
+    return TensorTrain(with_derivatives(done, cores), train.center)
 
 
 @torch.no_grad()
@@ -178,7 +206,7 @@ def unfolding_spectra(x: Tensor, *, method: Literal["svd", "gram"] = "svd") -> l
         raise KindError(
             f"a method must be known: method has {method!r}, expected one of {sorted(_SPECTRA)}. Use 'svd' if in doubt."
         )
-    scaled, exponent = _unit_scale(x.detach().resolve_conj().resolve_neg())
+    scaled, exponent = _unit_scale(x.detach().resolve_conj().resolve_neg(), 0)
     scaled = scaled.to(compute_dtype(x.dtype))
     values_of = _SPECTRA[method]
     spectra: list[Tensor] = []
@@ -189,7 +217,7 @@ def unfolding_spectra(x: Tensor, *, method: Literal["svd", "gram"] = "svd") -> l
             continue
         rows *= n
         unfolding = scaled.reshape(rows, scaled.numel() // rows if rows else 0)
-        spectra.append(values_of(unfolding) * 2.0**exponent)
+        spectra.append(times_pow2(values_of(unfolding), exponent))
     return spectra
 
 
@@ -253,27 +281,30 @@ def _as_train_shape(
     return dense_to_paired(x, out, into), (out, into)
 
 
-def _unit_scale(x: Tensor) -> tuple[Tensor, int]:
+def _unit_scale(x: Tensor, n_batch: int) -> tuple[Tensor, Tensor]:
     """``x`` divided by a power of two, so that squares neither overflow nor vanish, and its exponent.
 
-    Lower dtypes stay as they are: they are widened block by block, or where they are small.
+    Each member of a batch has its own. Lower dtypes stay as they are: they are widened block by block, or where they
+    are small.
     """
+    nothing = torch.zeros(x.shape[:n_batch], dtype=torch.int32, device=x.device)
     if x.numel() == 0:
-        return x, 0
-    smallest, largest = (float(v) for v in _extremes(x))  # NaN and Inf show up here
-    size = max(abs(smallest), abs(largest))
-    if not math.isfinite(size):
+        return x, nothing
+    lowest, highest = _extremes(x, n_batch)  # NaN and Inf show up here
+    sizes = torch.maximum(lowest.abs(), highest.abs()).double()
+    smallest, largest = (float(v) for v in torch.aminmax(sizes.where(sizes != 0, 1.0)))
+    if not math.isfinite(largest):
         n_bad = int((~torch.isfinite(x)).sum())
         raise NonFiniteError(
             f"a tensor must be finite to be decomposed: x has {n_bad} NaN or Inf among {x.numel()} entries, "
             f"expected "
             "none. Find where they come from, or replace them with torch.nan_to_num."
         )
-    if 1e-100 < size < 1e100 or size == 0.0:
-        return x, 0  # spares a copy
-    scaled, exponent = split_pow2(x.to(compute_dtype(x.dtype)))
-    return scaled, int(exponent)
+    if smallest > 1e-100 and largest < 1e100:
+        return x, nothing  # spares a copy
+    return split_pow2(x.to(compute_dtype(x.dtype)), n_batch)
 
 
-def _extremes(x: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.aminmax(torch.view_as_real(x) if x.is_complex() else x)
+def _extremes(x: Tensor, n_batch: int) -> tuple[Tensor, Tensor]:
+    flat = torch.view_as_real(x.resolve_conj()) if x.is_complex() else x
+    return torch.aminmax(flat.reshape(*x.shape[:n_batch], -1), dim=-1) if n_batch else torch.aminmax(flat)

@@ -16,6 +16,7 @@ from tensortrain.errors import ConvergenceError
 __all__ = [
     "choose_rank",
     "cut",
+    "cut_along",
     "cut_basis",
     "energy",
     "gram_basis",
@@ -126,7 +127,10 @@ def gram_basis(a: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def gram_root(gram: Tensor) -> Tensor:
-    """``c`` ``(.., q, t)`` with ``c c^H = gram`` to some roundings of its trace, ``t`` its rank to rounding.
+    """``c`` ``(.., q, t)`` with ``c c^H = gram``, ``t`` its rank to rounding.
+
+    Entries are right to some roundings of ``c_i c_j``, the norms of their two rows: small rows beside large ones are
+    as good as alone, since the matrix is scaled to a diagonal of ones first.
 
     Args:
         gram: ``(.., q, q)``, positive semidefinite, float64 or complex128.
@@ -134,14 +138,20 @@ def gram_root(gram: Tensor) -> Tensor:
     Cost: O(q t^2) by a pivoted Cholesky factorization on the CPU; elsewhere a symmetric eigenproblem.
     Source: Higham, "Analysis of the Cholesky decomposition of a semi-definite matrix", 1990.
     """
+    sizes = gram.diagonal(dim1=-2, dim2=-1).real.clamp_min(0.0).sqrt()
+    safe = sizes.where(sizes > 0, 1.0)
+    return sizes.unsqueeze(-1) * _scaled_root(gram / safe.unsqueeze(-1) / safe.unsqueeze(-2))
+
+
+def _scaled_root(gram: Tensor) -> Tensor:
+    """``gram_root`` where the diagonal holds ones, and zeros where all is zero."""
     if gram.ndim > 2 or gram.is_cuda or gram.numel() == 0:
         values, vectors = torch.linalg.eigh(gram)
         return vectors * values.clamp_min(0).sqrt().unsqueeze(-2)
     from scipy.linalg.lapack import dpstrf, zpstrf  # torch has no pivoted Cholesky, SciPy has
 
     factorize = zpstrf if gram.is_complex() else dpstrf
-    largest = float(gram.diagonal().real.amax())
-    factor, pivots, rank, _ = factorize(gram.resolve_conj().numpy(), lower=True, tol=4 * _UNIT * largest)
+    factor, pivots, rank, _ = factorize(gram.resolve_conj().numpy(), lower=True, tol=4 * _UNIT)
     rank = max(1, int(rank))
     root = torch.zeros(len(gram), rank, dtype=gram.dtype)
     root[torch.from_numpy(pivots).long() - 1] = torch.from_numpy(factor[:, :rank]).tril()
@@ -316,16 +326,20 @@ def cut(a: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return _Cut.apply(a, rank)
 
 
+def cut_along(a: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
+    """As ``cut``, with a basis that is known: it comes back as it is, with the derivative that ``cut`` has.
+
+    Args:
+        a: ``(.., p, q)``, float64 or complex128.
+        basis: ``(.., p, r)``, orthonormal, of the space of leading left singular vectors or one close to it.
+    """
+    return _CutAlong.apply(a, basis)
+
+
 class _Cut(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, a: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-        found = robust_svd(a)
-        if found is None:
-            raise ConvergenceError(
-                f"a factorization must converge: the SVD of a {tuple(a.shape)} matrix did not, and its derivative "
-                "needs one. Rescale the data, or work under torch.no_grad()."
-            )
-        u, s, vh = found
+        u, s, vh = _svd_with_derivative(a)
         ctx.rank = rank
         ctx.save_for_backward(u, s, vh)
         return u[..., :rank].contiguous(), s[..., :rank, None] * vh[..., :rank, :]
@@ -333,18 +347,57 @@ class _Cut(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_u: Tensor, grad_b: Tensor) -> tuple[Tensor, None]:
-        # A change dA turns the basis by du = (rest of the space) X with X_ji = [s_i (U2' dA V1)_ji + s_j
-        # (U1' dA V2)_ij^*] / (s_i^2 - s_j^2), i kept and j cut; b follows as db = du' A + u' dA.
         u, s, vh = ctx.saved_tensors
         r = ctx.rank
-        u1, u2, s1, s2, v1h, v2h = u[..., :r], u[..., r:], s[..., :r], s[..., r:], vh[..., :r, :], vh[..., r:, :]
-        pull = grad_u + (u * s[..., None, :]) @ (vh @ grad_b.mH)
-        unit = torch.finfo(s.dtype).eps
-        largest = s[..., :1]
-        inside = u2.mH @ pull
-        gap = s1[..., None, :].square() - s2[..., :, None].square()
-        inside = inside * gap / (gap.square() + (unit * largest.square())[..., None].square()).clamp_min(1e-300)
-        outside = pull - u1 @ (u1.mH @ pull) - u2 @ (u2.mH @ pull)
-        inverse = s1 / (s1.square() + (unit * largest).square()).clamp_min(1e-300)
-        kept = (u2 @ (inside * s1[..., None, :]) + outside * inverse[..., None, :]) @ v1h
-        return u1 @ (grad_b + (inside.mH * s2[..., None, :]) @ v2h) + kept, None
+        kept, rest = (u[..., :r], s[..., :r], vh[..., :r, :]), (u[..., r:], s[..., r:], vh[..., r:, :])
+        return _pulled_back(kept, rest, grad_u, grad_b), None
+
+
+class _CutAlong(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(a, basis)
+        return basis.clone(), basis.mH @ a
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_u: Tensor, grad_b: Tensor) -> tuple[Tensor, None]:
+        a, basis = ctx.saved_tensors
+        b = basis.mH @ a
+        turn, s, vh = _svd_with_derivative(b)
+        u2, s2, v2h = _svd_with_derivative(a - basis @ b)
+        # Where nothing but rounding is left, the vectors mean nothing.
+        is_there = s2 > 1e-14 * s[..., :1]
+        rest = u2 * is_there.unsqueeze(-2), s2 * is_there, v2h
+        return _pulled_back((basis @ turn, s, vh), rest, grad_u @ turn, turn.mH @ grad_b), None
+
+
+_Svd = tuple[Tensor, Tensor, Tensor]
+
+
+def _svd_with_derivative(a: Tensor) -> _Svd:
+    found = robust_svd(a)
+    if found is None:
+        raise ConvergenceError(
+            f"a factorization must converge: the SVD of a {tuple(a.shape)} matrix did not, and its derivative "
+            "needs one. Rescale the data, or work under torch.no_grad()."
+        )
+    return found
+
+
+def _pulled_back(kept: _Svd, rest: _Svd, grad_u: Tensor, grad_b: Tensor) -> Tensor:
+    """The gradient of what was cut, from those of the kept vectors ``u`` and of ``b = u^H a``."""
+    # A change dA turns the basis by du = (rest of the space) X with X_ji = [s_i (U2' dA V1)_ji + s_j
+    # (U1' dA V2)_ij^*] / (s_i^2 - s_j^2), i kept and j cut; b follows as db = du' A + u' dA.
+    (u1, s1, v1h), (u2, s2, v2h) = kept, rest
+    a_b = (u1 * s1[..., None, :]) @ (v1h @ grad_b.mH) + (u2 * s2[..., None, :]) @ (v2h @ grad_b.mH)
+    pull = grad_u + a_b
+    unit = torch.finfo(s1.dtype).eps
+    largest = s1[..., :1]
+    inside = u2.mH @ pull
+    gap = s1[..., None, :].square() - s2[..., :, None].square()
+    inside = inside * gap / (gap.square() + (unit * largest.square())[..., None].square()).clamp_min(1e-300)
+    outside = pull - u1 @ (u1.mH @ pull) - u2 @ (u2.mH @ pull)
+    inverse = s1 / (s1.square() + (unit * largest).square()).clamp_min(1e-300)
+    through = (u2 @ (inside * s1[..., None, :]) + outside * inverse[..., None, :]) @ v1h
+    return u1 @ (grad_b + (inside.mH * s2[..., None, :]) @ v2h) + through

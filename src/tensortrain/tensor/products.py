@@ -212,7 +212,10 @@ def _randomized(
     guess = 16
     while True:
         widths = [min(r, cap + OVERSAMPLING, guess + OVERSAMPLING) for r, cap in zip(virtual.ranks, caps, strict=True)]
-        wide = TensorTrain(tuple(sketched_cores(virtual, widths)), (len(widths) - 2, len(widths) - 2))
+        sketched, exponent = sketched_cores(virtual, widths)
+        last = len(sketched) - 1
+        placed, single = chain.place_pow2(sketched, exponent, last, virtual.like.dtype)
+        wide = TensorTrain(tuple(placed), (last, last) if single else (0, -1))
         found = round_tt(wide, eps=eps, max_rank=caps[1:-1] if len(caps) > 2 else None)
         ranks = found.value.ranks
         full = [w >= min(r, cap + OVERSAMPLING) for w, r, cap in zip(widths, virtual.ranks, caps, strict=True)]

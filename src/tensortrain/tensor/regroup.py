@@ -22,6 +22,8 @@ Chain = TypeVar("Chain", bound=CoreChain)
 
 __all__ = ["permuted", "reshaped", "reshaped_matrix"]
 
+_ROUNDING = 1e-15  # relative size of singular values that an SVD in float64 makes where there are none
+
 
 def reshaped(x: TensorTrain, shape: Sequence[int], eps: float | None) -> TensorTrain:
     """See ``TensorTrain.reshape``."""
@@ -63,7 +65,7 @@ def permuted(x: TensorTrain, dims: Sequence[int], eps: float | None) -> TensorTr
         return x
     wide = compute_dtype(x.dtype)
     # The cut of one swap is not orthogonal to that of the next: the tolerances add up.
-    share = checked_eps(eps, x.dtype, d) / len(swaps)
+    share = max(checked_eps(eps, x.dtype, d) / len(swaps), _ROUNDING)
     cores, at = [core.to(wide) for core in x.cores], 0
     center = x.center if wide == x.dtype else (0, d - 1)
     total = torch.zeros((), dtype=torch.int32, device=x.device)

@@ -14,13 +14,32 @@ from tensortrain.errors import KindError, NonFiniteError, RankError
 from tensortrain.tensor import chain
 from tensortrain.tensor.approximation import Approximation
 from tensortrain.tensor.base import CoreChain
-from tensortrain.tensor.linalg import choose_rank, cut, cut_basis, gram_basis, gram_root, reorthonormalized, triangle
+from tensortrain.tensor.linalg import (
+    choose_rank,
+    cut,
+    cut_along,
+    cut_basis,
+    gram_basis,
+    gram_root,
+    reorthonormalized,
+    triangle,
+)
 from tensortrain.tensor.ranks import RankLike, count_params, max_ranks, ranks_within, resolve_ranks
-from tensortrain.tensor.scaling import split_pow2, splitter, times_pow2
+from tensortrain.tensor.scaling import balanced_pow2, keep_pow2, split_pow2, splitter, times_pow2
 from tensortrain.tensor.sketch import OVERSAMPLING, Plain, sketched_cores
-from tensortrain.tensor.tolerance import Budget, Finished, Sweep, checked_eps, compute_dtype, finish
+from tensortrain.tensor.tolerance import (
+    Budget,
+    Finished,
+    Sizes,
+    Sweep,
+    checked_eps,
+    compute_dtype,
+    growths,
+    settled,
+    with_derivatives,
+)
 
-__all__ = ["round_tt"]
+__all__ = ["round_and_store", "round_tt"]
 
 Chain = TypeVar("Chain", bound=CoreChain)
 Method = Literal["svd", "gram", "randomized"]
@@ -29,6 +48,7 @@ Cut = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor, Tensor]]
 # Below this relative tolerance a square (a Gram matrix, the difference of two squared norms) holds no information:
 # rounding is 1e-16 of the square of the norm, hence 2e-8 of the norm, and sums of some hundred terms make it worse.
 SQUARED_FLOOR = 4e-7
+SQUARED_UNIT = SQUARED_FLOOR / 10
 
 
 def round_tt(
@@ -79,40 +99,67 @@ def round_tt(
     _check_arguments(x, method)
     needs_grad = torch.is_grad_enabled() and any(core.requires_grad for core in x.cores)
     with torch.no_grad():
-        found = _rounded(x, eps, max_rank, method, max_params)
+        found, done = _rounded(x, eps, max_rank, method, max_params, x.dtype)
     if not needs_grad:
         return found
-    value = _differentiable(x, found.value.ranks)
-    return Approximation(value, found.rel_error_bound, found.info)
+    return Approximation(_differentiable(x, found.value, done), found.rel_error_bound, found.info)
 
 
-def _rounded(x: Any, eps: float | None, max_rank: RankLike | None, method: str, max_params: int | None) -> Any:
+def round_and_store(
+    x: Chain, dtype: torch.dtype, *, eps: float, max_rank: RankLike | None = None
+) -> Approximation[Chain]:
+    """``round_tt`` of a train in a wide dtype, stored in another one, all of it within ``eps``."""
+    with torch.no_grad():
+        return _rounded(x, eps, max_rank, "svd", None, dtype)[0]
+
+
+def _rounded(
+    x: Any,
+    eps: float | None,
+    max_rank: RankLike | None,
+    method: str,
+    max_params: int | None,
+    dtype: torch.dtype,
+) -> tuple[Approximation[Any], Finished]:
     cores = _finite_cores(x)
     modes = [core.shape[-2] for core in cores]
-    caps = max_ranks(modes) if max_rank is None else resolve_ranks(modes, max_rank)
-    caps = tuple(map(min, caps, x.ranks))
-    eps = checked_eps(eps, x.dtype, x.order)
+    limits = max_ranks(modes) if max_rank is None else resolve_ranks(modes, max_rank)
+    caps = tuple(map(min, limits, x.ranks))
+    eps = checked_eps(eps, dtype, x.order)
     # In lower dtypes cores are orthonormal to 1e-7 at best: not good enough for float64 to build on.
     center = x.center if x.dtype == cores[0].dtype else (0, x.order - 1)
-    if center == (0, x.order - 1):
-        cores = chain.balanced(cores)
-    problem = _Problem(cores, center, x.dtype, eps, x.ranks, splitter(cores))
+    problem = _Problem.of(cores, center, dtype, eps, x.ranks)
     if max_params is not None:
         caps = _caps_within(problem, caps, max_params)
     if method != "svd" and eps < SQUARED_FLOOR and (max_rank is None and max_params is None):
         method = "svd"
-    done = _METHODS[method](problem, caps)
+    done, method = _by_method(problem, caps, method)
     info = {"method": method, "eps": eps, "bond_errors": done.bond_errors}
     if x.batch_shape:
         info["rel_error_bounds"] = done.bounds
     if done.is_zero:
-        return Approximation(x._zeros(), 0.0, info)
-    return Approximation(x._like(done.cores, done.center), done.bound, info)
+        return Approximation(x._zeros().to(dtype), 0.0, info), done
+    return Approximation(x._like(done.cores, done.center), done.bound, info), done
+
+
+def _by_method(problem: _Problem, caps: Sequence[int], method: str) -> tuple[Finished, str]:
+    """By the method asked for, unless what that cannot see keeps it from the tolerance."""
+    if method != "svd":
+        found = _METHODS[method](problem, caps)
+        if found is not None and (found.bound <= problem.eps or _is_held_by(found, caps)):
+            return found, method
+    return _round_svd(problem, caps), "svd"
+
+
+def _is_held_by(found: Finished, caps: Sequence[int]) -> bool:
+    """Whether it is a cap that makes the bound what it is, not what squares cannot show."""
+    is_capped = any(core.shape[-1] >= cap for core, cap in zip(found.cores[:-1], caps[1:], strict=False))
+    return is_capped and bool((found.sweep.unseen <= 0.02 * found.bounds).all())
 
 
 @dataclass(frozen=True)
 class _Problem:
-    """What is to be rounded, in the compute dtype."""
+    """What is to be rounded, in the compute dtype: a train times ``2**exponent``."""
 
     cores: list[Tensor]
     center: tuple[int, int]
@@ -120,9 +167,29 @@ class _Problem:
     eps: float
     ranks: tuple[int, ...]
     split: Callable[..., tuple[Tensor, Tensor]]
+    exponent: Tensor
 
-    def budget(self, caps: Sequence[int], amplification: float) -> Budget:
-        return Budget.of(self.eps, self.dtype, self.ranks, caps, amplification)
+    @classmethod
+    def of(
+        cls, cores: list[Tensor], center: tuple[int, int], dtype: torch.dtype, eps: float, ranks: tuple[int, ...]
+    ) -> _Problem:
+        """Where numbers may leave the range, the cores that are not orthonormal are balanced first."""
+        split = splitter(cores)
+        total = torch.zeros(cores[0].shape[:-3], dtype=torch.int32, device=cores[0].device)
+        if split is not keep_pow2:
+            lo, hi = center
+            inner, total = balanced_pow2(cores[lo : hi + 1])
+            cores = [*cores[:lo], *inner, *cores[hi + 1 :]]
+        return cls(cores, center, dtype, eps, tuple(ranks), split, total)
+
+    def budget(self, caps: Sequence[int], past: _Past, growth: Tensor | None = None) -> Budget:
+        return Budget.of(self.eps, self.dtype, self.ranks, caps, growth, past.before)
+
+    @property
+    def one(self) -> Sizes:
+        """What lies left of the first core, and right of the last."""
+        batch, like = self.cores[0].shape[:-3], self.cores[0].real
+        return like.new_ones((*batch, 1)), torch.zeros(batch, dtype=torch.int32, device=like.device)
 
 
 def _round_svd(problem: _Problem, caps: Sequence[int]) -> Finished:
@@ -130,32 +197,44 @@ def _round_svd(problem: _Problem, caps: Sequence[int]) -> Finished:
 
 
 def _round_gram(problem: _Problem, caps: Sequence[int]) -> Finished:
-    return _swept(problem, caps, _gram_roots(problem), _gram_cut)
+    roots = _gram_roots(problem)
+    left, _ = _left_sizes(problem, problem.cores)
+    growth = growths(problem.cores, left, roots.sizes(problem), (roots.norm, roots.exponent))
+    return _swept(problem, caps, roots, _gram_cut, _Past(unseen=_unseen(growth), growth=growth))
 
 
-def _round_randomized(problem: _Problem, caps: Sequence[int]) -> Finished:
+def _unseen(growth: Tensor) -> Tensor:
+    """Relative size of what squares cannot show."""
+    return SQUARED_UNIT * growth.square().sum(0).sqrt()
+
+
+def _round_randomized(problem: _Problem, caps: Sequence[int]) -> Finished | None:
     """Sketch at growing ranks until the norm shows that little is lost, then round what is left by Gram matrices.
 
     The sketch works on the mirrored train: its result, mirrored back, is right-orthogonal, so that the cuts from the
-    left need no sweep from the right before them.
+    left need no sweep from the right before them. ``None`` where the norms show too little.
     """
-    norm, exponent = _squared_norm_parts(problem)
     mirrored = Plain(_mirrored(problem.cores))
+    left, whole = _left_sizes(problem, problem.cores)
+    right = _left_sizes(problem, mirrored.cores)[0][::-1]
+    growth = growths(problem.cores, left, right, whole)
+    unseen = _unseen(growth)
+    if bool((unseen > 0.3).any()):
+        return None
     guess = max(16, min(max(problem.ranks) // 2, 64))
     while True:
         tops = [min(r, max(cap, 1) + OVERSAMPLING) for r, cap in zip(problem.ranks, caps, strict=True)]
         widths = [min(top, guess + OVERSAMPLING) for top in tops]
         if widths == list(problem.ranks):
-            return _round_svd(problem, caps)
-        cores = _mirrored(sketched_cores(mirrored, widths[::-1]))
-        lost = _lost(norm, exponent, cores)
-        if widths == tops or bool((lost <= 0.5 * problem.eps).all()):
+            return None
+        sketched, exponent = sketched_cores(mirrored, widths[::-1])
+        cores = _mirrored(sketched)
+        lost = torch.hypot(_lost(whole, cores, exponent), unseen)
+        if widths == tops or bool((lost <= 0.3 * problem.eps).all()):
             break
         guess *= 2
-    # What the sketch lost is orthogonal to what is left, and so are the cuts within it.
-    rest = math.sqrt(max(problem.eps**2 - float(lost.amax()) ** 2, 0.0)) or problem.eps
-    left = replace(problem, cores=cores, center=(0, 0), eps=rest, ranks=tuple(widths), split=splitter(cores))
-    return _swept(left, caps, _gram_roots(left), _gram_cut, before=lost)
+    after = replace(problem, cores=cores, center=(0, 0), ranks=tuple(widths), exponent=problem.exponent + exponent)
+    return _swept(after, caps, _gram_roots(after), _gram_cut, _Past(lost, unseen, growth))
 
 
 def _mirrored(cores: Sequence[Tensor]) -> list[Tensor]:
@@ -163,52 +242,87 @@ def _mirrored(cores: Sequence[Tensor]) -> list[Tensor]:
     return [core.transpose(-3, -1).contiguous() for core in reversed(cores)]
 
 
-def _squared_norm_parts(problem: _Problem) -> tuple[Tensor, Tensor]:
-    """``(m, e)``, the norm ``m * 2**e``, from an inner product: good to the roundings that squares resolve."""
-    if problem.center[0] == problem.center[1]:
-        return chain.norm_parts(problem.cores, problem.center)
-    square, exponent = chain.dot_parts(problem.cores, problem.cores)
-    square = square.real if square.is_complex() else square
-    return (square * (1 + exponent % 2)).clamp_min(0.0).sqrt(), exponent // 2
+def _left_sizes(problem: _Problem, cores: Sequence[Tensor]) -> tuple[list[Sizes], Sizes]:
+    """Norms of the columns of what lies left of bonds 0 to d, and the norm of the whole, from Gram matrices.
+
+    Good to the roundings that squares resolve.
+    """
+    n_batch = cores[0].ndim - 3
+    env = cores[0].new_ones((*cores[0].shape[:-3], 1, 1))
+    _, exponent = problem.one
+    sizes = [problem.one]
+    for core in cores:
+        env, step = problem.split(chain.as_left(core).mH @ chain.as_left(chain.absorb_left(env, core)), n_batch)
+        exponent = exponent + step  # of the square
+        squares = env.diagonal(dim1=-2, dim2=-1).real.clamp_min(0.0)
+        sizes.append(((squares * (1 + exponent % 2).unsqueeze(-1)).sqrt(), exponent // 2))
+    size, power = sizes[-1]
+    return sizes, (size[..., 0], power)
 
 
-def _lost(norm: Tensor, exponent: Tensor, cores: Sequence[Tensor]) -> Tensor:
-    """Relative size of what an orthogonal projection removed, from the norms before and after, and their rounding."""
-    end, step = split_pow2(cores[0], cores[0].ndim - 3)
-    kept = times_pow2(torch.linalg.vector_norm(end, dim=(-3, -2, -1)), step - exponent) / norm.where(norm > 0, 1.0)
-    # each norm comes from a chain of d factorizations, each wrong by some roundings
-    return ((1.0 - kept.square()).clamp_min(0.0) + 2e-15 * (len(cores) + 5)).sqrt()
+def _lost(whole: Sizes, cores: Sequence[Tensor], exponent: Tensor) -> Tensor:
+    """Relative size of what an orthogonal projection removed, from the norms before and after."""
+    norm, power = whole
+    kept = times_pow2(torch.linalg.vector_norm(cores[0], dim=(-3, -2, -1)), exponent - power)
+    return (1.0 - (kept / norm.where(norm > 0, 1.0)).square()).clamp_min(0.0).sqrt()
 
 
-def _swept(
-    problem: _Problem,
-    caps: Sequence[int],
-    roots: _Roots,
-    cut_with: Cut,
-    before: Tensor | float = 0.0,
-) -> Finished:
+@dataclass(frozen=True)
+class _Past:
+    """What happened to a train before a sweep: see ``Sweep``."""
+
+    before: Tensor | float = 0.0
+    unseen: Tensor | float = 0.0
+    growth: Tensor | None = None
+
+
+def _swept(problem: _Problem, caps: Sequence[int], roots: _Roots, cut_with: Cut, past: _Past | None = None) -> Finished:
     """Left to right: cut every bond to a tail that its share of the tolerance allows.
 
     With ``b_k`` what lies right of bond k, ``b_k b_k^H = c_k c_k^H``: the singular vectors of ``current b_k`` are
     those of ``current c_k``. The next core is taken as it was given, so no orthogonal factor is ever formed.
     """
-    budget = problem.budget(caps, 1.0)
-    sweep, amplification = _cut_all(problem, caps, roots, cut_with, budget.cut, before)
-    if amplification > 1.0:
-        wary = problem.budget(caps, amplification)
-        # Rounding weighs more than was thought: where the cuts leave it no room, they are made anew, unless the caps
-        # decide every rank.
-        is_capped = all(core.shape[-1] >= cap for core, cap in zip(sweep.cores, caps[1:], strict=True))
-        if _total(sweep.tails) > wary.cut and not is_capped:
-            sweep, _ = _cut_all(problem, caps, roots, cut_with, wary.cut, before)
-        budget = wary
-    return finish(sweep, dtype=problem.dtype, budget=budget)
+    past = past or _Past()
+
+    def make(tolerance: Tensor | float) -> Sweep:
+        return _cut_all(problem, caps, roots, cut_with, tolerance, past)
+
+    budget = problem.budget(caps, past)
+    sweep = make(budget.cut)
+    grown = _largest_growth(sweep, past.growth)
+    if bool((grown > 1.5).any()):
+        # Rounding weighs more than was thought: where the cuts leave it no room, or leave what it made, they are
+        # made anew.
+        budget = problem.budget(caps, past, grown)
+        if _calls_for_other_cuts(sweep, budget.cut, caps):
+            sweep = make(budget.cut)
+    return settled(sweep, make, dtype=problem.dtype, budget=budget, caps=caps)
+
+
+def _largest_growth(sweep: Sweep, before: Tensor | None) -> Tensor:
+    assert sweep.growth is not None
+    if before is None or not before.numel():
+        return sweep.growth
+    return torch.maximum(sweep.growth, before)
+
+
+def _calls_for_other_cuts(sweep: Sweep, tolerance: Tensor | float, caps: Sequence[int]) -> bool:
+    if all(core.shape[-1] >= cap for core, cap in zip(sweep.cores, caps[1:], strict=True)):
+        return False  # the caps decide every rank
+    share = tolerance / math.sqrt(max(1, len(sweep.tails)))
+    is_too_much = _total(sweep.tails) > tolerance
+    has_noise = [(s[..., -1] <= share).all() for s in sweep.spectra]
+    return bool(is_too_much.any()) or bool(torch.stack(has_noise).any())
 
 
 def _cut_all(
-    problem: _Problem, caps: Sequence[int], roots: _Roots, cut_with: Cut, tolerance: float, before: Tensor | float
-) -> tuple[Sweep, float]:
-    """The cuts at one tolerance, and by how much an error in what is carried grows on its way to the whole."""
+    problem: _Problem,
+    caps: Sequence[int],
+    roots: _Roots,
+    cut_with: Cut,
+    tolerance: Tensor | float,
+    past: _Past,
+) -> Sweep:
     cores = problem.cores
     n_batch, d = cores[0].ndim - 3, len(cores)
     norm, exponent = roots.norm, roots.exponent
@@ -217,15 +331,14 @@ def _cut_all(
     done: list[Tensor] = []
     spectra: list[Tensor] = []
     tails: list[Tensor] = []
-    growths = [torch.ones_like(norm)]
+    left = [problem.one]
     current, shift = cores[0], torch.zeros_like(exponent)
     for k in range(d - 1):
         unfolding = chain.as_left(current)
+        left.append((torch.linalg.vector_norm(unfolding, dim=-2), shift))
         root, root_exponent = roots.of(k + 1)
         # in units of the scaled matrix the whole has this norm
-        whole = scale * torch.exp2((exponent - shift - root_exponent).to(scale.dtype))
-        if root is not None:
-            growths.append(_size(unfolding) * _size(root) / whole)
+        whole = times_pow2(scale, exponent - shift - root_exponent)
         basis, s, tail = cut_with(unfolding if root is None else unfolding @ root, share * whole, caps[k + 1])
         done.append(basis.unflatten(-2, current.shape[-3:-1]))
         spectra.append(s / whole[..., None])
@@ -234,20 +347,13 @@ def _cut_all(
         current, step = problem.split(current, n_batch)
         shift = shift + step
     last = times_pow2(current, shift - exponent)
-    growth = torch.stack(growths)
-    worst = float(growth.where(torch.isfinite(growth), 1.0).amax()) if growth.numel() else 1.0
-    return Sweep([*done, last], spectra, tails, norm, exponent, before), worst
+    growth = growths(cores, left, roots.sizes(problem), (norm, exponent))
+    return Sweep([*done, last], spectra, tails, norm, exponent + problem.exponent, past.before, past.unseen, growth)
 
 
-def _total(tails: Sequence[Tensor]) -> float:
-    """Root-sum-square of the cuts, of the worst member of a batch."""
-    if not tails or not tails[0].numel():
-        return 0.0
-    return float(torch.stack(list(tails)).square().sum(0).sqrt().amax())
-
-
-def _size(matrix: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(matrix, dim=(-2, -1))
+def _total(tails: Sequence[Tensor]) -> Tensor:
+    """Root-sum-square of the cuts."""
+    return torch.stack(list(tails)).square().sum(0).sqrt()
 
 
 @dataclass(frozen=True)
@@ -262,6 +368,16 @@ class _Roots:
     def of(self, bond: int) -> tuple[Tensor | None, Tensor]:
         """The root and its power of two; ``None`` for the identity, right of the center."""
         return self.matrices.get(bond), self.exponents.get(bond, torch.zeros_like(self.exponent))
+
+    def sizes(self, problem: _Problem) -> list[Sizes]:
+        """Norms of the rows of what lies right of bonds 0 to d."""
+        nothing = torch.zeros_like(self.exponent)
+        found = [(self.norm[..., None], self.exponent)]
+        for bond, core in enumerate(problem.cores[1:], start=1):
+            root, exponent = self.of(bond)
+            ones = self.norm.new_ones((*self.norm.shape, core.shape[-3]))
+            found.append((ones if root is None else torch.linalg.vector_norm(root, dim=-1), exponent))
+        return [*found, (problem.one[0], nothing)]
 
 
 def _triangles(problem: _Problem) -> _Roots:
@@ -281,7 +397,7 @@ def _gram_cut(a: Tensor, delta: Tensor, cap: int) -> tuple[Tensor, Tensor, Tenso
         return cut_basis(a, delta, cap)
     v, s = gram_basis(a.mH)
     rank, tail = choose_rank(s, delta, cap)
-    floor = 4e-8 * torch.linalg.vector_norm(s, dim=-1)  # what squares cannot show
+    floor = SQUARED_UNIT * torch.linalg.vector_norm(s, dim=-1)  # what squares cannot show
     kept = s[..., :rank]
     # columns of norm one, nearly orthogonal as far as squares can show
     basis = reorthonormalized(a @ (v[..., :rank] / kept.clamp_min(1e-300).unsqueeze(-2)))
@@ -315,36 +431,48 @@ def _caps_within(problem: _Problem, caps: Sequence[int], max_params: int) -> tup
             f"{tuple(modes)}. Raise it."
         )
     # The singular values of all bonds of what the tolerance and the caps leave.
-    sweep = _swept(problem, caps, _triangles(problem), cut_basis)
+    sweep = _swept(problem, caps, _triangles(problem), cut_basis).sweep
+    last = len(modes) - 1
     spectra = []
-    cores, center = [core.to(compute_dtype(problem.dtype)) for core in sweep.cores], sweep.center
-    for bond in range(len(cores) - 1, 0, -1):
-        s, exponent = chain.singular_values_at(cores, center, bond)
+    for bond in range(last, 0, -1):
+        s, exponent = chain.singular_values_at(sweep.cores, (last, last), bond)
         spectra.append(times_pow2(s, exponent).square().reshape(-1, s.shape[-1]).amax(0))
     return ranks_within(modes, [s.tolist() for s in spectra[::-1]], max_params)
 
 
-def _differentiable(x: Chain, ranks: Sequence[int]) -> Chain:
-    """The cuts once more at known ranks, by steps that have derivatives."""
-    wide = compute_dtype(x.dtype)
-    cores = [core.to(wide) for core in x._merged()]
-    n_batch, d = x._n_batch, x.order
+def _differentiable(x: Chain, value: Chain, done: Finished) -> Chain:
+    """The same value, its cuts made once more along the bases that were found, by steps that have derivatives."""
+    cores, total = _right_orthogonal(x, value.ranks)
+    for k in range(x.order - 1):
+        unfolding = chain.as_left(cores[k])
+        u, carry = (
+            cut(unfolding, value.ranks[k + 1])
+            if done.is_zero
+            else cut_along(unfolding, chain.as_left(done.sweep.cores[k]))
+        )
+        cores[k] = u.unflatten(-2, cores[k].shape[-3:-1])
+        cores[k + 1] = chain.absorb_left(carry, cores[k + 1])
+    if done.is_zero:
+        return value._like([core.to(x.dtype) for core in cores], value.center)
+    cores[-1] = times_pow2(cores[-1], total - done.sweep.exponent)
+    return value._like(with_derivatives(done, cores), value.center)
+
+
+def _right_orthogonal(x: Chain, ranks: Sequence[int]) -> tuple[list[Tensor], Tensor]:
+    """Cores in the compute dtype, all but the first right-orthogonal, times a power of two."""
+    cores = [core.to(compute_dtype(x.dtype)) for core in x._merged()]
     total = torch.zeros(x.batch_shape, dtype=torch.int32, device=x.device)
-    for at in range(d - 1, 0, -1):
+    for at in range(x.order - 1, 0, -1):
+        cores[at], step = split_pow2(cores[at], x._n_batch)
+        total = total + step
         unfolding = chain.as_right(cores[at])
         # Directions that are zero to rounding have no derivative of their own, and the result does not need them.
         rank = max(ranks[at], _numerical_rank(unfolding))
         u, carry = cut(unfolding.mH, rank)
         cores[at] = u.mH.unflatten(-1, cores[at].shape[-2:])
         cores[at - 1] = chain.absorb_right(cores[at - 1], carry.mH)
-        cores[at - 1], step = split_pow2(cores[at - 1], n_batch)
-        total = total + step
-    for k in range(d - 1):
-        u, carry = cut(chain.as_left(cores[k]), ranks[k + 1])
-        cores[k] = u.unflatten(-2, cores[k].shape[-3:-1])
-        cores[k + 1] = chain.absorb_left(carry, cores[k + 1])
-    placed, single = chain.place_pow2(cores, total, d - 1, x.dtype)
-    return x._like([core.to(x.dtype) for core in placed], (d - 1, d - 1) if single else (0, -1))
+    cores[0], step = split_pow2(cores[0], x._n_batch)
+    return cores, total + step
 
 
 def _numerical_rank(a: Tensor) -> int:
@@ -352,7 +480,7 @@ def _numerical_rank(a: Tensor) -> int:
     return int((s > 1e-13 * s[..., :1]).sum(-1).amax())
 
 
-_METHODS: dict[str, Callable[[_Problem, Sequence[int]], Finished]] = {
+_METHODS: dict[str, Callable[[_Problem, Sequence[int]], Finished | None]] = {
     "svd": _round_svd,
     "gram": _round_gram,
     "randomized": _round_randomized,

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["keep_pow2", "split_pow2", "splitter", "spread_pow2", "times_pow2", "work_dtype"]
+__all__ = ["balanced_pow2", "keep_pow2", "split_pow2", "splitter", "spread_pow2", "times_pow2", "work_dtype"]
 
 
 def work_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -43,6 +43,37 @@ def split_pow2(x: Tensor, n_batch: int = 0) -> tuple[Tensor, Tensor]:
     # One factor will do, for it cannot overflow unless all is subnormal, and then the clamp keeps it from that.
     exponent = torch.frexp(largest).exponent.clamp_min(3 - _top(x))
     return x * _pow2(-exponent.reshape(exponent.shape + (1,) * (x.ndim - n_batch)), x), exponent
+
+
+def balanced_pow2(cores: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
+    """The same train but for a power of two, with rows of about 1 in all cores but the first; and its exponent.
+
+    Where one path through a train is spread over the cores and another sits in one of them, no scale of whole cores
+    keeps both within the range. So every rank index gets a power of two of its own, which goes from a core to the one
+    before it; in the end only paths that are nothing beside the largest may vanish.
+
+    Args:
+        cores: ``(.., r, n, s)`` each.
+    """
+    out, n_batch = list(cores), cores[0].ndim - 3
+    total = torch.zeros(cores[0].shape[:-3], dtype=torch.int32, device=cores[0].device)
+    for at in range(len(out) - 1, 0, -1):
+        out[at], rows = _split_along(out[at], (-2, -1))
+        columns, own = _split_along(out[at - 1], (-3, -2))
+        weights = rows.movedim(-3, -1) + own  # minus infinity where there is nothing
+        top = weights.amax(-1, keepdim=True)
+        top = top.where(top.isfinite(), 0.0)
+        out[at - 1] = columns * torch.exp2(weights - top)
+        total = total + top[..., 0, 0, 0].to(torch.int32)
+    out[0], step = split_pow2(out[0], n_batch)
+    return out, total + step
+
+
+def _split_along(core: Tensor, dims: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Slices of a core with their largest entry in ``[1/2, 1)``, and exponents as floats, axes kept."""
+    largest = core.detach().abs().amax(dim=dims, keepdim=True)
+    exponent = torch.frexp(largest).exponent
+    return times_pow2(core, -exponent), torch.where(largest > 0, exponent.to(largest.dtype), -math.inf)
 
 
 def keep_pow2(x: Tensor, n_batch: int = 0) -> tuple[Tensor, Tensor]:

@@ -194,8 +194,10 @@ def _right_orthogonal(cores: Sequence[Tensor], n_axes: int = 3) -> list[Tensor]:
     return [core.unflatten(-2, sizes) for core, sizes in zip(spread_pow2(out, exponent), modes, strict=True)]
 
 
-def sketched_cores(x: Virtual, widths: Sequence[int], seed: int = 0) -> list[Tensor]:
+def sketched_cores(x: Virtual, widths: Sequence[int], seed: int = 0) -> tuple[list[Tensor], Tensor]:
     """Cores of a train of the given ranks close to a virtual one, all but the last left-orthogonal.
+
+    The last one is still to be multiplied by ``2**exponent``, with the exponent that comes beside the cores.
 
     From the right the train is contracted with a random train; from the left each core becomes an orthonormal
     basis of what the sketch shows. The result is an orthogonal projection of ``x``.
@@ -229,4 +231,4 @@ def sketched_cores(x: Virtual, widths: Sequence[int], seed: int = 0) -> list[Ten
         carry, step = split_pow2(basis.mH @ rows, n_batch)
         exponent = exponent + step
     last, step = split_pow2(x.pass_left(d - 1, carry), n_batch)
-    return chain.place_pow2([*cores, last], exponent + step, d - 1, like.dtype)[0]
+    return [*cores, last], exponent + step

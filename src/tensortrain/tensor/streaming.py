@@ -18,9 +18,10 @@ from tensortrain.errors import KindError, ShapeError
 from tensortrain.tensor.algebra import cat
 from tensortrain.tensor.approximation import Approximation
 from tensortrain.tensor.ranks import RankLike
-from tensortrain.tensor.rounding import round_tt
-from tensortrain.tensor.tolerance import checked_eps
+from tensortrain.tensor.rounding import round_and_store, round_tt
+from tensortrain.tensor.tolerance import checked_eps, compute_dtype
 from tensortrain.tensor.train import TensorTrain
+from tensortrain.tensor.validation import DTYPES
 
 __all__ = ["is_stream", "stream_tt_svd"]
 
@@ -72,7 +73,8 @@ def stream_tt_svd(
         joiner, whole = _joined_slabs(iter(x), modes, eps, method, one)
     value, bound = whole
     # What is left of the tolerance: the errors so far and the last rounding need not be orthogonal.
-    last = round_tt(value, eps=max(joiner.eps - bound, 0.5 * joiner.eps), max_rank=max_rank)
+    left = max(joiner.eps - bound * (1.0 + joiner.eps), 0.5 * joiner.eps)
+    last = round_and_store(value, joiner.dtype, eps=left, max_rank=max_rank)
     assert last.rel_error_bound is not None
     # relative to a norm that the pieces together may have changed by their own error
     total = bound + last.rel_error_bound * (1.0 + bound)
@@ -82,19 +84,24 @@ def stream_tt_svd(
 
 
 class _Joiner:
-    """Decomposes pieces, joins trains, and shares the tolerance out among the levels of the tree."""
+    """Decomposes pieces, joins trains, and shares the tolerance out among the levels of the tree.
+
+    All in the compute dtype: the cores are cast to that of the tensor once, at the end.
+    """
 
     def __init__(
         self, eps: float | None, method: str, one: Callable[..., Any], dtype: torch.dtype, order: int, levels: int
     ) -> None:
-        self.eps = checked_eps(eps, dtype, order)
+        self.eps, self.dtype = checked_eps(eps, dtype, order), dtype
         self.share = _SHARE * self.eps / (levels + 1)
         self.method, self.one, self.n_pieces = method, one, 0
 
     def piece(self, x: Tensor) -> tuple[TensorTrain, float]:
         """A train and its absolute error over its own norm."""
         self.n_pieces += 1
-        found = self.one(x, eps=self.share, method=self.method)
+        # what has no such dtype is refused there
+        wide = x.to(compute_dtype(x.dtype)) if x.dtype in DTYPES else x
+        found = self.one(wide, eps=self.share, method=self.method)
         return found.value, float(found.rel_error_bound)
 
     def join(

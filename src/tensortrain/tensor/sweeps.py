@@ -21,7 +21,7 @@ from tensortrain.tensor.linalg import (
 )
 from tensortrain.tensor.tolerance import Sweep, compute_dtype
 
-__all__ = ["METHODS", "Unfolded"]
+__all__ = ["METHODS", "SweepMethod", "Unfolded"]
 
 # (unfolding, largest tail, largest rank) to (basis, kept singular values, tail); no basis means the identity
 Cut = Callable[[Tensor, Tensor, int], tuple[Tensor | None, Tensor, Tensor]]
@@ -44,7 +44,7 @@ class Unfolded:
         x: ``(.., n_1, .., n_d)``, contiguous, of any dtype.
         n_batch: Number of batch axes.
         norm: Of ``x``, float64, one for each member.
-        exponent: Of two, taken out of ``x`` before.
+        exponent: Of two, taken out of ``x`` before, one for each member.
     """
 
     x: Tensor
@@ -53,11 +53,9 @@ class Unfolded:
     exponent: Tensor
 
     @classmethod
-    def of(cls, x: Tensor, exponent: int, n_batch: int) -> Unfolded:
+    def of(cls, x: Tensor, exponent: Tensor, n_batch: int) -> Unfolded:
         x = x.contiguous()
-        norm = energy(x, n_batch).sqrt()
-        exponents = torch.full(x.shape[:n_batch], exponent, dtype=torch.int32, device=x.device)
-        return cls(x, n_batch, norm, exponents)
+        return cls(x, n_batch, energy(x, n_batch).sqrt(), exponent)
 
     @property
     def modes(self) -> tuple[int, ...]:
@@ -232,8 +230,8 @@ def _sketch_sweep(problem: Unfolded, share: float, caps: Sequence[int]) -> Sweep
     """Shrink the tensor by one sketch in the middle, measure what it misses, and decompose what is left.
 
     With an orthonormal basis ``w`` of nearly the row space of the unfolding ``a`` there, ``a w w^H`` is decomposed
-    from the left: the projection and all cuts after it are orthogonal to one another, so the squares of their errors
-    add. ``None`` where no small basis will do.
+    from the left. Cuts right of the middle leave the space of ``w``, so their errors add to what the projection lost,
+    not the squares. ``None`` where no small basis will do.
     """
     at = _sketch_bond(problem.modes)
     if at is None or problem.n_batch:
@@ -241,13 +239,13 @@ def _sketch_sweep(problem: Unfolded, share: float, caps: Sequence[int]) -> Sweep
     modes = problem.modes
     rows, columns = math.prod(modes[:at]), math.prod(modes[at:])
     a = _Blocks(problem.x.reshape(rows, columns))
-    # The sketch may use a third of the tolerance: in squares that is a ninth.
-    basis = _row_basis(a, float(problem.norm), share / 3.0 / math.sqrt(max(1, len(modes) - 1)), min(rows, columns) // 4)
+    # The sketch may use a quarter of what a bond gets of the tolerance.
+    basis = _row_basis(a, float(problem.norm), share / 4.0 / math.sqrt(max(1, len(modes) - 1)), min(rows, columns) // 4)
     if basis is None:
         return None
     w, left, lost = basis
     scale = problem.scale
-    delta = math.sqrt(share**2 - lost**2) * scale / math.sqrt(max(1, len(modes) - 1))
+    delta = (share - lost) * scale / math.sqrt(max(1, len(modes) - 1))
     cores, spectra, tails, carry = _cut_modes(left, 0, 1, modes[:at], caps[1:], delta, cut_basis)
     rest = carry @ w.mH
     more = _cut_modes(rest, 0, rest.shape[0], modes[at:-1], caps[at + 1 :], delta, cut_basis)
@@ -336,7 +334,9 @@ class _Blocks:
         return math.sqrt(float(total))
 
 
-METHODS: dict[str, Callable[[Unfolded, float, Sequence[int]], tuple[Sweep, str]]] = {
+SweepMethod = Callable[[Unfolded, float, Sequence[int]], tuple[Sweep, str]]
+
+METHODS: dict[str, SweepMethod] = {
     "auto": _auto_sweep,
     "svd": _svd_sweep,
     "qr": _qr_sweep,

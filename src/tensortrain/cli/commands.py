@@ -23,7 +23,7 @@ from tensortrain.cli.demo import DemoResult, DemoSettings, run_demo
 from tensortrain.cli.material import Material, gather
 from tensortrain.cli.output import print_json, print_rich
 from tensortrain.cli.progress import observing
-from tensortrain.cli.resolve import ResolvedModel, example_inputs, resolve_model
+from tensortrain.cli.resolve import ResolvedModel, check_memory, example_inputs, resolve_model
 from tensortrain.cli.texts import TEXT_SETS, load_snippets
 from tensortrain.compress.api import CompressionResult
 from tensortrain.compress.api import compress as compress_model
@@ -172,6 +172,7 @@ def bench(
             )
         for name, model in contestants.items():
             check_fits(model, example.expand(2, *example.shape[1:]), name)
+        check_memory(max(sizes) * example.nbytes, "--batch")
         rows = measure_latency(contestants, example, batches=sizes, repeats=repeats)
     if json:
         print_json({"shape": list(example.shape[1:]), "latency": [asdict(row) for row in rows]})
@@ -336,7 +337,7 @@ def read_budget_text(text: str) -> str | float | dict[str, Any]:
 
 
 def _budget_value(value: str, text: str) -> int | float | str:
-    if re.fullmatch(r"[\d_,]+", value):
+    if re.fullmatch(r"[0-9_,]{1,30}", value):
         return int(re.sub("[_,]", "", value) or 0)
     if re.fullmatch(r"0?\.\d+", value):
         return float(value)
@@ -349,7 +350,7 @@ def _budget_value(value: str, text: str) -> int | float | str:
 
 
 def _batch_sizes(text: str) -> list[int]:
-    if not re.fullmatch(r"\s*[1-9]\d*(\s*,\s*[1-9]\d*)*\s*", text):
+    if not re.fullmatch(r"\s*[1-9][0-9]{0,14}(\s*,\s*[1-9][0-9]{0,14})*\s*", text):
         raise ShapeError(
             f"batch sizes must be positive numbers: --batch has {text!r}, expected such as 1,128. Put commas between."
         )

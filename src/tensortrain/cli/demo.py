@@ -289,7 +289,9 @@ def _accuracy_in_new_process(settings: DemoSettings, data: ImageData, observer: 
     command += ["--limit", str(data.test_labels.numel()), "--dataset", data.name]
     if settings.data is not None:
         command += ["--data", str(settings.data)]
-    done = subprocess.run(command, capture_output=True, text=True, env=_environment(), check=False)
+    done = subprocess.run(
+        command, capture_output=True, encoding="utf-8", errors="replace", env=_environment(), check=False
+    )
     if done.returncode != 0:
         reason = (done.stderr.strip() or "no message").splitlines()[-1]
         raise CheckpointError(
@@ -306,7 +308,7 @@ def _environment() -> dict[str, str]:
     package_root = str(Path(tensortrain.__file__).resolve().parent.parent)
     paths = [package_root, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     threads = str(torch.get_num_threads())
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": threads}
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": threads, "PYTHONIOENCODING": "utf-8"}
 
 
 def _key(**parts: Any) -> str:
@@ -342,7 +344,7 @@ def _saved_report(path: Path) -> Report | None:
 
 
 def _notes(settings: DemoSettings, data: ImageData) -> list[str]:
-    source = data.source.replace(str(Path.home()), "~")  # a report gets passed on
+    source = data.source.replace(os.path.expanduser("~"), "~")  # a report gets passed on
     notes = [f"Data: {data.name} ({source})."]
     if settings.quick:
         notes.append(

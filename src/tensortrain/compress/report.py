@@ -236,7 +236,7 @@ def write_text_atomic(path: str | os.PathLike[str], text: str) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     scratch = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
-        with open(scratch, "w", encoding="utf-8") as file:
+        with open(scratch, "w", encoding="utf-8", errors="backslashreplace") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())  # else a power cut may leave the new name on empty blocks
@@ -283,7 +283,8 @@ def provenance(command: str | None = None, seed: int | None = None) -> dict[str,
 
 def _command_line() -> str:
     program, *arguments = sys.argv or [""]
-    return shlex.join([Path(program).name, *arguments])
+    words = shlex.join([Path(program).name, *arguments])
+    return words.encode("utf-8", "backslashreplace").decode()  # file names may hold bytes that are no text
 
 
 @cache
@@ -303,7 +304,12 @@ def _git_commit(source: Path) -> str | None:
 def _git(folder: Path, *arguments: str) -> str | None:
     try:
         done = subprocess.run(
-            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=5, check=True
+            ["git", "-C", str(folder), *arguments],
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            timeout=5,
+            check=True,
         )
     except (OSError, subprocess.SubprocessError):
         return None

@@ -33,13 +33,14 @@ from tensortrain.compress.heal import Heal
 from tensortrain.compress.inspect import LayerRow
 from tensortrain.compress.inspect import inspect as inspect_model
 from tensortrain.compress.layers import count_params
-from tensortrain.compress.measure import measure_latency
+from tensortrain.compress.measure import Latency, measure_latency
 from tensortrain.compress.observer import Observer
 from tensortrain.compress.report import write_text_atomic
 from tensortrain.contract import kernels
 from tensortrain.errors import BudgetError, RankError, ShapeError
 from tensortrain.io import save_pretrained
 from tensortrain.viz import inspect_table, report_table, write_html
+from tensortrain.viz.text import speed_text
 
 __all__ = [
     "CompressOptions",
@@ -177,7 +178,16 @@ def bench(
     if json:
         print_json({"shape": list(example.shape[1:]), "latency": [asdict(row) for row in rows]})
     else:
-        print_rich(inspect_table(rows, title="One forward pass, milliseconds"))
+        print_rich(inspect_table([_timed(row) for row in rows], title="One forward pass, milliseconds"))
+
+
+def _timed(row: Latency) -> dict[str, Any]:
+    """A row of ``bench``; beside a second model, what the paired turns say of the two."""
+    shown = {key: value for key, value in asdict(row).items() if key != "speedup"}
+    if row.speedup is None:
+        return {**shown, "beside the first": ""}
+    low, high = row.speedup
+    return {**shown, "beside the first": speed_text(math.sqrt(low * high), low, high)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -308,6 +318,7 @@ def _demo_lines(result: DemoResult) -> list[str]:
         f"accuracy, compressed:                  {result.compressed_accuracy!r}",
         f"accuracy, reloaded in a new process:   {result.reloaded_accuracy!r}  ({verdict})",
         *(f"{what}: {path}" for what, path in result.files.items()),
+        "seconds: " + ", ".join(f"{part} {seconds:.0f}" for part, seconds in result.seconds.items()),
     ]
 
 

@@ -112,7 +112,11 @@ class LayerReport(_Record):
 
 @dataclasses.dataclass(frozen=True)
 class LatencyRow(_Record):
-    """Time of one forward pass, milliseconds: medians and 90th percentiles."""
+    """Time of one forward pass, milliseconds: medians and 90th percentiles.
+
+    ``speedup_low`` and ``speedup_high`` hold the median of the paired ratios with 95 % confidence, where it was
+    measured. Where 1 lies between them, no difference was seen.
+    """
 
     batch: int
     dense_ms: float
@@ -121,6 +125,8 @@ class LatencyRow(_Record):
     compressed_p90_ms: float
     threads: int
     dtype: str
+    speedup_low: float | None = None
+    speedup_high: float | None = None
 
     @property
     def speedup(self) -> float:
@@ -162,6 +168,7 @@ class Report(_Record):
         flops_before, flops_after: Per example; a multiply-add is two.
         metric_name: Such as "accuracy"; None when nothing was evaluated.
         metric_before, metric_compressed, metric_after: Dense, before healing, at the end.
+        metric_noise: By how much two metrics may differ by chance, where that is known; less is no difference.
         layers, latency, memory, curve: Rows.
         healing: Mappings with ``step``, ``loss`` and perhaps ``metric``.
         notes: Sentences.
@@ -188,6 +195,7 @@ class Report(_Record):
     metric_before: float | None = None
     metric_compressed: float | None = None
     metric_after: float | None = None
+    metric_noise: float | None = None
     layers: tuple[LayerReport, ...] = ()
     latency: tuple[LatencyRow, ...] = ()
     memory: tuple[MemoryRow, ...] = ()

@@ -31,9 +31,8 @@ def say(observer: Messages | None, text: str) -> None:
 
 def cache_folder(name: str) -> Path:
     """Return the user's cache folder for a data set: under ``XDG_CACHE_HOME``, else under ``~/.cache``."""
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(
-        os.path.expanduser("~"), ".cache"
-    )  # "~" where there is none
+    # Unlike Path.home(), expanduser does not fail for a user without a home.
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     return Path(base) / "tensortrain" / name
 
 

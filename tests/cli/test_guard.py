@@ -24,9 +24,10 @@ Captured = pytest.CaptureFixture[str]
 
 # Values that were meant as something else, or as an attack.
 ODD = (
-    "", " ", "-1", "0", "1e5", "nan", "inf", "٣", "9" * 20, "9" * 5000, "0x10", "1,,2", "x", "x".join("1" * 300), "日本",
-    "\udcff", "a\x00b", "\x1b[31m", "a\nb", "..", "/", "/dev/null", "/no/such", "n" * 300, "*", "[", "torch:", "os:getcwd",
-    "json:loads", "torch.nn:Linear", "math:pi", "--json", "--", "-", "=", "params=", "flops=x", "params=" + "9" * 5000, "{}",
+    "", " ", "-1", "0", "1e5", "nan", "inf", "٣", "9" * 20, "9" * 5000, "0x10", "1,,2", "x", "x".join("1" * 300),
+    "日本", "\udcff", "a\x00b", "\x1b[31m", "a\nb", "..", "/", "/dev/null", "/no/such", "n" * 300, "*", "[", "torch:",
+    "os:getcwd", "json:loads", "torch.nn:Linear", "math:pi", "--json", "--", "-", "=", "params=", "flops=x",
+    "params=" + "9" * 5000, "{}",
 )  # fmt: skip
 OPTIONS = {
     "inspect": ("--weights", "--shape", "--seed", "--json", "--nonsense"),
@@ -111,6 +112,8 @@ def raising(error: BaseException) -> Callable[[], None]:
         (MemoryError(), 2, "memory enough"),
         (RuntimeError("can't allocate memory: you tried to allocate 12 bytes."), 2, "12 bytes"),
         (UnicodeDecodeError("utf-8", b"\xff", 0, 1, "bad"), 2, "TENSORTRAIN_TRACEBACK=1"),
+        (OSError(28, "No space left on device"), 2, "error: No space left on device"),
+        (RuntimeError("I/O error: No space left on device (os error 28)"), 2, "error: No space left on device"),
         (RecursionError("deep"), 2, "RecursionError: deep"),
         (ZeroDivisionError(), 2, "ZeroDivisionError"),
         (typer.BadParameter("no"), 2, "error: Invalid value: no"),

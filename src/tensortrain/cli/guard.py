@@ -70,17 +70,23 @@ def _run(command: Callable[[], Any], interrupts: _Interrupts) -> int:
     try:
         code = command()
         return code if isinstance(code, int) else 0
-    except SystemExit as error:
-        return error.code if isinstance(error.code, int) else _fail(str(error.code)) if error.code else 0
     except BrokenPipeError:
         raise
     except BaseException as error:
         if interrupts.seen or isinstance(error, KeyboardInterrupt):
             interrupts.seen = True
             return _fail("interrupted", prefix="")
+        if isinstance(error, SystemExit):
+            return _exit_code(error)
         if os.environ.get(_TRACEBACK):
             raise
         return _fail(_said(error))
+
+
+def _exit_code(error: SystemExit) -> int:
+    if isinstance(error.code, int):
+        return error.code
+    return 0 if error.code is None else _fail(str(error.code))
 
 
 def one_line(text: str) -> str:
@@ -103,6 +109,9 @@ def _said(error: BaseException) -> str:
     reason = f"{type(error).__name__}: {error}".rstrip(": ")
     if isinstance(error, MemoryError) or "allocate memory" in reason:
         return f"there must be memory enough: {_wanted(error)}. Ask for smaller sizes, batches or models."
+    written = re.search(r"I/O error: (.*?) \(os error \d+\)", reason)  # in the words of safetensors
+    if written:
+        return f"{written[1]}: a file could not be written."
     if isinstance(error, typer.Abort):
         return "the input ended before the command was done."
     return f"the command cannot go on: {reason}. Check its arguments; {_TRACEBACK}=1 shows where it stopped."

@@ -63,7 +63,10 @@ def guarded(command: Callable[[], Any]) -> int:
             _flush()
         except OSError as error:
             code = _output_failed(error)
-    return INTERRUPTED if interrupts.seen else code
+    if interrupts.seen:  # said here, as some releases of typer take the exception for themselves
+        _fail("interrupted", prefix="")
+        return INTERRUPTED
+    return code
 
 
 def _run(command: Callable[[], Any], interrupts: _Interrupts) -> int:
@@ -75,7 +78,7 @@ def _run(command: Callable[[], Any], interrupts: _Interrupts) -> int:
     except BaseException as error:
         if interrupts.seen or isinstance(error, KeyboardInterrupt):
             interrupts.seen = True
-            return _fail("interrupted", prefix="")
+            return INTERRUPTED
         if isinstance(error, SystemExit):
             return _exit_code(error)
         if os.environ.get(_TRACEBACK):

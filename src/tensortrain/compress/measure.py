@@ -36,6 +36,7 @@ __all__ = [
 
 _RUNS_PER_TURN = 4
 _MAX_RUNS = 20_000
+_FEWEST_PAIRS = 5  # the least and the largest of five hold the median with 94 %
 
 
 @dataclass(frozen=True)
@@ -247,12 +248,15 @@ def _sample_in_turns(
 
 
 def _ratios_between(first: Sequence[float], other: Sequence[float]) -> tuple[float, float]:
-    """Between which ratios of paired turns the median ratio lies, with 95 % confidence or as near as few pairs allow.
+    """Between which ratios of paired turns the median ratio lies, with 95 % confidence.
 
     Order statistics serve: of n pairs, each falls below the true median with a chance of one half, whatever the noise.
+    Fewer than five pairs cannot tell; then every run of one model is set against every run of the other.
     """
     turns = [slice(k, k + _RUNS_PER_TURN) for k in range(0, min(len(first), len(other)), _RUNS_PER_TURN)]
     pairs = [(statistics.median(first[turn]), statistics.median(other[turn])) for turn in turns]
+    if len(pairs) < _FEWEST_PAIRS:
+        pairs = [(min(first), max(other)), (max(first), min(other))]
     ratios = sorted(a / b if b > 0 else math.inf for a, b in pairs)
     cut = max(0, math.floor((len(ratios) - 1.96 * math.sqrt(len(ratios))) / 2))  # the binomial's 2.5 %, as a normal
     return ratios[cut], ratios[-1 - cut]

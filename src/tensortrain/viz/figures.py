@@ -349,7 +349,7 @@ def _name_bars(axes: Axes, names: Sequence[str], left: float, narrow: bool) -> N
     axes.set_yticks([])
     for row, name in enumerate(names):
         axes.annotate(
-            _label(name, 40), (left, row - 0.17), xytext=(3, 0), textcoords="offset points", fontsize=_FONT, color=INK
+            _label(name, 40), (left, row - 0.19), xytext=(3, 0), textcoords="offset points", fontsize=_FONT, color=INK
         )
 
 

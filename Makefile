@@ -36,6 +36,7 @@ help:
 
 demo: env
 	$(BIN)/tensortrain demo $(ARGS)
+	@cat $(VENV)/.seconds 2>/dev/null || true
 
 test: dev-env
 	$(PYTEST)
@@ -67,7 +68,9 @@ env: $(VENV)/.runtime-installed $(VENV)/.kernels-built
 dev-env: $(VENV)/.dev-installed $(VENV)/.kernels-built
 
 $(VENV)/.runtime-installed: pyproject.toml constraints.txt | $(VENV)/.made
+	@date +%s > $(VENV)/.began
 	$(INSTALL) -e ".[kernels]"
+	@echo "seconds: environment, with its downloads $$(( $$(date +%s) - $$(cat $(VENV)/.began) ))" > $(VENV)/.seconds
 	@touch $@
 
 $(VENV)/.dev-installed: pyproject.toml constraints.txt | $(VENV)/.made
@@ -77,7 +80,9 @@ $(VENV)/.dev-installed: pyproject.toml constraints.txt | $(VENV)/.made
 # Everything works without kernels, so a machine that cannot compile them is no reason to stop.
 $(VENV)/.kernels-built: $(KERNELS) | $(VENV)/.runtime-installed
 	@echo "Compiling the kernels: about a minute, once."
+	@date +%s > $(VENV)/.began
 	@$(BIN)/tensortrain build-kernels && touch $@ || echo "Going on without kernels: small layers run slower."
+	@echo "seconds: kernels $$(( $$(date +%s) - $$(cat $(VENV)/.began) ))" >> $(VENV)/.seconds
 
 $(VENV)/.made:
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10))" 2>/dev/null || { \

@@ -4,6 +4,7 @@
 ``tensortrain.nn`` has layers to build with; ``TensorTrain`` and ``TTMatrix`` are the numbers behind both.
 """
 
+from . import _command as _command  # first: from here on Ctrl-C on the command line is one line
 from . import contract, errors, formats, manifold, models, nn, tensor
 from ._version import __version__
 from .compress import (

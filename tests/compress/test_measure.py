@@ -94,6 +94,30 @@ def test_latency_rows_pair_dense_with_compressed(clock: Clock) -> None:
     assert rows[0].threads == torch.get_num_threads()
 
 
+def test_the_interval_of_paired_ratios_follows_both_models(clock: Clock) -> None:
+    # The machine slows down to a third; the ratio of turns that follow each other stays between 1.9 and 2.1.
+    slow = [1.0] * 6 + [3.0] * 30
+    first = [0.002 * s for s in slow for _ in range(5)]
+    second = [0.001 * s * (1.05 if k % 2 else 0.95) for k, s in enumerate(slow) for _ in range(5)]
+    models = {"a": Timed("a", clock, first, []), "b": Timed("b", clock, second, [])}
+    models["a"].n_calls = models["b"].n_calls = -1  # the warm-up
+    rows = measure_latency(models, torch.zeros(1, 2), batches=(1,), repeats=80, min_time_s=0.0)
+    assert rows[0].speedup is None
+    assert rows[1].speedup is not None
+    low, high = rows[1].speedup
+    assert 1.9 <= low <= high <= 2.11
+
+
+@pytest.mark.parametrize("repeats", [4, 80])
+def test_equal_models_differ_by_nothing(clock: Clock, repeats: int) -> None:
+    noise = [0.001, 0.0012, 0.0009, 0.0011, 0.001, 0.0013, 0.0008]
+    models = [Timed(name, clock, noise, []) for name in "ab"]
+    (row,) = latency_rows(*models, torch.zeros(1, 2), batches=(1,), repeats=repeats, min_time_s=0.0)
+    assert row.speedup_low is not None
+    assert row.speedup_high is not None
+    assert row.speedup_low <= 1 <= row.speedup_high
+
+
 def test_input_comes_from_the_function_at_each_batch() -> None:
     seen = []
     model = nn.Linear(2, 3, dtype=torch.float64)

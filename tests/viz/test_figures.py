@@ -100,6 +100,19 @@ def test_healing_draws_the_metric_where_there_is_one() -> None:
     assert len(figures.healing_curve(healing[:1]).axes) == 1
 
 
+@pytest.mark.parametrize("n_layers", [1, 3, 8])
+def test_narrow_figures_show_the_same_data(n_layers: int) -> None:
+    report = sample_report()
+    layers = report.layers[-n_layers:]
+    drawn = [figures.params_bars(layers, narrow=narrow).axes[0] for narrow in (False, True)]
+    assert bar_widths(drawn[0]) == bar_widths(drawn[1])
+    names = [text.get_text() for text in drawn[1].texts]
+    assert {layer.name for layer in layers} <= set(names)
+    bars = [figures.latency_bars(report.latency, narrow=narrow) for narrow in (False, True)]
+    assert [bar_widths(axes) for axes in bars[0].axes] == [bar_widths(axes) for axes in bars[1].axes]
+    assert all(figure.get_figwidth() == figures.NARROW for figure in (drawn[1].figure, bars[1]))
+
+
 def test_settings_are_left_as_they_were() -> None:
     before = dict(matplotlib.rcParams)
     figures.figure_svg(figures.params_bars(sample_report().layers), name="x")

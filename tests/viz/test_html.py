@@ -86,8 +86,26 @@ def test_page_needs_nothing_from_outside(page: str) -> None:
 
 def test_each_figure_has_words_for_those_who_cannot_see_it(page: str) -> None:
     labels = parse(page).labels
-    assert len(labels) == 6
+    assert len(labels) == 12
+    assert labels[::2] == labels[1::2]  # each is drawn for wide and for narrow screens
     assert all(len(label) > 40 for label in labels)
+
+
+def test_figures_are_redrawn_for_narrow_screens(page: str) -> None:
+    assert page.count("<svg class=wide") == page.count("<svg class=narrow") == 6
+    widths = [float(width) for width in re.findall(r'<svg class=narrow[^>]*viewBox="0 0 ([\d.]+)', page)]
+    assert len(widths) == 6
+    assert all(width < 280 for width in widths)  # points: letters of 9 keep their size on 360 pixels
+    assert "overflow-x: auto" not in "".join(re.findall(r"figure[^{}]*{[^}]*}", page))
+
+
+def test_a_difference_within_the_noise_is_not_claimed() -> None:
+    row = dataclasses.replace(sample_report().latency[0], speedup_low=0.8, speedup_high=4.4)
+    report = dataclasses.replace(sample_report(), latency=[row], metric_noise=0.02)
+    words = re.sub(r"<[^>]+>", " ", report_html(report))
+    assert words.count("no difference seen") >= 4  # two tiles, the figure's title twice, the table
+    assert "4.23×" not in words
+    assert "0.44 points" not in words
 
 
 def test_headline_numbers(page: str) -> None:

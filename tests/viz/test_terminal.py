@@ -36,6 +36,15 @@ def test_report_fits_and_cuts_no_number(width: int) -> None:
     assert all(note in text for note in report.notes)
 
 
+def test_nothing_is_claimed_within_the_noise() -> None:
+    rows = [dataclasses.replace(row, speedup_low=0.9, speedup_high=5.0) for row in sample_report().latency]
+    text = printed(report_table(dataclasses.replace(sample_report(), latency=rows, metric_noise=0.01)))
+    assert text.count("no difference seen") == 2 * len(rows) + 1
+    assert "faster" not in text
+    assert "0.9× to 5×" in text
+    assert "…" not in text
+
+
 def test_minimal_report_has_only_the_summary() -> None:
     report = Report(title="t", model="m", budget="2x", params_before=4, params_after=2)
     text = printed(report_table(report))

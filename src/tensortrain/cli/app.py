@@ -1,6 +1,6 @@
 """The commands. Each one parses, calls one function of the package, and prints what came back.
 
-Whatever a user can get wrong ends in exit code 2 and one line; a traceback is a bug of ours.
+Whatever a user can get wrong ends in exit code 2 and one line, see :mod:`tensortrain.cli.guard`.
 Imports that take long stand inside the commands, so that ``--help`` does not wait for them.
 """
 
@@ -9,11 +9,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from tensortrain.errors import TTError
+from tensortrain._command import leave_quietly_on_interrupt
+from tensortrain.cli.guard import guarded, ready_streams
 
 __all__ = ["app", "main", "run"]
 
@@ -23,9 +24,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-
-# The classes of typer's errors have moved between releases; their names have not.
-_UsageError: type[Any] = next(cls for cls in typer.BadParameter.__mro__ if cls.__name__ == "ClickException")
 
 Model = Annotated[
     str,
@@ -39,7 +37,7 @@ Data = Annotated[Path | None, typer.Option(help="Folder with the files of the da
 Dataset = Annotated[str | None, typer.Option(help="fashion-mnist, digits, or movie-snippets for sentence encoders.")]
 Tokenizer = Annotated[Path | None, typer.Option(help="Folder of the tokenizer, where MODEL's folder has none.")]
 Shape = Annotated[str | None, typer.Option(help="Shape of one input, such as 1x28x28.")]
-Seed = Annotated[int, typer.Option(help="Of everything random.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of everything random.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, progress on stderr.")]
 Limit = Annotated[int | None, typer.Option(help="Use the first so many test examples only.")]
 
@@ -181,7 +179,10 @@ def build_kernels(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit."""
-    sys.exit(run(arguments))
+    ready_streams()
+    code = run(arguments)
+    leave_quietly_on_interrupt()
+    sys.exit(code)
 
 
 def run(arguments: Sequence[str] | None = None) -> int:
@@ -191,21 +192,10 @@ def run(arguments: Sequence[str] | None = None) -> int:
         arguments: Those of the process when None.
 
     Returns:
-        int: 0; 1 where a check of the command failed; 2 for bad input; 130 when interrupted.
+        int: 0; 1 where a check of the command failed; 2 for whatever cannot be done; 130 when interrupted.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
-    try:
-        code: Any = app(args=given or ["--help"], prog_name="tensortrain", standalone_mode=False)
-    except _UsageError as error:
-        return _fail(error.format_message())
-    except (TTError, OSError) as error:
-        return _fail(str(error))
-    return code if isinstance(code, int) else 0
-
-
-def _fail(message: str) -> int:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
-    return 2
+    return guarded(lambda: app(args=given or ["--help"], prog_name="tensortrain", standalone_mode=False))
 
 
 def _split(values: list[str] | None) -> list[str] | None:

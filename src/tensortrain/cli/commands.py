@@ -23,7 +23,7 @@ from tensortrain.cli.demo import DemoResult, DemoSettings, run_demo
 from tensortrain.cli.material import Material, gather
 from tensortrain.cli.output import print_json, print_rich
 from tensortrain.cli.progress import observing
-from tensortrain.cli.resolve import ResolvedModel, example_inputs, resolve_model
+from tensortrain.cli.resolve import ResolvedModel, check_memory, example_inputs, resolve_model
 from tensortrain.cli.texts import TEXT_SETS, load_snippets
 from tensortrain.compress.api import CompressionResult
 from tensortrain.compress.api import compress as compress_model
@@ -33,13 +33,14 @@ from tensortrain.compress.heal import Heal
 from tensortrain.compress.inspect import LayerRow
 from tensortrain.compress.inspect import inspect as inspect_model
 from tensortrain.compress.layers import count_params
-from tensortrain.compress.measure import measure_latency
+from tensortrain.compress.measure import Latency, measure_latency
 from tensortrain.compress.observer import Observer
 from tensortrain.compress.report import write_text_atomic
 from tensortrain.contract import kernels
 from tensortrain.errors import BudgetError, RankError, ShapeError
 from tensortrain.io import save_pretrained
 from tensortrain.viz import inspect_table, report_table, write_html
+from tensortrain.viz.text import speed_text
 
 __all__ = [
     "CompressOptions",
@@ -172,11 +173,21 @@ def bench(
             )
         for name, model in contestants.items():
             check_fits(model, example.expand(2, *example.shape[1:]), name)
+        check_memory(max(sizes) * example.nbytes, "--batch")
         rows = measure_latency(contestants, example, batches=sizes, repeats=repeats)
     if json:
         print_json({"shape": list(example.shape[1:]), "latency": [asdict(row) for row in rows]})
     else:
-        print_rich(inspect_table(rows, title="One forward pass, milliseconds"))
+        print_rich(inspect_table([_timed(row) for row in rows], title="One forward pass, milliseconds"))
+
+
+def _timed(row: Latency) -> dict[str, Any]:
+    """A row of ``bench``; beside a second model, what the paired turns say of the two."""
+    shown = {key: value for key, value in asdict(row).items() if key != "speedup"}
+    if row.speedup is None:
+        return {**shown, "beside the first": ""}
+    low, high = row.speedup
+    return {**shown, "beside the first": speed_text(math.sqrt(low * high), low, high)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -307,6 +318,7 @@ def _demo_lines(result: DemoResult) -> list[str]:
         f"accuracy, compressed:                  {result.compressed_accuracy!r}",
         f"accuracy, reloaded in a new process:   {result.reloaded_accuracy!r}  ({verdict})",
         *(f"{what}: {path}" for what, path in result.files.items()),
+        "seconds: " + ", ".join(f"{part} {seconds:.0f}" for part, seconds in result.seconds.items()),
     ]
 
 
@@ -336,7 +348,7 @@ def read_budget_text(text: str) -> str | float | dict[str, Any]:
 
 
 def _budget_value(value: str, text: str) -> int | float | str:
-    if re.fullmatch(r"[\d_,]+", value):
+    if re.fullmatch(r"[0-9_,]{1,30}", value):
         return int(re.sub("[_,]", "", value) or 0)
     if re.fullmatch(r"0?\.\d+", value):
         return float(value)
@@ -349,7 +361,7 @@ def _budget_value(value: str, text: str) -> int | float | str:
 
 
 def _batch_sizes(text: str) -> list[int]:
-    if not re.fullmatch(r"\s*[1-9]\d*(\s*,\s*[1-9]\d*)*\s*", text):
+    if not re.fullmatch(r"\s*[1-9][0-9]{0,14}(\s*,\s*[1-9][0-9]{0,14})*\s*", text):
         raise ShapeError(
             f"batch sizes must be positive numbers: --batch has {text!r}, expected such as 1,128. Put commas between."
         )

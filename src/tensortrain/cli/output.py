@@ -13,8 +13,12 @@ _WIDTH = 100  # of pipes and logs, where a terminal's width is not known
 
 
 def print_json(value: Any) -> None:
-    """Print one JSON document on stdout; numbers that are not finite become null."""
-    print(json_module.dumps(_finite(value), indent=1, allow_nan=False, ensure_ascii=False, default=str))
+    """Print one JSON document on stdout; numbers that are not finite become null.
+
+    A stream that does not take all of Unicode gets ASCII with JSON's own escapes.
+    """
+    ascii_only = not (getattr(sys.stdout, "encoding", None) or "utf-8").lower().startswith("utf")
+    print(json_module.dumps(_finite(value), indent=1, allow_nan=False, ensure_ascii=ascii_only, default=str))
 
 
 def print_rich(*things: Any) -> None:

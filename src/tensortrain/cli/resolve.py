@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 import os
 import pickle
 import re
@@ -21,7 +22,7 @@ from tensortrain.compress.observer import Observer
 from tensortrain.errors import CheckpointError, KindError, ShapeError, TTError
 from tensortrain.io import has_source, load_pretrained
 
-__all__ = ["ResolvedModel", "example_inputs", "input_shape", "resolve_model"]
+__all__ = ["ResolvedModel", "check_memory", "example_inputs", "input_shape", "resolve_model"]
 
 _TOKENS = 32  # of a language model's random inputs, where no --shape says how many
 
@@ -112,7 +113,7 @@ def example_inputs(model: nn.Module, shape: str | None, *, batch: int = 1) -> Te
     """
     sizes = input_shape(model)
     if shape is not None:
-        if not re.fullmatch(r"\d+([x,]\d+)*", shape):
+        if not re.fullmatch(r"[0-9]{1,15}([x,][0-9]{1,15})*", shape):
             raise ShapeError(
                 f"a shape must be sizes with x between: --shape has {shape!r}, expected one such as 1x28x28. "
                 "Leave out the batch."
@@ -127,7 +128,25 @@ def example_inputs(model: nn.Module, shape: str | None, *, batch: int = 1) -> Te
     if sizes is None:
         return None
     dtype = next((p.dtype for p in model.parameters()), torch.get_default_dtype())
+    check_memory(math.prod((batch, *sizes)) * dtype.itemsize, "--shape")
     return torch.randn(batch, *sizes, generator=torch.Generator().manual_seed(0)).to(dtype)
+
+
+def check_memory(n_bytes: int, where: str) -> None:
+    """Refuse inputs that the machine cannot hold: the system would end the process without a word.
+
+    Raises:
+        ShapeError: They would take more than half of the memory.
+    """
+    try:
+        most = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    except (AttributeError, ValueError, OSError):  # no such question on this system
+        return
+    if n_bytes > most:
+        raise ShapeError(
+            f"inputs must fit into half of the memory: {where} asks for {n_bytes:,} bytes, expected at most {most:,}. "
+            "Ask for smaller ones."
+        )
 
 
 def _factory(text: str) -> Callable[[], Any]:
@@ -152,7 +171,7 @@ def _imported(module_name: str, path: str, text: str) -> Callable[[], Any]:
             found = getattr(found, name)
     except TTError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise KindError(
             f"a model's function must be importable: {text!r} fails with {type(error).__name__} ({error}). "
             "Run the command where the module can be imported, or set PYTHONPATH."
@@ -170,7 +189,7 @@ def _call(factory: Callable[[], Any], text: str) -> nn.Module:
         model = factory()
     except TTError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise KindError(
             f"a model's function must run without arguments: {text!r} raises {type(error).__name__} "
             f"({error}). "

@@ -37,6 +37,7 @@ __all__ = [
 
 _RUNS_PER_TURN = 4
 _MAX_RUNS = 20_000
+_FEWEST_PAIRS = 5  # the least and the largest of five hold the median with 94 %
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,11 @@ class Call:
 
 @dataclass(frozen=True)
 class Latency:
-    """Time of one forward pass of one model at one batch size."""
+    """Time of one forward pass of one model at one batch size.
+
+    ``speedup`` holds, with 95 % confidence, how many times faster than the first model it is: the median of the ratios
+    of turns that followed each other. None for the first model itself.
+    """
 
     name: str
     batch: int
@@ -58,6 +63,7 @@ class Latency:
     n_runs: int
     threads: int
     dtype: str
+    speedup: tuple[float, float] | None = None
 
 
 def measure_latency(
@@ -91,6 +97,7 @@ def measure_latency(
         for batch in batches:
             x = _input(inputs, batch)
             samples = _sample_in_turns(models, x, repeats, min_time_s, max_time_s)
+            first = next(iter(models), "")
             for name, model in models.items():
                 times_ms = sorted(1e3 * t for t in samples[name])
                 results.append(
@@ -102,6 +109,7 @@ def measure_latency(
                         n_runs=len(times_ms),
                         threads=torch.get_num_threads(),
                         dtype=_dtype_name(model),
+                        speedup=None if name == first else _ratios_between(samples[first], samples[name]),
                     )
                 )
     return results
@@ -127,7 +135,9 @@ def latency_rows(
         max_time_s=max_time_s,
     )
     return [
-        LatencyRow(a.batch, a.median_ms, b.median_ms, a.p90_ms, b.p90_ms, a.threads, a.dtype)
+        LatencyRow(
+            a.batch, a.median_ms, b.median_ms, a.p90_ms, b.p90_ms, a.threads, a.dtype, *(b.speedup or (None, None))
+        )
         for a, b in zip(measured[::2], measured[1::2], strict=True)
     ]
 
@@ -246,6 +256,21 @@ def _sample_in_turns(
                 samples[name] += _one_turn(models[name], x)
             order.reverse()
     return samples
+
+
+def _ratios_between(first: Sequence[float], other: Sequence[float]) -> tuple[float, float]:
+    """Between which ratios of paired turns the median ratio lies, with 95 % confidence.
+
+    Order statistics serve: of n pairs, each falls below the true median with a chance of one half, whatever the noise.
+    Fewer than five pairs cannot tell; then every run of one model is set against every run of the other.
+    """
+    turns = [slice(k, k + _RUNS_PER_TURN) for k in range(0, min(len(first), len(other)), _RUNS_PER_TURN)]
+    pairs = [(statistics.median(first[turn]), statistics.median(other[turn])) for turn in turns]
+    if len(pairs) < _FEWEST_PAIRS:
+        pairs = [(min(first), max(other)), (max(first), min(other))]
+    ratios = sorted(a / b if b > 0 else math.inf for a, b in pairs)
+    cut = max(0, math.floor((len(ratios) - 1.96 * math.sqrt(len(ratios))) / 2))  # the binomial's 2.5 %, as a normal
+    return ratios[cut], ratios[-1 - cut]
 
 
 def _one_turn(model: nn.Module, x: Any) -> list[float]:

@@ -112,7 +112,11 @@ class LayerReport(_Record):
 
 @dataclasses.dataclass(frozen=True)
 class LatencyRow(_Record):
-    """Time of one forward pass, milliseconds: medians and 90th percentiles."""
+    """Time of one forward pass, milliseconds: medians and 90th percentiles.
+
+    ``speedup_low`` and ``speedup_high`` hold the median of the paired ratios with 95 % confidence, where it was
+    measured. Where 1 lies between them, no difference was seen.
+    """
 
     batch: int
     dense_ms: float
@@ -121,6 +125,8 @@ class LatencyRow(_Record):
     compressed_p90_ms: float
     threads: int
     dtype: str
+    speedup_low: float | None = None
+    speedup_high: float | None = None
 
     @property
     def speedup(self) -> float:
@@ -162,6 +168,7 @@ class Report(_Record):
         flops_before, flops_after: Per example; a multiply-add is two.
         metric_name: Such as "accuracy"; None when nothing was evaluated.
         metric_before, metric_compressed, metric_after: Dense, before healing, at the end.
+        metric_noise: By how much two metrics may differ by chance, where that is known; less is no difference.
         layers, latency, memory, curve: Rows.
         healing: Mappings with ``step``, ``loss`` and perhaps ``metric``.
         notes: Sentences.
@@ -188,6 +195,7 @@ class Report(_Record):
     metric_before: float | None = None
     metric_compressed: float | None = None
     metric_after: float | None = None
+    metric_noise: float | None = None
     layers: tuple[LayerReport, ...] = ()
     latency: tuple[LatencyRow, ...] = ()
     memory: tuple[MemoryRow, ...] = ()
@@ -236,7 +244,7 @@ def write_text_atomic(path: str | os.PathLike[str], text: str) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     scratch = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
-        with open(scratch, "w", encoding="utf-8") as file:
+        with open(scratch, "w", encoding="utf-8", errors="backslashreplace") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())  # else a power cut may leave the new name on empty blocks
@@ -283,7 +291,8 @@ def provenance(command: str | None = None, seed: int | None = None) -> dict[str,
 
 def _command_line() -> str:
     program, *arguments = sys.argv or [""]
-    return shlex.join([Path(program).name, *arguments])
+    words = shlex.join([Path(program).name, *arguments])
+    return words.encode("utf-8", "backslashreplace").decode()  # file names may hold bytes that are no text
 
 
 @cache
@@ -303,7 +312,12 @@ def _git_commit(source: Path) -> str | None:
 def _git(folder: Path, *arguments: str) -> str | None:
     try:
         done = subprocess.run(
-            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=5, check=True
+            ["git", "-C", str(folder), *arguments],
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            timeout=5,
+            check=True,
         )
     except (OSError, subprocess.SubprocessError):
         return None

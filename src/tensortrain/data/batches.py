@@ -66,7 +66,7 @@ class ImageBatches:
         return rest, aside
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.epoch) % 2**63)
         order = self._order(generator)
         moves = self._moves(generator) if self.augment else None
         for k in range(len(self)):

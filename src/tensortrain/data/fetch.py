@@ -31,8 +31,9 @@ def say(observer: Messages | None, text: str) -> None:
 
 def cache_folder(name: str) -> Path:
     """Return the user's cache folder for a data set: under ``XDG_CACHE_HOME``, else under ``~/.cache``."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "tensortrain" / name
+    # Unlike Path.home(), expanduser does not fail for a user without a home.
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return Path(base) / "tensortrain" / name
 
 
 def fill_folder(folder: Path, fill: Callable[[Path], None]) -> None:
@@ -74,7 +75,9 @@ def run(command: Sequence[str], *, cwd: Path) -> None:
         DataError: It is not installed, fails, or takes more than ten minutes.
     """
     try:
-        subprocess.run(command, cwd=cwd, check=True, capture_output=True, text=True, timeout=_COMMAND_TIMEOUT_S)
+        subprocess.run(
+            command, cwd=cwd, check=True, capture_output=True, text=True, errors="replace", timeout=_COMMAND_TIMEOUT_S
+        )
     except FileNotFoundError as error:
         raise DataError(f"{command[0]} is not installed") from error
     except subprocess.TimeoutExpired as error:

@@ -58,7 +58,7 @@ class TextBatches:
     def _order(self) -> list[int]:
         if self.seed is None:
             return list(range(len(self.groups)))
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.epoch) % 2**63)
         return torch.randperm(len(self.groups), generator=generator).tolist()
 
 

@@ -77,6 +77,12 @@ footer { margin-top: 28px; padding: 0 2px; color: var(--muted); }
 footer h2 { font-size: 14px; margin-bottom: 8px; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: 2px 18px; margin: 0; font-size: 13px; }
 dd { margin: 0; overflow-wrap: anywhere; }
-@media (max-width: 700px) { figure { overflow-x: auto; } svg { min-width: 680px; } }
+svg.narrow { display: none; max-width: 520px; }
+@media screen and (max-width: 860px) { svg.wide { display: none; } svg.narrow { display: block; } }
+@media screen and (max-width: 560px) {
+  main { padding: 20px 12px 32px; } .card { padding: 16px 14px; } .tile { padding: 12px 14px; }
+  .tiles { grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 10px; } h1 { font-size: 24px; }
+  .tile .value { font-size: 21px; white-space: normal; }
+}
 @media print { body { background: #fff; } .card, .tile { break-inside: avoid; } }
 """

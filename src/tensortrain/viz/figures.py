@@ -1,5 +1,6 @@
 """The figures of a report, each a function from rows to a matplotlib ``Figure``.
 
+Each takes ``narrow=True`` to be drawn for a telephone: the same data at the same size of letters, in other places.
 Only the object interface is used: no pyplot, no figure registry, no change of global settings.
 Colours are a fixed palette, so that a page can swap them for its own, see :func:`figure_svg`.
 """
@@ -41,6 +42,7 @@ METHOD_COLOURS = ("#2563eb", "#d97706", "#059669", "#7c3aed", "#dc2626", "#0891b
 METHOD_MARKERS = "osD^vPXh"
 
 WIDE = 10.8  # inches; 9 points then read as 12 pixels on the page
+NARROW = 3.5  # 9 points read as 11 pixels where the page is 360 pixels wide
 _FONT = 9.0
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 _MAX_LAYERS = 40
@@ -48,7 +50,9 @@ _MAX_PANELS = 12
 _MAX_LABELS = 10
 
 
-def accuracy_curve(points: Sequence[CurvePoint], *, metric_name: str = "metric", dense: float | None = None) -> Figure:
+def accuracy_curve(
+    points: Sequence[CurvePoint], *, metric_name: str = "metric", dense: float | None = None, narrow: bool = False
+) -> Figure:
     """Draw a metric against compression, one line per method, compression on a log axis.
 
     Args:
@@ -57,56 +61,59 @@ def accuracy_curve(points: Sequence[CurvePoint], *, metric_name: str = "metric",
         dense: Metric of the dense model, drawn as a dashed line.
     """
     points = [p for p in points if p.compression > 0 and math.isfinite(p.compression + p.metric)]
-    figure, axes = _single(WIDE, 4.0)
+    figure, axes = _single(NARROW, 3.2) if narrow else _single(WIDE, 4.0)
     methods = list(dict.fromkeys(point.method for point in points))
     axes.set_xscale("log")
     for k, method in enumerate(methods):
         mine = sorted((p for p in points if p.method == method), key=lambda p: p.compression)
-        _draw_method(axes, mine, k, labelled=len(points) <= _MAX_LABELS)
+        _draw_method(axes, mine, k, labelled=len(points) <= _MAX_LABELS and not narrow)
     if dense is not None:
         axes.axhline(dense, color=MUTED, linestyle=(0, (4, 3)), linewidth=1, zorder=1, label="dense model")
     _log_axis(axes.xaxis, [p.compression for p in points], text.ratio)
     _metric_axis(axes, metric_name, [p.metric for p in points])
     axes.margins(x=0.08, y=0.16)
     axes.set_xlabel("compression (parameters before / after)")
-    _legend_above(axes)
+    _legend_above(axes, narrow)
     return figure
 
 
-def params_bars(layers: Sequence[LayerReport]) -> Figure:
+def params_bars(layers: Sequence[LayerReport], *, narrow: bool = False) -> Figure:
     """Draw each layer's parameters before and after as bars on a log axis; the 40 largest layers."""
     shown = sorted(layers, key=lambda layer: layer.params_before, reverse=True)[:_MAX_LAYERS]
     shown = [layer for layer in layers if layer in shown]
-    figure, axes = _single(WIDE, 0.85 + 0.46 * len(shown))
+    figure, axes = _single(NARROW, 0.85 + 0.66 * len(shown)) if narrow else _single(WIDE, 0.85 + 0.46 * len(shown))
+    thick = 0.25 if narrow else 0.34
     rows = np.arange(len(shown))
     before = [max(layer.params_before, 1) for layer in shown]
     after = [max(layer.params_after, 1) for layer in shown]
     axes.set_xscale("log")
-    axes.barh(rows - 0.19, before, 0.34, color=DENSE, label="before")
-    axes.barh(rows + 0.19, after, 0.34, color=COMPRESSED, label="after")
+    upper, lower = (rows - 0.02, rows + 0.26) if narrow else (rows - 0.19, rows + 0.19)
+    axes.barh(upper, before, thick, color=DENSE, label="before")
+    axes.barh(lower, after, thick, color=COMPRESSED, label="after")
     for row, layer in enumerate(shown):
-        _bar_label(axes, before[row], row - 0.19, text.compact(before[row]))
+        _bar_label(axes, before[row], upper[row], text.compact(before[row]))
         gain = "" if layer.format == "dense" else f" · {text.ratio(layer.compression)} fewer"
-        _bar_label(axes, after[row], row + 0.19, text.compact(after[row]) + gain)
+        _bar_label(axes, after[row], lower[row], text.compact(after[row]) + gain)
     _log_axis(axes.xaxis, before + after, text.compact)
     low = 10 ** (math.floor(math.log10(min(before + after))) - 0.5)
-    axes.set_xlim(low, max(before) * (max(before) / low) ** 0.12)
+    axes.set_xlim(low, max(before) * (max(before) / low) ** (0.4 if narrow else 0.12))
     axes.set_ylim(len(shown) - 0.45, -0.55)
     axes.grid(False, axis="y")
-    axes.set_yticks(rows, [_label(layer.name, 34) for layer in shown])
+    _name_bars(axes, [layer.name for layer in shown], low, narrow)
     axes.set_xlabel("parameters" + ("" if len(shown) == len(layers) else f", {len(shown)} largest layers"))
-    _legend_above(axes)
+    _legend_above(axes, narrow)
     return figure
 
 
-def spectra_panels(layers: Sequence[LayerReport]) -> Figure:
+def spectra_panels(layers: Sequence[LayerReport], *, narrow: bool = False) -> Figure:
     """Draw the singular values at each bond, one panel per layer, the kept rank marked; 12 layers at most."""
     shown = [layer for layer in layers if any(layer.spectra)][:_MAX_PANELS]
     n_columns = 3 if len(shown) in (3, 5, 6, 9) else min(4, max(len(shown), 1))
+    n_columns = min(2, n_columns) if narrow else n_columns
     n_rows = math.ceil(len(shown) / n_columns)
-    figure, grid = _panels(n_rows, n_columns, 2.3 * n_rows + 0.4, sharey=True)
+    figure, grid = _panels(n_rows, n_columns, (1.7 if narrow else 2.3) * n_rows + 0.4, sharey=True, narrow=narrow)
     for axes, layer in zip(grid, shown, strict=False):
-        _draw_spectra(axes, layer)
+        _draw_spectra(axes, layer, 20 if narrow else 30)
     _spectrum_axis(grid[0], shown)
     for axes in grid[::n_columns]:
         axes.set_ylabel("singular value")
@@ -115,7 +122,7 @@ def spectra_panels(layers: Sequence[LayerReport]) -> Figure:
     return figure
 
 
-def latency_bars(rows: Sequence[LatencyRow]) -> Figure:
+def latency_bars(rows: Sequence[LatencyRow], *, narrow: bool = False) -> Figure:
     """Draw median latencies, one panel per row with its own scale; whiskers reach the 90th percentile."""
 
     def draw(axes: Axes, row: LatencyRow) -> None:
@@ -127,14 +134,13 @@ def latency_bars(rows: Sequence[LatencyRow]) -> Figure:
             axes.errorbar(value, y, xerr=np.array([[0.0], [max(end - value, 0.0)]]), color=INK, linewidth=1, capsize=3)
             _bar_label(axes, max(value, end), y, text.ms_text(value))
         axes.set_xlim(0, 1.32 * max(row.dense_ms, row.compressed_ms, *ends))
-        axes.set_title(
-            f"batch {row.batch}: {text.speed_text(row.speedup)}", fontsize=_FONT + 0.5, loc="left", color=INK
-        )
+        words = text.speed_text(row.speedup, row.speedup_low, row.speedup_high)
+        axes.set_title(f"batch {row.batch}: {words}", fontsize=_FONT + 0.5, loc="left", color=INK)
 
-    return _pair_panels([row for row in rows if math.isfinite(row.speedup)], draw)
+    return _pair_panels([row for row in rows if math.isfinite(row.speedup)], draw, narrow)
 
 
-def memory_bars(rows: Sequence[MemoryRow]) -> Figure:
+def memory_bars(rows: Sequence[MemoryRow], *, narrow: bool = False) -> Figure:
     """Draw bytes held (solid) and extra bytes at the peak of a forward pass (light), one panel per row."""
 
     def draw(axes: Axes, row: MemoryRow) -> None:
@@ -148,14 +154,18 @@ def memory_bars(rows: Sequence[MemoryRow]) -> Figure:
         axes.set_xlim(0, 1.36 * max(sum(dense), sum(compressed), 1))
         _title(axes, f"batch {row.batch}")
 
-    figure = _pair_panels(rows, draw)
+    figure = _pair_panels(rows, draw, narrow)
     keys = [Patch(color=INK, label="held"), Patch(color=INK, alpha=0.4, label="extra at the peak")]
     figure.legend(handles=keys, loc="outside lower center", ncols=2, frameon=False, fontsize=_FONT, labelcolor=INK)
     return figure
 
 
 def healing_curve(
-    healing: Sequence[Mapping[str, Any]], *, metric_name: str = "metric", dense: float | None = None
+    healing: Sequence[Mapping[str, Any]],
+    *,
+    metric_name: str = "metric",
+    dense: float | None = None,
+    narrow: bool = False,
 ) -> Figure:
     """Draw the loss, and where it was recorded the metric, against the step of healing.
 
@@ -167,7 +177,8 @@ def healing_curve(
     losses = [(row["step"], row["loss"]) for row in healing if row.get("loss") is not None]
     metrics = [(row["step"], row["metric"]) for row in healing if row.get("metric") is not None]
     curves = [curve for curve in (losses, metrics) if curve]
-    figure, grid = _panels(1, max(len(curves), 1), 2.9)
+    n_curves = max(len(curves), 1)
+    figure, grid = _panels(n_curves, 1, 2.4 * n_curves, narrow=True) if narrow else _panels(1, n_curves, 2.9)
     for axes, curve in zip(grid, curves, strict=False):
         steps, values = zip(*curve, strict=True)
         axes.plot(steps, values, color=COMPRESSED, linewidth=1.8, marker="o" if len(steps) <= 30 else "", ms=3.5)
@@ -178,7 +189,7 @@ def healing_curve(
         if curve is metrics:
             if dense is not None:
                 axes.axhline(dense, color=MUTED, linestyle=(0, (4, 3)), linewidth=1, label="dense model")
-                _legend_above(axes)
+                _legend_above(axes, narrow)
             _metric_axis(axes, metric_name, values)
     return figure
 
@@ -230,8 +241,10 @@ def _single(width: float, height: float) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _panels(n_rows: int, n_columns: int, height: float, *, sharey: bool = False) -> tuple[Figure, list[Axes]]:
-    figure = Figure(figsize=(WIDE, height))
+def _panels(
+    n_rows: int, n_columns: int, height: float, *, sharey: bool = False, narrow: bool = False
+) -> tuple[Figure, list[Axes]]:
+    figure = Figure(figsize=(NARROW if narrow else WIDE, height))
     figure.set_layout_engine("constrained", wspace=0.06)
     grid = list(figure.subplots(max(n_rows, 1), n_columns, sharey=sharey, squeeze=False).flat)
     for axes in grid:
@@ -252,11 +265,11 @@ def _dress(axes: Axes) -> None:
         label.set_fontsize(_FONT)
 
 
-def _pair_panels(rows: Sequence[Any], draw: Callable[[Axes, Any], None]) -> Figure:
+def _pair_panels(rows: Sequence[Any], draw: Callable[[Axes, Any], None], narrow: bool) -> Figure:
     """One panel per row, each holding a dense bar over a compressed one."""
-    n_columns = min(3, max(len(rows), 1))
+    n_columns = 1 if narrow else min(3, max(len(rows), 1))
     n_rows = math.ceil(len(rows) / n_columns)
-    figure, grid = _panels(n_rows, n_columns, 1.35 * n_rows + 0.35)
+    figure, grid = _panels(n_rows, n_columns, (1.1 if narrow else 1.35) * n_rows + 0.35, narrow=narrow)
     for k, axes in enumerate(grid):
         if k >= len(rows):
             axes.set_visible(False)
@@ -300,7 +313,7 @@ def _draw_method(axes: Axes, points: Sequence[CurvePoint], k: int, *, labelled: 
         )
 
 
-def _draw_spectra(axes: Axes, layer: LayerReport) -> None:
+def _draw_spectra(axes: Axes, layer: LayerReport, width: int) -> None:
     shades = np.linspace(1.0, 0.35, max(len(layer.spectra), 1))
     ranks = layer.inner_ranks
     for k, spectrum in enumerate(layer.spectra):
@@ -312,7 +325,7 @@ def _draw_spectra(axes: Axes, layer: LayerReport) -> None:
             axes.plot(ranks[k], values[ranks[k] - 1], "o", color=MARK, markersize=5, zorder=4)
     axes.xaxis.set_major_locator(MaxNLocator(4, integer=True, min_n_ticks=1))
     kept = text.ranks_text(ranks) if ranks else "dense"
-    _title(axes, f"{_label(layer.name, 30)}\nkept {text.shorten(kept, 28)}")
+    _title(axes, f"{_label(layer.name, width)}\nkept {text.shorten(kept, width - 2)}")
 
 
 def _spectrum_axis(axes: Axes, layers: Sequence[LayerReport]) -> None:
@@ -325,6 +338,19 @@ def _spectrum_axis(axes: Axes, layers: Sequence[LayerReport]) -> None:
     axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _power_of_ten(value)))
     axes.set_ylim(10.0**lowest, 2.0)
+
+
+def _name_bars(axes: Axes, names: Sequence[str], left: float, narrow: bool) -> None:
+    """Names beside the bars, or above them where there is no room beside."""
+    rows = np.arange(len(names))
+    if not narrow:
+        axes.set_yticks(rows, [_label(name, 34) for name in names])
+        return
+    axes.set_yticks([])
+    for row, name in enumerate(names):
+        axes.annotate(
+            _label(name, 40), (left, row - 0.19), xytext=(3, 0), textcoords="offset points", fontsize=_FONT, color=INK
+        )
 
 
 def _title(axes: Axes, words: str) -> None:
@@ -360,11 +386,11 @@ def _log_axis(axis: Any, values: Sequence[float], form: Callable[[float], str]) 
     axis.set_major_formatter(FuncFormatter(lambda value, _: form(value)))
 
 
-def _legend_above(axes: Axes) -> None:
+def _legend_above(axes: Axes, narrow: bool = False) -> None:
     axes.legend(
         loc="lower left",
         bbox_to_anchor=(0, 1.0),
-        ncols=5,
+        ncols=2 if narrow else 5,
         frameon=False,
         fontsize=_FONT,
         labelcolor=INK,

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tensortrain.compress.report import Report, write_text_atomic
+from tensortrain.compress.report import LatencyRow, Report, write_text_atomic
 from tensortrain.viz import text
 from tensortrain.viz._page import PAGE, STYLE
 
@@ -60,9 +61,9 @@ def _tiles(report: Report) -> str:
         tiles.append(_tile("Size on disk", _smaller(report.bytes_before, report.bytes_after), [change]))
     if report.latency:
         first, *others = report.latency
-        details = [f"batch {row.batch}: {text.speed_text(row.speedup)}" for row in others[:3]]
+        details = [f"batch {row.batch}: {_speed_of(row)}" for row in others[:3]]
         heading = f"Speed at batch {first.batch}"
-        tiles.append(_tile(heading, text.speed_text(first.speedup), details, _tone(first.speedup)))
+        tiles.append(_tile(heading, _speed_of(first), details, _tone(first)))
     if report.flops_before is not None and report.flops_after is not None:
         change = f"{text.compact(report.flops_before)} → {text.compact(report.flops_after)}"
         tiles.append(_tile("Flops", _fewer(report.flops_before, report.flops_after), [change, "per example"]))
@@ -73,21 +74,23 @@ def _metric_tile(report: Report) -> str:
     name = report.metric_name or "metric"
     details = []
     if report.metric_before is not None:
-        details.append(text.metric_change(name, report.metric_before, report.metric_after))
+        details.append(text.metric_change(name, report.metric_before, report.metric_after, report.metric_noise))
         details.append(f"{text.metric_text(name, report.metric_before)} dense")
     if report.metric_compressed is not None:
         details.append(f"{text.metric_text(name, report.metric_compressed)} before healing")
     return _tile(name[:1].upper() + name[1:], text.metric_text(name, report.metric_after), details)
 
 
-def _tone(speedup: float) -> str:
-    if speedup > 1.02:
-        return "good"
-    return "bad" if speedup < 0.98 else ""
+def _speed_of(row: LatencyRow) -> str:
+    return text.speed_text(row.speedup, row.speedup_low, row.speedup_high)
+
+
+def _tone(row: LatencyRow) -> str:
+    return text.speed_tone(row.speedup, row.speedup_low, row.speedup_high)
 
 
 def _tile(heading: str, value: str, details: Sequence[str], tone: str = "") -> str:
-    number, _, unit = value.partition(" ")
+    number, _, unit = value.partition(" ") if value[:1].isdigit() else ("", "", value)  # words are set small
     return (
         f"<div class='tile {tone}'><h2>{escape(heading)}</h2>"
         f"<p class=value>{escape(number)} <small>{escape(unit)}</small></p>"
@@ -144,10 +147,10 @@ def _curve(report: Report) -> str:
         for p in report.curve
     ]
     table = _table(["Method", "Setting", "Compression", escape(name), "Seeds"], rows, numeric_from=2)
-    figure = accuracy_curve(report.curve, metric_name=name, dense=report.metric_before)
+    draw = partial(accuracy_curve, report.curve, metric_name=name, dense=report.metric_before)
     return _section(
         f"{name[:1].upper() + name[1:]} against compression",
-        _figure(figure, "curve", alt, caption) + _details("Numbers", table),
+        _figure(draw, "curve", alt, caption) + _details("Numbers", table),
     )
 
 
@@ -195,7 +198,9 @@ def _layers(report: Report) -> str:
     )
     return _section(
         "Parameters by layer",
-        _figure(params_bars(report.layers), "params", alt, caption) + _table(headings, rows, numeric_from=3) + note,
+        _figure(partial(params_bars, report.layers), "params", alt, caption)
+        + _table(headings, rows, numeric_from=3)
+        + note,
     )
 
 
@@ -232,7 +237,7 @@ def _spectra(report: Report) -> str:
         "Singular values over the largest one, one line per bond, first bond darkest. A red dot marks the "
         "kept rank, and is missing where the rank lies beyond the values recorded."
     )
-    return _section("Singular spectra", _figure(spectra_panels(report.layers), "spectra", alt, caption))
+    return _section("Singular spectra", _figure(partial(spectra_panels, report.layers), "spectra", alt, caption))
 
 
 def _speed(report: Report) -> str:
@@ -251,17 +256,22 @@ def _speed(report: Report) -> str:
             text.ms_text(row.dense_p90_ms),
             text.ms_text(row.compressed_ms),
             text.ms_text(row.compressed_p90_ms),
-            f"<span class='{_tone(row.speedup)}'>{text.speed_text(row.speedup)}</span>",
+            f"<span class='{_tone(row)}'>{_speed_of(row)}</span>",
+            text.between_text(row.speedup_low, row.speedup_high),
             str(row.threads),
             escape(row.dtype),
         ]
         for row in report.latency
     ]
-    headings = ["Batch", "Dense", "p90", "Compressed", "p90", "Change", "Threads", "Type"]
-    caption = "Median time of one forward pass, models run in turns; whiskers reach the 90th percentile."
+    headings = ["Batch", "Dense", "p90", "Compressed", "p90", "Change", "95 % within", "Threads", "Type"]
+    caption = (
+        "Median time of one forward pass, models run in turns; whiskers reach the 90th percentile. A change is named "
+        "where the 95 % interval of the ratios of paired turns leaves out 1."
+    )
     return _section(
         "Latency",
-        _figure(latency_bars(report.latency), "latency", alt, caption) + _table(headings, rows, numeric_from=0),
+        _figure(partial(latency_bars, report.latency), "latency", alt, caption)
+        + _table(headings, rows, numeric_from=0),
     )
 
 
@@ -290,7 +300,7 @@ def _memory(report: Report) -> str:
     caption = "Held: parameters, buffers and cached dense weights. Extra: activations and scratch of one pass."
     return _section(
         "Memory",
-        _figure(memory_bars(report.memory), "memory", alt, caption) + _table(headings, rows, numeric_from=0),
+        _figure(partial(memory_bars, report.memory), "memory", alt, caption) + _table(headings, rows, numeric_from=0),
     )
 
 
@@ -303,7 +313,7 @@ def _healing(report: Report) -> str:
     steps = [row for row in report.healing if row.get("loss") is not None]
     ends = [f"{row['loss']:.4g} at step {row['step']}" for row in (steps[0], steps[-1])]
     alt = f"Loss while healing: {ends[0]}, {ends[1]}."
-    figure = healing_curve(report.healing, metric_name=name, dense=report.metric_before)
+    figure = partial(healing_curve, report.healing, metric_name=name, dense=report.metric_before)
     return _section("Healing", _figure(figure, "healing", alt, ""))
 
 
@@ -337,12 +347,16 @@ def _section(heading: str, content: str) -> str:
     return f"<section class=card><h2>{escape(heading)}</h2>{content}</section>"
 
 
-def _figure(figure: Figure, name: str, alt: str, caption: str) -> str:
+def _figure(draw: Callable[..., Figure], name: str, alt: str, caption: str) -> str:
+    """A figure drawn twice, for wide and for narrow screens; the style sheet shows one of them."""
     from tensortrain.viz.figures import figure_svg
 
-    svg = figure_svg(figure, name=name).replace("<svg", f'<svg role="img" aria-label="{escape(alt)}"', 1)
+    svgs = ""
+    for width in ("wide", "narrow"):
+        svg = figure_svg(draw(narrow=width == "narrow"), name=f"{name}-{width}")
+        svgs += svg.replace("<svg", f'<svg class={width} role="img" aria-label="{escape(alt)}"', 1)
     below = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
-    return f"<figure>{svg}{below}</figure>"
+    return f"<figure>{svgs}{below}</figure>"
 
 
 def _details(summary: str, content: str) -> str:

@@ -93,7 +93,7 @@ def _summary_lines(report: Report) -> list[tuple[str, Text]]:
     if report.metric_name is not None and report.metric_after is not None:
         lines.append((report.metric_name, Text(_metric_line(report))))
     for row in report.latency:
-        lines.append((f"batch {row.batch}", Text(text.speed_text(row.speedup), style=_speed_style(row.speedup))))
+        lines.append((f"batch {row.batch}", _speed(row)))
     return lines
 
 
@@ -101,7 +101,7 @@ def _metric_line(report: Report) -> str:
     name = report.metric_name
     line = text.metric_text(name, report.metric_after)
     if report.metric_before is not None:
-        change = text.metric_change(name, report.metric_before, report.metric_after)
+        change = text.metric_change(name, report.metric_before, report.metric_after, report.metric_noise)
         line = f"{text.metric_text(name, report.metric_before)} → {line}  ({change})"
     if report.metric_compressed is not None:
         line += f", {text.metric_text(name, report.metric_compressed)} before healing"
@@ -149,17 +149,17 @@ def _decisions(layers: Sequence[LayerReport]) -> list[RenderableType]:
 
 
 def _latency_table(rows: Sequence[LatencyRow]) -> Table:
-    table = _table("Latency of one forward pass: median (90th percentile)")
-    for heading in ("batch", "dense", "compressed", "", "threads", "dtype"):
+    kinds = list(dict.fromkeys(f"{row.dtype}, {row.threads} thread{'s' * (row.threads != 1)}" for row in rows))
+    table = _table(f"Latency of one forward pass: median (90th percentile), {'; '.join(kinds)}")
+    for heading in ("batch", "dense", "compressed", "", "95 % within"):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(
             text.count(row.batch),
             f"{text.ms_text(row.dense_ms)} ({text.ms_text(row.dense_p90_ms)})",
             f"{text.ms_text(row.compressed_ms)} ({text.ms_text(row.compressed_p90_ms)})",
-            Text(text.speed_text(row.speedup), style=_speed_style(row.speedup)),
-            str(row.threads),
-            row.dtype,
+            _speed(row),
+            text.between_text(row.speedup_low, row.speedup_high),
         )
     return table
 
@@ -191,10 +191,10 @@ def _table(title: str | None) -> Table:
     )
 
 
-def _speed_style(speedup: float) -> str:
-    if speedup > 1.02:
-        return "green"
-    return "red" if speedup < 0.98 else ""
+def _speed(row: LatencyRow) -> Text:
+    measured = row.speedup, row.speedup_low, row.speedup_high
+    style = {"good": "green", "bad": "red", "": ""}[text.speed_tone(*measured)]
+    return Text(text.speed_text(*measured), style=style)
 
 
 def _as_mapping(row: Any) -> Mapping[str, Any]:

@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 
 __all__ = [
+    "between_text",
     "bytes_text",
     "compact",
     "count",
@@ -19,9 +20,11 @@ __all__ = [
     "ratio",
     "shorten",
     "speed_text",
+    "speed_tone",
 ]
 
 MISSING = "–"
+NO_DIFFERENCE = "no difference seen"
 
 
 def count(n: float | None) -> str:
@@ -68,13 +71,31 @@ def ratio(value: float | None) -> str:
     return MISSING if value is None or not math.isfinite(value) else f"{_three_digits(value)}×"
 
 
-def speed_text(speedup: float) -> str:
-    """A speed-up in words, with losses named as such."""
+def speed_text(speedup: float, low: float | None = None, high: float | None = None) -> str:
+    """A speed-up in words, with losses named as such.
+
+    Args:
+        speedup: How many times faster.
+        low, high: Between which it lies, where that is known; nothing is claimed where 1 is one of them.
+    """
     if not math.isfinite(speedup) or speedup <= 0:
         return MISSING
+    if low is not None and high is not None and low <= 1 <= high:
+        return NO_DIFFERENCE
     if 0.98 <= speedup <= 1.02:
         return "same speed"
     return f"{ratio(speedup)} faster" if speedup > 1 else f"{ratio(1 / speedup)} slower"
+
+
+def between_text(low: float | None, high: float | None) -> str:
+    """An interval of factors: 1.8× to 2.1×."""
+    return MISSING if low is None or high is None else f"{ratio(low)} to {ratio(high)}"
+
+
+def speed_tone(speedup: float, low: float | None = None, high: float | None = None) -> str:
+    """``"good"`` for a gain, ``"bad"`` for a loss, ``""`` where :func:`speed_text` names neither."""
+    words = speed_text(speedup, low, high)
+    return "good" if words.endswith("faster") else "bad" if words.endswith("slower") else ""
 
 
 def product(sizes: Sequence[int]) -> str:
@@ -94,13 +115,14 @@ def metric_text(name: str | None, value: float | None) -> str:
     return f"{100 * value:.2f} %" if is_share(name, value) else f"{value:.4g}"
 
 
-def metric_change(name: str | None, before: float | None, after: float | None) -> str:
-    """The signed change of a metric, in points where it is quoted in per cent."""
+def metric_change(name: str | None, before: float | None, after: float | None, noise: float | None = None) -> str:
+    """The signed change of a metric, in points where it is quoted in per cent; none is claimed within its noise."""
     if before is None or after is None or not math.isfinite(after - before):
         return MISSING
-    if is_share(name, before) and is_share(name, after):
-        return f"{_signed(100 * (after - before), '.2f')} points"
-    return _signed(after - before, ".3g")
+    points = is_share(name, before) and is_share(name, after)
+    if noise is not None and abs(after - before) <= noise:
+        return f"{NO_DIFFERENCE}, chance gives ±{f'{100 * noise:.1f} points' if points else f'{noise:.2g}'}"
+    return f"{_signed(100 * (after - before), '.2f')} points" if points else _signed(after - before, ".3g")
 
 
 def is_share(name: str | None, value: float) -> bool:

@@ -90,7 +90,9 @@ def _compile(folder: Path) -> Path:
     command = [sys.executable, "-c", program, MODULE, source, str(folder)]
     environment = {**os.environ, "PATH": _path_with_tools()}
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_MOST_S, env=environment)
+        done = subprocess.run(
+            command, capture_output=True, text=True, errors="replace", timeout=_MOST_S, env=environment
+        )
     except subprocess.TimeoutExpired as error:
         raise KernelBuildError(
             f"compiling the kernels must end within {_MOST_S} s: it did not. Try again on a quieter machine."

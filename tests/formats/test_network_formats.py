@@ -139,7 +139,7 @@ def test_ranks_as_callers_write_them(name: str) -> None:
     assert share.n_params <= max(0.5 * LINEAR.n_params, least.n_params)
     above = tuple(1000 for _ in spec.ranks)
     assert fmt.spec(LINEAR, rank=above, **MODES).ranks == above  # as given, where somebody wants it
-    for wrong in (0, -1, 1.5, 0.0, "full", (1,) * 9, (0,) * len(spec.ranks), True):
+    for wrong in (0, -1, 1.5, 0.0, "all", (1,) * 9, (0,) * len(spec.ranks), True):
         with pytest.raises(RankError):
             fmt.spec(LINEAR, rank=wrong, **MODES)
 

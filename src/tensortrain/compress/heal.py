@@ -15,7 +15,8 @@ from torch import nn
 from tensortrain.errors import DataError, KindError, RankError
 
 from .batches import length_of, n_examples, take, to_device
-from .held_back import Guard, hold_back
+from .guard import Guard
+from .held_back import hold_back
 from .losses import Loss, distillation_loss, feature_loss
 from .observer import Observer, Silent
 from .outputs import Output

@@ -20,7 +20,7 @@ from .held_back import hold_back
 from .losses import Loss, distillation_loss, feature_loss
 from .observer import Observer, Silent
 from .outputs import Output
-from .preserve import modes_kept, preserved
+from .preserve import preserved
 from .task import Task, decide_task
 from .training import (
     Evaluate,
@@ -220,7 +220,7 @@ def check_healing(
             f"a model must give floating-point numbers to be healed by: {type(model).__name__} gives whole numbers "
             "alone, expected logits or values. Pass heal=False, or output=, a callable (model, batch) -> tensor."
         )
-    with modes_kept(model):
+    with preserved(model):
         _try_loss(trained, data, _loss(settings, model, task, output))
     return task
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from tensortrain.compress.carry import cannot_carry
 from tensortrain.errors import CheckpointError, TTError
 from tensortrain.io.folder import RECIPE
 from tensortrain.io.recipe import LayerEntry, as_json, same_json
@@ -234,8 +235,8 @@ def check_counterpart(
     odd = _oddity(old)
     if odd:
         raise CheckpointError(
-            f"a layer that is replaced must be an ordinary one: {name!r} ({found}) of the model has {odd}, which "
-            "the factorized layer would lose. Pass a model without it."
+            f"a layer that is replaced must be an ordinary one: {name!r} ({found}) of the model has something that the "
+            f"factorized layer would lose: {odd}. Pass a model without it."
         )
 
 
@@ -251,12 +252,11 @@ def dense_arguments(old: nn.Module, layer: FactorizedLayer) -> dict[str, Any] | 
 
 
 def _oddity(old: nn.Module) -> str | None:
-    if "forward" in vars(old):
-        return "a forward of its own"
     if isinstance(old, FactorizedLayer):
+        if "forward" in vars(old):
+            return "a forward of its own"
         return None if has_plain_cores(old) else "cores that are functions of others"
-    extra = [name for name in (*old._parameters, *old._buffers, *old._modules) if name not in ("weight", "bias")]
-    return f"the parts {listed(extra)}" if extra else None
+    return cannot_carry(old) or None
 
 
 def first_difference(a: Mapping[str, Any], b: Mapping[str, Any]) -> str:

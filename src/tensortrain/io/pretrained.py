@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from tensortrain.errors import CheckpointError, KindError
@@ -99,7 +100,8 @@ def load_pretrained(
     recipe, stored = _read(folder)
     layers = [(entry, build_layer(entry, stored, folder)) for entry in recipe.layers]
     given = isinstance(model, nn.Module)
-    skeleton = model if isinstance(model, nn.Module) else _skeleton(model, recipe, stored, layers, folder)
+    with torch.random.fork_rng(devices=[]):  # a fresh model draws its first weights
+        skeleton = model if isinstance(model, nn.Module) else _skeleton(model, recipe, stored, layers, folder)
     inner = _inner(skeleton)
     if given:
         check_no_meta(inner, str(folder))

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tensortrain.compress.carry import carry
 from tensortrain.errors import CheckpointError
 from tensortrain.io.composites import build_composite, dense_twin
 from tensortrain.io.layers import check_counterpart
@@ -22,6 +23,7 @@ from tensortrain.io.recipe import Kind, LayerEntry, Recipe, TensorEntry, as_json
 from tensortrain.io.storable import check_unsharded
 from tensortrain.io.stored import StoredTensors, identity_of, listed, named_tensors
 from tensortrain.nn import CompositeLayer, FactorizedLayer
+from tensortrain.nn.counterparts import is_transformers_conv1d
 
 __all__ = ["Change", "changes", "commit", "device_of"]
 
@@ -171,12 +173,21 @@ def _swaps(
             continue  # a map of a composite layer
         for name in entry.names:
             check_counterpart(name, modules.get(name), entry, layer, folder)
+        if not isinstance(modules[entry.names[0]], FactorizedLayer):
+            _take_over(modules[entry.names[0]], layer)
         _swap_all(entry, None if _is_like(modules[entry.names[0]], entry) else layer, swaps, modules)
     known = {name for entry in (*recipe.composites, *recipe.layers) for name in entry.names}
     for name, module in list(modules.items()):
         if name not in known and name in modules and _is_dense_in(name, module, stored):
             _swap(name, dense_twin(module), swaps, modules)
     return swaps
+
+
+def _take_over(old: nn.Module, new: FactorizedLayer) -> None:
+    """What hangs on a dense layer belongs to the model, and is in the checkpoint; so is the kind to go back to."""
+    carry(old, new)
+    if is_transformers_conv1d(old):
+        new.made_from = "Conv1D"  # type: ignore[assignment]
 
 
 def _swap_all(

@@ -22,6 +22,7 @@ __all__ = [
     "add_cores",
     "as_left",
     "as_right",
+    "balanced",
     "constant_cores",
     "contract",
     "deviation_parts",
@@ -324,6 +325,27 @@ def _triangular(cores: Sequence[Tensor], n_batch: int, scale: Scale) -> tuple[Te
         core, waiting = scale.weigh(core, waiting + step)
         state = absorb_left(carry, core)
     return common(state, waiting, n_batch)
+
+
+def balanced(cores: Sequence[Tensor]) -> list[Tensor]:
+    """The same train, with its bonds scaled by powers of two if terms go through sizes that lie far apart.
+
+    Then what lies left of a bond has columns of like size, and one exponent will do for what lies right of it.
+    """
+    return guarded(cores, partial(_balanced, cores), cores[0].ndim - 3)
+
+
+def _balanced(cores: Sequence[Tensor], scale: Scale) -> list[Tensor]:
+    out: list[Tensor] = []
+    carry: Tensor | None = None
+    waiting: Exponents = 0
+    for core in cores:
+        core, waiting = scale.weigh(core, waiting)
+        state, step = scale.split(core if carry is None else absorb_left(carry, core))
+        waiting, step = plain_exponent(waiting + step), plain_exponent(step)
+        out.append(times_pow2(core, -step[..., None, None, :]) if isinstance(step, Tensor) else core)
+        carry = torch.linalg.qr(as_left(state), mode="r").R
+    return spread_pow2(out, waiting[..., 0] if isinstance(waiting, Tensor) else waiting)
 
 
 def place_pow2(

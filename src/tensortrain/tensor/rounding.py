@@ -178,7 +178,7 @@ class _Problem:
         total = torch.zeros(cores[0].shape[:-3], dtype=torch.int32, device=cores[0].device)
         if split is not keep_pow2:
             lo, hi = center
-            inner, total = balanced_pow2(cores[lo : hi + 1])
+            inner, total = balanced_pow2(chain.balanced(cores[lo : hi + 1]))
             cores = [*cores[:lo], *inner, *cores[hi + 1 :]]
         return cls(cores, center, dtype, eps, tuple(ranks), split, total)
 

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset, WeightedRandomSampler
 
 from tensortrain.compress import compress, fit, reestimate_batchnorm_
 from tensortrain.compress.batches import tensors_in
-from tensortrain.compress.guard import Distances
+from tensortrain.compress.guard import Measured
 from tensortrain.compress.held_back import hold_back
 from tensortrain.compress.masters import float32_masters
 from tensortrain.compress.outputs import relative_distance
@@ -73,13 +73,13 @@ def test_where_nothing_can_be_set_aside_the_first_batches_are_measured_on(data: 
 
 
 def test_a_difference_within_the_noise_is_none() -> None:
-    start = Distances((1.0, 2.0, 3.0, 4.0), (4, 4, 4, 4))
-    assert Distances((0.9, 1.9, 2.9, 3.9), (4, 4, 4, 4)).nearer_than(start)  # every piece alike
-    assert not Distances((0.2, 2.6, 2.4, 4.6), (4, 4, 4, 4)).nearer_than(start)  # better in the mean by chance
-    assert not start.nearer_than(start)
-    assert not Distances((float("nan"),) * 4, (4,) * 4).nearer_than(start)
-    assert not Distances((0.9,), (16,)).nearer_than(Distances((1.0,), (16,)))  # nothing to compare: 25 %
-    assert Distances((0.7,), (16,)).nearer_than(Distances((1.0,), (16,)))
+    start = Measured((1.0, 2.0, 3.0, 4.0), (4, 4, 4, 4))
+    assert Measured((0.9, 1.9, 2.9, 3.9), (4, 4, 4, 4)).lower_than(start)  # every piece alike
+    assert not Measured((0.2, 2.6, 2.4, 4.6), (4, 4, 4, 4)).lower_than(start)  # better in the mean by chance
+    assert not start.lower_than(start)
+    assert not Measured((float("nan"),) * 4, (4,) * 4).lower_than(start)
+    assert not Measured((0.9,), (16,)).lower_than(Measured((1.0,), (16,)))  # nothing to compare: 25 %
+    assert Measured((0.7,), (16,)).lower_than(Measured((1.0,), (16,)))
 
 
 # -- healing --------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import copy
 import itertools
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -16,23 +16,22 @@ from torch import Tensor, nn
 
 from .batches import map_tensors, n_examples, to_device
 from .held_back import has_rows, rows_of
+from .losses import Loss
 from .preserve import preserved
 
-__all__ = ["Distances", "Guard"]
-
-Distance = Callable[[nn.Module, Any], "Tensor | None"]
+__all__ = ["Guard", "Measured"]
 
 _LOOKS = (0.05, 0.1, 0.25, 0.5, 0.75, 1.0)  # shares of the run after which the model is looked at
 _RISES = 3  # looks in a row, from the start, each farther off than the one before
 _EARLIEST = 10  # steps: before, nothing can be said
-_LOST = 1.0  # distance of outputs that tell nothing about the original's
-_FAR = 1.2  # times the distance at the start: less is no reason to give up
+_LOST = 1.0  # loss of outputs that tell nothing about the original's
+_FAR = 1.2  # times the loss at the start: less is no reason to give up
 _PIECES, _FEW_ROWS = 8, 4  # what is measured on comes in so many pieces, of no fewer rows
 
 
 @dataclass(frozen=True)
-class Distances:
-    """How far a model's outputs lie from the original's: one value for each piece of data, and the pieces' sizes."""
+class Measured:
+    """A loss on held-back data: one value for each piece of it, and the pieces' sizes."""
 
     values: tuple[float, ...]
     counts: tuple[int, ...]
@@ -43,7 +42,7 @@ class Distances:
         total = sum(n * value for value, n in zip(self.values, self.counts, strict=True))
         return total / sum(self.counts) if sum(self.counts) and math.isfinite(total) else math.inf
 
-    def nearer_than(self, other: Distances) -> bool:
+    def lower_than(self, other: Measured) -> bool:
         """Whether these are smaller by more than the noise: the standard error of the differences between pairs.
 
         Of fewer than four pieces nothing is known but that a mean of n squares is good to about 1/sqrt(n).
@@ -67,17 +66,17 @@ class Guard:
     Args:
         model: As it was cut.
         batches: To measure on.
-        distance: ``(model, batch) -> how far the outputs are from the original's``; None where nothing counts.
+        loss: What the healing lowers, ``(model, batch) -> scalar``; None where nothing counts.
         held: The batches are not trained on.
 
     Attributes:
-        start, best: Distances of the cut model, and the least seen.
-        seen: Mean distances seen on the way.
+        start, best: Of the cut model, and the least seen.
+        seen: Means on the way.
         notes: Sentences for the report.
     """
 
-    def __init__(self, model: nn.Module, batches: Sequence[Any], distance: Distance, *, held: bool) -> None:
-        self.distance, self.held = distance, held
+    def __init__(self, model: nn.Module, batches: Sequence[Any], loss: Loss, *, held: bool) -> None:
+        self.loss, self.where = loss, "held-back data" if held else "the first batches"
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
         self.pieces = [piece for batch in batches for piece in _pieces(to_device(batch, device), len(batches))]
         self.seen: list[float] = []
@@ -88,32 +87,32 @@ class Guard:
     def begin(self, model: nn.Module) -> None:
         """The batch norms have new statistics: the better ones are the start."""
         now = self.measure(model)
-        if now.nearer_than(self.start):
+        if now.lower_than(self.start):
             self.start = self.best = now
             self.first_state = self.best_state = _state_of(model)
         else:
             _put_back(model, self.first_state)
 
     @torch.no_grad()
-    def measure(self, model: nn.Module) -> Distances:
-        """The distances on all pieces; those on which nothing counts have no part."""
+    def measure(self, model: nn.Module) -> Measured:
+        """The loss on all pieces; those on which nothing counts have no part."""
         values, counts = [], []
         with preserved(model):
             model.eval()
             for piece in self.pieces:
                 torch.manual_seed(0)  # models that draw noise draw the same
-                value = self.distance(model, piece)
+                value = self.loss(model, piece)
                 if value is not None and n_examples(piece):
                     values.append(float(value))
                     counts.append(n_examples(piece))
-        return Distances(tuple(values), tuple(counts))
+        return Measured(tuple(values), tuple(counts))
 
-    def _measured(self, model: nn.Module) -> Distances:
+    def _measured(self, model: nn.Module) -> Measured:
         """At the end: a measure that fails by now, for whatever reason, decides for what was measured before."""
         try:
             return self.measure(model)
         except Exception:
-            return Distances((), ())
+            return Measured((), ())
 
     def due(self, step: int, total: int) -> bool:
         return step in {max(1, round(share * total)) for share in _LOOKS}
@@ -126,7 +125,7 @@ class Guard:
         if not self._is_lost(step):
             return False
         self.notes.append(
-            f"Healing stopped after {step} steps: the outputs went away from the original's from the start "
+            f"Healing stopped after {step} steps: the loss on {self.where} rose from the start "
             f"({self.start.mean:.3g}, then {', '.join(f'{value:.3g}' for value in self.seen)}). Lower lr."
         )
         return True
@@ -152,17 +151,16 @@ class Guard:
         if not math.isfinite(self.start.mean):
             return
         now = self._measured(model)
-        if now.mean <= self.best.mean * (1 + now.noise) and now.nearer_than(self.start):
+        if now.mean <= self.best.mean * (1 + now.noise) and now.lower_than(self.start):
             return
         _put_back(model, self.best_state)
         # rounding to a low dtype may cost all that was gained
-        if self.best.nearer_than(self.start) and self._measured(model).nearer_than(self.start):
+        if self.best.lower_than(self.start) and self._measured(model).lower_than(self.start):
             return
         _put_back(model, self.first_state)
-        where = "held-back data" if self.held else "the first batches"
         self.notes.append(
-            f"Healing brought the outputs no nearer to the original's on {where} ({self.start.mean:.3g} as it was cut, "
-            f"{now.mean:.3g} after): the model stays as it was cut."
+            f"Healing did not lower the loss on {self.where} by more than its noise ({self.start.mean:.3g} as it was "
+            f"cut, {now.mean:.3g} after): the model stays as it was cut."
         )
 
     def state(self) -> dict[str, Any]:
@@ -176,7 +174,7 @@ class Guard:
         if set(state) != set(self.state()) or state["first_state"].keys() != self.first_state.keys():
             raise KeyError("monitor")
         for name, value in state.items():
-            setattr(self, name, Distances(**value) if name in ("start", "best") else value)
+            setattr(self, name, Measured(**value) if name in ("start", "best") else value)
 
 
 def _pieces(batch: Any, n_batches: int) -> list[Any]:

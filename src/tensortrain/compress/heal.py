@@ -136,10 +136,9 @@ def heal_(
 ) -> FitResult:
     """Fine-tune a compressed model in place towards its original.
 
-    Some of the data is held back (one in eight). The last state is kept, unless an earlier one was nearer to the
-    original on it by more than the noise, or the last is no nearer than the model was before. A run that goes away
-    from the original from the start is ended; so is one that fails half-way or is interrupted by Ctrl-C. ``notes`` of
-    the result say so.
+    Some of the data is held back (one in eight). The last state is kept, unless the loss on it was lower earlier by
+    more than the noise, or is no lower than before. A run whose loss rises from the start is ended; so is one that
+    fails half-way or is interrupted by Ctrl-C. ``notes`` of the result say so.
 
     Args:
         model: Compressed; changed.
@@ -162,12 +161,11 @@ def heal_(
             reestimate_batchnorm_(model, data, n_batches=settings.batchnorm_batches)
             return FitResult([], 0, 0.0)
         loss = _loss(settings, teacher, task, output)
-        n_steps, distance = _total_steps(data, settings.epochs, settings.steps), getattr(loss, "distance", loss)
-        rest, held, really = hold_back(data, n_steps)
+        rest, held, really = hold_back(data, _total_steps(data, settings.epochs, settings.steps))
         try:
-            guard = Guard(model, held, distance, held=really)
+            guard = Guard(model, held, loss, held=really)
         except Exception:  # rows were not what the first axis counts
-            rest, guard = data, Guard(model, take(data, 1), distance, held=False)
+            rest, guard = data, Guard(model, take(data, 1), loss, held=False)
         reestimate_batchnorm_(model, rest, n_batches=settings.batchnorm_batches)
         guard.begin(model)
         result = _fit(model, rest, loss, settings, evaluate, checkpoint, seed, observer, guard)

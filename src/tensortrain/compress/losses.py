@@ -144,7 +144,7 @@ class _CrossEntropy:
 
 @dataclass(frozen=True)
 class Distillation:
-    """See :func:`distillation_loss`; ``distance`` is the part without labels, at the same temperature."""
+    """See :func:`distillation_loss`."""
 
     teacher: nn.Module
     alpha: float
@@ -165,10 +165,6 @@ class Distillation:
             return soft
         hard = _hard_loss(task, student.get(task.main, next(iter(student.values()))), labels, result)
         return soft if hard is None else self.alpha * soft + (1 - self.alpha) * hard
-
-    def distance(self, model: nn.Module, batch: Any) -> Tensor | None:
-        """How far the model's outputs lie from the teacher's; None where nothing in the batch counts."""
-        return None if n_examples(batch) == 0 else self._compare(model, batch)[2]
 
     def _compare(self, model: nn.Module, batch: Any) -> tuple[dict[str, Tensor], Any, Tensor | None, Task]:
         with_labels = self.task is not None and self.task.with_labels
@@ -192,10 +188,6 @@ class _Feature:
         return f"feature {self.kind} {getattr(self.output, '__qualname__', self.output)}"
 
     def __call__(self, model: nn.Module, batch: Any) -> Tensor | None:
-        return None if n_examples(batch) == 0 else self.distance(model, batch)
-
-    def distance(self, model: nn.Module, batch: Any) -> Tensor | None:
-        """The loss itself: labels have no part in it."""
         if n_examples(batch) == 0:
             return None
         student = _features(judged_outputs(model, batch, self.output)[0], self.output)

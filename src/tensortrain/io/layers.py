@@ -256,6 +256,8 @@ def _oddity(old: nn.Module) -> str | None:
         if "forward" in vars(old):
             return "a forward of its own"
         return None if has_plain_cores(old) else "cores that are functions of others"
+    if "weight" not in old._parameters:
+        return "its weight is computed, by pruning or a parametrization"
     return cannot_carry(old) or None
 
 

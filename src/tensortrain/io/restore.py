@@ -89,7 +89,7 @@ class Become(Change):
 
 def _kept(old: Any, new: Any) -> Any:
     """The hooks of a layer, in the dict that the handles of their owners know, beside those that its class brings."""
-    return {**old, **new} if isinstance(new, dict) and new else old
+    return {**old, **new} if isinstance(new, dict) and new and new is not old else old
 
 
 class Fill(Change):
@@ -187,7 +187,7 @@ def _take_over(old: nn.Module, new: FactorizedLayer) -> None:
     """What hangs on a dense layer belongs to the model, and is in the checkpoint; so is the kind to go back to."""
     carry(old, new)
     if is_transformers_conv1d(old):
-        new.made_from = "Conv1D"  # type: ignore[assignment]
+        new.made_from = "Conv1D"
 
 
 def _swap_all(

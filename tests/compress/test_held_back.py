@@ -9,7 +9,7 @@ import pytest
 import torch
 from small_models import batches, decay_, mlp
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset, WeightedRandomSampler
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset, WeightedRandomSampler
 
 from tensortrain.compress import compress, fit, reestimate_batchnorm_
 from tensortrain.compress.batches import tensors_in
@@ -54,6 +54,21 @@ def test_no_example_is_both_trained_on_and_measured_on(kind: str, shuffle: bool)
     assert not rows(rest) & rows(held)
     assert len(rows(held)) == (20 if kind == "list" else 10)  # of small data up to a quarter
     assert len(rest) == {"list": 12, "short list": 5}.get(kind, 14)
+
+
+def test_streams_give_up_their_first_batches() -> None:
+    class Stream(IterableDataset):
+        def __iter__(self) -> Any:
+            yield from torch.arange(96.0).unsqueeze(1)
+
+    data = DataLoader(Stream(), batch_size=4)
+    rest, held, really = hold_back(data, 20)
+    assert really
+    assert len(held) == 8
+    assert rows(held) | rows(rest) == rows(data)
+    assert not rows(held) & rows(rest)
+    assert rest.batch_size == 4
+    assert rows(rest) == rows(rest)  # again
 
 
 @pytest.mark.parametrize(

@@ -66,7 +66,7 @@ class Guard:
     Args:
         model: As it was cut.
         batches: To measure on.
-        loss: What the healing lowers, ``(model, batch) -> scalar``; None where nothing counts.
+        loss: ``(model, batch) -> how far the outputs are from the original's``; None where nothing counts.
         held: The batches are not trained on.
 
     Attributes:
@@ -125,8 +125,8 @@ class Guard:
         if not self._is_lost(step):
             return False
         self.notes.append(
-            f"Healing stopped after {step} steps: the loss on {self.where} rose from the start "
-            f"({self.start.mean:.3g}, then {', '.join(f'{value:.3g}' for value in self.seen)}). Lower lr."
+            f"Healing stopped after {step} steps: the outputs on {self.where} went away from the original's from the "
+            f"start ({self.start.mean:.3g}, then {', '.join(f'{value:.3g}' for value in self.seen)}). Lower lr."
         )
         return True
 
@@ -159,8 +159,8 @@ class Guard:
             return
         _put_back(model, self.first_state)
         self.notes.append(
-            f"Healing did not lower the loss on {self.where} by more than its noise ({self.start.mean:.3g} as it was "
-            f"cut, {now.mean:.3g} after): the model stays as it was cut."
+            f"Healing brought the outputs no nearer to the original's on {self.where}, but for noise "
+            f"({self.start.mean:.3g} as it was cut, {now.mean:.3g} after): the model stays as it was cut."
         )
 
     def state(self) -> dict[str, Any]:

@@ -136,8 +136,9 @@ def heal_(
 ) -> FitResult:
     """Fine-tune a compressed model in place towards its original.
 
-    Some of the data is held back (one in eight). The last state is kept, unless the loss on it was lower earlier by
-    more than the noise, or is no lower than before. A run whose loss rises from the start is ended; so is one that
+    Some of the data is held back (one in eight). On it the distance to the original's outputs is measured (with a loss
+    of the user's own: that loss). The last state is kept, unless an earlier one was nearer by more than the noise, or
+    the last is no nearer than before. A run that goes away from the original from the start is ended; so is one that
     fails half-way or is interrupted by Ctrl-C. ``notes`` of the result say so.
 
     Args:
@@ -162,10 +163,11 @@ def heal_(
             return FitResult([], 0, 0.0)
         loss = _loss(settings, teacher, task, output)
         rest, held, really = hold_back(data, _total_steps(data, settings.epochs, settings.steps))
+        judge = getattr(loss, "distance", loss)  # labels alone may lead away from the original
         try:
-            guard = Guard(model, held, loss, held=really)
+            guard = Guard(model, held, judge, held=really)
         except Exception:  # rows were not what the first axis counts
-            rest, guard = data, Guard(model, take(data, 1), loss, held=False)
+            rest, guard = data, Guard(model, take(data, 1), judge, held=False)
         reestimate_batchnorm_(model, rest, n_batches=settings.batchnorm_batches)
         guard.begin(model)
         result = _fit(model, rest, loss, settings, evaluate, checkpoint, seed, observer, guard)

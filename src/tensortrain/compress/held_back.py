@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, RandomSampler, SequentialSampler, Subset
 
-from .batches import length_of, map_tensors, n_examples, take, tensors_in
+from .batches import length_of, map_tensors, n_examples, opened, take, tensors_in
 
 __all__ = ["has_rows", "hold_back", "rows_of"]
 
@@ -21,8 +22,9 @@ _ENOUGH = 64  # examples to measure on; of small data up to a quarter
 def hold_back(data: Iterable[Any], n_steps: int | None) -> tuple[Iterable[Any], list[Any], bool]:
     """Set a share of the data aside, one in eight, at most eight batches.
 
-    Lists give up batches, short lists some rows of each; loaders over a data set that they pass through in order or at
-    random give up examples. Of anything else the first batches are taken, which are trained on too.
+    Lists give up batches, short lists some rows of each, streams their first batches; loaders over a data set that they
+    pass through in order or at random give up examples. Of anything else the first batches are taken, which are trained
+    on too.
 
     Args:
         n_steps: Length of the run to come, which decides how many batches are worth their time.
@@ -34,6 +36,8 @@ def hold_back(data: Iterable[Any], n_steps: int | None) -> tuple[Iterable[Any], 
     few = max(1, min(_MOST, min(length or n_steps or 1, n_steps or length or 1) // _SHARE))
     if length is not None and isinstance(data, Sequence) and not isinstance(data, str):
         return _split_list(data, few) if length >= _SHARE else _split_rows(data)
+    if length is None:
+        return _split_stream(data, few)
     split = getattr(data, "split_off", None)
     if callable(split) and (length or 0) > 1:
         rest, held = split(_SHARE, few)
@@ -41,6 +45,28 @@ def hold_back(data: Iterable[Any], n_steps: int | None) -> tuple[Iterable[Any], 
     if isinstance(data, DataLoader) and _is_plain(data):
         return *_split_loader(data, few), True
     return data, take(data, few), False
+
+
+class _Rest:
+    """A stream without its first batches; all else of it is as it was."""
+
+    def __init__(self, data: Iterable[Any], n_skipped: int) -> None:
+        self._data, self._n_skipped = data, n_skipped
+
+    def __iter__(self) -> Iterator[Any]:
+        with opened(self._data) as batches:
+            yield from itertools.islice(batches, self._n_skipped, None)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_data"], name)
+
+
+def _split_stream(data: Iterable[Any], few: int) -> tuple[Iterable[Any], list[Any], bool]:
+    """The first batches, which every pass then leaves out."""
+    first = take(data, _MOST + 1)
+    wanted = max(few, -(-_ENOUGH // max(1, n_examples(first[0]) if first else 1)))
+    few = min(wanted, len(first) // 2 if len(first) <= _MOST else _MOST)
+    return (_Rest(data, few), first[:few], True) if few else (data, first, False)
 
 
 def _split_list(data: Sequence[Any], few: int) -> tuple[list[Any], list[Any], bool]:

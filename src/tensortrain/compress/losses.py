@@ -166,6 +166,10 @@ class Distillation:
         hard = _hard_loss(task, student.get(task.main, next(iter(student.values()))), labels, result)
         return soft if hard is None else self.alpha * soft + (1 - self.alpha) * hard
 
+    def distance(self, model: nn.Module, batch: Any) -> Tensor | None:
+        """The part without labels: how far the outputs lie from the teacher's; None where nothing counts."""
+        return None if n_examples(batch) == 0 else self._compare(model, batch)[2]
+
     def _compare(self, model: nn.Module, batch: Any) -> tuple[dict[str, Tensor], Any, Tensor | None, Task]:
         with_labels = self.task is not None and self.task.with_labels
         state = torch.get_rng_state() if self.task is not None and self.task.random else None

@@ -312,7 +312,9 @@ def _report(
         flops_after=sum(pair[1] or 0 for pair in flops) if known else None,
         layers=layers,
         healing=tuple(history.history) if history is not None else (),
-        notes=tuple(f"{layer.name} ({layer.kind}) was left alone: {layer.reason}." for layer in plan.left_alone),
+        notes=tuple(
+            f"{layer.name or 'the model'} ({layer.kind}) was left alone: {layer.reason}." for layer in plan.left_alone
+        ),
         provenance=provenance(seed=seed),
     )
 

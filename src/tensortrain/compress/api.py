@@ -12,10 +12,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from tensortrain.errors import CheckpointError, DataError, KindError
 from tensortrain.nn import FactorizedLayer
 
-from .apply import apply_plan_
-from .batches import Parts, length_of, map_tensors, n_examples, read_batch, run, tensors_in, to_device
+from .batches import Parts, length_of, map_tensors, n_examples, read_batch, tensors_in, to_device
 from .budget import BudgetLike
 from .candidates import DEFAULT_FORMATS
 from .heal import Heal, check_healing, heal_, task_on_data
@@ -25,11 +25,12 @@ from .observer import Observer, Silent
 from .outputs import Output, check_output
 from .plan import CompressionPlan, LayerPlan, plan_compression
 from .preserve import checked_copy, preserved, uncompiled
+from .proof import apply_proven
 from .report import CurvePoint, LatencyRow, LayerReport, MemoryRow, Report, own_commit, provenance
-from .runs import check_new_layers_run, layers_that_run
 from .storage import count_bytes
 from .task import Task, TaskName, check_task_name
 from .training import Evaluate, FitResult
+from .training_state import loader_generators
 
 __all__ = ["CompressionResult", "compress", "evaluate_metric"]
 
@@ -103,7 +104,10 @@ def compress(
     settings = _heal_settings(heal, data)
     notes = _compiled_note(model)
     model = uncompiled(model)
-    with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
+    _check_options(data, evaluate, checkpoint, seed)
+    with torch.inference_mode(False), torch.random.fork_rng(devices=[]), _generators_kept(data):
+        if seed is not None:
+            torch.manual_seed(seed)  # loaders that shuffle give the same batches
         judged = _judge(model, data, settings, task, output)
         original = _original(model, inplace, settings, measure)
         before, bytes_before = evaluate_metric(evaluate, model), _stored_bytes(model)
@@ -125,8 +129,8 @@ def compress(
                 observer=observer,
             )
         with _whole_or_as_before(model, inplace):
-            compressed = apply_plan_(model if inplace else checked_copy(model), plan, observer=observer)
-            notes += _unused_layers(compressed, original if inplace else model, plan)
+            compressed, plan, idle = apply_proven(model, plan, inplace=inplace, observer=observer)
+            notes += idle
             unhealed = _figure(evaluate, compressed, notes)
             history: FitResult | None = None
             if settings is not None and data is not None:
@@ -160,6 +164,37 @@ def compress(
     report = replace(report, notes=(*notes, *plan.notes, *report.notes))
     report.provenance["wall_s"] = round(perf_counter() - start, 2)
     return CompressionResult(compressed, plan, report)
+
+
+def _check_options(data: object, evaluate: object, checkpoint: object, seed: object) -> None:
+    """What is only used after the planning."""
+    if data is not None and not isinstance(data, Iterable):
+        raise DataError(
+            f"data must give batches: found {type(data).__name__}, expected a list, a DataLoader or another iterable. "
+            "Pass one."
+        )
+    if evaluate is not None and not callable(evaluate):
+        raise KindError(
+            f"evaluate must be a function: found {type(evaluate).__name__}, expected model -> figure. Pass one."
+        )
+    if checkpoint is not None and (not isinstance(checkpoint, (str, Path)) or Path(checkpoint).is_dir()):
+        raise CheckpointError(
+            f"a training checkpoint must be a file: checkpoint has {checkpoint!r}, expected the path of a file. "
+            "Name one inside the folder."
+        )
+    if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool)):
+        raise KindError(f"a seed must be a whole number: found {seed!r}, expected an int or None. Pass 0.")
+
+
+@contextlib.contextmanager
+def _generators_kept(data: object) -> Iterator[None]:
+    """A loader's own generators go on as if nothing had been drawn."""
+    before = [(generator, generator.get_state()) for generator in loader_generators(data)]
+    try:
+        yield
+    finally:
+        for generator, state in before:
+            generator.set_state(state)
 
 
 def _compiled_note(model: nn.Module) -> list[str]:
@@ -226,38 +261,13 @@ def _figure(evaluate: Evaluate | None, model: nn.Module, notes: list[str]) -> fl
     """The metric; where it cannot be had any more, a note says so and the work goes on."""
     try:
         return evaluate_metric(evaluate, model)
-    except Exception as error:
+    except (Exception, KeyboardInterrupt) as error:
         notes.append(f"The compressed model could not be evaluated ({_in_short(error)}).")
         return None
 
 
 def _in_short(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split()):.200}"
-
-
-def _unused_layers(compressed: nn.Module, original: nn.Module, plan: CompressionPlan) -> list[str]:
-    """Run one batch: new layers that no longer run although the old ones did are named."""
-    if plan.calibration is None or not plan.calibration.batches:
-        return []
-    batch, with_labels = plan.calibration.batches[0], plan.calibration.with_labels
-    names = [layer.name for layer in plan.layers if layer.spec is not None]
-
-    def once(net: nn.Module) -> None:
-        with preserved(net):
-            run(net, batch, with_labels=with_labels)
-
-    try:
-        ran = layers_that_run(original, names, once)
-        idle = check_new_layers_run(compressed, names, once, ran_before=ran)
-    except Exception as error:
-        return [f"The compressed model does not run on the first batch ({_in_short(error)})."]
-    if not idle:
-        return []
-    shown = ", ".join(map(repr, idle[:8]))
-    return [
-        f"New layers that the model does not run: {shown}. Its code reaches the old ones by another way; leave them "
-        "out with exclude=."
-    ]
 
 
 def evaluate_metric(evaluate: Evaluate | None, model: nn.Module) -> float | None:
@@ -267,7 +277,14 @@ def evaluate_metric(evaluate: Evaluate | None, model: nn.Module) -> float | None
     with torch.no_grad(), preserved(model, as_user_runs_it=True):
         model.eval()
         figures = evaluate(model)
-    return float(next(iter(figures.values()))) if isinstance(figures, Mapping) else float(figures)
+    figure = next(iter(figures.values()), None) if isinstance(figures, Mapping) else figures
+    try:
+        return float(figure)  # type: ignore[arg-type]
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise KindError(
+            f"evaluate must give a number: it gives {type(figure).__name__}, expected a float or a dict of floats. "
+            "Return the figure that the model is judged by."
+        ) from error
 
 
 _LONG, _LONG_STEPS = 3, 500  # passes over the data, and steps in all, from which healing counts as long
@@ -282,6 +299,11 @@ def _healing_to_come(settings: Heal | None, data: Iterable[Any] | None) -> bool 
 
 
 def _heal_settings(heal: Heal | Mapping[str, Any] | bool | None, data: Iterable[Any] | None) -> Heal | None:
+    if heal is not None and not isinstance(heal, (bool, Heal, Mapping)):
+        raise KindError(
+            f"healing must have known settings: heal has {heal!r}, expected a dict, a Heal, False or None. Pass "
+            "heal={'epochs': 1}."
+        )
     if heal is False or data is None:
         return None
     if isinstance(heal, Heal):

@@ -9,6 +9,7 @@ named tuple                            the tuple, as it is; where the model fail
 mapping                                its entries as keywords, labels left out    its label entry
 ``(x,)``                               ``x``                                       none
 ``(x, y)``                             ``x``                                       ``y``
+``(x, m, y)``                          ``x, m`` where two inputs may be given      ``y``
 ``((a, b), y)``                        ``a, b`` where two inputs are required      ``y``
 ``(a, b, y)``                          ``a, b`` where two inputs are required      ``y``
 ``(a, b)``                             both, where two inputs are required         none
@@ -57,12 +58,14 @@ class Signature:
 
     Attributes:
         required: Positional parameters without a default.
+        positional: All positional parameters but one for labels.
         names: All named parameters.
         label_name: The one that takes labels, such as ``labels`` of transformers or ``targets=None``.
         label_required: It has no default.
     """
 
     required: int = 1
+    positional: int = 1
     names: tuple[str, ...] = ()
     label_name: str | None = None
     label_required: bool = False
@@ -76,9 +79,10 @@ def signature_of(model: nn.Module) -> Signature:
         return Signature()
     named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     label = next((p for p in named if _takes_labels(p)), None)
-    positional = [p for p in named if p.kind is not p.KEYWORD_ONLY and p.default is p.empty and p is not label]
+    positional = [p for p in named if p.kind is not p.KEYWORD_ONLY and p is not label]
     return Signature(
-        required=len(positional),
+        required=sum(p.default is p.empty for p in positional),
+        positional=len(positional),
         names=tuple(p.name for p in named),
         label_name=None if label is None else label.name,
         label_required=label is not None and label.default is label.empty,
@@ -133,6 +137,8 @@ def _parts_of_tuple(batch: Sequence[Any], known: Signature) -> Parts:
     needed, first = known.required, batch[0]
     if len(batch) == 1:
         return Parts((first,))
+    if len(batch) > max(2, needed + 1) and known.positional >= len(batch) - 1:  # lengths, a mask between x and y
+        return Parts(tuple(batch[:-1]), labels=batch[-1])
     if needed < 2:
         return Parts((first,), labels=batch[1])
     if len(batch) <= needed:

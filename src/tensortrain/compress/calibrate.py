@@ -15,7 +15,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from tensortrain.errors import DataError, NonFiniteError
 
-from .batches import n_examples, opened, run_somehow, to_device
+from .batches import failed_on_batch, n_examples, opened, run_somehow, to_device
 from .layers import FoundLayer
 from .observer import Observer, Silent
 from .output_weights import Spreads, weigh_outputs
@@ -190,10 +190,12 @@ def _run_batches(
             if not found.batches:
                 found.n_examples = n_examples(batch)
             mask[0] = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-            if judge is None:
-                run_somehow(model, batch)
-            else:
-                spreads.add(judge(batch))
+            try:
+                outputs = judge(batch) if judge is not None else run_somehow(model, batch)
+            except Exception as error:
+                raise failed_on_batch(model, batch, error) from error
+            if judge is not None:
+                spreads.add(outputs)
             if len(found.batches) < max(1, kept):
                 found.batches.append(batch)
 

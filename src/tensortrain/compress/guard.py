@@ -68,6 +68,8 @@ class Guard:
         batches: To measure on.
         loss: ``(model, batch) -> how far the outputs are from the original's``; None where nothing counts.
         held: The batches are not trained on.
+        split: Their rows may be parted.
+        grad: The loss takes gradients itself.
 
     Attributes:
         start, best: Of the cut model, and the least seen.
@@ -75,10 +77,22 @@ class Guard:
         notes: Sentences for the report.
     """
 
-    def __init__(self, model: nn.Module, batches: Sequence[Any], loss: Loss, *, held: bool) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Sequence[Any],
+        loss: Loss,
+        *,
+        held: bool,
+        split: bool = True,
+        grad: bool = False,
+    ) -> None:
         self.loss, self.where = loss, "held-back data" if held else "the first batches"
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
-        self.pieces = [piece for batch in batches for piece in _pieces(to_device(batch, device), len(batches))]
+        self.grad = grad
+        self.pieces = [to_device(batch, device) for batch in batches]
+        if split:
+            self.pieces = [piece for batch in self.pieces for piece in _pieces(batch, len(batches))]
         self.seen: list[float] = []
         self.notes: list[str] = []
         self.start = self.best = self.measure(model)
@@ -93,17 +107,16 @@ class Guard:
         else:
             _put_back(model, self.first_state)
 
-    @torch.no_grad()
     def measure(self, model: nn.Module) -> Measured:
         """The loss on all pieces; those on which nothing counts have no part."""
         values, counts = [], []
-        with preserved(model):
+        with preserved(model), torch.set_grad_enabled(self.grad):
             model.eval()
             for piece in self.pieces:
                 torch.manual_seed(0)  # models that draw noise draw the same
                 value = self.loss(model, piece)
                 if value is not None and n_examples(piece):
-                    values.append(float(value))
+                    values.append(float(value.detach()))
                     counts.append(n_examples(piece))
         return Measured(tuple(values), tuple(counts))
 

@@ -69,6 +69,8 @@ class Heal:
         sizes = {"epochs": self.epochs, "steps": self.steps, "weight_decay": self.weight_decay}
         _check_range(rates, lambda value: 0 < value < math.inf, "a positive number")
         _check_range(sizes, lambda value: 0 <= value < math.inf, "0 or more")
+        lengths = {"epochs": self.epochs, "steps": self.steps}
+        _check_range(lengths, lambda value: value == int(value) and value is not True, "a whole number")
         _check_range({"warmup": self.warmup}, lambda value: 0 <= value < 1, "[0, 1)")
         _check_range({"alpha": self.alpha}, lambda value: 0 <= value <= 1, "[0, 1]")
         _check_range({"batchnorm_batches": self.batchnorm_batches}, lambda value: value >= 1, "1 or more")
@@ -163,16 +165,32 @@ def heal_(
             return FitResult([], 0, 0.0)
         loss = _loss(settings, teacher, task, output)
         rest, held, really = hold_back(data, _total_steps(data, settings.epochs, settings.steps))
-        judge = getattr(loss, "distance", loss)  # labels alone may lead away from the original
+        rest, guard = _guarded(model, data, rest, held, loss, really)
         try:
-            guard = Guard(model, held, judge, held=really)
-        except Exception:  # rows were not what the first axis counts
-            rest, guard = data, Guard(model, take(data, 1), judge, held=False)
-        reestimate_batchnorm_(model, rest, n_batches=settings.batchnorm_batches)
-        guard.begin(model)
-        result = _fit(model, rest, loss, settings, evaluate, checkpoint, seed, observer, guard)
+            reestimate_batchnorm_(model, rest, n_batches=settings.batchnorm_batches)
+            guard.begin(model)
+            result = _fit(model, rest, loss, settings, evaluate, checkpoint, seed, observer, guard)
+        except KeyboardInterrupt as error:
+            guard.failed(error, 0)
+            result = FitResult([], 0, 0.0)
         guard.finish(model)
     return replace(result, notes=(*result.notes, *guard.notes))
+
+
+def _guarded(
+    model: nn.Module, data: Iterable[Any], rest: Iterable[Any], held: list[Any], loss: Loss, really: bool
+) -> tuple[Iterable[Any], Guard]:
+    """What to train on and who watches; batches stay whole where their rows turn out to belong together."""
+    judge = getattr(loss, "distance", loss)  # labels alone may lead away from the original
+    grad = judge is loss
+    try:
+        return rest, Guard(model, held, judge, held=really, grad=grad)
+    except Exception:
+        whole = held if really and length_of(rest) != length_of(data) else take(data, 1)
+    try:
+        return (rest if whole is held else data), Guard(model, whole, judge, held=whole is held, split=False, grad=grad)
+    except Exception:
+        return data, Guard(model, take(data, 1), judge, held=False, split=False, grad=grad)
 
 
 def check_healing(

@@ -42,7 +42,7 @@ def hold_back(data: Iterable[Any], n_steps: int | None) -> tuple[Iterable[Any], 
     if callable(split) and (length or 0) > 1:
         rest, held = split(_SHARE, few)
         return rest, take(held, few), True
-    if isinstance(data, DataLoader) and _is_plain(data):
+    if isinstance(data, DataLoader) and _is_plain(data) and len(data.dataset) > 1:  # type: ignore[arg-type]
         return *_split_loader(data, few), True
     return data, take(data, few), False
 

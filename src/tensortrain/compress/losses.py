@@ -160,7 +160,7 @@ class Distillation:
         if n_examples(batch) == 0:
             return None
         student, result, soft, task = self._compare(model, batch)
-        labels = read_batch(model, batch).labels
+        labels = _for_autograd(read_batch(model, batch).labels)
         if soft is None or task.labels == "none" or labels is None:
             return soft
         hard = _hard_loss(task, student.get(task.main, next(iter(student.values()))), labels, result)
@@ -240,7 +240,7 @@ def _soft_loss(
         if own is None:
             raise _missing_output(name)
         _same_shape(own, target)
-        mask = _positions(task if name == task.main else None, target, batch, labels)
+        mask = _positions(task, name, target, batch, labels)
         if mask is not None and not bool(mask.any()):
             continue
         if name == task.main and task.softmax:
@@ -254,6 +254,11 @@ def _soft_loss(
     return functools.reduce(torch.add, losses) if losses else None
 
 
+def _for_autograd(labels: Any) -> Any:
+    """Labels that were made in inference mode cannot be saved for a backward pass."""
+    return labels.clone() if isinstance(labels, Tensor) and labels.is_inference() else labels
+
+
 def _hard_loss(task: Task, y: Tensor, labels: Any, result: Any) -> Tensor | None:
     if task.labels == "own":
         loss = own_loss(result)
@@ -264,12 +269,14 @@ def _hard_loss(task: Task, y: Tensor, labels: Any, result: Any) -> Tensor | None
     return label_loss(task, y, labels)
 
 
-def _positions(task: Task | None, y: Tensor, batch: Any, labels: Any) -> Tensor | None:
+def _positions(task: Task, name: str, y: Tensor, batch: Any, labels: Any) -> Tensor | None:
     """Which positions (b, t, ..) of an output count: those that no label and no attention mask takes out."""
     masks = []
-    if task is not None and task.softmax and task.labels != "none" and isinstance(labels, Tensor):
+    if name == task.main and task.softmax and task.labels != "none" and isinstance(labels, Tensor):
         masks += [mask] if (mask := _labelled(task, y, labels)) is not None else []
-    attention = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    decoded = task.kind == "seq2seq" and not name.startswith("encoder")
+    mask_name = "decoder_attention_mask" if decoded else "attention_mask"
+    attention = batch.get(mask_name) if isinstance(batch, Mapping) else None
     if isinstance(attention, Tensor) and y.ndim > 2 and attention.shape == y.shape[:2]:
         masks.append(attention.bool())
     if not masks:

@@ -30,7 +30,8 @@ Output = str | int | Callable[..., Any]  # what output= takes
 
 _NOT_JUDGED = ("loss", "past_key_values", "attentions", "cross_attentions", "encoder_attentions", "decoder_attentions")
 _KNOWN_FIELDS = ("logits", "last_hidden_state", "pooler_output", "prediction", "sample")
-_MASKED = 1e6  # times the small values of an output: numbers below minus this are masks such as -1e9
+# Masks such as -1e9 lie below this, and below minus so many times the small values of an output.
+_LEAST_MASK, _MASKED = -9e3, 1e3
 _SAMPLE = 65_536
 _TINY = 1e-30
 _CONSTANT = 1e-12  # of the squares: an output that spreads less about its mean example is the same for all
@@ -164,8 +165,8 @@ def counted(y: Tensor) -> Tensor:
     sizes = sizes[torch.isfinite(sizes) & (sizes > 0)]
     if not sizes.numel():
         return finite
-    small = torch.quantile(sizes, 0.1).clamp_min(_TINY)
-    return finite & (y > -_MASKED * small)
+    small = torch.quantile(sizes, 0.1)
+    return finite & ~((y < _LEAST_MASK) & (y < -_MASKED * small))
 
 
 def spread(y: Tensor) -> tuple[Tensor, Tensor]:

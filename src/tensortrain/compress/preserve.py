@@ -59,15 +59,30 @@ def eager() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(fast)
 
 
+_MANY = 10_000  # containers that hang on one module
+
 _State = tuple[nn.Module, dict[str, Any], list[tuple[Any, Any]], list[tuple[Tensor, Tensor]]]
 
 
 def _state_of(module: nn.Module) -> _State:
     attributes = dict(module.__dict__)
-    containers = [(value, copy.copy(value)) for value in attributes.values() if type(value) in (list, dict, set)]
+    containers = _contents(list(attributes.values()))
     tensors = [*module._buffers.values(), *attributes.values()]
     kept = [(t, t.detach().clone()) for t in tensors if isinstance(t, Tensor) and _can_be_put_back(t)]
     return module, attributes, containers, kept
+
+
+def _contents(values: list[Any]) -> list[tuple[Any, Any]]:
+    """Lists, dicts and sets, and those within them, with copies of what they hold."""
+    found: dict[int, tuple[Any, Any]] = {}
+    while values and len(found) < _MANY:
+        value = values.pop()
+        if type(value) in (list, dict, set) and id(value) not in found:
+            found[id(value)] = (value, copy.copy(value))
+            values += value.values() if isinstance(value, dict) else value
+        elif type(value) is tuple:
+            values += value
+    return list(found.values())
 
 
 def _can_be_put_back(tensor: Tensor) -> bool:

@@ -181,7 +181,8 @@ def _by_model(model: nn.Module, task: Task, y: Tensor) -> Task:
         return replace(task, kind="seq2seq", class_axis=y.ndim - 1)
     if "CausalLM" in name or "LMHead" in name:
         return replace(task, kind="causal-lm", class_axis=y.ndim - 1)
-    if "MaskedLM" in name or "Classification" in name or "PreTraining" in name:
+    words = "PreTraining" in name and y.shape[-1] == getattr(config, "vocab_size", None)
+    if "MaskedLM" in name or "Classification" in name or words:
         return replace(task, kind="classify", class_axis=y.ndim - 1)
     if "Segmentation" in name:
         return replace(task, kind="classify", class_axis=1)
@@ -237,8 +238,13 @@ def _axis_of_labels(y: Tensor, labels: Tensor) -> int | None:
         shape = shape[:1]
     ranks = [y.ndim - 1, 1] if y.ndim <= 3 else [1, y.ndim - 1]
     fits = [k for k in ranks if 0 < k < y.ndim and shape == (*y.shape[:k], *y.shape[k + 1 :]) and y.shape[k] > 1]
-    most = int(labels.max()) if labels.numel() else 0
-    return next((k for k in fits if most < y.shape[k]), None)
+    return next((k for k in fits if _mostly_below(labels, y.shape[k])), None)
+
+
+def _mostly_below(labels: Tensor, n: int) -> bool:
+    """Whether most labels are numbers of n classes; others, such as -1 and 255, say that nothing is known."""
+    said = labels[labels != IGNORED]
+    return not said.numel() or 2 * int(((said >= 0) & (said < n)).sum()) > said.numel()
 
 
 def _default_axis(y: Tensor, *, named: bool) -> int:
@@ -341,6 +347,7 @@ def _class_numbers(task: Task, y: Tensor, labels: Tensor, label_smoothing: float
         y = y.unflatten(0, tuple(labels.shape))[..., :-1, :].flatten(0, -2)
         labels = labels[..., 1:]
     labels = labels.reshape(-1)
+    labels = torch.where((labels < 0) | (labels >= y.shape[-1]), IGNORED, labels)
     if not bool((labels != IGNORED).any()):
         return None
     return F.cross_entropy(y, labels, ignore_index=IGNORED, label_smoothing=label_smoothing)

@@ -8,10 +8,10 @@ the best set of merges is a shortest path over the bonds: O(d^2) predictions ins
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from math import prod
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -188,6 +188,7 @@ class _Pricer:
     training: bool
     model: CostModel
     by_kernels: bool = False
+    known: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)  # prices that many plans share
 
     @property
     def views_s(self) -> float:
@@ -250,7 +251,15 @@ class _Pricer:
         shrinks = merged <= parts and stop - start < self.chain.order  # ranks above the feasible
         return shrinks or 2 * merged <= self.chain.dense_numel
 
-    def steps(self, direction: Direction, start: int, stop: int, pending_bytes: int) -> Iterator[Step]:
+    def steps(self, direction: Direction, start: int, stop: int, pending_bytes: int) -> list[Step]:
+        """The forms in which one range of cores can be contracted, priced once for all plans that hold it."""
+        key = (direction, start, stop, pending_bytes)
+        if key not in self.known:
+            self.known[key] = list(self._steps(*key))
+        steps: list[Step] = self.known[key]
+        return steps
+
+    def _steps(self, direction: Direction, start: int, stop: int, pending_bytes: int) -> Iterator[Step]:
         """The forms in which one range of cores can be contracted.
 
         Args:
@@ -333,16 +342,22 @@ class _Pricer:
 
     def merge_s(self, start: int, stop: int) -> float:
         """Merging a range of cores and taking the gradient through it."""
+        if ("merge", start, stop) in self.known:
+            return float(self.known["merge", start, stop])
         seconds = 0.0
         for step in self.merges(start, stop):
             m, n, k = step.m, step.n, step.k
             seconds += self.gemm_s(m, n, k) + self.gemm_s(m, k, n) + self.gemm_s(k, n, m)
             seconds += 2 * self.copy_s(2 * self.dtype.itemsize * m * n)
             seconds += self.views_s
+        self.known["merge", start, stop] = seconds
         return seconds
 
     def merge_flops(self, start: int, stop: int) -> int:
-        return sum(3 * 2 * step.m * step.n * step.k for step in self.merges(start, stop))
+        if ("flops", start, stop) not in self.known:
+            flops = sum(3 * 2 * step.m * step.n * step.k for step in self.merges(start, stop))
+            self.known["flops", start, stop] = flops
+        return int(self.known["flops", start, stop])
 
     def dense_layer(self) -> tuple[int, float]:
         """Flops and seconds of a plain dense layer."""

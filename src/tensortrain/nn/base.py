@@ -352,9 +352,14 @@ class FactorizedLayer(Traced):
         self._forget()
 
     def _apply(self: Self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self._forget()  # torch may swap parameters, which nothing may hold weakly then
         result = super()._apply(fn, recurse)
         self._forget()  # another device or dtype: other plans
         return result
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._forget()
+        super()._load_from_state_dict(*args, **kwargs)
 
     def _core_list(self) -> list[Tensor]:
         if self._stand_ins is not None:

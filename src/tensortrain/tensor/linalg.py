@@ -219,7 +219,8 @@ def energy(x: Tensor, n_batch: int = 0) -> Tensor:
     Torch's norm adds up one after the other: over millions of entries its square is wrong by 1e-13, and differences
     of two squares need better. So norms of short rows are squared and summed pairwise.
     """
-    flat = (torch.view_as_real(x.resolve_conj()) if x.is_complex() else x).reshape(*x.shape[:n_batch], -1)
+    real = torch.view_as_real(x.resolve_conj()) if x.is_complex() else x
+    flat = real.flatten(n_batch) if real.ndim > n_batch else real.unsqueeze(-1)
     if flat.dtype == torch.float64:
         return _row_energy(flat)
     # widened block by block: a block stays in the cache

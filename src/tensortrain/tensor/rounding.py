@@ -453,7 +453,8 @@ def _differentiable(x: Chain, value: Chain, done: Finished) -> Chain:
         cores[k] = u.unflatten(-2, cores[k].shape[-3:-1])
         cores[k + 1] = chain.absorb_left(carry, cores[k + 1])
     if done.is_zero:
-        return value._like([core.to(x.dtype) for core in cores], value.center)
+        moved = [(core - core.detach()).to(x.dtype) for core in cores]
+        return value._like([zero + part for zero, part in zip(value.cores, moved, strict=True)], value.center)
     cores[-1] = times_pow2(cores[-1], total - done.sweep.exponent)
     return value._like(with_derivatives(done, cores), value.center)
 

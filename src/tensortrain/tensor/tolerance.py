@@ -57,7 +57,11 @@ def checked_eps(eps: float | None, dtype: torch.dtype, order: int) -> float:
     """
     if eps is None:
         return default_eps(dtype, order)
-    if not 0.0 <= eps < 1.0:  # also catches NaN
+    try:
+        holds = 0.0 <= float(eps) < 1.0  # NaN does not
+    except (TypeError, ValueError):
+        holds = False
+    if not holds:
         raise RankError(
             f"a tolerance must lie in [0, 1): eps has {eps}, expected a relative Frobenius error. "
             "Pass eps=1e-6, for instance."
@@ -266,7 +270,9 @@ def growths(cores: Sequence[Tensor], left: Sequence[Sizes], right: Sequence[Size
         return whole[0].new_ones((0, *whole[0].shape))
     both = [torch.stack(parts).amax(0) for parts in zip(ends, inner[:-1], inner[1:], strict=True)]
     growth = torch.stack(both)
-    return torch.where(whole[0] > 0, growth.nan_to_num(math.inf, math.inf).clamp_min(1.0), 1.0)
+    # A norm of 0 made of parts that are not 0 is one that squares cannot show: nothing is known of it.
+    cancelled = growth.nan_to_num(1.0, math.inf).clamp_min(1.0)
+    return torch.where(whole[0] > 0, growth.nan_to_num(math.inf, math.inf).clamp_min(1.0), cancelled)
 
 
 def _sizes_product(left: Sizes, right: Sizes, whole: Sizes) -> Tensor:

@@ -33,6 +33,11 @@ class WithTargets(nn.Module):
         return idx, targets
 
 
+class WithMask(nn.Module):
+    def forward(self, x: Any, mask: Any = None, labels: Any = None) -> Any:
+        return x
+
+
 class Keywords(nn.Module):
     def forward(self, input_ids: Any, y: Any, labels: Any = None) -> Any:
         return input_ids
@@ -53,7 +58,9 @@ class Sample:
         (One(), X, (X,), None),
         (One(), (X,), (X,), None),
         (One(), [X, Y], (X,), Y),
-        (One(), (X, Y, torch.arange(3)), (X,), Y),
+        (nn.Linear(4, 2), (X, Y, torch.arange(3)), (X,), Y),
+        (WithMask(), (X, A, Y), (X, A), Y),
+        (WithMask(), (X, Y), (X,), Y),
         (One(), ([X, A], Y), ([X, A],), Y),
         (Two(), (A, B), (A, B), None),
         (Two(), (A, B, Y), (A, B), Y),

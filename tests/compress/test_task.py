@@ -32,7 +32,8 @@ def decided(y: Any, labels: Any = None, x: Any = None, **options: Any) -> Any:
     return decide_task(Gives(y), x if labels is None else (x, labels), **options)
 
 
-LOGITS, PIXELS, WORDS = torch.randn(4, 5), torch.randn(4, 5, 6, 7), torch.randn(4, 9, 5)
+DRAWN = torch.Generator().manual_seed(0)
+LOGITS, PIXELS, WORDS = (0.5 * torch.randn(*shape, generator=DRAWN) for shape in ((4, 5), (4, 5, 6, 7), (4, 9, 5)))
 ONE_HOT = F.one_hot(torch.arange(4), 5)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ from tensortrain.compress.masters import float32_masters
 from tensortrain.compress.outputs import relative_distance
 from tensortrain.compress.preserve import checked_copy, preserved
 from tensortrain.data import image_batches
-from tensortrain.errors import KindError
+from tensortrain.errors import CheckpointError, DataError, KindError, RankError
 
 QUICK: dict[str, Any] = {"measure": False, "allow_slower": True}
 
@@ -236,6 +237,76 @@ def test_inplace_is_whole_or_as_before() -> None:
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+def test_rows_that_belong_together_stay_together() -> None:
+    class Graph(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(16, 64), nn.Linear(64, 4)
+
+        def forward(self, x: Tensor, adjacency: Tensor) -> Tensor:
+            return self.b(adjacency @ torch.relu(self.a(adjacency @ x)))
+
+    for n in (1, 9):
+        data = [(torch.randn(40, 16), torch.randn(40, 40).softmax(1), torch.randint(0, 4, (40,))) for _ in range(n)]
+        assert compress(Graph(), budget="2x", data=data, **QUICK).report.healing
+
+
+def test_a_loss_may_take_gradients_itself() -> None:
+    def penalty(model: nn.Module, batch: Any) -> Tensor:
+        x = batch[0].clone().requires_grad_()
+        slope = torch.autograd.grad(model(x).sum(), x, create_graph=True)[0]
+        return slope.square().mean() + model(batch[0]).square().mean()
+
+    heal = {"steps": 10, "loss": penalty}
+    assert compress(mlp(24, 40, 6), budget="2x", data=batches(10, 32, 24), heal=heal, **QUICK).report.healing
+
+
+@pytest.mark.parametrize("interrupted_at", [2, 4])
+def test_ctrl_c_in_an_evaluation_keeps_what_there_is(interrupted_at: int) -> None:
+    calls = []
+
+    def evaluate(net: nn.Module) -> float:
+        calls.append(1)
+        if len(calls) == interrupted_at:
+            raise KeyboardInterrupt
+        return 0.5
+
+    data = [torch.randn(32, 24) for _ in range(10)]
+    result = compress(mlp(24, 40, 6), budget="2x", data=data, heal={"epochs": 1}, evaluate=evaluate, **QUICK)
+    assert any("KeyboardInterrupt" in note for note in result.report.notes)
+
+
+@pytest.mark.parametrize(
+    "options, error, says",
+    [
+        ({"data": 5}, DataError, "found int"),
+        ({"evaluate": 3}, KindError, "evaluate"),
+        ({"seed": "a"}, KindError, "seed"),
+        ({"checkpoint": "."}, CheckpointError, "a file"),
+        ({"heal": "yes"}, KindError, "'yes'"),
+        ({"heal": {"steps": 2.5}}, RankError, "whole number"),
+        ({"heal": {"steps": True}}, RankError, "whole number"),
+    ],
+)
+def test_options_of_later_steps_are_checked_first(options: dict[str, Any], error: type, says: str, monkeypatch) -> None:
+    api = sys.modules["tensortrain.compress.api"]
+    monkeypatch.setattr(api, "plan_compression", lambda *args, **kwargs: pytest.fail("planned"))
+    with pytest.raises(error, match=says):
+        compress(mlp(24, 40, 6), **{"budget": "2x", "data": [torch.randn(8, 24)] * 3, **QUICK, **options})
+
+
+def test_one_seed_gives_one_model_whatever_the_loader_draws() -> None:
+    model, generator = mlp(24, 40, 6), torch.Generator().manual_seed(5)
+    state = generator.get_state()
+    for own in (generator, None):
+        data = DataLoader(TensorDataset(torch.randn(256, 24)), batch_size=32, shuffle=True, generator=own)
+        found = [compress(model, budget="3x", data=data, heal={"steps": 4}, **QUICK).model for _ in range(2)]
+        first, second = (torch.cat([p.detach().flatten() for p in each.parameters()]) for each in found)
+        assert torch.equal(first, second)
+        torch.rand(3)
+    assert torch.equal(generator.get_state(), state)
+
+
 # -- batches of one or no example, frozen parts ---------------------------------------------------------
 
 
@@ -282,10 +353,12 @@ class Keeps(nn.Module):
         self.register_buffer("count", torch.zeros(()))
         self.last: Tensor | None = None
         self.seen: list[int] = []
+        self.deep: dict[str, Any] = {"a": ({"b": []},)}
 
     def forward(self, x: Tensor) -> Tensor:
         self.last = self.norm(self.inner(x))
         self.seen.append(len(x))
+        self.deep["a"][0]["b"].append(1)
         self.count += 1
         return self.last + 0 * torch.randn(())
 
@@ -301,6 +374,7 @@ def test_a_run_leaves_no_trace() -> None:
     assert vars(model) == attributes
     assert vars(model.inner) == inner
     assert model.seen == []
+    assert model.deep == {"a": ({"b": []},)}
     assert torch.equal(torch.get_rng_state(), random)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 

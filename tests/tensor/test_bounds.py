@@ -282,3 +282,19 @@ def test_a_large_norm_fits_small_numbers(dtype, generator):
     assert found.value.ranks == (1, 1, 1, 1)
     keeps_promise(found, long(x.to(dtype)).reshape(1, -1))
     assert rel_error(found.value.to(wide(dtype)).to_dense() / top, x / top) <= found.rel_error_bound <= 0.3
+
+
+@pytest.mark.parametrize("method", ["svd", "gram", "randomized"])
+@pytest.mark.parametrize("seed", [2, 89])
+def test_a_train_that_cancels_is_zero_or_nothing_is_promised(method: str, seed: int) -> None:
+    torch.manual_seed(seed)
+    shapes = [(1, 3, 3), (3, 1, 1), (1, 2, 1), (1, 2, 8), (8, 1, 1)]
+    x = TensorTrain(tuple(torch.randn(shape, dtype=torch.float64) for shape in shapes))
+    zero = TensorTrain(tuple(core.clone().requires_grad_() for core in (x - x).cores))
+    for train in (x - x, zero):
+        found = round_tt(train, method=method, eps=1e-2)
+        assert float(found.value.norm()) == 0 or found.rel_error_bound == math.inf
+
+
+def test_a_batch_of_none() -> None:
+    assert tt_svd(torch.zeros(0, 3, 4), batch_dims=1).value.batch_shape == (0,)

@@ -71,13 +71,18 @@ def unspent_note(budget: Budget, spent: int, *, full: int, slower: Sequence[str]
 
 def _holders(model: nn.Module, layers: Sequence[FoundLayer]) -> list[tuple[int, str, nn.Module]]:
     """Modules with parameters of their own outside the layers, the heaviest first; ties count for the first."""
-    seen = {id(p) for layer in layers for p in layer.module._parameters.values()}
-    holders = []
+    counted = [p for layer in layers for p in layer.module._parameters.values() if p is not None]
+    seen, n_before, holders = {id(p) for p in counted}, count_numbers(counted), []
     for name, module in model.named_modules():
         own = [p for p in module._parameters.values() if p is not None and id(p) not in seen]
+        if not own:
+            continue
         seen |= {id(p) for p in own}
-        if own:
-            holders.append((count_numbers(own), name, module))
+        counted += own
+        n_now = count_numbers(counted)  # what shares memory with an earlier one is that one's
+        if n_now > n_before:
+            holders.append((n_now - n_before, name, module))
+        n_before = n_now
     return sorted(holders, key=lambda holder: -holder[0])
 
 

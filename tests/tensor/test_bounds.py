@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tensortrain.tensor import TensorTrain, TTMatrix, default_eps, ones, randn, randn_matrix, round_tt, tt_svd
+from tensortrain.tensor import TensorTrain, TTMatrix, default_eps, ones, randn, randn_matrix, round_tt, tt_svd, zeros
 from tensortrain.testing import rel_error
 
 DTYPES = [torch.float64, torch.complex128, torch.float32, torch.complex64, torch.bfloat16, torch.float16]
@@ -298,3 +298,17 @@ def test_a_train_that_cancels_is_zero_or_nothing_is_promised(method: str, seed: 
 
 def test_a_batch_of_none() -> None:
     assert tt_svd(torch.zeros(0, 3, 4), batch_dims=1).value.batch_shape == (0,)
+
+
+@pytest.mark.parametrize("operation", [lambda x: x.permute(2, 0, 1), lambda x: x.orthogonalize(1)])
+def test_derivatives_at_the_zero_train_are_finite(operation) -> None:
+    cores = [core.requires_grad_() for core in zeros((3, 2, 2), dtype=torch.float64).cores]
+    found = torch.autograd.grad(operation(TensorTrain(tuple(cores))).to_dense().sum(), cores)
+    assert all(bool(torch.isfinite(gradient).all()) for gradient in found)
+
+
+def test_singular_values_have_derivatives() -> None:
+    x = randn((3, 4, 5), 2, dtype=torch.float64)
+    cores = [core.clone().requires_grad_() for core in x.cores]
+    TensorTrain(tuple(cores)).singular_values(1).sum().backward()
+    assert all(bool(torch.isfinite(core.grad).all()) for core in cores)

@@ -287,20 +287,32 @@ def _mirrored(core: Tensor) -> Tensor:
 def singular_values_at(cores: Sequence[Tensor], center: Span, bond: int) -> tuple[Tensor, Tensor]:
     """``(s, e)`` with the singular values ``s * 2**e`` of the unfolding at a bond ``1 .. d - 1``, descending."""
     out, exponent = orthogonalize_cores(cores, center, bond)
-    small = torch.linalg.qr(as_right(out[bond]).mH, mode="r").R  # right of the core all is orthonormal
+    last = as_right(out[bond]).mH  # right of the core all is orthonormal
+    small = torch.linalg.qr(last, mode="reduced" if last.requires_grad else "r").R
     return torch.linalg.svdvals(small), exponent
 
 
 def left_qr(core: Tensor) -> tuple[Tensor, Tensor]:
     """``core = q . carry`` with ``q`` ``(.., r, n, t)`` left-orthogonal and ``carry`` ``(.., t, s)``."""
-    q, carry = torch.linalg.qr(as_left(core))
+    q, carry = _qr(as_left(core))
     return q.unflatten(-2, core.shape[-3:-1]), carry
 
 
 def right_qr(core: Tensor) -> tuple[Tensor, Tensor]:
     """``core = carry . q`` with ``q`` ``(.., t, n, s)`` right-orthogonal and ``carry`` ``(.., r, t)``."""
-    q, carry = torch.linalg.qr(as_right(core).mH)
+    q, carry = _qr(as_right(core).mH)
     return q.mH.unflatten(-1, core.shape[-2:]), carry.mH
+
+
+def _qr(a: Tensor) -> tuple[Tensor, Tensor]:
+    """``torch.linalg.qr``, with finite derivatives where a matrix is zero: its basis may be any, and stays."""
+    if not a.requires_grad:
+        q, r = torch.linalg.qr(a)
+        return q, r
+    gone = (a.detach() == 0).all(-1).all(-1)[..., None, None]
+    eye = torch.eye(a.shape[-2], a.shape[-1], dtype=a.dtype, device=a.device)
+    q, r = torch.linalg.qr(torch.where(gone, eye, a))
+    return q, torch.where(gone, q.mH @ a, r)
 
 
 def _block_diagonal(a: Tensor, b: Tensor) -> Tensor:

@@ -123,7 +123,7 @@ def compress(
                 allow_slower=allow_slower,
                 batch_size=batch_size,
                 n_batches=n_batches,
-                will_heal=_healing_to_come(settings, data),
+                will_heal=_healing_to_come(settings, data, judged),
                 task=judged or task,
                 output=output,
                 observer=observer,
@@ -287,15 +287,18 @@ def evaluate_metric(evaluate: Evaluate | None, model: nn.Module) -> float | None
         ) from error
 
 
-_LONG, _LONG_STEPS = 3, 500  # passes over the data, and steps in all, from which healing counts as long
+# Passes over the data from which healing counts as long; and steps, where values are matched rather than classes: to
+# the last digit, which few steps do not make up for.
+_LONG, _LONG_STEPS = 3, 500
 
 
-def _healing_to_come(settings: Heal | None, data: Iterable[Any] | None) -> bool | Literal["long"]:
+def _healing_to_come(settings: Heal | None, data: Iterable[Any] | None, task: Task | None) -> bool | Literal["long"]:
     """What the planning may count on."""
     if settings is None or data is None or settings.only_statistics:
         return False
     epochs = settings.epochs or 0
-    return "long" if epochs >= _LONG and epochs * (length_of(data) or 0) >= _LONG_STEPS else True
+    enough = task is None or task.softmax or epochs * (length_of(data) or 0) >= _LONG_STEPS
+    return "long" if epochs >= _LONG and enough else True
 
 
 def _heal_settings(heal: Heal | Mapping[str, Any] | bool | None, data: Iterable[Any] | None) -> Heal | None:

@@ -15,7 +15,7 @@ PYTEST_ARGS ?=
 
 BIN = $(VENV)/bin
 INSTALL = $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt
-KERNELS = $(wildcard src/tensortrain/contract/kernels/*.h src/tensortrain/contract/kernels/*.cpp)
+KERNELS = $(wildcard src/tensortrain/system/native/*.h src/tensortrain/system/native/*.cpp)
 # Tests run side by side, one thread each: more threads than cores make all of them slower.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) $(PYTEST_ARGS)
 

@@ -14,11 +14,19 @@ from math import prod
 import torch
 
 import tensortrain as tt
-from tensortrain.contract import Chain, ContractionPlan, CostModel, cost_model, kernels
+from tensortrain.contract import (
+    Chain,
+    ContractionPlan,
+    CostModel,
+    cost_model,
+)
 
 # Not public: a plan cannot be asked for by its merges and forms.
 from tensortrain.contract.choose import _Path, _Pricer
 from tensortrain.contract.plan import Direction
+from tensortrain.system import (
+    native as kernels,
+)
 
 __all__ = ["FIXED", "GRID", "PHASES", "Case", "every_plan", "floor", "plan_key"]
 

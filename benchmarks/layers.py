@@ -31,8 +31,14 @@ from timing import Rates, Turns, take_turns
 from torch import Tensor
 
 import tensortrain as tt
-from tensortrain.compress.report import provenance, write_text_atomic
-from tensortrain.contract import ContractionPlan, chain_to_dense, kernels
+from tensortrain.compression.report.report import provenance, write_text_atomic
+from tensortrain.contract import (
+    ContractionPlan,
+    chain_to_dense,
+)
+from tensortrain.system import (
+    native as kernels,
+)
 
 PARTS = ("speed", "plans", "memory", "embedding", "recurrent", "laws")
 # Relative Frobenius error of float32 against float64. Sweeps of some peers round more: 1.7e-5 was seen in the gradients

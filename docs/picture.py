@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MultipleLocator
 
-from tensortrain.viz.figures import COMPRESSED, DENSE, GRID, INK, MUTED, save_figure
-from tensortrain.viz.text import bytes_text, ratio
+from tensortrain.viz.report.figures import COMPRESSED, DENSE, GRID, INK, MUTED, save_figure
+from tensortrain.viz.report.text import bytes_text, ratio
 
 ROOT = Path(__file__).parents[1]
 WAYS = {  # methods of the record, best known first

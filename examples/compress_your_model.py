@@ -5,8 +5,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import tensortrain as tt
-from tensortrain.compress import cross_entropy_loss, evaluate_accuracy, fit
-from tensortrain.viz.html import write_html
+from tensortrain.compression import cross_entropy_loss, evaluate_accuracy, fit
+from tensortrain.viz.report.html import write_html
 
 
 def main(out: str = "runs/digits.html") -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tensortrain.compress import provenance, write_text_atomic
+from tensortrain.compression import provenance, write_text_atomic
 from tensortrain.data import ImageBatches, fashion_mnist, image_batches
 
 __all__ = [

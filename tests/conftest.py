@@ -40,6 +40,21 @@ def default_dtype(request: pytest.FixtureRequest) -> torch.dtype:
     return getattr(request, "param", torch.float64)
 
 
+@pytest.fixture
+def double() -> None:
+    """Double precision for one test."""
+    torch.set_default_dtype(torch.float64)
+
+
+@pytest.fixture
+def fixed_plans() -> Iterator[None]:
+    """Plans from constants that do not depend on the machine."""
+    from tensortrain.contract import CostModel, use_cost_model
+
+    with use_cost_model(CostModel.reference("cpu")):
+        yield
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _plans_of_their_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """What earlier runs found out about plans would hide what happens at a first call."""

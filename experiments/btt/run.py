@@ -28,9 +28,9 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 import tensortrain as tt
-from tensortrain.compress import cross_entropy_loss, evaluate_accuracy, fit, provenance
+from tensortrain.compression import cross_entropy_loss, evaluate_accuracy, fit, provenance
 from tensortrain.data import ImageBatches, fashion_mnist, image_batches
-from tensortrain.viz.figures import save_figure
+from tensortrain.viz.report.figures import save_figure
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import tensortrain as tt
-from tensortrain.compress import (
+from tensortrain.compression import (
     CurvePoint,
     Heal,
     count_params,
@@ -37,10 +37,10 @@ from tensortrain.compress import (
     write_text_atomic,
 )
 from tensortrain.data import fashion_mnist, image_batches
-from tensortrain.models import build
-from tensortrain.models.conv_fc import DENSE_RECIPE
+from tensortrain.networks import build
+from tensortrain.networks.conv_fc import DENSE_RECIPE
 from tensortrain.nn import FactorizedLayer
-from tensortrain.viz.figures import accuracy_curve, save_figure
+from tensortrain.viz.report.figures import accuracy_curve, save_figure
 
 HERE = Path(__file__).parent
 KEPT_DENSE = ("features.0", "classifier.6")  # as published: the first convolution and the last layer

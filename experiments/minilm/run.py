@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 import tensortrain as tt
-from tensortrain.compress import (
+from tensortrain.compression import (
     Heal,
     count_params,
     heal_,
@@ -34,7 +34,7 @@ from tensortrain.compress import (
     sentence_embedding,
     write_text_atomic,
 )
-from tensortrain.compress.measure import latency_rows
+from tensortrain.compression.report.measure import latency_rows
 from tensortrain.data import TextBatches, movie_snippets, text_batches
 from tensortrain.io import load_pretrained, save_pretrained
 

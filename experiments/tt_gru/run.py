@@ -28,9 +28,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import tensortrain as tt
-from tensortrain.compress import CurvePoint, cross_entropy_loss, evaluate_accuracy, fit, provenance
+from tensortrain.compression import CurvePoint, cross_entropy_loss, evaluate_accuracy, fit, provenance
 from tensortrain.data import fashion_mnist
-from tensortrain.viz.figures import accuracy_curve, save_figure
+from tensortrain.viz.report.figures import accuracy_curve, save_figure
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))

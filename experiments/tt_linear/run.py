@@ -19,9 +19,9 @@ import torch
 from torch import nn
 
 import tensortrain as tt
-from tensortrain.compress import CurvePoint, cross_entropy_loss, evaluate_accuracy, fit, provenance
+from tensortrain.compression import CurvePoint, cross_entropy_loss, evaluate_accuracy, fit, provenance
 from tensortrain.data import ImageBatches
-from tensortrain.viz.figures import accuracy_curve, save_figure
+from tensortrain.viz.report.figures import accuracy_curve, save_figure
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))

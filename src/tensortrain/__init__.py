@@ -5,22 +5,23 @@
 """
 
 from . import _command as _command  # first: from here on Ctrl-C on the command line is one line
-from . import contract, errors, formats, manifold, models, nn, tensor
+from . import contract, errors, formats, manifold, models, networks, nn, tensor
+from ._moved import answer_old_names
 from ._version import __version__
-from .compress import (
+from .compression import (
     CompressionPlan,
     CompressionResult,
     Heal,
     Report,
     apply_plan_,
-    compress,  # the function; the folder of that name is imported as tensortrain.compress.<module>
+    compress,
     inspect,
     plan_compression,
     to_dense_,
 )
-from .contract.kernels import build as build_kernels
 from .errors import TTError
 from .io import load_pretrained, save_pretrained
+from .system.native import build as build_kernels
 from .tensor import (
     Approximation,
     TensorTrain,
@@ -70,6 +71,7 @@ __all__ = [
     "manifold",
     "matmul",
     "models",
+    "networks",
     "nn",
     "ones",
     "pad",
@@ -85,3 +87,5 @@ __all__ = [
     "tt_svd",
     "zeros",
 ]
+
+answer_old_names()

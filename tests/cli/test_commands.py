@@ -13,16 +13,16 @@ from safetensors.torch import save_file
 from torch import nn
 
 import tensortrain as tt
-from tensortrain import models
+from tensortrain import networks as models
 from tensortrain.cli import main
 from tensortrain.cli.app import run
 from tensortrain.cli.commands import read_budget_text
 from tensortrain.cli.datasets import load_images, train_batches
-from tensortrain.compress import Silent, cross_entropy_loss, fit
-from tensortrain.compress.report import Report
-from tensortrain.contract import kernels
+from tensortrain.compression import Silent, cross_entropy_loss, fit
+from tensortrain.compression.report.report import Report
 from tensortrain.errors import BudgetError
 from tensortrain.io import load_pretrained, save_pretrained
+from tensortrain.system import native as kernels
 
 Captured = pytest.CaptureFixture[str]
 

@@ -20,7 +20,7 @@ import torch
 from tensortrain.cli import demo
 from tensortrain.cli.app import run
 from tensortrain.cli.demo import DemoSettings, Stages, run_demo
-from tensortrain.compress.report import Report
+from tensortrain.compression.report.report import Report
 
 TINY = {
     "_QUICK_IMAGES": {"n_train": 512, "n_test": 200},

@@ -10,7 +10,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from tensortrain.cli import progress
 from tensortrain.cli.progress import BarObserver, LineObserver, observing
-from tensortrain.compress.observer import Observer
+from tensortrain.system.observer import Observer
 
 
 def test_a_log_gets_one_line_per_piece_of_work() -> None:

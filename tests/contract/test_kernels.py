@@ -25,11 +25,19 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import tensortrain as tt
-from tensortrain.contract import Chain, ContractionPlan, CostModel, chain_to_dense, kernels
+from tensortrain.contract import (
+    Chain,
+    ContractionPlan,
+    CostModel,
+    chain_to_dense,
+)
 from tensortrain.contract.choose import chain_candidates
 from tensortrain.contract.grouped import grouped_product
-from tensortrain.contract.kernels import load as loading
 from tensortrain.errors import KernelBuildError, ShapeError
+from tensortrain.system import (
+    native as kernels,
+)
+from tensortrain.system.native import load as loading
 
 built = pytest.mark.skipif(kernels.library() is None, reason="kernels are not built: tensortrain build-kernels")
 

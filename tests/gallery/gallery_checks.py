@@ -21,7 +21,7 @@ from gallery_case import Case
 from torch import Tensor, nn
 
 import tensortrain as tt
-from tensortrain.compress.layers import find_layers
+from tensortrain.compression.survey.layers import find_layers
 from tensortrain.formats import energy
 
 __all__ = ["CHECKS", "Run"]

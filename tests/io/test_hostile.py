@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import tensortrain as tt
-from tensortrain import models
+from tensortrain import networks as models
 from tensortrain.errors import CheckpointError, TTError
 from tensortrain.io import load_pretrained, save_pretrained
 

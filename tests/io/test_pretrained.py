@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import tensortrain as tt
-from tensortrain import models
+from tensortrain import networks as models
 from tensortrain.errors import CheckpointError, KindError
 from tensortrain.io import load_pretrained, save_pretrained
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import tensortrain as tt
 from tensortrain.errors import KindError, ShapeError
-from tensortrain.nn.conv_transpose import swap_channels
+from tensortrain.nn.conv.transpose import swap_channels
 from tensortrain.testing import rel_error
 
 FORMATS = ("tt", "tt-naive", "tucker2", "low_rank")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import tensortrain as tt
 from tensortrain.errors import DTypeError, ModeIndexError, ShapeError
-from tensortrain.nn import embedding_bag
+from tensortrain.nn.embedding import bag as embedding_bag
 from tensortrain.testing import rel_error
 
 MODES = ("sum", "mean", "max")

@@ -16,8 +16,8 @@ from torch.nn.utils import parametrize
 
 import tensortrain as tt
 from tensortrain.errors import DTypeError, KindError, RankError, ShapeError
-from tensortrain.nn.constraints import Frame, Rotations, nearest_rotation
-from tensortrain.nn.orthogonal import OrthogonalCores
+from tensortrain.nn.shaping.constraints import Frame, Rotations, nearest_rotation
+from tensortrain.nn.shaping.orthogonal import OrthogonalCores
 from tensortrain.testing import rel_error
 
 KINDS = ("slice", "left", "spectral")

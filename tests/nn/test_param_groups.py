@@ -14,7 +14,7 @@ from torch import nn
 import tensortrain as tt
 from tensortrain.errors import RankError
 from tensortrain.formats import FactorSpec, get_format
-from tensortrain.nn.param_groups import core_lr_factors
+from tensortrain.nn.shaping.param_groups import core_lr_factors
 
 
 def rates(groups: list[dict[str, Any]]) -> dict[int, float]:

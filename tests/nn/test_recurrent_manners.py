@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import pack_sequence
 
 import tensortrain as tt
 from tensortrain.errors import DTypeError, KindError, NonFiniteError, RankError, ShapeError
-from tensortrain.nn import recurrent
+from tensortrain.nn.recurrent import layers as recurrent
 from tensortrain.testing import rel_error
 
 # Torch's layer, ours, and an input.

@@ -15,7 +15,7 @@ import tensortrain as tt
 from tensortrain.errors import KindError, RankError
 from tensortrain.formats import format_names
 from tensortrain.nn import COUNTERPARTS, FactorizedLayer
-from tensortrain.nn.regularize import bonds
+from tensortrain.nn.shaping.regularize import bonds
 from tensortrain.testing import rel_error
 
 MAKERS: dict[str, Callable[..., FactorizedLayer]] = {

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import tensortrain.tensor.linalg as linalg
+import tensortrain.cores.linalg as linalg
 from tensortrain.errors import ConvergenceError, DTypeError, KindError, NonFiniteError, RankError, ShapeError
 from tensortrain.tensor import (
     TensorTrain,

@@ -8,9 +8,17 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from tensortrain.cores import (
+    unfolding as sweeps,
+)
+from tensortrain.cores.ranks import count_params
 from tensortrain.errors import KindError, NonFiniteError, RankError, ShapeError
-from tensortrain.tensor import TensorTrain, randn, round_tt, sweeps, tt_svd
-from tensortrain.tensor.ranks import count_params
+from tensortrain.tensor import (
+    TensorTrain,
+    randn,
+    round_tt,
+    tt_svd,
+)
 from tensortrain.testing import is_left_orthogonal, rel_error
 
 METHODS = ["auto", "svd", "qr", "gram", "randomized"]

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from viz_sample import dense, sample_report
 
-from tensortrain.compress.report import CurvePoint, LatencyRow, MemoryRow
-from tensortrain.viz import figures
+from tensortrain.compression.report.report import CurvePoint, LatencyRow, MemoryRow
+from tensortrain.viz.report import figures
 
 
 def bar_widths(axes) -> list[float]:
@@ -120,7 +120,7 @@ def test_settings_are_left_as_they_were() -> None:
 
 
 def test_pyplot_is_never_loaded() -> None:
-    code = "import sys, tensortrain.viz.figures; print('matplotlib.pyplot' in sys.modules)"
+    code = "import sys, tensortrain.viz.report.figures; print('matplotlib.pyplot' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert (done.stdout.strip(), done.stderr) == ("False", "")
 

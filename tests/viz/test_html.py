@@ -10,10 +10,10 @@ from html.parser import HTMLParser
 import pytest
 from viz_sample import sample_report
 
-from tensortrain.compress import report as report_module
-from tensortrain.compress.report import LayerReport, Report
+from tensortrain.compression.report import report as report_module
+from tensortrain.compression.report.report import LayerReport, Report
 from tensortrain.viz import write_html
-from tensortrain.viz.html import report_html
+from tensortrain.viz.report.html import report_html
 
 VOID = {"meta", "br", "wbr"}
 

@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console, RenderableType
 from viz_sample import sample_report
 
-from tensortrain.compress.report import Report
+from tensortrain.compression.report.report import Report
 from tensortrain.viz import inspect_table, report_table
 
 

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from tensortrain.viz import text
+from tensortrain.viz.report import text
 
 
 @pytest.mark.parametrize(

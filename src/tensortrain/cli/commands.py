@@ -25,22 +25,22 @@ from tensortrain.cli.output import print_json, print_rich
 from tensortrain.cli.progress import observing
 from tensortrain.cli.resolve import ResolvedModel, check_memory, example_inputs, resolve_model
 from tensortrain.cli.texts import TEXT_SETS, load_snippets
-from tensortrain.compress.api import CompressionResult
-from tensortrain.compress.api import compress as compress_model
-from tensortrain.compress.budget import BudgetLike
-from tensortrain.compress.candidates import DEFAULT_FORMATS
-from tensortrain.compress.heal import Heal
-from tensortrain.compress.inspect import LayerRow
-from tensortrain.compress.inspect import inspect as inspect_model
-from tensortrain.compress.layers import count_params
-from tensortrain.compress.measure import Latency, measure_latency
-from tensortrain.compress.observer import Observer
-from tensortrain.compress.report import write_text_atomic
-from tensortrain.contract import kernels
+from tensortrain.compression.api import CompressionResult
+from tensortrain.compression.api import compress as compress_model
+from tensortrain.compression.choose.budget import BudgetLike
+from tensortrain.compression.choose.candidates import DEFAULT_FORMATS
+from tensortrain.compression.report.measure import Latency, measure_latency
+from tensortrain.compression.report.report import write_text_atomic
+from tensortrain.compression.stages.heal import Heal
+from tensortrain.compression.survey.inspect import LayerRow
+from tensortrain.compression.survey.inspect import inspect as inspect_model
+from tensortrain.compression.survey.layers import count_params
 from tensortrain.errors import BudgetError, RankError, ShapeError
 from tensortrain.io import save_pretrained
+from tensortrain.system import native as kernels
+from tensortrain.system.observer import Observer
 from tensortrain.viz import inspect_table, report_table, write_html
-from tensortrain.viz.text import speed_text
+from tensortrain.viz.report.text import speed_text
 
 __all__ = [
     "CompressOptions",

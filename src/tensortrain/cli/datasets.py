@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from tensortrain import data as sets
-from tensortrain.compress.observer import Observer
-from tensortrain.compress.training import evaluate_accuracy
 from tensortrain.contract import CostModel, use_cost_model
 from tensortrain.data import ImageBatches, ImageData, image_batches
 from tensortrain.errors import DataError
+from tensortrain.system.observer import Observer
+from tensortrain.train.loop import evaluate_accuracy
 
 __all__ = [
     "accuracy_on_test",

@@ -24,22 +24,22 @@ import torch
 from torch import nn
 
 import tensortrain
-from tensortrain import models
+from tensortrain import networks as models
 from tensortrain.cli.datasets import accuracy_on_test, first, load_images, train_batches
-from tensortrain.compress.api import CompressionResult, compress
-from tensortrain.compress.budget import BudgetLike
-from tensortrain.compress.heal import Heal
-from tensortrain.compress.layers import find_layers
-from tensortrain.compress.losses import cross_entropy_loss
-from tensortrain.compress.observer import Observer, Silent
-from tensortrain.compress.plan import check_reachable
-from tensortrain.compress.report import Report, write_text_atomic
-from tensortrain.compress.training import fit
+from tensortrain.compression.api import CompressionResult, compress
+from tensortrain.compression.choose.budget import BudgetLike
+from tensortrain.compression.choose.plan import check_reachable
+from tensortrain.compression.report.report import Report, write_text_atomic
+from tensortrain.compression.stages.heal import Heal
+from tensortrain.compression.survey.layers import find_layers
 from tensortrain.contract import CostModel, use_cost_model
 from tensortrain.data import ImageData
 from tensortrain.errors import CheckpointError, DataError
 from tensortrain.io import load_pretrained, save_pretrained
-from tensortrain.models import DENSE_RECIPE
+from tensortrain.networks import DENSE_RECIPE
+from tensortrain.system.observer import Observer, Silent
+from tensortrain.train.loop import fit
+from tensortrain.train.losses import cross_entropy_loss
 from tensortrain.viz import write_html
 
 __all__ = ["DEMO_HEAL", "DemoResult", "DemoSettings", "Stages", "run_demo"]

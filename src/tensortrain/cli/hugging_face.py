@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from tensortrain.errors import CheckpointError, KindError, OptionalDependencyError
-from tensortrain.io.folder import RECIPE
+from tensortrain.system.store.folder import RECIPE
 
 __all__ = ["is_transformers_folder", "load_tokenizer", "load_transformers"]
 

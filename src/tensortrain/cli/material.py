@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from tensortrain import models
+from tensortrain import networks as models
 from tensortrain.cli.datasets import accuracy_on_test, check_fits, example_images, load_images, train_batches
 from tensortrain.cli.resolve import ResolvedModel, example_inputs
 from tensortrain.cli.texts import TEXT_SETS, load_snippets
-from tensortrain.compress.observer import Observer
-from tensortrain.compress.output_weights import OutputFunction, sentence_embedding
-from tensortrain.compress.training import Evaluate
+from tensortrain.compression.survey.output_weights import OutputFunction, sentence_embedding
+from tensortrain.system.observer import Observer
+from tensortrain.train.loop import Evaluate
 
 __all__ = ["Material", "gather"]
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TextIO
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
-    from tensortrain.compress.observer import Observer
+    from tensortrain.system.observer import Observer
 
 __all__ = ["BarObserver", "LineObserver", "observing"]
 

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tensortrain import models
+from tensortrain import networks as models
 from tensortrain.cli.hugging_face import is_transformers_folder, load_transformers
-from tensortrain.compress.observer import Observer
 from tensortrain.errors import CheckpointError, KindError, ShapeError, TTError
 from tensortrain.io import has_source, load_pretrained
+from tensortrain.system.observer import Observer
 
 __all__ = ["ResolvedModel", "check_memory", "example_inputs", "input_shape", "resolve_model"]
 

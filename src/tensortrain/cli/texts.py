@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from tensortrain import data as sets
 from tensortrain.cli.hugging_face import load_tokenizer
-from tensortrain.compress.observer import Observer, Silent
-from tensortrain.compress.output_weights import sentence_embedding
+from tensortrain.compression.survey.output_weights import sentence_embedding
 from tensortrain.data import TextBatches, TextData, text_batches
 from tensortrain.errors import DataError, OptionalDependencyError, TTError
+from tensortrain.system.observer import Observer, Silent
 
 __all__ = ["TEXT_SETS", "Snippets", "load_snippets"]
 

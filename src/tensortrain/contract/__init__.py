@@ -1,15 +1,15 @@
 """Shapes to plan to execution: how a TT-matrix multiplies, chosen by predicted time."""
 
-from tensortrain.contract import kernels
 from tensortrain.contract.cache import WeightCache
-from tensortrain.contract.chain import Chain
 from tensortrain.contract.choose import plan_chain
 from tensortrain.contract.cost import CostModel, cost_model, measure_cost_model, use_cost_model
 from tensortrain.contract.lookup import chain_lookup
 from tensortrain.contract.merge import chain_to_dense, merge_cores
 from tensortrain.contract.network import Network, NetworkPlan, plan_network
 from tensortrain.contract.plan import ContractionPlan, Step
+from tensortrain.contract.shape import Chain
 from tensortrain.contract.tune import fastest_plan
+from tensortrain.system import native as kernels
 
 __all__ = [
     "Chain",

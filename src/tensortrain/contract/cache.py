@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from tensortrain.contract.kernels.load import loaded
-from tensortrain.contract.tracing import is_traced
+from tensortrain.system.native.load import loaded
+from tensortrain.system.tracing import is_traced
 
 __all__ = ["WeightCache"]
 

@@ -15,12 +15,12 @@ from typing import Any, Literal
 
 import torch
 
-from tensortrain.contract.chain import Chain
 from tensortrain.contract.cost import CostModel, given_or_measured, is_measured
-from tensortrain.contract.kernels import library
 from tensortrain.contract.merge import Merge, merge_order, run_numel
 from tensortrain.contract.plan import ContractionPlan, Direction, Form, Kind, Step
+from tensortrain.contract.shape import Chain
 from tensortrain.errors import KindError
+from tensortrain.system.native import library
 
 __all__ = ["chain_candidates", "plan_chain"]
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from tensortrain.contract.machine import device_key, known_file, read_json, write_json
+from tensortrain.system.machine import device_key, known_file, read_json, write_json
 
 __all__ = ["CostModel", "cost_model", "given_or_measured", "is_measured", "measure_cost_model", "use_cost_model"]
 

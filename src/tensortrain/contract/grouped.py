@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from tensortrain.contract.kernels import library
-from tensortrain.contract.tracing import is_traced
+from tensortrain.system.native import library
+from tensortrain.system.tracing import is_traced
 
 __all__ = ["can_group", "grouped_product"]
 

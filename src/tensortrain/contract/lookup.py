@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from tensortrain.contract.chain import Chain
 from tensortrain.contract.cost import CostModel, cost_model
 from tensortrain.contract.grouped import can_group, grouped_product
 from tensortrain.contract.merge import merge_cores, merge_order, run_numel
-from tensortrain.contract.tracing import is_traced
+from tensortrain.contract.shape import Chain
 from tensortrain.errors import DTypeError, ModeIndexError, ShapeError
+from tensortrain.system.tracing import is_traced
 
 __all__ = ["chain_lookup", "lookup_groups"]
 

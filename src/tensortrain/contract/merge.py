@@ -9,9 +9,9 @@ from math import prod
 
 from torch import Tensor
 
-from tensortrain.contract.chain import Chain
-from tensortrain.contract.tracing import constant_when_traced, sizes_of
+from tensortrain.contract.shape import Chain
 from tensortrain.errors import ShapeError
+from tensortrain.system.tracing import constant_when_traced, sizes_of
 
 __all__ = ["Merge", "chain_to_dense", "merge_cores", "merge_order"]
 

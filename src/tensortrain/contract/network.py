@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tensortrain.contract.cost import CostModel, given_or_measured
-from tensortrain.contract.tracing import constant_when_traced, sizes_of
 from tensortrain.errors import KindError, ShapeError
+from tensortrain.system.tracing import constant_when_traced, sizes_of
 
 __all__ = [
     "Legs",

@@ -21,11 +21,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tensortrain.contract.chain import Chain
-from tensortrain.contract.kernels import compiled, library
+from tensortrain.contract.compiled import compiled
 from tensortrain.contract.merge import chain_to_dense, merge_cores
-from tensortrain.contract.tracing import is_traced, sizes_of
+from tensortrain.contract.shape import Chain
 from tensortrain.errors import ShapeError
+from tensortrain.system.native import (
+    library,
+)
+from tensortrain.system.tracing import is_traced, sizes_of
 
 __all__ = ["ContractionPlan", "Direction", "Form", "Kind", "Step", "linear_product"]
 

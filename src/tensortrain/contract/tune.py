@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from tensortrain.contract.chain import Chain
 from tensortrain.contract.choose import chain_candidates
 from tensortrain.contract.cost import is_measured
-from tensortrain.contract.kernels import library
-from tensortrain.contract.machine import device_key, known_file, read_json, write_json
 from tensortrain.contract.network import Network, NetworkPlan, network_candidates
 from tensortrain.contract.plan import ContractionPlan
+from tensortrain.contract.shape import Chain
+from tensortrain.system.machine import device_key, known_file, read_json, write_json
+from tensortrain.system.native import library
 
 __all__ = ["fastest_plan"]
 

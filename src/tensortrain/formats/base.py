@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from tensortrain.contract import Chain, ContractionPlan, Network
+from tensortrain.cores.tolerance import compute_dtype
 from tensortrain.errors import DTypeError, KindError, NonFiniteError, ShapeError
 from tensortrain.tensor import Approximation, default_eps
-from tensortrain.tensor.tolerance import compute_dtype
 
 __all__ = [
     "Bond",

@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tensortrain.contract import Chain, ContractionPlan, chain_lookup, chain_to_dense, merge_cores
+from tensortrain.cores.tolerance import compute_dtype
 from tensortrain.tensor import resolve_ranks, tt_svd, unfolding_spectra
-from tensortrain.tensor.tolerance import compute_dtype
 
 from .als import alternate, chain_network, sweep_flops
 from .base import Bond, FactorSpec, Format, Rank, Spatial, WeightShape

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tensortrain.tensor.linalg import left_basis, singular_values
+from tensortrain.cores.linalg import left_basis, singular_values
 
 __all__ = ["expand", "hooi", "hosvd", "mode_spectra", "project", "tucker_ranks", "unfold"]
 

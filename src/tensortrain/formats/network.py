@@ -21,10 +21,10 @@ from torch import Tensor
 
 from tensortrain.contract import ContractionPlan, CostModel, Network, plan_network
 from tensortrain.contract.network import Product, contraction, contraction_flops, run
-from tensortrain.contract.tracing import constant_when_traced, is_traced
+from tensortrain.cores.linalg import singular_values
+from tensortrain.cores.tolerance import checked_eps, compute_dtype
 from tensortrain.errors import DTypeError, ModeIndexError
-from tensortrain.tensor.linalg import singular_values
-from tensortrain.tensor.tolerance import checked_eps, compute_dtype
+from tensortrain.system.tracing import constant_when_traced, is_traced
 
 from .base import Bond, FactorSpec, Format, Rank, Spatial, WeightShape, equal_norms, get_format
 from .layout import matrix_to_weight, order_gram, weight_to_matrix

@@ -14,8 +14,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from tensortrain.cores.linalg import cut_basis
 from tensortrain.tensor import max_ranks, tt_svd, unfolding_spectra
-from tensortrain.tensor.linalg import cut_basis
 
 from .als import alternate
 from .base import FactorSpec, Kind, WeightShape, register, zero_pad

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from tensortrain.contract import ContractionPlan
+from tensortrain.cores.tolerance import checked_eps
 from tensortrain.errors import DTypeError
-from tensortrain.tensor.tolerance import checked_eps
 
 from .base import (
     Bond,

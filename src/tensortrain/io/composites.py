@@ -18,8 +18,8 @@ from torch import nn
 from tensortrain import nn as layers
 from tensortrain.errors import CheckpointError, TTError
 from tensortrain.io.layers import check_counterpart, first_difference
-from tensortrain.io.recipe import LayerEntry, as_json
 from tensortrain.nn import CompositeLayer, FactorizedLayer
+from tensortrain.system.store.recipe import LayerEntry, as_json
 
 __all__ = ["COMPOSITES", "build_composite", "composite_entries", "dense_twin"]
 

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from tensortrain.compress.carry import cannot_carry
+from tensortrain.compression.carry import cannot_carry
 from tensortrain.errors import CheckpointError, TTError
-from tensortrain.io.folder import RECIPE
-from tensortrain.io.recipe import LayerEntry, as_json, same_json
-from tensortrain.io.storable import has_plain_cores
-from tensortrain.io.stored import StoredTensors, listed
 from tensortrain.nn import COUNTERPARTS, FactorizedLayer
+from tensortrain.system.store.folder import RECIPE
+from tensortrain.system.store.recipe import LayerEntry, as_json, same_json
+from tensortrain.system.store.storable import has_plain_cores
+from tensortrain.system.store.stored import StoredTensors, listed
 
 __all__ = [
     "LAYERS",

@@ -13,7 +13,12 @@ from torch import nn
 
 from tensortrain.errors import CheckpointError, KindError
 from tensortrain.io.composites import composite_entries
-from tensortrain.io.folder import (
+from tensortrain.io.hidden import check_no_meta
+from tensortrain.io.layers import build_layer, check_counterpart, check_shapes, layer_entries
+from tensortrain.io.restore import changes, commit
+from tensortrain.io.sources import build_empty, build_from_source, describe_source
+from tensortrain.nn import FactorizedLayer
+from tensortrain.system.store.folder import (
     RECIPE,
     TENSORS,
     fill_folder,
@@ -24,13 +29,8 @@ from tensortrain.io.folder import (
     sync,
     tensors_of,
 )
-from tensortrain.io.hidden import check_no_meta
-from tensortrain.io.layers import build_layer, check_counterpart, check_shapes, layer_entries
-from tensortrain.io.recipe import LayerEntry, Recipe
-from tensortrain.io.restore import changes, commit
-from tensortrain.io.sources import build_empty, build_from_source, describe_source
-from tensortrain.io.stored import StoredTensors, read_tensors, write_tensors
-from tensortrain.nn import FactorizedLayer
+from tensortrain.system.store.recipe import LayerEntry, Recipe
+from tensortrain.system.store.stored import StoredTensors, read_tensors, write_tensors
 
 __all__ = ["has_source", "load_pretrained", "save_pretrained"]
 

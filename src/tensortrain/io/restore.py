@@ -15,15 +15,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tensortrain.compress.carry import carry
+from tensortrain.compression.carry import carry
 from tensortrain.errors import CheckpointError
 from tensortrain.io.composites import build_composite, dense_twin
 from tensortrain.io.layers import check_counterpart
-from tensortrain.io.recipe import Kind, LayerEntry, Recipe, TensorEntry, as_json, dtype_named, same_json
-from tensortrain.io.storable import check_unsharded
-from tensortrain.io.stored import StoredTensors, identity_of, listed, named_tensors
 from tensortrain.nn import CompositeLayer, FactorizedLayer
 from tensortrain.nn.counterparts import is_transformers_conv1d
+from tensortrain.system.store.recipe import (
+    Kind,
+    LayerEntry,
+    Recipe,
+    TensorEntry,
+    as_json,
+    dtype_named,
+    same_json,
+)
+from tensortrain.system.store.storable import check_unsharded
+from tensortrain.system.store.stored import StoredTensors, identity_of, listed, named_tensors
 
 __all__ = ["Change", "changes", "commit", "device_of"]
 

@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._device import _device_constructors
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tensortrain import models
+from tensortrain import networks
 from tensortrain.errors import CheckpointError, OptionalDependencyError, TTError
 from tensortrain.io.hidden import keeps_meta_tensors
 
@@ -38,7 +38,7 @@ _MOST_COUNTED, _LARGEST_NUMBER = 1_000_000, 2**53
 
 def describe_source(model: nn.Module) -> dict[str, Any] | None:
     """Say how to build a model of this class anew, None where only the caller can."""
-    known = models.describe(model)
+    known = networks.describe(model)
     if known is not None:
         return {"registry": known["name"], "kwargs": known["kwargs"]}
     transformers = sys.modules.get("transformers")  # a model of theirs cannot exist before the import
@@ -66,7 +66,7 @@ def _source_factory(source: dict[str, Any] | None, *, where: str) -> Factory:
         )
     name, kwargs = source.get("registry"), source.get("kwargs")
     if isinstance(name, str) and isinstance(kwargs, dict):
-        return partial(models.build, name, **kwargs)
+        return partial(networks.build, name, **kwargs)
     name, config = source.get("transformers"), source.get("config")
     if isinstance(name, str) and isinstance(config, dict):
         cls = _transformers_class(name, where)

@@ -1,12 +1,19 @@
-"""Riemannian geometry of the trains of fixed ranks: projection, derivatives, retraction, optimizers."""
+"""The public name of ``tensortrain.numerics.manifold``."""
 
-from tensortrain.manifold.autodiff import hvp, riemannian_grad
-from tensortrain.manifold.optim import RiemannianAdam, RiemannianSGD
-from tensortrain.manifold.parameter import TTParameter
-from tensortrain.manifold.point import Point
-from tensortrain.manifold.projection import project, transport
-from tensortrain.manifold.retraction import LineSearch, armijo, retract
-from tensortrain.manifold.tangent import TangentVector
+from tensortrain.numerics.manifold import (
+    LineSearch,
+    Point,
+    RiemannianAdam,
+    RiemannianSGD,
+    TangentVector,
+    TTParameter,
+    armijo,
+    hvp,
+    project,
+    retract,
+    riemannian_grad,
+    transport,
+)
 
 __all__ = [
     "LineSearch",

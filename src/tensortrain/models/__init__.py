@@ -1,7 +1,20 @@
-"""Networks that the package itself can name and build."""
+"""Tensor networks as machine-learning models. The example networks lie in ``tensortrain.networks``."""
 
-from tensortrain.models.conv_fc import DENSE_RECIPE, ConvFC
-from tensortrain.models.mlp import MLP
-from tensortrain.models.registry import build, describe, names, register
+from __future__ import annotations
 
-__all__ = ["DENSE_RECIPE", "MLP", "ConvFC", "build", "describe", "names", "register"]
+import warnings
+from typing import Any
+
+from tensortrain import networks
+
+__all__: list[str] = []
+
+
+def __getattr__(name: str) -> Any:
+    """The example networks under their old names, for one more version."""
+    if name not in networks.__all__:
+        raise AttributeError(f"tensortrain.models has no {name!r}.")
+    warnings.warn(
+        f"tensortrain.models.{name} has moved to tensortrain.networks.{name}.", DeprecationWarning, stacklevel=2
+    )
+    return getattr(networks, name)

@@ -1,25 +1,25 @@
 """Factorized layers: ``tensortrain.nn.X`` stands wherever ``torch.nn.X`` stood."""
 
 from tensortrain.formats import search_modes, suggest_modes
+from tensortrain.nn.attention.multihead import MultiheadAttention
+from tensortrain.nn.attention.transformer import TransformerEncoderLayer
+from tensortrain.nn.conv.layers import Conv1d, Conv2d, Conv3d, ConvLayer
+from tensortrain.nn.conv.plan import ConvPlan, LookupPlan
+from tensortrain.nn.conv.transpose import ConvTranspose1d, ConvTranspose2d, ConvTranspose3d
+from tensortrain.nn.embedding.bag import EmbeddingBag
+from tensortrain.nn.embedding.layers import Embedding
+from tensortrain.nn.embedding.tied import TiedHead, tied_head
+from tensortrain.nn.recurrent.cells import GRUCell, LSTMCell, RNNCell
+from tensortrain.nn.recurrent.layers import GRU, LSTM, RNN
+from tensortrain.nn.shaping.orthogonal import orthogonal
+from tensortrain.nn.shaping.param_groups import param_groups
+from tensortrain.nn.shaping.regularize import balance_, dense_norm, rank_lasso, tensor_dropout
 
 from . import functional
-from .attention import MultiheadAttention
 from .base import FactorizedLayer
 from .composite import CompositeLayer, CompositePlan
-from .conv import Conv1d, Conv2d, Conv3d, ConvLayer
-from .conv_plan import ConvPlan, LookupPlan
-from .conv_transpose import ConvTranspose1d, ConvTranspose2d, ConvTranspose3d
 from .counterparts import COUNTERPARTS, counterpart, dense_twin, is_transformers_conv1d
-from .embedding import Embedding
-from .embedding_bag import EmbeddingBag
 from .linear import Linear
-from .orthogonal import orthogonal
-from .param_groups import param_groups
-from .recurrent import GRU, LSTM, RNN
-from .recurrent_cells import GRUCell, LSTMCell, RNNCell
-from .regularize import balance_, dense_norm, rank_lasso, tensor_dropout
-from .tied import TiedHead, tied_head
-from .transformer import TransformerEncoderLayer
 
 __all__ = [
     "COUNTERPARTS",

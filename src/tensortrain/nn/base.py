@@ -20,9 +20,9 @@ from tensortrain.contract import (
     plan_chain,
     plan_network,
 )
-from tensortrain.contract.tracing import constant_when_traced, is_traced, static_power_of_two
 from tensortrain.errors import DerivedWeightError, KindError, ShapeError
 from tensortrain.formats import Factorization, FactorSpec, Format, Rank, WeightShape, get_format
+from tensortrain.system.tracing import constant_when_traced, is_traced, static_power_of_two
 
 from .cores import Cores, held_cores, list_cores
 from .derived import read_only

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from tensortrain.errors import KindError
 from tensortrain.formats import FactorSpec, WeightShape
+from tensortrain.nn.conv.layers import Conv1d, Conv2d, Conv3d
+from tensortrain.nn.conv.transpose import ConvTranspose1d, ConvTranspose2d, ConvTranspose3d
+from tensortrain.nn.embedding.bag import EmbeddingBag
+from tensortrain.nn.embedding.layers import Embedding
 
 from .base import FactorizedLayer, Implementation, _copy_bias
-from .conv import Conv1d, Conv2d, Conv3d
-from .conv_transpose import ConvTranspose1d, ConvTranspose2d, ConvTranspose3d
-from .embedding import Embedding
-from .embedding_bag import EmbeddingBag
 from .linear import Linear
 
 __all__ = ["COUNTERPARTS", "counterpart", "dense_twin", "is_transformers_conv1d"]

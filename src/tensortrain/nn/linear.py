@@ -10,12 +10,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tensortrain.contract import ContractionPlan, NetworkPlan
-from tensortrain.contract.kernels import compiled, library
+from tensortrain.contract import (
+    ContractionPlan,
+    NetworkPlan,
+)
+from tensortrain.contract.compiled import compiled
 from tensortrain.contract.plan import linear_product
-from tensortrain.contract.tracing import is_traced, sizes_of
 from tensortrain.errors import ShapeError
 from tensortrain.formats import ChainFormat, Rank, WeightShape, get_format
+from tensortrain.system.native import (
+    library,
+)
+from tensortrain.system.tracing import is_traced, sizes_of
 
 from .base import FactorizedLayer, Implementation, Init
 from .cores import are_plain, is_watched

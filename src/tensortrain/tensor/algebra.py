@@ -8,11 +8,11 @@ from typing import Any, TypeVar, overload
 import torch
 from torch import Tensor
 
+from tensortrain.cores import chain
+from tensortrain.cores.scaling import times_pow2, work_dtype
 from tensortrain.errors import KindError, ShapeError
-from tensortrain.tensor import chain
 from tensortrain.tensor.base import CoreChain, broadcast_batch, check_same_kind
 from tensortrain.tensor.matrix import TTMatrix
-from tensortrain.tensor.scaling import times_pow2, work_dtype
 from tensortrain.tensor.train import TensorTrain, checked_dims
 
 __all__ = ["cat", "diag", "dot", "kron", "pad", "stack"]

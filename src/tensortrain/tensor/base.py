@@ -14,12 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tensortrain.cores import chain
+from tensortrain.cores.ranks import RankLike
+from tensortrain.cores.scaling import spread_pow2, times_pow2, work_dtype
+from tensortrain.cores.validation import DTYPES, checked_center, checked_cores
 from tensortrain.errors import DeviceError, DTypeError, KindError, ModeIndexError, ShapeError
-from tensortrain.tensor import chain
 from tensortrain.tensor.diagram import draw_chain
-from tensortrain.tensor.ranks import RankLike
-from tensortrain.tensor.scaling import spread_pow2, times_pow2, work_dtype
-from tensortrain.tensor.validation import DTYPES, checked_center, checked_cores
 
 __all__ = ["DTYPES", "CoreChain", "as_scalar", "broadcast_batch", "check_same_kind", "check_same_place", "unbiasing"]
 

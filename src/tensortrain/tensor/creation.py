@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from tensortrain.cores.ranks import RankLike, resolve_ranks
 from tensortrain.errors import ShapeError
 from tensortrain.tensor.matrix import TTMatrix
-from tensortrain.tensor.ranks import RankLike, resolve_ranks
 from tensortrain.tensor.train import TensorTrain
 
 __all__ = ["eye", "ones", "randn", "randn_matrix", "zeros"]

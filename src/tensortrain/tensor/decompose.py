@@ -9,16 +9,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from tensortrain.errors import DTypeError, KindError, NonFiniteError, ShapeError
-from tensortrain.tensor import chain
-from tensortrain.tensor.approximation import Approximation
-from tensortrain.tensor.linalg import cut, cut_along, gram_singular_values, singular_values
-from tensortrain.tensor.matrix import TTMatrix, dense_to_paired
-from tensortrain.tensor.ranks import RankLike, max_ranks, resolve_ranks
-from tensortrain.tensor.scaling import split_pow2, times_pow2
-from tensortrain.tensor.streaming import is_stream, stream_tt_svd
-from tensortrain.tensor.sweeps import METHODS, SweepMethod, Unfolded
-from tensortrain.tensor.tolerance import (
+from tensortrain.cores import chain
+from tensortrain.cores.linalg import cut, cut_along, gram_singular_values, singular_values
+from tensortrain.cores.ranks import RankLike, max_ranks, resolve_ranks
+from tensortrain.cores.scaling import split_pow2, times_pow2
+from tensortrain.cores.tolerance import (
     Budget,
     Finished,
     Sweep,
@@ -27,8 +22,13 @@ from tensortrain.tensor.tolerance import (
     settled,
     with_derivatives,
 )
+from tensortrain.cores.unfolding import METHODS, SweepMethod, Unfolded
+from tensortrain.cores.validation import DTYPES
+from tensortrain.errors import DTypeError, KindError, NonFiniteError, ShapeError
+from tensortrain.tensor.approximation import Approximation
+from tensortrain.tensor.matrix import TTMatrix, dense_to_paired
+from tensortrain.tensor.streaming import is_stream, stream_tt_svd
 from tensortrain.tensor.train import TensorTrain
-from tensortrain.tensor.validation import DTYPES
 
 __all__ = ["Method", "tt_svd", "unfolding_spectra"]
 

@@ -11,12 +11,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from tensortrain.cores import chain
+from tensortrain.cores.ranks import RankLike
+from tensortrain.cores.scales import Exponents, Scale, guarded, plain_exponent
+from tensortrain.cores.scaling import times_pow2, work_dtype
 from tensortrain.errors import KindError, ModeIndexError, RankError, ShapeError
-from tensortrain.tensor import chain
 from tensortrain.tensor.base import CoreChain, broadcast_batch, check_same_place
-from tensortrain.tensor.ranks import RankLike
-from tensortrain.tensor.scales import Exponents, Scale, guarded, plain_exponent
-from tensortrain.tensor.scaling import times_pow2, work_dtype
 from tensortrain.tensor.train import TensorTrain, checked_dims
 
 __all__ = ["TTMatrix", "dense_to_paired", "paired_to_dense", "times_matrix_core", "times_train_core"]

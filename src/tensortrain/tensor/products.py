@@ -10,17 +10,17 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor
 
+from tensortrain.cores import chain
+from tensortrain.cores.linalg import cut_basis
+from tensortrain.cores.ranks import RankLike, max_ranks, resolve_ranks
+from tensortrain.cores.scaling import split_pow2
+from tensortrain.cores.sketch import OVERSAMPLING, Hadamard, Matmul, Plain, Sum, Virtual, sketched_cores
+from tensortrain.cores.tolerance import checked_eps, compute_dtype
 from tensortrain.errors import KindError, ShapeError
-from tensortrain.tensor import chain
 from tensortrain.tensor.approximation import Approximation
 from tensortrain.tensor.base import CoreChain, broadcast_batch, check_same_kind, check_same_place
-from tensortrain.tensor.linalg import cut_basis
 from tensortrain.tensor.matrix import TTMatrix
-from tensortrain.tensor.ranks import RankLike, max_ranks, resolve_ranks
 from tensortrain.tensor.rounding import SQUARED_FLOOR, round_tt
-from tensortrain.tensor.scaling import split_pow2
-from tensortrain.tensor.sketch import OVERSAMPLING, Hadamard, Matmul, Plain, Sum, Virtual, sketched_cores
-from tensortrain.tensor.tolerance import checked_eps, compute_dtype
 from tensortrain.tensor.train import TensorTrain
 
 __all__ = ["hadamard", "matmul", "round_sum"]

@@ -9,13 +9,13 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from tensortrain.cores import chain
+from tensortrain.cores.linalg import choose_rank, cut, left_basis
+from tensortrain.cores.tolerance import checked_eps, compute_dtype
 from tensortrain.errors import ModeIndexError, ShapeError
-from tensortrain.tensor import chain
 from tensortrain.tensor.base import CoreChain
-from tensortrain.tensor.linalg import choose_rank, cut, left_basis
 from tensortrain.tensor.matrix import TTMatrix
 from tensortrain.tensor.rounding import round_tt
-from tensortrain.tensor.tolerance import checked_eps, compute_dtype
 from tensortrain.tensor.train import TensorTrain
 
 Chain = TypeVar("Chain", bound=CoreChain)

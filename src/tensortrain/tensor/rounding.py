@@ -10,11 +10,8 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor
 
-from tensortrain.errors import KindError, NonFiniteError, RankError
-from tensortrain.tensor import chain
-from tensortrain.tensor.approximation import Approximation
-from tensortrain.tensor.base import CoreChain
-from tensortrain.tensor.linalg import (
+from tensortrain.cores import chain
+from tensortrain.cores.linalg import (
     choose_rank,
     cut,
     cut_along,
@@ -24,10 +21,10 @@ from tensortrain.tensor.linalg import (
     reorthonormalized,
     triangle,
 )
-from tensortrain.tensor.ranks import RankLike, count_params, max_ranks, ranks_within, resolve_ranks
-from tensortrain.tensor.scaling import balanced_pow2, keep_pow2, split_pow2, splitter, times_pow2
-from tensortrain.tensor.sketch import OVERSAMPLING, Plain, sketched_cores
-from tensortrain.tensor.tolerance import (
+from tensortrain.cores.ranks import RankLike, count_params, max_ranks, ranks_within, resolve_ranks
+from tensortrain.cores.scaling import balanced_pow2, keep_pow2, split_pow2, splitter, times_pow2
+from tensortrain.cores.sketch import OVERSAMPLING, Plain, sketched_cores
+from tensortrain.cores.tolerance import (
     Budget,
     Finished,
     Sizes,
@@ -38,6 +35,9 @@ from tensortrain.tensor.tolerance import (
     settled,
     with_derivatives,
 )
+from tensortrain.errors import KindError, NonFiniteError, RankError
+from tensortrain.tensor.approximation import Approximation
+from tensortrain.tensor.base import CoreChain
 
 __all__ = ["round_and_store", "round_tt"]
 

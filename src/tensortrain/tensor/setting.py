@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from tensortrain.cores.indexing import expand_ellipsis, index_core, resolve_lists
 from tensortrain.errors import KindError, ShapeError
-from tensortrain.tensor.indexing import expand_ellipsis, index_core, resolve_lists
 
 if TYPE_CHECKING:
     from tensortrain.tensor.train import TensorTrain

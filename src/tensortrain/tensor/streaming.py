@@ -14,14 +14,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tensortrain.cores.ranks import RankLike
+from tensortrain.cores.tolerance import checked_eps, compute_dtype
+from tensortrain.cores.validation import DTYPES
 from tensortrain.errors import KindError, ShapeError
 from tensortrain.tensor.algebra import cat
 from tensortrain.tensor.approximation import Approximation
-from tensortrain.tensor.ranks import RankLike
 from tensortrain.tensor.rounding import round_and_store, round_tt
-from tensortrain.tensor.tolerance import checked_eps, compute_dtype
 from tensortrain.tensor.train import TensorTrain
-from tensortrain.tensor.validation import DTYPES
 
 __all__ = ["is_stream", "stream_tt_svd"]
 

@@ -11,13 +11,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from tensortrain.cores import chain
+from tensortrain.cores.indexing import index_cores
+from tensortrain.cores.ranks import RankLike
+from tensortrain.cores.scales import Exponents
+from tensortrain.cores.scaling import work_dtype
 from tensortrain.errors import ModeIndexError, ShapeError
-from tensortrain.tensor import chain
 from tensortrain.tensor.base import CoreChain, broadcast_batch, unbiasing
-from tensortrain.tensor.indexing import index_cores
-from tensortrain.tensor.ranks import RankLike
-from tensortrain.tensor.scales import Exponents
-from tensortrain.tensor.scaling import work_dtype
 from tensortrain.tensor.setting import At
 
 __all__ = ["TensorTrain"]

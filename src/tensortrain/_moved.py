@@ -1,0 +1,154 @@
+"""Modules under the names that they had in the version before: they answer there once more, with a DeprecationWarning.
+
+A finder at the end of Python's list is asked only for names that nothing else has. Each line of the table goes with
+the next version.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import warnings
+from collections.abc import Sequence
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+__all__ = ["MOVED", "answer_old_names"]
+
+_PACKAGE = __name__.rpartition(".")[0]
+
+MOVED = {  # old name: where its content lies now, one or several modules
+    "compress": "compression",
+    "compress.aliases": "system.aliases",
+    "compress.allocate": "compression.choose.allocate",
+    "compress.api": "compression.api",
+    "compress.apply": "compression.surgery",
+    "compress.batches": "train.batches",
+    "compress.beyond_reach": "compression.choose.beyond_reach",
+    "compress.budget": "compression.choose.budget",
+    "compress.calibrate": "compression.survey.calibrate",
+    "compress.candidates": "compression.choose.candidates",
+    "compress.carry": "compression.carry",
+    "compress.copying": "system.copying",
+    "compress.cost": "compression.choose.cost",
+    "compress.guard": "train.guard",
+    "compress.heal": "compression.stages.heal",
+    "compress.held_back": "train.held_back",
+    "compress.inspect": "compression.survey.inspect",
+    "compress.layers": "compression.survey.layers",
+    "compress.losses": "train.losses",
+    "compress.masters": "train.masters",
+    "compress.measure": "compression.report.measure",
+    "compress.observer": "system.observer",
+    "compress.output_weights": "compression.survey.output_weights",
+    "compress.outputs": "train.outputs",
+    "compress.plan": "compression.choose.plan",
+    "compress.preserve": "train.preserve",
+    "compress.proof": "compression.proof",
+    "compress.reasons": "compression.survey.reasons",
+    "compress.report": "compression.report.report",
+    "compress.runs": "compression.survey.runs",
+    "compress.storage": "system.storage",
+    "compress.task": "train.task",
+    "compress.training": "train.loop",
+    "compress.training_state": "system.checkpoint",
+    "compress.uniform": "compression.choose.uniform",
+    "contract.chain": "contract.shape",
+    "contract.kernels": "system.native",
+    "contract.kernels.build": "system.native.build",
+    "contract.kernels.compiled": "contract.compiled",
+    "contract.kernels.load": "system.native.load",
+    "contract.machine": "system.machine",
+    "contract.tracing": "system.tracing",
+    "io.folder": "system.store.folder",
+    "io.recipe": "system.store.recipe",
+    "io.storable": "system.store.storable",
+    "io.stored": "system.store.stored",
+    "manifold.autodiff": "numerics.manifold.autodiff",
+    "manifold.optim": "numerics.manifold.optim",
+    "manifold.parameter": "numerics.manifold.parameter",
+    "manifold.point": "numerics.manifold.point",
+    "manifold.projection": "numerics.manifold.projection",
+    "manifold.retraction": "numerics.manifold.retraction",
+    "manifold.tangent": "numerics.manifold.tangent",
+    "models.conv_fc": "networks.conv_fc",
+    "models.mlp": "networks.mlp",
+    "models.registry": "networks.registry",
+    "nn.constraints": "nn.shaping.constraints",
+    "nn.conv_plan": "nn.conv.plan",
+    "nn.conv_transpose": "nn.conv.transpose",
+    "nn.embedding_bag": "nn.embedding.bag",
+    "nn.gram": "cores.gram",
+    "nn.orthogonal": "nn.shaping.orthogonal",
+    "nn.param_groups": "nn.shaping.param_groups",
+    "nn.recurrent_cells": "nn.recurrent.cells",
+    "nn.recurrent_maps": "nn.recurrent.maps",
+    "nn.regularize": "nn.shaping.regularize",
+    "nn.stand_ins": "nn.shaping.stand_ins",
+    "nn.tied": "nn.embedding.tied",
+    "nn.transformer": "nn.attention.transformer",
+    "tensor.chain": "cores.chain",
+    "tensor.indexing": "cores.indexing",
+    "tensor.linalg": "cores.linalg",
+    "tensor.ranks": "cores.ranks",
+    "tensor.scales": "cores.scales",
+    "tensor.scaling": "cores.scaling",
+    "tensor.sketch": "cores.sketch",
+    "tensor.sweeps": "cores.unfolding",
+    "tensor.tolerance": "cores.tolerance",
+    "tensor.validation": "cores.validation",
+    "viz._page": "viz.report.page",
+    "viz.figures": "viz.report.figures",
+    "viz.html": "viz.report.html",
+    "viz.terminal": "viz.report.terminal",
+    "viz.text": "viz.report.text",
+}
+
+
+def answer_old_names() -> None:
+    """Let ``import`` find the old names, for as long as this process runs."""
+    if not any(isinstance(finder, _OldNames) for finder in sys.meta_path):
+        sys.meta_path.append(_OldNames())
+
+
+class _OldNames:
+    """Finds and makes modules that pass every question on to the new ones."""
+
+    def find_spec(self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None) -> Any:
+        old = name.removeprefix(f"{_PACKAGE}.")
+        if old == name or old not in MOVED:
+            return None
+        is_folder = any(other.startswith(f"{old}.") for other in MOVED)
+        return ModuleSpec(name, self, is_package=is_folder)  # type: ignore[arg-type]  # asked for its methods only
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        homes = MOVED[spec.name.removeprefix(f"{_PACKAGE}.")].split()
+        return _OldModule(spec.name, [f"{_PACKAGE}.{home}" for home in homes])
+
+    def exec_module(self, module: ModuleType) -> None:
+        new = " and ".join(getattr(module, "homes"))  # noqa: B009  # mypy knows a ModuleType
+        warnings.warn(f"{module.__name__} has moved to {new}: import it from there.", DeprecationWarning, stacklevel=2)
+
+
+class _OldModule(ModuleType):
+    """A module whose names are those of others."""
+
+    def __init__(self, name: str, homes: Sequence[str]) -> None:
+        super().__init__(name, f"The old name of {', '.join(homes)}.")
+        self.homes = tuple(homes)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "homes" or (name.startswith("__") and name != "__all__"):
+            raise AttributeError(name)
+        found = [importlib.import_module(home) for home in self.homes]
+        if name == "__all__":
+            return [public for home in found for public in home.__all__]
+        for home in found:
+            if hasattr(home, name):
+                return getattr(home, name)
+        raise AttributeError(f"{self.__name__} has no {name!r}, and neither have {', '.join(self.homes)}.")
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """``tensortrain.compress`` is a function first: it stays one where its old folder was imported by name."""
+        return importlib.import_module(_PACKAGE + ".compression").compress(*args, **kwargs)

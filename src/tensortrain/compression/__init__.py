@@ -1,0 +1,63 @@
+"""Compression of trained models: inspect, plan, apply, heal, report."""
+
+from tensortrain.compression.api import CompressionResult, compress
+from tensortrain.compression.choose.budget import Budget, read_budget
+from tensortrain.compression.choose.plan import CompressionPlan, LayerPlan, plan_compression
+from tensortrain.compression.choose.uniform import plan_uniform
+from tensortrain.compression.report.report import (
+    CurvePoint,
+    LatencyRow,
+    LayerReport,
+    MemoryRow,
+    Report,
+    provenance,
+    write_text_atomic,
+)
+from tensortrain.compression.stages.heal import Heal, heal_
+from tensortrain.compression.surgery import apply_plan_, to_dense_
+from tensortrain.compression.survey.calibrate import Calibration, calibrate
+from tensortrain.compression.survey.inspect import Inspection, inspect
+from tensortrain.compression.survey.layers import FoundLayer, count_params, find_layers
+from tensortrain.compression.survey.output_weights import sentence_embedding
+from tensortrain.system.observer import Observer, Silent
+from tensortrain.train.loop import FitResult, evaluate_accuracy, fit, reestimate_batchnorm_
+from tensortrain.train.losses import cross_entropy_loss, distillation_loss, feature_loss
+
+__all__ = [
+    "Budget",
+    "Calibration",
+    "CompressionPlan",
+    "CompressionResult",
+    "CurvePoint",
+    "FitResult",
+    "FoundLayer",
+    "Heal",
+    "Inspection",
+    "LatencyRow",
+    "LayerPlan",
+    "LayerReport",
+    "MemoryRow",
+    "Observer",
+    "Report",
+    "Silent",
+    "apply_plan_",
+    "calibrate",
+    "compress",
+    "count_params",
+    "cross_entropy_loss",
+    "distillation_loss",
+    "evaluate_accuracy",
+    "feature_loss",
+    "find_layers",
+    "fit",
+    "heal_",
+    "inspect",
+    "plan_compression",
+    "plan_uniform",
+    "provenance",
+    "read_budget",
+    "reestimate_batchnorm_",
+    "sentence_embedding",
+    "to_dense_",
+    "write_text_atomic",
+]

@@ -1,0 +1,121 @@
+"""After the swap one batch proves that the model runs, and that its new layers do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from torch import nn
+
+from tensortrain.compression.choose.plan import CompressionPlan
+from tensortrain.compression.surgery import apply_plan_
+from tensortrain.compression.survey.runs import check_new_layers_run, layers_that_run
+from tensortrain.errors import KindError
+from tensortrain.system.observer import Observer
+from tensortrain.train.batches import run
+from tensortrain.train.preserve import checked_copy, preserved
+
+__all__ = ["apply_proven"]
+
+
+def apply_proven(
+    model: nn.Module, plan: CompressionPlan, *, inplace: bool, observer: Observer
+) -> tuple[nn.Module, CompressionPlan, list[str]]:
+    """Apply a plan to the model or a copy, and run the first batch of its calibration, if there is one.
+
+    Layers of which the model makes a use that their new forms cannot serve (it reads ``_parameters``, it asks for the
+    class) stay as they are; of a model that is changed in place they are an error, which the caller undoes.
+
+    Returns:
+        The compressed model, the plan as it was applied, and notes.
+
+    Raises:
+        KindError: The model does not run with its new layers.
+    """
+    names = [layer.name for layer in plan.layers if layer.spec is not None]
+    ran = _ran(model, plan, names)
+    compressed = apply_plan_(model if inplace else checked_copy(model), plan, observer=observer)
+    error = _failure(compressed, plan)
+    if error is None:
+        return compressed, plan, _idle(compressed, plan, names, ran)
+    culprits = [] if inplace else [name for name in names if _fails_alone(model, plan, name)]
+    if not culprits or len(culprits) == len(names):
+        raise _does_not_run(error, culprits)
+    plan = _without(plan, culprits, error)
+    compressed = apply_plan_(checked_copy(model), plan, observer=observer)
+    if (error := _failure(compressed, plan)) is not None:
+        raise _does_not_run(error, culprits)
+    return compressed, plan, _idle(compressed, plan, [name for name in names if name not in culprits], ran)
+
+
+def _once(model: nn.Module, plan: CompressionPlan) -> None:
+    assert plan.calibration is not None
+    with preserved(model):
+        model.eval()
+        run(model, plan.calibration.batches[0], with_labels=plan.calibration.with_labels)
+
+
+def _has_batch(plan: CompressionPlan) -> bool:
+    return plan.calibration is not None and bool(plan.calibration.batches)
+
+
+def _ran(model: nn.Module, plan: CompressionPlan, names: Sequence[str]) -> set[str]:
+    return layers_that_run(model, names, lambda net: _once(net, plan)) if _has_batch(plan) else set()
+
+
+def _failure(compressed: nn.Module, plan: CompressionPlan) -> Exception | None:
+    if not _has_batch(plan):
+        return None
+    try:
+        layers_that_run(compressed, [], lambda net: _once(net, plan))
+    except Exception as error:
+        return error
+    return None
+
+
+def _fails_alone(model: nn.Module, plan: CompressionPlan, name: str) -> bool:
+    alone = replace(plan, layers=tuple(layer for layer in plan.layers if layer.name == name))
+    return _failure(apply_plan_(checked_copy(model), alone), plan) is not None
+
+
+def _without(plan: CompressionPlan, culprits: Sequence[str], error: Exception) -> CompressionPlan:
+    """The plan with some layers left dense."""
+    why = f"left dense: the model does not run with another layer in its place ({_in_short(error)})"
+    layers = [
+        replace(layer, spec=None, params_after=layer.params_before, flops_after=layer.flops_before, rel_error=None,
+                decision=why)
+        if layer.name in culprits
+        else layer
+        for layer in plan.layers
+    ]  # fmt: skip
+    after = plan.params_after + sum(
+        layer.params_before - layer.params_after for layer in plan.layers if layer.name in culprits
+    )
+    note = f"The model does not run without its own {', '.join(map(repr, culprits))} ({_in_short(error)}): left dense, "
+    note += "so the budget may be missed. Leave them out with exclude= to spend it on the others."
+    return replace(plan, layers=tuple(layers), params_after=after, notes=(*plan.notes, note))
+
+
+def _idle(compressed: nn.Module, plan: CompressionPlan, names: Sequence[str], ran: set[str]) -> list[str]:
+    if not _has_batch(plan):
+        return []
+    idle = check_new_layers_run(compressed, names, lambda net: _once(net, plan), ran_before=ran)
+    if not idle:
+        return []
+    shown = ", ".join(map(repr, idle[:8]))
+    return [
+        f"New layers that the model does not call: {shown}. Its code reaches the old ones, or the weights, by another "
+        "way; if it is the old ones, leave them out with exclude=."
+    ]
+
+
+def _does_not_run(error: Exception, culprits: Sequence[str]) -> KindError:
+    named = f" ({', '.join(map(repr, culprits[:8]))})" if culprits else ""
+    return KindError(
+        f"a compressed model must run: with its new layers{named} it fails on the first batch with {_in_short(error)}. "
+        "Leave out with exclude= the layers whose class or parameters its code looks at."
+    )
+
+
+def _in_short(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split()):.200}"

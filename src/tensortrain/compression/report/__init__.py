@@ -1,0 +1,1 @@
+"""What was gained: the report, and the measurements that it holds."""

@@ -1,0 +1,189 @@
+"""Model surgery: every change is checked and built before the first one is made."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tensortrain.compression.carry import cannot_carry, carry
+from tensortrain.compression.choose.plan import CompressionPlan, LayerPlan
+from tensortrain.compression.survey.calibrate import Calibration
+from tensortrain.compression.survey.layers import FoundLayer, check_module, find_layers
+from tensortrain.errors import ShapeError
+from tensortrain.nn import FactorizedLayer, dense_twin
+from tensortrain.system.aliases import Undo, replace_aliases
+from tensortrain.system.observer import Observer, Silent
+
+__all__ = ["apply_plan_", "to_dense_"]
+
+
+def apply_plan_(model: nn.Module, plan: CompressionPlan, *, observer: Observer | None = None) -> nn.Module:
+    """Replace layers as a plan says: all of them or none.
+
+    Shared modules stay shared. Hooks, ``requires_grad``, mode, dtype, device and whatever hangs on a layer (attributes,
+    buffers, parameters, children) carry over. Where the model holds a layer in a list, another object or a bound
+    method, the new one is put there too.
+
+    Args:
+        model: Changed in place. A bare layer cannot be changed in place: its replacement is returned.
+        plan: From ``plan_compression`` on this model or one of the same shapes. A plan read from JSON has no
+            input statistics, so its decompositions are not weighted by them.
+
+    Returns:
+        Module: The model, or the new layer where the model is a bare layer.
+
+    Raises:
+        ShapeError: A layer of the plan is missing or has another shape; nothing was changed.
+        NonFiniteError: A weight holds NaN or Inf; nothing was changed.
+
+    Cost: one decomposition per layer.
+    """
+    observer = observer or Silent()
+    found = {layer.name: layer for layer in find_layers(model)[0]}
+    work = [(_checked(entry, found), entry) for entry in plan.layers if entry.spec is not None]
+    weighing = plan.calibration.weighing if plan.calibration is not None else _unweighed
+    built: list[_Built] = []
+    statistics: list[tuple[Tensor, Tensor]] = []
+    observer.on_start("decompose", len(work))
+    try:
+        for k, (layer, entry) in enumerate(work):
+            new = _build(layer, entry, *weighing(layer.name))
+            statistics += _keep_moments(model, layer, new, plan.calibration)
+            built.append((layer.names, layer.module, new))
+            observer.on_step(k + 1)
+    finally:
+        observer.on_end()
+    changed = _swap(model, built)
+    for buffer, value in statistics:
+        buffer.copy_(value)
+    return changed
+
+
+def to_dense_(model: nn.Module) -> nn.Module:
+    """Put plain torch layers back in place of factorized ones.
+
+    Returns:
+        Module: The model, or the dense layer where the model is a bare factorized layer.
+    """
+    check_module(model)
+    aliases: dict[int, list[str]] = {}
+    modules: dict[int, FactorizedLayer] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, FactorizedLayer):
+            aliases.setdefault(id(module), []).append(name)
+            modules[id(module)] = module
+    built: list[_Built] = []
+    with torch.random.fork_rng(devices=[]):  # a fresh layer draws its first weights
+        for key, module in modules.items():
+            reason = cannot_carry(module, to=module.dense_type)
+            if reason:
+                name = aliases[key][0]
+                warnings.warn(f"to_dense_ left {name!r} ({type(module).__name__}) factorized: {reason}", stacklevel=2)
+                continue
+            built.append((tuple(aliases[key]), module, dense_twin(module)))
+            carry(module, built[-1][2])
+    return _swap(model, built)
+
+
+_Built = tuple[tuple[str, ...], nn.Module, Any]  # names, old layer, new layer
+
+
+def _checked(entry: LayerPlan, found: dict[str, FoundLayer]) -> FoundLayer:
+    layer = found.get(entry.name)
+    if layer is None:
+        raise ShapeError(
+            f"a plan must fit its model: it names layer {entry.name!r}, which the model lacks or which cannot be "
+            f"factorized. Plan again with tensortrain.plan_compression on this model. Nothing was changed."
+        )
+    assert entry.spec is not None
+    if layer.weight != entry.spec.weight or layer.kind != entry.kind:
+        raise ShapeError(
+            f"a plan must fit its model: layer {entry.name!r} is a {layer.kind} of shape {layer.weight.dense_shape}, "
+            f"the plan expects a {entry.kind} of shape {entry.shape}. Plan again on this model. Nothing was changed."
+        )
+    return layer
+
+
+def _unweighed(name: str) -> tuple[None, None]:
+    return None, None
+
+
+def _build(layer: FoundLayer, entry: LayerPlan, gram: Tensor | None, output_gram: Tensor | None) -> FactorizedLayer:
+    assert entry.spec is not None
+    new = layer.reader.from_dense(
+        layer.module,
+        format=entry.spec.format,
+        rank=entry.spec.ranks,
+        in_modes=entry.spec.in_modes,
+        out_modes=entry.spec.out_modes,
+        input_gram=gram,
+        output_gram=output_gram,
+        implementation=entry.implementation,  # type: ignore[arg-type]
+    )
+    carry(layer.module, new)
+    return new
+
+
+@torch.no_grad()
+def _keep_moments(
+    model: nn.Module, layer: FoundLayer, new: FactorizedLayer, calibration: Calibration | None
+) -> list[tuple[Tensor, Tensor]]:
+    """Make up for what the truncation took from the mean and the variance of a layer's output.
+
+    The mean goes into the bias, or into the running mean of the batch norm that follows; that norm's running
+    variance shrinks as the output's does.
+
+    Returns:
+        list: Statistics that are still to be changed, with their new values.
+    """
+    mean = calibration.means.get(layer.name) if calibration is not None else None
+    if calibration is None or mean is None or "forward" in vars(layer.module):  # its input may not be what was seen
+        return []
+    old = layer.kernel.double().flatten(1)
+    kept = new.format.to_dense(list(new.cores), new.spec).double().flatten(1)  # new.weight would stay in a cache
+    lost = (old - kept) @ mean.to(old.device)
+    if new.bias is not None:
+        new.bias.add_(lost.to(new.bias.dtype))
+    norm: Any = model.get_submodule(calibration.norms[layer.name]) if layer.name in calibration.norms else None
+    if norm is None or norm.running_mean is None:
+        return []
+    gram = calibration.grams[layer.name].to(old.device)
+    before, after = _variances(old, gram), _variances(kept, gram)
+    share = torch.where(before > 0, after / before, 1.0)
+    changes = [(norm.running_var, norm.running_var * share)]
+    return changes if new.bias is not None else [*changes, (norm.running_mean, norm.running_mean - lost)]
+
+
+def _variances(matrix: Tensor, gram: Tensor) -> Tensor:
+    """Variance of every output of a linear map on inputs with this second moment about their mean."""
+    return ((matrix * gram if gram.ndim == 1 else matrix @ gram) * matrix).sum(dim=1).clamp_min(0)
+
+
+def _swap(model: nn.Module, built: list[_Built]) -> nn.Module:
+    """Put every new layer wherever the model holds the one it replaces; undo all if one assignment fails."""
+    replaced = {id(old): (old, new) for _, old, new in built}
+    root: nn.Module = replaced[id(model)][1] if id(model) in replaced else model
+    # Parents first: a layer may have others hung on it, which its successor has by then.
+    todo = sorted(((name, new) for names, _, new in built for name in names), key=lambda pair: pair[0].count("."))
+    undo: Undo = []
+    try:
+        for name, new in todo:
+            if name:
+                parent, _, child = name.rpartition(".")
+                owner = root.get_submodule(parent)
+                old = owner._modules[child]
+                undo.append(lambda owner=owner, child=child, old=old: _assign(owner, child, old))  # type: ignore[misc]
+                _assign(owner, child, new)
+        replace_aliases(root, replaced, undo)
+    except BaseException:
+        for restore in reversed(undo):
+            restore()
+        raise
+    return root
+
+
+def _assign(owner: nn.Module, child: str, module: nn.Module | None) -> None:
+    owner._modules[child] = module  # Sequential and ModuleList have no attribute of that name to set

@@ -1,0 +1,166 @@
+"""How much each layer's output matters: gradients of the model's output with respect to it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from tensortrain.compression.survey.layers import FoundLayer
+from tensortrain.errors import KindError
+from tensortrain.system.observer import Observer
+from tensortrain.train.batches import run
+from tensortrain.train.outputs import OutputFunction, counted, spread
+
+if TYPE_CHECKING:
+    from tensortrain.compression.survey.calibrate import Calibration
+
+__all__ = ["OutputFunction", "Spreads", "sentence_embedding", "weigh_outputs"]
+
+Judge = Callable[[Any], dict[str, Tensor]]  # batch -> the outputs that count, by name
+LARGEST_FULL_GRAM = 4608  # outputs; above, only the diagonal is kept
+_CONSTANT = 1e-12  # of the squares: an output that spreads less about its mean is the same for all examples
+
+
+class Spreads:
+    """How strongly each output varies from example to example, summed over batches."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, tuple[float, float]] = {}
+        self.n_examples = 0
+
+    def add(self, outputs: Mapping[str, Tensor]) -> None:
+        """Take in the outputs of one batch."""
+        self.n_examples += max((y.shape[0] if y.ndim else 1 for y in outputs.values()), default=0)
+        for name, y in outputs.items():
+            about, square = spread(y)
+            known = self.sums.get(name, (0.0, 0.0))
+            self.sums[name] = (known[0] + float(about), known[1] + float(square))
+
+    def scales(self) -> dict[str, float]:
+        """Mean square about the mean per example; the mean square where an output hardly varies. None is 0."""
+        found = {name: about if about > _CONSTANT * square else square for name, (about, square) in self.sums.items()}
+        return {name: value / self.n_examples for name, value in found.items() if 0 < value < math.inf}
+
+
+def sentence_embedding(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+    """Mean of an encoder's last hidden states over the tokens that count, scaled to length one: ``(b, c)``.
+
+    Args:
+        model: Gives an object with ``last_hidden_state``, as the encoders of transformers do.
+        batch: With an ``"attention_mask"``.
+
+    Raises:
+        KindError: The model is no such encoder, or the batch has no mask.
+    """
+    hidden = getattr(run(model, batch), "last_hidden_state", None)
+    if not isinstance(hidden, Tensor) or not isinstance(batch, Mapping) or "attention_mask" not in batch:
+        raise KindError(
+            f"a sentence must be encoded by hidden states and a mask: {type(model).__name__} gives no "
+            "last_hidden_state, or the batch no attention_mask. Pass an encoder, and batches of its tokenizer."
+        )
+    mask = batch["attention_mask"].unsqueeze(-1).to(hidden.dtype)
+    return nn.functional.normalize((hidden * mask).sum(dim=1) / mask.sum(dim=1), dim=-1)
+
+
+def weigh_outputs(
+    model: nn.Module,
+    layers: Sequence[FoundLayer],
+    found: Calibration,
+    n_batches: int,
+    judge: Judge,
+    spreads: Spreads,
+    observer: Observer,
+) -> None:
+    """Fill ``found.output_grams`` and ``found.output_scale`` from the batches that it keeps.
+
+    For a random direction ``v`` of the model's output ``y``, ``g = d(v y) / d(layer output)`` has the second
+    moment ``E[J^T J]``: with it, the quadratic form of a change of the layer's output predicts the squared
+    change of ``y`` (Gauss-Newton). Several outputs count alike: each is scaled to the spread of the first.
+    """
+    scales, batches = spreads.scales(), found.batches[:n_batches]
+    if not scales:
+        found.notes.append("The outputs are zero or not finite on all of the data: layers are weighed by inputs alone.")
+        return
+    found.output_scale = next(iter(scales.values()))
+    shares = {name: math.sqrt(found.output_scale / scale) for name, scale in scales.items()}
+    generator, count = torch.Generator().manual_seed(0), 0
+    observer.on_start("gradients", len(batches))
+    try:
+        for k, batch in enumerate(batches):
+            count += _add_gradients(model, layers, batch, judge, shares, generator, found.output_grams)
+            observer.on_step(k + 1)
+    except Exception as error:  # a part without a backward: inputs alone have to do
+        found.output_grams.clear()
+        reason = " ".join(str(error).split())
+        found.notes.append(f"Layers are weighed by inputs alone: no gradients ({type(error).__name__}: {reason:.120}).")
+    finally:
+        observer.on_end()
+    for name in found.output_grams:
+        found.output_grams[name] = found.output_grams[name] / max(1, count)
+
+
+def _add_gradients(
+    model: nn.Module,
+    layers: Sequence[FoundLayer],
+    batch: Any,
+    judge: Judge,
+    shares: Mapping[str, float],
+    generator: torch.Generator,
+    sums: dict[str, Tensor],
+) -> int:
+    """Add the second moment of the gradients at every layer's output; give the number of examples."""
+    tags: list[Tensor] = []
+
+    def watch(layer: FoundLayer) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: Any, result: Any) -> Any:
+            if not isinstance(result, Tensor) or result.is_nested or not result.is_floating_point():
+                return result
+            # Adding a zero that wants a gradient makes the result want one too, frozen weights or not.
+            tag = result.new_zeros((), requires_grad=True)
+            tags.append(tag)
+            tagged = result + tag
+            if not tagged.requires_grad:  # the model runs this part under no_grad
+                return result
+            tagged.register_hook(lambda gradient: _add(sums, layer, gradient))
+            return tagged
+
+        return hook
+
+    handles = [layer.module.register_forward_hook(watch(layer)) for layer in layers]
+    try:
+        # cuDNN has no backward for recurrent layers in eval mode
+        with torch.inference_mode(False), torch.enable_grad(), torch.backends.cudnn.flags(enabled=False):
+            outputs = judge(batch)
+            total = _along_random_directions(outputs, shares, generator)
+            if total is not None:  # labels picked by argmax have no gradient
+                torch.autograd.grad(total, tags, allow_unused=True)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return max((y.shape[0] if y.ndim else 1 for y in outputs.values()), default=0)
+
+
+def _along_random_directions(
+    outputs: Mapping[str, Tensor], shares: Mapping[str, float], generator: torch.Generator
+) -> Tensor | None:
+    total: Tensor | None = None
+    for name, y in outputs.items():
+        direction = torch.randn(y.shape, generator=generator).to(y) * shares.get(name, 0.0)
+        if y.requires_grad and name in shares:
+            along = (torch.where(counted(y), y, 0) * direction).sum()
+            total = along if total is None else total + along
+    return total
+
+
+def _add(sums: dict[str, Tensor], layer: FoundLayer, gradient: Tensor) -> None:
+    if layer.weight.kind == "conv":
+        spatial = len(layer.weight.kernel)
+        gradient = gradient.movedim(-spatial - 1, -1)
+    rows = gradient.detach().reshape(-1, gradient.shape[-1]).float().nan_to_num(0.0, 0.0, 0.0)
+    wide = rows.shape[1] > LARGEST_FULL_GRAM
+    moment = rows.double().square().sum(dim=0) if wide else (rows.T @ rows).double()
+    sums[layer.name] = sums[layer.name] + moment if layer.name in sums else moment

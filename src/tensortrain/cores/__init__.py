@@ -1,0 +1,1 @@
+"""Functions on lists of cores: no types, no classes that hold them."""

@@ -1,0 +1,328 @@
+"""Tolerances: what counts as exact in a dtype, and how a promised error is made up.
+
+A decomposition computes in float64 and stores in the dtype of its input. Its error has three parts: what was
+cut off, what casting the cores lost, and the rounding of the arithmetic. Each is bounded, and the cut gets
+only what the other two leave of ``eps``.
+
+Rounding is relative to what is added up, which may be larger than the sum: between two cores there may lie a matrix and
+its inverse, or two trains may nearly cancel. By how much larger is called growth here. It is 1 for orthonormal cores,
+and what a train brings is measured on the way (see ``growths``).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tensortrain.cores.chain import add_cores, multiplied_pow2, norm_parts, over_core, shares_pow2
+from tensortrain.cores.scaling import times_pow2
+from tensortrain.errors import RankError
+
+__all__ = [
+    "Budget",
+    "Finished",
+    "Sizes",
+    "Sweep",
+    "checked_eps",
+    "compute_dtype",
+    "default_eps",
+    "finish",
+    "growths",
+    "settled",
+    "with_derivatives",
+]
+
+_UNIT = torch.finfo(torch.float64).eps / 2
+_LARGEST_DEFAULT = 0.5  # of the default tolerance: thousands of cores of a half precision hold no more than that
+_LARGEST_NOISE = 1e-6  # of what is taken for rounding and cut even if nothing is to be cut
+
+
+def default_eps(dtype: torch.dtype, order: int = 1) -> float:
+    """The relative tolerance that counts as exact: 1e-12, or ``2 (order + 1)`` roundings of a lower dtype, at most 0.5.
+
+    For order 4 this is 1e-12 in float64 and complex128, 1.2e-6 in float32 and complex64, 0.078 in bfloat16.
+    """
+    return min(_LARGEST_DEFAULT, max(1e-12, 2 * (order + 1) * torch.finfo(dtype).eps))
+
+
+def checked_eps(eps: float | None, dtype: torch.dtype, order: int) -> float:
+    """``eps`` as a float, or the default.
+
+    Raises:
+        RankError: It does not lie in ``[0, 1)``.
+    """
+    if eps is None:
+        return default_eps(dtype, order)
+    try:
+        holds = 0.0 <= float(eps) < 1.0  # NaN does not
+    except (TypeError, ValueError):
+        holds = False
+    if not holds:
+        raise RankError(
+            f"a tolerance must lie in [0, 1): eps has {eps}, expected a relative Frobenius error. "
+            "Pass eps=1e-6, for instance."
+        )
+    return float(eps)
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64, or complex128 for complex data."""
+    return torch.complex128 if dtype.is_complex else torch.float64
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much of ``eps`` may be cut off.
+
+    Attributes:
+        eps: The tolerance asked for.
+        cut: Relative error that all cuts together may make; one, or one for each member of a batch.
+        arithmetic: Relative error counted for the float64 arithmetic of the decomposition, likewise.
+    """
+
+    eps: float
+    cut: Tensor | float
+    arithmetic: Tensor | float
+
+    @classmethod
+    def of(
+        cls,
+        eps: float,
+        dtype: torch.dtype,
+        sizes: Sequence[int],
+        caps: Sequence[int],
+        growth: Tensor | None = None,
+        before: Tensor | float = 0.0,
+    ) -> Budget:
+        """Budget for a decomposition.
+
+        Args:
+            eps: Tolerance asked for.
+            dtype: Storage dtype.
+            sizes: Smaller sides of the matrices factorized, length ``order + 1`` with the ends.
+            caps: Largest ranks, same length.
+            growth: By how much rounding grows at each inner bond, ``(order - 1, ..)``; left out, not at all.
+            before: Relative error that was made already.
+        """
+        # Roundings at different bonds do not conspire, so their squares add. Sweeps over random tensors
+        # erred by 26 units at sides of 64, 77 at 256 and 124 at 512: less than half of this.
+        units = [max(16.0, 12.0 * math.sqrt(n)) for n in sizes[1:-1]]
+        arithmetic: Tensor | float = _UNIT * math.hypot(*units)
+        if growth is not None and units:
+            # Where it grew, rounding came to a third of this in the worst of 15,000 trains.
+            parts = zip(units, sizes[1:-1], growth, strict=True)
+            each = torch.stack([unit + 4.0 * math.sqrt(n) * (grown - 1.0) for unit, n, grown in parts])
+            arithmetic = _UNIT * each.square().sum(0).sqrt()
+        casting = stored = 0.0
+        if dtype != compute_dtype(dtype):
+            # see _casting_error: a unit of the whole per core, and what a basis feels of later cuts
+            unit = torch.finfo(dtype).eps / 2
+            casting = (len(caps) - 1) * unit * (1.0 + math.sqrt(max(caps)) * eps)
+            stored = 2.0 * unit * math.sqrt(len(units))
+        reserve = arithmetic + casting + _evaluation_error(dtype, caps) + before
+        # Where rounding alone is beyond eps, no cut can keep the promise; half of eps still finds the ranks. And
+        # singular values that rounding makes are never worth keeping.
+        noise = torch.clamp(0.5 * torch.as_tensor(arithmetic, dtype=torch.float64), max=_LARGEST_NOISE) + stored
+        cut = torch.clamp(torch.as_tensor(eps - reserve, dtype=torch.float64), min=eps / 2).maximum(noise)
+        return cls(eps, cut if cut.ndim else float(cut), arithmetic)
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Cores from a left-to-right sweep: all but the last are left-orthogonal. Sizes are relative to the whole.
+
+    Attributes:
+        cores: ``(.., r, n, s)`` each, in the compute dtype; times ``2**exponent`` the last one is that of the train.
+        spectra: The kept singular values at each of the ``d - 1`` bonds, ``(.., r)``, relative to the norm.
+        tails: Relative root-sum-square of what was cut at each bond, ``batch_shape``.
+        norm: Frobenius norm of what was swept is ``norm * 2**exponent``, ``batch_shape``; 0 only where all is zero.
+        exponent: Integers, ``batch_shape``.
+        before: Relative error made before the sweep; the cuts need not be orthogonal to it.
+        unseen: Relative size of what may have been cut without showing in ``tails``.
+        growth: By how much rounding grew at each bond, ``(d - 1, ..)``; ``None`` for not at all.
+    """
+
+    cores: list[Tensor]
+    spectra: list[Tensor]
+    tails: list[Tensor]
+    norm: Tensor
+    exponent: Tensor
+    before: Tensor | float = 0.0
+    unseen: Tensor | float = 0.0
+    growth: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What a sweep stored: cores, their center, and the promised error, of the worst member of a batch.
+
+    ``sweep`` and ``shares`` tell how the cores came about: those of the sweep, each times its power of two.
+    """
+
+    cores: tuple[Tensor, ...]
+    center: tuple[int, int]
+    bound: float
+    bond_errors: tuple[float, ...]
+    bounds: Tensor
+    is_zero: bool
+    sweep: Sweep
+    shares: list[Tensor | int]
+
+
+def settled(
+    sweep: Sweep,
+    again: Callable[[float], Sweep],
+    *,
+    dtype: torch.dtype,
+    budget: Budget,
+    caps: Sequence[int],
+) -> Finished:
+    """A sweep finished, or one at a lower tolerance than that of the budget if the first missed ``eps``.
+
+    What casting and rounding come to is known in the end only: then the cuts get what these left of ``eps``.
+    """
+    done = finish(sweep, dtype=dtype, budget=budget)
+    is_capped = all(core.shape[-1] >= cap for core, cap in zip(done.cores, caps[1:], strict=True))
+    if done.bound <= budget.eps or is_capped or not math.isfinite(done.bound):
+        return done
+    cuts = _total(sweep) - sweep.before
+    left = float((budget.eps - (done.bounds - cuts)).amin())
+    if left < 0.1 * budget.eps:
+        return done
+    closer = finish(again(0.95 * left), dtype=dtype, budget=budget)
+    return closer if closer.bound < done.bound else done
+
+
+def _total(sweep: Sweep) -> Tensor:
+    tails = torch.stack([*sweep.tails, torch.zeros_like(sweep.norm)])
+    return (tails.square().sum(0) + sweep.unseen**2).sqrt() + sweep.before
+
+
+def finish(sweep: Sweep, *, dtype: torch.dtype, budget: Budget) -> Finished:
+    """Scale and cast the cores of a sweep, and add up what is promised.
+
+    Args:
+        sweep: Cores and what was cut.
+        dtype: Storage dtype.
+        budget: Gives the rounding of the sweep itself.
+    """
+    last = len(sweep.cores) - 1
+    shares, single = shares_pow2(sweep.cores, sweep.exponent, last, dtype)
+    stored = [core.to(dtype) for core in multiplied_pow2(sweep.cores, shares)]
+    ranks = [1, *(spectrum.shape[-1] for spectrum in sweep.spectra), 1]
+    others = _total(sweep) + budget.arithmetic + _evaluation_error(dtype, ranks)
+    casting: Tensor | float = 0.0
+    if dtype != compute_dtype(dtype) or not single:
+        casting = _casting_error(sweep, stored, shares, budget.eps - others)
+    bounds = _relative_to_exact(others + casting, budget.arithmetic).where(sweep.norm > 0, 0.0)
+    tails = torch.stack([*sweep.tails, torch.zeros_like(sweep.norm)])
+    worst = torch.cat((sweep.norm.reshape(1, -1), bounds.reshape(1, -1), tails[:-1].reshape(last, sweep.norm.numel())))
+    numbers = worst.amax(1).tolist() if worst.shape[1] else [0.0] * (last + 2)  # one sync for all
+    center = (last, last) if single else (0, last)
+    is_zero = numbers[0] == 0.0
+    return Finished(tuple(stored), center, numbers[1], tuple(numbers[2:]), bounds, is_zero, sweep, shares)
+
+
+def with_derivatives(done: Finished, cores: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The stored cores to the bit, with the derivatives of ``cores``, which equal those of the sweep to rounding."""
+    placed = [core.to(kept.dtype) for core, kept in zip(multiplied_pow2(cores, done.shares), done.cores, strict=True)]
+    return tuple(kept + (core - core.detach()) for core, kept in zip(placed, done.cores, strict=True))
+
+
+def _relative_to_exact(bounds: Tensor, arithmetic: Tensor | float) -> Tensor:
+    """Bounds relative to the norm that was computed, made relative to the norm itself.
+
+    The two differ by the rounding of the arithmetic; where that may be half of it, nothing is known.
+    """
+    rounding = torch.as_tensor(arithmetic, dtype=bounds.dtype, device=bounds.device)
+    return torch.where(rounding < 0.5, bounds / (1.0 - rounding.clamp_max(0.5)), math.inf)
+
+
+Sizes = tuple[Tensor, Tensor]  # positive numbers m ``(.., r)`` and integers e ``(..)``, for m 2^e
+
+
+def growths(cores: Sequence[Tensor], left: Sequence[Sizes], right: Sequence[Sizes], whole: Sizes) -> Tensor:
+    """By how much the terms of the sums at each bond are larger than the whole.
+
+    A core ``g`` with ``a`` left of it and ``c`` right of it is summed over its ranks; each term ``a_r g_rs c_s`` is
+    rounded by itself, so it is their root-sum-square that counts. That is the same however the bonds are scaled.
+
+    Args:
+        cores: ``(.., r, n, s)`` each.
+        left: Norms of the columns of what lies left of bonds 0 to d.
+        right: Norms of the rows of what lies right of bonds 0 to d.
+        whole: Norm of the train, ``(..)``.
+
+    Returns:
+        ``(d - 1, ..)``, at least 1: the worst of what is summed over a bond and in the two cores beside it.
+    """
+    ends = [_sizes_product(left[k], right[k], whole) for k in range(1, len(cores))]
+    inner = []
+    for k, core in enumerate(cores):
+        sizes, exponent = left[k]
+        passed = (sizes.square().unsqueeze(-2) @ core.abs().square().sum(-2)).squeeze(-2).sqrt()
+        inner.append(_sizes_product((passed, exponent), right[k + 1], whole))
+    if not ends:
+        return whole[0].new_ones((0, *whole[0].shape))
+    both = [torch.stack(parts).amax(0) for parts in zip(ends, inner[:-1], inner[1:], strict=True)]
+    growth = torch.stack(both)
+    # A norm of 0 made of parts that are not 0 is one that squares cannot show: nothing is known of it.
+    cancelled = growth.nan_to_num(1.0, math.inf).clamp_min(1.0)
+    return torch.where(whole[0] > 0, growth.nan_to_num(math.inf, math.inf).clamp_min(1.0), cancelled)
+
+
+def _sizes_product(left: Sizes, right: Sizes, whole: Sizes) -> Tensor:
+    size = (left[0] * right[0]).square().sum(-1).sqrt()
+    return times_pow2(size, left[1] + right[1] - whole[1]) / whole[0]
+
+
+def _evaluation_error(dtype: torch.dtype, ranks: Sequence[int]) -> float:
+    """Relative error of ``to_dense()``, which sums ``r`` products per bond in the storage dtype.
+
+    Products of equal entries are all rounded alike, so their errors add; beyond some thirty cores no array holds all.
+    """
+    unit = torch.finfo(dtype).eps / 2
+    apart = math.hypot(*(max(1.5, 0.6 * math.sqrt(r)) for r in ranks[1:-1]))
+    of_products = 1.5 if dtype.is_complex else 1.0
+    return unit * of_products * max(apart, min(30, len(ranks) - 2))
+
+
+def _casting_error(
+    sweep: Sweep, stored: Sequence[Tensor], shares: Sequence[Tensor | int], spare: Tensor
+) -> Tensor | float:
+    """Bound on what rounding the cores to storage changes, relative to the whole, ``batch_shape``.
+
+    Where the sum of the worst cases is more than there is to spare, the change is measured.
+    """
+    wide = [core.to(sweep.cores[0].dtype) for core in stored]
+    back = multiplied_pow2(wide, [-share for share in shares])
+    total = _sum_of_changes(sweep, [a - b for a, b in zip(back, sweep.cores, strict=True)])
+    if len(stored) == 1 or bool((total <= spare).all()) or not bool(total.isfinite().all()):
+        return total
+    difference = add_cores(back, [-sweep.cores[0], *sweep.cores[1:]])
+    measured = times_pow2(*norm_parts(difference, (0, len(stored) - 1))) / sweep.norm.where(sweep.norm > 0, 1.0)
+    return torch.minimum(total, measured + 1e-14)
+
+
+def _sum_of_changes(sweep: Sweep, changes: Sequence[Tensor]) -> Tensor:
+    """How much changes of the cores come to at most.
+
+    A change D of core k changes the whole by ``||D W||``, W being what lies right of it, since all to its
+    left is orthonormal. At the time of the cut ``W W^H`` was the square of the kept singular values;
+    later cuts move W by no more than their tails.
+    """
+    later = total = torch.zeros_like(sweep.norm)
+    for k in range(len(changes) - 1, -1, -1):
+        change = changes[k]
+        if k < len(changes) - 1:
+            total = total + later * torch.linalg.vector_norm(change, dim=(-3, -2, -1))
+            later = torch.hypot(later, sweep.tails[k])
+            change = change * sweep.spectra[k][..., None, None, :]
+        else:
+            change = change / over_core(sweep.norm.where(sweep.norm > 0, 1.0))
+        total = total + torch.linalg.vector_norm(change, dim=(-3, -2, -1))
+    return total

@@ -1,0 +1,373 @@
+"""Convolutions with a factorized kernel."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tensortrain.contract import Chain, ContractionPlan, CostModel, cost_model
+from tensortrain.errors import ShapeError
+from tensortrain.formats import FactorSpec, Format, Rank, WeightShape, get_format
+from tensortrain.nn.base import _COMPILE_BATCH, FactorizedLayer, Implementation, Init, as_tuple
+from tensortrain.nn.conv.plan import ConvPlan, out_size
+from tensortrain.nn.inputs import check_plain_layout, once, traceable
+from tensortrain.system.tracing import is_traced, sizes_of, static_power_of_two
+
+__all__ = ["Conv1d", "Conv2d", "Conv3d", "ConvLayer"]
+
+Size = int | Sequence[int]
+Convolve = Callable[..., Tensor]  # (x, weight in torch's layout, bias=None, groups=1) -> y
+# Core by core has to be clearly ahead: its predicted time is rougher than that of one library call.
+_MARGIN = 0.7
+_STEPS_OVERHEAD_S = 40e-6  # of the calls between the steps, which no flop count shows; seen on a CPU
+_FEW = 4  # inputs of a traced program that is planned for one
+_CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+_PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
+
+
+class ConvLayer(FactorizedLayer):
+    """What convolutions and transposed convolutions have in common: two ways to run, and the choice."""
+
+    n_axes: ClassVar[int]
+    in_channels: int
+    out_channels: int
+    kernel_size: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...] | str
+    dilation: tuple[int, ...]
+    groups: int
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Size,
+        stride: Size,
+        dilation: Size,
+        groups: int,
+        bias: bool,
+        *,
+        format: str,
+        rank: Rank,
+        in_modes: Sequence[int] | None,
+        out_modes: Sequence[int] | None,
+        init: Init,
+        implementation: Implementation,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        n = self.n_axes
+        _check_channels(in_channels, out_channels, groups)
+        self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
+        self.kernel_size = as_tuple(kernel_size, n, "kernel_size")
+        self.stride = as_tuple(stride, n, "stride")
+        self.dilation = as_tuple(dilation, n, "dilation")
+        weight = WeightShape("conv", out_channels, in_channels // groups, self.kernel_size, groups)
+        spec = get_format(format).spec(weight, rank=rank, out_modes=out_modes, in_modes=in_modes)
+        super().__init__(
+            spec,
+            bias=out_channels if bias else None,
+            init=init,
+            implementation=implementation,
+            device=device,
+            dtype=dtype,
+        )
+        self._seen_spatial: tuple[int, ...] = tuple(4 * k for k in self.kernel_size)
+        # Whether the kernel is rebuilt in every call of a traced program, for few inputs and for many.
+        self._dense_pays = tuple(self._plan(n, self._seen_spatial, traced=True).uses_dense for n in (1, _COMPILE_BATCH))
+
+    @classmethod
+    def weight_shape_of(cls, layer: Any) -> WeightShape:
+        inputs = layer.in_channels // layer.groups
+        return WeightShape("conv", layer.out_channels, inputs, tuple(layer.kernel_size), layer.groups)
+
+    # -- what a subclass provides --------------------------------------------------------------------
+
+    def _out_spatial(self, spatial: Sequence[int]) -> tuple[int, ...]:
+        """Positions that an input of these positions gives."""
+        raise NotImplementedError
+
+    def _filter_positions(self, ins: int, outs: int) -> int:
+        """At how many of the positions the dense kernel is multiplied."""
+        return outs
+
+    def _convolve_group(self, x: Tensor, cores: list[Tensor], convolve: Convolve) -> Tensor:
+        """One group, core by core; ``convolve`` has the options of the layer and torch's layout of kernels."""
+        return self.format.convolve(x, cores, self._group_spec, convolve, self._channel_plan(x))
+
+    def _work(self, spec: FactorSpec, ins: int, outs: int) -> list[tuple[int, int]]:
+        """Steps beside the channel chain, for one group, as (flops, numbers moved)."""
+        return self.format.conv_work(spec, ins, outs)
+
+    # -- how it runs ---------------------------------------------------------------------------------
+
+    def _check_input(self, x: Tensor) -> None:
+        check_plain_layout(x, type(self).__name__)
+        n, sizes = self.n_axes, sizes_of(x)
+        if len(sizes) not in (n + 1, n + 2) or sizes[-n - 1] != self.in_channels:
+            raise ShapeError(
+                f"a convolution's input must be (b, C, *positions) or (C, *positions): found {sizes}, "
+                f"expected C = {self.in_channels} and {n} position axes. Check the layer before."
+            )
+
+    def _run(self, x: Tensor, convolve: Convolve) -> Tensor:
+        if x.layout is torch._mkldnn:  # type: ignore[attr-defined]
+            return self._run(x.to_dense(), convolve).to_mkldnn()
+        self._check_input(x)
+        if x.ndim == self.n_axes + 1:
+            return self._run(x.unsqueeze(0), convolve).squeeze(0)
+        if self._runs_dense(x):
+            return convolve(x, self._dense_weight(), self.bias, self.groups)
+        y = self._core_by_core(x, convolve)
+        return y if self.bias is None else y + self.bias.to(y.dtype).reshape(-1, *[1] * self.n_axes)
+
+    def _runs_dense(self, x: Tensor) -> bool:
+        if is_traced():
+            return self._runs_dense_when_traced(x)
+        self._seen_spatial = tuple(x.shape[2:])
+        return self.plan(x.shape[0], self._seen_spatial).uses_dense
+
+    def _runs_dense_when_traced(self, x: Tensor) -> bool:
+        if self.implementation != "auto" or not self._has_steps:
+            return self.implementation == "dense" or not self._has_steps
+        few = (static_power_of_two(x.shape[0]) or _COMPILE_BATCH) <= _FEW
+        return self._dense_allowed and self._dense_pays[0 if few else 1]
+
+    @property
+    def _has_steps(self) -> bool:
+        return type(self.format).convolve is not Format.convolve  # else the format can only be put together
+
+    def _core_by_core(self, x: Tensor, convolve: Convolve) -> Tensor:
+        cores = self._core_list()
+        if self.groups == 1:
+            return self._convolve_group(x, cores, convolve)
+        parts = x.chunk(self.groups, dim=1)
+        outputs = [self._convolve_group(part, [core[g] for core in cores], convolve) for g, part in enumerate(parts)]
+        return torch.cat(outputs, dim=1)
+
+    def _channel_plan(self, x: Tensor) -> ContractionPlan | None:
+        if self._static_plan is None:
+            return None
+        if is_traced():
+            plan: ContractionPlan = self._plan_when_traced(self._chain_rows(sizes_of(x)[0], sizes_of(x)[2:]))
+            return plan
+        return self._chain_plan(self._chain_rows(x.shape[0], tuple(x.shape[2:])), force="factorized")
+
+    def _chain_rows(self, batch: int, spatial: tuple[int, ...]) -> int:
+        """How many times the channel chain is applied."""
+        return max(1, batch * math.prod(self._out_spatial(spatial)))
+
+    def _chain(self) -> Chain | None:
+        return self.format.channel_chain(self._group_spec)
+
+    def _options_when_traced(self) -> tuple[bool, Any]:
+        return False, "factorized"  # the channel chain itself never runs through a dense kernel
+
+    def plan(self, batch: int = 1, spatial: Sequence[int] | None = None) -> ConvPlan:
+        """How the layer runs on this many inputs of this size (the size last seen when left out)."""
+        sizes = tuple(spatial) if spatial is not None else self._seen_spatial
+        key = ("conv", batch, sizes, self._trains(), self.implementation, self.dense_limit_bytes)
+        found = self._plans.get(key)
+        if found is None:
+            found = self._plans[key] = self._plan(batch, sizes)
+        return found
+
+    def _plan(self, batch: int, spatial: tuple[int, ...], *, traced: bool = False) -> ConvPlan:
+        core, trains = self.cores[0], traced or self._trains()
+        model = CostModel.reference(self._device_type) if traced else cost_model(self._device_type)
+        size, weight = core.element_size(), self.spec.weight
+        ins, outs = math.prod(spatial), math.prod(self._out_spatial(spatial))
+        backward = 3 if trains else 1
+        dense_flops = 2 * batch * self._filter_positions(ins, outs) * weight.n_params
+        dense_moved = batch * (self.in_channels * ins + self.out_channels * outs) + weight.n_params
+        dense_s = backward * model.conv_s(dense_flops, dense_moved * size)
+        if trains:
+            dense_s += 3 * model.conv_s(2 * weight.n_params * max(self.spec.ranks), weight.n_params * size)
+        if not self._has_steps:
+            return ConvPlan("dense", batch, spatial, dense_flops, dense_flops, dense_s, dense_s, 0)
+        steps = self._work(self._group_spec, batch * ins, batch * outs) * self.groups
+        factorized_s = sum(backward * model.conv_s(flops, moved * size) for flops, moved in steps)
+        factorized_s += _STEPS_OVERHEAD_S * self.groups
+        flops = sum(flops for flops, _ in steps)
+        if self._chain() is not None:
+            rows = self._chain_rows(batch, spatial)
+            plan = self._plan_when_traced(rows) if traced else self._chain_plan(rows, force="factorized")
+            factorized_s += plan.predicted_s * self.groups
+            flops += plan.flops * self.groups
+        peak = max((moved for _, moved in steps), default=0) * size
+        dense = self.implementation == "dense" or (self._dense_allowed and factorized_s > _MARGIN * dense_s)
+        kind = "dense" if dense else "factorized"
+        return ConvPlan(kind, batch, spatial, flops, dense_flops, factorized_s, dense_s, 0 if dense else peak)
+
+    def _own_plans(self) -> dict[tuple[Any, ...], Any]:
+        # The others are plans of the channel chain, made to cost the convolution.
+        return {key: plan for key, plan in self._plans.items() if key[0] == "conv"}
+
+    def extra_repr(self) -> str:
+        parts = [f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"]
+        parts += [f"padding={self.padding}"] if self.padding not in ((0,) * self.n_axes, "valid") else []
+        parts += [f"dilation={self.dilation}"] if max(self.dilation) > 1 else []
+        parts += [f"groups={self.groups}"] if self.groups > 1 else []
+        return ", ".join([*parts, *self._more_repr(), f"bias={self.bias is not None}", self._format_repr()])
+
+    def _more_repr(self) -> list[str]:
+        return []
+
+
+class _ConvNd(ConvLayer):
+    torch_arguments = (
+        "in_channels",
+        "out_channels",
+        "kernel_size",
+        "stride",
+        "padding",
+        "dilation",
+        "groups",
+        "padding_mode",
+    )
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Size,
+        stride: Size = 1,
+        padding: Size | str = 0,
+        dilation: Size = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        *,
+        format: str = "tt",
+        rank: Rank = 8,
+        in_modes: Sequence[int] | None = None,
+        out_modes: Sequence[int] | None = None,
+        init: Init = "match",
+        implementation: Implementation = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        self.padding = _check_padding(padding, as_tuple(stride, self.n_axes, "stride"), self.n_axes)
+        self.padding_mode = _check_padding_mode(padding_mode)
+        super().__init__(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            dilation,
+            groups,
+            bias,
+            format=format,
+            rank=rank,
+            in_modes=in_modes,
+            out_modes=out_modes,
+            init=init,
+            implementation=implementation,
+            device=device,
+            dtype=dtype,
+        )
+
+    @traceable
+    @once
+    def forward(self, input: Tensor) -> Tensor:
+        return self._run(input, self._convolve)
+
+    def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, groups: int = 1) -> Tensor:
+        padding: Any = self.padding
+        if self.padding_mode != "zeros":
+            x = F.pad(x, self._pad_widths(), mode=self.padding_mode)
+            padding = 0
+        return _CONVOLVE[self.n_axes](x, weight, bias, self.stride, padding, self.dilation, groups)
+
+    def _pad_widths(self) -> list[int]:
+        """Padding per side, last axis first, as ``torch.nn.functional.pad`` wants it."""
+        widths: list[int] = []
+        for axis in reversed(range(self.n_axes)):
+            if isinstance(self.padding, tuple):
+                widths += [self.padding[axis]] * 2
+            else:
+                total = self.dilation[axis] * (self.kernel_size[axis] - 1) if self.padding == "same" else 0
+                widths += [total // 2, total - total // 2]
+        return widths
+
+    def _out_spatial(self, spatial: Sequence[int]) -> tuple[int, ...]:
+        if self.padding == "same":
+            return tuple(spatial)
+        padding = self.padding if isinstance(self.padding, tuple) else (0,) * self.n_axes
+        axes = zip(spatial, self.kernel_size, self.stride, padding, self.dilation, strict=True)
+        return tuple(out_size(*axis) for axis in axes)
+
+    def _more_repr(self) -> list[str]:
+        return [f"padding_mode={self.padding_mode}"] if self.padding_mode != "zeros" else []
+
+
+class Conv1d(_ConvNd):
+    """``torch.nn.Conv1d`` with a factorized kernel; see ``Conv2d``."""
+
+    n_axes = 1
+    dense_type = nn.Conv1d
+
+
+class Conv2d(_ConvNd):
+    r"""``torch.nn.Conv2d`` with the kernel as a product of small cores.
+
+    Args:
+        in_channels .. padding_mode: As ``torch.nn.Conv2d``.
+        format: ``"tt"`` (kernel positions, then paired channel modes), ``"tt-naive"``, ``"tucker2"``,
+            ``"low_rank"``.
+        rank: Number, tuple, share, or ``"same"``. A TT tuple starts with the spatial core,
+            ``(1, r_0, r_1, .., 1)``; Tucker-2 takes ``(R_in, R_out)``.
+        in_modes, out_modes: Factors of the channels of one group.
+        implementation: ``"dense"`` rebuilds the kernel and calls torch's convolution, ``"factorized"``
+            runs core by core, ``"auto"`` takes what is predicted faster.
+
+    Shapes: input ``(b, C, H, W)`` or ``(C, H, W)``; output as ``torch.nn.Conv2d``.
+
+    Cost: rebuilding is O(k C S r), whatever the image; core by core is
+    O(H W (k C r_0 + chain)) flops and r_0 times the feature map in memory.
+    Source: Garipov et al., arXiv:1611.03214; Tucker-2: Kim et al., arXiv:1511.06530.
+
+    Example:
+        >>> layer = Conv2d(64, 128, 3, in_modes=(4, 4, 4), out_modes=(4, 8, 4), rank=(1, 27, 22, 22, 1))
+        >>> layer(torch.randn(2, 64, 8, 8)).shape
+        torch.Size([2, 128, 6, 6])
+    """
+
+    n_axes = 2
+    dense_type = nn.Conv2d
+
+
+class Conv3d(_ConvNd):
+    """``torch.nn.Conv3d`` with a factorized kernel; see ``Conv2d``."""
+
+    n_axes = 3
+    dense_type = nn.Conv3d
+
+
+def _check_channels(in_channels: int, out_channels: int, groups: int) -> None:
+    if groups < 1 or in_channels % groups or out_channels % groups:
+        raise ShapeError(
+            f"groups must divide both channel counts: found groups={groups}, in_channels={in_channels}, "
+            f"out_channels={out_channels}. Choose a common divisor."
+        )
+
+
+def _check_padding(padding: Size | str, stride: tuple[int, ...], n: int) -> tuple[int, ...] | str:
+    if not isinstance(padding, str):
+        return as_tuple(padding, n, "padding", least=0)
+    if padding not in ("same", "valid"):
+        raise ShapeError(f"padding must be a number, a tuple, 'same' or 'valid': found {padding!r}. Pass one of these.")
+    if padding == "same" and max(stride) > 1:
+        raise ShapeError(f"padding='same' needs stride 1: found stride={stride}. Pad by a number instead.")
+    return padding
+
+
+def _check_padding_mode(mode: str) -> str:
+    if mode not in _PADDING_MODES:
+        raise ShapeError(f"padding_mode must be one of {_PADDING_MODES}: found {mode!r}. Pass 'zeros'.")
+    return mode

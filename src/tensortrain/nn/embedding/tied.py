@@ -1,0 +1,204 @@
+"""An output layer that shares the table of an embedding: logits over a vocabulary from the embedding's own cores."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tensortrain.contract import Chain, ContractionPlan, CostModel, plan_chain
+from tensortrain.errors import KindError, ShapeError
+from tensortrain.formats import ChainFormat
+from tensortrain.nn.base import _COMPILE_BATCH, _FORCE
+from tensortrain.nn.cores import holding_cores, is_watched
+from tensortrain.nn.embedding.layers import Embedding
+from tensortrain.nn.inputs import Traced, is_plain_input, map_nested, traceable
+from tensortrain.system.tracing import is_traced, sizes_of
+
+__all__ = ["TiedHead", "tied_head"]
+
+
+def tied_head(embedding: nn.Module, *, bias: bool = False) -> TiedHead:
+    r"""Return the layer ``logits = h E^T (+ b)`` on the table ``E`` of an embedding, whose parameters it shares.
+
+    Args:
+        embedding: A factorized embedding (or torch's, which stays tied when it is compressed later).
+        bias: Whether a bias, zero at first, is added.
+
+    Raises:
+        KindError: ``embedding`` is no embedding.
+
+    Example:
+        >>> embedding = Embedding(1000, 16, rank=4)
+        >>> head = tied_head(embedding)
+        >>> head(torch.randn(2, 5, 16)).shape, sum(p.numel() for p in head.parameters()) == embedding.n_params
+        (torch.Size([2, 5, 1000]), True)
+    """
+    return TiedHead(embedding, bias=bias)
+
+
+class TiedHead(Traced):
+    """Logits through the TT-matrix product with the cores of an embedding, transposed; see ``tied_head``.
+
+    Rows past the vocabulary are cut off, the padding row gives its own logit (of zero, before the bias, where the row
+    is zero) and gets no gradient, hot rows are those of the embedding. ``max_norm`` acts on lookups alone.
+
+    Shapes: input ``(..., embedding_dim)``, output ``(..., num_embeddings)``.
+
+    Cost: as ``plan`` says: O(d r^2 m max(I, J)) flops per row core by core, or 2 I J with the dense table.
+    Source: weight tying of a TT-embedding: Khrulkov et al., arXiv:1901.10787.
+    """
+
+    def __init__(self, embedding: nn.Module, *, bias: bool = False) -> None:
+        super().__init__()
+        if not isinstance(embedding, (Embedding, nn.Embedding)):
+            raise KindError(
+                f"a tied head shares the table of an embedding: found {type(embedding).__name__}. Pass the model's "
+                "tensortrain.nn.Embedding."
+            )
+        self.embedding = embedding
+        if bias:
+            like = next(embedding.parameters())
+            self.bias = nn.Parameter(torch.zeros(embedding.num_embeddings, device=like.device, dtype=like.dtype))
+        else:
+            self.register_parameter("bias", None)
+        self._plans: dict[tuple[Any, ...], ContractionPlan] = {}
+        self._static_plan = self._make_static_plan()
+
+    @property
+    def in_features(self) -> int:
+        """Width of the input, the embedding's dimension."""
+        return self.embedding.embedding_dim
+
+    @property
+    def out_features(self) -> int:
+        """Number of logits, the embedding's vocabulary."""
+        return self.embedding.num_embeddings
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense table, ``(num_embeddings, embedding_dim)``."""
+        return self.embedding.weight
+
+    @traceable
+    def forward(self, input: Tensor) -> Tensor:
+        if input.is_nested:
+            found: Tensor = map_nested(input, self._logits, n_last=1)
+            return found
+        return self._logits(input if is_plain_input(input) else input.to_dense())
+
+    def _logits(self, h: Tensor) -> Tensor:
+        sizes, table = sizes_of(h), self.embedding
+        if not sizes or sizes[-1] != self.in_features:
+            raise ShapeError(
+                f"a tied head's input must end with the embedding's dimension: found {sizes}, expected (..., "
+                f"{self.in_features}). Check the layer before."
+            )
+        if not isinstance(table, Embedding):
+            return F.linear(h, table.weight, self.bias)
+        if is_watched(table.cores) and not is_traced():
+            with holding_cores(table, table.cores):
+                return self._logits_of(table, h)
+        return self._logits_of(table, h)
+
+    def _logits_of(self, table: Embedding, h: Tensor) -> Tensor:
+        logits = self._with_hot_rows(self._core_logits(table, h), table, h)
+        if table.padding_idx is not None:
+            is_padding = torch.arange(self.out_features, device=h.device) == table.padding_idx
+            row = table.padding_row
+            of_padding = logits.new_zeros(()) if row is None else F.linear(h, row[None]).to(logits.dtype)
+            logits = torch.where(is_padding, of_padding, logits)
+        return logits if self.bias is None else logits + self.bias.to(logits.dtype)
+
+    def _core_logits(self, table: Embedding, h: Tensor) -> Tensor:
+        plan = self._plan_for(table, h)
+        if plan is None or plan.uses_dense:
+            return F.linear(h, table._dense_weight())
+        key = ("tied head", plan.direction, plan.groups)
+        prepared = table._cached(key, lambda: plan.prepare(_transposed_cores(table)))
+        return plan.execute(h, (), prepared)[..., : self.out_features]
+
+    def _with_hot_rows(self, logits: Tensor, table: Embedding, h: Tensor) -> Tensor:
+        if table.hot_weight is None:
+            return logits
+        assert table.hot_ids is not None
+        # Rows not in use have the id -1: they go to a column past the vocabulary, which is cut off again.
+        columns = table.hot_ids.masked_fill(table.hot_ids < 0, self.out_features)
+        wider = F.pad(logits, (0, 1)).index_copy(-1, columns, F.linear(h, table.hot_weight).to(logits.dtype))
+        return wider[..., : self.out_features]
+
+    def plan(self, batch: int = 1) -> ContractionPlan:
+        """How the logits of this many rows are computed.
+
+        Raises:
+            KindError: The embedding is torch's, or its format is no chain: the dense table is used.
+        """
+        table, chain = self.embedding, _transposed_chain(self.embedding)
+        if chain is None:
+            raise KindError(
+                "only a chain of cores has a contraction plan: found a dense table. Call the head without a plan."
+            )
+        assert isinstance(table, Embedding)
+        bucket, training = 1 << max(0, batch - 1).bit_length(), table._trains()
+        core = table.cores[0]
+        key = (chain, bucket, training, core.dtype, table._device_type, table._dense_allowed, table.implementation)
+        if key not in self._plans:
+            self._plans[key] = _make_plan(table, chain, bucket, training, None)
+        return self._plans[key]
+
+    def _plan_for(self, table: Embedding, h: Tensor) -> ContractionPlan | None:
+        # A traced graph takes the plan made before: it cannot choose by batch size, nor time this machine.
+        if is_traced():
+            return self._static_plan
+        chain = _transposed_chain(table)
+        if chain is None:
+            return None
+        if self._static_plan is None or self._static_plan.chain != chain:  # the embedding was replaced
+            self._static_plan = self._make_static_plan()
+        return self.plan(h.numel() // max(1, self.in_features))
+
+    def _make_static_plan(self) -> ContractionPlan | None:
+        table, chain = self.embedding, _transposed_chain(self.embedding)
+        if chain is None:
+            return None
+        assert isinstance(table, Embedding)
+        # As in training, every call of a traced program merges its cores.
+        return _make_plan(table, chain, _COMPILE_BATCH, True, CostModel.reference(table._device_type))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TiedHead:
+        super()._apply(fn, recurse)
+        self._plans, self._static_plan = {}, self._make_static_plan()  # another device or dtype: other plans
+        return self
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+def _make_plan(table: Embedding, chain: Chain, batch: int, training: bool, model: CostModel | None) -> ContractionPlan:
+    return plan_chain(
+        chain,
+        batch=batch,
+        dtype=table.cores[0].dtype,
+        device=table._device_type,
+        training=training,
+        allow_dense=table._dense_allowed,
+        force=_FORCE[table.implementation],
+        cost_model=model,
+    )
+
+
+def _transposed_chain(table: nn.Module) -> Chain | None:
+    """The chain from the dimension to the padded vocabulary, if the table is one."""
+    if not isinstance(table, Embedding) or not isinstance(table.format, ChainFormat):
+        return None
+    chain = table.format.chain(table.spec)
+    return Chain(chain.in_modes, chain.out_modes, chain.ranks)
+
+
+def _transposed_cores(table: Embedding) -> list[Tensor]:
+    fmt = table.format
+    assert isinstance(fmt, ChainFormat)
+    return [core.transpose(1, 2) for core in fmt.to_chain(table._core_list(), table.spec)]

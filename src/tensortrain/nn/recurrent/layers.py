@@ -1,0 +1,496 @@
+"""Recurrent layers with factorized maps: ``torch.nn.RNN``, ``GRU`` and ``LSTM`` over cells of our own.
+
+The input map of a layer runs once, on all time steps together; the hidden map is made ready once and then
+applied at every step. Where both run dense anyway, torch's own kernel does the whole sequence.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from tensortrain.errors import DTypeError, ShapeError
+from tensortrain.formats import Rank
+from tensortrain.nn.base import Init
+from tensortrain.nn.composite import CompositeLayer, CompositePlan, plan_map, weight_of
+from tensortrain.nn.inputs import check_plain_layout, traceable
+from tensortrain.nn.recurrent.cells import (
+    Cell,
+    GRUCell,
+    LSTMCell,
+    RNNCell,
+    State,
+    check_sizes,
+    check_state,
+    torch_arguments,
+    torch_weights,
+)
+from tensortrain.nn.recurrent.maps import MapOptions
+from tensortrain.system.tracing import is_traced, sizes_of
+
+__all__ = ["GRU", "LSTM", "RNN"]
+
+Self = TypeVar("Self", bound="_Recurrent")
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """How time steps lie in a tensor: along an axis, or packed one after the other.
+
+    Args:
+        batch: Rows of the largest step.
+        n_steps: Time steps.
+        axis: Of time, in a padded ``(.., .., features)``.
+        batch_sizes: Rows of every step in a packed ``(rows, features)``; None for a padded tensor.
+    """
+
+    batch: int
+    n_steps: int
+    axis: int = 0
+    batch_sizes: Tensor | None = None
+
+    def split(self, x: Tensor) -> Sequence[Tensor]:
+        # unbind, since indexing would fill a whole sequence of zeros at every step of the backward pass
+        return x.unbind(self.axis) if self.batch_sizes is None else x.split(self.batch_sizes.tolist())
+
+    def join(self, steps: Sequence[Tensor]) -> Tensor:
+        return torch.stack(list(steps), self.axis) if self.batch_sizes is None else torch.cat(list(steps))
+
+
+class _Recurrent(CompositeLayer):
+    cell_type: ClassVar[type[Cell]]
+    proj_size: int = 0
+    torch_arguments: ClassVar[tuple[str, ...]] = (
+        "input_size",
+        "hidden_size",
+        "num_layers",
+        "bias",
+        "batch_first",
+        "dropout",
+        "bidirectional",
+    )
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int,
+        bias: bool,
+        batch_first: bool,
+        dropout: float,
+        bidirectional: bool,
+        cell_options: Mapping[str, Any],
+        options: Mapping[str, Any],
+    ) -> None:
+        super().__init__()
+        maps = MapOptions(**options)
+        check_sizes(input_size=input_size, hidden_size=hidden_size, num_layers=num_layers)
+        self.input_size, self.hidden_size, self.num_layers = input_size, hidden_size, num_layers
+        self.bias, self.batch_first, self.bidirectional = bias, batch_first, bidirectional
+        self.dropout = _check_dropout(dropout, num_layers)
+        n_directions, proj_size = 1 + bidirectional, cell_options.get("proj_size", 0)
+        for index in range(num_layers):
+            below = input_size if index == 0 else n_directions * (proj_size or hidden_size)
+            here = vars(maps.for_layer(index, n_directions, proj_size))
+            for name in self._cell_names(index):
+                self.add_module(name, self.cell_type(below, hidden_size, bias, **cell_options, **here))
+
+    def reset_parameters(self, init: Init = "match", generator: torch.Generator | None = None) -> None:
+        """Draw all parameters anew; ``init`` is the variance of the factorized weights, as in ``Linear``."""
+        for cell in self.cells().values():
+            cell.reset_parameters(init, generator)
+
+    def flatten_parameters(self) -> None:
+        """Nothing to do: there is no flat copy of the weights. Here because code written for torch calls it."""
+
+    # -- the cells -----------------------------------------------------------------------------------
+
+    def _cell_names(self, index: int) -> tuple[str, ...]:
+        return (f"l{index}", f"l{index}_reverse") if self.bidirectional else (f"l{index}",)
+
+    def cells(self) -> dict[str, Cell]:
+        """The cells by name: ``l0``, ``l0_reverse``, ``l1``, .., as torch ends its parameters' names."""
+        names = [name for index in range(self.num_layers) for name in self._cell_names(index)]
+        return {name: self.get_submodule(name) for name in names}  # type: ignore[misc]
+
+    @property
+    def _first(self) -> Cell:
+        return self.get_submodule("l0")  # type: ignore[return-value]
+
+    def plan(self, batch: int = 1, seq_len: int = 1) -> CompositePlan:
+        """How every map runs on sequences of this batch and length: print it.
+
+        Input maps are called once on all steps, hidden maps once per step.
+        """
+        plans = []
+        for name, one in self.named_maps():
+            once = name.endswith(".ih")
+            plans.append(plan_map(name, one, batch * seq_len if once else batch, 1 if once else seq_len))
+        return CompositePlan(tuple(plans))
+
+    # -- forward -------------------------------------------------------------------------------------
+
+    def _forward(self, x: Tensor | PackedSequence, state: State | None) -> tuple[Any, State]:
+        if isinstance(x, PackedSequence):
+            return self._forward_packed(x, state)
+        self._check_input(x, (2, 3))
+        batch_axis = 0 if self.batch_first else 1
+        batched = x if x.ndim == 3 else x.unsqueeze(batch_axis)
+        if x.ndim == 2 and state is not None:
+            self._check_states(state, ())
+            state = tuple(s.unsqueeze(1) for s in state)
+        layout = _Layout(batched.shape[batch_axis], sizes_of(batched)[1 - batch_axis], 1 - batch_axis)
+        output, final = self._run(batched, state, layout)
+        if x.ndim == 2:
+            return output.squeeze(batch_axis), tuple(s.squeeze(1) for s in final)
+        return output, final
+
+    def _forward_packed(self, x: PackedSequence, state: State | None) -> tuple[PackedSequence, State]:
+        data, batch_sizes, sorted_indices, unsorted_indices = x
+        self._check_input(data, (2,))
+        if state is not None and sorted_indices is not None:
+            self._check_states(state, (int(batch_sizes[0]),))
+            state = tuple(s.index_select(1, sorted_indices) for s in state)
+        layout = _Layout(int(batch_sizes[0]), len(batch_sizes), batch_sizes=batch_sizes)
+        output, final = self._run(data, state, layout)
+        if unsorted_indices is not None:
+            final = tuple(s.index_select(1, unsorted_indices) for s in final)
+        return PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices), final
+
+    def _run(self, x: Tensor, state: State | None, layout: _Layout) -> tuple[Tensor, State]:
+        """All layers, batched; states ``(n_layers * n_directions, b, size)``."""
+        if layout.n_steps == 0:
+            raise ShapeError(
+                f"a sequence must have at least one time step: found an input of shape {tuple(x.shape)}. "
+                "Drop empty sequences."
+            )
+        if state is not None:
+            batch = layout.batch if layout.batch_sizes is not None else sizes_of(x)[1 - layout.axis]
+            self._check_states(state, (batch,))
+        n_directions, finals = 1 + self.bidirectional, []
+        for index in range(self.num_layers):
+            cells = [self.get_submodule(name) for name in self._cell_names(index)]
+            here = None if state is None else tuple(s[index * n_directions :][:n_directions] for s in state)
+            x, final = self._run_layer(cells, x, here, layout)  # type: ignore[arg-type]
+            finals.append(final)
+            if self.dropout and index < self.num_layers - 1:
+                x = F.dropout(x, self.dropout, self.training)
+        return x, tuple(torch.cat(parts) for parts in zip(*finals, strict=True))
+
+    def _run_layer(self, cells: list[Cell], x: Tensor, state: State | None, layout: _Layout) -> tuple[Tensor, State]:
+        """One layer in one or both directions; states ``(n_directions, b, size)``."""
+        # (under autocast on a CPU, oneDNN refuses an LSTM and a GRU comes out in float32)
+        if not torch.is_autocast_enabled("cpu") and _fit_kernel(cells, x, layout):
+            return _torch_kernel(cells, x, state, layout)
+        outputs, finals = [], []
+        for direction, cell in enumerate(cells):
+            gates = cell.ih(x)
+            if state is None:
+                initial = cell.zero_state(layout.batch, gates)
+            else:
+                initial = tuple(s[direction].to(gates.dtype) for s in state)
+            steps, final = _scan(cell, layout.split(gates), initial, reverse=direction == 1)
+            outputs.append(layout.join(steps))
+            finals.append(final)
+        output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
+        return output, tuple(torch.stack(parts) for parts in zip(*finals, strict=True))
+
+    # -- checks --------------------------------------------------------------------------------------
+
+    def _check_input(self, x: Tensor, axes: tuple[int, ...]) -> None:
+        kind = type(self).__name__
+        check_plain_layout(x, kind)
+        sizes = sizes_of(x)
+        if len(sizes) not in axes or sizes[-1] != self.input_size:
+            expected = "packed rows" if axes == (2,) else "(T, b, N), (b, T, N) with batch_first, or (T, N)"
+            raise ShapeError(
+                f"the input of {kind} must be {expected} with N = {self.input_size}: found {sizes}. "
+                "Check the layer before."
+            )
+        dtype = next(self._first.hh.parameters()).dtype
+        if x.dtype != dtype and not torch.is_autocast_enabled(x.device.type):
+            raise DTypeError(
+                f"the input of {kind} must have the dtype of its parameters: found {x.dtype}, expected {dtype}. "
+                f"Convert it with x.to({dtype})."
+            )
+
+    def _check_states(self, state: State, batch: tuple[int, ...]) -> None:
+        n = self.num_layers * (1 + self.bidirectional)
+        check_state(state, [(n, *batch, size) for size in self._first.state_sizes()], type(self).__name__)
+
+    # -- to and from torch's layers ------------------------------------------------------------------
+
+    def _weights(self) -> dict[str, Tensor]:
+        cells = self.cells().items()
+        return {f"{part}_{name}": tensor for name, cell in cells for part, tensor in cell._weights().items()}
+
+    @classmethod
+    def from_dense(
+        cls: type[Self],
+        dense: Any,
+        *,
+        rank: Rank | None = None,
+        eps: float | None = None,
+        input_gram: Tensor | None = None,
+        **options: Any,
+    ) -> Self:
+        """Approximate torch's layer; without ``rank`` and ``eps`` exact to dtype.
+
+        Args:
+            dense: The torch layer; it is not changed. Dtype, device, mode and ``requires_grad`` carry over.
+            rank, eps: Caps on the ranks and relative tolerance, for every factorized map.
+            input_gram: Second moment of the inputs, ``(N, N)`` or ``(N,)``, for the maps of the first layer.
+            options: ``format``, ``compress``, ``in_modes``, ``out_modes``, ``implementation``.
+
+        Raises:
+            KindError: ``dense`` is of another kind.
+            ShapeError, RankError, NonFiniteError: As for ``Linear.from_dense``.
+
+        Source: TT-SVD: Oseledets 2011.
+        """
+        cls._check_dense_type(dense)
+        with warnings.catch_warnings():  # torch has warned of a dropout without effect already
+            warnings.simplefilter("ignore")
+            build: Any = cls
+            layer: Self = build(**torch_arguments(cls, dense), **options, rank=1, init=None, device="meta")
+        for name, cell in layer.cells().items():
+            gram = input_gram if name in layer._cell_names(0) else None
+            cell.take(torch_weights(dense, f"_{name}"), rank=rank, eps=eps, input_gram=gram)
+        return layer.train(dense.training)
+
+    def to_dense(self) -> Any:
+        """Torch's layer with the same weights.
+
+        Raises:
+            KindError: A GRU that resets before the hidden product, which torch does not have.
+        """
+        self._check_torch_has_it()
+        weight = weight_of(self._first.hh)
+        build: Any = self.dense_type
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            dense = build(**torch_arguments(type(self), self), device=weight.device, dtype=weight.dtype)
+        self._fill(dense)
+        return dense
+
+    def _check_torch_has_it(self) -> None:
+        self._first.check_torch_has_it()
+
+    def extra_repr(self) -> str:
+        parts = [f"{self.input_size}, {self.hidden_size}"]
+        parts += [f"num_layers={self.num_layers}"] if self.num_layers > 1 else []
+        parts += ["bias=False"] if not self.bias else []
+        parts += ["batch_first=True"] if self.batch_first else []
+        parts += [f"dropout={self.dropout}"] if self.dropout else []
+        parts += ["bidirectional=True"] if self.bidirectional else []
+        return ", ".join([*parts, self._size_repr()])
+
+
+class RNN(_Recurrent):
+    """``torch.nn.RNN`` with factorized maps; see ``GRU`` for the keywords and shapes."""
+
+    dense_type = nn.RNN
+    cell_type = RNNCell
+    torch_arguments = (*_Recurrent.torch_arguments, "nonlinearity")
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        nonlinearity: str = "tanh",
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        **options: Any,
+    ) -> None:
+        self.nonlinearity = nonlinearity
+        mine = {"nonlinearity": nonlinearity}
+        super().__init__(input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, mine, options)
+
+    @traceable
+    def forward(
+        self, input: Tensor | PackedSequence, hx: Tensor | None = None
+    ) -> tuple[Tensor | PackedSequence, Tensor]:
+        output, (h,) = self._forward(input, None if hx is None else (hx,))
+        return output, h
+
+
+class GRU(_Recurrent):
+    r"""``torch.nn.GRU`` with factorized maps, all gates in one weight.
+
+    The weight of all gates has the output modes ``(3 m_1, m_2, .., m_d)``: the gates are blocks of the first
+    mode and share all cores but the first.
+
+    Args:
+        input_size .. bidirectional: As ``torch.nn.GRU``.
+        reset_after: True as torch, False as published; see ``GRUCell``.
+        format: Name of a weight format that serves linear maps.
+        rank: Of every factorized map: number, tuple, share of its dense parameters, or ``"same"``.
+        compress: ``"input"`` factorizes the maps of the inputs, ``"hidden"`` those of the hidden state,
+            ``"both"`` both. The spectrum of the hidden map is the memory of the network; a small one is best
+            left dense.
+        in_modes: Factors of ``input_size``, for the first layer.
+        out_modes: Factors of ``hidden_size``, that is, of one gate.
+        init: Variance of the factorized weights: ``"match"`` (torch's), ``"glorot"``, ``"he"``, a number;
+            None leaves everything unset.
+        implementation: ``"auto"``, ``"factorized"`` or ``"dense"``, of every factorized map.
+        device, dtype: As torch.
+
+    Shapes: input ``(T, b, N)``, ``(b, T, N)`` with ``batch_first``, ``(T, N)``, or a ``PackedSequence``;
+    output likewise with ``n_directions * hidden_size`` features; state ``(n_layers * n_directions, b, H)``.
+
+    Raises:
+        ShapeError: Sizes, modes or states that do not fit, an empty sequence.
+        DTypeError: An input of another dtype than the parameters.
+
+    Cost: input map once on ``T b`` rows; hidden map ``T`` times on ``b`` rows; see ``plan(batch, seq_len)``.
+    Source: Yang, Krompass, Tresp, ICML 2017, arXiv:1707.01786; hidden maps: Tjandra et al., arXiv:1802.10410.
+
+    Example:
+        >>> layer = GRU(57600, 256, in_modes=(8, 20, 20, 18), out_modes=(4, 4, 4, 4), rank=(1, 4, 4, 4, 1))
+        >>> layer.n_core_params, layer.n_params
+        (3232, 201376)
+    """
+
+    dense_type = nn.GRU
+    cell_type = GRUCell
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        *,
+        reset_after: bool = True,
+        **options: Any,
+    ) -> None:
+        self.reset_after = reset_after
+        mine = {"reset_after": reset_after}
+        super().__init__(input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, mine, options)
+
+    @traceable
+    def forward(
+        self, input: Tensor | PackedSequence, hx: Tensor | None = None
+    ) -> tuple[Tensor | PackedSequence, Tensor]:
+        output, (h,) = self._forward(input, None if hx is None else (hx,))
+        return output, h
+
+
+class LSTM(_Recurrent):
+    """``torch.nn.LSTM`` with factorized maps; see ``GRU`` for the keywords and shapes.
+
+    The projection of ``proj_size`` stays dense.
+
+    Example:
+        >>> layer = LSTM(57600, 256, in_modes=(8, 20, 20, 18), out_modes=(4, 4, 4, 4), rank=(1, 4, 4, 4, 1))
+        >>> layer.n_core_params
+        3360
+    """
+
+    dense_type = nn.LSTM
+    cell_type = LSTMCell
+    torch_arguments = (*_Recurrent.torch_arguments, "proj_size")
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        proj_size: int = 0,
+        **options: Any,
+    ) -> None:
+        self.proj_size = proj_size
+        mine = {"proj_size": proj_size}
+        super().__init__(input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, mine, options)
+
+    @traceable
+    def forward(
+        self, input: Tensor | PackedSequence, hx: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor | PackedSequence, tuple[Tensor, Tensor]]:
+        output, (h, c) = self._forward(input, hx)
+        return output, (h, c)
+
+    def _check_torch_has_it(self) -> None:
+        """Torch's LSTM has all that ours has."""
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + f", proj_size={self.proj_size}" * bool(self.proj_size)
+
+
+def _scan(cell: Cell, steps: Sequence[Tensor], initial: State, *, reverse: bool) -> tuple[list[Tensor], State]:
+    """Run a cell over the time steps, whose number of rows may shrink (packed sequences are sorted).
+
+    Returns:
+        tuple: Outputs in order of time, and the state of every row after its own last step.
+    """
+    order = range(len(steps))[:: -1 if reverse else 1]
+    hidden = cell.prepare(initial[0].shape[0])
+    state = tuple(s[: steps[order[0]].shape[0]] for s in initial)
+    outputs: list[Tensor] = [steps[0]] * len(steps)
+    ended: list[State] = []
+    for t in order:
+        rows, before = steps[t].shape[0], state[0].shape[0]
+        if rows < before:  # forward in time, the shortest sequences end first
+            ended.append(tuple(s[rows:] for s in state))
+            state = tuple(s[:rows] for s in state)
+        elif rows > before:  # backward in time, they start last
+            state = tuple(torch.cat((s, first[before:rows])) for s, first in zip(state, initial, strict=True))
+        state = cell.step(steps[t], state, *hidden)
+        outputs[t] = state[0]
+    if ended:
+        state = tuple(torch.cat(parts) for parts in zip(state, *reversed(ended), strict=True))
+    return outputs, state
+
+
+def _fit_kernel(cells: Sequence[Cell], x: Tensor, layout: _Layout) -> bool:
+    """Whether torch's own kernel takes the whole sequence."""
+    if torch._C._get_tracing_state() is not None:  # a loop would be recorded for one length
+        return all(cell.kernel is not None and not cell.is_watched() for cell in cells)
+    if is_traced():
+        return False
+    rows = x.numel() // x.shape[-1]
+    return all(cell.fits_kernel(rows, layout.batch) for cell in cells)
+
+
+def _torch_kernel(cells: list[Cell], x: Tensor, state: State | None, layout: _Layout) -> tuple[Tensor, State]:
+    """One layer by torch's own kernel, from dense weights; states ``(n_directions, b, size)``."""
+    first = cells[0]
+    weights = [weight for cell in cells for weight in cell._weights().values()]
+    if state is None:
+        state = tuple(x.new_zeros(len(cells), layout.batch, size) for size in first.state_sizes())
+    hx: Any = state if first.n_states > 1 else state[0]
+    kernel: Callable[..., Any] = getattr(torch, str(first.kernel))
+    settings = (weights, first.bias, 1, 0.0, first.training, len(cells) == 2)
+    if layout.batch_sizes is None:
+        output, *final = kernel(x, hx, *settings, layout.axis == 1)
+    else:
+        output, *final = kernel(x, layout.batch_sizes, hx, *settings)
+    return output, tuple(final)
+
+
+def _check_dropout(dropout: float, num_layers: int) -> float:
+    if not isinstance(dropout, (int, float)) or isinstance(dropout, bool) or not 0 <= dropout <= 1:
+        raise ShapeError(f"dropout must be a probability in [0, 1]: found {dropout!r}. Pass 0 for none.")
+    if dropout > 0 and num_layers == 1:
+        warnings.warn(
+            f"dropout acts between layers: found dropout={dropout} with num_layers=1, so it has no effect.",
+            stacklevel=4,
+        )
+    return float(dropout)

@@ -1,0 +1,1 @@
+"""Numerics with tensor trains: manifolds, and what computes with trains."""

@@ -1,0 +1,1 @@
+"""Folders of safetensors and JSON: written whole, read with suspicion, never pickled."""

@@ -26,9 +26,9 @@ class History:
         self.stop = stop  # why the run ended, once it has
 
     def append(self, **figures: Any) -> None:
-        """Add the figures of one sweep or epoch; a name that is missing there, or new, reads ``None`` where it was not."""
+        """Add the figures of one sweep or epoch; where a name has none, its list holds ``None``."""
         n = len(self)
-        for name in self.columns.keys() | figures.keys():
+        for name in dict.fromkeys((*self.columns, *figures)):
             self.columns.setdefault(name, [None] * n).append(figures.get(name))
 
     def last(self, name: str) -> Any:

@@ -25,9 +25,9 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from tensortrain.cores.chain import absorb_left, absorb_right, as_left, as_right
 from tensortrain.cores.scales import Exponents, Scale, guarded, plain_exponent
 from tensortrain.cores.scaling import split_pow2, times_pow2
+from tensortrain.cores.unfold import absorb_left, absorb_right, as_left, as_right
 
 __all__ = [
     "Data",
@@ -290,7 +290,7 @@ class Data:
 
 @dataclass(frozen=True)
 class SquaredData:
-    """``sum_z |<z, state>|^2`` over the values z that a sample allows: the map of a local tensor is ``(.., b, r, n, s)``.
+    """``sum_z |<z, state>|^2`` over the values z that a sample allows; the map gives ``(.., b, r, n, s)``.
 
     An environment is ``(.., b, conjugated, plain)`` on the left and ``(.., b, plain, conjugated)`` on the right.
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from tensortrain.cores.linalg import cut_along, cut_basis, orthonormal
+from tensortrain.cores.scaling import split_pow2
 from tensortrain.cores.tolerance import compute_dtype
 
 __all__ = ["Split", "split"]
@@ -96,7 +97,7 @@ def _factored(
     cap = most if max_rank is None else min(max_rank, most)
     cuts = cap < most or bool(torch.as_tensor(tol > 0).any())
     with torch.no_grad():
-        found = matrix.detach()
+        found, _ = split_pow2(matrix.detach(), matrix.ndim - 2)  # ranks are chosen by squares
         norm = torch.linalg.matrix_norm(found)
         basis, tail = orthonormal(found), torch.zeros_like(norm)
         if cuts:

@@ -55,7 +55,7 @@ MOVED = {  # old name: where its content lies now, one or several modules
     "compress.training_state": "system.checkpoint",
     "compress.uniform": "compression.choose.uniform",
     "contract.chain": "contract.shape",
-    "contract.kernels": "system.native",
+    "contract.kernels": "system.native contract.compiled",
     "contract.kernels.build": "system.native.build",
     "contract.kernels.compiled": "contract.compiled",
     "contract.kernels.load": "system.native.load",

@@ -47,7 +47,7 @@ MOVED = {  # old name: where its content lies now, one or several modules
     "compress.preserve": "train.preserve",
     "compress.proof": "compression.proof",
     "compress.reasons": "compression.survey.reasons",
-    "compress.report": "compression.report.report",
+    "compress.report": "compression.report.report system.files system.provenance",
     "compress.runs": "compression.survey.runs",
     "compress.storage": "system.storage",
     "compress.task": "train.task",

@@ -23,8 +23,6 @@ from tensortrain.compression.report.report import (
     LayerReport,
     MemoryRow,
     Report,
-    own_commit,
-    provenance,
 )
 from tensortrain.compression.stages.heal import Heal, check_healing, heal_, task_on_data
 from tensortrain.compression.survey.layers import check_module, count_params
@@ -32,6 +30,7 @@ from tensortrain.errors import CheckpointError, DataError, KindError
 from tensortrain.nn import FactorizedLayer
 from tensortrain.system.checkpoint import loader_generators
 from tensortrain.system.observer import Observer, Silent
+from tensortrain.system.provenance import own_commit, provenance
 from tensortrain.system.storage import count_bytes
 from tensortrain.train.batches import (
     Parts,

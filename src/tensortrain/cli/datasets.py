@@ -13,7 +13,7 @@ from tensortrain.contract import CostModel, use_cost_model
 from tensortrain.data import ImageBatches, ImageData, image_batches
 from tensortrain.errors import DataError
 from tensortrain.system.observer import Observer
-from tensortrain.train.loop import evaluate_accuracy
+from tensortrain.train.evaluation import evaluate_accuracy
 
 __all__ = [
     "accuracy_on_test",

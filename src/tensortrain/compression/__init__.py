@@ -20,7 +20,9 @@ from tensortrain.compression.survey.output_weights import sentence_embedding
 from tensortrain.system.files import write_text_atomic
 from tensortrain.system.observer import Observer, Silent
 from tensortrain.system.provenance import provenance
-from tensortrain.train.loop import FitResult, evaluate_accuracy, fit, reestimate_batchnorm_
+from tensortrain.train.batchnorm import reestimate_batchnorm_
+from tensortrain.train.evaluation import evaluate_accuracy
+from tensortrain.train.loop import FitResult, fit
 from tensortrain.train.losses import cross_entropy_loss, distillation_loss, feature_loss
 
 __all__ = [

@@ -28,7 +28,6 @@ from tensortrain.compression.stages.heal import Heal, check_healing, heal_, task
 from tensortrain.compression.survey.layers import check_module, count_params
 from tensortrain.errors import CheckpointError, DataError, KindError
 from tensortrain.nn import FactorizedLayer
-from tensortrain.system.checkpoint import loader_generators
 from tensortrain.system.observer import Observer, Silent
 from tensortrain.system.provenance import own_commit, provenance
 from tensortrain.system.storage import count_bytes
@@ -41,9 +40,11 @@ from tensortrain.train.batches import (
     tensors_in,
     to_device,
 )
-from tensortrain.train.loop import Evaluate, FitResult
+from tensortrain.train.evaluation import Evaluate
+from tensortrain.train.loop import FitResult
 from tensortrain.train.outputs import Output, check_output
 from tensortrain.train.preserve import checked_copy, preserved, uncompiled
+from tensortrain.train.state import loader_generators
 from tensortrain.train.task import Task, TaskName, check_task_name
 
 __all__ = ["CompressionResult", "compress", "evaluate_metric"]

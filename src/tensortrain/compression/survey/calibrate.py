@@ -18,7 +18,7 @@ from tensortrain.compression.survey.output_weights import Spreads, weigh_outputs
 from tensortrain.errors import DataError, NonFiniteError
 from tensortrain.system.observer import Observer, Silent
 from tensortrain.train.batches import failed_on_batch, n_examples, opened, run_somehow, to_device
-from tensortrain.train.loop import is_frozen_norm
+from tensortrain.train.modes import is_frozen_norm
 from tensortrain.train.outputs import Output, judged_outputs
 from tensortrain.train.preserve import preserved
 

@@ -16,7 +16,7 @@ from tensortrain.compression.choose.budget import BudgetLike
 from tensortrain.compression.choose.candidates import DEFAULT_FORMATS
 from tensortrain.compression.choose.plan import CompressionPlan, LayerPlan, plan_compression
 from tensortrain.compression.proof import apply_proven
-from tensortrain.compression.report.measure import Call, batch_of, latency_rows, memory_rows, resident_bytes
+from tensortrain.compression.report.measure import batch_of, latency_rows, memory_rows, resident_bytes
 from tensortrain.compression.report.report import (
     CurvePoint,
     LatencyRow,
@@ -33,6 +33,7 @@ from tensortrain.system.provenance import own_commit, provenance
 from tensortrain.system.storage import count_bytes
 from tensortrain.train.batches import (
     Parts,
+    device_of,
     length_of,
     map_tensors,
     n_examples,
@@ -436,12 +437,11 @@ def _measured(
 
 def _examples(
     model: nn.Module, batch: Any, batch_size: int | None, with_labels: bool, notes: list[str]
-) -> list[tuple[int, Call]]:
+) -> list[tuple[int, Parts]]:
     """Batch sizes to time at, with their inputs. Inputs are cut only along an axis that all of them share."""
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    parts = read_batch(model, to_device(batch, device), with_labels=with_labels)
+    parts = read_batch(model, to_device(batch, device_of(model)), with_labels=with_labels)
     # copies: a model may write into its input
-    call = Call(*map_tensors(lambda tensor: tensor.detach().clone(), (parts.args, dict(parts.kwargs))))
+    call = Parts(*map_tensors(lambda tensor: tensor.detach().clone(), (parts.args, dict(parts.kwargs))))
     own = max(1, n_examples(batch))
     tensors = [t for t in tensors_in([list(parts.args), dict(parts.kwargs)]) if t.ndim]
     shared = len({t.shape[0] for t in tensors}) == 1 and _is_cut_by_axis(parts)

@@ -73,7 +73,7 @@ def read_record(record: type[_R], value: Any, where: str) -> _R:
     if faults:
         known = ", ".join(field.name for field in fields)
         raise RecordError(f"{where} has missing or unknown {', '.join(faults)}, expected {known}")
-    hints = _hints(record)
+    hints = _hints(typing.cast(Any, record))
     return record(**{key: _decode(hints[key], item, f"{where}.{key}") for key, item in value.items()})
 
 

@@ -1,5 +1,8 @@
 """The one reading of a batch: what of it goes into the model, and what are its labels.
 
+Training, healing, calibration, measuring and the losses of this package all go by this table; a loss of one's own gets
+the batch as the data gives it.
+
 =====================================  ==========================================  =================
 batch                                  what the model is called with               labels
 =====================================  ==========================================  =================
@@ -16,7 +19,7 @@ mapping                                its entries as keywords, labels left out 
 =====================================  ==========================================  =================
 
 "Required" are the positional parameters of ``forward`` without a default. A label entry or field is one named
-``labels``, ``label``, ``targets`` or ``target``.
+``labels``, ``label``, ``targets`` or ``target``. A batch has as many examples as the first axis of its first tensor.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tensortrain.errors import DataError
 from tensortrain.train.batches import device_of, opened, read_batch, to_device
-from tensortrain.train.modes import modes_kept
+from tensortrain.train.modes import evaluating
 from tensortrain.train.outputs import judged_outputs
 from tensortrain.train.task import IGNORED, task_of_outputs
 
@@ -31,8 +31,7 @@ def evaluate_accuracy(model: nn.Module, data: Iterable[Any]) -> float:
     """
     device, n = device_of(model), 0
     right = torch.zeros((), dtype=torch.int64, device=device)
-    with torch.no_grad(), modes_kept(model), opened(data) as batches:
-        model.eval()
+    with torch.no_grad(), evaluating(model), opened(data) as batches:
         for batch in batches:
             batch = to_device(batch, device)
             labels = read_batch(model, batch).labels

@@ -10,7 +10,7 @@ from torch import nn
 
 from tensortrain.train.batches import n_examples
 
-__all__ = ["TrainModes", "is_frozen_norm", "is_norm", "modes_kept"]
+__all__ = ["TrainModes", "evaluating", "is_frozen_norm", "is_norm", "modes_kept"]
 
 
 @contextlib.contextmanager
@@ -22,6 +22,15 @@ def modes_kept(*models: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+@contextlib.contextmanager
+def evaluating(*models: nn.Module) -> Iterator[None]:
+    """Set eval mode; afterwards every module has the mode it had."""
+    with modes_kept(*models):
+        for model in models:
+            model.eval()
+        yield
 
 
 def is_norm(module: nn.Module) -> bool:

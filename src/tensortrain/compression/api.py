@@ -16,25 +16,24 @@ from tensortrain.compression.choose.budget import BudgetLike
 from tensortrain.compression.choose.candidates import DEFAULT_FORMATS
 from tensortrain.compression.choose.plan import CompressionPlan, LayerPlan, plan_compression
 from tensortrain.compression.proof import apply_proven
-from tensortrain.compression.report.measure import Call, batch_of, latency_rows, memory_rows, resident_bytes
+from tensortrain.compression.report.measure import batch_of, latency_rows, memory_rows, resident_bytes
 from tensortrain.compression.report.report import (
     CurvePoint,
     LatencyRow,
     LayerReport,
     MemoryRow,
     Report,
-    own_commit,
-    provenance,
 )
 from tensortrain.compression.stages.heal import Heal, check_healing, heal_, task_on_data
 from tensortrain.compression.survey.layers import check_module, count_params
 from tensortrain.errors import CheckpointError, DataError, KindError
 from tensortrain.nn import FactorizedLayer
-from tensortrain.system.checkpoint import loader_generators
 from tensortrain.system.observer import Observer, Silent
+from tensortrain.system.provenance import own_commit, provenance
 from tensortrain.system.storage import count_bytes
 from tensortrain.train.batches import (
     Parts,
+    device_of,
     length_of,
     map_tensors,
     n_examples,
@@ -42,9 +41,11 @@ from tensortrain.train.batches import (
     tensors_in,
     to_device,
 )
-from tensortrain.train.loop import Evaluate, FitResult
+from tensortrain.train.evaluation import Evaluate
+from tensortrain.train.loop import FitResult
 from tensortrain.train.outputs import Output, check_output
 from tensortrain.train.preserve import checked_copy, preserved, uncompiled
+from tensortrain.train.state import loader_generators
 from tensortrain.train.task import Task, TaskName, check_task_name
 
 __all__ = ["CompressionResult", "compress", "evaluate_metric"]
@@ -436,12 +437,11 @@ def _measured(
 
 def _examples(
     model: nn.Module, batch: Any, batch_size: int | None, with_labels: bool, notes: list[str]
-) -> list[tuple[int, Call]]:
+) -> list[tuple[int, Parts]]:
     """Batch sizes to time at, with their inputs. Inputs are cut only along an axis that all of them share."""
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    parts = read_batch(model, to_device(batch, device), with_labels=with_labels)
+    parts = read_batch(model, to_device(batch, device_of(model)), with_labels=with_labels)
     # copies: a model may write into its input
-    call = Call(*map_tensors(lambda tensor: tensor.detach().clone(), (parts.args, dict(parts.kwargs))))
+    call = Parts(*map_tensors(lambda tensor: tensor.detach().clone(), (parts.args, dict(parts.kwargs))))
     own = max(1, n_examples(batch))
     tensors = [t for t in tensors_in([list(parts.args), dict(parts.kwargs)]) if t.ndim]
     shared = len({t.shape[0] for t in tensors}) == 1 and _is_cut_by_axis(parts)

@@ -28,7 +28,7 @@ from tensortrain.errors import BudgetError, CheckpointError
 from tensortrain.formats import FactorSpec, energy, get_format
 from tensortrain.nn.base import Implementation
 from tensortrain.system.observer import Observer, Silent
-from tensortrain.train.batches import n_examples, take, to_device
+from tensortrain.train.batches import device_of, n_examples, take, to_device
 from tensortrain.train.outputs import Output, check_output
 from tensortrain.train.preserve import preserved, uncompiled
 from tensortrain.train.task import Task, TaskName, check_task_name, decide_task
@@ -266,7 +266,7 @@ def _task(
         data = itertools.chain(seen, data)
     if first is None:
         return None, data  # the calibration says what is wrong
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    device = device_of(model)
     with torch.no_grad(), preserved(model):
         model.eval()
         return decide_task(model, to_device(first, device), task=task, output=output), data

@@ -17,8 +17,8 @@ from tensortrain.compression.survey.layers import FoundLayer
 from tensortrain.compression.survey.output_weights import Spreads, weigh_outputs
 from tensortrain.errors import DataError, NonFiniteError
 from tensortrain.system.observer import Observer, Silent
-from tensortrain.train.batches import failed_on_batch, n_examples, opened, run_somehow, to_device
-from tensortrain.train.loop import is_frozen_norm
+from tensortrain.train.batches import device_of, failed_on_batch, n_examples, opened, run_somehow, to_device
+from tensortrain.train.modes import is_frozen_norm
 from tensortrain.train.outputs import Output, judged_outputs
 from tensortrain.train.preserve import preserved
 
@@ -179,7 +179,7 @@ def _run_batches(
     kept: int,
     observer: Observer,
 ) -> None:
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    device = device_of(model)
     with opened(data) as batches:
         for k, batch in enumerate(itertools.islice(batches, n_batches)):
             observer.on_step(k + 1)

@@ -89,7 +89,7 @@ MOVED = {  # old name: where its content lies now, one or several modules
     "nn.stand_ins": "nn.shaping.stand_ins",
     "nn.tied": "nn.embedding.tied",
     "nn.transformer": "nn.attention.transformer",
-    "tensor.chain": "cores.chain",
+    "tensor.chain": "cores.unfold cores.algebra cores.canonical cores.scaling",
     "tensor.indexing": "cores.indexing",
     "tensor.linalg": "cores.linalg",
     "tensor.ranks": "cores.ranks",

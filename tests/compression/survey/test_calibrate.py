@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import sys
 from collections import namedtuple
 from typing import Any
 
@@ -20,10 +19,8 @@ from tensortrain.compression import (
     plan_compression,
 )
 from tensortrain.compression.choose.plan import _carried
-from tensortrain.compression.survey import (
-    calibrate,
-)
-from tensortrain.compression.survey.output_weights import weigh_outputs
+from tensortrain.compression.survey import moments
+from tensortrain.compression.survey.calibrate import calibrate
 from tensortrain.errors import KindError
 from tensortrain.formats import ChainFormat, energy
 
@@ -161,8 +158,7 @@ def test_masked_positions_are_not_counted() -> None:
 
 
 def test_wide_inputs_keep_the_diagonal_alone(monkeypatch) -> None:
-    for function, limit in ((calibrate, 8), (weigh_outputs, 4)):
-        monkeypatch.setattr(sys.modules[function.__module__], "LARGEST_FULL_GRAM", limit)
+    monkeypatch.setattr(moments, "LARGEST_FULL_GRAM", 4)
     data = batches(2, 20, 12, mean=0.5)
     full = covariance(torch.cat([x for x, _ in data]))
     model = nn.Linear(12, 5)

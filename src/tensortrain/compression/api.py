@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from tensortrain.compression.choose.budget import BudgetLike
 from tensortrain.compression.choose.candidates import DEFAULT_FORMATS
-from tensortrain.compression.choose.plan import CompressionPlan, LayerPlan, plan_compression
+from tensortrain.compression.choose.plan import CompressionPlan, LayerPlan
+from tensortrain.compression.choose.planner import plan_compression
 from tensortrain.compression.proof import apply_proven
 from tensortrain.compression.report.measure import Call, batch_of, latency_rows, memory_rows, resident_bytes
 from tensortrain.compression.report.report import (

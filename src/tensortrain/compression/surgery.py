@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from tensortrain.compression.carry import cannot_carry, carry
 from tensortrain.compression.choose.plan import CompressionPlan, LayerPlan
-from tensortrain.compression.survey.calibrate import Calibration
 from tensortrain.compression.survey.layers import FoundLayer, check_module, find_layers
+from tensortrain.compression.survey.moments import Calibration
 from tensortrain.errors import ShapeError
 from tensortrain.nn import FactorizedLayer, dense_twin
 from tensortrain.system.aliases import Undo, replace_aliases

@@ -18,7 +18,7 @@ from tensortrain.compression import (
     find_layers,
     plan_compression,
 )
-from tensortrain.compression.choose.plan import _carried
+from tensortrain.compression.choose.weights import carried
 from tensortrain.compression.survey import moments
 from tensortrain.compression.survey.calibrate import calibrate
 from tensortrain.errors import KindError
@@ -334,7 +334,7 @@ def test_the_change_of_the_output_follows_from_the_moments(name: str, fmt: str, 
     exact = energy(difference, *calibration.weighing(name)) / calibration.output_scale
     assert measured == pytest.approx(exact, rel=0.05)  # random directions stand for the Jacobian
     layer = find_layers(model, include=name)[0][0]
-    predicted = _carried(layer, calibration) * entry.rel_error**2  # what the allocation reckoned with
+    predicted = carried(layer, calibration) * entry.rel_error**2  # what the allocation reckoned with
     assert measured == pytest.approx(predicted, rel=0.2)
 
 
@@ -353,7 +353,7 @@ def test_changes_of_several_layers_are_bounded_by_their_sum() -> None:
     model, data = three_layers(), batches(6, 1000, 24)
     plan = plan_compression(model, budget=0.7, data=data)
     layers = {layer.name: layer for layer in find_layers(model)[0]}
-    parts = [_carried(layers[e.name], plan.calibration) * (e.rel_error or 0.0) ** 2 for e in plan.layers]
+    parts = [carried(layers[e.name], plan.calibration) * (e.rel_error or 0.0) ** 2 for e in plan.layers]
     assert sum(part > 0.1 * max(parts) for part in parts) >= 2
     measured = relative_change(apply_plan_(copy.deepcopy(model), plan), model, data)
     assert 0.9 * max(parts) <= measured <= 1.1 * sum(parts)

@@ -209,10 +209,13 @@ def _candidates(
     layer: FoundLayer, calibration: Calibration | None, formats: Sequence[str], growth: float, wide: bool
 ) -> list[Candidate]:
     moments = calibration.of(layer.name) if calibration is not None else LayerMoments()
-    gram, output_gram = moments.weighing
-    structure = moments.structure
     return candidates(
-        layer, formats=formats, gram=gram, output_gram=output_gram, structure=structure, growth=growth, wide=wide
+        layer,
+        formats=formats,
+        weighting=moments.weighting,
+        structure=moments.structure,
+        growth=growth,
+        wide=wide,
     )
 
 

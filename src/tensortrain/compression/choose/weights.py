@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from tensortrain.compression.survey.layers import FoundLayer
 from tensortrain.compression.survey.moments import Calibration
 from tensortrain.compression.words import named
-from tensortrain.formats import energy
 
 __all__ = ["carried", "weigh_layers"]
 
@@ -42,16 +41,16 @@ def _missing(layers: Sequence[FoundLayer], calibration: Calibration) -> bool:
 
 def carried(layer: FoundLayer, calibration: Calibration) -> float:
     """Share of the mean square of the model's output that a layer carries, as gradients tell; 0 where none came."""
-    gram, output_gram = calibration.weighing(layer.name)
-    if gram is None:
+    weighting = calibration.of(layer.name).weighting
+    if weighting.is_plain:
         return 0.0
     if not calibration.output_grams:
         return 1.0
-    if output_gram is None:
+    if weighting.outputs is None:
         return 0.0
     matrix = layer.kernel.flatten(1)
     matrix = matrix.T if layer.weight.kind == "embedding" else matrix
-    return energy(matrix, gram, output_gram) / calibration.output_scale
+    return weighting.energy(matrix) / calibration.output_scale
 
 
 def _unseen_notes(layers: Sequence[FoundLayer], found: Mapping[str, float], calibration: Calibration) -> list[str]:

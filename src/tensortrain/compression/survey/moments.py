@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tensortrain.formats.weighting import PLAIN, Weighting
+
 __all__ = ["Calibration", "LayerMoments", "second_moment"]
 
 LARGEST_FULL_GRAM = 4608  # features: 170 MB in float64; above, only the diagonal is kept
@@ -43,9 +45,9 @@ class LayerMoments:
     n_rows: int | None = None
 
     @property
-    def weighing(self) -> tuple[Tensor | None, Tensor | None]:
-        """Second moments of the inputs and of the output's gradients."""
-        return self.gram, self.output_gram if self.gram is not None else None
+    def weighting(self) -> Weighting:
+        """What an error of the layer's weight is weighed by."""
+        return PLAIN if self.gram is None else Weighting(self.gram, self.output_gram)
 
     def add(self, gram: Tensor, mean: Tensor | None, n_rows: int) -> None:
         """Take in the sums over the rows of one call."""
@@ -111,8 +113,9 @@ class Calibration:
         return self.layers.get(name, LayerMoments())
 
     def weighing(self, name: str) -> tuple[Tensor | None, Tensor | None]:
-        """Second moments of a layer's inputs and of its output's gradients."""
-        return self.of(name).weighing
+        """Second moments of a layer's inputs and of its output's gradients, as a pair."""
+        weighting = self.of(name).weighting
+        return weighting.inputs, weighting.outputs
 
     @property
     def grams(self) -> dict[str, Tensor]:

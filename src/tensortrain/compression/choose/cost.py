@@ -52,7 +52,7 @@ def load_of(layer: FoundLayer, calibration: Calibration | None, batch_size: int 
         return Load(batch, batch, tuple(4 * k for k in weight.kernel), calibration is not None)
     # A layer may get its rows in another shape than (examples, ..), so they are counted per example.
     entry = {"linear": 1, "embedding": 0, "conv": 1 + len(weight.kernel)}[weight.kind]
-    seen = math.prod(shape[: len(shape) - entry]) * moments.calls
+    seen = math.prod(shape[: len(shape) - entry]) * (moments.calls or 1)
     batch = batch_size or calibration.n_examples
     rows = max(1, round(seen * batch / calibration.n_examples))
     return Load(rows, batch, tuple(shape[len(shape) - len(weight.kernel) :]), seen=True)

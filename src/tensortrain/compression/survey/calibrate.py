@@ -171,7 +171,7 @@ class _Pass:
             moments.n_rows = moments.n_rows or 0
             if not self.found.batches:  # the first one; the last may be short
                 moments.input_shape = tuple(x.shape)
-                moments.calls += 1
+                moments.calls = (moments.calls or 0) + 1
             summary = summarize(layer, x, self.mask) if self.judge is not None else None
             if summary is not None:
                 moments.add(*summary)

@@ -19,7 +19,7 @@ _CONSTANT = 1e-10  # of the second moment: an input that varies less is the same
 
 @dataclass
 class LayerMoments:
-    """What came to one layer. While the data runs, ``gram`` and ``mean`` are sums; ``finish`` makes means of them.
+    """What came to one layer; None what is not known. While the data runs, ``gram`` and ``mean`` are sums over rows.
 
     Attributes:
         gram: ``(N, N)`` or ``(N,)`` float64 mean second moment of the inputs, about the mean where the layer can make
@@ -32,7 +32,7 @@ class LayerMoments:
         input_shape: Shape of the last input in the first batch (with its batch axis).
         structure: For a layer behind a flattening, the (channels, height, width) that were flattened.
         calls: How often the layer ran on the first batch.
-        n_rows: Rows summed up; None where the layer did not run.
+        n_rows: Rows summed up.
     """
 
     gram: Tensor | None = None
@@ -41,7 +41,7 @@ class LayerMoments:
     norm: str | None = None
     input_shape: tuple[int, ...] | None = None
     structure: tuple[int, ...] | None = None
-    calls: int = 0
+    calls: int | None = None
     n_rows: int | None = None
 
     @property
@@ -82,6 +82,16 @@ class LayerMoments:
         self.gram = gram
 
 
+def _by_layer(figure: str) -> Any:
+    """A property: one of the figures, of the layers that have it."""
+
+    def known(self: Calibration) -> dict[str, Any]:
+        found = ((name, getattr(moments, figure)) for name, moments in self.layers.items())
+        return {name: value for name, value in found if value is not None}
+
+    return property(known)
+
+
 @dataclass
 class Calibration:
     """Input statistics of all layers, and the batches they came from.
@@ -117,37 +127,13 @@ class Calibration:
         weighting = self.of(name).weighting
         return weighting.inputs, weighting.outputs
 
-    @property
-    def grams(self) -> dict[str, Tensor]:
-        return self._known("gram")
-
-    @property
-    def means(self) -> dict[str, Tensor]:
-        return self._known("mean")
-
-    @property
-    def output_grams(self) -> dict[str, Tensor]:
-        return self._known("output_gram")
-
-    @property
-    def norms(self) -> dict[str, str]:
-        return self._known("norm")
-
-    @property
-    def input_shapes(self) -> dict[str, tuple[int, ...]]:
-        return self._known("input_shape")
-
-    @property
-    def structures(self) -> dict[str, tuple[int, ...]]:
-        return self._known("structure")
-
-    @property
-    def calls(self) -> dict[str, int]:
-        return {name: moments.calls for name, moments in self.layers.items() if moments.calls}
-
-    def _known(self, figure: str) -> dict[str, Any]:
-        found = ((name, getattr(moments, figure)) for name, moments in self.layers.items())
-        return {name: value for name, value in found if value is not None}
+    grams = _by_layer("gram")
+    means = _by_layer("mean")
+    output_grams = _by_layer("output_gram")
+    norms = _by_layer("norm")
+    input_shapes = _by_layer("input_shape")
+    structures = _by_layer("structure")
+    calls = _by_layer("calls")
 
 
 def second_moment(rows: Tensor) -> Tensor:

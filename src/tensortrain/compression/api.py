@@ -17,18 +17,19 @@ from tensortrain.compression.choose.candidates import DEFAULT_FORMATS
 from tensortrain.compression.choose.plan import CompressionPlan
 from tensortrain.compression.options import CompressOptions
 from tensortrain.compression.report.make import make_report
-from tensortrain.compression.report.report import Report, own_commit
+from tensortrain.compression.report.report import Report
 from tensortrain.compression.stages.base import Work, prepare_stages, run_stages, stage_of
 from tensortrain.compression.stages.factorize import Factorize
 from tensortrain.compression.stages.heal import Heal
 from tensortrain.compression.stages.points import evaluate_metric, point_of
 from tensortrain.compression.survey.layers import check_module, count_params
 from tensortrain.errors import KindError
-from tensortrain.system.checkpoint import loader_generators
 from tensortrain.system.observer import Observer, Silent
-from tensortrain.train.loop import Evaluate
+from tensortrain.system.provenance import own_commit
+from tensortrain.train.evaluation import Evaluate
 from tensortrain.train.outputs import Output
 from tensortrain.train.preserve import checked_copy, uncompiled
+from tensortrain.train.state import loader_generators
 from tensortrain.train.task import Task, TaskName
 
 __all__ = ["CompressionResult", "compress", "evaluate_metric"]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tensortrain.compression.choose.options import PlanOptions
 from tensortrain.errors import CheckpointError, DataError, KindError
-from tensortrain.train.loop import Evaluate
+from tensortrain.train.evaluation import Evaluate
 
 __all__ = ["CompressOptions"]
 

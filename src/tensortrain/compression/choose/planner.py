@@ -8,7 +8,6 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
-import torch
 from torch import nn
 
 from tensortrain.compression.choose.beyond_reach import (
@@ -26,13 +25,14 @@ from tensortrain.compression.choose.weights import weigh_layers
 from tensortrain.compression.survey.calibrate import calibrate
 from tensortrain.compression.survey.layers import FoundLayer, LeftAlone, count_params, find_layers
 from tensortrain.compression.survey.moments import Calibration, LayerMoments
+from tensortrain.compression.survey.task import FIRST, first_with_example, task_on_batch
 from tensortrain.errors import BudgetError
 from tensortrain.formats import get_format
 from tensortrain.system.observer import Observer, Silent
-from tensortrain.train.batches import n_examples, take, to_device
+from tensortrain.train.batches import take
 from tensortrain.train.outputs import Output
-from tensortrain.train.preserve import preserved, uncompiled
-from tensortrain.train.task import Task, TaskName, decide_task
+from tensortrain.train.preserve import uncompiled
+from tensortrain.train.task import Task, TaskName
 
 __all__ = ["check_reachable", "make_plan", "plan_compression"]
 
@@ -44,7 +44,6 @@ _HEALED_REACH = 0.5
 _GROWTHS = (0.08, 0.01)
 _SPENT = 0.95
 _FLOPS_NOT_KNOWN_YET = 10**15
-_FIRST = 3  # batches among which the first with an example is looked for
 
 
 def plan_compression(
@@ -224,16 +223,13 @@ def _task(model: nn.Module, options: PlanOptions) -> tuple[Task | None, Iterable
     data = options.data
     if data is None or isinstance(options.task, Task):
         return options.known_task, data
-    seen = take(data, _FIRST)
-    first = next((batch for batch in seen if n_examples(batch)), None)
+    seen = take(data, FIRST)
+    first = first_with_example(seen)
     if isinstance(data, Iterator):
         data = itertools.chain(seen, data)
     if first is None:
         return None, data  # the calibration says what is wrong
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    with torch.no_grad(), preserved(model):
-        model.eval()
-        return decide_task(model, to_device(first, device), task=options.task, output=options.output), data
+    return task_on_batch(model, first, task=options.task, output=options.output), data
 
 
 def check_reachable(

@@ -5,24 +5,23 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from tensortrain.compression.choose.plan import CompressionPlan, LayerPlan
-from tensortrain.compression.report.measure import Call, batch_of, latency_rows, memory_rows, resident_bytes
+from tensortrain.compression.report.measure import batch_of, latency_rows, memory_rows, resident_bytes
 from tensortrain.compression.report.report import (
     CurvePoint,
     LatencyRow,
     LayerReport,
     MemoryRow,
     Report,
-    provenance,
 )
 from tensortrain.compression.stages.base import Work
 from tensortrain.compression.stages.points import Point
 from tensortrain.compression.words import in_short
 from tensortrain.nn import FactorizedLayer
-from tensortrain.train.batches import Parts, map_tensors, n_examples, read_batch, tensors_in, to_device
+from tensortrain.system.provenance import provenance
+from tensortrain.train.batches import Parts, device_of, map_tensors, n_examples, read_batch, tensors_in, to_device
 from tensortrain.train.preserve import preserved
 
 __all__ = ["make_report"]
@@ -129,12 +128,11 @@ def _measured(report: Report, work: Work, plan: CompressionPlan, notes: list[str
 
 def _examples(
     model: nn.Module, batch: Any, batch_size: int | None, with_labels: bool, notes: list[str]
-) -> list[tuple[int, Call]]:
+) -> list[tuple[int, Parts]]:
     """Batch sizes to time at, with their inputs. Inputs are cut only along an axis that all of them share."""
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    parts = read_batch(model, to_device(batch, device), with_labels=with_labels)
+    parts = read_batch(model, to_device(batch, device_of(model)), with_labels=with_labels)
     # copies: a model may write into its input
-    call = Call(*map_tensors(lambda tensor: tensor.detach().clone(), (parts.args, dict(parts.kwargs))))
+    call = Parts(*map_tensors(lambda tensor: tensor.detach().clone(), (parts.args, dict(parts.kwargs))))
     own = max(1, n_examples(batch))
     tensors = [t for t in tensors_in([list(parts.args), dict(parts.kwargs)]) if t.ndim]
     shared = len({t.shape[0] for t in tensors}) == 1 and _is_cut_by_axis(parts)

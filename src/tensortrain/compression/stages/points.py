@@ -11,7 +11,7 @@ from torch import nn
 from tensortrain.compression.survey.layers import count_params
 from tensortrain.errors import KindError
 from tensortrain.system.storage import count_bytes
-from tensortrain.train.loop import Evaluate
+from tensortrain.train.evaluation import Evaluate
 from tensortrain.train.preserve import preserved
 
 __all__ = ["Point", "evaluate_metric", "point_of"]

@@ -17,8 +17,8 @@ from tensortrain.compression.survey.output_weights import Judge, Spreads, weigh_
 from tensortrain.compression.survey.summaries import is_summarized, summarize
 from tensortrain.errors import DataError
 from tensortrain.system.observer import Observer, Silent
-from tensortrain.train.batches import failed_on_batch, n_examples, opened, run_somehow, to_device
-from tensortrain.train.loop import is_frozen_norm
+from tensortrain.train.batches import device_of, failed_on_batch, n_examples, opened, run_somehow, to_device
+from tensortrain.train.modes import is_frozen_norm
 from tensortrain.train.outputs import Output, judged_outputs
 from tensortrain.train.preserve import preserved
 
@@ -114,12 +114,11 @@ class _Pass:
         handles: list[Any] = []
         try:
             handles += self._watch()
-            device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
             with opened(data) as batches:
                 for k, batch in enumerate(itertools.islice(batches, n_batches)):
                     observer.on_step(k + 1)
                     if n_examples(batch):
-                        self._run_one(to_device(batch, device), kept)
+                        self._run_one(to_device(batch, device_of(self.model)), kept)
         finally:
             for handle in handles:
                 handle.remove()

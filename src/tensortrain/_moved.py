@@ -153,16 +153,17 @@ class _OldModule(ModuleType):
         self.homes = tuple(homes)
 
     def __getattr__(self, name: str) -> Any:
-        if name == "homes" or (name.startswith("__") and name != "__all__"):
+        if name == "homes" or (name.startswith("__") and name not in ("__all__", "__wrapped__")):
             raise AttributeError(name)
         found = [importlib.import_module(home) for home in self.homes]
         if name == "__all__":
             return [public for home in found for public in home.__all__]
+        wanted = self.__name__.rpartition(".")[2] if name == "__wrapped__" else name
         for home in found:
-            if hasattr(home, name):
-                return getattr(home, name)
+            if hasattr(home, wanted):
+                return getattr(home, wanted)
         raise AttributeError(f"{self.__name__} has no {name!r}, and neither have {', '.join(self.homes)}.")
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """``tensortrain.compress`` is a function first: it stays one where its old folder was imported by name."""
-        return importlib.import_module(_PACKAGE + ".compression").compress(*args, **kwargs)
+        """Some modules had the name of a function that their folder has too: an import must not take it away."""
+        return self.__wrapped__(*args, **kwargs)

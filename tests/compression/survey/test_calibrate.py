@@ -20,9 +20,7 @@ from tensortrain.compression import (
     plan_compression,
 )
 from tensortrain.compression.choose.plan import _carried
-from tensortrain.compression.survey import (
-    calibrate,
-)
+from tensortrain.compression.survey.calibrate import calibrate
 from tensortrain.compression.survey.output_weights import weigh_outputs
 from tensortrain.errors import KindError
 from tensortrain.formats import ChainFormat, energy

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -40,6 +41,7 @@ class Gauged:
         cores: ``(.., r, n, s)`` each: left-orthogonal before the center, right-orthogonal after it.
         center: Number of the core that holds the norm.
         exponent: The train is the chain of the cores times ``2**exponent``; integers, ``batch_shape``.
+        n_labels: Axes of the center in front of all others, of labels or of several vectors with one basis.
 
     Example:
         >>> x = Gauged.of([torch.ones(1, 2, 1), torch.ones(1, 3, 1), torch.ones(1, 2, 1)])
@@ -52,6 +54,7 @@ class Gauged:
     cores: list[Tensor]
     center: int
     exponent: Tensor
+    n_labels: int = 0
 
     @classmethod
     def of(cls, cores: Sequence[Tensor], span: Span | None = None, center: int = 0) -> Gauged:
@@ -68,18 +71,20 @@ class Gauged:
     @property
     def n_batch(self) -> int:
         """Number of batch axes."""
-        return self.cores[0].ndim - 3
+        return self.cores[self.center].ndim - 3 - self.n_labels
 
     def move(self, center: int) -> None:
         """Bring the center to a core, by one QR for each core on the way."""
         while self.center < center:
             k = self.center
-            self.cores[k], carry = left_qr(self.cores[k])
-            self._settle(k + 1, absorb_left(carry, self.cores[k + 1]))
+            labels = self.cores[k].shape[: self.n_labels]
+            self.cores[k], carry = left_qr(_labels_to(self.cores[k], self.n_labels, -1))
+            self._settle(k + 1, absorb_left(_labels_from(carry, labels, -1), self.cores[k + 1]))
         while self.center > center:
             k = self.center
-            self.cores[k], carry = right_qr(self.cores[k])
-            self._settle(k - 1, absorb_right(self.cores[k - 1], carry))
+            labels = self.cores[k].shape[: self.n_labels]
+            self.cores[k], carry = right_qr(_labels_to(self.cores[k], self.n_labels, -3))
+            self._settle(k - 1, absorb_right(self.cores[k - 1], _labels_from(carry, labels, -2)))
 
     def local(self, k: int, n_sites: int = 1) -> Tensor:
         """The tensor of cores ``k .. k + n_sites - 1``, ``(.., r, n_k, .., s)``, with the center among them.
@@ -88,10 +93,9 @@ class Gauged:
         """
         self.move(min(max(self.center, k), k + n_sites - 1))
         out = self.cores[k]
-        for core in self.cores[k + 1 : k + n_sites]:
-            sizes = out.shape[self.n_batch : -1]  # r n_k ..
-            out = out.flatten(self.n_batch, -2) @ as_right(core)
-            out = out.unflatten(-1, core.shape[-2:]).unflatten(self.n_batch, sizes)
+        for at, core in enumerate(self.cores[k + 1 : k + n_sites], start=2):
+            sizes = out.shape[-at - 1 : -1]  # r n_k ..
+            out = (out.flatten(-at - 1, -2) @ as_right(core)).unflatten(-1, core.shape[-2:]).unflatten(-3, sizes)
         return out
 
     def put(self, k: int, cores: Sequence[Tensor], center: int, exponent: Tensor | None = None) -> None:
@@ -116,8 +120,25 @@ class Gauged:
 
     def _settle(self, k: int, core: Tensor) -> None:
         """Core k is the center, and gives its power of two away."""
-        self.cores[k], step = split_pow2(core, self.n_batch)
+        labels, n_batch = core.shape[: self.n_labels], core.ndim - 3 - self.n_labels
+        scaled, step = split_pow2(_labels_to(core, self.n_labels, -1), n_batch)
+        self.cores[k] = _labels_from(scaled, labels, -1)
         self.center, self.exponent = k, self.exponent + step
+
+
+def _labels_to(core: Tensor, n_labels: int, bond: int) -> Tensor:
+    """Axes of labels, the first ones, joined to a bond of a core."""
+    if not n_labels:
+        return core
+    return core.flatten(0, n_labels - 1).movedim(0, bond - 1).flatten(bond - 1, bond)
+
+
+def _labels_from(x: Tensor, labels: Sequence[int], bond: int) -> Tensor:
+    """The opposite of ``_labels_to``."""
+    if not labels:
+        return x
+    apart = x.unflatten(bond, (math.prod(labels), -1)).movedim(bond - 1, 0)
+    return apart.unflatten(0, labels).contiguous()
 
 
 def left_qr(core: Tensor) -> tuple[Tensor, Tensor]:

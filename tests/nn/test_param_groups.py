@@ -61,7 +61,7 @@ def test_a_format_that_tells_its_fans_is_asked(monkeypatch: pytest.MonkeyPatch) 
     def core_fans(self: Any, spec: FactorSpec) -> tuple[tuple[int, int], ...]:
         return (4, 6), (15, 5)
 
-    module = importlib.import_module("tensortrain.nn.param_groups")  # the name in tensortrain.nn is the function
+    module = importlib.import_module("tensortrain.nn.shaping.param_groups")  # tensortrain.nn has the function
     monkeypatch.setattr(module, "get_format", lambda name: _Block())
     monkeypatch.setattr(_Block, "core_fans", core_fans, raising=False)
     spec = tt.nn.Linear(20, 10, format="low_rank", rank=3).spec

@@ -28,7 +28,7 @@ from tensortrain import networks as models
 from tensortrain.cli.datasets import accuracy_on_test, first, load_images, train_batches
 from tensortrain.compression.api import CompressionResult, compress
 from tensortrain.compression.choose.budget import BudgetLike
-from tensortrain.compression.choose.plan import check_reachable
+from tensortrain.compression.choose.planner import check_reachable
 from tensortrain.compression.report.report import Report
 from tensortrain.compression.stages.heal import Heal
 from tensortrain.compression.survey.layers import find_layers

@@ -2,7 +2,8 @@
 
 from tensortrain.compression.api import CompressionResult, compress
 from tensortrain.compression.choose.budget import Budget, read_budget
-from tensortrain.compression.choose.plan import CompressionPlan, LayerPlan, plan_compression
+from tensortrain.compression.choose.plan import CompressionPlan, LayerPlan
+from tensortrain.compression.choose.planner import plan_compression
 from tensortrain.compression.choose.uniform import plan_uniform
 from tensortrain.compression.report.report import (
     CurvePoint,

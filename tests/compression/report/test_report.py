@@ -105,7 +105,7 @@ def test_derived_numbers() -> None:
         ({"in_modes": (2, 4), "out_modes": (2, 3), "ranks": (3,)}, (3,), (4,)),
         ({"in_modes": (2, 4), "out_modes": (2, 3), "ranks": (1, 1, 1)}, (1,), (4,)),
         ({"format": "low_rank", "ranks": (5,)}, (5,), (6,)),
-        ({"format": "cp", "in_modes": (2, 4), "out_modes": (2, 3), "ranks": (7,)}, (7,), ()),
+        ({"format": "cp", "in_modes": (2, 4), "out_modes": (2, 3), "ranks": (7,)}, (7,), (12,)),
         ({"format": "dense"}, (), ()),
         (  # a convolution: kernel positions stand first
             {"shape": (6, 8, 3, 3), "in_modes": (2, 4), "out_modes": (2, 3), "ranks": (1, 5, 6, 1)},

@@ -6,13 +6,15 @@ No drawing happens here: ``viz.terminal`` prints a report, ``viz.html`` turns it
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import os
 from pathlib import Path
 from typing import Any
 
-from tensortrain.errors import DataError
+from tensortrain.errors import DataError, TTError
+from tensortrain.formats import FactorSpec, Kind, WeightShape, get_format
 from tensortrain.system.files import write_text_atomic
 from tensortrain.system.records import Record, RecordError, read_record, to_plain
 
@@ -66,27 +68,37 @@ class LayerReport(Record):
         """Parameters before over parameters after."""
         return self.params_before / max(self.params_after, 1)
 
+    @functools.cached_property
+    def spec(self) -> FactorSpec | None:
+        """The factorization; None for a dense layer, and where this version knows no such one."""
+        kind: Kind = "embedding" if self.kind.startswith("Embedding") else "linear" if len(self.shape) == 2 else "conv"
+        first, second, *kernel = self.shape if len(self.shape) > 1 else (1, 1)
+        if kind == "embedding":
+            first, second = second, first
+        groups = first // math.prod(self.out_modes) if kind == "conv" and self.out_modes else 1
+        try:
+            return get_format(self.format).spec(
+                WeightShape(kind, first, second, tuple(kernel), groups),
+                rank=self.ranks,
+                out_modes=self.out_modes or None,
+                in_modes=self.in_modes or None,
+                clip=False,
+            )
+        except TTError:  # "dense", a format of the user's own, or sizes that belong to another one
+            return None
+
     @property
     def inner_ranks(self) -> tuple[int, ...]:
-        """The ranks without the two boundary ones."""
-        with_ends = len(self.ranks) > 2 and self.ranks[0] == self.ranks[-1] == 1
-        n_bonds = (len(self.in_modes), len(self.in_modes) - 1, len(self.spectra))
-        return self.ranks[1:-1] if with_ends and len(self.ranks) - 2 in n_bonds else self.ranks
+        """The ranks that were chosen, without fixed boundary ones."""
+        return self.ranks if self.spec is None else get_format(self.format).inner_ranks(self.spec)
 
     @property
     def full_ranks(self) -> tuple[int, ...]:
         """The ranks at which the format holds any weight of this shape; () where that is not known."""
-        n_bonds = len(self.inner_ranks)
-        if not self.in_modes and n_bonds == 1:
-            return (min(self.shape[0], math.prod(self.shape[1:])),)
-        if not self.format.startswith("tt") or len(self.in_modes) != len(self.out_modes):
+        if self.spec is None:
             return ()
-        sizes = [i * j for i, j in zip(self.out_modes, self.in_modes, strict=True)]
-        if n_bonds == len(sizes):  # a convolution: its first core holds the kernel positions
-            sizes = [math.prod(self.shape[2:]), *sizes]
-        if n_bonds != len(sizes) - 1:
-            return ()
-        return tuple(min(math.prod(sizes[:k]), math.prod(sizes[k:])) for k in range(1, len(sizes)))
+        fmt = get_format(self.format)
+        return fmt.inner_ranks(dataclasses.replace(self.spec, ranks=fmt.rank_caps(self.spec)))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -239,7 +239,7 @@ def _ticker() -> ModuleType:
     return ticker
 
 
-def _settings(values: dict[str, str]) -> AbstractContextManager[None]:
+def _settings(values: dict[Any, Any]) -> AbstractContextManager[None]:
     """Matplotlib's settings with some others, for a while."""
     import matplotlib
 

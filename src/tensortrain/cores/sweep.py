@@ -21,7 +21,7 @@ from tensortrain.cores.scaling import times_pow2
 from tensortrain.cores.split import Split, split
 from tensortrain.cores.unfold import absorb_left, absorb_right
 from tensortrain.errors import CheckpointError
-from tensortrain.system.checkpoint import read_checkpoint, same_start, signature_of, write_checkpoint
+from tensortrain.system.checkpoint import read_checkpoint, same_start, start_signature, write_checkpoint
 from tensortrain.system.history import History
 
 __all__ = ["Cuts", "Moving", "sweep"]
@@ -233,7 +233,8 @@ class _Keeper:
         self, path: Path | None, every_s: float, generator: torch.Generator | None, n_sites: int, state: Gauged
     ) -> None:
         self.path, self.every_s, self.generator, self.n_sites, self.state = path, every_s, generator, n_sites, state
-        self.start = signature_of(state.cores if path else [])
+        cores = list(state.cores) if path else []
+        self.start = start_signature(cores)
         self.last_write = time.perf_counter()
 
     def keep(self, run: _Run, *, at_once: bool = False) -> None:

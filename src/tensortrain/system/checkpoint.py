@@ -20,7 +20,7 @@ from torch import Tensor
 from tensortrain.errors import CheckpointError
 from tensortrain.system.files import whole_file
 
-__all__ = ["RunFile", "read_checkpoint", "same_start", "signature_of", "unusable", "write_checkpoint"]
+__all__ = ["RunFile", "read_checkpoint", "same_start", "start_signature", "unusable", "write_checkpoint"]
 
 _VERSION = 2
 _SAMPLE = 65_536  # elements of one tensor that the signature looks at
@@ -34,7 +34,7 @@ class RunFile:
         path: Where it lies.
         every_s: Least time between two writes, in seconds.
         settings: What decides the result, as text: another value means another run.
-        start: Numbers that the run begins with, see ``signature_of``.
+        start: Numbers that the run begins with, see ``start_signature``.
     """
 
     def __init__(self, path: Path, every_s: float, settings: Mapping[str, Any], start: Tensor) -> None:
@@ -153,12 +153,12 @@ def unusable(path: Path, what: str) -> CheckpointError:
     )
 
 
-def signature_of(tensors: Iterable[Tensor]) -> Tensor:
+def start_signature(values: Iterable[Any]) -> Tensor:
     """Return two numbers per tensor, its norm and a fixed projection: float64 ``(n, 2)``.
 
     With it a checkpoint knows the numbers that its run began with, and is not taken for another run's.
     """
-    rows = [_norm_and_projection(value) for value in tensors]
+    rows = [_norm_and_projection(value) for value in values if isinstance(value, Tensor)]
     return torch.stack(rows) if rows else torch.zeros(0, 2, dtype=torch.float64)
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from tensortrain.errors import CheckpointError, KindError, NonFiniteError
-from tensortrain.system.checkpoint import RunFile
+from tensortrain.system.checkpoint import RunFile, start_signature
 from tensortrain.system.history import History
 from tensortrain.system.observer import Observer, Silent
 from tensortrain.train.batches import device_of, length_of, no_batches, opened, to_device
@@ -35,7 +35,6 @@ from tensortrain.train.state import (
     loader_parts,
     rng_state,
     set_rng_state,
-    start_signature,
 )
 
 __all__ = ["FitResult", "fit"]
@@ -452,7 +451,8 @@ class _Trainer:
             "batch size": getattr(self.data, "batch_size", None),
             "data seed": getattr(self.data, "seed", None),
         }
-        return RunFile(options.checkpoint, options.checkpoint_every_s, settings, start_signature(self.model))
+        start = start_signature(self.model.state_dict().values())
+        return RunFile(options.checkpoint, options.checkpoint_every_s, settings, start)
 
 
 def _name_of(loss: object) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tensortrain.system.checkpoint import same_start, signature_of, unusable
+from tensortrain.system.checkpoint import unusable
 from tensortrain.system.history import History
 
 __all__ = [
@@ -21,9 +21,7 @@ __all__ = [
     "loader_generators",
     "loader_parts",
     "rng_state",
-    "same_start",
     "set_rng_state",
-    "start_signature",
 ]
 
 
@@ -93,11 +91,6 @@ def loader_parts(data: object) -> Iterator[object]:
             part = getattr(part, name, None)
         if part is not None:
             yield part
-
-
-def start_signature(model: nn.Module) -> Tensor:
-    """The signature of the weights that a run begins with, by which its checkpoint is told from another model's."""
-    return signature_of(value for value in model.state_dict().values() if isinstance(value, Tensor))
 
 
 def check_state_fits(model: nn.Module, state: object, path: Path) -> None:

@@ -27,13 +27,13 @@ MOVED = {  # old name: where its content lies now, one or several modules
     "compress.batches": "train.batches",
     "compress.beyond_reach": "compression.choose.beyond_reach",
     "compress.budget": "compression.choose.budget",
-    "compress.calibrate": "compression.survey.calibrate",
+    "compress.calibrate": "compression.survey.calibrate compression.survey.moments",
     "compress.candidates": "compression.choose.candidates",
     "compress.carry": "compression.carry",
     "compress.copying": "system.copying",
     "compress.cost": "compression.choose.cost",
     "compress.guard": "train.guard",
-    "compress.heal": "compression.stages.heal",
+    "compress.heal": "compression.stages.heal train.batchnorm train.loop",
     "compress.held_back": "train.held_back",
     "compress.inspect": "compression.survey.inspect",
     "compress.layers": "compression.survey.layers",
@@ -43,19 +43,20 @@ MOVED = {  # old name: where its content lies now, one or several modules
     "compress.observer": "system.observer",
     "compress.output_weights": "compression.survey.output_weights",
     "compress.outputs": "train.outputs",
-    "compress.plan": "compression.choose.plan",
-    "compress.preserve": "train.preserve",
+    "compress.plan": "compression.choose.plan compression.choose.planner",
+    "compress.preserve": "train.preserve train.modes",
     "compress.proof": "compression.proof",
     "compress.reasons": "compression.survey.reasons",
-    "compress.report": "compression.report.report",
+    "compress.report": "compression.report.report system.files system.provenance",
     "compress.runs": "compression.survey.runs",
     "compress.storage": "system.storage",
     "compress.task": "train.task",
-    "compress.training": "train.loop",
-    "compress.training_state": "system.checkpoint",
+    "compress.training": "train.loop train.batchnorm train.evaluation train.losses train.modes train.options "
+    "train.optimizers train.schedules train.state train.batches train.outputs train.preserve system.checkpoint",
+    "compress.training_state": "train.state system.checkpoint",
     "compress.uniform": "compression.choose.uniform",
     "contract.chain": "contract.shape",
-    "contract.kernels": "system.native",
+    "contract.kernels": "system.native contract.compiled",
     "contract.kernels.build": "system.native.build",
     "contract.kernels.compiled": "contract.compiled",
     "contract.kernels.load": "system.native.load",
@@ -88,7 +89,7 @@ MOVED = {  # old name: where its content lies now, one or several modules
     "nn.stand_ins": "nn.shaping.stand_ins",
     "nn.tied": "nn.embedding.tied",
     "nn.transformer": "nn.attention.transformer",
-    "tensor.chain": "cores.chain",
+    "tensor.chain": "cores.unfold cores.algebra cores.canonical cores.scaling",
     "tensor.indexing": "cores.indexing",
     "tensor.linalg": "cores.linalg",
     "tensor.ranks": "cores.ranks",
@@ -157,7 +158,7 @@ class _OldModule(ModuleType):
             raise AttributeError(name)
         found = [importlib.import_module(home) for home in self.homes]
         if name == "__all__":
-            return [public for home in found for public in home.__all__]
+            return [public for home in found for public in getattr(home, "__all__", ())]
         wanted = self.__name__.rpartition(".")[2] if name == "__wrapped__" else name
         for home in found:
             if hasattr(home, wanted):

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -19,6 +19,10 @@ from tensortrain.contract import Chain, ContractionPlan, Network
 from tensortrain.cores.tolerance import compute_dtype
 from tensortrain.errors import DTypeError, KindError, NonFiniteError, ShapeError
 from tensortrain.tensor import Approximation, default_eps
+
+from .registry import _FORMATS as _FORMATS
+from .registry import format_names, get_format, register
+from .spec import Bond, FactorSpec, Kind, Rank, WeightShape
 
 __all__ = [
     "Bond",
@@ -33,116 +37,7 @@ __all__ = [
     "register",
 ]
 
-Kind = Literal["linear", "conv", "embedding"]
-Rank = int | float | str | Sequence[int]
-Bond = tuple[tuple[int, int], ...]  # (core, axis) of every place where one rank index appears
 Spatial = Callable[..., Tensor]  # (x, kernel, bias=None, groups=1)
-
-
-@dataclass(frozen=True)
-class WeightShape:
-    """The dense weight that a format stands for.
-
-    ``out_features`` counts all outputs (rows of a linear weight, output channels, embedding dimension);
-    ``in_features`` counts the inputs that one output sees (columns, input channels per group, vocabulary).
-    """
-
-    kind: Kind
-    out_features: int
-    in_features: int
-    kernel: tuple[int, ...] = ()
-    groups: int = 1
-
-    @property
-    def dense_shape(self) -> tuple[int, ...]:
-        """Shape of the weight in torch's own layout."""
-        if self.kind == "embedding":
-            return (self.in_features, self.out_features)
-        return (self.out_features, self.in_features, *self.kernel)
-
-    @property
-    def n_params(self) -> int:
-        """Entries of the dense weight."""
-        return math.prod(self.dense_shape)
-
-    @property
-    def fan_in(self) -> int:
-        """Inputs that one output sums over, kernel positions included."""
-        return self.in_features * math.prod(self.kernel)
-
-    def one_group(self) -> WeightShape:
-        """The shape of a single group's weight."""
-        return replace(self, out_features=self.out_features // self.groups, groups=1)
-
-
-@dataclass(frozen=True)
-class FactorSpec:
-    """A weight's format, modes and ranks: all that is needed to lay out its cores.
-
-    The modes are those of one group's weight (channels for a convolution).
-    """
-
-    format: str
-    weight: WeightShape
-    out_modes: tuple[int, ...]
-    in_modes: tuple[int, ...]
-    ranks: tuple[int, ...]
-
-    @property
-    def core_shapes(self) -> tuple[tuple[int, ...], ...]:
-        """Shapes of the stored cores; grouped convolutions have the group as leading axis."""
-        shapes = get_format(self.format).group_core_shapes(self)
-        groups = self.weight.groups
-        return shapes if groups == 1 else tuple((groups, *shape) for shape in shapes)
-
-    @property
-    def n_params(self) -> int:
-        """Entries of all cores."""
-        return sum(math.prod(shape) for shape in self.core_shapes)
-
-    def one_group(self) -> FactorSpec:
-        """The spec of a single group's cores."""
-        return replace(self, weight=self.weight.one_group())
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain numbers, strings and lists, ready for JSON; ``from_dict`` reads them back."""
-        weight = self.weight
-        return {
-            "format": self.format,
-            "kind": weight.kind,
-            "out_features": weight.out_features,
-            "in_features": weight.in_features,
-            "kernel": list(weight.kernel),
-            "groups": weight.groups,
-            "out_modes": list(self.out_modes),
-            "in_modes": list(self.in_modes),
-            "ranks": list(self.ranks),
-        }
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> FactorSpec:
-        """Read a spec back and check it.
-
-        Raises:
-            ShapeError: A field is missing, or the numbers do not describe a weight.
-        """
-        try:
-            weight = WeightShape(
-                data["kind"],
-                int(data["out_features"]),
-                int(data["in_features"]),
-                tuple(int(k) for k in data["kernel"]),
-                int(data["groups"]),
-            )
-            modes = (tuple(int(n) for n in data["out_modes"]), tuple(int(n) for n in data["in_modes"]))
-            given = tuple(int(r) for r in data["ranks"])
-            name = str(data["format"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise ShapeError(
-                f"a factorization needs kind, sizes, modes and ranks as whole numbers: {error!r} in {dict(data)}. "
-                "Write it again with to_dict()."
-            ) from error
-        return get_format(name).spec(weight, rank=given, out_modes=modes[0], in_modes=modes[1], clip=False)
 
 
 @dataclass(frozen=True)
@@ -469,35 +364,6 @@ class Format(ABC):
         """Mean square of the entries of the dense weight."""
         dense = self.to_dense([core.to(compute_dtype(core.dtype)) for core in cores], spec)
         return float(dense.abs().square().mean())
-
-
-_FORMATS: dict[str, Format] = {}
-
-
-def register(cls: type[Format]) -> type[Format]:
-    """Class decorator: make a format known by its name."""
-    _FORMATS[cls.name] = cls()
-    return cls
-
-
-def format_names() -> tuple[str, ...]:
-    """Names of all registered formats."""
-    return tuple(sorted(_FORMATS))
-
-
-def get_format(name: str) -> Format:
-    """The format of that name.
-
-    Raises:
-        ShapeError: No format has that name.
-    """
-    try:
-        return _FORMATS[name]
-    except (KeyError, TypeError):
-        raise ShapeError(
-            f"a format must be registered: found {name!r}, known are {list(format_names())}. "
-            "Choose one of these, or register a Format of that name."
-        ) from None
 
 
 def check_dense(dense: Tensor, weight: WeightShape) -> None:

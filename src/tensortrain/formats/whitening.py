@@ -4,10 +4,6 @@ For a linear map ``y = W x`` with input second moment ``H = E[x x^T]`` the mean 
 replacement ``W'`` is ``||(W - W') S||_F^2`` with ``H = S S^T``. Truncating ``W S`` is therefore optimal
 (Wang et al., SVD-LLM, ICLR 2025, arXiv:2403.07378). A dense ``S`` destroys the tensor-train structure, so
 trains use a Kronecker fit ``H ~ H_1 x .. x H_d``, whose factors act on one mode each.
-
-Outputs can be weighted likewise: with ``F = E[g g^T]``, ``g`` the gradient of the model's output with respect to
-the layer's, ``tr(F (W - W') H (W - W')^T)`` predicts the change of the model's output (the Kronecker-factored
-curvature of Martens and Grosse, ICML 2015, arXiv:1503.05671).
 """
 
 from __future__ import annotations
@@ -20,12 +16,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from tensortrain.errors import NonFiniteError, ShapeError
+from .weighting import check_gram, energy, output_error
 
 __all__ = [
     "KroneckerNorm",
     "apply_root",
     "check_gram",
+    "energy",
     "keep_promise",
     "kronecker_factors",
     "output_error",
@@ -35,23 +32,6 @@ __all__ = [
 Side = Literal["in", "out"]
 _SKETCH = 96
 DAMPING = 1e-2  # of the mean diagonal: keeps directions that few calibration samples saw (paper's advice)
-
-
-def check_gram(gram: Tensor, size: int) -> Tensor:
-    """The second moment as float64, full ``(N, N)`` or diagonal ``(N,)``.
-
-    Raises:
-        ShapeError: It does not have ``N`` rows.
-        NonFiniteError: It holds NaN or Inf.
-    """
-    if gram.shape not in ((size,), (size, size)):
-        raise ShapeError(
-            f"an input second moment must be (N, N) or its diagonal (N,): found {tuple(gram.shape)}, expected "
-            f"N = {size}. Sum x x^T over the layer's own inputs."
-        )
-    if not bool(torch.isfinite(gram).all()):
-        raise NonFiniteError("an input second moment must be finite: found NaN or Inf. Check the calibration data.")
-    return gram.double()
 
 
 def root_and_inverse(gram: Tensor, *, damping: float = DAMPING) -> tuple[Tensor, Tensor]:
@@ -98,20 +78,6 @@ def _partial_trace(gram: Tensor, modes: Sequence[int], k: int) -> Tensor:
         return gram.reshape(left, n, right).sum(dim=(0, 2))
     blocks = gram.reshape(left, n, right, left, n, right)
     return torch.einsum("anbamb->nm", blocks)
-
-
-def output_error(difference: Tensor, matrix: Tensor, gram: Tensor, output_gram: Tensor | None = None) -> float:
-    """``||F^(1/2) D H^(1/2)|| / ||F^(1/2) W H^(1/2)||``: relative error of a change ``D`` to ``W`` (out, in)."""
-    return math.sqrt(energy(difference, gram, output_gram) / max(energy(matrix, gram, output_gram), 1e-300))
-
-
-def energy(matrix: Tensor, gram: Tensor, output_gram: Tensor | None = None) -> float:
-    """``tr(F W H W^T)``: the mean square of the outputs, weighted by ``F``."""
-    matrix = matrix.double()
-    weighted = matrix * gram if gram.ndim == 1 else matrix @ gram
-    if output_gram is not None:
-        matrix = output_gram[:, None] * matrix if output_gram.ndim == 1 else output_gram @ matrix
-    return max(0.0, float((weighted * matrix).sum()))
 
 
 Attempt = tuple[tuple[int, ...], tuple[Tensor, ...], float]  # ranks, cores, measured error

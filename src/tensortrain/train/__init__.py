@@ -1,6 +1,8 @@
 """One training loop for all: dense networks, healing, models; its batches, losses, tasks and guards."""
 
-from tensortrain.train.loop import FitResult, evaluate_accuracy, fit, reestimate_batchnorm_
+from tensortrain.train.batchnorm import reestimate_batchnorm_
+from tensortrain.train.evaluation import evaluate_accuracy
+from tensortrain.train.loop import FitResult, fit
 from tensortrain.train.losses import cross_entropy_loss, distillation_loss, feature_loss
 
 __all__ = [

@@ -23,6 +23,7 @@ from tensortrain.nn.base import Implementation, Init, as_tuple
 from tensortrain.nn.conv.layers import ConvLayer, Convolve, Size
 from tensortrain.nn.conv.plan import transposed_out_size
 from tensortrain.nn.inputs import once, traceable
+from tensortrain.nn.runner import Runner
 from tensortrain.system.tracing import sizes_of
 
 __all__ = ["ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d", "swap_channels"]
@@ -199,13 +200,13 @@ class _ConvTransposeNd(ConvLayer):
         assert isinstance(fmt, ChainFormat)
         return spec.ranks[fmt.n_spatial(spec)]
 
-    def _shape(self) -> Any:  # Chain | None
-        chain: Any = super()._shape()
+    def _make_runner(self) -> Runner:
+        chain = self.format.channel_chain(self._group_spec)
         if chain is None or not self._chain_first:
-            return chain
+            return Runner(chain)
         r0 = self._n_filters(self._group_spec)
         outs, ins = chain.out_modes, chain.in_modes
-        return Chain((r0 * outs[0], *outs[1:]), (ins[0] // r0, *ins[1:]), chain.ranks)
+        return Runner(Chain((r0 * outs[0], *outs[1:]), (ins[0] // r0, *ins[1:]), chain.ranks))
 
     def _chain_rows(self, batch: int, spatial: tuple[int, ...]) -> int:
         return max(1, batch * math.prod(spatial)) if self._chain_first else super()._chain_rows(batch, spatial)

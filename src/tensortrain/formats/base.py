@@ -166,6 +166,10 @@ class Format(ABC):
         """What carries a linear layer's product: the chain, or the network of a format that is none (one group)."""
         return self.chain(spec)
 
+    def to_chain(self, cores: Sequence[Tensor], spec: FactorSpec) -> list[Tensor]:
+        """Stored cores as ``contraction`` takes them, those of a chain ``(r, i, j, s)``; views where possible."""
+        return list(cores)
+
     def convolve(
         self,
         x: Tensor,

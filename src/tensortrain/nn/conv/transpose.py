@@ -133,12 +133,8 @@ class _ConvTransposeNd(ConvLayer):
     def kernel_of(cls, layer: Any) -> Tensor:
         return swap_channels(super().kernel_of(layer), layer.groups)
 
-    def _dense_weight(self) -> Tensor:
-        def build() -> Tensor:
-            kernel = self.format.to_dense(self._core_list(), self.spec)
-            return swap_channels(kernel, self.groups).contiguous()
-
-        return self._cached("dense", build)
+    def build_weight(self) -> Tensor:
+        return swap_channels(self.format.to_dense(self.core_list(), self.spec), self.groups).contiguous()
 
     # -- how it runs ---------------------------------------------------------------------------------
 
@@ -203,8 +199,8 @@ class _ConvTransposeNd(ConvLayer):
         assert isinstance(fmt, ChainFormat)
         return spec.ranks[fmt.n_spatial(spec)]
 
-    def _chain(self) -> Chain | None:
-        chain = super()._chain()
+    def _shape(self) -> Any:  # Chain | None
+        chain: Any = super()._shape()
         if chain is None or not self._chain_first:
             return chain
         r0 = self._n_filters(self._group_spec)

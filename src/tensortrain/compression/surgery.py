@@ -13,6 +13,7 @@ from tensortrain.compression.choose.plan import CompressionPlan, LayerPlan
 from tensortrain.compression.survey.calibrate import Calibration
 from tensortrain.compression.survey.layers import FoundLayer, check_module, find_layers
 from tensortrain.errors import ShapeError
+from tensortrain.formats import PLAIN, Weighting
 from tensortrain.nn import FactorizedLayer, dense_twin
 from tensortrain.system.aliases import Undo, replace_aliases
 from tensortrain.system.observer import Observer, Silent
@@ -44,13 +45,12 @@ def apply_plan_(model: nn.Module, plan: CompressionPlan, *, observer: Observer |
     observer = observer or Silent()
     found = {layer.name: layer for layer in find_layers(model)[0]}
     work = [(_checked(entry, found), entry) for entry in plan.layers if entry.spec is not None]
-    weighing = plan.calibration.weighing if plan.calibration is not None else _unweighed
     built: list[_Built] = []
     statistics: list[tuple[Tensor, Tensor]] = []
     observer.on_start("decompose", len(work))
     try:
         for k, (layer, entry) in enumerate(work):
-            new = _build(layer, entry, *weighing(layer.name))
+            new = _build(layer, entry, _weighting(layer, plan.calibration))
             statistics += _keep_moments(model, layer, new, plan.calibration)
             built.append((layer.names, layer.module, new))
             observer.on_step(k + 1)
@@ -107,22 +107,14 @@ def _checked(entry: LayerPlan, found: dict[str, FoundLayer]) -> FoundLayer:
     return layer
 
 
-def _unweighed(name: str) -> tuple[None, None]:
-    return None, None
+def _weighting(layer: FoundLayer, calibration: Calibration | None) -> Weighting:
+    return PLAIN if calibration is None else Weighting(*calibration.weighing(layer.name))
 
 
-def _build(layer: FoundLayer, entry: LayerPlan, gram: Tensor | None, output_gram: Tensor | None) -> FactorizedLayer:
+def _build(layer: FoundLayer, entry: LayerPlan, weighting: Weighting) -> FactorizedLayer:
     assert entry.spec is not None
-    new = layer.reader.from_dense(
-        layer.module,
-        format=entry.spec.format,
-        rank=entry.spec.ranks,
-        in_modes=entry.spec.in_modes,
-        out_modes=entry.spec.out_modes,
-        input_gram=gram,
-        output_gram=output_gram,
-        implementation=entry.implementation,  # type: ignore[arg-type]
-    )
+    how: Any = entry.implementation
+    new = layer.reader.from_spec(layer.module, entry.spec, weighting=weighting, implementation=how)
     carry(layer.module, new)
     return new
 

@@ -9,19 +9,17 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from tensortrain.errors import ShapeError
 
-from .base import WeightShape, check_modes
+from .checks import check_modes
 from .modes import default_order, suggest_modes, suggest_padded_modes
-from .whitening import check_gram
+from .spec import WeightShape
 
 __all__ = [
     "matrix_to_weight",
-    "order_gram",
     "paired_modes",
     "separate_modes",
     "single_modes",
@@ -54,16 +52,6 @@ def matrix_to_weight(matrix: Tensor, weight: WeightShape) -> Tensor:
         kernel = matrix.reshape(weight.out_features, *weight.kernel, weight.in_features)
         return kernel.permute(0, k + 1, *range(1, k + 1))
     return matrix.T[: weight.in_features]
-
-
-def order_gram(gram: Tensor, weight: WeightShape, n_inputs: int) -> Tensor:
-    """Second moment in the order of the matrix's columns, padded like it."""
-    gram = check_gram(gram, weight.fan_in if weight.kind == "conv" else weight.in_features)
-    if weight.kind == "conv":
-        positions, channels = math.prod(weight.kernel), weight.in_features
-        order = torch.arange(weight.fan_in, device=gram.device).reshape(channels, positions).T.reshape(-1)
-        return gram[order] if gram.ndim == 1 else gram[order][:, order]
-    return F.pad(gram, (0, n_inputs - weight.in_features) * gram.ndim)
 
 
 def paired_modes(

@@ -203,7 +203,7 @@ class Linear(FactorizedLayer):
     @property
     def _stores_chain(self) -> bool:
         """Whether the stored cores are those of the plan."""
-        return type(self.format).to_chain is ChainFormat.to_chain  # type: ignore[attr-defined]
+        return type(self.format).to_chain is ChainFormat.to_chain
 
     def _keep_way(self, plan: ContractionPlan | NetworkPlan, x: Tensor) -> None:
         """Let the kernels take inputs of this size next time, where they are built and the layer is an ordinary one."""

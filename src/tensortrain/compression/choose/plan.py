@@ -25,7 +25,7 @@ from tensortrain.compression.choose.cost import LayerCost, dense_cost, spec_cost
 from tensortrain.compression.survey.calibrate import Calibration, calibrate
 from tensortrain.compression.survey.layers import FoundLayer, LeftAlone, count_params, find_layers
 from tensortrain.errors import BudgetError, CheckpointError
-from tensortrain.formats import FactorSpec, energy, get_format
+from tensortrain.formats import PLAIN, FactorSpec, Weighting, get_format
 from tensortrain.nn.base import Implementation
 from tensortrain.system.observer import Observer, Silent
 from tensortrain.train.batches import n_examples, take, to_device
@@ -328,10 +328,10 @@ def _menus(
     menus = {}
     observer.on_start("candidates", len(layers))
     for k, layer in enumerate(layers):
-        gram, output_gram = calibration.weighing(layer.name) if calibration else (None, None)
+        weighting = Weighting(*calibration.weighing(layer.name)) if calibration else PLAIN
         structure = calibration.structures.get(layer.name) if calibration else None
         menus[layer.name] = candidates(
-            layer, formats=formats, gram=gram, output_gram=output_gram, structure=structure, growth=growth, wide=wide
+            layer, formats=formats, weighting=weighting, structure=structure, growth=growth, wide=wide
         )
         observer.on_step(k + 1)
     observer.on_end()
@@ -364,16 +364,16 @@ def _missing(layers: Sequence[FoundLayer], calibration: Calibration) -> bool:
 
 
 def _carried(layer: FoundLayer, calibration: Calibration) -> float:
-    gram, output_gram = calibration.weighing(layer.name)
-    if gram is None:
+    weighting = Weighting(*calibration.weighing(layer.name))
+    if weighting.is_plain:
         return 0.0
     if not calibration.output_grams:
         return 1.0
-    if output_gram is None:
+    if weighting.outputs is None:
         return 0.0
     matrix = layer.kernel.flatten(1)
     matrix = matrix.T if layer.weight.kind == "embedding" else matrix
-    return energy(matrix, gram, output_gram) / calibration.output_scale
+    return weighting.energy(matrix) / calibration.output_scale
 
 
 def _unseen_notes(layers: Sequence[FoundLayer], found: Mapping[str, float], calibration: Calibration) -> list[str]:

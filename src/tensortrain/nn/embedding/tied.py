@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from tensortrain.contract import Chain, ContractionPlan, CostModel, plan_chain
 from tensortrain.errors import KindError, ShapeError
-from tensortrain.formats import ChainFormat
 from tensortrain.nn.base import _COMPILE_BATCH, _FORCE
 from tensortrain.nn.cores import holding_cores, is_watched
 from tensortrain.nn.embedding.layers import Embedding
@@ -192,13 +191,9 @@ def _make_plan(table: Embedding, chain: Chain, batch: int, training: bool, model
 
 def _transposed_chain(table: nn.Module) -> Chain | None:
     """The chain from the dimension to the padded vocabulary, if the table is one."""
-    if not isinstance(table, Embedding) or not isinstance(table.format, ChainFormat):
-        return None
-    chain = table.format.chain(table.spec)
-    return Chain(chain.in_modes, chain.out_modes, chain.ranks)
+    chain = table.format.chain(table.spec) if isinstance(table, Embedding) else None
+    return None if chain is None else Chain(chain.in_modes, chain.out_modes, chain.ranks)
 
 
 def _transposed_cores(table: Embedding) -> list[Tensor]:
-    fmt = table.format
-    assert isinstance(fmt, ChainFormat)
-    return [core.transpose(1, 2) for core in fmt.to_chain(table._core_list(), table.spec)]
+    return [core.transpose(1, 2) for core in table.format.to_chain(table._core_list(), table.spec)]

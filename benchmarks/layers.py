@@ -31,7 +31,6 @@ from timing import Rates, Turns, take_turns
 from torch import Tensor
 
 import tensortrain as tt
-from tensortrain.compression.report.report import provenance, write_text_atomic
 from tensortrain.contract import (
     ContractionPlan,
     chain_to_dense,
@@ -39,6 +38,8 @@ from tensortrain.contract import (
 from tensortrain.system import (
     native as kernels,
 )
+from tensortrain.system.files import write_text_atomic
+from tensortrain.system.provenance import provenance
 
 PARTS = ("speed", "plans", "memory", "embedding", "recurrent", "laws")
 # Relative Frobenius error of float32 against float64. Sweeps of some peers round more: 1.7e-5 was seen in the gradients

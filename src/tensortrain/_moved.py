@@ -27,13 +27,13 @@ MOVED = {  # old name: where its content lies now, one or several modules
     "compress.batches": "train.batches",
     "compress.beyond_reach": "compression.choose.beyond_reach",
     "compress.budget": "compression.choose.budget",
-    "compress.calibrate": "compression.survey.calibrate",
+    "compress.calibrate": "compression.survey.calibrate compression.survey.moments",
     "compress.candidates": "compression.choose.candidates",
     "compress.carry": "compression.carry",
     "compress.copying": "system.copying",
     "compress.cost": "compression.choose.cost",
     "compress.guard": "train.guard",
-    "compress.heal": "compression.stages.heal",
+    "compress.heal": "compression.stages.heal train.batchnorm train.loop",
     "compress.held_back": "train.held_back",
     "compress.inspect": "compression.survey.inspect",
     "compress.layers": "compression.survey.layers",
@@ -43,16 +43,17 @@ MOVED = {  # old name: where its content lies now, one or several modules
     "compress.observer": "system.observer",
     "compress.output_weights": "compression.survey.output_weights",
     "compress.outputs": "train.outputs",
-    "compress.plan": "compression.choose.plan",
-    "compress.preserve": "train.preserve",
+    "compress.plan": "compression.choose.plan compression.choose.planner",
+    "compress.preserve": "train.preserve train.modes",
     "compress.proof": "compression.proof",
     "compress.reasons": "compression.survey.reasons",
-    "compress.report": "compression.report.report",
+    "compress.report": "compression.report.report system.files system.provenance",
     "compress.runs": "compression.survey.runs",
     "compress.storage": "system.storage",
     "compress.task": "train.task",
-    "compress.training": "train.loop",
-    "compress.training_state": "system.checkpoint",
+    "compress.training": "train.loop train.batchnorm train.evaluation train.losses train.modes train.options "
+    "train.optimizers train.schedules train.state train.batches train.outputs train.preserve system.checkpoint",
+    "compress.training_state": "train.state system.checkpoint",
     "compress.uniform": "compression.choose.uniform",
     "contract.chain": "contract.shape",
     "contract.kernels": "system.native",
@@ -139,16 +140,17 @@ class _OldModule(ModuleType):
         self.homes = tuple(homes)
 
     def __getattr__(self, name: str) -> Any:
-        if name == "homes" or (name.startswith("__") and name != "__all__"):
+        if name == "homes" or (name.startswith("__") and name not in ("__all__", "__wrapped__")):
             raise AttributeError(name)
         found = [importlib.import_module(home) for home in self.homes]
         if name == "__all__":
-            return [public for home in found for public in home.__all__]
+            return [public for home in found for public in getattr(home, "__all__", ())]
+        wanted = self.__name__.rpartition(".")[2] if name == "__wrapped__" else name
         for home in found:
-            if hasattr(home, name):
-                return getattr(home, name)
+            if hasattr(home, wanted):
+                return getattr(home, wanted)
         raise AttributeError(f"{self.__name__} has no {name!r}, and neither have {', '.join(self.homes)}.")
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """``tensortrain.compress`` is a function first: it stays one where its old folder was imported by name."""
-        return importlib.import_module(_PACKAGE + ".compression").compress(*args, **kwargs)
+        """Some modules had the name of a function that their folder has too: an import must not take it away."""
+        return self.__wrapped__(*args, **kwargs)

@@ -12,7 +12,7 @@ from tensortrain import contract
 from tensortrain.contract import CostModel, lookup, merge, use_cost_model
 
 
-@pytest.mark.parametrize("name", ["cache", "chain", "choose", "cost", "lookup", "merge", "plan"])
+@pytest.mark.parametrize("name", ["cache", "shape", "choose", "cost", "lookup", "merge", "plan"])
 def test_examples(name: str) -> None:
     names = {"torch": torch, "merge_order": merge.merge_order, "lookup_groups": lookup.lookup_groups}
     names.update({public: getattr(contract, public) for public in contract.__all__})

@@ -24,6 +24,7 @@ from tensortrain.contract.plan import ContractionPlan
 from tensortrain.contract.shape import Chain
 from tensortrain.system.machine import device_key, known_file, read_json, write_json
 from tensortrain.system.native import library
+from tensortrain.system.tracing import is_traced, is_transformed
 
 __all__ = ["fastest_plan"]
 
@@ -137,9 +138,7 @@ def _digest(value: Any) -> str:
 def _can_time(device: torch.device) -> bool:
     if device.type not in ("cpu", "cuda") or not is_measured() or torch.are_deterministic_algorithms_enabled():
         return False
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or _get_current_dispatch_mode() is not None:
-        return False
-    if torch._C._functorch.maybe_current_level() is not None:
+    if is_traced() or is_transformed() or _get_current_dispatch_mode() is not None:
         return False
     return device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
 

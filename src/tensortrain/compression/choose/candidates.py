@@ -62,7 +62,7 @@ def candidates(
 
     Args:
         formats: Names to try; those that do not serve this kind of layer are passed over.
-        weighting: What an error counts: with second moments of the inputs errors are those of the output.
+        weighting: What errors are weighed by; with a second moment of the inputs they are those of the output.
         structure: How the inputs are made up, such as (channels, height, width) before a flattening.
         growth: How much a rank grows from one candidate to the next, as a share of itself.
         wide: Also those of equal ranks, which have larger errors but no narrow place.

@@ -23,6 +23,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from tensortrain.compression.report.report import CurvePoint, LatencyRow, LayerReport, MemoryRow
+from tensortrain.system.files import whole_file
 from tensortrain.viz.report import text
 
 __all__ = [
@@ -197,14 +198,8 @@ def healing_curve(
 def save_figure(figure: Figure, path: str | os.PathLike[str]) -> Path:
     """Save a figure by the ending of ``path`` (png, svg, pdf); the file appears whole or not at all."""
     target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = target.with_name(f".{target.stem}.{os.getpid()}{target.suffix}")
-    try:
-        with matplotlib.rc_context({"svg.hashsalt": target.name}):
-            figure.savefig(scratch, dpi=160, facecolor="white")
-        os.replace(scratch, target)
-    finally:
-        scratch.unlink(missing_ok=True)
+    with whole_file(target) as scratch, matplotlib.rc_context({"svg.hashsalt": target.name}):
+        figure.savefig(scratch, dpi=160, facecolor="white")
     return target
 
 

@@ -9,7 +9,8 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tensortrain.compression.report.report import LatencyRow, Report, write_text_atomic
+from tensortrain.compression.report.report import LatencyRow, Report
+from tensortrain.system.files import write_text_atomic
 from tensortrain.viz.report import text
 from tensortrain.viz.report.page import PAGE, STYLE
 

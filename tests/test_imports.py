@@ -1,9 +1,11 @@
-"""Importing the package is quiet and light, and changes nothing for the program that imports it."""
+"""Importing the package is quiet and light, and changes nothing for the program that imports it; names stay."""
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -11,13 +13,38 @@ import tensortrain
 
 _HEAVY = ("matplotlib", "transformers", "typer", "rich", "sklearn", "tensorly", "onnx")
 
+# One line a module of the version before, with what it made public. Its files lie beside it.
+_BEFORE = Path(__file__).parent / "data_files" / "before_levels" / "names.txt"
+_NAMES_BEFORE = {
+    module: names.split() for module, _, names in (line.partition(":") for line in _BEFORE.read_text().splitlines())
+}
+
+# What users build on: these folders' public names are those of the version before, and what is new.
+_NEW_NAMES: dict[str, set[str]] = {
+    "tensortrain": {"networks"},
+    "tensortrain.contract": set(),
+    "tensortrain.data": set(),
+    "tensortrain.errors": set(),
+    "tensortrain.formats": set(),
+    "tensortrain.io": set(),
+    "tensortrain.manifold": set(),
+    "tensortrain.nn": set(),
+    "tensortrain.tensor": set(),
+    "tensortrain.viz": set(),
+}
+
 
 def _run(code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False)
 
 
+def _ran_silently(code: str) -> None:
+    done = _run(code)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
 def test_import_is_quiet_and_light_and_sets_nothing() -> None:
-    done = _run(
+    _ran_silently(
         "import sys, warnings, torch\n"
         "warnings.simplefilter('error')\n"
         "def state():\n"
@@ -29,24 +56,57 @@ def test_import_is_quiet_and_light_and_sets_nothing() -> None:
         f"loaded = [name for name in {_HEAVY!r} if name in sys.modules]\n"
         "assert not loaded, f'the import loads {loaded}'"
     )
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 def test_every_module_imports_quietly() -> None:
-    done = _run(
-        "import importlib, pkgutil, tensortrain\n"
+    _ran_silently(
+        "import importlib, pkgutil, tensortrain, warnings\n"
+        "warnings.filterwarnings('error', message='tensortrain')  # no module of ours asks for an old name\n"
         "for found in pkgutil.walk_packages(tensortrain.__path__, 'tensortrain.'):\n"
         "    if not found.name.endswith('__main__'):\n"
         "        importlib.import_module(found.name)"
     )
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-@pytest.mark.parametrize("name", tensortrain.__all__)
-def test_public_name_exists(name: str) -> None:
-    assert getattr(tensortrain, name) is not None
+def test_every_module_of_the_version_before_answers() -> None:
+    _ran_silently(
+        "import importlib, tensortrain, torch, warnings\n"
+        "from tensortrain._moved import MOVED\n"
+        f"for module, names in {_NAMES_BEFORE!r}.items():\n"
+        "    has_moved = module.removeprefix('tensortrain.') in MOVED\n"
+        "    with warnings.catch_warnings(record=True) as heard:\n"
+        "        warnings.simplefilter('always')\n"
+        "        found = importlib.import_module(module)\n"
+        "        missing = [name for name in names if not hasattr(found, name)]\n"
+        "    told = any(str(one.message).startswith(f'{module} has moved') for one in heard)\n"
+        "    if missing or told != has_moved:\n"
+        "        print(module, 'lacks', missing, 'warned', told)\n"
+        "import tensortrain.compress.report as report\n"
+        "import tensortrain.compress as folder\n"
+        "from tensortrain.compress import Heal\n"
+        "assert report.Report is tensortrain.Report and Heal is tensortrain.Heal\n"
+        "for compress in (tensortrain.compress, folder):  # the function, whatever was imported by its old name\n"
+        "    small = compress(torch.nn.Linear(8, 8), budget='2x', measure=False)\n"
+        "    assert isinstance(small, tensortrain.CompressionResult)"
+    )
 
 
-def test_public_names_are_sorted_and_unique() -> None:
-    assert len(set(tensortrain.__all__)) == len(tensortrain.__all__)
+@pytest.mark.parametrize("module", _NEW_NAMES)
+def test_public_names(module: str) -> None:
+    expected = set(_NAMES_BEFORE[module]) | _NEW_NAMES[module]
+    found = importlib.import_module(module)
+    assert set(found.__all__) == expected
+    assert len(found.__all__) == len(expected)
+    assert all(getattr(found, name) is not None for name in expected)
+
+
+def test_public_names_are_sorted() -> None:
     assert tensortrain.__all__ == sorted(tensortrain.__all__)
+
+
+@pytest.mark.parametrize("name", _NAMES_BEFORE["tensortrain.models"])
+def test_example_networks_answer_under_their_old_name(name: str) -> None:
+    with pytest.warns(DeprecationWarning, match=f"models.{name} has moved to tensortrain.networks.{name}"):
+        found = getattr(tensortrain.models, name)
+    assert found is getattr(tensortrain.networks, name)
+    assert name not in tensortrain.models.__all__

@@ -9,12 +9,12 @@ from __future__ import annotations
 import importlib
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-__all__ = ["MOVED", "answer_old_names"]
+__all__ = ["MOVED", "answer_old_names", "names_of_before"]
 
 _PACKAGE = __name__.rpartition(".")[0]
 
@@ -56,7 +56,7 @@ MOVED = {  # old name: where its content lies now, one or several modules
     "compress.training_state": "train.state system.checkpoint",
     "compress.uniform": "compression.choose.uniform",
     "contract.chain": "contract.shape",
-    "contract.kernels": "system.native",
+    "contract.kernels": "system.native contract.compiled",
     "contract.kernels.build": "system.native.build",
     "contract.kernels.compiled": "contract.compiled",
     "contract.kernels.load": "system.native.load",
@@ -89,7 +89,7 @@ MOVED = {  # old name: where its content lies now, one or several modules
     "nn.stand_ins": "nn.shaping.stand_ins",
     "nn.tied": "nn.embedding.tied",
     "nn.transformer": "nn.attention.transformer",
-    "tensor.chain": "cores.chain",
+    "tensor.chain": "cores.unfold cores.algebra cores.canonical cores.scaling",
     "tensor.indexing": "cores.indexing",
     "tensor.linalg": "cores.linalg",
     "tensor.ranks": "cores.ranks",
@@ -111,6 +111,20 @@ def answer_old_names() -> None:
     """Let ``import`` find the old names, for as long as this process runs."""
     if not any(isinstance(finder, _OldNames) for finder in sys.meta_path):
         sys.meta_path.append(_OldNames())
+
+
+def names_of_before(module: str, *homes: str) -> Callable[[str], Any]:
+    """The ``__getattr__`` of a module that stayed, for names of it that lie in others now: pickles hold them too."""
+
+    def look(name: str) -> Any:
+        for home in homes if not name.startswith("__") else ():
+            found = importlib.import_module(f"{_PACKAGE}.{home}")
+            if hasattr(found, name):
+                warnings.warn(f"{name} has moved to {found.__name__}: import it from there.", DeprecationWarning, 2)
+                return getattr(found, name)
+        raise AttributeError(f"module {module!r} has no attribute {name!r}")
+
+    return look
 
 
 class _OldNames:

@@ -149,11 +149,11 @@ def test_lasso_gradient() -> None:
     layer = MAKERS["conv groups"]()
 
     def call(*cores: torch.Tensor) -> torch.Tensor:
-        layer._stand_ins = list(cores)
+        layer.stand_ins = list(cores)
         return tt.nn.rank_lasso(layer)
 
     assert torch.autograd.gradcheck(call, [core.detach().clone().requires_grad_() for core in layer.cores])
-    layer._stand_ins = None
+    layer.stand_ins = None
     with torch.no_grad():
         layer.cores[0].zero_()
         layer.cores[1].zero_()

@@ -18,8 +18,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tensortrain.cores.chain import add_cores, multiplied_pow2, norm_parts, over_core, shares_pow2
-from tensortrain.cores.scaling import times_pow2
+from tensortrain.cores.algebra import add_cores
+from tensortrain.cores.canonical import norm_parts
+from tensortrain.cores.scaling import multiplied_pow2, shares_pow2, times_pow2
+from tensortrain.cores.unfold import over_core
 from tensortrain.errors import RankError
 
 __all__ = [

@@ -8,7 +8,7 @@ from typing import Any, TypeVar, overload
 import torch
 from torch import Tensor
 
-from tensortrain.cores import chain
+from tensortrain.cores.algebra import dot_parts, hadamard_core
 from tensortrain.cores.scaling import times_pow2, work_dtype
 from tensortrain.errors import KindError, ShapeError
 from tensortrain.tensor.base import CoreChain, broadcast_batch, check_same_kind
@@ -66,7 +66,7 @@ def dot(a: Any, b: Any, dims: Sequence[int] | int | None = None) -> Tensor | Ten
         )
     wide = work_dtype(a.dtype)
     left, right = ([core.to(wide) for core in x._merged()] for x in broadcast_batch(a, b))
-    return times_pow2(*chain.dot_parts(left, right)).to(a.dtype)
+    return times_pow2(*dot_parts(left, right)).to(a.dtype)
 
 
 def _partial_dot(a: TensorTrain, b: TensorTrain, dims: Sequence[int]) -> Tensor | TensorTrain:
@@ -90,7 +90,7 @@ def _partial_dot(a: TensorTrain, b: TensorTrain, dims: Sequence[int]) -> Tensor 
         if k in dims:
             piece = torch.einsum("...rns,...tnu->...rtsu", x, y).flatten(-2, -1).flatten(-3, -2)
         else:
-            piece = chain.hadamard_core(x, y)
+            piece = hadamard_core(x, y)
         pieces.append(piece)
     return left._joined(pieces)
 

@@ -9,7 +9,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from tensortrain.cores import chain
 from tensortrain.cores.linalg import cut, cut_along, gram_singular_values, singular_values
 from tensortrain.cores.ranks import RankLike, max_ranks, resolve_ranks
 from tensortrain.cores.scaling import split_pow2, times_pow2
@@ -22,6 +21,7 @@ from tensortrain.cores.tolerance import (
     settled,
     with_derivatives,
 )
+from tensortrain.cores.unfold import as_left
 from tensortrain.cores.unfolding import METHODS, SweepMethod, Unfolded
 from tensortrain.cores.validation import DTYPES
 from tensortrain.errors import DTypeError, KindError, NonFiniteError, ShapeError
@@ -168,7 +168,7 @@ def _differentiable(x: Tensor, train: TensorTrain, done: Finished | None, batch_
     cores = []
     for k, (n, left, right) in enumerate(zip(modes[:-1], ranks[:-2], ranks[1:-1], strict=True)):
         unfolding = rest.reshape(*batch, left * n, -1)
-        u, rest = cut(unfolding, right) if done is None else cut_along(unfolding, chain.as_left(done.sweep.cores[k]))
+        u, rest = cut(unfolding, right) if done is None else cut_along(unfolding, as_left(done.sweep.cores[k]))
         cores.append(u.unflatten(-2, (left, n)))
     cores.append(rest.reshape(*batch, ranks[-2], modes[-1], 1))
     if done is None:  # all is zero

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from tensortrain.cores import chain
+from tensortrain.cores.algebra import contract, join_pieces
 from tensortrain.cores.ranks import RankLike
 from tensortrain.cores.scales import Exponents, Scale, guarded, plain_exponent
 from tensortrain.cores.scaling import times_pow2, work_dtype
@@ -95,7 +95,7 @@ class TTMatrix(CoreChain):
 
     def to_dense(self) -> Tensor:
         """The full matrix, ``(M, N)``.  Cost: O(M N r)."""
-        return paired_to_dense(chain.contract(self._merged()), self.out_modes, self.in_modes)
+        return paired_to_dense(contract(self._merged()), self.out_modes, self.in_modes)
 
     def sum(self, dim: int | Sequence[int] | None = None) -> Tensor | TensorTrain:
         """Sum over rows (``dim=0``: a train of ``in_modes``), columns (1: of ``out_modes``), or all."""
@@ -116,7 +116,7 @@ class TTMatrix(CoreChain):
         return TensorTrain(tuple(reduce(core, dim=-3 + min(dims)).to(self.dtype) for core in wide))
 
     def _number(self, pieces: Sequence[Tensor]) -> Tensor:
-        return chain.join_pieces(pieces, self._n_batch, dtype=self.dtype)[0][..., 0, 0]
+        return join_pieces(pieces, self._n_batch, dtype=self.dtype)[0][..., 0, 0]
 
     def var(self, dim: int | Sequence[int] | None = None, *, correction: float = 1) -> Tensor | TensorTrain:
         """Variance over rows, columns or all, as ``torch.var``; see ``TensorTrain.var``."""

@@ -10,12 +10,13 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor
 
-from tensortrain.cores import chain
+from tensortrain.cores.canonical import left_qr, orthogonalize_cores, right_qr
 from tensortrain.cores.linalg import cut_basis
 from tensortrain.cores.ranks import RankLike, max_ranks, resolve_ranks
-from tensortrain.cores.scaling import split_pow2
+from tensortrain.cores.scaling import place_pow2, split_pow2
 from tensortrain.cores.sketch import OVERSAMPLING, Hadamard, Matmul, Plain, Sum, Virtual, sketched_cores
 from tensortrain.cores.tolerance import checked_eps, compute_dtype
+from tensortrain.cores.unfold import absorb_right, as_left, as_right
 from tensortrain.errors import KindError, ShapeError
 from tensortrain.tensor.approximation import Approximation
 from tensortrain.tensor.base import CoreChain, broadcast_batch, check_same_kind, check_same_place
@@ -214,7 +215,7 @@ def _randomized(
         widths = [min(r, cap + OVERSAMPLING, guess + OVERSAMPLING) for r, cap in zip(virtual.ranks, caps, strict=True)]
         sketched, exponent = sketched_cores(virtual, widths)
         last = len(sketched) - 1
-        placed, single = chain.place_pow2(sketched, exponent, last, virtual.like.dtype)
+        placed, single = place_pow2(sketched, exponent, last, virtual.like.dtype)
         wide = TensorTrain(tuple(placed), (last, last) if single else (0, -1))
         found = round_tt(wide, eps=eps, max_rank=caps[1:-1] if len(caps) > 2 else None)
         ranks = found.value.ranks
@@ -238,14 +239,14 @@ def _zipped(virtual: Virtual, eps: float, caps: Sequence[int], max_sweeps: int) 
     cores = []
     for k in range(d - 1):
         full = virtual.pass_left(k, carry)
-        rows = chain.as_left(full)
+        rows = as_left(full)
         size = torch.linalg.matrix_norm(rows)
         basis, _, _ = cut_basis(rows, share * size, limits[k + 1])
         cores.append(basis.unflatten(-2, full.shape[-3:-1]))
         carry, step = split_pow2(basis.mH @ rows, like.ndim - 3)
         exponent = exponent + step
     last, step = split_pow2(virtual.pass_left(d - 1, carry), like.ndim - 3)
-    placed, single = chain.place_pow2([*cores, last], exponent + step, d - 1, like.dtype)
+    placed, single = place_pow2([*cores, last], exponent + step, d - 1, like.dtype)
     train = TensorTrain(tuple(placed), (d - 1, d - 1) if single else (0, -1))
     found = round_tt(train, eps=eps, max_rank=caps[1:-1])
     return list(found.value.cores), {}
@@ -259,25 +260,25 @@ def _fitted(virtual: Virtual, eps: float, caps: Sequence[int], max_sweeps: int) 
     """
     cores, _ = _randomized(virtual, eps, caps, max_sweeps)
     d, n_batch = len(cores), virtual.like.ndim - 3
-    cores, _ = chain.orthogonalize_cores(cores, (0, d - 1), 0)
+    cores, _ = orthogonalize_cores(cores, (0, d - 1), 0)
     one = virtual.like.new_ones((*virtual.like.shape[:-3], 1, 1))
     right = [one] * (d + 1)
     right_exponent = [torch.zeros(virtual.like.shape[:-3], dtype=torch.int32, device=one.device)] * (d + 1)
     for k in range(d - 1, 0, -1):
         seen = virtual.pass_right(k, right[k + 1])
-        right[k], step = split_pow2(chain.as_right(seen) @ chain.as_right(cores[k]).mH, n_batch)
+        right[k], step = split_pow2(as_right(seen) @ as_right(cores[k]).mH, n_batch)
         right_exponent[k] = right_exponent[k + 1] + step
     sizes: list[float] = []
     exponent = right_exponent[0]
     for n_sweeps in range(1, max_sweeps + 1):
         left, left_exponent = [one] * (d + 1), [right_exponent[d]] * (d + 1)
         for k in range(d):
-            cores[k] = chain.absorb_right(virtual.pass_left(k, left[k]), right[k + 1])
+            cores[k] = absorb_right(virtual.pass_left(k, left[k]), right[k + 1])
             exponent = left_exponent[k] + right_exponent[k + 1]
             if k < d - 1:
-                cores[k] = chain.left_qr(cores[k])[0]
+                cores[k] = left_qr(cores[k])[0]
                 seen = virtual.pass_left(k, left[k])
-                left[k + 1], step = split_pow2(chain.as_left(cores[k]).mH @ chain.as_left(seen), n_batch)
+                left[k + 1], step = split_pow2(as_left(cores[k]).mH @ as_left(seen), n_batch)
                 left_exponent[k + 1] = left_exponent[k] + step
         sizes.append(float((torch.linalg.vector_norm(cores[-1], dim=(-3, -2, -1)).log2() + exponent).amax()))
         # The square of the error is the square of the norm lost: a norm that stands still means the fit does.
@@ -287,13 +288,11 @@ def _fitted(virtual: Virtual, eps: float, caps: Sequence[int], max_sweeps: int) 
             break
         last = cores[-1]
         for k in range(d - 1, 0, -1):
-            cores[k] = chain.right_qr(
-                last if k == d - 1 else chain.absorb_right(virtual.pass_left(k, left[k]), right[k + 1])
-            )[0]
+            cores[k] = right_qr(last if k == d - 1 else absorb_right(virtual.pass_left(k, left[k]), right[k + 1]))[0]
             seen = virtual.pass_right(k, right[k + 1])
-            right[k], step = split_pow2(chain.as_right(seen) @ chain.as_right(cores[k]).mH, n_batch)
+            right[k], step = split_pow2(as_right(seen) @ as_right(cores[k]).mH, n_batch)
             right_exponent[k] = right_exponent[k + 1] + step
-    placed, _ = chain.place_pow2(cores, exponent, d - 1, virtual.like.dtype)
+    placed, _ = place_pow2(cores, exponent, d - 1, virtual.like.dtype)
     converged = len(sizes) > 1 and abs(sizes[-1] - sizes[-2]) <= 0.1 * eps**2 + 1e-14
     return placed, {"n_sweeps": len(sizes), "converged": converged}
 

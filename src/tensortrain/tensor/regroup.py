@@ -9,9 +9,11 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from tensortrain.cores import chain
+from tensortrain.cores.canonical import orthogonalize_cores
 from tensortrain.cores.linalg import choose_rank, cut, left_basis
+from tensortrain.cores.scaling import place_pow2
 from tensortrain.cores.tolerance import checked_eps, compute_dtype
+from tensortrain.cores.unfold import absorb_left, as_left
 from tensortrain.errors import ModeIndexError, ShapeError
 from tensortrain.tensor.base import CoreChain
 from tensortrain.tensor.matrix import TTMatrix
@@ -70,12 +72,12 @@ def permuted(x: TensorTrain, dims: Sequence[int], eps: float | None) -> TensorTr
     center = x.center if wide == x.dtype else (0, d - 1)
     total = torch.zeros((), dtype=torch.int32, device=x.device)
     for k in swaps:
-        cores, step = chain.orthogonalize_cores(cores, center, k)
+        cores, step = orthogonalize_cores(cores, center, k)
         total = total + step
         cores[k], cores[k + 1] = _swapped(cores[k], cores[k + 1], share)
         center = (k + 1, k + 1)
         at = k + 1
-    placed, single = chain.place_pow2(cores, total, at, x.dtype)
+    placed, single = place_pow2(cores, total, at, x.dtype)
     return TensorTrain(tuple(core.to(x.dtype) for core in placed), center if single else (0, -1))
 
 
@@ -160,7 +162,7 @@ def _swaps(order: Sequence[int]) -> list[int]:
 def _swapped(a: Tensor, b: Tensor, share: float) -> tuple[Tensor, Tensor]:
     """``(.., r, n, s)``, ``(.., s, m, t)`` to left-orthogonal ``(.., r, m, u)`` and ``(.., u, n, t)``."""
     (r, n), (m, t) = a.shape[-3:-1], b.shape[-2:]
-    pair = chain.absorb_left(chain.as_left(a), b).unflatten(-3, (r, n)).transpose(-3, -2)  # r m n t
+    pair = absorb_left(as_left(a), b).unflatten(-3, (r, n)).transpose(-3, -2)  # r m n t
     matrix = pair.flatten(-2, -1).flatten(-3, -2)
     with torch.no_grad():
         s = left_basis(matrix)[1]

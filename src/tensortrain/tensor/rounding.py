@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor
 
-from tensortrain.cores import chain
+from tensortrain.cores.canonical import balanced, singular_values_at
 from tensortrain.cores.linalg import (
     choose_rank,
     cut,
@@ -35,6 +35,7 @@ from tensortrain.cores.tolerance import (
     settled,
     with_derivatives,
 )
+from tensortrain.cores.unfold import absorb_left, absorb_right, as_left, as_right
 from tensortrain.errors import KindError, NonFiniteError, RankError
 from tensortrain.tensor.approximation import Approximation
 from tensortrain.tensor.base import CoreChain
@@ -178,7 +179,7 @@ class _Problem:
         total = torch.zeros(cores[0].shape[:-3], dtype=torch.int32, device=cores[0].device)
         if split is not keep_pow2:
             lo, hi = center
-            inner, total = balanced_pow2(chain.balanced(cores[lo : hi + 1]))
+            inner, total = balanced_pow2(balanced(cores[lo : hi + 1]))
             cores = [*cores[:lo], *inner, *cores[hi + 1 :]]
         return cls(cores, center, dtype, eps, tuple(ranks), split, total)
 
@@ -252,7 +253,7 @@ def _left_sizes(problem: _Problem, cores: Sequence[Tensor]) -> tuple[list[Sizes]
     _, exponent = problem.one
     sizes = [problem.one]
     for core in cores:
-        env, step = problem.split(chain.as_left(core).mH @ chain.as_left(chain.absorb_left(env, core)), n_batch)
+        env, step = problem.split(as_left(core).mH @ as_left(absorb_left(env, core)), n_batch)
         exponent = exponent + step  # of the square
         squares = env.diagonal(dim1=-2, dim2=-1).real.clamp_min(0.0)
         sizes.append(((squares * (1 + exponent % 2).unsqueeze(-1)).sqrt(), exponent // 2))
@@ -334,7 +335,7 @@ def _cut_all(
     left = [problem.one]
     current, shift = cores[0], torch.zeros_like(exponent)
     for k in range(d - 1):
-        unfolding = chain.as_left(current)
+        unfolding = as_left(current)
         left.append((torch.linalg.vector_norm(unfolding, dim=-2), shift))
         root, root_exponent = roots.of(k + 1)
         # in units of the scaled matrix the whole has this norm
@@ -343,7 +344,7 @@ def _cut_all(
         done.append(basis.unflatten(-2, current.shape[-3:-1]))
         spectra.append(s / whole[..., None])
         tails.append(tail / whole)
-        current = chain.absorb_left(basis.mH @ unfolding, cores[k + 1])
+        current = absorb_left(basis.mH @ unfolding, cores[k + 1])
         current, step = problem.split(current, n_batch)
         shift = shift + step
     last = times_pow2(current, shift - exponent)
@@ -381,12 +382,12 @@ class _Roots:
 
 
 def _triangles(problem: _Problem) -> _Roots:
-    return _roots(problem, lambda core: triangle(chain.as_right(core).mH).mH)
+    return _roots(problem, lambda core: triangle(as_right(core).mH).mH)
 
 
 def _gram_roots(problem: _Problem) -> _Roots:
     def root(core: Tensor) -> Tensor:
-        unfolding = chain.as_right(core)
+        unfolding = as_right(core)
         return gram_root(unfolding @ unfolding.mH)
 
     return _roots(problem, root)
@@ -415,7 +416,7 @@ def _roots(problem: _Problem, root_of: Callable[[Tensor], Tensor]) -> _Roots:
         root, step = problem.split(root_of(carried), n_batch)
         total = total + step
         matrices[at], exponents[at] = root, total
-        carried = chain.absorb_right(cores[at - 1], root)
+        carried = absorb_right(cores[at - 1], root)
     carried, step = problem.split(carried, n_batch)
     norm, total = torch.linalg.vector_norm(carried, dim=(-3, -2, -1)), total + step
     return _Roots(matrices, exponents, norm, total)
@@ -435,7 +436,7 @@ def _caps_within(problem: _Problem, caps: Sequence[int], max_params: int) -> tup
     last = len(modes) - 1
     spectra = []
     for bond in range(last, 0, -1):
-        s, exponent = chain.singular_values_at(sweep.cores, (last, last), bond)
+        s, exponent = singular_values_at(sweep.cores, (last, last), bond)
         spectra.append(times_pow2(s, exponent).square().reshape(-1, s.shape[-1]).amax(0))
     return ranks_within(modes, [s.tolist() for s in spectra[::-1]], max_params)
 
@@ -444,14 +445,12 @@ def _differentiable(x: Chain, value: Chain, done: Finished) -> Chain:
     """The same value, its cuts made once more along the bases that were found, by steps that have derivatives."""
     cores, total = _right_orthogonal(x, value.ranks)
     for k in range(x.order - 1):
-        unfolding = chain.as_left(cores[k])
+        unfolding = as_left(cores[k])
         u, carry = (
-            cut(unfolding, value.ranks[k + 1])
-            if done.is_zero
-            else cut_along(unfolding, chain.as_left(done.sweep.cores[k]))
+            cut(unfolding, value.ranks[k + 1]) if done.is_zero else cut_along(unfolding, as_left(done.sweep.cores[k]))
         )
         cores[k] = u.unflatten(-2, cores[k].shape[-3:-1])
-        cores[k + 1] = chain.absorb_left(carry, cores[k + 1])
+        cores[k + 1] = absorb_left(carry, cores[k + 1])
     if done.is_zero:
         moved = [(core - core.detach()).to(x.dtype) for core in cores]
         return value._like([zero + part for zero, part in zip(value.cores, moved, strict=True)], value.center)
@@ -466,12 +465,12 @@ def _right_orthogonal(x: Chain, ranks: Sequence[int]) -> tuple[list[Tensor], Ten
     for at in range(x.order - 1, 0, -1):
         cores[at], step = split_pow2(cores[at], x._n_batch)
         total = total + step
-        unfolding = chain.as_right(cores[at])
+        unfolding = as_right(cores[at])
         # Directions that are zero to rounding have no derivative of their own, and the result does not need them.
         rank = max(ranks[at], _numerical_rank(unfolding))
         u, carry = cut(unfolding.mH, rank)
         cores[at] = u.mH.unflatten(-1, cores[at].shape[-2:])
-        cores[at - 1] = chain.absorb_right(cores[at - 1], carry.mH)
+        cores[at - 1] = absorb_right(cores[at - 1], carry.mH)
     cores[0], step = split_pow2(cores[0], x._n_batch)
     return cores, total + step
 

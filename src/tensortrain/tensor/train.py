@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from tensortrain.cores import chain
+from tensortrain.cores.algebra import contract, join_pieces
 from tensortrain.cores.indexing import index_cores
 from tensortrain.cores.ranks import RankLike
 from tensortrain.cores.scales import Exponents
@@ -71,7 +71,7 @@ class TensorTrain(CoreChain):
 
     def to_dense(self) -> Tensor:
         """The full array, of ``shape``, behind the batch axis if there is one.  Cost: O(n^d r) for equal modes."""
-        return chain.contract(self.cores)
+        return contract(self.cores)
 
     def sum(self, dim: int | Sequence[int] | None = None) -> Tensor | TensorTrain:
         """Sum over some modes, or over all.
@@ -230,7 +230,7 @@ class TensorTrain(CoreChain):
 
     def _joined(self, pieces: Sequence[Tensor], waiting: Mapping[int, Exponents] | None = None) -> Tensor | TensorTrain:
         """A train of the cores among the pieces, or the number that they multiply to; see ``join_pieces``."""
-        joined = chain.join_pieces(pieces, self._n_batch, dtype=self.dtype, waiting=waiting)
+        joined = join_pieces(pieces, self._n_batch, dtype=self.dtype, waiting=waiting)
         if joined[0].ndim == self._n_batch + 2:
             return joined[0][..., 0, 0]
         return TensorTrain(tuple(joined))

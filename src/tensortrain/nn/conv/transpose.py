@@ -133,12 +133,8 @@ class _ConvTransposeNd(ConvLayer):
     def kernel_of(cls, layer: Any) -> Tensor:
         return swap_channels(super().kernel_of(layer), layer.groups)
 
-    def _dense_weight(self) -> Tensor:
-        def build() -> Tensor:
-            kernel = self.format.to_dense(self._core_list(), self.spec)
-            return swap_channels(kernel, self.groups).contiguous()
-
-        return self._cached("dense", build)
+    def build_weight(self) -> Tensor:
+        return swap_channels(self.format.to_dense(self.core_list(), self.spec), self.groups).contiguous()
 
     # -- how it runs ---------------------------------------------------------------------------------
 
@@ -197,8 +193,9 @@ class _ConvTransposeNd(ConvLayer):
     def _n_filters(self) -> int | None:
         return self.format.n_filters(self._group_spec)
 
-    def _chain(self) -> Chain | None:
-        chain, r0 = super()._chain(), self._n_filters
+    def _shape(self) -> Any:  # Chain | None
+        chain: Any = super()._shape()
+        r0 = self._n_filters
         if chain is None or r0 is None:
             return chain
         outs, ins = chain.out_modes, chain.in_modes

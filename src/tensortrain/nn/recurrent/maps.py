@@ -158,8 +158,8 @@ def _prepared(one: Map, rows: int) -> Apply:
         return one
     with torch.no_grad():  # the plan for weights that are kept, whether or not gradients are wanted
         plan = one.plan(max(1, rows))
-    weights = plan.prepare(one.format.to_chain(one._core_list(), one.spec))
-    return lambda x: one._execute(plan, x, weights)
+    weights = plan.prepare(one.format.to_chain(one.core_list(), one.spec))
+    return lambda x: plan.execute(x, (), weights, one.bias)
 
 
 def blocks_of(apply: Apply, sizes: Sequence[int]) -> tuple[Apply, ...]:

@@ -93,7 +93,7 @@ def orthogonal(
         _become_spectral(layer, rank, max_norm)
     else:
         _check_chain(layer, kind)
-        _install(layer, kind, [core.detach() for core in layer._core_list()])
+        _install(layer, kind, [core.detach() for core in layer.core_list()])
     return layer
 
 
@@ -199,7 +199,7 @@ _FITS: dict[OrthogonalKind, Callable[[OrthogonalCores, list[Tensor]], Free]] = {
 
 def _install(layer: FactorizedLayer, kind: OrthogonalKind, given: Sequence[Tensor], **attributes: Any) -> None:
     """Put constrained cores with the weight of ``given`` in the place of a layer's cores."""
-    trains = [core.requires_grad for core in layer._core_list()]
+    trains = [core.requires_grad for core in layer.core_list()]
     trains = trains if len(trains) == len(given) else [any(trains)] * len(given)
     cores = OrthogonalCores(nn.Parameter(core.clone(), requires_grad=t) for core, t in zip(given, trains, strict=True))
     cores.kind = kind
@@ -210,7 +210,7 @@ def _install(layer: FactorizedLayer, kind: OrthogonalKind, given: Sequence[Tenso
             parametrize.register_parametrization(cores, str(k), one)
     cores.assign_(given)
     layer.cores = cores
-    layer._forget()
+    layer.clear_cache()
     make_cores_once(layer)
 
 
@@ -235,15 +235,14 @@ def _become_spectral(layer: Linear, rank: Rank | None, max_norm: float | None) -
     spec = tt.spec(weight, rank=max(layer.ranks) if rank is None else rank, clip=True, **modes)
     frames = _maps("spectral", [torch.empty(shape, device="meta") for shape in spec.core_shapes], len(outs))
     _check_frames(spec, frames)
-    dense = layer._full_weight().detach()
+    dense = layer.full_weight().detach()
     found = tt.factorize(dense, weight, rank=spec.ranks, **modes).value
     # A weight of lower rank is filled up with zeros: shapes follow from the request alone, as checkpoints need.
     given = [_padded(core, shape) for core, shape in zip(found.cores, spec.core_shapes, strict=True)]
     if not any(core.requires_grad for core in layer.cores.parameters()):
         given = [core.requires_grad_(False) for core in given]
     _install(layer, "spectral", given, n_left=len(outs), max_norm=max_norm)
-    layer.spec, layer._group_spec = spec, spec.one_group()
-    layer._static_plan = layer._make_static_plan()
+    layer.take_spec(spec)
 
 
 def _padded(core: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -108,7 +108,7 @@ def rank_lasso(model: nn.Module) -> Tensor:
 
 
 def _layer_lasso(layer: FactorizedLayer) -> Tensor:
-    cores = [_at_least_single(core) for core in layer._core_list()]
+    cores = [_at_least_single(core) for core in layer.core_list()]
     found = []
     for bond in bonds(layer.spec):
         slices = [torch.linalg.vector_norm(cores[k].movedim(axis, 0).flatten(1), dim=1) for k, axis in bond]
@@ -141,7 +141,7 @@ def dense_norm(model: nn.Module) -> Tensor:
 
 
 def _layer_norm(layer: FactorizedLayer) -> Tensor:
-    cores = [_at_least_single(core) for core in layer._core_list()]
+    cores = [_at_least_single(core) for core in layer.core_list()]
     spec, one, groups = layer.spec, layer.spec.one_group(), layer.spec.weight.groups
     per_group = [cores] if groups == 1 else [[core[g] for core in cores] for g in range(groups)]
     total = _total(layer, [layer.format.squared_norm(group, one) for group in per_group])
@@ -179,7 +179,7 @@ def balance_(model: Model) -> Model:
 
 def _equalise(layer: FactorizedLayer) -> None:
     lead = 1 if layer.spec.weight.groups > 1 else 0  # every group is a weight of its own
-    cores = layer._core_list()
+    cores = layer.core_list()
     norms = torch.stack([torch.linalg.vector_norm(core.flatten(lead), dim=-1, dtype=_wide(core)) for core in cores])
     factors = torch.exp(norms.log().mean(dim=0) - norms.log())
     factors = torch.where(torch.isfinite(factors).all(dim=0), factors, 1.0)

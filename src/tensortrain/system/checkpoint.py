@@ -7,10 +7,11 @@ no pickle is read or written.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -18,9 +19,11 @@ from torch import Tensor
 from tensortrain.errors import CheckpointError
 from tensortrain.system.files import whole_file
 
-__all__ = ["read_checkpoint", "unusable", "write_checkpoint"]
+__all__ = ["read_checkpoint", "same_start", "start_signature", "unusable", "write_checkpoint"]
 
 _VERSION = 2
+_SAME_START = 1e-3  # rebuilt models may differ by round-off (thread counts); other models differ by order one
+_SAMPLE = 65_536  # elements of one tensor that the signature looks at
 
 
 def write_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
@@ -98,3 +101,29 @@ def unusable(path: Path, what: str) -> CheckpointError:
     return CheckpointError(
         f"a checkpoint must be whole: {path} has {what}, expected one written by the same work. Remove the file."
     )
+
+
+def start_signature(values: Iterable[Any]) -> Tensor:
+    """Return two numbers per tensor, its norm and a fixed projection: float64 ``(n, 2)``.
+
+    With it a checkpoint knows the weights that its run began with, and is not taken for another model's.
+    """
+    rows = [_norm_and_projection(value) for value in values if isinstance(value, Tensor)]
+    return torch.stack(rows) if rows else torch.zeros(0, 2, dtype=torch.float64)
+
+
+def _norm_and_projection(value: Tensor) -> Tensor:
+    flat = value.detach().flatten()
+    flat = flat[:: -(-flat.numel() // _SAMPLE) or 1]
+    flat = (flat.abs() if flat.is_complex() else flat).to("cpu", torch.float64)
+    # Multiples of the golden ratio modulo one: spread evenly, and the same on every machine.
+    direction = (torch.arange(flat.numel(), dtype=torch.float64) * 0.6180339887498949) % 1 - 0.5
+    return torch.stack((flat.norm(), flat @ direction))
+
+
+def same_start(saved: object, current: Tensor) -> bool:
+    """Tell whether two signatures are of the same weights, up to round-off."""
+    if not isinstance(saved, Tensor) or saved.shape != current.shape:
+        return False
+    scale = current[:, :1].abs().clamp(min=1e-30)
+    return bool(((saved - current).abs() <= _SAME_START * scale).all())

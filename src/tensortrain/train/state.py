@@ -14,7 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from tensortrain.errors import CheckpointError
-from tensortrain.system.checkpoint import read_checkpoint, unusable, write_checkpoint
+from tensortrain.system.checkpoint import (
+    read_checkpoint,
+    same_start,
+    start_signature,
+    unusable,
+    write_checkpoint,
+)
 from tensortrain.system.history import History
 
 __all__ = [
@@ -24,13 +30,8 @@ __all__ = [
     "loader_generators",
     "loader_parts",
     "rng_state",
-    "same_start",
     "set_rng_state",
-    "start_signature",
 ]
-
-_SAMPLE = 65_536  # elements of one tensor that the signature looks at
-_SAME_START = 1e-3  # rebuilt models may differ by round-off (thread counts); other models differ by order one
 
 
 @dataclass
@@ -69,7 +70,7 @@ class RunFile:
     def __init__(self, path: Path, every_s: float, settings: Mapping[str, Any], model: nn.Module) -> None:
         self.path, self.every_s, self.written_at = path, every_s, time.perf_counter()
         self.settings = {name: str(value) for name, value in settings.items()}
-        self.start = start_signature(model)
+        self.start = start_signature(model.state_dict().values())
 
     def due(self) -> bool:
         """Whether it is time for another write."""
@@ -149,32 +150,6 @@ def loader_parts(data: object) -> Iterator[object]:
             part = getattr(part, name, None)
         if part is not None:
             yield part
-
-
-def start_signature(model: nn.Module) -> Tensor:
-    """Return two numbers per tensor of the model, its norm and a fixed projection: float64 ``(n, 2)``.
-
-    With it a checkpoint knows the weights that its run began with, and is not taken for another model's.
-    """
-    rows = [_norm_and_projection(value) for value in model.state_dict().values() if isinstance(value, Tensor)]
-    return torch.stack(rows) if rows else torch.zeros(0, 2, dtype=torch.float64)
-
-
-def _norm_and_projection(value: Tensor) -> Tensor:
-    flat = value.detach().flatten()
-    flat = flat[:: -(-flat.numel() // _SAMPLE) or 1]
-    flat = (flat.abs() if flat.is_complex() else flat).to("cpu", torch.float64)
-    # Multiples of the golden ratio modulo one: spread evenly, and the same on every machine.
-    direction = (torch.arange(flat.numel(), dtype=torch.float64) * 0.6180339887498949) % 1 - 0.5
-    return torch.stack((flat.norm(), flat @ direction))
-
-
-def same_start(saved: object, current: Tensor) -> bool:
-    """Tell whether two signatures are of the same weights, up to round-off."""
-    if not isinstance(saved, Tensor) or saved.shape != current.shape:
-        return False
-    scale = current[:, :1].abs().clamp(min=1e-30)
-    return bool(((saved - current).abs() <= _SAME_START * scale).all())
 
 
 def check_state_fits(model: nn.Module, state: object, path: Path) -> None:

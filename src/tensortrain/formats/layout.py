@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -20,6 +21,8 @@ from .spec import WeightShape
 
 __all__ = [
     "matrix_to_weight",
+    "order_gram",
+    "pad_gram",
     "paired_modes",
     "separate_modes",
     "single_modes",
@@ -52,6 +55,20 @@ def matrix_to_weight(matrix: Tensor, weight: WeightShape) -> Tensor:
         kernel = matrix.reshape(weight.out_features, *weight.kernel, weight.in_features)
         return kernel.permute(0, k + 1, *range(1, k + 1))
     return matrix.T[: weight.in_features]
+
+
+def order_gram(gram: Tensor, weight: WeightShape, n_inputs: int) -> Tensor:
+    """Second moment in the order of the matrix's columns, padded like it."""
+    if weight.kind == "conv":
+        positions, channels = math.prod(weight.kernel), weight.in_features
+        order = torch.arange(weight.fan_in, device=gram.device).reshape(channels, positions).T.reshape(-1)
+        return gram[order] if gram.ndim == 1 else gram[order][:, order]
+    return pad_gram(gram, n_inputs)
+
+
+def pad_gram(gram: Tensor, size: int) -> Tensor:
+    """Second moment of inputs or outputs of which the last are always zero."""
+    return F.pad(gram, (0, size - gram.shape[-1]) * gram.ndim)
 
 
 def paired_modes(

@@ -24,7 +24,7 @@ from .fit import Fit, best, equal_norms
 from .ranks import clips, resolve_rank_tuple
 from .registry import register
 from .spec import Bond, FactorSpec, Kind, Rank, WeightShape
-from .weighting import PLAIN, Weighting, times
+from .weighting import PLAIN, Weighting, apply_root
 from .whitening import keep_promise, kronecker_factors, root_and_inverse
 
 __all__ = ["Tucker2"]
@@ -116,7 +116,7 @@ class Tucker2(Format):
         inner, outer = _hooi(kernel, ranks)
         core = _project(kernel, inner, outer)
         if inverses is not None:
-            core = times(core, inverses[0])
+            core = apply_root(core, inverses[0])
             inner, outer = inverses[1] @ inner, inverses[2] @ outer
         return ranks, [inner.T, core.reshape(*core.shape[:2], *spec.weight.kernel), outer]
 
@@ -160,7 +160,7 @@ def _whitened(
     of_channels, of_positions = kronecker_factors(found.inputs, (channels, positions))
     c_root, c_inverse = _full_root_and_inverse(of_channels)
     x_root, x_inverse = root_and_inverse(of_positions)
-    kernel = times(torch.einsum("scx,cd->sdx", kernel, c_root), x_root)
+    kernel = apply_root(torch.einsum("scx,cd->sdx", kernel, c_root), x_root)
     if found.outputs is None:
         return kernel, (x_inverse, c_inverse, torch.eye(outputs, dtype=kernel.dtype, device=kernel.device))
     o_root, o_inverse = _full_root_and_inverse(found.outputs)

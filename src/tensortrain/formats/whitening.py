@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from .fit import Fit
-from .weighting import Weighting, check_gram, energy, output_error, times
+from .weighting import Weighting, apply_root, check_gram, energy, output_error
 
 __all__ = [
     "KroneckerNorm",
+    "apply_root",
     "check_gram",
     "energy",
     "keep_promise",
@@ -135,7 +136,7 @@ class KroneckerNorm:
 
     def _multiplied(self, core: Tensor, side: Side, k: int, axis: int, which: int) -> Tensor:
         roots = self.in_roots if side == "in" else self.out_roots
-        return times(core.movedim(axis, -1), roots[k][which]).movedim(-1, axis) if roots else core
+        return apply_root(core.movedim(axis, -1), roots[k][which]).movedim(-1, axis) if roots else core
 
     def error(self, difference: Tensor, matrix: Tensor) -> float:
         """Relative error in the true norm, not in the fitted one."""
@@ -164,5 +165,5 @@ def _apply_by_mode(matrix: Tensor, roots: Sequence[Tensor], modes: Sequence[int]
             continue
         right = math.prod(modes[k + 1 :])
         moved = matrix.reshape(-1, modes[k], right).transpose(1, 2)
-        matrix = times(moved, root).transpose(1, 2).reshape(matrix.shape)
+        matrix = apply_root(moved, root).transpose(1, 2).reshape(matrix.shape)
     return matrix

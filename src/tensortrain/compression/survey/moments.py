@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tensortrain.formats.weighting import PLAIN, Weighting
+from tensortrain.formats import PLAIN, Weighting
 
 __all__ = ["Calibration", "LayerMoments", "second_moment"]
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tensortrain.errors import DerivedWeightError, KindError, ShapeError
-from tensortrain.formats import Factorization, FactorSpec, Format, Rank, WeightShape, get_format
+from tensortrain.formats import PLAIN, FactorSpec, Fit, Format, Rank, Weighting, WeightShape, get_format
 from tensortrain.system.tracing import is_traced
 
 from .cores import Cores, held_cores, list_cores
@@ -126,17 +126,13 @@ class FactorizedLayer(Traced):
         dtype: torch.dtype | None = None,
     ) -> Self:
         """A layer with the options of ``dense`` and the cores of ``spec``, not filled in."""
-        return cls(
-            **cls.arguments_of(dense),
-            format=spec.format,  # type: ignore[call-arg]
-            rank=spec.ranks,
-            in_modes=spec.in_modes,
-            out_modes=spec.out_modes,
-            init=None,
-            implementation=implementation,
-            device=device,
-            dtype=dtype,
-        )
+        how: dict[str, Any] = {"implementation": implementation, "device": device, "dtype": dtype}
+        return cls._made(**cls.arguments_of(dense), **spec.keywords(), init=None, **how)
+
+    @classmethod
+    def _made(cls: type[Self], **arguments: Any) -> Self:
+        """A layer of the kind that this class builds."""
+        return cls(**arguments)
 
     @classmethod
     def from_dense(
@@ -173,21 +169,38 @@ class FactorizedLayer(Traced):
         Source: TT-SVD: Oseledets 2011; whitening: arXiv:2403.07378.
         """
         cls._check_dense_type(dense)
-        found = get_format(format).factorize(
-            cls.kernel_of(dense),
-            cls.weight_shape_of(dense),
-            rank=rank,
-            eps=eps,
-            out_modes=out_modes,
-            in_modes=in_modes,
-            gram=input_gram,
-            output_gram=output_gram,
+        spec, eps = get_format(format).asked(
+            cls.weight_shape_of(dense), dense.weight.dtype, rank=rank, eps=eps, out_modes=out_modes, in_modes=in_modes
         )
+        weighting = Weighting(input_gram, output_gram)
+        return cls.from_spec(dense, spec, eps=eps, weighting=weighting, implementation=implementation)
+
+    @classmethod
+    def from_spec(
+        cls: type[Self],
+        dense: Any,
+        spec: FactorSpec,
+        *,
+        eps: float | None = None,
+        weighting: Weighting = PLAIN,
+        implementation: Implementation = "auto",
+    ) -> Self:
+        """Approximate a trained torch layer by cores of a spec, as a plan gives it; ``from_dense`` takes words.
+
+        Args:
+            dense: As for ``from_dense``.
+            spec: Format, modes and ranks of the layer's weight.
+            eps: Relative tolerance, for which the spec's ranks are caps.
+            weighting: Second moments of inputs and outputs that weigh the error.
+
+        Raises:
+            KindError, NonFiniteError, ShapeError: As ``from_dense``.
+        """
+        cls._check_dense_type(dense)
+        found = get_format(spec.format).fit(cls.kernel_of(dense), spec, eps=eps, weighting=weighting)
         weight = dense.weight
-        layer = cls.like(
-            dense, found.value.spec, implementation=implementation, device=weight.device, dtype=weight.dtype
-        )
-        return layer._adopt(found.value, dense)
+        layer = cls.like(dense, found.spec, implementation=implementation, device=weight.device, dtype=weight.dtype)
+        return layer._adopt(found, dense)
 
     @classmethod
     def _check_dense_type(cls, dense: object) -> None:
@@ -197,7 +210,7 @@ class FactorizedLayer(Traced):
                 f"{type(dense).__name__}. Pass the torch layer (a factorized layer's to_dense() gives it)."
             )
 
-    def _adopt(self: Self, found: Factorization, dense: Any) -> Self:
+    def _adopt(self: Self, found: Fit, dense: Any) -> Self:
         """Take over cores, bias and manners of a dense layer."""
         with torch.no_grad():
             for core, value in zip(self.cores, found.cores, strict=True):
@@ -284,10 +297,7 @@ class FactorizedLayer(Traced):
         """Constructor arguments as plain data, without the cores."""
         return {
             **self.arguments_of(self),
-            "format": self.spec.format,
-            "rank": list(self.spec.ranks),
-            "in_modes": list(self.spec.in_modes),
-            "out_modes": list(self.spec.out_modes),
+            **self.spec.keywords(),
             "implementation": self.implementation,
         }
 

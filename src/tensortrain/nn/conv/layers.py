@@ -325,7 +325,7 @@ class Conv2d(_ConvNd):
 
     Args:
         in_channels .. padding_mode: As ``torch.nn.Conv2d``.
-        format: ``"tt"`` (kernel positions, then paired channel modes), ``"tt-naive"``, ``"tucker2"``,
+        format: ``"tt"`` (kernel positions, then paired channel modes), ``"tt_naive"``, ``"tucker2"``,
             ``"low_rank"``.
         rank: Number, tuple, share, or ``"same"``. A TT tuple starts with the spatial core,
             ``(1, r_0, r_1, .., 1)``; Tucker-2 takes ``(R_in, R_out)``.

@@ -22,10 +22,10 @@ _NAMES_BEFORE = {
 # What users build on: these folders' public names are those of the version before, and what is new.
 _NEW_NAMES: dict[str, set[str]] = {
     "tensortrain": {"networks"},
-    "tensortrain.contract": set(),
+    "tensortrain.contract": {"ChainPlan", "ChainShape", "Plan"},
     "tensortrain.data": set(),
     "tensortrain.errors": set(),
-    "tensortrain.formats": set(),
+    "tensortrain.formats": {"PLAIN", "Fit", "Weighting"},
     "tensortrain.io": set(),
     "tensortrain.manifold": set(),
     "tensortrain.nn": set(),

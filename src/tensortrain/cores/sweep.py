@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tensortrain.cores.canonical import Gauged
 from tensortrain.cores.scaling import times_pow2
@@ -233,8 +233,8 @@ class _Keeper:
         self, path: Path | None, every_s: float, generator: torch.Generator | None, n_sites: int, state: Gauged
     ) -> None:
         self.path, self.every_s, self.generator, self.n_sites, self.state = path, every_s, generator, n_sites, state
-        cores = [nn.Parameter(core.detach(), requires_grad=False) for core in state.cores] if path else []
-        self.start = start_signature(nn.ParameterList(cores))
+        cores = list(state.cores) if path else []
+        self.start = start_signature(cores)
         self.last_write = time.perf_counter()
 
     def keep(self, run: _Run, *, at_once: bool = False) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,24 +12,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tensortrain.errors import CheckpointError
-from tensortrain.system.checkpoint import read_checkpoint, unusable, write_checkpoint
+from tensortrain.system.checkpoint import unusable
 from tensortrain.system.history import History
 
 __all__ = [
     "Progress",
-    "RunFile",
     "check_state_fits",
     "loader_generators",
     "loader_parts",
     "rng_state",
-    "same_start",
     "set_rng_state",
-    "start_signature",
 ]
-
-_SAMPLE = 65_536  # elements of one tensor that the signature looks at
-_SAME_START = 1e-3  # rebuilt models may differ by round-off (thread counts); other models differ by order one
 
 
 @dataclass
@@ -54,56 +46,6 @@ class Progress:
     def from_state(cls, state: Mapping[str, Any]) -> Progress:
         """What ``to_state`` gave."""
         return cls(**{**state, "history": History.from_rows(state["history"])})
-
-
-class RunFile:
-    """The checkpoint of one run, which knows that of another.
-
-    Args:
-        path: Where it lies.
-        every_s: Least time between two writes, in seconds.
-        settings: What decides the result, as text: another value means another run.
-        model: With the weights that the run begins with.
-    """
-
-    def __init__(self, path: Path, every_s: float, settings: Mapping[str, Any], model: nn.Module) -> None:
-        self.path, self.every_s, self.written_at = path, every_s, time.perf_counter()
-        self.settings = {name: str(value) for name, value in settings.items()}
-        self.start = start_signature(model)
-
-    def due(self) -> bool:
-        """Whether it is time for another write."""
-        return time.perf_counter() - self.written_at >= self.every_s
-
-    def write(self, content: Mapping[str, Any]) -> None:
-        """Replace the file."""
-        write_checkpoint(self.path, {"settings": self.settings, "start": self.start, **content})
-        self.written_at = time.perf_counter()
-
-    def read(self, model: nn.Module) -> dict[str, Any]:
-        """What was written.
-
-        Raises:
-            CheckpointError: The file is damaged, or of another run, or of another model.
-            KeyError, TypeError: Something is missing in it.
-        """
-        content = read_checkpoint(self.path)
-        self._check_is_this_run(content)
-        check_state_fits(model, content["model"], self.path)
-        return content
-
-    def _check_is_this_run(self, content: Mapping[str, Any]) -> None:
-        saved = content["settings"]
-        if not isinstance(saved, dict):
-            raise TypeError("settings are not a dict")
-        odd = sorted(k for k in self.settings.keys() | saved.keys() if self.settings.get(k) != saved.get(k))
-        if not odd and not same_start(content["start"], self.start):
-            odd = ["starting weights"]
-        if odd:
-            raise CheckpointError(
-                f"a training checkpoint must be of the same run: {self.path} has other "
-                f"{', '.join(odd)}, expected those of this call. Use another file to keep both."
-            )
 
 
 def rng_state(data: object, device: torch.device) -> dict[str, Any]:
@@ -149,32 +91,6 @@ def loader_parts(data: object) -> Iterator[object]:
             part = getattr(part, name, None)
         if part is not None:
             yield part
-
-
-def start_signature(model: nn.Module) -> Tensor:
-    """Return two numbers per tensor of the model, its norm and a fixed projection: float64 ``(n, 2)``.
-
-    With it a checkpoint knows the weights that its run began with, and is not taken for another model's.
-    """
-    rows = [_norm_and_projection(value) for value in model.state_dict().values() if isinstance(value, Tensor)]
-    return torch.stack(rows) if rows else torch.zeros(0, 2, dtype=torch.float64)
-
-
-def _norm_and_projection(value: Tensor) -> Tensor:
-    flat = value.detach().flatten()
-    flat = flat[:: -(-flat.numel() // _SAMPLE) or 1]
-    flat = (flat.abs() if flat.is_complex() else flat).to("cpu", torch.float64)
-    # Multiples of the golden ratio modulo one: spread evenly, and the same on every machine.
-    direction = (torch.arange(flat.numel(), dtype=torch.float64) * 0.6180339887498949) % 1 - 0.5
-    return torch.stack((flat.norm(), flat @ direction))
-
-
-def same_start(saved: object, current: Tensor) -> bool:
-    """Tell whether two signatures are of the same weights, up to round-off."""
-    if not isinstance(saved, Tensor) or saved.shape != current.shape:
-        return False
-    scale = current[:, :1].abs().clamp(min=1e-30)
-    return bool(((saved - current).abs() <= _SAME_START * scale).all())
 
 
 def check_state_fits(model: nn.Module, state: object, path: Path) -> None:

@@ -315,7 +315,8 @@ def _prepare(work: Work, settings: Heal) -> Work:
     if isinstance(data, Iterator) or settings.only_statistics:
         check_healing(work.model, data, settings)  # says what to do with an iterator
     else:
-        task = task or task_on_data(work.model, data, task=options.task, output=options.output)
+        named = options.task if isinstance(options.task, str) else None  # a Task is work.task already
+        task = task or task_on_data(work.model, data, task=named, output=options.output)
         task = check_healing(work.model, data, settings, task=task, output=options.output)
     coming = (_to_come(settings, data, task), work.will_heal)
     return replace(work, task=task, will_heal="long" if "long" in coming else any(coming))

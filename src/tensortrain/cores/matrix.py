@@ -11,12 +11,17 @@ from torch import Tensor
 from tensortrain.cores.scales import Exponents, Scale, guarded, plain_exponent
 from tensortrain.cores.scaling import times_pow2
 
-__all__ = ["applied", "times_matrix_core"]
+__all__ = ["applied", "times_matrix_core", "times_train_core"]
 
 
 def times_matrix_core(a: Tensor, b: Tensor) -> Tensor:
     """``(.., r, i, j, s)`` and ``(.., t, j, k, u)`` to ``(.., r t, i, k, s u)``."""
     return torch.einsum("...rijs,...tjku->...rtiksu", a, b).flatten(-2, -1).flatten(-5, -4)
+
+
+def times_train_core(a: Tensor, x: Tensor) -> Tensor:
+    """``(.., r, i, j, s)`` and ``(.., t, j, u)`` to ``(.., r t, i, s u)``."""
+    return times_matrix_core(a, x.unsqueeze(-2)).squeeze(-2)
 
 
 def applied(cores: Sequence[Tensor], columns: Tensor) -> Tensor:

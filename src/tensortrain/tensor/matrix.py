@@ -13,7 +13,7 @@ from torch import Tensor
 from tensortrain.cores.algebra import contract, join_pieces
 from tensortrain.cores.dense import cores_of_dense
 from tensortrain.cores.environments import value_parts
-from tensortrain.cores.matrix import applied, times_matrix_core
+from tensortrain.cores.matrix import applied, times_matrix_core, times_train_core
 from tensortrain.cores.ranks import RankLike
 from tensortrain.cores.regroup import dense_to_paired, paired_to_dense, reshaped_matrix
 from tensortrain.cores.scaling import times_pow2, work_dtype
@@ -21,7 +21,14 @@ from tensortrain.errors import KindError, ModeIndexError, RankError, ShapeError
 from tensortrain.tensor.base import CoreChain, broadcast_batch, check_same_place
 from tensortrain.tensor.train import TensorTrain, checked_dims
 
-__all__ = ["TTMatrix", "dense_to_paired", "matched_factors", "paired_to_dense", "times_matrix_core"]
+__all__ = [
+    "TTMatrix",
+    "dense_to_paired",
+    "matched_factors",
+    "paired_to_dense",
+    "times_matrix_core",
+    "times_train_core",
+]
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from typing import Literal, TypeVar
 
+import torch
+
 from tensortrain.cores.ranks import RankLike
 from tensortrain.cores.rounding import METHODS, round_cores
 from tensortrain.errors import KindError
 from tensortrain.tensor.approximation import Approximation
 from tensortrain.tensor.base import CoreChain, checked_chain
 
-__all__ = ["round_tt"]
+__all__ = ["round_and_store", "round_tt"]
 
 Chain = TypeVar("Chain", bound=CoreChain)
 Method = Literal["svd", "gram", "randomized"]
@@ -69,3 +71,11 @@ def round_tt(
     return x._approximated(
         round_cores(x._merged(), x.center, eps=eps, max_rank=max_rank, method=method, max_params=max_params)
     )
+
+
+@torch.no_grad()
+def round_and_store(
+    x: Chain, dtype: torch.dtype, *, eps: float, max_rank: RankLike | None = None
+) -> Approximation[Chain]:
+    """``round_tt`` of a train in a wide dtype, stored in another one, all of it within ``eps``."""
+    return x._approximated(round_cores(x._merged(), x.center, eps=eps, max_rank=max_rank, dtype=dtype))

@@ -17,9 +17,8 @@ from tensortrain.contract.choose import candidates
 
 MODEL = CostModel.reference("cpu")
 CHAIN = Chain((3, 5, 2), (2, 4, 3), (1, 4, 3, 1))
-NETWORK = Network(
-    (("j", "k", "r"), ("i", "r"), ("l", "k", "r")), ("i", "l"), ("j", "k"), tuple(zip("ijklr", (5, 4, 3, 6, 2)))
-)
+SIZES = (("i", 5), ("j", 4), ("k", 3), ("l", 6), ("r", 2))
+NETWORK = Network((("j", "k", "r"), ("i", "r"), ("l", "k", "r")), ("i", "l"), ("j", "k"), SIZES)
 SHAPES = {"chain": CHAIN, "network": NETWORK}
 
 

@@ -15,6 +15,7 @@ from tensortrain.cores.unfold import absorb_left, absorb_right, as_left, as_righ
 
 __all__ = [
     "add_cores",
+    "broadcast_cores",
     "constant_cores",
     "contract",
     "deviation_parts",
@@ -22,6 +23,7 @@ __all__ = [
     "hadamard_core",
     "hadamard_cores",
     "join_pieces",
+    "pad_zeros",
 ]
 
 
@@ -118,6 +120,22 @@ def _block_diagonal(a: Tensor, b: Tensor) -> Tensor:
     top = torch.cat((a, a.new_zeros((*a.shape[:-1], b.shape[-1]))), dim=-1)
     bottom = torch.cat((b.new_zeros((*b.shape[:-1], a.shape[-1])), b), dim=-1)
     return torch.cat((top, bottom), dim=-3)
+
+
+def broadcast_cores(cores: Sequence[Tensor], shape: Sequence[int]) -> list[Tensor]:
+    """Modes of size 1 repeated, and new ones in front, as NumPy broadcasts."""
+    one = cores[0].new_ones((*cores[0].shape[:-3], 1, 1, 1))
+    padded = [*[one] * (len(shape) - len(cores)), *cores]
+    pairs = zip(padded, shape, strict=True)
+    return [core if core.shape[-2] == n else core.expand(*core.shape[:-2], n, core.shape[-1]) for core, n in pairs]
+
+
+def pad_zeros(cores: Sequence[Tensor], k: int, width: tuple[int, int]) -> list[Tensor]:
+    """Cores with so many zeros before and after what mode k has."""
+    # Zero rows leave orthonormal columns orthonormal: a canonical form is kept.
+    out = list(cores)
+    out[k] = torch.nn.functional.pad(out[k], (0, 0, *width)) if any(width) else out[k]
+    return out
 
 
 def hadamard_cores(left: Sequence[Tensor], right: Sequence[Tensor]) -> list[Tensor]:

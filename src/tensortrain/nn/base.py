@@ -9,7 +9,6 @@ from typing import Any, ClassVar, Literal, TypeVar, get_args
 import torch
 from torch import Tensor, nn
 
-from tensortrain.contract.plan import Shape
 from tensortrain.errors import DerivedWeightError, KindError, ShapeError
 from tensortrain.formats import PLAIN, FactorSpec, Fit, Format, Rank, Weighting, WeightShape, get_format
 from tensortrain.system.tracing import is_traced
@@ -87,28 +86,13 @@ class FactorizedLayer(Traced):
         if init == "structured":
             self.format.init_structured_(cores, self.spec, generator)
         else:
-            self.format.init_(cores, self.spec, self._sigma(init), generator)
+            self.format.init_(cores, self.spec, _sigma(self, init), generator)
         if len(self.cores._parameters) != len(cores):
             self.cores.assign_(cores)  # type: ignore[operator]  # constrained cores, see orthogonal.py
         if self.bias is not None and not self.bias.is_meta:
             bound = 1 / math.sqrt(max(1, self.spec.weight.fan_in))
             with torch.no_grad():
                 self.bias.uniform_(-bound, bound, generator=generator)
-
-    def _sigma(self, init: Init) -> float:
-        weight = self.spec.weight
-        if isinstance(init, (int, float)) and 0 <= init < math.inf:
-            return float(init)
-        if init == "glorot":
-            fan_out = weight.out_features // weight.groups * math.prod(weight.kernel)
-            return math.sqrt(2 / (weight.fan_in + fan_out))
-        if init == "he":
-            return math.sqrt(2 / weight.fan_in)
-        if init == "match":
-            return self._matching_sigma()
-        raise ShapeError(
-            f"init must be 'match', 'glorot', 'he', 'structured' or a number: found {init!r}. Pass 'match'."
-        )
 
     def _matching_sigma(self) -> float:
         return 1 / math.sqrt(3 * max(1, self.spec.weight.fan_in))  # torch draws from U(+-1/sqrt(fan_in))
@@ -270,14 +254,11 @@ class FactorizedLayer(Traced):
     @property
     def weight(self) -> Tensor:
         """The dense weight in torch's layout, built from the cores: a copy to read, which refuses to be written to."""
-        if is_traced():
-            return self.full_weight()
         weight = self.full_weight()
-        return read_only(weight, is_shared=self._is_shared(weight))
-
-    def _is_shared(self, weight: Tensor) -> bool:
-        """Whether the cache or a core may hold the memory of this weight."""
-        return not weight.requires_grad or len(self.cores) == 1
+        if is_traced():
+            return weight
+        # Where it follows from several trained cores, neither the cache nor a core holds its memory.
+        return read_only(weight, is_shared=not weight.requires_grad or len(self.cores) == 1)
 
     def full_weight(self) -> Tensor:
         """The weight as others see it; not to be written to, since it may lie in the cache."""
@@ -322,12 +303,8 @@ class FactorizedLayer(Traced):
 
     def how_it_ran(self) -> str:
         """One word on each plan made for inference so far, such as ``"dense kept; right-to-left [0][1 2]"``."""
-        return "; ".join(dict.fromkeys(self._words())) or (
-            "dense, kept" if self.runner.cache.nbytes else "core by core"
-        )
-
-    def _words(self) -> list[str]:
-        return self.runner.words()
+        without_plans = "dense, kept" if self.runner.cache.nbytes else "core by core"
+        return "; ".join(self.runner.words()) or without_plans
 
     def _format_repr(self) -> str:
         ranks = ",".join(str(r) for r in self.spec.ranks)
@@ -344,11 +321,8 @@ class FactorizedLayer(Traced):
         self.runner = self._make_runner()
 
     def _make_runner(self) -> Runner:
-        return Runner(self._shape())
-
-    def _shape(self) -> Shape | None:
-        """What carries the layer's product, for planning; None for a layer without a plan."""
-        return self.format.contraction(self._group_spec)
+        """A runner of what carries the layer's product."""
+        return Runner(self.format.contraction(self._group_spec))
 
     def core_list(self) -> list[Tensor]:
         """The cores of this forward pass: what stands in for them, what hooks on their list gave, or the parameters."""
@@ -384,6 +358,21 @@ class FactorizedLayer(Traced):
             for name in _OF_BEFORE:
                 self.__dict__.pop(name, None)
             self.runner = self._make_runner()
+
+
+def _sigma(layer: FactorizedLayer, init: Init) -> float:
+    """The standard deviation of the dense weight's entries that ``init`` names."""
+    weight = layer.spec.weight
+    if isinstance(init, (int, float)) and 0 <= init < math.inf:
+        return float(init)
+    if init == "glorot":
+        fan_out = weight.out_features // weight.groups * math.prod(weight.kernel)
+        return math.sqrt(2 / (weight.fan_in + fan_out))
+    if init == "he":
+        return math.sqrt(2 / weight.fan_in)
+    if init == "match":
+        return layer._matching_sigma()
+    raise ShapeError(f"init must be 'match', 'glorot', 'he', 'structured' or a number: found {init!r}. Pass 'match'.")
 
 
 def _full_weight_of(layer: Any) -> Tensor:

@@ -7,6 +7,7 @@ no pickle is read or written.
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,60 @@ from torch import Tensor
 from tensortrain.errors import CheckpointError
 from tensortrain.system.files import whole_file
 
-__all__ = ["read_checkpoint", "same_start", "start_signature", "unusable", "write_checkpoint"]
+__all__ = ["RunFile", "read_checkpoint", "same_start", "start_signature", "unusable", "write_checkpoint"]
 
 _VERSION = 2
-_SAME_START = 1e-3  # rebuilt models may differ by round-off (thread counts); other models differ by order one
 _SAMPLE = 65_536  # elements of one tensor that the signature looks at
+_SAME_START = 1e-3  # rebuilt models may differ by round-off (thread counts); other models differ by order one
+
+
+class RunFile:
+    """The checkpoint of one run, which knows that of another.
+
+    Args:
+        path: Where it lies.
+        every_s: Least time between two writes, in seconds.
+        settings: What decides the result, as text: another value means another run.
+        start: Numbers that the run begins with, see ``start_signature``.
+    """
+
+    def __init__(self, path: Path, every_s: float, settings: Mapping[str, Any], start: Tensor) -> None:
+        self.path, self.every_s, self.written_at = path, every_s, time.perf_counter()
+        self.settings = {name: str(value) for name, value in settings.items()}
+        self.start = start
+
+    def due(self) -> bool:
+        """Whether it is time for another write."""
+        return time.perf_counter() - self.written_at >= self.every_s
+
+    def write(self, content: Mapping[str, Any]) -> None:
+        """Replace the file."""
+        write_checkpoint(self.path, {"settings": self.settings, "start": self.start, **content})
+        self.written_at = time.perf_counter()
+
+    def read(self) -> dict[str, Any]:
+        """What was written.
+
+        Raises:
+            CheckpointError: The file is damaged, or of another run.
+            KeyError, TypeError: Something is missing in it.
+        """
+        content = read_checkpoint(self.path)
+        self._check_is_this_run(content)
+        return content
+
+    def _check_is_this_run(self, content: Mapping[str, Any]) -> None:
+        saved = content["settings"]
+        if not isinstance(saved, dict):
+            raise TypeError("settings are not a dict")
+        odd = sorted(k for k in self.settings.keys() | saved.keys() if self.settings.get(k) != saved.get(k))
+        if not odd and not same_start(content["start"], self.start):
+            odd = ["starting weights"]
+        if odd:
+            raise CheckpointError(
+                f"a checkpoint must be of the same run: {self.path} has other "
+                f"{', '.join(odd)}, expected those of this call. Use another file to keep both."
+            )
 
 
 def write_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
@@ -106,7 +156,7 @@ def unusable(path: Path, what: str) -> CheckpointError:
 def start_signature(values: Iterable[Any]) -> Tensor:
     """Return two numbers per tensor, its norm and a fixed projection: float64 ``(n, 2)``.
 
-    With it a checkpoint knows the weights that its run began with, and is not taken for another model's.
+    With it a checkpoint knows the numbers that its run began with, and is not taken for another run's.
     """
     rows = [_norm_and_projection(value) for value in values if isinstance(value, Tensor)]
     return torch.stack(rows) if rows else torch.zeros(0, 2, dtype=torch.float64)

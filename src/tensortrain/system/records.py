@@ -67,7 +67,8 @@ def read_record(record: type[_R], value: Any, where: str) -> _R:
     Raises:
         RecordError: A key is missing or unknown, or a value is of another type.
     """
-    fields = dataclasses.fields(typed(value, dict, where) and record)  # type: ignore[arg-type]
+    value = typed(value, dict, where)
+    fields = dataclasses.fields(record)  # type: ignore[arg-type]
     required = {field.name for field in fields if _has_no_default(field)}
     faults = sorted(required - value.keys()) + sorted(value.keys() - {field.name for field in fields})
     if faults:
@@ -105,8 +106,7 @@ def _decode(hint: Any, value: Any, where: str) -> Any:
     if origin is typing.Literal:
         return _one_of(arguments, value, where)
     if origin is tuple:
-        items = typed(value, list, where)
-        return tuple(_decode(arguments[0], item, f"{where}[{k}]") for k, item in enumerate(items))
+        return _decode_tuple(arguments, typed(value, list, where), where)
     if origin is dict:
         return typed(value, dict, where)
     if callable(getattr(hint, "from_dict", None)):
@@ -114,6 +114,14 @@ def _decode(hint: Any, value: Any, where: str) -> Any:
     if dataclasses.is_dataclass(hint):
         return read_record(typing.cast(type, hint), value, where)
     return _decode_float(value, where) if hint is float else typed(value, hint, where)
+
+
+def _decode_tuple(hints: tuple[Any, ...], items: list[Any], where: str) -> tuple[Any, ...]:
+    if hints[-1] is Ellipsis:
+        hints = hints[:1] * len(items)
+    if len(items) != len(hints):
+        raise RecordError(f"{where} has {len(items)} entries, expected {len(hints)}")
+    return tuple(_decode(hint, item, f"{where}[{k}]") for k, (hint, item) in enumerate(zip(hints, items, strict=True)))
 
 
 def _decode_float(value: Any, where: str) -> float:

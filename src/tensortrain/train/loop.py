@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from tensortrain.errors import CheckpointError, KindError, NonFiniteError
+from tensortrain.system.checkpoint import RunFile, start_signature
 from tensortrain.system.history import History
 from tensortrain.system.observer import Observer, Silent
 from tensortrain.train.batches import device_of, length_of, no_batches, opened, to_device
@@ -28,7 +29,13 @@ from tensortrain.train.modes import TrainModes, modes_kept
 from tensortrain.train.optimizers import OptimizerFactory, OptimizerName, make_optimizer
 from tensortrain.train.options import FitOptions, Monitor, total_steps
 from tensortrain.train.schedules import SCHEDULES, ScheduleName
-from tensortrain.train.state import Progress, RunFile, loader_parts, rng_state, set_rng_state
+from tensortrain.train.state import (
+    Progress,
+    check_state_fits,
+    loader_parts,
+    rng_state,
+    set_rng_state,
+)
 
 __all__ = ["FitResult", "fit"]
 
@@ -405,7 +412,8 @@ class _Trainer:
         if self.file is None or not self.file.path.exists():
             return 0
         try:
-            content = self.file.read(self.model)
+            content = self.file.read()
+            check_state_fits(self.model, content["model"], self.file.path)
             progress = Progress.from_state(content["progress"])
             if progress.step < self.total and not progress.stopped:
                 self.optimizer.load_state_dict(content["optimizer"])
@@ -443,7 +451,8 @@ class _Trainer:
             "batch size": getattr(self.data, "batch_size", None),
             "data seed": getattr(self.data, "seed", None),
         }
-        return RunFile(options.checkpoint, options.checkpoint_every_s, settings, self.model)
+        start = start_signature(self.model.state_dict().values())
+        return RunFile(options.checkpoint, options.checkpoint_every_s, settings, start)
 
 
 def _name_of(loss: object) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,19 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tensortrain.errors import CheckpointError
-from tensortrain.system.checkpoint import (
-    read_checkpoint,
-    same_start,
-    start_signature,
-    unusable,
-    write_checkpoint,
-)
+from tensortrain.system.checkpoint import unusable
 from tensortrain.system.history import History
 
 __all__ = [
     "Progress",
-    "RunFile",
     "check_state_fits",
     "loader_generators",
     "loader_parts",
@@ -55,56 +46,6 @@ class Progress:
     def from_state(cls, state: Mapping[str, Any]) -> Progress:
         """What ``to_state`` gave."""
         return cls(**{**state, "history": History.from_rows(state["history"])})
-
-
-class RunFile:
-    """The checkpoint of one run, which knows that of another.
-
-    Args:
-        path: Where it lies.
-        every_s: Least time between two writes, in seconds.
-        settings: What decides the result, as text: another value means another run.
-        model: With the weights that the run begins with.
-    """
-
-    def __init__(self, path: Path, every_s: float, settings: Mapping[str, Any], model: nn.Module) -> None:
-        self.path, self.every_s, self.written_at = path, every_s, time.perf_counter()
-        self.settings = {name: str(value) for name, value in settings.items()}
-        self.start = start_signature(model.state_dict().values())
-
-    def due(self) -> bool:
-        """Whether it is time for another write."""
-        return time.perf_counter() - self.written_at >= self.every_s
-
-    def write(self, content: Mapping[str, Any]) -> None:
-        """Replace the file."""
-        write_checkpoint(self.path, {"settings": self.settings, "start": self.start, **content})
-        self.written_at = time.perf_counter()
-
-    def read(self, model: nn.Module) -> dict[str, Any]:
-        """What was written.
-
-        Raises:
-            CheckpointError: The file is damaged, or of another run, or of another model.
-            KeyError, TypeError: Something is missing in it.
-        """
-        content = read_checkpoint(self.path)
-        self._check_is_this_run(content)
-        check_state_fits(model, content["model"], self.path)
-        return content
-
-    def _check_is_this_run(self, content: Mapping[str, Any]) -> None:
-        saved = content["settings"]
-        if not isinstance(saved, dict):
-            raise TypeError("settings are not a dict")
-        odd = sorted(k for k in self.settings.keys() | saved.keys() if self.settings.get(k) != saved.get(k))
-        if not odd and not same_start(content["start"], self.start):
-            odd = ["starting weights"]
-        if odd:
-            raise CheckpointError(
-                f"a training checkpoint must be of the same run: {self.path} has other "
-                f"{', '.join(odd)}, expected those of this call. Use another file to keep both."
-            )
 
 
 def rng_state(data: object, device: torch.device) -> dict[str, Any]:

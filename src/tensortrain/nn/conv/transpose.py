@@ -23,6 +23,7 @@ from tensortrain.nn.base import Implementation, Init, as_tuple
 from tensortrain.nn.conv.layers import ConvLayer, Convolve, Size
 from tensortrain.nn.conv.plan import transposed_out_size
 from tensortrain.nn.inputs import once, traceable
+from tensortrain.nn.runner import Runner
 from tensortrain.system.tracing import sizes_of
 
 __all__ = ["ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d", "swap_channels"]
@@ -193,13 +194,12 @@ class _ConvTransposeNd(ConvLayer):
     def _n_filters(self) -> int | None:
         return self.format.n_filters(self._group_spec)
 
-    def _shape(self) -> Any:  # Chain | None
-        chain: Any = super()._shape()
-        r0 = self._n_filters
+    def _make_runner(self) -> Runner:
+        chain, r0 = self.format.channel_chain(self._group_spec), self._n_filters
         if chain is None or r0 is None:
-            return chain
+            return Runner(chain)
         outs, ins = chain.out_modes, chain.in_modes
-        return Chain((r0 * outs[0], *outs[1:]), (ins[0] // r0, *ins[1:]), chain.ranks)
+        return Runner(Chain((r0 * outs[0], *outs[1:]), (ins[0] // r0, *ins[1:]), chain.ranks))
 
     def _chain_rows(self, batch: int, spatial: tuple[int, ...]) -> int:
         if self._n_filters is None:

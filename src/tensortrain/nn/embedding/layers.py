@@ -16,7 +16,7 @@ from tensortrain.formats import FactorSpec, Fit, Format, Rank, WeightShape, get_
 from tensortrain.nn.base import FactorizedLayer, Implementation, Init, Self
 from tensortrain.nn.conv.plan import LookupPlan
 from tensortrain.nn.inputs import check_plain_layout, map_nested, once, traceable
-from tensortrain.nn.runner import device_type_of, may_be_dense, trains
+from tensortrain.nn.runner import Runner, device_type_of, may_be_dense, trains
 from tensortrain.system.tracing import is_traced
 
 __all__ = ["Embedding"]
@@ -394,8 +394,8 @@ class Embedding(FactorizedLayer):
 
     # -- plan ----------------------------------------------------------------------------------------
 
-    def _shape(self) -> None:
-        return None  # rows are looked up, see ``LookupPlan``
+    def _make_runner(self) -> Runner:
+        return Runner(None)  # rows are looked up, see ``LookupPlan``
 
     def plan(self, batch: int = 1) -> LookupPlan:
         """How this many ids are looked up."""

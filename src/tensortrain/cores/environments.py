@@ -40,6 +40,7 @@ __all__ = [
     "SquaredData",
     "Target",
     "Together",
+    "past_pair",
     "value_parts",
 ]
 
@@ -154,7 +155,6 @@ class Target(Protocol):
     def pass_right(self, k: int, carry: Tensor) -> Tensor: ...
 
 
-@dataclass(frozen=True)
 class Overlap:
     """``<target, state>``: the map of a local tensor is a number, its adjoint (of 1) the target seen from there.
 
@@ -162,17 +162,20 @@ class Overlap:
     axes and a state without are members that share one basis.
     """
 
-    target: Target
     n_bonds: ClassVar[int] = 2
     has_samples: ClassVar[bool] = False
     makes_tensors: ClassVar[bool] = False
+
+    def __init__(self, target: Target) -> None:
+        self.target = target
+        self._passed: tuple[int, Tensor, Tensor] | None = None
 
     def start(self) -> Tensor:
         like = self.target.like
         return like.new_ones((*like.shape[:-3], 1, 1))
 
     def past_left(self, k: int, env: Tensor, core: Tensor, bra: Tensor) -> Tensor:
-        return as_left(core).mH @ as_left(self.target.pass_left(k, env))
+        return as_left(core).mH @ as_left(self._pass_left(k, env))
 
     def past_right(self, k: int, env: Tensor, core: Tensor, bra: Tensor) -> Tensor:
         return as_right(self.target.pass_right(k, env)) @ as_right(core).mH
@@ -187,10 +190,16 @@ class Overlap:
     def _seen(self, k: int, left: Tensor, right: Tensor, n_sites: int) -> Tensor:
         modes, rows = [], left
         for site in range(k, k + n_sites):
-            full = self.target.pass_left(site, rows)
+            full = self._pass_left(site, rows)
             modes.append(full.shape[-2])
             rows = as_left(full)
         return (rows @ right).unflatten(-2, (left.shape[-2], *modes))
+
+    def _pass_left(self, k: int, carry: Tensor) -> Tensor:
+        """Kept until the next one: a sweep asks for it before it has a new core, and once more after."""
+        if self._passed is None or self._passed[0] != k or self._passed[1] is not carry:
+            self._passed = (k, carry, self.target.pass_left(k, carry))
+        return self._passed[2]
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
+
+from tensortrain.cores.environments import past_pair
 
 __all__ = ["chain_squared_norm"]
 
@@ -33,7 +34,8 @@ def chain_squared_norm(chain: Sequence[Tensor], n_rows: int | None = None, n_col
             for row_part, row_next in _parts(row_at, rows, k):
                 for column_part, column_next in _parts(column_at, columns, k):
                     key = (row_next, column_next)
-                    more = _step(state, core[..., row_part, column_part, :])
+                    part = core[..., row_part, column_part, :].flatten(-3, -2)
+                    more = past_pair(state, part, part)
                     moved[key] = moved[key] + more if key in moved else more
         states = moved
     total = states[False, False][..., 0, 0]
@@ -56,8 +58,3 @@ def _parts(is_at: bool, digits: list[int] | None, k: int) -> list[tuple[slice, b
     if not is_at or digits is None:
         return [(slice(None), False)]
     return [(slice(digits[k]), False), (slice(digits[k], digits[k] + 1), True)]
-
-
-def _step(state: Tensor, core: Tensor) -> Tensor:
-    moved = torch.einsum("...ab,...aijc->...bijc", state, core)
-    return torch.einsum("...bijc,...bijd->...cd", moved, core.conj())

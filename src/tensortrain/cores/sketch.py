@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from tensortrain.cores.canonical import orthogonalize_cores
+from tensortrain.cores.environments import Environments, Overlap
 from tensortrain.cores.linalg import orthonormal
 from tensortrain.cores.scaling import split_pow2, spread_pow2
 from tensortrain.cores.unfold import absorb_left, absorb_right, as_left
@@ -211,25 +212,21 @@ def sketched_cores(x: Virtual, widths: Sequence[int], seed: int = 0) -> tuple[li
     Cost: O(d n R^2 w) flops for plain cores.
     Source: Al Daas et al., arXiv:2110.04393, Algorithm 3.2 (randomize, then orthogonalize).
     """
-    like = x.like
-    batch, n_batch, d = like.shape[:-3], like.ndim - 3, len(x.modes)
+    like, d = x.like, len(x.modes)
     generator = torch.Generator(like.device).manual_seed(seed)
-    shows: list[Tensor] = [like.new_ones((*batch, 1, 1))] * (d + 1)
+    sketch = [like] * d  # the first one is never seen
     for k in range(d - 1, 0, -1):
         shape = (x.modes[k], widths[k + 1], widths[k])
         # Uniform numbers serve a sketch as well as Gaussian ones, and are several times faster to draw.
-        sketch = torch.rand(shape, generator=generator, dtype=like.dtype, device=like.device)
-        sketch = (sketch - (0.5 + 0.5j if like.is_complex() else 0.5)) / math.sqrt(x.modes[k] * widths[k + 1] / 12)
-        shows[k] = split_pow2(x.pass_right(k, shows[k + 1]).flatten(-2, -1) @ sketch.flatten(0, 1), n_batch)[0]
-    carry = like.new_ones((*batch, 1, 1))
-    exponent = torch.zeros(batch, dtype=torch.int32, device=like.device)
+        drawn = torch.rand(shape, generator=generator, dtype=like.dtype, device=like.device)
+        drawn = (drawn - (0.5 + 0.5j if like.is_complex() else 0.5)) / math.sqrt(x.modes[k] * widths[k + 1] / 12)
+        sketch[k] = drawn.movedim(-1, 0).conj()
+    seen = Environments(Overlap(x), sketch)
     cores: list[Tensor] = []
     for k in range(d - 1):
-        full = x.pass_left(k, carry)  # r n R
-        rows = as_left(full)
-        basis = orthonormal(rows @ shows[k + 1])
-        cores.append(basis.unflatten(-2, full.shape[-3:-1]))
-        carry, step = split_pow2(basis.mH @ rows, n_batch)
-        exponent = exponent + step
-    last, step = split_pow2(x.pass_left(d - 1, carry), n_batch)
+        shown, _ = seen.at(k).adjoint_parts()
+        cores.append(orthonormal(as_left(shown)).unflatten(-2, shown.shape[-3:-1]))
+        seen.advance(k, cores[k])
+    last, exponent = seen.at(d - 1).adjoint_parts()
+    last, step = split_pow2(last, like.ndim - 3)
     return [*cores, last], exponent + step

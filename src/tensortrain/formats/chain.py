@@ -17,7 +17,9 @@ import torch
 from torch import Tensor
 
 from tensortrain.contract import Chain, ContractionPlan, chain_lookup, chain_to_dense, merge_cores
+from tensortrain.cores.environments import value_parts
 from tensortrain.cores.gram import chain_squared_norm
+from tensortrain.cores.scaling import times_pow2
 from tensortrain.cores.tolerance import compute_dtype
 from tensortrain.tensor import resolve_ranks, tt_svd, unfolding_spectra
 
@@ -241,11 +243,9 @@ class ChainFormat(Format):
         if spec.weight.groups > 1 or is_padded:
             return super().mean_square(cores, spec)
         wide = compute_dtype(cores[0].dtype)
-        state = torch.ones(1, 1, dtype=wide, device=cores[0].device)
-        for core in self.to_chain(cores, spec):
-            core = core.to(wide)
-            state = torch.einsum("ab,aijc,bijd->cd", state, core, core.conj()) / (core.shape[1] * core.shape[2])
-        return float(state.real)
+        merged = [core.to(wide).flatten(1, 2) for core in self.to_chain(cores, spec)]
+        square, exponent = value_parts([merged, merged])
+        return float(times_pow2(square.real, exponent)) / self.chain(spec).dense_numel
 
     # -- the weight as a matrix ----------------------------------------------------------------------
 

@@ -302,7 +302,7 @@ class FactorizedLayer(Traced):
         }
 
     def how_it_ran(self) -> str:
-        """One word on each plan made for inference so far, such as ``"dense kept; right-to-left [0][1 2]"``."""
+        """How each plan made for inference so far runs, such as ``"dense kept; right-to-left [0][1 2]"``."""
         without_plans = "dense, kept" if self.runner.cache.nbytes else "core by core"
         return "; ".join(self.runner.words()) or without_plans
 

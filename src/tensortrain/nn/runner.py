@@ -1,4 +1,4 @@
-"""How a layer runs: its plans by size, the weights that lie ready for them, and the short way through the kernels.
+"""How a layer runs: its plans by size, the weights kept for them, and the short way through the kernels.
 
 A layer is parameters and a spec; its runner knows what was found out about running it. A runner holds no layer: every
 method takes the one that asks, so that copies and replicas of a layer may share it.
@@ -146,7 +146,7 @@ class Runner:
         return y
 
     def _by_kept_weight(self, layer: FactorizedLayer, x: Tensor) -> Tensor | None:
-        """Without kernels: the product by the dense weight, where it runs at this many rows and lies ready."""
+        """Without kernels: the product by the dense weight, where it runs at this many rows and is kept."""
         if torch.is_grad_enabled() or not isinstance(x, Tensor) or not is_plain_input(x) or is_traced():
             return None
         if x.ndim == 0 or is_watched(layer.cores):

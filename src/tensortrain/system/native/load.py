@@ -33,7 +33,7 @@ __all__ = [
 
 MODULE = "_kernels"
 SOURCES = Path(__file__).parent
-_SWITCH = "TENSORTRAIN_KERNELS"  # "off" in the environment: Python's way, whatever has been built
+_SWITCH = "TENSORTRAIN_KERNELS"  # "off" in the environment: all runs in Python, whatever has been built
 
 
 def built_path() -> Path:

@@ -72,7 +72,7 @@ MOVED = {  # old name: where its content lies now, one or several modules
     "manifold.point": "numerics.manifold.point",
     "manifold.projection": "numerics.manifold.projection",
     "manifold.retraction": "numerics.manifold.retraction",
-    "manifold.tangent": "numerics.manifold.tangent",
+    "manifold.tangent": "numerics.manifold.tangent numerics.manifold.components",
     "models.conv_fc": "networks.conv_fc",
     "models.mlp": "networks.mlp",
     "models.registry": "networks.registry",

@@ -9,9 +9,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from tensortrain.cores.environments import value_parts
 from tensortrain.cores.scales import Exponents, Kept, Scale, common, guarded, plain_exponent
 from tensortrain.cores.scaling import split_pow2, spread_pow2, times_pow2, work_dtype
-from tensortrain.cores.unfold import absorb_left, absorb_right, as_left, as_right, over_core
+from tensortrain.cores.unfold import absorb_left, absorb_right, as_left, over_core
 
 __all__ = [
     "add_cores",
@@ -151,30 +152,7 @@ def hadamard_core(a: Tensor, b: Tensor) -> Tensor:
 
 def dot_parts(left: Sequence[Tensor], right: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """``(m, e)`` with ``<left, right> = m * 2**e``; the left one is conjugated. Cost: O(d n r^3)."""
-    n_batch = left[0].ndim - 3
-    env, waiting = guarded([*left, *right], partial(_dotted, left, right, n_batch), n_batch, factors=2)
-    env, exponent = split_pow2(env, n_batch)
-    return env[..., 0, 0], exponent + waiting
-
-
-def _dotted(left: Sequence[Tensor], right: Sequence[Tensor], n_batch: int, scale: Scale) -> tuple[Tensor, Tensor | int]:
-    batch = left[0].shape[:-3]
-    env = left[0].new_ones((*batch, 1, 1))
-    mine: Exponents = 0
-    theirs: Exponents = 0
-    times = torch.matmul if n_batch else torch.mm  # at small ranks what surrounds a product takes most of the time
-    for k, (a, b) in enumerate(zip(left, right, strict=True)):
-        if k:
-            env, step = scale.split(env, axis=-2)
-            mine = mine + step
-            env, step = scale.split(env)
-            theirs = theirs + step
-        a, mine = scale.weigh(a, mine)
-        b, theirs = scale.weigh(b, theirs)
-        # two products, never r^4
-        env = times(as_left(a).mH, times(env, as_right(b)).reshape(*batch, -1, b.shape[-1]))
-    total = plain_exponent(mine) + plain_exponent(theirs)
-    return env, total[..., 0] if isinstance(total, Tensor) else total
+    return value_parts((left, right))
 
 
 def deviation_parts(cores: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

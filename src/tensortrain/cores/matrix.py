@@ -11,7 +11,7 @@ from torch import Tensor
 from tensortrain.cores.scales import Exponents, Scale, guarded, plain_exponent
 from tensortrain.cores.scaling import times_pow2
 
-__all__ = ["applied", "bilinear_parts", "times_matrix_core"]
+__all__ = ["applied", "times_matrix_core"]
 
 
 def times_matrix_core(a: Tensor, b: Tensor) -> Tensor:
@@ -43,27 +43,3 @@ def _applied(cores: Sequence[Tensor], state: Tensor, n_batch: int, scale: Scale)
         state = split.flatten(-2, -1).flatten(-3, -2) @ weights  # (b rest) (i s)
         state = state.reshape(*batch, b, -1 if b else 1, s)  # b (rest i) s
     return times_pow2(state, plain_exponent(of_columns + plain_exponent(waiting)))
-
-
-def bilinear_parts(a: Sequence[Tensor], x: Sequence[Tensor], y: Sequence[Tensor]) -> tuple[Tensor, Exponents]:
-    """``(m, e)`` with ``x^H A y = m * 2**e``; all have the same number of batch axes."""
-    n_batch = a[0].ndim - 4
-    return guarded([*a, *x, *y], partial(_sandwich, a, x, y), n_batch, factors=3)
-
-
-def _sandwich(a: Sequence[Tensor], x: Sequence[Tensor], y: Sequence[Tensor], scale: Scale) -> tuple[Tensor, Exponents]:
-    """``x^H A y`` up to a power of two; what is carried has an axis for the bond of x, of A and of y."""
-    env = a[0].new_ones((1,) * (a[0].ndim - 1))  # t r u
-    waiting: list[Exponents] = [0, 0, 0]
-    for k, cores in enumerate(zip(x, a, y, strict=True)):
-        for axis in range(-3, 0) if k else ():
-            env, step = scale.split(env, axis)
-            waiting[axis] = waiting[axis] + step
-        weighed = [scale.weigh(core, w) for core, w in zip(cores, waiting, strict=True)]
-        u, m, v = (core for core, _ in weighed)
-        waiting = [exponent for _, exponent in weighed]
-        half = torch.einsum("...tru,...ujv->...trjv", env, v)
-        half = torch.einsum("...trjv,...rijs->...tisv", half, m)
-        env = torch.einsum("...tin,...tisv->...nsv", u.conj(), half)
-    total: Exponents = sum(plain_exponent(exponent) for exponent in waiting)
-    return env[..., 0, 0, 0], total[..., 0] if isinstance(total, Tensor) else total

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from tensortrain.cores.canonical import left_qr, orthogonalize_cores, right_qr
+from tensortrain.cores.environments import Environments, Overlap
 from tensortrain.cores.linalg import cut_basis
 from tensortrain.cores.ranks import max_ranks
 from tensortrain.cores.rounding import round_cores
 from tensortrain.cores.scaling import place_pow2, split_pow2
 from tensortrain.cores.sketch import OVERSAMPLING, Virtual, sketched_cores
-from tensortrain.cores.unfold import absorb_right, as_left, as_right
+from tensortrain.cores.unfold import as_left
 
 __all__ = ["METHODS"]
 
@@ -71,43 +72,27 @@ def _fitted(virtual: Virtual, eps: float, caps: Sequence[int], max_sweeps: int) 
     With orthonormal cores beside it, the best core k is the product seen through them; one pass to the left and one
     to the right are a sweep, and the norm of the core grows until it settles.
     """
-    cores, _ = _randomized(virtual, eps, caps, max_sweeps)
-    d, n_batch = len(cores), virtual.like.ndim - 3
-    cores, _ = orthogonalize_cores(cores, (0, d - 1), 0)
-    one = virtual.like.new_ones((*virtual.like.shape[:-3], 1, 1))
-    right = [one] * (d + 1)
-    right_exponent = [torch.zeros(virtual.like.shape[:-3], dtype=torch.int32, device=one.device)] * (d + 1)
-    for k in range(d - 1, 0, -1):
-        seen = virtual.pass_right(k, right[k + 1])
-        right[k], step = split_pow2(as_right(seen) @ as_right(cores[k]).mH, n_batch)
-        right_exponent[k] = right_exponent[k + 1] + step
+    start, _ = _randomized(virtual, eps, caps, max_sweeps)
+    d = len(start)
+    cores, exponent = orthogonalize_cores(start, (0, d - 1), 0)
+    envs = Environments(Overlap(virtual), cores)
     sizes: list[float] = []
-    exponent = right_exponent[0]
-    for n_sweeps in range(1, max_sweeps + 1):
-        left, left_exponent = [one] * (d + 1), [right_exponent[d]] * (d + 1)
+    while len(sizes) < max_sweeps and not _stands_still(sizes, eps):
+        for k in range(d - 1, 0, -1) if sizes else ():
+            cores[k] = right_qr(envs.at(k).adjoint_parts()[0])[0]
+            envs.advance(k, cores[k])
         for k in range(d):
-            cores[k] = absorb_right(virtual.pass_left(k, left[k]), right[k + 1])
-            exponent = left_exponent[k] + right_exponent[k + 1]
-            if k < d - 1:
-                cores[k] = left_qr(cores[k])[0]
-                seen = virtual.pass_left(k, left[k])
-                left[k + 1], step = split_pow2(as_left(cores[k]).mH @ as_left(seen), n_batch)
-                left_exponent[k + 1] = left_exponent[k] + step
+            core, exponent = envs.at(k).adjoint_parts()
+            cores[k] = left_qr(core)[0] if k < d - 1 else core
+            envs.advance(k, cores[k])
         sizes.append(float((torch.linalg.vector_norm(cores[-1], dim=(-3, -2, -1)).log2() + exponent).amax()))
-        # The square of the error is the square of the norm lost: a norm that stands still means the fit does.
-        if len(sizes) > 1 and abs(sizes[-1] - sizes[-2]) <= 0.1 * eps**2 + 1e-14:
-            break
-        if n_sweeps == max_sweeps:
-            break
-        last = cores[-1]
-        for k in range(d - 1, 0, -1):
-            cores[k] = right_qr(last if k == d - 1 else absorb_right(virtual.pass_left(k, left[k]), right[k + 1]))[0]
-            seen = virtual.pass_right(k, right[k + 1])
-            right[k], step = split_pow2(as_right(seen) @ as_right(cores[k]).mH, n_batch)
-            right_exponent[k] = right_exponent[k + 1] + step
     placed, _ = place_pow2(cores, exponent, d - 1, virtual.like.dtype)
-    converged = len(sizes) > 1 and abs(sizes[-1] - sizes[-2]) <= 0.1 * eps**2 + 1e-14
-    return placed, {"n_sweeps": len(sizes), "converged": converged}
+    return placed, {"n_sweeps": len(sizes), "converged": _stands_still(sizes, eps)}
+
+
+def _stands_still(sizes: Sequence[float], eps: float) -> bool:
+    """The square of the error is the square of the norm lost: a norm that stands still means the fit does."""
+    return len(sizes) > 1 and abs(sizes[-1] - sizes[-2]) <= 0.1 * eps**2 + 1e-14
 
 
 METHODS: dict[str, Callable[[Virtual, float, Sequence[int], int], _Made]] = {

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tensortrain.cores.canonical import Gauged, Span
-from tensortrain.cores.linalg import choose_rank, cut, left_basis
+from tensortrain.cores.split import split
 from tensortrain.cores.tolerance import checked_eps, compute_dtype
 from tensortrain.errors import ModeIndexError, ShapeError
 
@@ -52,7 +52,8 @@ def permuted(
     share = max(checked_eps(eps, dtype, len(cores)) / len(swaps), _ROUNDING)
     x = Gauged.of([core.to(wide) for core in cores], center if wide == dtype else None, center=swaps[0])
     for k in swaps:
-        x.put(k, _swapped(x.local(k, 2), share), center=k + 1)
+        found = split(x.local(k, 2).transpose(-3, -2), tol=share)
+        x.put(k, (found.left, found.right), center=k + 1)
     return x.stored(dtype)
 
 
@@ -149,17 +150,6 @@ def _swaps(order: Sequence[int]) -> list[int]:
             current[k], current[k + 1] = current[k + 1], current[k]
             swaps.append(k)
     return swaps
-
-
-def _swapped(pair: Tensor, share: float) -> tuple[Tensor, Tensor]:
-    """``(.., r, n, m, t)`` to left-orthogonal ``(.., r, m, u)`` and ``(.., u, n, t)``."""
-    r, n, m, t = pair.shape[-4:]
-    matrix = pair.transpose(-3, -2).flatten(-2, -1).flatten(-3, -2)  # (r m) (n t)
-    with torch.no_grad():
-        s = left_basis(matrix)[1]
-        rank, _ = choose_rank(s, share * torch.linalg.vector_norm(s, dim=-1), s.shape[-1])
-    u, rest = cut(matrix, rank)
-    return u.unflatten(-2, (r, m)), rest.unflatten(-1, (n, t))
 
 
 def dense_to_paired(w: Tensor, out_modes: Sequence[int], in_modes: Sequence[int]) -> Tensor:

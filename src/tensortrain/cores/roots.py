@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 
 from tensortrain.cores.canonical import Span, balanced
+from tensortrain.cores.environments import Environments, Overlap
 from tensortrain.cores.linalg import gram_root, triangle
 from tensortrain.cores.scaling import balanced_pow2, keep_pow2, splitter
+from tensortrain.cores.sketch import Plain
 from tensortrain.cores.tolerance import Sizes
-from tensortrain.cores.unfold import absorb_left, absorb_right, as_left, as_right
+from tensortrain.cores.unfold import absorb_right, as_right
 
 __all__ = ["Roots", "Scaled", "gram_roots", "left_sizes", "triangles"]
 
@@ -119,13 +121,11 @@ def left_sizes(train: Scaled, cores: Sequence[Tensor]) -> tuple[list[Sizes], Siz
 
     Good to the roundings that squares resolve.
     """
-    env = cores[0].new_ones((*cores[0].shape[:-3], 1, 1))
-    _, exponent = train.one
+    envs = Environments(Overlap(Plain(cores)), cores, split=train.split)
     sizes = [train.one]
-    for core in cores:
-        env, step = train.split(as_left(core).mH @ as_left(absorb_left(env, core)), train.n_batch)
-        exponent = exponent + step  # of the square
-        squares = env.diagonal(dim1=-2, dim2=-1).real.clamp_min(0.0)
+    for bond in range(1, len(cores) + 1):
+        gram, exponent = envs.left(bond)  # of the square
+        squares = gram.diagonal(dim1=-2, dim2=-1).real.clamp_min(0.0)
         sizes.append(((squares * (1 + exponent % 2).unsqueeze(-1)).sqrt(), exponent // 2))
     size, power = sizes[-1]
     return sizes, (size[..., 0], power)

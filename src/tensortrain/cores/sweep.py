@@ -7,7 +7,6 @@ files by which a run that was killed goes on to the same bits.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,8 +19,7 @@ from tensortrain.cores.canonical import Gauged
 from tensortrain.cores.scaling import times_pow2
 from tensortrain.cores.split import Split, split
 from tensortrain.cores.unfold import absorb_left, absorb_right
-from tensortrain.errors import CheckpointError
-from tensortrain.system.checkpoint import read_checkpoint, same_start, start_signature, write_checkpoint
+from tensortrain.system.checkpoint import RunFile, start_signature
 from tensortrain.system.history import History
 
 __all__ = ["Cuts", "Moving", "sweep"]
@@ -232,19 +230,17 @@ class _Keeper:
     def __init__(
         self, path: Path | None, every_s: float, generator: torch.Generator | None, n_sites: int, state: Gauged
     ) -> None:
-        self.path, self.every_s, self.generator, self.n_sites, self.state = path, every_s, generator, n_sites, state
-        cores = list(state.cores) if path else []
-        self.start = start_signature(cores)
-        self.last_write = time.perf_counter()
+        self.generator, self.state = generator, state
+        self.file: RunFile | None = None
+        if path is not None:
+            settings = {"kind": "sweep", "n_sites": n_sites}
+            self.file = RunFile(path, every_s, settings, start_signature(state.cores))
 
     def keep(self, run: _Run, *, at_once: bool = False) -> None:
         """Write the file, if there is one and it is time to."""
-        if self.path is None or not (at_once or time.perf_counter() - self.last_write >= self.every_s):
+        if self.file is None or not (at_once or self.file.due()):
             return
         content = {
-            "kind": "sweep",
-            "start": self.start,
-            "n_sites": self.n_sites,
             "n_sweeps": run.n_sweeps,
             "n_places": run.n_places,
             "largest_cut": run.largest_cut,
@@ -254,20 +250,13 @@ class _Keeper:
             "exponent": self.state.exponent,
             "generator": None if self.generator is None else self.generator.get_state(),
         }
-        write_checkpoint(self.path, content)
-        self.last_write = time.perf_counter()
+        self.file.write(content)
 
     def resumed(self) -> _Run | None:
         """What the file holds, put into the state; ``None`` where there is no file."""
-        if self.path is None or not self.path.exists():
+        if self.file is None or not self.file.path.exists():
             return None
-        content = read_checkpoint(self.path)
-        is_mine = content.get("kind") == "sweep" and content["n_sites"] == self.n_sites
-        if not (is_mine and same_start(content["start"], self.start)):
-            raise CheckpointError(
-                f"a checkpoint must be of the same run: {self.path} has another chain, start or number of sites, "
-                "expected those of this call. Remove the file, or pass another checkpoint=."
-            )
+        content = self.file.read()
         device = self.state.cores[0].device
         self.state.cores[:] = [core.to(device) for core in content["cores"]]
         self.state.center, self.state.exponent = content["center"], content["exponent"].to(device)

@@ -124,8 +124,8 @@ class Format(ABC):
         return min(spec.weight.out_features // spec.weight.groups, spec.weight.in_features)
 
     def tied_ranks(self, spec: FactorSpec) -> tuple[tuple[int, ...], ...]:
-        """Which of the ``inner_ranks`` are one cut and rise together."""
-        return tuple((k,) for k in range(len(self.inner_ranks(spec))))
+        """Which of the ``inner_ranks`` are one cut and rise together, whatever they are at present."""
+        return tuple((k,) for k in range(len(self.inner_ranks(replace(spec, ranks=self.rank_caps(spec))))))
 
     def most_rank(self, spec: FactorSpec, ranks: Sequence[int], tied: tuple[int, ...]) -> int:
         """Largest useful rank of a cut beside the other ``inner_ranks`` as they are."""

@@ -56,18 +56,17 @@ class RunFile:
 
         Raises:
             CheckpointError: The file is damaged, or of another run.
-            KeyError, TypeError: Something is missing in it.
         """
         content = read_checkpoint(self.path)
         self._check_is_this_run(content)
         return content
 
     def _check_is_this_run(self, content: Mapping[str, Any]) -> None:
-        saved = content["settings"]
+        saved = content.get("settings")
         if not isinstance(saved, dict):
-            raise TypeError("settings are not a dict")
+            raise unusable(self.path, "no settings of a run")
         odd = sorted(k for k in self.settings.keys() | saved.keys() if self.settings.get(k) != saved.get(k))
-        if not odd and not same_start(content["start"], self.start):
+        if not odd and not same_start(content.get("start"), self.start):
             odd = ["starting weights"]
         if odd:
             raise CheckpointError(

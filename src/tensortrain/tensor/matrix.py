@@ -12,7 +12,8 @@ from torch import Tensor
 
 from tensortrain.cores.algebra import contract, join_pieces
 from tensortrain.cores.dense import cores_of_dense
-from tensortrain.cores.matrix import applied, bilinear_parts, times_matrix_core
+from tensortrain.cores.environments import value_parts
+from tensortrain.cores.matrix import applied, times_matrix_core
 from tensortrain.cores.ranks import RankLike
 from tensortrain.cores.regroup import dense_to_paired, paired_to_dense, reshaped_matrix
 from tensortrain.cores.scaling import times_pow2, work_dtype
@@ -198,7 +199,7 @@ class TTMatrix(CoreChain):
         wide = work_dtype(self.dtype)
         n_batch = max(train._n_batch for train in (self, x, y))
         a, u, v = ([_with_batch(core.to(wide), train, n_batch) for core in train.cores] for train in (self, x, y))
-        return times_pow2(*bilinear_parts(a, u, v)).to(self.dtype)
+        return times_pow2(*value_parts((u, a, v))).to(self.dtype)
 
     def reshape(self, out_modes: Sequence[int], in_modes: Sequence[int], *, eps: float | None = None) -> TTMatrix:
         """The same matrix with other row and column modes of the same products; see ``TensorTrain.reshape``.

@@ -171,6 +171,8 @@ class TiedHead(Traced):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if "_runner" not in self.__dict__:  # pickled when plans lay in the head
+            for name in ("_plans", "_static_plan"):
+                self.__dict__.pop(name, None)
             self._runner = self._make_runner()
 
     def extra_repr(self) -> str:

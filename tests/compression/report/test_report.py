@@ -112,6 +112,18 @@ def test_derived_numbers() -> None:
             (5, 6),
             (9, 12),
         ),
+        (  # two groups: each has half of the outputs
+            {"shape": (6, 8, 3, 3), "format": "low_rank", "out_modes": (3,), "in_modes": (8,), "ranks": (1, 2, 1)},
+            (2,),
+            (3,),
+        ),
+        ({"shape": (6, 8, 3, 3), "format": "tucker2", "ranks": (4, 5)}, (4, 5), (8, 6)),
+        (
+            {"kind": "Embedding", "shape": (6, 8), "in_modes": (2, 3), "out_modes": (4, 2), "ranks": (1, 5, 1)},
+            (5,),
+            (6,),
+        ),
+        ({"format": "of a library that is not here", "ranks": (1, 5, 1)}, (1, 5, 1), ()),
     ],
 )
 def test_inner_and_full_ranks(changes: dict, inner: tuple, full: tuple) -> None:

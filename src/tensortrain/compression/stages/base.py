@@ -28,7 +28,7 @@ class Work:
     """What one stage leaves to the next.
 
     Attributes:
-        model: As it is by now; a stage may change it in place, but for the first with ``copies``.
+        model: As it is by now. A stage changes it in place, unless it ``copies``.
         original: What it was made from: the teacher, and what is compared with.
         options: What ``compress`` was asked for, the data among it.
         plan: What became of the layers.
@@ -67,10 +67,10 @@ class Stage:
 
     run: Handler
     outcome: str
-    prepare: Handler | None = None
-    needs_data: bool = False
-    resumes: bool = False
-    copies: bool = False
+    prepare: Handler | None
+    needs_data: bool
+    resumes: bool
+    copies: bool
 
     def is_idle(self, work: Work) -> bool:
         """Whether it has nothing to work with."""
@@ -80,7 +80,15 @@ class Stage:
 _STAGES: dict[type, Stage] = {}
 
 
-def stage(settings: type, *, outcome: str, **manner: Any) -> Callable[[Handler], Handler]:
+def stage(
+    settings: type,
+    *,
+    outcome: str,
+    prepare: Handler | None = None,
+    needs_data: bool = False,
+    resumes: bool = False,
+    copies: bool = False,
+) -> Callable[[Handler], Handler]:
     """Register what carries out settings of a type: ``handler(work, settings) -> work``.
 
     Args:
@@ -93,7 +101,7 @@ def stage(settings: type, *, outcome: str, **manner: Any) -> Callable[[Handler],
     """
 
     def register(handler: Handler) -> Handler:
-        _STAGES[settings] = Stage(handler, outcome, **manner)
+        _STAGES[settings] = Stage(handler, outcome, prepare, needs_data, resumes, copies)
         return handler
 
     return register

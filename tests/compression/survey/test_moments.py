@@ -1,0 +1,57 @@
+"""One record a layer: what it sums up, what it gives, and how the version before kept it."""
+
+from __future__ import annotations
+
+import pickle
+
+import torch
+
+from tensortrain.compression.survey.moments import Calibration, LayerMoments, second_moment
+
+ROWS = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 7.0]])
+
+
+def test_sums_become_moments_about_the_mean() -> None:
+    moments = LayerMoments()
+    for part in (ROWS[:2], ROWS[2:]):
+        moments.add(second_moment(part), part.double().sum(dim=0), len(part))
+    moments.finish(centred=True)
+    torch.testing.assert_close(moments.mean, ROWS.double().mean(dim=0))
+    torch.testing.assert_close(moments.gram, ROWS.double().T.cov(correction=0))
+
+
+def test_rows_that_are_equal_or_none_say_nothing() -> None:
+    equal = LayerMoments()
+    equal.add(second_moment(ROWS[:1]), ROWS[0].double(), 1)
+    equal.finish(centred=True)
+    none = LayerMoments()
+    none.finish(centred=False)
+    for moments in (equal, none):
+        assert moments.gram is moments.mean is None
+        assert moments.weighting.is_plain
+
+
+def test_outputs_weigh_only_beside_inputs() -> None:
+    gradients = torch.eye(3)
+    assert LayerMoments(output_gram=gradients).weighting.outputs is None
+    weighting = LayerMoments(gram=torch.eye(2), output_gram=gradients).weighting
+    assert weighting.outputs is gradients
+    assert torch.equal(weighting.inputs, torch.eye(2))
+
+
+def test_figures_by_layer_are_those_that_are_known() -> None:
+    found = Calibration({"a": LayerMoments(gram=torch.eye(2), calls=2), "b": LayerMoments(norm="bn")})
+    assert list(found.grams) == ["a"]
+    assert (found.calls, found.norms, found.means, found.output_grams) == ({"a": 2}, {"b": "bn"}, {}, {})
+    assert found.weighing("b") == found.weighing("elsewhere") == (None, None)
+
+
+def test_a_pickle_of_the_version_before_has_dicts_by_layer() -> None:
+    before = {"grams": {"a": ROWS}, "output_grams": {}, "norms": {"b": "bn"}, "calls": {"a": 3}, "n_examples": 5}
+    found = Calibration.__new__(Calibration)
+    found.__setstate__(before)
+    assert torch.equal(found.grams["a"], ROWS)
+    assert (found.calls, found.norms, found.n_examples) == ({"a": 3}, {"b": "bn"}, 5)
+    again = pickle.loads(pickle.dumps(found))
+    assert again.calls == found.calls
+    assert torch.equal(again.of("a").gram, ROWS)

@@ -25,7 +25,7 @@ _NEW_NAMES: dict[str, set[str]] = {
     "tensortrain.contract": {"ChainPlan", "ChainShape", "Plan"},
     "tensortrain.data": set(),
     "tensortrain.errors": set(),
-    "tensortrain.formats": {"PLAIN", "Weighting"},
+    "tensortrain.formats": {"PLAIN", "Fit", "Weighting"},
     "tensortrain.io": set(),
     "tensortrain.manifold": set(),
     "tensortrain.nn": set(),

@@ -22,7 +22,7 @@ MAKERS: dict[str, Callable[..., FactorizedLayer]] = {
     "linear tt": lambda **o: tt.nn.Linear(12, 20, rank=3, **o),
     "linear low_rank": lambda **o: tt.nn.Linear(12, 20, format="low_rank", rank=3, **o),
     "conv tt": lambda **o: tt.nn.Conv2d(4, 6, 3, padding=1, rank=3, **o),
-    "conv tt-naive": lambda **o: tt.nn.Conv2d(4, 6, 3, padding=1, format="tt-naive", rank=3, **o),
+    "conv tt_naive": lambda **o: tt.nn.Conv2d(4, 6, 3, padding=1, format="tt_naive", rank=3, **o),
     "conv tucker2": lambda **o: tt.nn.Conv2d(4, 6, 3, padding=1, format="tucker2", rank=3, **o),
     "conv low_rank": lambda **o: tt.nn.Conv2d(4, 6, 3, padding=1, format="low_rank", rank=3, **o),
     "conv groups": lambda **o: tt.nn.Conv2d(4, 6, 3, padding=1, groups=2, rank=3, **o),
@@ -278,7 +278,7 @@ TORCH_LAYERS: dict[str, Callable[..., nn.Module]] = {
 
 
 def formats_of(dense: nn.Module) -> tuple[str, ...]:
-    return ("tt", "tt-naive", "tucker2", "low_rank") if hasattr(dense, "kernel_size") else ("tt", "low_rank")
+    return ("tt", "tt_naive", "tucker2", "low_rank") if hasattr(dense, "kernel_size") else ("tt", "low_rank")
 
 
 @pytest.mark.parametrize("name", TORCH_LAYERS)

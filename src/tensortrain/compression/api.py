@@ -153,9 +153,10 @@ def _stages(
             f"stages must say all that is done: {given} is given beside them, expected stages alone. Put "
             "Heal(..) or Factorize(plan) into the list."
         )
-    for settings in stages:
+    todo = list(stages)
+    for settings in todo:
         stage_of(settings)
-    return stages
+    return todo
 
 
 def _heal_settings(heal: Heal | Mapping[str, Any] | bool | None) -> Heal | None:

@@ -13,7 +13,7 @@ from tensortrain.compression.choose.plan import CompressionPlan, LayerPlan
 from tensortrain.compression.survey.layers import FoundLayer, check_module, find_layers
 from tensortrain.compression.survey.moments import Calibration, LayerMoments
 from tensortrain.errors import ShapeError
-from tensortrain.formats.weighting import Weighting
+from tensortrain.formats import Weighting
 from tensortrain.nn import FactorizedLayer, dense_twin
 from tensortrain.system.aliases import Undo, replace_aliases
 from tensortrain.system.observer import Observer, Silent
@@ -111,16 +111,8 @@ def _checked(entry: LayerPlan, found: dict[str, FoundLayer]) -> FoundLayer:
 
 def _build(layer: FoundLayer, entry: LayerPlan, weighting: Weighting) -> FactorizedLayer:
     assert entry.spec is not None
-    new = layer.reader.from_dense(
-        layer.module,
-        format=entry.spec.format,
-        rank=entry.spec.ranks,
-        in_modes=entry.spec.in_modes,
-        out_modes=entry.spec.out_modes,
-        input_gram=weighting.inputs,
-        output_gram=weighting.outputs,
-        implementation=entry.implementation,  # type: ignore[arg-type]
-    )
+    how: Any = entry.implementation  # checked where the plan was read
+    new = layer.reader.from_spec(layer.module, entry.spec, weighting=weighting, implementation=how)
     carry(layer.module, new)
     return new
 

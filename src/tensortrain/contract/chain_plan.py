@@ -20,7 +20,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from tensortrain.contract.compiled import FORMS, Sweep
-from tensortrain.contract.execute import sweep_leftward, sweep_rightward
+from tensortrain.contract.execute import sweep
 from tensortrain.contract.merge import chain_to_dense, merge_cores, merge_order
 from tensortrain.contract.plan import Plan
 from tensortrain.contract.shape import ChainShape
@@ -169,8 +169,7 @@ class ChainPlan(Plan):
         return chain_to_dense(cores)
 
     def _run_steps(self, x: Tensor, weights: Sequence[Tensor]) -> Tensor:
-        run = sweep_leftward if self.direction == "right-to-left" else sweep_rightward
-        return run(x, weights, self.steps)
+        return sweep(x, weights, self.steps, leftward=self.direction == "right-to-left")
 
     def __str__(self) -> str:
         return "\n".join(_report(self))

@@ -17,17 +17,17 @@ if TYPE_CHECKING:
     from tensortrain.contract.chain_plan import Step
     from tensortrain.contract.plan import Plan
 
-__all__ = ["by_kernels", "linear_product", "sweep_leftward", "sweep_rightward"]
+__all__ = ["by_kernels", "linear_product", "sweep"]
 
 
 def by_kernels(plan: Plan, x: Tensor, tensors: Sequence[Tensor], bias: Tensor | None, *, ready: bool) -> Tensor | None:
     """The product by the kernels, over cores or ready weights; ``None`` where they do not serve these tensors."""
     if is_traced():
         return None
-    sweep = compiled(plan, ready=ready)
-    if sweep is None:
+    made = compiled(plan, ready=ready)
+    if made is None:
         return None
-    y: Tensor | None = library().run(sweep, x, list(tensors), bias)  # type: ignore[union-attr]
+    y: Tensor | None = library().run(made, x, list(tensors), bias)  # type: ignore[union-attr]
     return y
 
 
@@ -40,19 +40,12 @@ def linear_product(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, fli
     return y.t().contiguous().view(*x.shape[:-1], sizes_of(weight)[0])
 
 
-def sweep_leftward(x: Tensor, weights: Sequence[Tensor], steps: Sequence[Step]) -> Tensor:
-    """All steps of a chain from its last core to its first; ``(b, M)`` in some other shape."""
-    state = x.reshape(-1, 1, 1)
+def sweep(x: Tensor, weights: Sequence[Tensor], steps: Sequence[Step], *, leftward: bool) -> Tensor:
+    """All steps of a chain, from its last core or from its first; ``(b, M)`` in some other shape."""
+    state = x.reshape(-1, 1, 1) if leftward else x.reshape(-1, 1, sizes_of(x)[-1])
+    contract = _step_leftward if leftward else _step_rightward
     for step, weight in zip(steps, weights, strict=True):
-        state = _step_leftward(state, weight, step)
-    return state
-
-
-def sweep_rightward(x: Tensor, weights: Sequence[Tensor], steps: Sequence[Step]) -> Tensor:
-    """All steps of a chain from its first core to its last; ``(b, M)`` in some other shape."""
-    state = x.reshape(-1, 1, sizes_of(x)[-1])
-    for step, weight in zip(steps, weights, strict=True):
-        state = _step_rightward(state, weight, step)
+        state = contract(state, weight, step)
     return state
 
 

@@ -9,12 +9,14 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from tensortrain.cores.environments import value_parts
 from tensortrain.cores.scales import Exponents, Kept, Scale, common, guarded, plain_exponent
 from tensortrain.cores.scaling import split_pow2, spread_pow2, times_pow2, work_dtype
-from tensortrain.cores.unfold import absorb_left, absorb_right, as_left, as_right, over_core
+from tensortrain.cores.unfold import absorb_left, absorb_right, as_left, over_core
 
 __all__ = [
     "add_cores",
+    "broadcast_cores",
     "constant_cores",
     "contract",
     "deviation_parts",
@@ -22,6 +24,7 @@ __all__ = [
     "hadamard_core",
     "hadamard_cores",
     "join_pieces",
+    "pad_zeros",
 ]
 
 
@@ -120,6 +123,22 @@ def _block_diagonal(a: Tensor, b: Tensor) -> Tensor:
     return torch.cat((top, bottom), dim=-3)
 
 
+def broadcast_cores(cores: Sequence[Tensor], shape: Sequence[int]) -> list[Tensor]:
+    """Modes of size 1 repeated, and new ones in front, as NumPy broadcasts."""
+    one = cores[0].new_ones((*cores[0].shape[:-3], 1, 1, 1))
+    padded = [*[one] * (len(shape) - len(cores)), *cores]
+    pairs = zip(padded, shape, strict=True)
+    return [core if core.shape[-2] == n else core.expand(*core.shape[:-2], n, core.shape[-1]) for core, n in pairs]
+
+
+def pad_zeros(cores: Sequence[Tensor], k: int, width: tuple[int, int]) -> list[Tensor]:
+    """Cores with so many zeros before and after what mode k has."""
+    # Zero rows leave orthonormal columns orthonormal: a canonical form is kept.
+    out = list(cores)
+    out[k] = torch.nn.functional.pad(out[k], (0, 0, *width)) if any(width) else out[k]
+    return out
+
+
 def hadamard_cores(left: Sequence[Tensor], right: Sequence[Tensor]) -> list[Tensor]:
     """Cores of the elementwise product: ranks multiply."""
     return [hadamard_core(a, b) for a, b in zip(left, right, strict=True)]
@@ -133,30 +152,7 @@ def hadamard_core(a: Tensor, b: Tensor) -> Tensor:
 
 def dot_parts(left: Sequence[Tensor], right: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """``(m, e)`` with ``<left, right> = m * 2**e``; the left one is conjugated. Cost: O(d n r^3)."""
-    n_batch = left[0].ndim - 3
-    env, waiting = guarded([*left, *right], partial(_dotted, left, right, n_batch), n_batch, factors=2)
-    env, exponent = split_pow2(env, n_batch)
-    return env[..., 0, 0], exponent + waiting
-
-
-def _dotted(left: Sequence[Tensor], right: Sequence[Tensor], n_batch: int, scale: Scale) -> tuple[Tensor, Tensor | int]:
-    batch = left[0].shape[:-3]
-    env = left[0].new_ones((*batch, 1, 1))
-    mine: Exponents = 0
-    theirs: Exponents = 0
-    times = torch.matmul if n_batch else torch.mm  # at small ranks what surrounds a product takes most of the time
-    for k, (a, b) in enumerate(zip(left, right, strict=True)):
-        if k:
-            env, step = scale.split(env, axis=-2)
-            mine = mine + step
-            env, step = scale.split(env)
-            theirs = theirs + step
-        a, mine = scale.weigh(a, mine)
-        b, theirs = scale.weigh(b, theirs)
-        # two products, never r^4
-        env = times(as_left(a).mH, times(env, as_right(b)).reshape(*batch, -1, b.shape[-1]))
-    total = plain_exponent(mine) + plain_exponent(theirs)
-    return env, total[..., 0] if isinstance(total, Tensor) else total
+    return value_parts((left, right))
 
 
 def deviation_parts(cores: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,7 @@ front of all others (labels, several vectors), for which the map is applied to e
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, NamedTuple, Protocol
@@ -93,13 +93,14 @@ def _walked(rows: Sequence[Sequence[Tensor]], n_batch: int, scale: Scale) -> tup
     batch = torch.broadcast_shapes(*(row[0].shape[:n_batch] for row in rows))
     env = rows[0][0].new_ones((*batch, *(1,) * len(rows)))
     waiting: list[Exponents] = [0] * len(rows)
+    weighed: list[Tensor] = [env] * len(rows)
     for k, cores in enumerate(zip(*rows, strict=True)):
-        for axis in range(-len(rows), 0) if k else ():
-            env, step = scale.split(env, axis)
-            waiting[axis] = waiting[axis] + step
-        weighed = [scale.weigh(core, exponents) for core, exponents in zip(cores, waiting, strict=True)]
-        waiting = [exponents for _, exponents in weighed]
-        env = past(env, *(core for core, _ in weighed))
+        for row, core in enumerate(cores):
+            if k:
+                env, step = scale.split(env, row - len(rows))
+                waiting[row] = waiting[row] + step
+            weighed[row], waiting[row] = scale.weigh(core, waiting[row])
+        env = past(env, *weighed)
     total: Exponents = sum(plain_exponent(exponents) for exponents in waiting)
     return env, total[..., 0] if isinstance(total, Tensor) else total
 
@@ -370,6 +371,7 @@ class Environments:
         rows: What the state meets.
         cores: The state, ``(.., r, n, s)`` each.
         bra: Cores of the bra of a sandwich, if it is not the state.
+        split: Takes powers of two out of an environment, for each member of so many leading axes.
 
     Example:
         >>> from tensortrain.cores.sketch import Plain
@@ -379,8 +381,15 @@ class Environments:
         8.0
     """
 
-    def __init__(self, rows: Rows, cores: Sequence[Tensor], *, bra: Sequence[Tensor] | None = None) -> None:
-        self.rows = rows
+    def __init__(
+        self,
+        rows: Rows,
+        cores: Sequence[Tensor],
+        *,
+        bra: Sequence[Tensor] | None = None,
+        split: Callable[[Tensor, int], tuple[Tensor, Tensor]] = split_pow2,
+    ) -> None:
+        self.rows, self._split = rows, split
         self._cores = list(cores)
         self._bra = self._cores if bra is None else list(bra)
         start = rows.start()
@@ -423,7 +432,7 @@ class Environments:
         return self.at(k, n_sites)(local)
 
     def _scaled(self, env: Tensor, exponent: Tensor) -> Env:
-        value, step = split_pow2(env, env.ndim - self.rows.n_bonds)
+        value, step = self._split(env, env.ndim - self.rows.n_bonds)
         return Env(value, exponent + step)
 
 

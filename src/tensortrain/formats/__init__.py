@@ -1,8 +1,9 @@
 """Weight formats: how a dense weight is written as a few small cores. One file each, one registry."""
 
 from . import block_term, btt, cp, kronecker, low_rank, ring, tt, tt_naive, tt_separate, tucker, tucker2  # registered
-from .base import Factorization, Format
+from .base import Format
 from .chain import ChainFormat, balance_chain
+from .fit import Factorization, Fit
 from .modes import ModeChoice, default_order, search_modes, suggest_modes, suggest_padded_modes
 from .network import NetworkFormat
 from .rank_path import RankPoint, even_path, rank_path
@@ -16,6 +17,7 @@ __all__ = [
     "ChainFormat",
     "FactorSpec",
     "Factorization",
+    "Fit",
     "Format",
     "Kind",
     "ModeChoice",

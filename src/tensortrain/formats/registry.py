@@ -12,7 +12,7 @@ from tensortrain.errors import ShapeError
 if TYPE_CHECKING:
     from .base import Format
 
-__all__ = ["format_names", "get_format", "register"]
+__all__ = ["current_name", "format_names", "get_format", "register"]
 
 _FORMATS: dict[str, Format] = {}
 
@@ -28,16 +28,23 @@ def format_names() -> tuple[str, ...]:
     return tuple(sorted(_FORMATS))
 
 
+def current_name(name: str) -> str:
+    """The name of a format with underscores, where it was written with hyphens; any other as it is."""
+    written = name.replace("-", "_")
+    return written if name not in _FORMATS and written in _FORMATS else name
+
+
 def get_format(name: str) -> Format:
     """The format of that name.
 
     Raises:
         ShapeError: No format has that name.
     """
-    try:
-        return _FORMATS[name if name in _FORMATS else name.replace("-", "_")]
-    except (KeyError, TypeError, AttributeError):
-        raise ShapeError(
-            f"a format must be registered: found {name!r}, known are {list(format_names())}. "
-            "Choose one of these, or register a Format of that name."
-        ) from None
+    if isinstance(name, str):
+        found = _FORMATS.get(name) or _FORMATS.get(name.replace("-", "_"))
+        if found is not None:
+            return found
+    raise ShapeError(
+        f"a format must be registered: found {name!r}, known are {list(format_names())}. "
+        "Choose one of these, or register a Format of that name."
+    )

@@ -83,6 +83,11 @@ class FactorSpec:
         """The spec of a single group's cores."""
         return replace(self, weight=self.weight.one_group())
 
+    def keywords(self) -> dict[str, Any]:
+        """The arguments that ask a layer for this spec, as plain data."""
+        modes = {"in_modes": list(self.in_modes), "out_modes": list(self.out_modes)}
+        return {"format": self.format, "rank": list(self.ranks), **modes}
+
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, strings and lists, ready for JSON; ``from_dict`` reads them back."""
         weight = self.weight

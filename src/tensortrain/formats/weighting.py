@@ -12,14 +12,14 @@ import math
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from tensortrain.errors import DTypeError, NonFiniteError, ShapeError
 
+from .layout import order_gram, pad_gram
 from .spec import WeightShape
 
-__all__ = ["PLAIN", "Weighting", "check_gram", "energy", "output_error"]
+__all__ = ["PLAIN", "Weighting", "apply_root", "check_gram", "energy", "output_error"]
 
 _TINY = 1e-300  # what a vanishing weight is divided by
 
@@ -80,16 +80,13 @@ class Weighting:
         found = self.checked(weight)
         if found.inputs is None:
             return found
-        if weight.kind == "conv":
-            inputs = _positions_first(found.inputs, weight)
-        else:
-            inputs = _padded(found.inputs, n_inputs)
-        return Weighting(inputs, None if found.outputs is None else _padded(found.outputs, n_outputs))
+        outputs = None if found.outputs is None else pad_gram(found.outputs, n_outputs)
+        return Weighting(order_gram(found.inputs, weight, n_inputs), outputs)
 
     def energy(self, matrix: Tensor) -> float:
         """``tr(F W H W^T)`` of ``(outputs, inputs)``: the mean square of the outputs, weighted by ``F``."""
         matrix = matrix.double()
-        weighted = matrix if self.inputs is None else times(matrix, self.inputs)
+        weighted = matrix if self.inputs is None else apply_root(matrix, self.inputs)
         if self.outputs is not None and self.inputs is not None:
             matrix = self.outputs[:, None] * matrix if self.outputs.ndim == 1 else self.outputs @ matrix
         return max(0.0, float((weighted * matrix).sum()))
@@ -133,17 +130,6 @@ def check_gram(gram: Tensor, size: int, side: str = "input") -> Tensor:
     return gram.double()
 
 
-def times(matrix: Tensor, factor: Tensor) -> Tensor:
-    """``matrix @ factor`` for a full factor or the diagonal of one."""
-    return matrix * factor if factor.ndim == 1 else matrix @ factor
-
-
-def _positions_first(gram: Tensor, weight: WeightShape) -> Tensor:
-    """The second moment of a convolution's patches with kernel positions, not channels, as slowest index."""
-    positions, channels = math.prod(weight.kernel), weight.in_features
-    order = torch.arange(weight.fan_in, device=gram.device).reshape(channels, positions).T.reshape(-1)
-    return gram[order] if gram.ndim == 1 else gram[order][:, order]
-
-
-def _padded(gram: Tensor, size: int) -> Tensor:
-    return F.pad(gram, (0, size - gram.shape[-1]) * gram.ndim)
+def apply_root(matrix: Tensor, root: Tensor) -> Tensor:
+    """``matrix @ root`` for a full or a diagonal root."""
+    return matrix * root if root.ndim == 1 else matrix @ root

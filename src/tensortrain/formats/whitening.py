@@ -16,7 +16,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .weighting import check_gram, energy, output_error
+from .fit import Fit
+from .weighting import Weighting, apply_root, check_gram, energy, output_error
 
 __all__ = [
     "KroneckerNorm",
@@ -48,11 +49,6 @@ def root_and_inverse(gram: Tensor, *, damping: float = DAMPING) -> tuple[Tensor,
     return (vectors * root_values) @ vectors.T, (vectors / root_values) @ vectors.T
 
 
-def apply_root(matrix: Tensor, root: Tensor) -> Tensor:
-    """``matrix @ root`` for a full or a diagonal root."""
-    return matrix * root if root.ndim == 1 else matrix @ root
-
-
 def kronecker_factors(gram: Tensor, modes: Sequence[int]) -> list[Tensor]:
     """Second moments of single modes whose Kronecker product fits ``gram``.
 
@@ -80,10 +76,7 @@ def _partial_trace(gram: Tensor, modes: Sequence[int], k: int) -> Tensor:
     return torch.einsum("anbamb->nm", blocks)
 
 
-Attempt = tuple[tuple[int, ...], tuple[Tensor, ...], float]  # ranks, cores, measured error
-
-
-def keep_promise(eps: float, caps: tuple[int, ...], attempt: Callable[[float], Attempt]) -> Attempt:
+def keep_promise(eps: float, caps: tuple[int, ...], attempt: Callable[[float], Fit]) -> Fit:
     """Tighten the cut until the error measured is within ``eps``, or the ranks cannot grow.
 
     A Kronecker fit only resembles the second moment, so a cut in its norm may miss the tolerance in the true one.
@@ -91,40 +84,39 @@ def keep_promise(eps: float, caps: tuple[int, ...], attempt: Callable[[float], A
     cut = eps
     while True:
         found = attempt(cut)
-        if found[2] <= eps or cut < 1e-3 * eps or all(r >= c for r, c in zip(found[0], caps, strict=True)):
+        error = found.rel_error
+        if error <= eps or cut < 1e-3 * eps or all(r >= c for r, c in zip(found.ranks, caps, strict=True)):
             return found
-        cut *= max(0.2, min(0.8, 0.9 * eps / found[2]))
+        cut *= max(0.2, min(0.8, 0.9 * eps / error))
 
 
 @dataclass(frozen=True)
 class KroneckerNorm:
-    """The error norm of one weight: second moments of inputs and outputs, and roots that act mode by mode.
+    """The error norm of one weight: its second moments, and roots that act mode by mode.
 
     Args:
-        gram: Second moment of the inputs, in the order of the weight's columns.
-        output_gram: Weight of the outputs, or None.
-        in_roots, out_roots: Roots and inverses, one pair per mode; no ``out_roots`` without ``output_gram``.
+        weighting: Second moments in the order of the weight's rows and columns.
+        in_roots, out_roots: Roots and inverses, one pair per mode; no ``out_roots`` where outputs are not weighed.
         in_modes, out_modes: Sizes of the modes.
     """
 
-    gram: Tensor
-    output_gram: Tensor | None
+    weighting: Weighting
     in_roots: list[tuple[Tensor, Tensor]]
     out_roots: list[tuple[Tensor, Tensor]]
     in_modes: tuple[int, ...]
     out_modes: tuple[int, ...]
 
     @classmethod
-    def of(
-        cls, gram: Tensor, output_gram: Tensor | None, out_modes: Sequence[int], in_modes: Sequence[int]
-    ) -> KroneckerNorm:
-        """Fit Kronecker products to the second moments."""
-        in_roots = [root_and_inverse(factor) for factor in kronecker_factors(gram, in_modes)]
-        out_roots = []
-        if output_gram is not None:
-            output_gram = check_gram(output_gram, math.prod(out_modes))
-            out_roots = [root_and_inverse(factor) for factor in kronecker_factors(output_gram, out_modes)]
-        return cls(gram, output_gram, in_roots, out_roots, tuple(in_modes), tuple(out_modes))
+    def of(cls, weighting: Weighting, out_modes: Sequence[int], in_modes: Sequence[int]) -> KroneckerNorm:
+        """Fit Kronecker products to second moments, of which there are those of the inputs."""
+        in_roots, out_roots = _roots(weighting.inputs, in_modes), _roots(weighting.outputs, out_modes)
+        return cls(weighting, in_roots, out_roots, tuple(in_modes), tuple(out_modes))
+
+    @property
+    def gram(self) -> Tensor:
+        """Second moment of the inputs."""
+        assert self.weighting.inputs is not None
+        return self.weighting.inputs
 
     def whiten(self, matrix: Tensor, sides: Sequence[Side] = ("in", "out")) -> Tensor:
         """``F^(1/2) W H^(1/2)`` with the fitted moments, or one side of it."""
@@ -148,7 +140,7 @@ class KroneckerNorm:
 
     def error(self, difference: Tensor, matrix: Tensor) -> float:
         """Relative error in the true norm, not in the fitted one."""
-        return output_error(difference, matrix, self.gram, self.output_gram)
+        return self.weighting.rel_error(difference, matrix)
 
     def sketched_error(self, difference: Tensor, matrix: Tensor) -> float:
         """The same to some per cent, from a few random combinations of the outputs."""
@@ -157,7 +149,12 @@ class KroneckerNorm:
         )
         if self.out_roots:
             mix = _apply_by_mode(mix, [root for root, _ in self.out_roots], self.out_modes)
-        return output_error(mix @ difference, mix @ matrix, self.gram)
+        return Weighting(self.gram).rel_error(mix @ difference, mix @ matrix)
+
+
+def _roots(gram: Tensor | None, modes: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
+    """Roots of the Kronecker factors of a second moment, and their inverses."""
+    return [] if gram is None else [root_and_inverse(factor) for factor in kronecker_factors(gram, modes)]
 
 
 def _apply_by_mode(matrix: Tensor, roots: Sequence[Tensor], modes: Sequence[int]) -> Tensor:

@@ -9,9 +9,8 @@ from typing import Any, ClassVar, Literal, TypeVar, get_args
 import torch
 from torch import Tensor, nn
 
-from tensortrain.contract.plan import Shape
 from tensortrain.errors import DerivedWeightError, KindError, ShapeError
-from tensortrain.formats import Factorization, FactorSpec, Format, Rank, WeightShape, get_format
+from tensortrain.formats import PLAIN, FactorSpec, Fit, Format, Rank, Weighting, WeightShape, get_format
 from tensortrain.system.tracing import is_traced
 
 from .cores import Cores, held_cores, list_cores
@@ -87,28 +86,13 @@ class FactorizedLayer(Traced):
         if init == "structured":
             self.format.init_structured_(cores, self.spec, generator)
         else:
-            self.format.init_(cores, self.spec, self._sigma(init), generator)
+            self.format.init_(cores, self.spec, _sigma(self, init), generator)
         if len(self.cores._parameters) != len(cores):
             self.cores.assign_(cores)  # type: ignore[operator]  # constrained cores, see orthogonal.py
         if self.bias is not None and not self.bias.is_meta:
             bound = 1 / math.sqrt(max(1, self.spec.weight.fan_in))
             with torch.no_grad():
                 self.bias.uniform_(-bound, bound, generator=generator)
-
-    def _sigma(self, init: Init) -> float:
-        weight = self.spec.weight
-        if isinstance(init, (int, float)) and 0 <= init < math.inf:
-            return float(init)
-        if init == "glorot":
-            fan_out = weight.out_features // weight.groups * math.prod(weight.kernel)
-            return math.sqrt(2 / (weight.fan_in + fan_out))
-        if init == "he":
-            return math.sqrt(2 / weight.fan_in)
-        if init == "match":
-            return self._matching_sigma()
-        raise ShapeError(
-            f"init must be 'match', 'glorot', 'he', 'structured' or a number: found {init!r}. Pass 'match'."
-        )
 
     def _matching_sigma(self) -> float:
         return 1 / math.sqrt(3 * max(1, self.spec.weight.fan_in))  # torch draws from U(+-1/sqrt(fan_in))
@@ -142,17 +126,13 @@ class FactorizedLayer(Traced):
         dtype: torch.dtype | None = None,
     ) -> Self:
         """A layer with the options of ``dense`` and the cores of ``spec``, not filled in."""
-        return cls(
-            **cls.arguments_of(dense),
-            format=spec.format,  # type: ignore[call-arg]
-            rank=spec.ranks,
-            in_modes=spec.in_modes,
-            out_modes=spec.out_modes,
-            init=None,
-            implementation=implementation,
-            device=device,
-            dtype=dtype,
-        )
+        how: dict[str, Any] = {"implementation": implementation, "device": device, "dtype": dtype}
+        return cls._made(**cls.arguments_of(dense), **spec.keywords(), init=None, **how)
+
+    @classmethod
+    def _made(cls: type[Self], **arguments: Any) -> Self:
+        """A layer of the kind that this class builds."""
+        return cls(**arguments)
 
     @classmethod
     def from_dense(
@@ -189,21 +169,38 @@ class FactorizedLayer(Traced):
         Source: TT-SVD: Oseledets 2011; whitening: arXiv:2403.07378.
         """
         cls._check_dense_type(dense)
-        found = get_format(format).factorize(
-            cls.kernel_of(dense),
-            cls.weight_shape_of(dense),
-            rank=rank,
-            eps=eps,
-            out_modes=out_modes,
-            in_modes=in_modes,
-            gram=input_gram,
-            output_gram=output_gram,
+        spec, eps = get_format(format).asked(
+            cls.weight_shape_of(dense), dense.weight.dtype, rank=rank, eps=eps, out_modes=out_modes, in_modes=in_modes
         )
+        weighting = Weighting(input_gram, output_gram)
+        return cls.from_spec(dense, spec, eps=eps, weighting=weighting, implementation=implementation)
+
+    @classmethod
+    def from_spec(
+        cls: type[Self],
+        dense: Any,
+        spec: FactorSpec,
+        *,
+        eps: float | None = None,
+        weighting: Weighting = PLAIN,
+        implementation: Implementation = "auto",
+    ) -> Self:
+        """Approximate a trained torch layer by cores of a spec, as a plan gives it; ``from_dense`` takes words.
+
+        Args:
+            dense: As for ``from_dense``.
+            spec: Format, modes and ranks of the layer's weight.
+            eps: Relative tolerance, for which the spec's ranks are caps.
+            weighting: Second moments of inputs and outputs that weigh the error.
+
+        Raises:
+            KindError, NonFiniteError, ShapeError: As ``from_dense``.
+        """
+        cls._check_dense_type(dense)
+        found = get_format(spec.format).fit(cls.kernel_of(dense), spec, eps=eps, weighting=weighting)
         weight = dense.weight
-        layer = cls.like(
-            dense, found.value.spec, implementation=implementation, device=weight.device, dtype=weight.dtype
-        )
-        return layer._adopt(found.value, dense)
+        layer = cls.like(dense, found.spec, implementation=implementation, device=weight.device, dtype=weight.dtype)
+        return layer._adopt(found, dense)
 
     @classmethod
     def _check_dense_type(cls, dense: object) -> None:
@@ -213,7 +210,7 @@ class FactorizedLayer(Traced):
                 f"{type(dense).__name__}. Pass the torch layer (a factorized layer's to_dense() gives it)."
             )
 
-    def _adopt(self: Self, found: Factorization, dense: Any) -> Self:
+    def _adopt(self: Self, found: Fit, dense: Any) -> Self:
         """Take over cores, bias and manners of a dense layer."""
         with torch.no_grad():
             for core, value in zip(self.cores, found.cores, strict=True):
@@ -257,14 +254,11 @@ class FactorizedLayer(Traced):
     @property
     def weight(self) -> Tensor:
         """The dense weight in torch's layout, built from the cores: a copy to read, which refuses to be written to."""
-        if is_traced():
-            return self.full_weight()
         weight = self.full_weight()
-        return read_only(weight, is_shared=self._is_shared(weight))
-
-    def _is_shared(self, weight: Tensor) -> bool:
-        """Whether the cache or a core may hold the memory of this weight."""
-        return not weight.requires_grad or len(self.cores) == 1
+        if is_traced():
+            return weight
+        # Where it follows from several trained cores, neither the cache nor a core holds its memory.
+        return read_only(weight, is_shared=not weight.requires_grad or len(self.cores) == 1)
 
     def full_weight(self) -> Tensor:
         """The weight as others see it; not to be written to, since it may lie in the cache."""
@@ -303,21 +297,14 @@ class FactorizedLayer(Traced):
         """Constructor arguments as plain data, without the cores."""
         return {
             **self.arguments_of(self),
-            "format": self.spec.format,
-            "rank": list(self.spec.ranks),
-            "in_modes": list(self.spec.in_modes),
-            "out_modes": list(self.spec.out_modes),
+            **self.spec.keywords(),
             "implementation": self.implementation,
         }
 
     def how_it_ran(self) -> str:
         """One word on each plan made for inference so far, such as ``"dense kept; right-to-left [0][1 2]"``."""
-        return "; ".join(dict.fromkeys(self._words())) or (
-            "dense, kept" if self.runner.cache.nbytes else "core by core"
-        )
-
-    def _words(self) -> list[str]:
-        return self.runner.words()
+        without_plans = "dense, kept" if self.runner.cache.nbytes else "core by core"
+        return "; ".join(self.runner.words()) or without_plans
 
     def _format_repr(self) -> str:
         ranks = ",".join(str(r) for r in self.spec.ranks)
@@ -334,11 +321,8 @@ class FactorizedLayer(Traced):
         self.runner = self._make_runner()
 
     def _make_runner(self) -> Runner:
-        return Runner(self._shape())
-
-    def _shape(self) -> Shape | None:
-        """What carries the layer's product, for planning; None for a layer without a plan."""
-        return self.format.contraction(self._group_spec)
+        """A runner of what carries the layer's product."""
+        return Runner(self.format.contraction(self._group_spec))
 
     def core_list(self) -> list[Tensor]:
         """The cores of this forward pass: what stands in for them, what hooks on their list gave, or the parameters."""
@@ -374,6 +358,21 @@ class FactorizedLayer(Traced):
             for name in _OF_BEFORE:
                 self.__dict__.pop(name, None)
             self.runner = self._make_runner()
+
+
+def _sigma(layer: FactorizedLayer, init: Init) -> float:
+    """The standard deviation of the dense weight's entries that ``init`` names."""
+    weight = layer.spec.weight
+    if isinstance(init, (int, float)) and 0 <= init < math.inf:
+        return float(init)
+    if init == "glorot":
+        fan_out = weight.out_features // weight.groups * math.prod(weight.kernel)
+        return math.sqrt(2 / (weight.fan_in + fan_out))
+    if init == "he":
+        return math.sqrt(2 / weight.fan_in)
+    if init == "match":
+        return layer._matching_sigma()
+    raise ShapeError(f"init must be 'match', 'glorot', 'he', 'structured' or a number: found {init!r}. Pass 'match'.")
 
 
 def _full_weight_of(layer: Any) -> Tensor:

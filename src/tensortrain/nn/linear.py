@@ -85,7 +85,7 @@ class Linear(FactorizedLayer):
         return WeightShape("linear", layer.out_features, layer.in_features)
 
     def _make_runner(self) -> Runner:
-        return Runner(self._shape(), (self.in_features, self.out_features))
+        return Runner(self.format.contraction(self._group_spec), (self.in_features, self.out_features))
 
     def plan(self, batch: int = 1, *, force: str | None = None) -> Plan:
         """How the layer runs at this many rows: print it to see steps, flops and predicted time.

@@ -219,7 +219,8 @@ class Runner:
 
     def words(self) -> list[str]:
         """How each plan made for inference so far runs."""
-        return [plan.words for key, plan in self.plans.items() if not key.training]
+        plans = self.layer_plans or self.plans  # those of the layer stand on the others
+        return list(dict.fromkeys(plan.words for key, plan in plans.items() if not key.training))
 
     # -- derived weights -----------------------------------------------------------------------------
 

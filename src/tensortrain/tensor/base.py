@@ -17,13 +17,25 @@ from torch import Tensor
 from tensortrain.cores.algebra import add_cores, constant_cores, deviation_parts, dot_parts, hadamard_cores
 from tensortrain.cores.canonical import norm_parts, orthogonalize_cores, singular_values_at
 from tensortrain.cores.ranks import RankLike
+from tensortrain.cores.rounding import round_cores
 from tensortrain.cores.scaling import place_pow2, spread_pow2, times_pow2, work_dtype
+from tensortrain.cores.tolerance import Finished
 from tensortrain.cores.unfold import over_core
 from tensortrain.cores.validation import DTYPES, checked_center, checked_cores
 from tensortrain.errors import DeviceError, DTypeError, KindError, ModeIndexError, ShapeError
+from tensortrain.tensor.approximation import Approximation
 from tensortrain.tensor.diagram import draw_chain
 
-__all__ = ["DTYPES", "CoreChain", "as_scalar", "broadcast_batch", "check_same_kind", "check_same_place", "unbiasing"]
+__all__ = [
+    "DTYPES",
+    "CoreChain",
+    "as_scalar",
+    "broadcast_batch",
+    "check_same_kind",
+    "check_same_place",
+    "checked_chain",
+    "unbiasing",
+]
 
 Self = TypeVar("Self", bound="CoreChain")
 Scalar = int | float | complex | Tensor
@@ -66,6 +78,19 @@ class CoreChain(ABC):
     @abstractmethod
     def _like(self: Self, merged: Sequence[Tensor], center: tuple[int, int] = (0, -1)) -> Self:
         """The same kind with the same modes, from cores ``(r, n, s)``."""
+
+    @abstractmethod
+    def _paired(self) -> list[Tensor]:
+        """Cores with an output and an input mode: ``(r, i, j, s)``, ``j = 1`` for a train."""
+
+    @abstractmethod
+    def _from_paired(self: Self, paired: Sequence[Tensor]) -> Self:
+        """The same kind from cores ``(r, i, j, s)``, whose modes may be others."""
+
+    @property
+    @abstractmethod
+    def _rows(self) -> tuple[int, ...]:
+        """Modes that the ``in_modes`` of a matrix on the left must equal."""
 
     @abstractmethod
     def _matched(self: Self, other: Self) -> tuple[Self, Self]:
@@ -298,9 +323,11 @@ class CoreChain(ABC):
 
     def round(self: Self, eps: float | None = None, max_rank: RankLike | None = None) -> Self:
         """Lower the ranks; the value of ``round_tt``, which also tells the error promised."""
-        from tensortrain.tensor.rounding import round_tt  # builds on this type
+        return self._approximated(round_cores(self._merged(), self.center, eps=eps, max_rank=max_rank)).value
 
-        return round_tt(self, eps=eps, max_rank=max_rank).value
+    def _approximated(self: Self, done: Finished) -> Approximation[Self]:
+        """The same kind with the same modes, from what an inner algorithm stored."""
+        return Approximation(self._like(done.cores, done.center), done.bound, done.info)
 
     # -- algebra ------------------------------------------------------------------------------------
 
@@ -405,6 +432,16 @@ def broadcast_batch(left: CoreChain, right: CoreChain) -> tuple[Any, Any]:
 
 def _expanded(x: Self, batch: Sequence[int]) -> Self:
     return x._map(lambda core: core.expand(*batch, *core.shape[core.ndim - len(x._axes) :]))
+
+
+def checked_chain(operation: str, value: Any, name: str = "x") -> CoreChain:
+    """The value as a train or a matrix: what has no cores is refused here."""
+    if not isinstance(value, CoreChain):
+        raise KindError(
+            f"{operation} works on trains: {name} has {type(value).__name__}, expected TensorTrain or TTMatrix. "
+            "Decompose a dense tensor with tensortrain.tt_svd."
+        )
+    return value
 
 
 def check_same_kind(operation: str, left: CoreChain, right: Any) -> None:

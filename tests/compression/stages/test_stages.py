@@ -216,5 +216,5 @@ def test_settings_of_a_subclass_are_those_of_their_parent() -> None:
     class Longer(Heal):
         steps: int | None = 3
 
-    assert base.stage_of(Longer()) is base.stage_of(Heal())
+    assert base.stage_of(Longer()) is base.stage_of(tt.stages.Heal())
     assert len(run(mlp(24, 40, 6), [Factorize(), Longer()]).report.healing) > 0

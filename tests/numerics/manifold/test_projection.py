@@ -184,7 +184,7 @@ def test_bad_input(generator):
         project(x.to(torch.complex128), at=x)
     with pytest.raises(DTypeError, match="bfloat16"):
         project(x, at=x.to(torch.bfloat16))
-    with pytest.raises(KindError, match="found Tensor"):
+    with pytest.raises(KindError, match="x has Tensor"):
         project(x, at=x.to_dense())
     with pytest.raises(NonFiniteError, match=r"cores\[0\] has NaN"):
         project(x, at=x * float("nan"))

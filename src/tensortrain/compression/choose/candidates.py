@@ -11,8 +11,10 @@ from torch import Tensor
 
 from tensortrain.compression.survey.layers import FoundLayer, check_finite
 from tensortrain.formats import (
+    PLAIN,
     FactorSpec,
     RankPoint,
+    Weighting,
     WeightShape,
     even_path,
     get_format,
@@ -20,7 +22,6 @@ from tensortrain.formats import (
     suggest_modes,
     suggest_padded_modes,
 )
-from tensortrain.formats.weighting import PLAIN, Weighting
 
 __all__ = ["Candidate", "candidates", "default_formats", "least_params"]
 
@@ -143,7 +144,7 @@ def _corrected(points: list[RankPoint], dense: Tensor, weighting: Weighting) -> 
     for target in _PROBES:
         point = min(points, key=lambda p: abs(p.rel_error - target))
         if point.rel_error > 1e-3 and all(abs(point.rel_error - m) > 0.05 for m, _ in marks):
-            marks.append((point.rel_error, fmt.probe(dense, point.spec, weighting.inputs, weighting.outputs)))
+            marks.append((point.rel_error, fmt.probe(dense, point.spec, weighting)))
     return [replace(point, rel_error=_interpolated(point.rel_error, marks)) for point in points]
 
 
@@ -165,8 +166,8 @@ def _interpolated(error: float, marks: Sequence[tuple[float, float]]) -> float:
 def _group_spectra(dense: Tensor, spec: FactorSpec, weighting: Weighting) -> list[Tensor]:
     fmt, one = get_format(spec.format), spec.one_group()
     if spec.weight.groups == 1:
-        return fmt.spectra(dense, one, gram=weighting.inputs, output_gram=weighting.outputs)
-    groups = [fmt.spectra(block, one, gram=None) for block in dense.chunk(spec.weight.groups)]
+        return fmt.spectra(dense, one, weighting=weighting)
+    groups = [fmt.spectra(block, one) for block in dense.chunk(spec.weight.groups)]
     return [torch.stack(column).square().mean(dim=0).sqrt() for column in zip(*groups, strict=True)]
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tensortrain.formats.weighting import PLAIN, Weighting
+from tensortrain.formats import PLAIN, Weighting
 
 __all__ = ["Calibration", "LayerMoments", "second_moment"]
 
@@ -82,6 +82,10 @@ class LayerMoments:
         self.gram = gram
 
 
+_FIGURES = {"grams": "gram", "means": "mean", "output_grams": "output_gram", "norms": "norm"}
+_FIGURES |= {"input_shapes": "input_shape", "structures": "structure", "calls": "calls"}
+
+
 def _by_layer(figure: str) -> Any:
     """A property: one of the figures, of the layers that have it."""
 
@@ -118,6 +122,14 @@ class Calibration:
     notes: list[str] = field(default_factory=list)
     with_labels: bool = False
 
+    grams = _by_layer("gram")
+    means = _by_layer("mean")
+    output_grams = _by_layer("output_gram")
+    norms = _by_layer("norm")
+    input_shapes = _by_layer("input_shape")
+    structures = _by_layer("structure")
+    calls = _by_layer("calls")
+
     def of(self, name: str) -> LayerMoments:
         """What is known of a layer; an empty record for one that was not there."""
         return self.layers.get(name, LayerMoments())
@@ -127,13 +139,13 @@ class Calibration:
         weighting = self.of(name).weighting
         return weighting.inputs, weighting.outputs
 
-    grams = _by_layer("gram")
-    means = _by_layer("mean")
-    output_grams = _by_layer("output_gram")
-    norms = _by_layer("norm")
-    input_shapes = _by_layer("input_shape")
-    structures = _by_layer("structure")
-    calls = _by_layer("calls")
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take in a pickle; one of the version before has a dict by layer for each figure."""
+        layers = state.setdefault("layers", {})
+        for names, figure in _FIGURES.items():
+            for name, value in state.pop(names, {}).items():
+                setattr(layers.setdefault(name, LayerMoments()), figure, value)
+        self.__dict__.update(state)
 
 
 def second_moment(rows: Tensor) -> Tensor:

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tensortrain.contract import CostModel, Plan, cost_model
-from tensortrain.contract.plan import Shape
 from tensortrain.errors import ShapeError
 from tensortrain.formats import FactorSpec, Format, Rank, WeightShape, get_format
 from tensortrain.nn.base import FactorizedLayer, Implementation, Init, as_tuple
 from tensortrain.nn.conv.plan import ConvPlan, out_size
 from tensortrain.nn.inputs import check_plain_layout, once, traceable
-from tensortrain.nn.runner import FEW_WHEN_TRACED, device_type_of, may_be_dense, trains
+from tensortrain.nn.runner import FEW_WHEN_TRACED, Runner, device_type_of, may_be_dense, trains
 from tensortrain.system.tracing import is_traced, sizes_of, static_power_of_two
 
 __all__ = ["Conv1d", "Conv2d", "Conv3d", "ConvLayer"]
@@ -30,6 +29,16 @@ _STEPS_OVERHEAD_S = 40e-6  # of the calls between the steps, which no flop count
 _FEW = 4  # inputs of a traced program that is planned for one
 _CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
+
+
+class _ConvKey(NamedTuple):
+    """What tells the plans of one convolution apart."""
+
+    training: bool
+    batch: int
+    spatial: tuple[int, ...]
+    implementation: str
+    dense_limit_bytes: int
 
 
 class ConvLayer(FactorizedLayer):
@@ -166,13 +175,13 @@ class ConvLayer(FactorizedLayer):
         """How many times the channel chain is applied."""
         return max(1, batch * math.prod(self._out_spatial(spatial)))
 
-    def _shape(self) -> Shape | None:
-        return self.format.channel_chain(self._group_spec)
+    def _make_runner(self) -> Runner:
+        return Runner(self.format.channel_chain(self._group_spec))
 
     def plan(self, batch: int = 1, spatial: Sequence[int] | None = None) -> ConvPlan:
         """How the layer runs on this many inputs of this size (the size last seen when left out)."""
         sizes = tuple(spatial) if spatial is not None else self._seen_spatial
-        key = (trains(self), batch, sizes, self.implementation, self.dense_limit_bytes)
+        key = _ConvKey(trains(self), batch, sizes, self.implementation, self.dense_limit_bytes)
         found = self.runner.layer_plans.get(key)
         if found is None:
             found = self.runner.layer_plans[key] = self._plan(batch, sizes)
@@ -205,9 +214,6 @@ class ConvLayer(FactorizedLayer):
         dense = self.implementation == "dense" or (may_be_dense(self) and factorized_s > _MARGIN * dense_s)
         kind = "dense" if dense else "factorized"
         return ConvPlan(kind, batch, spatial, flops, dense_flops, factorized_s, dense_s, 0 if dense else peak)
-
-    def _words(self) -> list[str]:
-        return [plan.words for key, plan in self.runner.layer_plans.items() if not key[0]]
 
     def extra_repr(self) -> str:
         parts = [f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"]
@@ -319,7 +325,7 @@ class Conv2d(_ConvNd):
 
     Args:
         in_channels .. padding_mode: As ``torch.nn.Conv2d``.
-        format: ``"tt"`` (kernel positions, then paired channel modes), ``"tt-naive"``, ``"tucker2"``,
+        format: ``"tt"`` (kernel positions, then paired channel modes), ``"tt_naive"``, ``"tucker2"``,
             ``"low_rank"``.
         rank: Number, tuple, share, or ``"same"``. A TT tuple starts with the spatial core,
             ``(1, r_0, r_1, .., 1)``; Tucker-2 takes ``(R_in, R_out)``.

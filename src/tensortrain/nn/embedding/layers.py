@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from tensortrain.contract import cost_model
 from tensortrain.errors import DTypeError, KindError, ModeIndexError, NonFiniteError, ShapeError
-from tensortrain.formats import Factorization, FactorSpec, Format, Rank, WeightShape, get_format
+from tensortrain.formats import FactorSpec, Fit, Format, Rank, WeightShape, get_format
 from tensortrain.nn.base import FactorizedLayer, Implementation, Init, Self
 from tensortrain.nn.conv.plan import LookupPlan
 from tensortrain.nn.inputs import check_plain_layout, map_nested, once, traceable
-from tensortrain.nn.runner import device_type_of, may_be_dense, trains
+from tensortrain.nn.runner import Runner, device_type_of, may_be_dense, trains
 from tensortrain.system.tracing import is_traced
 
 __all__ = ["Embedding"]
@@ -117,7 +117,7 @@ class Embedding(FactorizedLayer):
             return table
         return table.index_fill(0, torch.tensor(index, device=table.device), 0)  # its row is kept beside the cores
 
-    def _adopt(self: Self, found: Factorization, dense: Any) -> Self:
+    def _adopt(self: Self, found: Fit, dense: Any) -> Self:
         layer: Any = super()._adopt(found, dense)
         if layer.padding_idx is not None:
             row = dense.weight.detach()[layer.padding_idx]
@@ -394,8 +394,8 @@ class Embedding(FactorizedLayer):
 
     # -- plan ----------------------------------------------------------------------------------------
 
-    def _shape(self) -> None:
-        return None  # rows are looked up, see ``LookupPlan``
+    def _make_runner(self) -> Runner:
+        return Runner(None)  # rows are looked up, see ``LookupPlan``
 
     def plan(self, batch: int = 1) -> LookupPlan:
         """How this many ids are looked up."""

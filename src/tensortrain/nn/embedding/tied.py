@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from tensortrain.contract import ChainShape, Plan
 from tensortrain.errors import KindError, ShapeError
-from tensortrain.formats import ChainFormat
 from tensortrain.nn.cores import holding_cores, is_watched
 from tensortrain.nn.embedding.layers import Embedding
 from tensortrain.nn.inputs import Traced, is_plain_input, map_nested, traceable
@@ -172,6 +171,8 @@ class TiedHead(Traced):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if "_runner" not in self.__dict__:  # pickled when plans lay in the head
+            for name in ("_plans", "_static_plan"):
+                self.__dict__.pop(name, None)
             self._runner = self._make_runner()
 
     def extra_repr(self) -> str:
@@ -180,13 +181,9 @@ class TiedHead(Traced):
 
 def _transposed_chain(table: nn.Module) -> ChainShape | None:
     """The chain from the dimension to the padded vocabulary, if the table is one."""
-    if not isinstance(table, Embedding) or not isinstance(table.format, ChainFormat):
-        return None
-    chain = table.format.chain(table.spec)
-    return ChainShape(chain.in_modes, chain.out_modes, chain.ranks)
+    chain = table.format.chain(table.spec) if isinstance(table, Embedding) else None
+    return None if chain is None else ChainShape(chain.in_modes, chain.out_modes, chain.ranks)
 
 
 def _transposed_cores(table: Embedding) -> list[Tensor]:
-    fmt = table.format
-    assert isinstance(fmt, ChainFormat)
-    return [core.transpose(1, 2) for core in fmt.to_chain(table.core_list(), table.spec)]
+    return [core.transpose(1, 2) for core in table.format.to_chain(table.core_list(), table.spec)]

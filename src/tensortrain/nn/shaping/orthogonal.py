@@ -28,7 +28,7 @@ from torch.nn.utils import parametrize
 from tensortrain.cores.gram import chain_squared_norm
 from tensortrain.cores.tolerance import compute_dtype
 from tensortrain.errors import DTypeError, KindError, RankError, ShapeError
-from tensortrain.formats import ChainFormat, FactorSpec, Rank, get_format
+from tensortrain.formats import FactorSpec, Rank, get_format
 from tensortrain.nn.base import FactorizedLayer
 from tensortrain.nn.cores import Cores
 from tensortrain.nn.linear import Linear
@@ -54,7 +54,7 @@ def orthogonal(
     checkpoint, constrain a fresh layer in the same way first. ``reset_parameters`` draws a new weight.
 
     Args:
-        layer: A layer whose cores form a train (format ``"tt"`` or ``"tt-naive"``); ``"spectral"`` takes a real
+        layer: A layer whose cores form a train (format ``"tt"`` or ``"tt_naive"``); ``"spectral"`` takes a real
             ``Linear`` of any format.
         kind: ``"slice"`` replaces every slice of the interior cores by the nearest rotation (of a fresh layer: a
             uniformly random one) and scales the ends so that the mean square of the weight stays what it was;
@@ -278,8 +278,8 @@ def _check_request(layer: object, kind: str, rank: object, max_norm: float | Non
 
 
 def _check_chain(layer: FactorizedLayer, kind: str) -> None:
-    spec, fmt = layer.spec, layer.format
-    if not isinstance(fmt, ChainFormat) or fmt.chain(spec.one_group()).core_shapes != spec.one_group().core_shapes:
+    spec = layer.spec
+    if not layer.format.stores_chain(spec):
         raise KindError(
             f"kind={kind!r} needs cores that are stored as those of a train: found format {spec.format!r}. Use "
             "format='tt', or kind='spectral' for a Linear."

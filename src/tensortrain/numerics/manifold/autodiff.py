@@ -10,9 +10,10 @@ from torch import Tensor
 
 from tensortrain.cores.scaling import times_pow2
 from tensortrain.errors import KindError, NonFiniteError
+from tensortrain.numerics.manifold.components import zero_deltas
 from tensortrain.numerics.manifold.point import Point
 from tensortrain.numerics.manifold.projection import project
-from tensortrain.numerics.manifold.tangent import TangentVector, gauged, zero_deltas
+from tensortrain.numerics.manifold.tangent import TangentVector, gauged
 from tensortrain.tensor.base import CoreChain
 
 __all__ = ["hvp", "riemannian_grad"]

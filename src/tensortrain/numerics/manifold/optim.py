@@ -28,11 +28,12 @@ from torch.optim import Optimizer
 from tensortrain.cores.scaling import times_pow2
 from tensortrain.cores.tolerance import compute_dtype
 from tensortrain.errors import KindError, NonFiniteError, RankError
+from tensortrain.numerics.manifold.components import zero_deltas
 from tensortrain.numerics.manifold.parameter import as_train, is_train, trains_of
 from tensortrain.numerics.manifold.point import Point, embed_cores
 from tensortrain.numerics.manifold.projection import project
 from tensortrain.numerics.manifold.retraction import retract
-from tensortrain.numerics.manifold.tangent import TangentVector, gauged, zero_deltas
+from tensortrain.numerics.manifold.tangent import TangentVector, gauged
 
 __all__ = ["RiemannianAdam", "RiemannianSGD", "gradient_from_cores"]
 

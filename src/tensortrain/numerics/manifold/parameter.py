@@ -7,9 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tensortrain.errors import KindError
 from tensortrain.tensor import TensorTrain, TTMatrix
-from tensortrain.tensor.base import CoreChain
+from tensortrain.tensor.base import CoreChain, checked_chain
 
 __all__ = ["TTParameter", "as_train", "is_train", "trains_of"]
 
@@ -32,11 +31,7 @@ class TTParameter(nn.Module):
 
     def __init__(self, train: TensorTrain | TTMatrix) -> None:
         super().__init__()
-        if not isinstance(train, CoreChain):
-            raise KindError(
-                f"a TTParameter holds a train: train has {type(train).__name__}, expected TensorTrain or TTMatrix. "
-                "Decompose a dense tensor with tensortrain.tt_svd."
-            )
+        checked_chain("a TTParameter", train, "train")
         self.cores = nn.ParameterList(nn.Parameter(core.detach().clone()) for core in train.cores)
 
     @property

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from tensortrain.cores.canonical import left_qr, right_qr
 from tensortrain.cores.scaling import split_pow2
-from tensortrain.errors import DTypeError, KindError, NonFiniteError, RankError, ShapeError
-from tensortrain.tensor.base import CoreChain
+from tensortrain.errors import DTypeError, NonFiniteError, RankError, ShapeError
+from tensortrain.tensor.base import CoreChain, checked_chain
 
 __all__ = ["Point", "embed_cores"]
 
@@ -127,11 +127,7 @@ def _right_sweep(left: Sequence[Tensor], last: Tensor) -> tuple[tuple[Tensor, ..
 
 
 def _checked_cores(x: CoreChain) -> list[Tensor]:
-    if not isinstance(x, CoreChain):
-        raise KindError(
-            f"a point of the manifold is a train: found {type(x).__name__}, expected TensorTrain or TTMatrix. "
-            "Decompose a dense tensor with tensortrain.tt_svd."
-        )
+    checked_chain("the geometry of the manifold", x)
     if x.dtype not in _DTYPES:
         raise DTypeError(
             f"geometry needs at least single precision: x has {x.dtype}, expected one of "

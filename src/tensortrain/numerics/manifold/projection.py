@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import groupby
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from tensortrain.cores.scaling import times_pow2
 from tensortrain.errors import KindError, ShapeError
+from tensortrain.numerics.manifold.components import components_of_dense, components_of_trains
 from tensortrain.numerics.manifold.point import Point
-from tensortrain.numerics.manifold.tangent import TangentVector, gauged, zero_deltas
+from tensortrain.numerics.manifold.tangent import TangentVector, gauged
 from tensortrain.tensor.base import CoreChain, check_same_place
-from tensortrain.tensor.matrix import TTMatrix, dense_to_paired
 
 __all__ = ["project", "transport"]
 
@@ -54,15 +50,10 @@ def project(z: Any, *, at: CoreChain | Point) -> TangentVector:
     point = Point.of(at)
     if isinstance(z, TangentVector) and z.point is point:
         return z
-    terms = _checked_terms(z, point)
-    totals = zero_deltas(point)
-    for term in terms:
-        if isinstance(term, Tensor):
-            totals = _add(totals, _dense_components(term, point))
-    trains = sorted((term._merged() for term in terms if isinstance(term, CoreChain)), key=_ranks)
-    for _, group in groupby(trains, key=_ranks):
-        stacked = [torch.stack(cores) for cores in zip(*group, strict=True)]
-        totals = _add(totals, _train_components(stacked, point))
+    dense, trains = _checked_terms(z, point)
+    totals = components_of_trains(trains, point)
+    for term in dense:
+        totals = [total + part for total, part in zip(totals, components_of_dense(term, point), strict=True)]
     return gauged(point, totals)
 
 
@@ -88,71 +79,13 @@ def transport(v: TangentVector, *, to: CoreChain | Point) -> TangentVector:
     return project(v, at=to)
 
 
-def _add(totals: Sequence[Tensor], parts: Sequence[Tensor]) -> list[Tensor]:
-    return [total + part for total, part in zip(totals, parts, strict=True)]
-
-
-def _ranks(cores: Sequence[Tensor]) -> tuple[int, ...]:
-    return tuple(core.shape[0] for core in cores)
-
-
-def _dense_components(z: Tensor, point: Point) -> list[Tensor]:
-    """``U_{<k}^H Z V_{>k}^H`` for every k, ``(r, n, s)`` each."""
-    if isinstance(point.base, TTMatrix):
-        z = dense_to_paired(z, point.base.out_modes, point.base.in_modes)
-    out = []
-    state = z[None]  # r n_k .. n_d
-    for k in range(point.order):
-        component = state[..., None]  # r n_k .. n_d t
-        for v in reversed(point.right[k:]):
-            component = torch.tensordot(component, v.conj(), dims=([-2, -1], [1, 2]))
-        out.append(component)
-        if k < point.order - 1:
-            state = torch.tensordot(point.left[k].conj(), state, dims=([0, 1], [0, 1]))
-    return out
-
-
-def _train_components(cores: Sequence[Tensor], point: Point) -> list[Tensor]:
-    """The same for a sum of b trains of equal ranks, given as cores ``(b, s, n, u)``."""
-    envs = _right_envs(cores, point)
-    left, scale = cores[0].new_ones((len(cores[0]), 1, 1)), _no_exponent(cores[0])
-    out = []
-    for k, core in enumerate(cores):
-        state = torch.einsum("brs,bsnu->brnu", left, core)
-        right, exponent = envs[k]
-        out.append(torch.einsum("brnu,btu->rnt", state, times_pow2(right, exponent + scale)))
-        if k < point.order - 1:
-            left, step = _split_rows(torch.einsum("rnt,brnu->btu", point.left[k].conj(), state))
-            scale = scale + step
-    return out
-
-
-def _right_envs(cores: Sequence[Tensor], point: Point) -> list[tuple[Tensor, Tensor]]:
-    """Of all right of each core: contraction with ``V^*``, ``(b, t, u)``, and its powers of two, ``(b, 1, 1)``."""
-    env, exponent = cores[0].new_ones((len(cores[0]), 1, 1)), _no_exponent(cores[0])
-    envs = [(env, exponent)]
-    for core, v in zip(reversed(cores[1:]), reversed(point.right), strict=True):
-        env, step = _split_rows(torch.einsum("bsnt,rnt->brs", torch.einsum("bsnu,btu->bsnt", core, env), v.conj()))
-        exponent = exponent + step
-        envs.append((env, exponent))
-    return envs[::-1]
-
-
-def _no_exponent(like: Tensor) -> Tensor:
-    return torch.zeros((len(like), 1, 1), dtype=torch.int32, device=like.device)
-
-
-def _split_rows(env: Tensor) -> tuple[Tensor, Tensor]:
-    """``split_pow2`` for every member of a batch: long chains neither overflow nor vanish."""
-    exponent = torch.frexp(env.detach().abs().amax(dim=(1, 2), keepdim=True)).exponent
-    return times_pow2(env, -exponent), exponent
-
-
-def _checked_terms(z: Any, point: Point) -> list[Tensor | CoreChain]:
+def _checked_terms(z: Any, point: Point) -> tuple[list[Tensor], list[list[Tensor]]]:
+    """The dense tensors among the terms, and the cores ``(r, n, s)`` of the trains."""
     terms = [term.value if isinstance(term, TangentVector) else term for term in _as_list(z)]
     for term in terms:
         _check_term(term, point.base)
-    return terms
+    dense = [term for term in terms if isinstance(term, Tensor)]
+    return dense, [term._merged() for term in terms if not isinstance(term, Tensor)]
 
 
 def _as_list(z: Any) -> list[Any]:

@@ -12,10 +12,11 @@ from torch import Tensor
 from tensortrain.cores.scaling import times_pow2
 from tensortrain.cores.tolerance import default_eps
 from tensortrain.errors import DTypeError, KindError, ShapeError
+from tensortrain.numerics.manifold.components import components_of_trains
 from tensortrain.numerics.manifold.point import Point
 from tensortrain.tensor.base import CoreChain, Scalar, as_scalar, check_same_place
 
-__all__ = ["TangentVector", "as_scale", "gauged", "in_frame_of", "is_same_point", "zero_deltas"]
+__all__ = ["TangentVector", "as_scale", "gauged", "in_frame_of", "is_same_point"]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -143,11 +144,6 @@ def _off_range(delta: Tensor, u: Tensor) -> Tensor:
     return out.reshape(delta.shape)
 
 
-def zero_deltas(point: Point) -> list[Tensor]:
-    """Components of the zero vector."""
-    return [torch.zeros_like(core) for core in (*point.left, point.last)]
-
-
 def in_frame_of(v: TangentVector, other: Any, operation: str) -> tuple[Tensor, ...]:
     """The deltas of ``other`` with respect to the bases of ``v``.
 
@@ -165,9 +161,7 @@ def in_frame_of(v: TangentVector, other: Any, operation: str) -> tuple[Tensor, .
             f"operands of {operation} must be tangent at one point: the right one belongs to another train, "
             "expected that of the left one. Carry it over with tensortrain.manifold.transport(v, to=x)."
         )
-    from tensortrain.numerics.manifold.projection import project  # builds on this type
-
-    return project(other.value, at=v.point).deltas
+    return gauged(v.point, components_of_trains([other.value._merged()], v.point)).deltas
 
 
 def is_same_point(a: Point, b: Point, operation: str) -> bool:

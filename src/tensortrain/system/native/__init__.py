@@ -2,7 +2,7 @@
 
 Small layers spend more time between their products than in them. ``build`` (``tensortrain build-kernels``) compiles
 the sources in this folder once for a machine, with the C++ compiler that is there; later processes load what it made.
-Without it everything runs in Python, which stays the reference: ``contract/plan.py`` does the same products in the
+Without it everything runs in Python, which stays the reference: ``contract/execute.py`` does the same products in the
 same order.
 Kernels serve plain float tensors on the CPU. Tracing, transforms, modes, autocast and subclasses take Python's way.
 """

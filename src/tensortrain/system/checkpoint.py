@@ -13,8 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from tensortrain.errors import CheckpointError
@@ -81,6 +79,8 @@ def write_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
     Raises:
         CheckpointError: The content has something else than tensors, numbers, texts and containers of these.
     """
+    from safetensors.torch import save_file
+
     tensors: dict[str, Tensor] = {}
     tree = json.dumps(_as_tree({"version": _VERSION, **content}, tensors))
     with whole_file(path) as unfinished:
@@ -93,6 +93,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: It is truncated, or of another kind or version.
     """
+    from safetensors import SafetensorError, safe_open
+
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             tree = json.loads((file.metadata() or {})["tree"])

@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any, get_args
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from tensortrain.compression.survey.layers import FoundLayer, LeftAlone
 from tensortrain.compression.survey.moments import Calibration
 from tensortrain.errors import CheckpointError
 from tensortrain.formats import FactorSpec, get_format
 from tensortrain.nn.base import Implementation
+from tensortrain.system.records import read_record, to_plain
 
 __all__ = ["CompressionPlan", "LayerPlan"]
 
 _VERSION = 2
+_KEPT = (
+    "budget",
+    "params_before",
+    "params_after",
+    "layers",
+    "left_alone",
+    "task",
+    "outputs",
+    "notes",
+)
 
 
 @dataclass(frozen=True)
@@ -32,8 +43,12 @@ class LayerPlan:
     flops_after: int | None
     rel_error: float | None
     decision: str
-    implementation: str = "auto"
+    implementation: Implementation = "auto"
     spectra: tuple[tuple[float, ...], ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.names:
+            raise ValueError("a layer must have a name")
 
     @classmethod
     def of(cls, layer: FoundLayer, *, flops: int | None, why: str) -> LayerPlan:
@@ -96,18 +111,7 @@ class CompressionPlan:
         return self.params_before / max(1, self.params_after)
 
     def to_json(self) -> str:
-        data = {
-            "version": _VERSION,
-            "budget": self.budget,
-            "params_before": self.params_before,
-            "params_after": self.params_after,
-            "layers": [_layer_to_dict(layer) for layer in self.layers],
-            "left_alone": [asdict(layer) for layer in self.left_alone],
-            "task": self.task,
-            "outputs": list(self.outputs),
-            "notes": list(self.notes),
-        }
-        return json.dumps(data, indent=1)
+        return json.dumps({"version": _VERSION, **{name: to_plain(getattr(self, name)) for name in _KEPT}}, indent=1)
 
     @classmethod
     def from_json(cls, text: str) -> CompressionPlan:
@@ -120,18 +124,9 @@ class CompressionPlan:
             data = json.loads(text)
             if data["version"] == 1:  # before plans told how a model is judged
                 data = {**data, "version": _VERSION, "task": "", "outputs": [], "notes": []}
-            if data["version"] != _VERSION:
-                raise ValueError(f"version {data['version']}")
-            return cls(
-                layers=tuple(_layer_from_dict(layer) for layer in data["layers"]),
-                budget=str(data["budget"]),
-                params_before=int(data["params_before"]),
-                params_after=int(data["params_after"]),
-                left_alone=tuple(LeftAlone(**layer) for layer in data["left_alone"]),
-                task=str(data["task"]),
-                outputs=_texts(data["outputs"]),
-                notes=_texts(data["notes"]),
-            )
+            if data.pop("version") != _VERSION or data.keys() != set(_KEPT):
+                raise ValueError("keys or a version that are not known")
+            return read_record(cls, data, "plan")
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise CheckpointError(
                 f"a plan must be the text that to_json() wrote: {error!r}. Make it again with plan_compression()."
@@ -160,47 +155,5 @@ def _row(layer: LayerPlan, width: int) -> str:
     return f"{layer.name:<{width}}  {layer.format:<9} {modes:<28} {ranks:<22} {params:>23} {error:>7}"
 
 
-def _texts(values: Any) -> tuple[str, ...]:
-    if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
-        raise ValueError("a list of texts is none")
-    return tuple(values)
-
-
 def _by(modes: Sequence[int]) -> str:
     return "(" + ",".join(map(str, modes)) + ")"
-
-
-def _layer_to_dict(layer: LayerPlan) -> dict[str, Any]:
-    data = {name: getattr(layer, name) for name in LayerPlan.__dataclass_fields__}
-    return {**data, "spec": None if layer.spec is None else layer.spec.to_dict()}
-
-
-def _layer_from_dict(data: Mapping[str, Any]) -> LayerPlan:
-    spec = None if data["spec"] is None else FactorSpec.from_dict(data["spec"])
-    fields = {
-        **data,
-        "spec": spec,
-        "names": tuple(data["names"]),
-        "shape": tuple(data["shape"]),
-        "spectra": tuple(tuple(values) for values in data["spectra"]),
-    }
-    layer = LayerPlan(**fields)
-    if not _is_sound(layer) or isinstance(data["names"], str):
-        raise ValueError(f"layer {data['names']!r} has values of the wrong type")
-    return layer
-
-
-def _is_sound(layer: LayerPlan) -> bool:
-    """Whether values that were read have their types; JSON does not see to that."""
-    texts = (layer.kind, layer.decision, *layer.names)
-    flops = (count for count in (layer.flops_before, layer.flops_after) if count is not None)
-    counts = (layer.params_before, layer.params_after, *flops, *layer.shape)
-    error = 0.0 if layer.rel_error is None else layer.rel_error
-    numbers = (error, *(value for values in layer.spectra for value in values))
-    return (
-        len(layer.names) > 0
-        and all(isinstance(text, str) for text in texts)
-        and all(isinstance(count, int) for count in counts)
-        and all(isinstance(number, (int, float)) for number in numbers)
-        and layer.implementation in get_args(Implementation)
-    )

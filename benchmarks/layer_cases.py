@@ -20,10 +20,10 @@ from tensortrain.contract import (
     CostModel,
     cost_model,
 )
+from tensortrain.contract.chain_plan import Direction
 
 # Not public: a plan cannot be asked for by its merges and forms.
-from tensortrain.contract.choose import _Path, _Pricer
-from tensortrain.contract.plan import Direction
+from tensortrain.contract.price_chain import ChainPricer, Path
 from tensortrain.system import (
     native as kernels,
 )
@@ -132,20 +132,20 @@ def every_plan(
 ) -> Iterator[ContractionPlan]:
     """Both sweeps with all merges of neighbours in all forms, and the dense weight."""
     measured = cost_model("cpu") if model is None else model
-    pricer = _Pricer(chain, batch, dtype, "cpu", training, measured, by_kernels=kernels.library() is not None)
+    pricer = ChainPricer(chain, batch, dtype, "cpu", training, measured, by_kernels=kernels.library() is not None)
     yield pricer.dense()
     directions: tuple[Direction, ...] = ("left-to-right", "right-to-left")
     for direction in directions:
-        for path in _paths(pricer, direction, 0, _Path(0.0, (), 0, False)):
+        for path in _paths(pricer, direction, 0, Path(0.0, (), 0, False)):
             yield pricer.finish(direction, path)
 
 
-def _paths(pricer: _Pricer, direction: Direction, done: int, path: _Path) -> Iterator[_Path]:
+def _paths(pricer: ChainPricer, direction: Direction, done: int, path: Path) -> Iterator[Path]:
     """All ways to go on after ``done`` cores."""
-    order = pricer.chain.order
+    order = pricer.shape.order
     if done == order:
         seconds = path.seconds + pricer.copy_s(path.pending_bytes)
-        yield _Path(seconds, path.steps, 0, path.has_merge)
+        yield Path(seconds, path.steps, 0, path.has_merge)
         return
     for stop in range(done + 1, order + 1):
         if stop - done == order > 1:
@@ -154,7 +154,7 @@ def _paths(pricer: _Pricer, direction: Direction, done: int, path: _Path) -> Ite
         for step in pricer.steps(direction, *span, path.pending_bytes):
             pending = 2 * step.state_bytes if step.kind == "copied" else 0
             has_merge = path.has_merge or stop - done > 1
-            longer = _Path(path.seconds + step.predicted_s, (*path.steps, step), pending, has_merge)
+            longer = Path(path.seconds + step.predicted_s, (*path.steps, step), pending, has_merge)
             yield from _paths(pricer, direction, stop, longer)
 
 

@@ -12,7 +12,7 @@ from layer_cases import PHASES
 from layer_peers import DENSE, OURS
 from tensor_report import markdown_table, provenance_lines
 
-from tensortrain.compression.report.report import write_text_atomic
+from tensortrain.system.files import write_text_atomic
 
 __all__ = ["line", "lines", "show", "write"]
 

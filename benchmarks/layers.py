@@ -31,14 +31,16 @@ from timing import Rates, Turns, take_turns
 from torch import Tensor
 
 import tensortrain as tt
-from tensortrain.compression.report.report import provenance, write_text_atomic
 from tensortrain.contract import (
     ContractionPlan,
     chain_to_dense,
 )
+from tensortrain.nn.runner import may_be_dense
 from tensortrain.system import (
     native as kernels,
 )
+from tensortrain.system.files import write_text_atomic
+from tensortrain.system.provenance import provenance
 
 PARTS = ("speed", "plans", "memory", "embedding", "recurrent", "laws")
 # Relative Frobenius error of float32 against float64. Sweeps of some peers round more: 1.7e-5 was seen in the gradients
@@ -274,7 +276,7 @@ def time_plans(case: Case, training: bool, args: argparse.Namespace) -> dict[str
     with torch.set_grad_enabled(training):
         picked = layer.plan(case.batch)
         plans = {plan_key(plan): plan for plan in every_plan(picked.chain, case.batch, training)}
-        if not layer._dense_allowed and not picked.uses_dense:
+        if not may_be_dense(layer) and not picked.uses_dense:
             del plans["dense"]  # larger than a layer may keep unless told to
         turns = {key: Turns(_plan_run(plan, x, g, cores, training), 1) for key, plan in plans.items()}
         once: dict[str, float] = {}

@@ -47,8 +47,9 @@ from peers import PEER_NAMES, Call, Job, Library, default_dtype, libraries  # no
 from tensor_cases import CASES, Case, Problem  # noqa: E402
 from timing import BARE_ALLOCATOR, Rates, measured, p90  # noqa: E402
 
-from tensortrain.compression.report.report import provenance, write_text_atomic  # noqa: E402
 from tensortrain.errors import TTError  # noqa: E402
+from tensortrain.system.files import write_text_atomic  # noqa: E402
+from tensortrain.system.provenance import provenance  # noqa: E402
 
 UNIT = "x.clone()"
 # A peer whose tolerance does not mean the relative error of the whole is asked for less until it gets there.

@@ -19,6 +19,7 @@ from .compression import (
     plan_compression,
     to_dense_,
 )
+from .compression import stages as stages
 from .errors import TTError
 from .io import load_pretrained, save_pretrained
 from .system.native import build as build_kernels

@@ -9,12 +9,12 @@ from __future__ import annotations
 import importlib
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-__all__ = ["MOVED", "answer_old_names"]
+__all__ = ["MOVED", "answer_old_names", "names_of_before"]
 
 _PACKAGE = __name__.rpartition(".")[0]
 
@@ -27,13 +27,13 @@ MOVED = {  # old name: where its content lies now, one or several modules
     "compress.batches": "train.batches",
     "compress.beyond_reach": "compression.choose.beyond_reach",
     "compress.budget": "compression.choose.budget",
-    "compress.calibrate": "compression.survey.calibrate",
+    "compress.calibrate": "compression.survey.calibrate compression.survey.moments",
     "compress.candidates": "compression.choose.candidates",
     "compress.carry": "compression.carry",
     "compress.copying": "system.copying",
     "compress.cost": "compression.choose.cost",
     "compress.guard": "train.guard",
-    "compress.heal": "compression.stages.heal",
+    "compress.heal": "compression.stages.heal train.batchnorm train.loop",
     "compress.held_back": "train.held_back",
     "compress.inspect": "compression.survey.inspect",
     "compress.layers": "compression.survey.layers",
@@ -43,16 +43,17 @@ MOVED = {  # old name: where its content lies now, one or several modules
     "compress.observer": "system.observer",
     "compress.output_weights": "compression.survey.output_weights",
     "compress.outputs": "train.outputs",
-    "compress.plan": "compression.choose.plan",
-    "compress.preserve": "train.preserve",
+    "compress.plan": "compression.choose.plan compression.choose.planner",
+    "compress.preserve": "train.preserve train.modes",
     "compress.proof": "compression.proof",
     "compress.reasons": "compression.survey.reasons",
-    "compress.report": "compression.report.report",
+    "compress.report": "compression.report.report system.files system.provenance",
     "compress.runs": "compression.survey.runs",
     "compress.storage": "system.storage",
     "compress.task": "train.task",
-    "compress.training": "train.loop",
-    "compress.training_state": "system.checkpoint",
+    "compress.training": "train.loop train.batchnorm train.evaluation train.losses train.modes train.options "
+    "train.optimizers train.schedules train.state train.batches train.outputs train.preserve system.checkpoint",
+    "compress.training_state": "train.state system.checkpoint",
     "compress.uniform": "compression.choose.uniform",
     "contract.chain": "contract.shape",
     "contract.kernels": "system.native contract.compiled",
@@ -88,13 +89,16 @@ MOVED = {  # old name: where its content lies now, one or several modules
     "nn.stand_ins": "nn.shaping.stand_ins",
     "nn.tied": "nn.embedding.tied",
     "nn.transformer": "nn.attention.transformer",
-    "tensor.chain": "cores.chain",
+    "tensor.chain": "cores.unfold cores.algebra cores.canonical cores.scaling",
     "tensor.indexing": "cores.indexing",
     "tensor.linalg": "cores.linalg",
     "tensor.ranks": "cores.ranks",
+    "tensor.regroup": "cores.regroup",
     "tensor.scales": "cores.scales",
     "tensor.scaling": "cores.scaling",
+    "tensor.setting": "tensor.train cores.setting",
     "tensor.sketch": "cores.sketch",
+    "tensor.streaming": "cores.streaming",
     "tensor.sweeps": "cores.unfolding",
     "tensor.tolerance": "cores.tolerance",
     "tensor.validation": "cores.validation",
@@ -110,6 +114,20 @@ def answer_old_names() -> None:
     """Let ``import`` find the old names, for as long as this process runs."""
     if not any(isinstance(finder, _OldNames) for finder in sys.meta_path):
         sys.meta_path.append(_OldNames())
+
+
+def names_of_before(module: str, *homes: str) -> Callable[[str], Any]:
+    """The ``__getattr__`` of a module that stayed, for names of it that lie in others now: pickles hold them too."""
+
+    def look(name: str) -> Any:
+        for home in homes if not name.startswith("__") else ():
+            found = importlib.import_module(f"{_PACKAGE}.{home}")
+            if hasattr(found, name):
+                warnings.warn(f"{name} has moved to {found.__name__}: import it from there.", DeprecationWarning, 2)
+                return getattr(found, name)
+        raise AttributeError(f"module {module!r} has no attribute {name!r}")
+
+    return look
 
 
 class _OldNames:
@@ -139,16 +157,17 @@ class _OldModule(ModuleType):
         self.homes = tuple(homes)
 
     def __getattr__(self, name: str) -> Any:
-        if name == "homes" or (name.startswith("__") and name != "__all__"):
+        if name == "homes" or (name.startswith("__") and name not in ("__all__", "__wrapped__")):
             raise AttributeError(name)
         found = [importlib.import_module(home) for home in self.homes]
         if name == "__all__":
-            return [public for home in found for public in home.__all__]
+            return [public for home in found for public in getattr(home, "__all__", ())]
+        wanted = self.__name__.rpartition(".")[2] if name == "__wrapped__" else name
         for home in found:
-            if hasattr(home, name):
-                return getattr(home, name)
+            if hasattr(home, wanted):
+                return getattr(home, wanted)
         raise AttributeError(f"{self.__name__} has no {name!r}, and neither have {', '.join(self.homes)}.")
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """``tensortrain.compress`` is a function first: it stays one where its old folder was imported by name."""
-        return importlib.import_module(_PACKAGE + ".compression").compress(*args, **kwargs)
+        """Some modules had the name of a function that their folder has too: an import must not take it away."""
+        return self.__wrapped__(*args, **kwargs)

@@ -53,7 +53,7 @@ def test_a_nan_weight_stops_it_before_the_first_change() -> None:
 def test_a_failed_decomposition_changes_nothing(monkeypatch, error) -> None:
     model = decay_(mlp(24, 24, 24, 24))
     plan = plan_compression(model, budget="2x")
-    before, calls, real = snapshot(model), [], tt.nn.Linear.from_dense
+    before, calls, real = snapshot(model), [], tt.nn.Linear.from_spec
 
     def second_fails(*args: Any, **kwargs: Any) -> Any:
         calls.append(args)
@@ -61,7 +61,7 @@ def test_a_failed_decomposition_changes_nothing(monkeypatch, error) -> None:
             raise error
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(tt.nn.Linear, "from_dense", second_fails)
+    monkeypatch.setattr(tt.nn.Linear, "from_spec", second_fails)
     with pytest.raises(error):
         apply_plan_(model, plan)
     assert len(calls) == 2

@@ -11,8 +11,10 @@ import torch
 from tensortrain import contract
 from tensortrain.contract import CostModel, lookup, merge, use_cost_model
 
+MODULES = ["cache", "choose", "cost", "lookup", "merge", "network", "network_plan", "plan", "products", "shape"]
 
-@pytest.mark.parametrize("name", ["cache", "chain", "choose", "cost", "lookup", "merge", "plan"])
+
+@pytest.mark.parametrize("name", MODULES)
 def test_examples(name: str) -> None:
     names = {"torch": torch, "merge_order": merge.merge_order, "lookup_groups": lookup.lookup_groups}
     names.update({public: getattr(contract, public) for public in contract.__all__})

@@ -34,6 +34,7 @@ from tensortrain.contract import (
 from tensortrain.contract.choose import chain_candidates
 from tensortrain.contract.grouped import grouped_product
 from tensortrain.errors import KernelBuildError, ShapeError
+from tensortrain.nn import runner
 from tensortrain.system import (
     native as kernels,
 )
@@ -431,7 +432,7 @@ def test_the_dense_weight_leaves_memory_with_the_cache(layer: tt.nn.Linear) -> N
     layer.implementation = "dense"
     with torch.no_grad():
         layer(torch.randn(5, 24, dtype=torch.float64))
-        kept = weakref.ref(layer._dense_weight())  # what layer.weight copies
+        kept = weakref.ref(layer.runner.dense_weight(layer))  # what layer.weight copies
     assert kept() is not None
     layer.weight.sum().backward()  # the cores are about to change
     gc.collect()
@@ -711,14 +712,14 @@ def test_threads_share_a_layer_that_changes(layer: tt.nn.Linear) -> None:
 def test_another_thread_may_clear_a_layer_at_any_time(layer: tt.nn.Linear, monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(5, 24, dtype=torch.float64)
     expected = [layer(x), layer(x)][-1]
-    options = layer._options
+    options = runner._options
 
-    def interrupted() -> tuple[Any, ...]:
-        found = options()
+    def interrupted(layer: tt.nn.Linear) -> tuple[Any, ...]:
+        found = options(layer)
         layer.clear_cache()
         return found
 
-    monkeypatch.setattr(layer, "_options", interrupted)
+    monkeypatch.setattr(runner, "_options", interrupted)
     torch.testing.assert_close(layer(x), expected)
     torch.testing.assert_close(layer(x), expected)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tensortrain.contract import CostModel, Network, plan_network
-from tensortrain.contract.network import contraction, contraction_flops, run
+from tensortrain.contract.products import contraction, contraction_flops, run
 from tensortrain.errors import KindError, ShapeError
 from tensortrain.testing import rel_error
 

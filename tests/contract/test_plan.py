@@ -203,10 +203,10 @@ def test_the_choice_is_the_cheapest(name: str, training: bool, batch: int) -> No
 @pytest.mark.parametrize("training", [False, True])
 def test_shortest_path_finds_the_best_of_all_merges(training: bool) -> None:
     """All contiguous merges one by one, priced as the path search prices them."""
-    from tensortrain.contract.choose import _Path, _Pricer
+    from tensortrain.contract.price_chain import ChainPricer, Path
 
     chain = CHAINS["order 6"]
-    pricer = _Pricer(chain, 50, torch.float32, "cpu", training, MODEL)
+    pricer = ChainPricer(chain, 50, torch.float32, "cpu", training, MODEL)
     best = float("inf")
     for direction in ("left-to-right", "right-to-left"):
         for cuts in itertools.product((False, True), repeat=chain.order - 1):
@@ -214,7 +214,7 @@ def test_shortest_path_finds_the_best_of_all_merges(training: bool) -> None:
             spans = list(itertools.pairwise(bonds))
             if not all(pricer.may_merge(*span) for span in spans):
                 continue
-            paths = {(False, False): _Path(0.0, (), 0, False)}
+            paths = {(False, False): Path(0.0, (), 0, False)}
             for span in spans if direction == "left-to-right" else spans[::-1]:
                 longer: dict = {}
                 for path in paths.values():

@@ -6,6 +6,7 @@ import torch
 import tensortrain as tt
 from tensortrain.contract import Chain, CostModel, fastest_plan, plan_chain, tune, use_cost_model
 from tensortrain.contract.choose import chain_candidates
+from tensortrain.nn.runner import PlanKey
 
 CHAIN = Chain((4, 4, 4), (4, 4, 4), (1, 5, 5, 1))
 OPTIONS = {"batch": 8, "dtype": torch.float64}
@@ -183,7 +184,7 @@ def test_what_another_process_found_meanwhile_counts(monkeypatch, timed):
     def meanwhile(plans, device):
         options = {"batch": OPTIONS["batch"], "dtype": OPTIONS["dtype"], "training": False, "allow_dense": True}
         key = tune._key(CHAIN, device, {**options, "force": None})
-        tune.write_json(tune._file(device), {tune._digest(key): tune._digest(tune._course(others))})
+        tune.write_json(tune._file(device), {tune._digest(key): tune._digest(others.course)})
         return found(plans, device)
 
     monkeypatch.setattr(tune, "_fastest", meanwhile)
@@ -231,7 +232,7 @@ def test_flipped_products_are_the_same(lead, bias):
         expected = plan.execute(x, list(layer.cores))
         torch.testing.assert_close(found.execute(x, list(layer.cores)), expected, rtol=1e-13, atol=1e-13)
         assert found.execute(x, list(layer.cores)).is_contiguous()
-    layer._plans[layer._plan_key(max(1, x.numel() // 12), False)] = layer.plan(8, force="dense").flipped()
+    layer.runner.plans[PlanKey.of(layer, max(1, x.numel() // 12), False)] = layer.plan(8, force="dense").flipped()
     with torch.no_grad():
         for _ in range(2):  # the second call finds the dense weight kept
             torch.testing.assert_close(layer(x), torch.nn.functional.linear(x, layer.weight, layer.bias))

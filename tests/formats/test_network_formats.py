@@ -13,7 +13,7 @@ from torch import Tensor
 import tensortrain as tt
 from tensortrain.contract import Chain, Network
 from tensortrain.errors import DTypeError, KindError, RankError, ShapeError
-from tensortrain.formats import FactorSpec, WeightShape, get_format, output_error
+from tensortrain.formats import FactorSpec, Weighting, WeightShape, get_format, output_error
 from tensortrain.formats.als import alternate, chain_network
 from tensortrain.formats.btt import from_tt
 from tensortrain.formats.cp import cp_factors
@@ -192,7 +192,7 @@ def test_btt_is_the_svd_of_every_block(rank: int) -> None:
     fmt, weight = get_format("btt"), WeightShape("linear", 21, 20)
     found = fmt.factorize(dense, weight, rank=rank, out_modes=m, in_modes=n)
     assert found.rel_error_bound == pytest.approx(block_error(dense, m, n, rank), rel=1e-10)
-    (values,) = fmt.spectra(dense, found.value.spec, gram=None)
+    (values,) = fmt.spectra(dense, found.value.spec)
     assert found.rel_error_bound == pytest.approx(float(values[rank:].norm() / values.norm()), rel=1e-10)
     best = float((found.value.to_dense() - dense).norm())
     for size in (1e-4, 1e-2, 1e-1):
@@ -241,7 +241,7 @@ def test_btt_whitening_is_exact_for_uncorrelated_blocks() -> None:
         root = torch.linalg.cholesky(grams[j] + 1e-2 * mean * torch.eye(5))  # damped as the package damps
         values = torch.linalg.svdvals(dense.reshape(*m, *n)[i, :, :, j] @ root)
         lost, total = lost + float(values[rank:].square().sum()), total + float(values.square().sum())
-    (spectrum,) = fmt.spectra(dense, found.value.spec, gram=gram)
+    (spectrum,) = fmt.spectra(dense, found.value.spec, weighting=Weighting(gram))
     assert float(spectrum[rank:].square().sum()) == pytest.approx(lost, rel=1e-10)
     assert float(spectrum.square().sum()) == pytest.approx(total, rel=1e-10)
 

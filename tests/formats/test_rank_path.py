@@ -31,9 +31,9 @@ CASES: dict[str, tuple[str, WeightShape, dict[str, Any]]] = {
     ),
     "tt conv": ("tt", WeightShape("conv", 12, 8, (3, 3)), {}),
     "tt embedding": ("tt", WeightShape("embedding", 8, 50), {}),
-    "tt-naive": ("tt-naive", WeightShape("conv", 8, 6, (3, 3)), {}),
-    "tt-naive, flat kernel": ("tt-naive", WeightShape("conv", 8, 6, (3, 1)), {}),
-    "tt-naive, 1x1 kernel": ("tt-naive", WeightShape("conv", 8, 6, (1, 1)), {}),
+    "tt_naive": ("tt_naive", WeightShape("conv", 8, 6, (3, 3)), {}),
+    "tt_naive, flat kernel": ("tt_naive", WeightShape("conv", 8, 6, (3, 1)), {}),
+    "tt_naive, 1x1 kernel": ("tt_naive", WeightShape("conv", 8, 6, (1, 1)), {}),
     "tucker2": ("tucker2", WeightShape("conv", 8, 6, (3, 3)), {}),
     "low_rank": ("low_rank", WeightShape("linear", 16, 40), {}),
     "low_rank conv": ("low_rank", WeightShape("conv", 16, 6, (3, 3)), {}),
@@ -49,7 +49,7 @@ def setting(name: str, seed: int = 0) -> tuple[FactorSpec, Tensor, list[Tensor]]
     shape = weight.dense_shape
     rows, columns = torch.logspace(0, -2, shape[0]), torch.logspace(0, -2, math.prod(shape[1:]))
     dense = (rows[:, None] * torch.randn(shape[0], math.prod(shape[1:])) * columns).reshape(shape)
-    return spec, dense, fmt.spectra(dense, spec, gram=None)
+    return spec, dense, fmt.spectra(dense, spec)
 
 
 def inner(point: RankPoint) -> tuple[int, ...]:
@@ -172,14 +172,14 @@ def test_no_rank_is_bought_that_brings_nothing() -> None:
     spec = fmt.spec(weight, rank=1)
     path = rank_path(spec, [torch.linalg.svdvals(dense).where(torch.arange(16) < 3, 0.0)], growth=0.0)
     assert [point.spec.ranks[1] for point in path] == [1, 2, 3]
-    zero = rank_path(spec, fmt.spectra(torch.zeros(16, 20), spec, gram=None))
+    zero = rank_path(spec, fmt.spectra(torch.zeros(16, 20), spec))
     assert [(point.spec.ranks[1], point.rel_error) for point in zero] == [(1, 0.0)]
 
 
 def test_even_ranks_grow_together_up_to_what_the_shape_allows() -> None:
     fmt, weight = get_format("tt"), WeightShape("linear", 64, 64)
     spec = fmt.spec(weight, rank=1, out_modes=(4, 4, 4), in_modes=(4, 4, 4))
-    spectra = fmt.spectra(torch.randn(64, 64), spec, gram=None)
+    spectra = fmt.spectra(torch.randn(64, 64), spec)
     path = even_path(spec, spectra, growth=0.0)
     assert [point.spec.ranks for point in path] == [(1, r, r, 1) for r in range(1, 17)]
     assert path[-1].rel_error == pytest.approx(0.0, abs=1e-7)

@@ -77,7 +77,7 @@ def test_tt_1x1_convolution_has_no_spatial_core() -> None:
 
 
 def test_tt_naive_convolution() -> None:
-    spec = get_format("tt-naive").spec(CONV, rank=(1, 2, 3, 4, 1))
+    spec = get_format("tt_naive").spec(CONV, rank=(1, 2, 3, 4, 1))
     cores = random_cores(spec)
     assert spec.core_shapes == ((1, 1, 2, 2), (2, 1, 3, 3), (3, 1, 4, 4), (4, 6, 1, 1))
 
@@ -129,7 +129,7 @@ SPECS = [
         ("tt", LINEAR, 3),
         ("tt", CONV, 3),
         ("tt", TABLE, 3),
-        ("tt-naive", CONV, 2),
+        ("tt_naive", CONV, 2),
         ("tucker2", CONV, (3, 2)),
         ("low_rank", LINEAR, 2),
         ("low_rank", CONV, 2),
@@ -149,7 +149,7 @@ def test_a_spec_is_plain_data(spec: FactorSpec) -> None:
     assert len(caps) == len(spec.ranks)
     assert all(r <= cap for r, cap in zip(spec.ranks, caps, strict=True))
     one = spec.one_group()
-    spectra = fmt.spectra(torch.randn(one.weight.dense_shape), one, gram=None)
+    spectra = fmt.spectra(torch.randn(one.weight.dense_shape), one)
     inner = fmt.inner_ranks(one)
     assert len(spectra) == len(inner)
     assert all(len(values) >= r for values, r in zip(spectra, inner, strict=True))
@@ -198,7 +198,7 @@ def test_a_spec_with_a_field_missing_is_refused() -> None:
         ("low_rank", TABLE, 4, None, None, 4),
         ("tt", CONV, (1, 2, 1), (6,), (4,), 4),
         ("tt", CONV, (1, 2, 3, 1), (1, 6), (4, 1), 3),
-        ("tt-naive", CONV, (1, 2, 4, 2, 1), None, None, 2),
+        ("tt_naive", CONV, (1, 2, 4, 2, 1), None, None, 2),
         ("tucker2", CONV, (2, 3), None, None, 2),
     ],
 )

@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tensortrain.errors import NonFiniteError, ShapeError
-from tensortrain.formats import ChainFormat, WeightShape, get_format, output_error
+from tensortrain.formats import ChainFormat, Weighting, WeightShape, get_format, output_error
 from tensortrain.formats.whitening import DAMPING, kronecker_factors, root_and_inverse
 from tensortrain.testing import rel_error
 
-FORMATS = ("tt", "tt-naive", "tucker2", "low_rank", "tucker", "kronecker")
+FORMATS = ("tt", "tt_naive", "tucker2", "low_rank", "tucker", "kronecker")
 
 
 def samples(n: int, count: int = 400, spread: float = 2.0) -> Tensor:
@@ -93,7 +93,7 @@ def test_predicted_loss_is_the_measured_loss(kind: str, rank: int) -> None:
     gram = gram if kind == "full" else gram.diagonal()
     fmt, weight = get_format("low_rank"), WeightShape("linear", 16, 24)
     found = fmt.factorize(dense, weight, rank=rank, gram=gram).value
-    (values,) = fmt.spectra(dense, found.spec, gram=gram)
+    (values,) = fmt.spectra(dense, found.spec, weighting=Weighting(gram))
     norm = damped(gram if kind == "full" else torch.diag(gram))
     lost = energy(dense - found.to_dense(), norm)
     assert float(values[rank:].square().sum()) / float(values.square().sum()) == pytest.approx(
@@ -132,7 +132,7 @@ def test_outputs_can_be_weighted_too(kind: str) -> None:
         output_gram = output_gram.diagonal()
     fmt, weight = get_format("low_rank"), WeightShape("linear", 16, 24)
     found = fmt.factorize(dense, weight, rank=rank, gram=gram, output_gram=output_gram)
-    (values,) = fmt.spectra(dense, found.value.spec, gram=gram, output_gram=output_gram)
+    (values,) = fmt.spectra(dense, found.value.spec, weighting=Weighting(gram, output_gram))
     outer = root_and_inverse(output_gram)[0]
     outer = torch.diag(outer) if kind == "diagonal" else outer
     lost = energy(outer @ (dense - found.value.to_dense()), damped(gram)) / energy(outer @ dense, damped(gram))
@@ -156,7 +156,7 @@ def test_exact_for_inputs_that_are_kronecker_products() -> None:
     whitened = (dense @ torch.kron(*roots)).reshape(*outs, *modes).permute(0, 2, 1, 3).reshape(6, 20)
     values = torch.linalg.svdvals(whitened)
     assert energy(dense - found.to_dense(), norm) == pytest.approx(float(values[rank:].square().sum()), rel=1e-8)
-    (spectrum,) = fmt.spectra(dense, found.spec, gram=gram)
+    (spectrum,) = fmt.spectra(dense, found.spec, weighting=Weighting(gram))
     assert rel_error(spectrum, values) <= 1e-7
 
 
@@ -164,7 +164,7 @@ CASES: dict[str, tuple[str, WeightShape]] = {
     "tt linear": ("tt", WeightShape("linear", 16, 24)),
     "tt conv": ("tt", WeightShape("conv", 9, 6, (3, 2))),
     "tt embedding": ("tt", WeightShape("embedding", 8, 23)),
-    "tt-naive": ("tt-naive", WeightShape("conv", 9, 6, (3, 2))),
+    "tt_naive": ("tt_naive", WeightShape("conv", 9, 6, (3, 2))),
     "tucker2": ("tucker2", WeightShape("conv", 9, 6, (3, 2))),
     "low_rank linear": ("low_rank", WeightShape("linear", 16, 24)),
     "low_rank conv": ("low_rank", WeightShape("conv", 9, 6, (3, 2))),
@@ -271,7 +271,7 @@ def test_a_probe_tells_about_the_error_that_is_reached(
     dense = torch.randn(weight.dense_shape)
     for rank in (2, 5):
         found = fmt.factorize(dense, weight, rank=rank, gram=x @ x.T, output_gram=output_gram)
-        probed = fmt.probe(dense, found.value.spec, x @ x.T, output_gram)
+        probed = fmt.probe(dense, found.value.spec, Weighting(x @ x.T, output_gram))
         assert probed == pytest.approx(found.rel_error_bound, rel=0.4)  # an estimate from a few random outputs
 
 
@@ -322,7 +322,7 @@ def test_low_rank_of_a_kernel_is_the_best_for_its_patches() -> None:
     gram, dense = patches @ patches.T, torch.randn(weight.dense_shape)
     fmt = get_format("low_rank")
     found = fmt.factorize(dense, weight, rank=3, gram=gram).value
-    (values,) = fmt.spectra(dense, found.spec, gram=gram)
+    (values,) = fmt.spectra(dense, found.spec, weighting=Weighting(gram))
     lost = energy((dense - found.to_dense()).flatten(1), damped(gram)) / energy(dense.flatten(1), damped(gram))
     assert float(values[3:].square().sum() / values.square().sum()) == pytest.approx(lost, rel=1e-8)
 

@@ -167,6 +167,19 @@ def test_every_layer_kind_round_trips(tmp_path: Path, layer: tt.nn.FactorizedLay
     assert_same_tensors(layer, again)
 
 
+def test_a_format_written_with_a_hyphen_is_the_same(tmp_path: Path) -> None:
+    """As earlier versions wrote ``tt_naive``."""
+    model = nn.Sequential(tt.nn.Conv2d(3, 4, 3, format="tt_naive", rank=2))
+    save_pretrained(model, tmp_path / "m")
+    recipe = next(path for path in (tmp_path / "m").iterdir() if '"tt_naive"' in path.read_text(errors="replace"))
+    recipe.write_text(recipe.read_text().replace('"tt_naive"', '"tt-naive"'))
+    dense = nn.Sequential(nn.Conv2d(3, 4, 3))
+    for target in (dense, nn.Sequential(tt.nn.Conv2d(3, 4, 3, format="tt_naive", rank=2))):
+        again = load_pretrained(tmp_path / "m", target)
+        assert again[0].spec == model[0].spec
+        assert_same_tensors(model, again)
+
+
 def test_sharing_survives_and_is_stored_once(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = Tied().eval()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import tensortrain as tt
 from tensortrain.testing import IMPLEMENTATIONS, assert_agrees, assert_gradcheck, rel_error
 
-FORMATS = ("tt", "tt-naive", "tucker2", "low_rank")
+FORMATS = ("tt", "tt_naive", "tucker2", "low_rank")
 LAYERS = {1: tt.nn.Conv1d, 2: tt.nn.Conv2d, 3: tt.nn.Conv3d}
 TORCH = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 POSITIONS = {1: (11,), 2: (8, 7), 3: (6, 5, 7)}
@@ -107,8 +107,8 @@ RANKS: dict[str, tuple[str, dict[str, Any]]] = {
     "tt, one channel mode": ("tt", {"in_modes": (12,), "out_modes": (12,), "rank": 5}),
     "tt, rank 1": ("tt", {"rank": 1}),
     "tt, rank above the feasible": ("tt", {"rank": 10**6}),
-    "tt-naive, ranks as given": ("tt-naive", {"rank": (1, 5, 20, 40, 1)}),
-    "tt-naive, rank above the feasible": ("tt-naive", {"rank": 10**6}),
+    "tt_naive, ranks as given": ("tt_naive", {"rank": (1, 5, 20, 40, 1)}),
+    "tt_naive, rank above the feasible": ("tt_naive", {"rank": 10**6}),
     "tucker2, unlike ranks": ("tucker2", {"rank": (5, 2)}),
     "tucker2, ranks as given": ("tucker2", {"rank": (20, 30)}),
     "tucker2, rank above the feasible": ("tucker2", {"rank": 10**6}),

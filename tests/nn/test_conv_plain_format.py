@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import tensortrain as tt
-from tensortrain.formats import FactorSpec, Format, WeightShape, base
+from tensortrain.formats import FactorSpec, Fit, Format, WeightShape, base
 from tensortrain.testing import IMPLEMENTATIONS, rel_error
 
 
@@ -29,7 +29,7 @@ class Scaled(Format):
         return (1,), spec.weight.one_group().dense_shape
 
     def factorize_group(self, dense: Tensor, spec: FactorSpec, **options: Any) -> Any:
-        return (1,), (dense.new_full((1,), 2.0), dense / 2), 0.0
+        return Fit(spec, (dense.new_full((1,), 2.0), dense / 2))
 
     def dense_group(self, cores: Sequence[Tensor], spec: FactorSpec) -> Tensor:
         return cores[0] * cores[1]

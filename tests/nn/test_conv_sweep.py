@@ -13,7 +13,7 @@ import tensortrain as tt
 from tensortrain.nn.conv.transpose import swap_channels
 from tensortrain.testing import assert_agrees
 
-FORMATS = ("tt", "tt-naive", "tucker2", "low_rank")
+FORMATS = ("tt", "tt_naive", "tucker2", "low_rank")
 CONVOLUTIONS = {1: tt.nn.Conv1d, 2: tt.nn.Conv2d, 3: tt.nn.Conv3d}
 TRANSPOSED = {1: tt.nn.ConvTranspose1d, 2: tt.nn.ConvTranspose2d, 3: tt.nn.ConvTranspose3d}
 

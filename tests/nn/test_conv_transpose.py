@@ -14,7 +14,7 @@ from tensortrain.errors import KindError, ShapeError
 from tensortrain.nn.conv.transpose import swap_channels
 from tensortrain.testing import IMPLEMENTATIONS, assert_agrees, assert_gradcheck, rel_error
 
-FORMATS = ("tt", "tt-naive", "tucker2", "low_rank")
+FORMATS = ("tt", "tt_naive", "tucker2", "low_rank")
 LAYERS = {1: tt.nn.ConvTranspose1d, 2: tt.nn.ConvTranspose2d, 3: tt.nn.ConvTranspose3d}
 TORCH = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
 POSITIONS = {1: (7,), 2: (5, 4), 3: (3, 2, 4)}

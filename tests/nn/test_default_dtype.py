@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import tensortrain as tt
-from tensortrain.nn.embedding import scale_gradient
+from tensortrain.nn.embedding.layers import scale_gradient
 
 FORMATS = ["tt", "low_rank", "cp", "ring", "block_term", "btt", "tucker", "kronecker", "tt_separate"]
 Made = tuple[nn.Module, tuple[Tensor, ...]]

@@ -167,7 +167,7 @@ def test_counts_of_tucker2_and_low_rank_convolutions() -> None:
     assert tucker.n_params == 64 * 20 + 20 * 30 * 9 + 30 * 128
     low_rank = tt.nn.Conv2d(64, 128, 3, format="low_rank", rank=10, bias=False, device="meta")
     assert low_rank.n_params == 10 * (64 * 9 + 128)
-    naive = tt.nn.Conv2d(64, 128, 3, format="tt-naive", rank=(1, 3, 9, 20, 1), bias=False, device="meta")
+    naive = tt.nn.Conv2d(64, 128, 3, format="tt_naive", rank=(1, 3, 9, 20, 1), bias=False, device="meta")
     assert naive.n_params == 3 * 3 + 3 * 3 * 9 + 9 * 64 * 20 + 20 * 128
 
 

@@ -26,7 +26,7 @@ CASES: dict[str, tuple[Callable[[], Any], type[TTError], type[Exception], str]] 
     "unknown format": (lambda: Linear(12, 20, format="nonesuch"), ShapeError, ValueError, "'nonesuch'.*low_rank.*tt"),
     "a format that is no name": (lambda: Linear(12, 20, format=["tt"]), ShapeError, ValueError, "registered"),
     "tucker2 for a linear": (lambda: Linear(12, 20, format="tucker2"), ShapeError, ValueError, "kind of layer"),
-    "tt-naive for an embedding": (lambda: Embedding(12, 20, format="tt-naive"), ShapeError, ValueError, "kind"),
+    "tt_naive for an embedding": (lambda: Embedding(12, 20, format="tt_naive"), ShapeError, ValueError, "kind"),
     "unknown format, from_dense": (
         lambda: Linear.from_dense(nn.Linear(4, 4), format="x"),
         ShapeError,

@@ -35,7 +35,7 @@ def test_match_is_the_spread_of_torch() -> None:
         (tt.nn.Embedding(1000, 64, rank=10), nn.Embedding(1000, 64)),
         (tt.nn.Embedding(1000, 64, format="low_rank", rank=10), nn.Embedding(1000, 64)),
     ]
-    for format in ("tt", "tt-naive", "tucker2", "low_rank"):
+    for format in ("tt", "tt_naive", "tucker2", "low_rank"):
         factorized = tt.nn.Conv2d(64, 96, 3, groups=2, format=format, rank=6)
         pairs.append((factorized, nn.Conv2d(64, 96, 3, groups=2)))
     for layer, dense in pairs:
@@ -85,7 +85,7 @@ SPECS = {
     "tt, order 3": ("tt", WeightShape("linear", 8, 8), (2, 2, 2), (2, 2, 2), (1, 3, 5, 1)),
     "tt, order 4": ("tt", WeightShape("linear", 16, 16), (2,) * 4, (2,) * 4, (1, 2, 4, 2, 1)),
     "tt, convolution": ("tt", WeightShape("conv", 4, 4, (3, 3)), (2, 2), (2, 2), (1, 3, 4, 1)),
-    "tt-naive": ("tt-naive", WeightShape("conv", 4, 4, (3, 3)), (4,), (4,), (1, 3, 4, 2, 1)),
+    "tt_naive": ("tt_naive", WeightShape("conv", 4, 4, (3, 3)), (4,), (4,), (1, 3, 4, 2, 1)),
     "tucker2": ("tucker2", WeightShape("conv", 4, 4, (3, 3)), (4,), (4,), (3, 2)),
     "low_rank": ("low_rank", WeightShape("linear", 8, 8), (8,), (8,), (1, 3, 1)),
 }

@@ -109,7 +109,7 @@ def test_any_input_shape_and_strides(kind: str, name: str, implementation: str) 
 def test_every_plan_agrees(name: str, force: str, monkeypatch: pytest.MonkeyPatch) -> None:
     layer = make(name)
     plan = layer.plan(5, force=force)
-    monkeypatch.setattr(layer, "_plan_for", lambda x: plan)
+    monkeypatch.setattr(layer.runner, "plan", lambda layer, rows: plan)
     assert_agrees(layer, torch.randn(5, layer.in_features), F.linear)
 
 
@@ -117,7 +117,7 @@ def test_kept_weights_of_two_plans_do_not_mix(monkeypatch: pytest.MonkeyPatch) -
     layer = make("tt, odd modes", bias=False).requires_grad_(False)
     plans = {1: layer.plan(1, force="left-to-right"), 8: layer.plan(8, force="right-to-left")}
     assert plans[1].groups == plans[8].groups  # yet the weights that the two keep are laid out differently
-    monkeypatch.setattr(layer, "_plan_for", lambda x: plans[x.shape[0]])
+    monkeypatch.setattr(layer.runner, "plan", lambda layer, rows: plans[rows])
     x = torch.randn(8, layer.in_features)
     exact = F.linear(x, layer.weight)
     for rows in (1, 8, 1):

@@ -408,7 +408,7 @@ def test_a_failed_forward_leaves_nothing_behind() -> None:
     layer = small("slice")
     with pytest.raises(ShapeError):
         layer(torch.randn(3, 7))
-    assert layer._stand_ins is None
+    assert layer.stand_ins is None
 
 
 @every_kind

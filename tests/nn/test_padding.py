@@ -39,7 +39,10 @@ def test_every_plan_takes_the_padded_input(batch, force):
     plan = layer.plan(batch, force=force)
     x = torch.randn(batch, 37, **DOUBLE)
     torch.testing.assert_close(
-        layer._execute(plan, x, layer._prepared(plan)), F.linear(x, layer.weight), rtol=1e-12, atol=1e-12
+        plan.execute(x, (), layer.runner.prepared(layer, plan), layer.bias),
+        F.linear(x, layer.weight),
+        rtol=1e-12,
+        atol=1e-12,
     )
 
 

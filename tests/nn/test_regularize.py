@@ -24,7 +24,7 @@ MAKERS: dict[str, Callable[..., FactorizedLayer]] = {
     "linear low_rank": lambda **o: tt.nn.Linear(12, 20, format="low_rank", rank=3, **o),
     "conv tt": lambda **o: tt.nn.Conv2d(4, 6, 3, padding=1, rank=3, **o),
     "conv tt, 1x1": lambda **o: tt.nn.Conv2d(4, 6, 1, rank=3, **o),
-    "conv tt-naive": lambda **o: tt.nn.Conv2d(4, 6, 3, format="tt-naive", rank=3, **o),
+    "conv tt_naive": lambda **o: tt.nn.Conv2d(4, 6, 3, format="tt_naive", rank=3, **o),
     "conv tucker2": lambda **o: tt.nn.Conv2d(4, 6, 3, format="tucker2", rank=3, **o),
     "conv low_rank": lambda **o: tt.nn.Conv2d(4, 6, 3, format="low_rank", rank=3, **o),
     "conv groups": lambda **o: tt.nn.Conv2d(4, 6, 3, groups=2, rank=3, **o),
@@ -149,11 +149,11 @@ def test_lasso_gradient() -> None:
     layer = MAKERS["conv groups"]()
 
     def call(*cores: torch.Tensor) -> torch.Tensor:
-        layer._stand_ins = list(cores)
+        layer.stand_ins = list(cores)
         return tt.nn.rank_lasso(layer)
 
     assert torch.autograd.gradcheck(call, [core.detach().clone().requires_grad_() for core in layer.cores])
-    layer._stand_ins = None
+    layer.stand_ins = None
     with torch.no_grad():
         layer.cores[0].zero_()
         layer.cores[1].zero_()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import sys
 from typing import Any
 
 import pytest
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset, WeightedRandomSampler
 
 from tensortrain.compression import compress, fit, reestimate_batchnorm_
+from tensortrain.compression.stages import factorize as stage_factorize
 from tensortrain.data import image_batches
 from tensortrain.errors import CheckpointError, DataError, KindError, RankError
 from tensortrain.train.batches import tensors_in
@@ -289,8 +289,7 @@ def test_ctrl_c_in_an_evaluation_keeps_what_there_is(interrupted_at: int) -> Non
     ],
 )
 def test_options_of_later_steps_are_checked_first(options: dict[str, Any], error: type, says: str, monkeypatch) -> None:
-    api = sys.modules["tensortrain.compression.api"]
-    monkeypatch.setattr(api, "plan_compression", lambda *args, **kwargs: pytest.fail("planned"))
+    monkeypatch.setattr(stage_factorize, "make_plan", lambda *args, **kwargs: pytest.fail("planned"))
     with pytest.raises(error, match=says):
         compress(mlp(24, 40, 6), **{"budget": "2x", "data": [torch.randn(8, 24)] * 3, **QUICK, **options})
 

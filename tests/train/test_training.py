@@ -22,14 +22,11 @@ from tensortrain.errors import CheckpointError, DataError, KindError, NonFiniteE
 from tensortrain.system.checkpoint import read_checkpoint, write_checkpoint
 from tensortrain.system.observer import Observer, Silent
 from tensortrain.train import loop as training
-from tensortrain.train.loop import (
-    cross_entropy_loss,
-    distillation_loss,
-    evaluate_accuracy,
-    feature_loss,
-    fit,
-    reestimate_batchnorm_,
-)
+from tensortrain.train.batchnorm import reestimate_batchnorm_
+from tensortrain.train.evaluation import evaluate_accuracy
+from tensortrain.train.loop import fit
+from tensortrain.train.losses import cross_entropy_loss, distillation_loss, feature_loss
+from tensortrain.train.schedules import SCHEDULES
 
 N_STEPS = 12  # three epochs of four batches
 
@@ -187,7 +184,8 @@ def test_workers_replay_too(tmp_path, monkeypatch):
 SCRIPT = """
     import sys, time, torch
     from torch import nn
-    from tensortrain.train.loop import cross_entropy_loss, fit
+    from tensortrain.train.loop import fit
+    from tensortrain.train.losses import cross_entropy_loss
     from tensortrain.data import image_batches
 
     torch.manual_seed(0)
@@ -217,13 +215,13 @@ def test_a_killed_process_resumes_to_the_same_bits(tmp_path):
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert process.returncode == -signal.SIGKILL
-    written_at_kill = training.read_checkpoint(tmp_path / "killed")["progress"]["step"]
+    written_at_kill = read_checkpoint(tmp_path / "killed")["progress"]["step"]
     assert 0 < written_at_kill < 60
 
     undisturbed.communicate()
     said, _ = start("killed", 0).communicate()
     assert said.count("step") == 60 - written_at_kill
-    whole, resumed = (training.read_checkpoint(tmp_path / name) for name in ("whole", "killed"))
+    whole, resumed = (read_checkpoint(tmp_path / name) for name in ("whole", "killed"))
     assert resumed["progress"]["step"] == 60
     for name, value in whole["model"].items():
         assert torch.equal(value, resumed["model"][name]), name
@@ -277,15 +275,15 @@ def test_a_damaged_checkpoint_means_starting_over(tmp_path, damage):
     options = {"loss": cross_entropy_loss(), "epochs": 2, "seed": 1, "checkpoint": path}
     whole, again = small_net(), small_net()
     fit(whole, loader_images(), **options)
-    content, raw = training.read_checkpoint(path), path.read_bytes()
+    content, raw = read_checkpoint(path), path.read_bytes()
     if damage == "wrong shapes":
         content["model"]["1.weight"] = torch.zeros(16, 35)
-        training.write_checkpoint(path, content)
+        write_checkpoint(path, content)
     elif damage == "other content":
         del content["progress"]
-        training.write_checkpoint(path, content)
+        write_checkpoint(path, content)
     elif damage == "other kinds":
-        training.write_checkpoint(path, content | {"settings": [1]})
+        write_checkpoint(path, content | {"settings": [1]})
     elif damage == "pickle":
         torch.save(content, path)
     else:
@@ -354,7 +352,7 @@ def test_a_loss_that_is_not_finite_names_the_step_and_keeps_the_checkpoint(tmp_p
 
     with pytest.raises(NonFiniteError, match=r"step 5 \(epoch 1\).*Lower lr.*c\.pt is as before"):
         fit(model, loader_images(), loss=loss, **options)
-    kept = training.read_checkpoint(path)
+    kept = read_checkpoint(path)
     assert kept["progress"]["step"] == 5
     assert all(value.isfinite().all() for value in kept["model"].values())
     assert all(p.isfinite().all() for p in model.parameters())
@@ -440,9 +438,9 @@ def test_plain_adamw_agrees_with_a_loop_by_hand():
         assert (ours - theirs).abs().max() <= 1e-12
 
 
-@pytest.mark.parametrize("name", training._SCHEDULES)
+@pytest.mark.parametrize("name", SCHEDULES)
 def test_schedules(name):
-    shares = [training._SCHEDULES[name](k, 100, 0.1) for k in range(100)]
+    shares = [SCHEDULES[name](k, 100, 0.1) for k in range(100)]
     assert all(0 < share <= 1 for share in shares)
     assert max(shares) == 1
     peak = shares.index(1)
@@ -450,7 +448,7 @@ def test_schedules(name):
     assert shares[peak:] == sorted(shares[peak:], reverse=True)
     assert peak == {"cosine": 10, "onecycle": 30, "constant": 10}[name]
     assert shares[-1] == 1 if name == "constant" else shares[-1] < 1e-2
-    assert training._SCHEDULES[name](0, 1, 0.0) > 0
+    assert SCHEDULES[name](0, 1, 0.0) > 0
 
 
 def test_steps_may_end_within_an_epoch_and_the_caller_s_generator_is_kept():

@@ -10,7 +10,6 @@ from html.parser import HTMLParser
 import pytest
 from viz_sample import sample_report
 
-from tensortrain.compression.report import report as report_module
 from tensortrain.compression.report.report import LayerReport, Report
 from tensortrain.viz import write_html
 from tensortrain.viz.report.html import report_html
@@ -205,7 +204,7 @@ def test_write_is_all_or_nothing(tmp_path, monkeypatch) -> None:
     def fail(source: object, target: object) -> None:
         raise OSError("no rename")
 
-    monkeypatch.setattr(report_module.os, "replace", fail)
+    monkeypatch.setattr(os, "replace", fail)
     with pytest.raises(OSError, match="no rename"):
         write_html(minimal(), path)
     assert path.read_text() == "old"

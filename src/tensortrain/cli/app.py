@@ -1,7 +1,7 @@
 """The commands. Each one parses, calls one function of the package, and prints what came back.
 
 Whatever a user can get wrong ends in exit code 2 and one line, see :mod:`tensortrain.cli.guard`.
-Imports that take long stand inside the commands, so that ``--help`` does not wait for them.
+What takes long to import and is no part of torch is imported where it is used: ``--help`` does not wait for it.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 
 from tensortrain._command import leave_quietly_on_interrupt
+from tensortrain.cli import commands
 from tensortrain.cli.guard import guarded, ready_streams
 
 __all__ = ["app", "main", "run"]
@@ -51,8 +52,6 @@ def inspect(
     json: Json = False,
 ) -> None:
     """List the layers that can be compressed, and how fast their singular values fall."""
-    from tensortrain.cli import commands
-
     commands.inspect(model, weights, shape=shape, seed=seed, json=json)
 
 
@@ -86,8 +85,6 @@ def compress(
     Without --data and --dataset, models of the package take Fashion-MNIST, and others are compressed by
     their weights alone. A sentence encoder with --dataset movie-snippets is drawn to the original's vectors.
     """
-    from tensortrain.cli import commands
-
     options = commands.CompressOptions(
         budget=budget,
         out=out,
@@ -119,8 +116,6 @@ def evaluate(
 
     With --dataset movie-snippets, a sentence encoder is judged by a logistic regression on its vectors.
     """
-    from tensortrain.cli import commands
-
     commands.evaluate(
         model, weights, data=data, dataset=dataset, tokenizer=tokenizer, limit=limit, seed=seed, json=json
     )
@@ -138,8 +133,6 @@ def bench(
     json: Json = False,
 ) -> None:
     """Time forward passes: medians and 90th percentiles, models in alternation."""
-    from tensortrain.cli import commands
-
     commands.bench(model, other, weights, batch=batch, repeats=repeats, shape=shape, seed=seed, json=json)
 
 
@@ -159,8 +152,6 @@ def demo(
 
     It can be killed at any moment: the same command goes on and ends with the same result.
     """
-    from tensortrain.cli import commands
-
     agrees = commands.demo(out, data=data, dataset=dataset, budget=budget, seed=seed, quick=quick, json=json)
     if not agrees:
         raise typer.Exit(1)
@@ -172,8 +163,6 @@ def build_kernels(
     json: Json = False,
 ) -> None:
     """Compile the kernels that make small layers two to three times faster on this machine's CPU; a minute, once."""
-    from tensortrain.cli import commands
-
     commands.build_kernels(force=force, json=json)
 
 

@@ -30,7 +30,6 @@ from tensortrain.compression.api import compress as compress_model
 from tensortrain.compression.choose.budget import BudgetLike
 from tensortrain.compression.choose.candidates import DEFAULT_FORMATS
 from tensortrain.compression.report.measure import Latency, measure_latency
-from tensortrain.compression.report.report import write_text_atomic
 from tensortrain.compression.stages.heal import Heal
 from tensortrain.compression.survey.inspect import LayerRow
 from tensortrain.compression.survey.inspect import inspect as inspect_model
@@ -38,6 +37,7 @@ from tensortrain.compression.survey.layers import count_params
 from tensortrain.errors import BudgetError, RankError, ShapeError
 from tensortrain.io import save_pretrained
 from tensortrain.system import native as kernels
+from tensortrain.system.files import write_text_atomic
 from tensortrain.system.observer import Observer
 from tensortrain.viz import inspect_table, report_table, write_html
 from tensortrain.viz.report.text import speed_text

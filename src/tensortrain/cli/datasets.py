@@ -13,7 +13,8 @@ from tensortrain.contract import CostModel, use_cost_model
 from tensortrain.data import ImageBatches, ImageData, image_batches
 from tensortrain.errors import DataError
 from tensortrain.system.observer import Observer
-from tensortrain.train.loop import evaluate_accuracy
+from tensortrain.train.evaluation import evaluate_accuracy
+from tensortrain.train.modes import evaluating
 
 __all__ = [
     "accuracy_on_test",
@@ -95,16 +96,12 @@ def check_fits(model: nn.Module, x: Tensor, where: str) -> None:
     Raises:
         DataError: The model does not take them.
     """
-    modes = [(module, module.training) for module in model.modules()]
     try:
-        with torch.no_grad():
-            model.eval()(x[:2])
+        with evaluating(model), torch.no_grad():
+            model(x[:2])
     except Exception as error:
         reason = " ".join(str(error).split())
         raise DataError(
             f"the data must fit the model: {where} fails on inputs of shape {tuple(x.shape[1:])} with "
             f"{type(error).__name__}: {reason:.200} Choose another --dataset or --shape."
         ) from error
-    finally:
-        for module, training in modes:
-            module.training = training

@@ -28,8 +28,8 @@ from tensortrain import networks as models
 from tensortrain.cli.datasets import accuracy_on_test, first, load_images, train_batches
 from tensortrain.compression.api import CompressionResult, compress
 from tensortrain.compression.choose.budget import BudgetLike
-from tensortrain.compression.choose.plan import check_reachable
-from tensortrain.compression.report.report import Report, write_text_atomic
+from tensortrain.compression.choose.planner import check_reachable
+from tensortrain.compression.report.report import Report
 from tensortrain.compression.stages.heal import Heal
 from tensortrain.compression.survey.layers import find_layers
 from tensortrain.contract import CostModel, use_cost_model
@@ -37,6 +37,7 @@ from tensortrain.data import ImageData
 from tensortrain.errors import CheckpointError, DataError
 from tensortrain.io import load_pretrained, save_pretrained
 from tensortrain.networks import DENSE_RECIPE
+from tensortrain.system.files import write_text_atomic
 from tensortrain.system.observer import Observer, Silent
 from tensortrain.train.loop import fit
 from tensortrain.train.losses import cross_entropy_loss

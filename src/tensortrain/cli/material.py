@@ -13,7 +13,7 @@ from tensortrain.cli.resolve import ResolvedModel, example_inputs
 from tensortrain.cli.texts import TEXT_SETS, load_snippets
 from tensortrain.compression.survey.output_weights import OutputFunction, sentence_embedding
 from tensortrain.system.observer import Observer
-from tensortrain.train.loop import Evaluate
+from tensortrain.train.evaluation import Evaluate
 
 __all__ = ["Material", "gather"]
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json as json_module
-import math
 import sys
 from typing import Any
+
+from tensortrain.system.records import to_plain
 
 __all__ = ["print_json", "print_rich"]
 
@@ -18,7 +19,7 @@ def print_json(value: Any) -> None:
     A stream that does not take all of Unicode gets ASCII with JSON's own escapes.
     """
     ascii_only = not (getattr(sys.stdout, "encoding", None) or "utf-8").lower().startswith("utf")
-    print(json_module.dumps(_finite(value), indent=1, allow_nan=False, ensure_ascii=ascii_only, default=str))
+    print(json_module.dumps(to_plain(value), indent=1, allow_nan=False, ensure_ascii=ascii_only))
 
 
 def print_rich(*things: Any) -> None:
@@ -28,11 +29,3 @@ def print_rich(*things: Any) -> None:
     console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else _WIDTH)
     for thing in things:
         console.print(thing, markup=False, highlight=False)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    return [_finite(item) for item in value] if isinstance(value, (list, tuple)) else value

@@ -15,6 +15,7 @@ from tensortrain.compression.survey.output_weights import sentence_embedding
 from tensortrain.data import TextBatches, TextData, text_batches
 from tensortrain.errors import DataError, OptionalDependencyError, TTError
 from tensortrain.system.observer import Observer, Silent
+from tensortrain.train.modes import evaluating
 
 __all__ = ["TEXT_SETS", "Snippets", "load_snippets"]
 
@@ -102,17 +103,14 @@ def embed(model: nn.Module, batches: TextBatches, observer: Observer | None = No
         TTError: The model is no sentence encoder.
     """
     observer = observer or Silent()
-    modes = [(module, module.training) for module in model.modules()]
     rows = []
     observer.on_start("embed", len(batches))
     try:
-        model.eval()
-        for k, batch in enumerate(batches):
-            rows.append(_vectors(model, batch))
-            observer.on_step(k + 1)
+        with evaluating(model):
+            for k, batch in enumerate(batches):
+                rows.append(_vectors(model, batch))
+                observer.on_step(k + 1)
     finally:
-        for module, training in modes:
-            module.training = training
         observer.on_end()
     return batches.in_order(rows)
 

@@ -2,7 +2,8 @@
 
 from tensortrain.compression.api import CompressionResult, compress
 from tensortrain.compression.choose.budget import Budget, read_budget
-from tensortrain.compression.choose.plan import CompressionPlan, LayerPlan, plan_compression
+from tensortrain.compression.choose.plan import CompressionPlan, LayerPlan
+from tensortrain.compression.choose.planner import plan_compression
 from tensortrain.compression.choose.uniform import plan_uniform
 from tensortrain.compression.report.report import (
     CurvePoint,
@@ -10,8 +11,6 @@ from tensortrain.compression.report.report import (
     LayerReport,
     MemoryRow,
     Report,
-    provenance,
-    write_text_atomic,
 )
 from tensortrain.compression.stages.heal import Heal, heal_
 from tensortrain.compression.surgery import apply_plan_, to_dense_
@@ -19,8 +18,12 @@ from tensortrain.compression.survey.calibrate import Calibration, calibrate
 from tensortrain.compression.survey.inspect import Inspection, inspect
 from tensortrain.compression.survey.layers import FoundLayer, count_params, find_layers
 from tensortrain.compression.survey.output_weights import sentence_embedding
+from tensortrain.system.files import write_text_atomic
 from tensortrain.system.observer import Observer, Silent
-from tensortrain.train.loop import FitResult, evaluate_accuracy, fit, reestimate_batchnorm_
+from tensortrain.system.provenance import provenance
+from tensortrain.train.batchnorm import reestimate_batchnorm_
+from tensortrain.train.evaluation import evaluate_accuracy
+from tensortrain.train.loop import FitResult, fit
 from tensortrain.train.losses import cross_entropy_loss, distillation_loss, feature_loss
 
 __all__ = [

@@ -27,7 +27,7 @@ _HOOKS = (
     "_load_state_dict_post_hooks",
 )
 _REGISTERED = ("_parameters", "_buffers", "_modules")
-_SETTINGS = ("dense_limit_bytes", "may_time_plans", "made_from", "_stand_ins")  # of a factorized layer, set on it
+_SETTINGS = ("dense_limit_bytes", "may_time_plans", "made_from", "stand_ins")  # of a factorized layer, set on it
 _OF_TORCH_ALONE = ("transposed", "output_padding", "nf", "nx")  # that models read of layers, and ours may lack
 
 _own_names_of: dict[type[nn.Module], frozenset[str]] = {}

@@ -10,6 +10,7 @@ from torch import nn
 from tensortrain.compression.choose.plan import CompressionPlan
 from tensortrain.compression.surgery import apply_plan_
 from tensortrain.compression.survey.runs import check_new_layers_run, layers_that_run
+from tensortrain.compression.words import in_short
 from tensortrain.errors import KindError
 from tensortrain.system.observer import Observer
 from tensortrain.train.batches import run
@@ -80,18 +81,12 @@ def _fails_alone(model: nn.Module, plan: CompressionPlan, name: str) -> bool:
 
 def _without(plan: CompressionPlan, culprits: Sequence[str], error: Exception) -> CompressionPlan:
     """The plan with some layers left dense."""
-    why = f"left dense: the model does not run with another layer in its place ({_in_short(error)})"
-    layers = [
-        replace(layer, spec=None, params_after=layer.params_before, flops_after=layer.flops_before, rel_error=None,
-                decision=why)
-        if layer.name in culprits
-        else layer
-        for layer in plan.layers
-    ]  # fmt: skip
+    why = f"the model does not run with another layer in its place ({in_short(error)})"
+    layers = [layer.left_dense(why) if layer.name in culprits else layer for layer in plan.layers]
     after = plan.params_after + sum(
         layer.params_before - layer.params_after for layer in plan.layers if layer.name in culprits
     )
-    note = f"The model does not run without its own {', '.join(map(repr, culprits))} ({_in_short(error)}): left dense, "
+    note = f"The model does not run without its own {', '.join(map(repr, culprits))} ({in_short(error)}): left dense, "
     note += "so the budget may be missed. Leave them out with exclude= to spend it on the others."
     return replace(plan, layers=tuple(layers), params_after=after, notes=(*plan.notes, note))
 
@@ -112,10 +107,6 @@ def _idle(compressed: nn.Module, plan: CompressionPlan, names: Sequence[str], ra
 def _does_not_run(error: Exception, culprits: Sequence[str]) -> KindError:
     named = f" ({', '.join(map(repr, culprits[:8]))})" if culprits else ""
     return KindError(
-        f"a compressed model must run: with its new layers{named} it fails on the first batch with {_in_short(error)}. "
+        f"a compressed model must run: with its new layers{named} it fails on the first batch with {in_short(error)}. "
         "Leave out with exclude= the layers whose class or parameters its code looks at."
     )
-
-
-def _in_short(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split()):.200}"

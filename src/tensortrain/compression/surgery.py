@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from tensortrain.compression.carry import cannot_carry, carry
 from tensortrain.compression.choose.plan import CompressionPlan, LayerPlan
-from tensortrain.compression.survey.calibrate import Calibration
 from tensortrain.compression.survey.layers import FoundLayer, check_module, find_layers
+from tensortrain.compression.survey.moments import Calibration, LayerMoments
 from tensortrain.errors import ShapeError
+from tensortrain.formats import Weighting
 from tensortrain.nn import FactorizedLayer, dense_twin
 from tensortrain.system.aliases import Undo, replace_aliases
 from tensortrain.system.observer import Observer, Silent
@@ -44,14 +45,15 @@ def apply_plan_(model: nn.Module, plan: CompressionPlan, *, observer: Observer |
     observer = observer or Silent()
     found = {layer.name: layer for layer in find_layers(model)[0]}
     work = [(_checked(entry, found), entry) for entry in plan.layers if entry.spec is not None]
-    weighing = plan.calibration.weighing if plan.calibration is not None else _unweighed
+    calibration = plan.calibration or Calibration()
     built: list[_Built] = []
     statistics: list[tuple[Tensor, Tensor]] = []
     observer.on_start("decompose", len(work))
     try:
         for k, (layer, entry) in enumerate(work):
-            new = _build(layer, entry, *weighing(layer.name))
-            statistics += _keep_moments(model, layer, new, plan.calibration)
+            moments = calibration.of(layer.name)
+            new = _build(layer, entry, moments.weighting)
+            statistics += _keep_moments(model, layer, new, moments)
             built.append((layer.names, layer.module, new))
             observer.on_step(k + 1)
     finally:
@@ -107,29 +109,17 @@ def _checked(entry: LayerPlan, found: dict[str, FoundLayer]) -> FoundLayer:
     return layer
 
 
-def _unweighed(name: str) -> tuple[None, None]:
-    return None, None
-
-
-def _build(layer: FoundLayer, entry: LayerPlan, gram: Tensor | None, output_gram: Tensor | None) -> FactorizedLayer:
+def _build(layer: FoundLayer, entry: LayerPlan, weighting: Weighting) -> FactorizedLayer:
     assert entry.spec is not None
-    new = layer.reader.from_dense(
-        layer.module,
-        format=entry.spec.format,
-        rank=entry.spec.ranks,
-        in_modes=entry.spec.in_modes,
-        out_modes=entry.spec.out_modes,
-        input_gram=gram,
-        output_gram=output_gram,
-        implementation=entry.implementation,  # type: ignore[arg-type]
-    )
+    how: Any = entry.implementation  # checked where the plan was read
+    new = layer.reader.from_spec(layer.module, entry.spec, weighting=weighting, implementation=how)
     carry(layer.module, new)
     return new
 
 
 @torch.no_grad()
 def _keep_moments(
-    model: nn.Module, layer: FoundLayer, new: FactorizedLayer, calibration: Calibration | None
+    model: nn.Module, layer: FoundLayer, new: FactorizedLayer, moments: LayerMoments
 ) -> list[tuple[Tensor, Tensor]]:
     """Make up for what the truncation took from the mean and the variance of a layer's output.
 
@@ -139,18 +129,18 @@ def _keep_moments(
     Returns:
         list: Statistics that are still to be changed, with their new values.
     """
-    mean = calibration.means.get(layer.name) if calibration is not None else None
-    if calibration is None or mean is None or "forward" in vars(layer.module):  # its input may not be what was seen
+    if moments.mean is None or "forward" in vars(layer.module):  # its input may not be what was seen
         return []
     old = layer.kernel.double().flatten(1)
     kept = new.format.to_dense(list(new.cores), new.spec).double().flatten(1)  # new.weight would stay in a cache
-    lost = (old - kept) @ mean.to(old.device)
+    lost = (old - kept) @ moments.mean.to(old.device)
     if new.bias is not None:
         new.bias.add_(lost.to(new.bias.dtype))
-    norm: Any = model.get_submodule(calibration.norms[layer.name]) if layer.name in calibration.norms else None
+    norm: Any = model.get_submodule(moments.norm) if moments.norm is not None else None
     if norm is None or norm.running_mean is None:
         return []
-    gram = calibration.grams[layer.name].to(old.device)
+    assert moments.gram is not None  # it is kept wherever a mean is
+    gram = moments.gram.to(old.device)
     before, after = _variances(old, gram), _variances(kept, gram)
     share = torch.where(before > 0, after / before, 1.0)
     changes = [(norm.running_var, norm.running_var * share)]

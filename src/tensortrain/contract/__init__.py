@@ -1,22 +1,27 @@
 """Shapes to plan to execution: how a TT-matrix multiplies, chosen by predicted time."""
 
 from tensortrain.contract.cache import WeightCache
-from tensortrain.contract.choose import plan_chain
+from tensortrain.contract.chain_plan import ChainPlan, ContractionPlan, Step
+from tensortrain.contract.choose import plan_chain, plan_network
 from tensortrain.contract.cost import CostModel, cost_model, measure_cost_model, use_cost_model
 from tensortrain.contract.lookup import chain_lookup
 from tensortrain.contract.merge import chain_to_dense, merge_cores
-from tensortrain.contract.network import Network, NetworkPlan, plan_network
-from tensortrain.contract.plan import ContractionPlan, Step
-from tensortrain.contract.shape import Chain
+from tensortrain.contract.network import Network
+from tensortrain.contract.network_plan import NetworkPlan
+from tensortrain.contract.plan import Plan
+from tensortrain.contract.shape import Chain, ChainShape
 from tensortrain.contract.tune import fastest_plan
 from tensortrain.system import native as kernels
 
 __all__ = [
     "Chain",
+    "ChainPlan",
+    "ChainShape",
     "ContractionPlan",
     "CostModel",
     "Network",
     "NetworkPlan",
+    "Plan",
     "Step",
     "WeightCache",
     "chain_lookup",

@@ -2,42 +2,55 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from tensortrain.contract.merge import merge_order
 from tensortrain.system.native.load import library
 
 if TYPE_CHECKING:
-    from tensortrain.contract.plan import ContractionPlan, Step
+    from tensortrain.contract.plan import Plan
 
-__all__ = ["compiled"]
+__all__ = ["FORMS", "Compiled", "Sweep", "compiled"]
 
-_FORMS = ("linear", "flipped", "batched", "copied")  # in the order of sweep.h
+FORMS = ("linear", "flipped", "batched", "copied")  # in the order of sweep.h
 
 
-def compiled(plan: ContractionPlan, *, ready: bool) -> Any | None:
-    """The plan as a compiled sweep, over cores or over ready matrices; ``None`` without kernels. Made once."""
+class Sweep(NamedTuple):
+    """A plan as numbers: what ``make_sweep`` of the kernels takes.
+
+    Args:
+        leftward: Whether the last core comes first.
+        ready: Whether it runs over ready matrices, not over cores.
+        in_features, out_features, rows_at_a_time: As of the plan.
+        steps: ``[start, stop, form, mode, rank, start and middle of every merge]``.
+        shapes: Of the cores, or of the ready matrices.
+    """
+
+    leftward: bool
+    ready: bool
+    in_features: int
+    out_features: int
+    rows_at_a_time: int
+    steps: list[list[int]]
+    shapes: list[list[int]]
+
+
+class Compiled:
+    """What was compiled of one plan, kept beside its fields: part of no comparison, copy or pickle."""
+
+    def __init__(self) -> None:
+        self.by_readiness: dict[bool, Any] = {}
+
+    def __reduce__(self) -> tuple[type[Compiled], tuple[()]]:
+        return Compiled, ()
+
+
+def compiled(plan: Plan, *, ready: bool) -> Any | None:
+    """The plan as a compiled sweep, over cores or over ready matrices; ``None`` where no kernel runs it. Made once."""
     kernels = library()
     if kernels is None or plan.device_type != "cpu":
         return None
-    kept = plan.__dict__.setdefault("_compiled", {})  # beside the fields: no part of equality, copies and pickles
+    kept = plan.compiled.by_readiness
     if ready not in kept:
-        steps = [_described(k, step, plan, ready) for k, step in enumerate(plan.steps)]
-        shapes = [_matrix_shape(step, plan) for step in plan.steps] if ready else plan.chain.core_shapes
-        leftward = plan.direction != "left-to-right"  # a dense plan is one leftward step
-        sizes = plan.chain.in_features, plan.chain.out_features
-        kept[ready] = kernels.make_sweep(leftward, ready, *sizes, plan.rows_at_a_time, steps, [list(s) for s in shapes])
+        sweep = plan.sweep(ready=ready)
+        kept[ready] = None if sweep is None else kernels.make_sweep(*sweep)
     return kept[ready]
-
-
-def _described(k: int, step: Step, plan: ContractionPlan, ready: bool) -> list[int]:
-    contraction = [_FORMS.index(step.kind), step.mode, step.rank]
-    if ready:
-        return [k, k + 1, *contraction]
-    merges = merge_order(plan.chain.core_shapes[step.start : step.stop])
-    return [step.start, step.stop, *contraction, *(at for merge in merges for at in (merge.start, merge.middle))]
-
-
-def _matrix_shape(step: Step, plan: ContractionPlan) -> tuple[int, int]:
-    batched = step.kind == "batched"
-    return (step.m if batched else step.n), step.k

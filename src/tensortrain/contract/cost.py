@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from tensortrain.system.machine import device_key, known_file, read_json, write_json
+from tensortrain.system.records import read_record
 
 __all__ = ["CostModel", "cost_model", "given_or_measured", "is_measured", "measure_cost_model", "use_cost_model"]
 
@@ -356,24 +357,13 @@ def _measure_and_store(device: torch.device, path: Path) -> CostModel:
 
 def _load(path: Path) -> CostModel | None:
     try:
-        constants = read_json(path)["constants"]
-        model = CostModel(**{name: _as_constant(value) for name, value in constants.items()})
-    except (ValueError, TypeError, KeyError, AttributeError, OverflowError):
+        model = read_record(CostModel, read_json(path)["constants"], "constants")
+    except (TypeError, KeyError, OverflowError):
         return None
     return model if _is_sound(model) else None
 
 
-def _as_constant(value: Any) -> Any:
-    return tuple(float(v) for v in value) if isinstance(value, list) else float(value)
-
-
 def _is_sound(model: CostModel) -> bool:
-    """Every constant a positive number, the half sizes three of them."""
-    for field in fields(model):
-        value = getattr(model, field.name)
-        is_triple = field.name.endswith("_half")
-        if is_triple != isinstance(value, tuple) or (is_triple and len(value) != 3):
-            return False
-        if not all(0 < v < math.inf for v in (value if is_triple else (value,))):
-            return False
-    return True
+    """Whether every constant is a positive number."""
+    constants = (getattr(model, field.name) for field in fields(model))
+    return all(0 < v < math.inf for value in constants for v in (value if isinstance(value, tuple) else (value,)))

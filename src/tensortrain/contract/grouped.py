@@ -10,18 +10,18 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from tensortrain.system.native import library
-from tensortrain.system.tracing import is_traced
+from tensortrain.system.tracing import is_traced, is_transformed
 
 __all__ = ["can_group", "grouped_product"]
 
 
 def can_group() -> bool:
     """Whether nothing looks on that would have to see every product: a tracer, autocast, a transform of torch.func."""
-    if is_traced():
+    if is_traced() or is_transformed():
         return False
     if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
         return False
-    return torch._C._functorch.maybe_current_level() is None and forward_ad._current_level < 0
+    return forward_ad._current_level < 0
 
 
 def grouped_product(states: Tensor, table: Tensor, counts: Sequence[int]) -> Tensor:

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from tensortrain.contract.cost import CostModel, cost_model
 from tensortrain.contract.grouped import can_group, grouped_product
 from tensortrain.contract.merge import merge_cores, merge_order, run_numel
-from tensortrain.contract.shape import Chain
+from tensortrain.contract.shape import ChainShape
 from tensortrain.errors import DTypeError, ModeIndexError, ShapeError
 from tensortrain.system.tracing import is_traced
 
@@ -63,7 +63,7 @@ def chain_lookup(
         >>> chain_lookup(torch.tensor([[0, 29, 29]]), cores, (5, 6)).shape
         torch.Size([1, 3, 8])
     """
-    chain = Chain.of(cores)
+    chain = ChainShape.of(cores)
     _check_lookup(ids, chain, tuple(in_modes))
     flat, inverse = ids.reshape(-1).long(), None
     if is_traced():
@@ -79,7 +79,9 @@ def chain_lookup(
     return rows.reshape(*ids.shape, chain.out_features)
 
 
-def _planned_rows(ids: Tensor, cores: Sequence[Tensor], chain: Chain, *, is_sorted: bool, max_bytes: int) -> Tensor:
+def _planned_rows(
+    ids: Tensor, cores: Sequence[Tensor], chain: ChainShape, *, is_sorted: bool, max_bytes: int
+) -> Tensor:
     """Merge cores as the number of ids deserves, then multiply slices chunk by chunk."""
     training = torch.is_grad_enabled() and any(core.requires_grad for core in cores)
     model, n_ids = cost_model(cores[0].device), _power_of_two(ids.shape[0])
@@ -97,7 +99,7 @@ def _tables(cores: Sequence[Tensor], groups: Sequence[tuple[int, int]]) -> list[
 
 @lru_cache(maxsize=1024)
 def lookup_groups(
-    chain: Chain,
+    chain: ChainShape,
     n_ids: int,
     dtype: torch.dtype,
     training: bool,
@@ -119,7 +121,7 @@ def lookup_groups(
         on_cpu: Whether prefixes with the same digit can be multiplied together.
 
     Example:
-        >>> chain = Chain((4, 4, 4), (4, 4, 4), (1, 16, 16, 1))
+        >>> chain = ChainShape((4, 4, 4), (4, 4, 4), (1, 16, 16, 1))
         >>> lookup_groups(chain, 1 << 20, torch.float32, False, 2**26, CostModel.reference())
         ((0, 3),)
     """
@@ -136,7 +138,14 @@ def lookup_groups(
 
 
 def _group_s(
-    chain: Chain, start: int, stop: int, n_ids: int, dtype: torch.dtype, training: bool, model: CostModel, on_cpu: bool
+    chain: ChainShape,
+    start: int,
+    stop: int,
+    n_ids: int,
+    dtype: torch.dtype,
+    training: bool,
+    model: CostModel,
+    on_cpu: bool,
 ) -> float:
     """Merge one group, gather its slices, and multiply them on."""
     passes = 3 if training else 1
@@ -242,7 +251,7 @@ def _power_of_two(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
-def _check_lookup(ids: Tensor, chain: Chain, in_modes: tuple[int, ...]) -> None:
+def _check_lookup(ids: Tensor, chain: ChainShape, in_modes: tuple[int, ...]) -> None:
     if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
         raise DTypeError(
             f"ids must be integers: ids has dtype {ids.dtype}, expected torch.int64 or smaller. "

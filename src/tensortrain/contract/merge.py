@@ -9,7 +9,7 @@ from math import prod
 
 from torch import Tensor
 
-from tensortrain.contract.shape import Chain
+from tensortrain.contract.shape import ChainShape
 from tensortrain.errors import ShapeError
 from tensortrain.system.tracing import constant_when_traced, sizes_of
 
@@ -112,7 +112,7 @@ def chain_to_dense(cores: Sequence[Tensor]) -> Tensor:
         >>> chain_to_dense([torch.ones(1, 2, 3, 4), torch.ones(4, 2, 2, 1)]).shape
         torch.Size([4, 6])
     """
-    chain = Chain.of(cores)
+    chain = ChainShape.of(cores)
     return _merge_run(cores).reshape(chain.out_features, chain.in_features)
 
 
@@ -149,7 +149,7 @@ def _check_groups(groups: Sequence[tuple[int, int]], order: int) -> None:
         )
 
 
-def run_numel(chain: Chain, start: int, stop: int) -> int:
+def run_numel(chain: ChainShape, start: int, stop: int) -> int:
     """Entries of the core that merging ``start .. stop`` gives."""
     modes = prod(chain.out_modes[start:stop]) * prod(chain.in_modes[start:stop])
     return chain.ranks[start] * modes * chain.ranks[stop]

@@ -11,11 +11,11 @@ from torch import Tensor
 from tensortrain.errors import RankError, ShapeError
 from tensortrain.system.tracing import sizes_of
 
-__all__ = ["Chain"]
+__all__ = ["Chain", "ChainShape"]
 
 
 @dataclass(frozen=True)
-class Chain:
+class ChainShape:
     """The shapes of a TT-matrix with cores ``(r, i, j, s)``.
 
     Args:
@@ -28,7 +28,7 @@ class Chain:
         RankError: ``ranks`` has the wrong length, a boundary rank is not 1, or a rank is below 1.
 
     Example:
-        >>> Chain((4, 5), (6, 7), (1, 3, 1)).core_shapes
+        >>> ChainShape((4, 5), (6, 7), (1, 3, 1)).core_shapes
         ((1, 4, 6, 3), (3, 5, 7, 1))
     """
 
@@ -43,7 +43,7 @@ class Chain:
         _check_ranks(self.ranks, len(self.out_modes))
 
     @classmethod
-    def of(cls, cores: Sequence[Tensor]) -> Chain:
+    def of(cls, cores: Sequence[Tensor]) -> ChainShape:
         """Return the chain that ``cores`` have.
 
         Raises:
@@ -83,6 +83,9 @@ class Chain:
     def dense_numel(self) -> int:
         """Entries of the dense weight."""
         return self.out_features * self.in_features
+
+
+Chain = ChainShape  # its public name
 
 
 def _check_modes(out_modes: tuple[int, ...], in_modes: tuple[int, ...]) -> None:

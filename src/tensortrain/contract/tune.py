@@ -17,17 +17,14 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from tensortrain.contract.choose import chain_candidates
+from tensortrain.contract.choose import candidates
 from tensortrain.contract.cost import is_measured
-from tensortrain.contract.network import Network, NetworkPlan, network_candidates
-from tensortrain.contract.plan import ContractionPlan
-from tensortrain.contract.shape import Chain
+from tensortrain.contract.plan import Plan, Shape
 from tensortrain.system.machine import device_key, known_file, read_json, write_json
 from tensortrain.system.native import library
+from tensortrain.system.tracing import is_traced, is_transformed
 
 __all__ = ["fastest_plan"]
-
-Plan = ContractionPlan | NetworkPlan
 
 _MOST_CANDIDATES = 6
 _LIKELY = 3.0  # a prediction so many times longer than the best one is not tried
@@ -45,7 +42,7 @@ _KNOWN: dict[Any, Plan] = {}
 
 
 def fastest_plan(
-    shape: Chain | Network,
+    shape: Shape,
     *,
     batch: int,
     dtype: torch.dtype,
@@ -70,9 +67,8 @@ def fastest_plan(
     (``$XDG_CACHE_HOME/tensortrain``), so that a later process on it takes the same plan and gets the same bits.
     """
     device = torch.device(device)
-    find: Callable[..., Sequence[Plan]] = network_candidates if isinstance(shape, Network) else chain_candidates
     options = {"batch": batch, "dtype": dtype, "training": training, "allow_dense": allow_dense, "force": force}
-    plans = find(shape, device=device, **options)
+    plans: Sequence[Plan] = candidates(shape, device=device, **options)
     if not may_time or len(plans) == 1 or not _can_time(device):
         return plans[0]
     key = _key(shape, device, options)
@@ -81,7 +77,7 @@ def fastest_plan(
     return _KNOWN[key]
 
 
-def _key(shape: Chain | Network, device: torch.device, options: dict[str, Any]) -> tuple[Any, ...]:
+def _key(shape: Shape, device: torch.device, options: dict[str, Any]) -> tuple[Any, ...]:
     key = (shape, device, torch.get_num_threads(), *options.values())
     kernels = library()
     if device.type != "cpu" or kernels is None:
@@ -102,7 +98,7 @@ def _found(plans: Sequence[Plan], device: torch.device, key: Any) -> Plan:
     if earlier is not None:
         return earlier
     file = _file(device)
-    write_json(file, {**_entries(file), _digest(key): _digest(_course(found))})
+    write_json(file, {**_entries(file), _digest(key): _digest(found.course)})
     return found
 
 
@@ -110,7 +106,7 @@ def _recalled(plans: Sequence[Plan], device: torch.device, key: Any) -> Plan | N
     """The plan that an earlier process on this machine found."""
     wanted = _entries(_file(device)).get(_digest(key))
     known = [*plans, *_flipped(plans), *_by_parts(plans)]
-    return next((plan for plan in known if _digest(_course(plan)) == wanted), None)
+    return next((plan for plan in known if _digest(plan.course) == wanted), None)
 
 
 def _file(device: torch.device) -> Path:
@@ -122,24 +118,15 @@ def _entries(file: Path) -> dict[str, str]:
     return found if isinstance(found, dict) else {}
 
 
-def _course(plan: Plan) -> Any:
-    """What tells plans of one layer apart."""
-    if isinstance(plan, ContractionPlan):
-        parts = [plan.rows_at_a_time] if plan.rows_at_a_time else []
-        return plan.kind, plan.direction, plan.groups, [step.kind for step in plan.steps], *parts
-    return plan.kind, [(step.operands, step.equation) for step in plan.steps]
-
-
 def _digest(value: Any) -> str:
-    return hashlib.sha256(repr(value).encode()).hexdigest()[:20]
+    told = repr(value).replace("ChainShape(", "Chain(")  # its name when the first files were written
+    return hashlib.sha256(told.encode()).hexdigest()[:20]
 
 
 def _can_time(device: torch.device) -> bool:
     if device.type not in ("cpu", "cuda") or not is_measured() or torch.are_deterministic_algorithms_enabled():
         return False
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or _get_current_dispatch_mode() is not None:
-        return False
-    if torch._C._functorch.maybe_current_level() is not None:
+    if is_traced() or is_transformed() or _get_current_dispatch_mode() is not None:
         return False
     return device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
 
@@ -157,8 +144,7 @@ def _likely(plans: Sequence[Plan]) -> list[Plan]:
 
 def _held_bytes(plan: Plan) -> int:
     """What a trial of this plan allocates, gradients of input and output included."""
-    shape = plan.chain if isinstance(plan, ContractionPlan) else plan.network
-    ends = plan.batch * (shape.in_features + shape.out_features) * plan.dtype.itemsize
+    ends = plan.batch * (plan.in_features + plan.out_features) * plan.dtype.itemsize
     return plan.peak_bytes + ends * (2 if plan.training else 1)
 
 
@@ -166,16 +152,14 @@ def _flipped(plans: Sequence[Plan]) -> list[Plan]:
     """The flipped forms that are worth a trial."""
     if not plans or plans[0].training or plans[0].batch not in _FLIPPED_ROWS:
         return []
-    flipped = [plan.flipped() for plan in plans if isinstance(plan, ContractionPlan)]
-    return [plan for plan in flipped if plan.flips]
+    return [flipped for plan in plans if (flipped := plan.flipped()).flips]
 
 
 def _by_parts(plans: Sequence[Plan]) -> list[Plan]:
     """The likeliest plans a few rows at a time, where states are too large for the cache of a core."""
     if not plans or plans[0].training or plans[0].device_type != "cpu" or library() is None:
         return []
-    chains = [plan for plan in plans if isinstance(plan, ContractionPlan) and not plan.uses_dense]
-    large = [plan for plan in chains if max(step.state_bytes for step in plan.steps) > _CACHED_BYTES]
+    large = [plan for plan in plans if plan.state_bytes > _CACHED_BYTES]
     return [plan.by_parts(_ROWS_AT_A_TIME) for plan in large[:_MOST_BY_PARTS]]
 
 
@@ -210,16 +194,15 @@ def _timed(call: Callable[[], object], device: torch.device) -> float:
 
 def _call(plan: Plan, device: torch.device) -> Callable[[], object]:
     """One inference, or one training step, of a plan on numbers of its own."""
-    shape = plan.chain if isinstance(plan, ContractionPlan) else plan.network
     with torch.inference_mode(False), torch.no_grad():
-        x = torch.full((plan.batch, shape.in_features), 0.5, dtype=plan.dtype, device=device)
-        cores = [torch.full(size, 0.5, dtype=plan.dtype, device=device) for size in shape.core_shapes]
+        x = torch.full((plan.batch, plan.in_features), 0.5, dtype=plan.dtype, device=device)
+        cores = [torch.full(size, 0.5, dtype=plan.dtype, device=device) for size in plan.shape.core_shapes]
     if not plan.training:
         with torch.no_grad():
             weights = plan.prepare(cores)
         return lambda: _infer(plan, x, weights)
     with torch.no_grad():
-        seed = torch.full((plan.batch, shape.out_features), 0.5, dtype=plan.dtype, device=device)
+        seed = torch.full((plan.batch, plan.out_features), 0.5, dtype=plan.dtype, device=device)
     leaves = [tensor.requires_grad_() for tensor in (x, *cores)]
     return lambda: _train(plan, leaves, seed)
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tensortrain.cores import chain
+from tensortrain.cores.algebra import join_pieces
 from tensortrain.cores.scales import Exponents, Scale, guarded, plain_exponent
 from tensortrain.cores.scaling import times_pow2, work_dtype
 from tensortrain.errors import KindError, ModeIndexError, ShapeError
@@ -270,7 +270,7 @@ def _apart(
                 wide[..., points, :, points, :] = picked
                 pieces.append(wide.flatten(-2, -1).flatten(-3, -2))
         k += entry is not None
-    return chain.join_pieces(pieces, n_batch)
+    return join_pieces(pieces, n_batch)
 
 
 def _kept(cores: Sequence[Tensor], entries: Sequence[Any], lists: Sequence[Tensor | None]) -> list[tuple[Any, int]]:

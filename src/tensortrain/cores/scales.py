@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from tensortrain.cores.scaling import keep_pow2, times_pow2
+from tensortrain.system.tracing import can_look
 
 __all__ = ["Exponents", "Kept", "Scale", "common", "guarded", "plain_exponent"]
 
@@ -106,7 +107,7 @@ def guarded(
         factors: Cores that are multiplied to what is carried between two splits.
         storage: Dtype that the results go to, if it is another one.
     """
-    if not _can_look(cores[0]):
+    if not can_look(cores[0]):
         return run(Kept(n_batch))
     top = _SHARE * math.frexp(torch.finfo(storage or cores[0].dtype).max)[1]
     bits = _bits(cores)
@@ -153,13 +154,6 @@ def _largest(size: Tensor, axes: tuple[int, ...]) -> Tensor:
     if not axes:
         return size
     return size.amax(axes) if size.numel() else size.sum(axes)  # modes of no entries have no largest one
-
-
-def _can_look(core: Tensor) -> bool:
-    """Whether a decision may rest on numbers: not while they are traced, transformed or captured."""
-    if torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is not None:
-        return False
-    return not (core.is_cuda and torch.cuda.is_current_stream_capturing()) and not core.is_meta
 
 
 @torch.no_grad()

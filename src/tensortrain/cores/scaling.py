@@ -8,7 +8,18 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["balanced_pow2", "keep_pow2", "split_pow2", "splitter", "spread_pow2", "times_pow2", "work_dtype"]
+__all__ = [
+    "balanced_pow2",
+    "keep_pow2",
+    "multiplied_pow2",
+    "place_pow2",
+    "shares_pow2",
+    "split_pow2",
+    "splitter",
+    "spread_pow2",
+    "times_pow2",
+    "work_dtype",
+]
 
 
 def work_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -106,6 +117,54 @@ def spread_pow2(cores: Sequence[Tensor], exponent: Tensor | int) -> list[Tensor]
         return list(cores)
     each, extra = exponent // len(cores), exponent % len(cores)
     return [times_pow2(core, each + (extra > k)) for k, core in enumerate(cores)]
+
+
+def place_pow2(
+    cores: Sequence[Tensor], exponent: Tensor | int, at: int, dtype: torch.dtype
+) -> tuple[list[Tensor], bool]:
+    """Multiply by ``2**exponent``: core ``at`` where ``dtype`` can hold that, else every core alike.
+
+    Returns:
+        The cores, and whether core ``at`` took it all.
+    """
+    shares, single = shares_pow2(cores, exponent, at, dtype)
+    return multiplied_pow2(cores, shares), single
+
+
+def shares_pow2(
+    cores: Sequence[Tensor], exponent: Tensor | int, at: int, dtype: torch.dtype
+) -> tuple[list[Tensor | int], bool]:
+    """How ``2**exponent`` is shared out among the cores, so that ``dtype`` can hold their entries.
+
+    Entries of core ``at`` may be of any size, those of the others are taken to be at most about 1.
+
+    Returns:
+        An exponent for each core, and whether core ``at`` gets it all.
+    """
+    top = math.floor(math.log2(torch.finfo(dtype).max)) - 2
+    size = _exponent_of(cores[at])
+    total = torch.where(size.isfinite(), exponent + size, 0).to(torch.int32)
+    lowest, highest = (int(e) for e in torch.aminmax(total)) if total.numel() else (0, 0)  # the one host sync
+    if -top // 2 <= lowest and highest <= top:
+        return [exponent if k == at else 0 for k in range(len(cores))], True
+    each, extra = total // len(cores), total % len(cores)
+    shares = [each + (extra > k) for k in range(len(cores))]
+    shares[at] = shares[at] - torch.where(size.isfinite(), size, 0).to(torch.int32)
+    return list(shares), False
+
+
+def multiplied_pow2(cores: Sequence[Tensor], shares: Sequence[Tensor | int]) -> list[Tensor]:
+    """Every core times its own power of two."""
+    pairs = zip(cores, shares, strict=True)
+    return [core if isinstance(share, int) and share == 0 else times_pow2(core, share) for core, share in pairs]
+
+
+def _exponent_of(core: Tensor) -> Tensor:
+    """Of two, of the largest entry of each member; minus infinity for zeros."""
+    if core.numel() == 0:
+        return core.new_full(core.shape[:-3], -math.inf, dtype=torch.float64)
+    largest = core.detach().abs().amax(dim=(-3, -2, -1))
+    return torch.where(largest > 0, torch.frexp(largest).exponent.to(torch.float64), -math.inf)
 
 
 def _pow2(exponent: Tensor | int, like: Tensor) -> Tensor | float:

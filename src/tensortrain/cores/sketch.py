@@ -14,9 +14,10 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from tensortrain.cores import chain
+from tensortrain.cores.canonical import orthogonalize_cores
 from tensortrain.cores.linalg import orthonormal
 from tensortrain.cores.scaling import split_pow2, spread_pow2
+from tensortrain.cores.unfold import absorb_left, absorb_right, as_left
 
 __all__ = ["OVERSAMPLING", "Hadamard", "Matmul", "Plain", "Sum", "Virtual", "sketched_cores"]
 
@@ -69,10 +70,10 @@ class Plain:
         return self.cores[0]
 
     def pass_left(self, k: int, carry: Tensor) -> Tensor:
-        return chain.absorb_left(carry, self.cores[k])
+        return absorb_left(carry, self.cores[k])
 
     def pass_right(self, k: int, carry: Tensor) -> Tensor:
-        return chain.absorb_right(self.cores[k], carry)
+        return absorb_right(self.cores[k], carry)
 
     def balanced(self) -> Plain:
         return Plain(_right_orthogonal(self.cores))
@@ -190,7 +191,7 @@ def _right_orthogonal(cores: Sequence[Tensor], n_axes: int = 3) -> list[Tensor]:
     """Cores, all but the first right-orthogonal; a power of two goes to every core alike."""
     modes = [core.shape[1 - n_axes : -1] for core in cores]
     merged = [core.flatten(1 - n_axes, -2) for core in cores]
-    out, exponent = chain.orthogonalize_cores(merged, (0, len(merged) - 1), 0)
+    out, exponent = orthogonalize_cores(merged, (0, len(merged) - 1), 0)
     return [core.unflatten(-2, sizes) for core, sizes in zip(spread_pow2(out, exponent), modes, strict=True)]
 
 
@@ -225,7 +226,7 @@ def sketched_cores(x: Virtual, widths: Sequence[int], seed: int = 0) -> tuple[li
     cores: list[Tensor] = []
     for k in range(d - 1):
         full = x.pass_left(k, carry)  # r n R
-        rows = chain.as_left(full)
+        rows = as_left(full)
         basis = orthonormal(rows @ shows[k + 1])
         cores.append(basis.unflatten(-2, full.shape[-3:-1]))
         carry, step = split_pow2(basis.mH @ rows, n_batch)

@@ -14,12 +14,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from tensortrain.cores.chain import add_cores, multiplied_pow2, norm_parts, over_core, shares_pow2
-from tensortrain.cores.scaling import times_pow2
+from tensortrain.cores.algebra import add_cores
+from tensortrain.cores.canonical import norm_parts
+from tensortrain.cores.scaling import multiplied_pow2, shares_pow2, times_pow2
+from tensortrain.cores.unfold import over_core
 from tensortrain.errors import RankError
 
 __all__ = [
@@ -158,9 +161,10 @@ class Sweep:
 
 @dataclass(frozen=True)
 class Finished:
-    """What a sweep stored: cores, their center, and the promised error, of the worst member of a batch.
+    """What an inner algorithm stored: cores, their center, and the promised error, of the worst member of a batch.
 
-    ``sweep`` and ``shares`` tell how the cores came about: those of the sweep, each times its power of two.
+    ``sweep`` and ``shares`` tell how the cores came about: those of the sweep, each times its power of two. There is
+    none where all is zero.
     """
 
     cores: tuple[Tensor, ...]
@@ -168,9 +172,29 @@ class Finished:
     bound: float
     bond_errors: tuple[float, ...]
     bounds: Tensor
-    is_zero: bool
-    sweep: Sweep
-    shares: list[Tensor | int]
+    eps: float
+    sweep: Sweep | None = None
+    shares: Sequence[Tensor | int] = ()
+    method: str = ""
+    n_pieces: int | None = None
+
+    @classmethod
+    def zero(cls, modes: Sequence[int], batch: Sequence[int], like: Tensor, eps: float) -> Finished:
+        """Zero cores of rank 1, in the dtype and on the device of ``like``."""
+        cores = tuple(like.new_zeros((*batch, 1, n, 1)) for n in modes)
+        nothing = torch.zeros(tuple(batch), dtype=torch.float64, device=like.device)
+        return cls(cores, (0, len(cores) - 1), 0.0, (0.0,) * (len(cores) - 1), nothing, eps)
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        return (1, *(core.shape[-1] for core in self.cores))
+
+    @property
+    def info(self) -> dict[str, Any]:
+        """How it came about, as an ``Approximation`` tells it."""
+        batch = {"rel_error_bounds": self.bounds} if self.bounds.ndim else {}
+        pieces = {} if self.n_pieces is None else {"n_pieces": self.n_pieces}
+        return {"method": self.method, "eps": self.eps, "bond_errors": self.bond_errors, **batch, **pieces}
 
 
 def settled(
@@ -223,8 +247,9 @@ def finish(sweep: Sweep, *, dtype: torch.dtype, budget: Budget) -> Finished:
     worst = torch.cat((sweep.norm.reshape(1, -1), bounds.reshape(1, -1), tails[:-1].reshape(last, sweep.norm.numel())))
     numbers = worst.amax(1).tolist() if worst.shape[1] else [0.0] * (last + 2)  # one sync for all
     center = (last, last) if single else (0, last)
-    is_zero = numbers[0] == 0.0
-    return Finished(tuple(stored), center, numbers[1], tuple(numbers[2:]), bounds, is_zero, sweep, shares)
+    if numbers[0] == 0.0:
+        return Finished.zero([core.shape[-2] for core in stored], stored[0].shape[:-3], stored[0], budget.eps)
+    return Finished(tuple(stored), center, numbers[1], tuple(numbers[2:]), bounds, budget.eps, sweep, shares)
 
 
 def with_derivatives(done: Finished, cores: Sequence[Tensor]) -> tuple[Tensor, ...]:

@@ -16,7 +16,8 @@ _MAX_SHIFT = 2
 
 
 class ImageBatches:
-    """A re-iterable source of ``(x, y)``; build it with :func:`image_batches`.
+    """A re-iterable source of ``(x, y)``, batches as ``train.batches`` reads them; build it with
+    :func:`image_batches`.
 
     ``x`` is float32 ``(b, 1, H, W)``, ``y`` int64 ``(b,)``. Every pass over it in one epoch gives the same
     batches; :meth:`set_epoch` moves to another order and other augmentations.

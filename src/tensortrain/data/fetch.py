@@ -1,17 +1,28 @@
-"""Where data sets are kept, and how files get there: whole or not at all."""
+"""How the files of data sets get into the user's cache."""
 
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 import subprocess
-import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
 from tensortrain.errors import DataError
+from tensortrain.system.files import fill_folder
+from tensortrain.system.machine import cache_folder
+
+__all__ = [
+    "Messages",
+    "cache_folder",
+    "check_sha256",
+    "copy_files",
+    "fill_folder",
+    "run",
+    "say",
+    "unpack_debian",
+]
 
 _COMMAND_TIMEOUT_S = 600
 
@@ -27,45 +38,6 @@ def say(observer: Messages | None, text: str) -> None:
     """Pass a sentence to the observer, if there is one."""
     if observer is not None:
         observer.message(text)
-
-
-def cache_folder(name: str) -> Path:
-    """Return the user's cache folder for a data set: under ``XDG_CACHE_HOME``, else under ``~/.cache``."""
-    # Unlike Path.home(), expanduser does not fail for a user without a home.
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    return Path(base) / "tensortrain" / name
-
-
-def fill_folder(folder: Path, fill: Callable[[Path], None]) -> None:
-    """Let ``fill`` write into a new folder beside ``folder``, then move it there by rename.
-
-    A folder that is in the place already, damaged or outdated, is replaced. When ``fill`` raises, nothing
-    changes.
-    """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
-        new, old = Path(scratch) / "new", Path(scratch) / "old"
-        new.mkdir()
-        fill(new)
-        for path in new.rglob("*"):
-            if path.is_file():
-                _sync(path)
-        if folder.exists():
-            os.rename(folder, old)
-        try:
-            os.rename(new, folder)
-        except OSError:
-            if not folder.exists():  # otherwise another process has just put its own there
-                raise
-
-
-def _sync(path: Path) -> None:
-    """Bring a file to the disk before the folder gets its name: a crash must not leave half of it there."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def run(command: Sequence[str], *, cwd: Path) -> None:

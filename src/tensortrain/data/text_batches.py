@@ -15,7 +15,9 @@ Tokenizer = Callable[..., Any]
 
 
 class TextBatches:
-    """A re-iterable source of ``{"input_ids", "attention_mask"}``; build it with :func:`text_batches`."""
+    """A re-iterable source of ``{"input_ids", "attention_mask"}``, batches as ``train.batches`` reads them; build it
+    with :func:`text_batches`.
+    """
 
     def __init__(
         self, texts: Sequence[str], tokenizer: Tokenizer, *, batch_size: int, max_length: int, seed: int | None

@@ -1,29 +1,23 @@
 """Weight formats: how a dense weight is written as a few small cores. One file each, one registry."""
 
 from . import block_term, btt, cp, kronecker, low_rank, ring, tt, tt_naive, tt_separate, tucker, tucker2  # registered
-from .base import (
-    Bond,
-    Factorization,
-    FactorSpec,
-    Format,
-    Kind,
-    Rank,
-    WeightShape,
-    format_names,
-    get_format,
-    register,
-)
+from .base import Format
 from .chain import ChainFormat, balance_chain
+from .fit import Factorization, Fit
 from .modes import ModeChoice, default_order, search_modes, suggest_modes, suggest_padded_modes
 from .network import NetworkFormat
 from .rank_path import RankPoint, even_path, rank_path
-from .whitening import energy, output_error
+from .registry import format_names, get_format, register
+from .spec import Bond, FactorSpec, Kind, Rank, WeightShape
+from .weighting import PLAIN, Weighting, energy, output_error
 
 __all__ = [
+    "PLAIN",
     "Bond",
     "ChainFormat",
     "FactorSpec",
     "Factorization",
+    "Fit",
     "Format",
     "Kind",
     "ModeChoice",
@@ -31,6 +25,7 @@ __all__ = [
     "Rank",
     "RankPoint",
     "WeightShape",
+    "Weighting",
     "balance_chain",
     "block_term",
     "btt",

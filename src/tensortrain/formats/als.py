@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tensortrain.contract import Chain, Network
-from tensortrain.contract.network import Legs, Product, contraction, contraction_flops, run
+from tensortrain.contract.products import Legs, Product, contraction, contraction_flops, run
 
 __all__ = ["alternate", "chain_network", "sweep_flops"]
 

@@ -6,19 +6,29 @@ and its error all follow from a ``FactorSpec``, which is plain data: it prints, 
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from tensortrain.contract import Chain, ContractionPlan, Network
 from tensortrain.cores.tolerance import compute_dtype
-from tensortrain.errors import DTypeError, KindError, NonFiniteError, ShapeError
+from tensortrain.errors import KindError, ShapeError
 from tensortrain.tensor import Approximation, default_eps
+
+from .checks import check_dense
+from .checks import check_modes as check_modes
+from .fit import Factorization, Fit, fit_groups
+from .fit import equal_norms as equal_norms
+from .fit import zero_pad as zero_pad
+from .init import draw_, draw_structured_, std_of_entries
+from .registry import _FORMATS as _FORMATS
+from .registry import format_names, get_format, register
+from .spec import Bond, FactorSpec, Kind, Rank, WeightShape
+from .weighting import PLAIN, Weighting
 
 __all__ = [
     "Bond",
@@ -33,128 +43,7 @@ __all__ = [
     "register",
 ]
 
-Kind = Literal["linear", "conv", "embedding"]
-Rank = int | float | str | Sequence[int]
-Bond = tuple[tuple[int, int], ...]  # (core, axis) of every place where one rank index appears
 Spatial = Callable[..., Tensor]  # (x, kernel, bias=None, groups=1)
-
-
-@dataclass(frozen=True)
-class WeightShape:
-    """The dense weight that a format stands for.
-
-    ``out_features`` counts all outputs (rows of a linear weight, output channels, embedding dimension);
-    ``in_features`` counts the inputs that one output sees (columns, input channels per group, vocabulary).
-    """
-
-    kind: Kind
-    out_features: int
-    in_features: int
-    kernel: tuple[int, ...] = ()
-    groups: int = 1
-
-    @property
-    def dense_shape(self) -> tuple[int, ...]:
-        """Shape of the weight in torch's own layout."""
-        if self.kind == "embedding":
-            return (self.in_features, self.out_features)
-        return (self.out_features, self.in_features, *self.kernel)
-
-    @property
-    def n_params(self) -> int:
-        """Entries of the dense weight."""
-        return math.prod(self.dense_shape)
-
-    @property
-    def fan_in(self) -> int:
-        """Inputs that one output sums over, kernel positions included."""
-        return self.in_features * math.prod(self.kernel)
-
-    def one_group(self) -> WeightShape:
-        """The shape of a single group's weight."""
-        return replace(self, out_features=self.out_features // self.groups, groups=1)
-
-
-@dataclass(frozen=True)
-class FactorSpec:
-    """A weight's format, modes and ranks: all that is needed to lay out its cores.
-
-    The modes are those of one group's weight (channels for a convolution).
-    """
-
-    format: str
-    weight: WeightShape
-    out_modes: tuple[int, ...]
-    in_modes: tuple[int, ...]
-    ranks: tuple[int, ...]
-
-    @property
-    def core_shapes(self) -> tuple[tuple[int, ...], ...]:
-        """Shapes of the stored cores; grouped convolutions have the group as leading axis."""
-        shapes = get_format(self.format).group_core_shapes(self)
-        groups = self.weight.groups
-        return shapes if groups == 1 else tuple((groups, *shape) for shape in shapes)
-
-    @property
-    def n_params(self) -> int:
-        """Entries of all cores."""
-        return sum(math.prod(shape) for shape in self.core_shapes)
-
-    def one_group(self) -> FactorSpec:
-        """The spec of a single group's cores."""
-        return replace(self, weight=self.weight.one_group())
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain numbers, strings and lists, ready for JSON; ``from_dict`` reads them back."""
-        weight = self.weight
-        return {
-            "format": self.format,
-            "kind": weight.kind,
-            "out_features": weight.out_features,
-            "in_features": weight.in_features,
-            "kernel": list(weight.kernel),
-            "groups": weight.groups,
-            "out_modes": list(self.out_modes),
-            "in_modes": list(self.in_modes),
-            "ranks": list(self.ranks),
-        }
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> FactorSpec:
-        """Read a spec back and check it.
-
-        Raises:
-            ShapeError: A field is missing, or the numbers do not describe a weight.
-        """
-        try:
-            weight = WeightShape(
-                data["kind"],
-                int(data["out_features"]),
-                int(data["in_features"]),
-                tuple(int(k) for k in data["kernel"]),
-                int(data["groups"]),
-            )
-            modes = (tuple(int(n) for n in data["out_modes"]), tuple(int(n) for n in data["in_modes"]))
-            given = tuple(int(r) for r in data["ranks"])
-            name = str(data["format"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise ShapeError(
-                f"a factorization needs kind, sizes, modes and ranks as whole numbers: {error!r} in {dict(data)}. "
-                "Write it again with to_dict()."
-            ) from error
-        return get_format(name).spec(weight, rank=given, out_modes=modes[0], in_modes=modes[1], clip=False)
-
-
-@dataclass(frozen=True)
-class Factorization:
-    """Cores together with the spec that lays them out."""
-
-    spec: FactorSpec
-    cores: tuple[Tensor, ...]
-
-    def to_dense(self) -> Tensor:
-        """The dense weight in torch's layout."""
-        return get_format(self.spec.format).to_dense(self.cores, self.spec)
 
 
 class Format(ABC):
@@ -187,20 +76,11 @@ class Format(ABC):
         """Core shapes of one group."""
 
     @abstractmethod
-    def factorize_group(
-        self,
-        dense: Tensor,
-        spec: FactorSpec,
-        *,
-        eps: float | None,
-        gram: Tensor | None,
-        output_gram: Tensor | None = None,
-    ) -> tuple[tuple[int, ...], tuple[Tensor, ...], float]:
-        """Best cores for one group's dense weight: ranks reached, cores, promised relative error.
+    def factorize_group(self, dense: Tensor, spec: FactorSpec, *, eps: float | None, weighting: Weighting) -> Fit:
+        """Best cores for one group's dense weight, with the ranks reached and the error promised.
 
-        With ``eps`` the ranks follow from the tolerance, and ``spec.ranks`` are only caps.
-        With ``gram`` the error is that of the layer's output, ``||(W - W') H^(1/2)|| / ||W H^(1/2)||``;
-        ``output_gram`` weighs the outputs.
+        With ``eps`` the ranks follow from the tolerance, and ``spec.ranks`` are only caps. Where ``weighting`` is not
+        plain the error is that of the layer's output, ``||F^(1/2) (W - W') H^(1/2)|| / ||F^(1/2) W H^(1/2)||``.
         """
 
     @abstractmethod
@@ -212,9 +92,7 @@ class Format(ABC):
         """How many products of one entry per core are summed in an entry of the dense weight."""
 
     @abstractmethod
-    def spectra(
-        self, dense: Tensor, spec: FactorSpec, *, gram: Tensor | None, output_gram: Tensor | None = None
-    ) -> list[Tensor]:
+    def spectra(self, dense: Tensor, spec: FactorSpec, *, weighting: Weighting = PLAIN) -> list[Tensor]:
         """Singular values of every matricization that a rank of ``spec`` cuts (one group, float64)."""
 
     def rank_caps(self, spec: FactorSpec) -> tuple[int, ...]:
@@ -245,21 +123,20 @@ class Format(ABC):
         """
         return min(spec.weight.out_features // spec.weight.groups, spec.weight.in_features)
 
-    def probe(self, dense: Tensor, spec: FactorSpec, gram: Tensor | None, output_gram: Tensor | None = None) -> float:
+    def tied_ranks(self, spec: FactorSpec) -> tuple[tuple[int, ...], ...]:
+        """Which of the ``inner_ranks`` are one cut and rise together."""
+        return tuple((k,) for k in range(len(self.inner_ranks(spec))))
+
+    def most_rank(self, spec: FactorSpec, ranks: Sequence[int], tied: tuple[int, ...]) -> int:
+        """Largest useful rank of a cut beside the other ``inner_ranks`` as they are."""
+        return max(spec.weight.n_params, 1)
+
+    def probe(self, dense: Tensor, spec: FactorSpec, weighting: Weighting = PLAIN) -> float:
         """Relative error that a decomposition at these ranks reaches, perhaps estimated.
 
-        For comparing candidates: cheaper than ``factorize`` where the format knows how.
+        For comparing candidates: cheaper than ``fit`` where the format knows how.
         """
-        found = self.factorize(
-            dense,
-            spec.weight,
-            rank=spec.ranks,
-            out_modes=spec.out_modes,
-            in_modes=spec.in_modes,
-            gram=gram,
-            output_gram=output_gram,
-        )
-        return float(found.rel_error_bound or 0.0)
+        return self.fit(dense, spec, weighting=weighting).rel_error
 
     # -- how it runs ---------------------------------------------------------------------------------
 
@@ -270,6 +147,15 @@ class Format(ABC):
     def contraction(self, spec: FactorSpec) -> Chain | Network | None:
         """What carries a linear layer's product: the chain, or the network of a format that is none (one group)."""
         return self.chain(spec)
+
+    def to_chain(self, cores: Sequence[Tensor], spec: FactorSpec) -> list[Tensor]:
+        """Stored cores as ``contraction`` takes them, those of a chain ``(r, i, j, s)``; views where possible."""
+        return list(cores)
+
+    def stores_chain(self, spec: FactorSpec) -> bool:
+        """Whether the stored cores are those of the chain."""
+        chain = self.chain(spec.one_group())
+        return chain is not None and chain.core_shapes == spec.one_group().core_shapes
 
     def convolve(
         self,
@@ -296,6 +182,14 @@ class Format(ABC):
         """The chain that ``convolve`` runs over channels at every output position, if there is one."""
         return None
 
+    def n_filters(self, spec: FactorSpec) -> int | None:
+        """How many spatial filters ``convolve`` puts before the channel chain; None where it runs in another way."""
+        return None
+
+    def split_spatial(self, cores: Sequence[Tensor], spec: FactorSpec) -> tuple[Tensor, list[Tensor]]:
+        """Spatial filters ``(r_0, 1, *kernel)`` and the cores of the channel chain, where there are ``n_filters``."""
+        raise KindError(f"format {self.name!r} has no spatial filters. Use convolve.")
+
     def conv_work(self, spec: FactorSpec, in_positions: int, out_positions: int) -> list[tuple[int, int]]:
         """Steps of ``convolve`` for one example and one group, as (flops, numbers moved)."""
         return []
@@ -319,6 +213,23 @@ class Format(ABC):
                 f"{weight.kind!r}. Choose one of {fitting}."
             )
 
+    def asked(
+        self,
+        weight: WeightShape,
+        dtype: torch.dtype,
+        *,
+        rank: Rank | None = None,
+        eps: float | None = None,
+        out_modes: Sequence[int] | None = None,
+        in_modes: Sequence[int] | None = None,
+    ) -> tuple[FactorSpec, float | None]:
+        """The spec and the tolerance that a caller's words ask for; with neither rank nor eps exact to dtype."""
+        spec = self.spec(
+            weight, rank="full" if rank is None else rank, out_modes=out_modes, in_modes=in_modes, clip=True
+        )
+        exact = rank is None and eps is None
+        return spec, default_eps(dtype, 2 + len(spec.in_modes)) if exact else eps
+
     def factorize(
         self,
         dense: Tensor,
@@ -330,8 +241,8 @@ class Format(ABC):
         in_modes: Sequence[int] | None = None,
         gram: Tensor | None = None,
         output_gram: Tensor | None = None,
-    ) -> Approximation:
-        """Approximate a dense weight.
+    ) -> Approximation[Fit]:
+        """Approximate a dense weight as a caller's words ask for it; ``fit`` takes a spec.
 
         Args:
             dense: Weight in torch's layout, ``weight.dense_shape``.
@@ -339,56 +250,42 @@ class Format(ABC):
             rank: Cap on the ranks (see ``TensorTrain``); ``None`` with ``eps=None`` is exact to dtype.
             eps: Relative Frobenius tolerance (in the norm of ``gram`` where given).
             out_modes, in_modes: Mode shapes, chosen when left out.
-            gram: Second moment of the inputs, ``(N, N)`` or its diagonal ``(N,)``, with ``N`` the fan-in
-                (convolutions: channel slowest, as ``torch.nn.functional.unfold`` orders a patch).
-                Grouped convolutions do not use it.
-            output_gram: Weights of the outputs beside ``gram``, ``(M, M)`` or its diagonal ``(M,)``, such as the
-                second moment of the gradients that reach them.
+            gram, output_gram: Second moments of inputs and outputs, see ``Weighting``.
 
         Returns:
-            Approximation: ``value`` a ``Factorization``; ``rel_error_bound`` in the norm used.
+            Approximation: ``value`` a ``Fit``; ``rel_error_bound`` in the norm used.
+
+        Raises:
+            As ``fit``.
+        """
+        spec, eps = self.asked(weight, dense.dtype, rank=rank, eps=eps, out_modes=out_modes, in_modes=in_modes)
+        found = self.fit(dense, spec, eps=eps, weighting=Weighting(gram, output_gram))
+        return Approximation(found, found.rel_error, {})
+
+    def fit(self, dense: Tensor, spec: FactorSpec, *, eps: float | None = None, weighting: Weighting = PLAIN) -> Fit:
+        """Best cores for a dense weight.
+
+        Args:
+            dense: Weight in torch's layout, ``spec.weight.dense_shape``.
+            spec: Format, modes and ranks; the ranks are caps, and what is not feasible of them is cut off.
+            eps: Relative tolerance in the norm of ``weighting``; the smallest ranks found that keep it are taken.
+            weighting: What an error counts. Grouped convolutions do not use it.
 
         Raises:
             NonFiniteError: The weight holds NaN or Inf.
-            DTypeError: ``gram`` is given for a complex weight.
-            ShapeError: The weight does not have the shape announced, or the modes do not fit.
+            DTypeError: A complex weight is to be weighed.
+            ShapeError: The weight or its second moments do not have the shape announced, or the modes do not fit.
         """
-        self.check_kind(weight)
-        check_dense(dense, weight)
-        if gram is not None and dense.is_complex():
-            raise DTypeError(
-                f"only real weights can be weighted by a second moment: found {dense.dtype}. Leave it out."
-            )
-        exact = rank is None and eps is None
-        spec = self.spec(
-            weight, rank="full" if rank is None else rank, out_modes=out_modes, in_modes=in_modes, clip=True
-        )
-        tolerance = default_eps(dense.dtype, 2 + len(spec.in_modes)) if exact else eps
-        if weight.groups == 1:
-            ranks, cores, bound = self.factorize_group(dense, spec, eps=tolerance, gram=gram, output_gram=output_gram)
-            return Approximation(Factorization(replace(spec, ranks=ranks), cores), bound, {})
-        return self._factorize_groups(dense, spec, tolerance)
+        self.check_kind(spec.weight)
+        check_dense(dense, spec.weight)
+        weighting = weighting.beside(dense)
+        spec = self.spec(spec.weight, rank=spec.ranks, out_modes=spec.out_modes, in_modes=spec.in_modes, clip=True)
+        if spec.weight.groups == 1:
+            return self.factorize_group(dense, spec, eps=eps, weighting=weighting)
+        return fit_groups(dense, spec, eps, self._fit_plain)
 
-    def _factorize_groups(self, dense: Tensor, spec: FactorSpec, eps: float | None) -> Approximation:
-        # All groups share one rank profile so that their cores stack: the largest that any of them needs.
-        one = spec.one_group()
-        blocks = dense.chunk(spec.weight.groups)
-        found = [self.factorize_group(block, one, eps=eps, gram=None) for block in blocks]
-        ranks = tuple(max(column) for column in zip(*(ranks for ranks, _, _ in found), strict=True))
-        padded = replace(one, ranks=ranks)
-        shapes = self.group_core_shapes(padded)
-        stacks: list[list[Tensor]] = [[] for _ in shapes]
-        squared = 0.0
-        for block, first in zip(blocks, found, strict=True):
-            again = first if first[0] == ranks else self.factorize_group(block, padded, eps=None, gram=None)
-            _, cores, bound = min(again, first, key=lambda one: one[2])  # more ranks need not mean less error
-            squared += bound**2 * _energy(block)
-            for stack, core, shape in zip(stacks, cores, shapes, strict=True):
-                stack.append(zero_pad(core, shape))
-        total = _energy(dense)
-        relative = math.sqrt(squared / total) * (1 + 1e-12) if total > 0 else 0.0  # sums round differently
-        cores_out = tuple(torch.stack(stack) for stack in stacks)
-        return Approximation(Factorization(replace(spec, ranks=ranks), cores_out), relative, {})
+    def _fit_plain(self, block: Tensor, spec: FactorSpec, eps: float | None) -> Fit:
+        return self.factorize_group(block, spec, eps=eps, weighting=PLAIN)
 
     def to_dense(self, cores: Sequence[Tensor], spec: FactorSpec) -> Tensor:
         """The dense weight in torch's layout, differentiable in the cores."""
@@ -398,15 +295,9 @@ class Format(ABC):
         blocks = [self.dense_group([core[g] for core in cores], one) for g in range(spec.weight.groups)]
         return torch.cat(blocks)
 
-    def init_std(self, spec: FactorSpec, sigma: float) -> float:
-        r"""Standard deviation of every core entry that gives dense entries the variance ``sigma**2``.
-
-        An entry is a sum over ``n_paths`` products of one independent entry per core, so
-        ``std**(2 n_cores) * n_paths = sigma**2``. (The root ``4d - 2`` printed in arXiv:1901.10787 is that
-        of a chain of ``2d - 1`` cores and misses the variance of a TT-matrix by orders of magnitude.)
-        """
-        n_cores = len(self.group_core_shapes(spec))
-        return (sigma**2 / self.n_paths(spec)) ** (1 / (2 * n_cores))
+    def squared_norm(self, cores: Sequence[Tensor], spec: FactorSpec) -> Tensor:
+        """``||W||_F^2`` of one group, differentiable in the cores."""
+        return self.dense_group(cores, spec).abs().square().sum()
 
     def core_fans(self, spec: FactorSpec) -> tuple[tuple[int, int], ...]:
         """Inputs and outputs ``(f_in, f_out)`` of every core, seen as a dense layer that runs in batch.
@@ -417,49 +308,32 @@ class Format(ABC):
 
         Source: Qiu et al., ICML 2024, arXiv:2406.06248, section 3.
         """
-        one = spec.one_group()
-        shape = self.contraction(one)
-        if isinstance(shape, Network):
-            return shape.core_fans()
-        if shape is None:
+        chain = self.chain(spec.one_group())
+        if chain is None:
             raise KindError(f"format {self.name!r} does not know the fans of its cores. Override core_fans.")
-        return tuple((r * n, m * s) for r, m, n, s in shape.core_shapes)
+        return tuple((r * n, m * s) for r, m, n, s in chain.core_shapes)
 
-    @torch.no_grad()
+    def fan_ins(self, spec: FactorSpec) -> tuple[int, ...]:
+        """Numbers that every core sums over. An embedding's inputs are one-hot: its modes count 1."""
+        if spec.weight.kind == "embedding":
+            return (1,) * len(spec.core_shapes)  # only how many cores there are is known
+        return tuple(f_in for f_in, _ in self.core_fans(spec))
+
+    def init_std(self, spec: FactorSpec, sigma: float) -> float:
+        """Standard deviation of every core entry that gives dense entries the variance ``sigma**2``."""
+        return std_of_entries(sigma, self.n_paths(spec), len(self.group_core_shapes(spec)))
+
+    def init_(
+        self, cores: Sequence[Tensor], spec: FactorSpec, sigma: float, generator: torch.Generator | None = None
+    ) -> None:
+        """Fill cores so that the dense weight has mean square ``sigma**2``; see ``draw_``."""
+        draw_(cores, sigma, self.init_std(spec, sigma), lambda drawn: self.mean_square(drawn, spec), generator)
+
     def init_structured_(
         self, cores: Sequence[Tensor], spec: FactorSpec, generator: torch.Generator | None = None
     ) -> None:
-        """Fill every core with the standard deviation ``sqrt(1 / f_in) min(1, sqrt(f_out / f_in))``.
-
-        Activations then keep their size whatever the width. Source: as ``core_fans``.
-        """
-        for core, (f_in, f_out) in zip(cores, self.core_fans(spec), strict=True):
-            if not core.is_meta:
-                core.normal_(0.0, min(1.0, math.sqrt(f_out / f_in)) / math.sqrt(f_in), generator=generator)
-
-    @torch.no_grad()
-    def init_(
-        self,
-        cores: Sequence[Tensor],
-        spec: FactorSpec,
-        sigma: float,
-        generator: torch.Generator | None = None,
-    ) -> None:
-        """Fill cores so that the dense weight has mean square ``sigma**2``.
-
-        Gaussian cores have the right variance only on average, and their product has heavy tails
-        (kurtosis ``3 prod(1 + 2 / r_k)``), so the draw at hand is scaled to the target as a whole.
-        """
-        std = self.init_std(spec, sigma)
-        for core in cores:
-            if core.is_meta:
-                return
-            core.normal_(0.0, std, generator=generator)
-        mean_square = self.mean_square(cores, spec)
-        if mean_square > 0:
-            scale = (sigma**2 / mean_square) ** (1 / (2 * len(cores)))
-            for core in cores:
-                core.mul_(scale)
+        """Fill every core according to its own fans; see ``draw_structured_``."""
+        draw_structured_(cores, self.core_fans(spec), generator)
 
     def mean_square(self, cores: Sequence[Tensor], spec: FactorSpec) -> float:
         """Mean square of the entries of the dense weight."""
@@ -467,87 +341,6 @@ class Format(ABC):
         return float(dense.abs().square().mean())
 
 
-_FORMATS: dict[str, Format] = {}
-
-
-def register(cls: type[Format]) -> type[Format]:
-    """Class decorator: make a format known by its name."""
-    _FORMATS[cls.name] = cls()
-    return cls
-
-
-def format_names() -> tuple[str, ...]:
-    """Names of all registered formats."""
-    return tuple(sorted(_FORMATS))
-
-
-def get_format(name: str) -> Format:
-    """The format of that name.
-
-    Raises:
-        ShapeError: No format has that name.
-    """
-    try:
-        return _FORMATS[name]
-    except (KeyError, TypeError):
-        raise ShapeError(
-            f"a format must be registered: found {name!r}, known are {list(format_names())}. "
-            "Choose one of these, or register a Format of that name."
-        ) from None
-
-
-def check_dense(dense: Tensor, weight: WeightShape) -> None:
-    if tuple(dense.shape) != weight.dense_shape:
-        raise ShapeError(
-            f"a dense weight must have its layer's shape: found {tuple(dense.shape)}, expected "
-            f"{weight.dense_shape}. Pass the layer's own weight."
-        )
-    if not bool(torch.isfinite(dense).all()):  # one host sync per decomposition
-        raise NonFiniteError(
-            f"a weight must be finite: found {int((~torch.isfinite(dense)).sum())} NaN or Inf among "
-            f"{dense.numel()} entries. Repair or retrain the layer before it is compressed."
-        )
-
-
-def check_modes(
-    modes: Sequence[int], size: int, what: str, *, pad: bool = False, most_padding: float | None = None
-) -> tuple[int, ...]:
-    """Modes as a tuple whose product is ``size``, or at least that with ``pad``, or within a share above it."""
-    given = tuple(int(n) for n in modes)
-    product = math.prod(given)
-    limit = math.inf if pad else size * (1 + (most_padding or 0.0))
-    if not given or min(given) < 1 or not size <= product <= limit:
-        relation = "at least" if pad else "exactly"
-        padded = f" (padded, up to {math.floor(limit)})" if most_padding else ""
-        raise ShapeError(
-            f"{what} must be positive and multiply to {relation} {size}{padded}: found {given} with product {product}. "
-            f"Try tensortrain.nn.suggest_modes({size})."
-        )
-    return given
-
-
 def pointwise(x: Tensor, matrix: Tensor) -> Tensor:
     """A 1x1 convolution: ``(b, C, *positions)`` with ``(S, C)`` to ``(b, S, *positions)``."""
     return torch.matmul(matrix, x.flatten(2)).reshape(x.shape[0], matrix.shape[0], *x.shape[2:])
-
-
-def equal_norms(cores: Sequence[Tensor]) -> list[Tensor]:
-    """The same product from cores of one Frobenius norm: gradients of a core grow with the norms of the others."""
-    norms = [float(core.norm()) for core in cores]
-    if min(norms) == 0:
-        return list(cores)
-    logs = [math.log(norm) for norm in norms]
-    mean = sum(logs) / len(logs)
-    return [core * math.exp(mean - log) for core, log in zip(cores, logs, strict=True)]
-
-
-def zero_pad(core: Tensor, shape: Sequence[int]) -> Tensor:
-    if tuple(core.shape) == tuple(shape):
-        return core
-    padded = core.new_zeros(tuple(shape))
-    padded[tuple(slice(n) for n in core.shape)] = core
-    return padded
-
-
-def _energy(x: Tensor) -> float:
-    return float(torch.linalg.vector_norm(x, dtype=compute_dtype(x.dtype))) ** 2

@@ -14,11 +14,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .base import FactorSpec, Kind, Rank, WeightShape, register, zero_pad
+from .fit import zero_pad
 from .layout import single_modes
 from .multilinear import expand, hooi, mode_spectra, tucker_ranks
 from .network import Modes, NetworkFormat
+from .registry import register
+from .spec import FactorSpec, Kind, Rank, WeightShape
 from .tucker import feasible_ranks
+from .weighting import PLAIN, Weighting
 
 __all__ = ["BlockTerm"]
 
@@ -100,11 +103,9 @@ class BlockTerm(NetworkFormat):
         one_term = min(math.prod(spec.ranks[1 : 1 + n_out]), math.prod(spec.ranks[-n_in:]))
         return min(terms * one_term, super().max_matrix_rank(spec))
 
-    def spectra(
-        self, dense: Tensor, spec: FactorSpec, *, gram: Tensor | None, output_gram: Tensor | None = None
-    ) -> list[Tensor]:
+    def spectra(self, dense: Tensor, spec: FactorSpec, *, weighting: Weighting = PLAIN) -> list[Tensor]:
         """Those of a single term, whose error bounds that of several."""
-        return mode_spectra(self.whitened_tensor(dense, spec, gram, output_gram))
+        return mode_spectra(self.whitened_tensor(dense, spec, weighting))
 
     def ranks_within(self, tensor: Tensor, spec: FactorSpec, eps: float) -> tuple[int, ...]:
         """The smallest of: one term, or all terms at some share of its ranks, where that suffices."""
@@ -121,7 +122,7 @@ class BlockTerm(NetworkFormat):
                 return trial.ranks
         return best.ranks
 
-    def fit(self, tensor: Tensor, spec: FactorSpec) -> list[Tensor]:
+    def fit_tensor(self, tensor: Tensor, spec: FactorSpec) -> list[Tensor]:
         terms, _ = _block_terms(tensor, spec.ranks)
         n_out, shapes = len(spec.out_modes), self.group_core_shapes(spec)
         stored = []

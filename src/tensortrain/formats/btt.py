@@ -21,9 +21,12 @@ from torch import Tensor
 from tensortrain.errors import KindError
 from tensortrain.tensor import TTMatrix
 
-from .base import Factorization, FactorSpec, Kind, WeightShape, register
+from .fit import Fit
 from .layout import paired_modes
 from .network import Modes, NetworkFormat
+from .registry import register
+from .spec import FactorSpec, Kind, WeightShape
+from .weighting import PLAIN, Weighting
 from .whitening import KroneckerNorm, root_and_inverse
 
 __all__ = ["BTT", "from_tt"]
@@ -66,21 +69,18 @@ class BTT(NetworkFormat):
         (m1, m2), (n1, n2), rank = spec.out_modes, spec.in_modes, spec.ranks[0]
         return min(m1 * m2, n1 * n2, m1 * n2 * rank)
 
-    def spectra(
-        self, dense: Tensor, spec: FactorSpec, *, gram: Tensor | None, output_gram: Tensor | None = None
-    ) -> list[Tensor]:
+    def spectra(self, dense: Tensor, spec: FactorSpec, *, weighting: Weighting = PLAIN) -> list[Tensor]:
         """The k-th singular values of all blocks pooled: their tail is the error at rank k."""
         blocks = self._blocks(self._matrix(dense, spec), spec)
-        if gram is not None:
-            norm = self._norm(spec, gram, output_gram)
-            blocks, _, _ = _whitened_blocks(blocks, norm, spec)
+        if not weighting.is_plain:
+            blocks, _, _ = _whitened_blocks(blocks, self._norm(spec, weighting), spec)
         return [torch.linalg.svdvals(blocks).square().sum(dim=(0, 1)).sqrt()]
 
     def ranks_within(self, tensor: Tensor, spec: FactorSpec, eps: float) -> tuple[int, ...]:
         values = torch.linalg.svdvals(self._blocks(tensor, spec))
         return (_rank_within(values, eps, spec.ranks[0]),)
 
-    def fit(self, tensor: Tensor, spec: FactorSpec) -> list[Tensor]:
+    def fit_tensor(self, tensor: Tensor, spec: FactorSpec) -> list[Tensor]:
         return self._cores(*_truncated(self._blocks(tensor, spec), spec.ranks[0]), spec)
 
     def _fitted(
@@ -107,7 +107,7 @@ class BTT(NetworkFormat):
         return [right.permute(1, 3, 0, 2).reshape(shapes[0]), left.permute(0, 3, 1, 2).reshape(shapes[1])]
 
 
-def from_tt(matrix: TTMatrix) -> Factorization:
+def from_tt(matrix: TTMatrix) -> Fit:
     """A TT-matrix of two modes as a block tensor train of the same rank, exactly, by repeating its cores.
 
     A start for training at the compute of a block tensor train from a compressed weight.
@@ -131,7 +131,7 @@ def from_tt(matrix: TTMatrix) -> Factorization:
     spec = BTT().spec(weight, rank=(first.shape[3],), out_modes=matrix.out_modes, in_modes=matrix.in_modes)
     tiled = first[0].movedim(1, 0).expand(second.shape[2], -1, -1, -1)  # j2 j1 i1 a
     other = second[..., 0].movedim(1, 2).expand(first.shape[1], -1, -1, -1)  # i1 a j2 i2
-    return Factorization(spec, (tiled.contiguous(), other.contiguous()))
+    return Fit(spec, (tiled.contiguous(), other.contiguous()))
 
 
 def _rank_within(values: Tensor, eps: float, cap: int) -> int:
@@ -158,9 +158,9 @@ def _whitened_blocks(blocks: Tensor, norm: KroneckerNorm, spec: FactorSpec) -> t
     m1, n2 = spec.out_modes[0], spec.in_modes[1]
     roots, inverses = _block_roots(norm.gram, n2, last=True)
     blocks = blocks @ roots  # the root of block j_2
-    if norm.output_gram is None:
+    if norm.weighting.outputs is None:
         return blocks, None, inverses
-    out_roots, out_inverses = _block_roots(norm.output_gram, m1, last=False)
+    out_roots, out_inverses = _block_roots(norm.weighting.outputs, m1, last=False)
     return out_roots[:, None] @ blocks, out_inverses[:, None], inverses
 
 

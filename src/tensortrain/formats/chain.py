@@ -14,16 +14,20 @@ from dataclasses import replace
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from tensortrain.contract import Chain, ContractionPlan, chain_lookup, chain_to_dense, merge_cores
+from tensortrain.cores.gram import chain_squared_norm
 from tensortrain.cores.tolerance import compute_dtype
 from tensortrain.tensor import resolve_ranks, tt_svd, unfolding_spectra
 
 from .als import alternate, chain_network, sweep_flops
-from .base import Bond, FactorSpec, Format, Rank, Spatial, WeightShape
-from .layout import matrix_to_weight, order_gram, weight_to_matrix
+from .base import Format, Spatial
+from .fit import Fit, best
+from .layout import matrix_to_weight, weight_to_matrix
+from .ranks import clips
+from .spec import Bond, FactorSpec, Rank, WeightShape
+from .weighting import PLAIN, Weighting
 from .whitening import DAMPING, KroneckerNorm, keep_promise
 
 __all__ = ["ChainFormat", "balance_chain"]
@@ -54,10 +58,6 @@ class ChainFormat(Format):
         """How many leading cores carry kernel positions alone."""
         return 0
 
-    def to_chain(self, cores: Sequence[Tensor], spec: FactorSpec) -> list[Tensor]:
-        """Stored cores as order-4 cores ``(r, i, j, s)``; views where possible."""
-        return list(cores)
-
     def from_chain(self, cores: Sequence[Tensor], spec: FactorSpec) -> tuple[Tensor, ...]:
         """Order-4 cores as they are stored."""
         return tuple(cores)
@@ -78,9 +78,7 @@ class ChainFormat(Format):
         draft = FactorSpec(self.name, weight, outs, ins, ())
         chain_out, chain_in = self.chain_modes(draft)
         merged = [m * n for m, n in zip(chain_out, chain_in, strict=True)]
-        if clip is None:
-            clip = not isinstance(rank, Sequence) or isinstance(rank, str)
-        return FactorSpec(self.name, weight, outs, ins, resolve_ranks(merged, rank, clip=clip))
+        return FactorSpec(self.name, weight, outs, ins, resolve_ranks(merged, rank, clip=clips(rank, clip)))
 
     def chain(self, spec: FactorSpec) -> Chain:
         """The shapes of the chain, for planning."""
@@ -100,10 +98,26 @@ class ChainFormat(Format):
         return replace(spec, ranks=(1, *inner, 1))
 
     def bonds(self, spec: FactorSpec) -> tuple[Bond, ...]:
-        shapes = spec.core_shapes
-        if self.chain(spec).core_shapes != shapes:
+        if not self.stores_chain(spec):
             return super().bonds(spec)
-        return tuple(((k, 3), (k + 1, 0)) for k in range(len(shapes) - 1))
+        return tuple(((k, 3), (k + 1, 0)) for k in range(self.chain(spec).order - 1))
+
+    def tied_ranks(self, spec: FactorSpec) -> tuple[tuple[int, ...], ...]:
+        """Two bonds with nothing but a mode of size one between them are one cut."""
+        outs, ins = self.chain_modes(spec)
+        tied = list(super().tied_ranks(spec))
+        for k in reversed(range(1, len(tied))):
+            if outs[k] * ins[k] == 1:
+                tied[k - 1 : k + 1] = [tied[k - 1] + tied[k]]
+        return tuple(tied)
+
+    def most_rank(self, spec: FactorSpec, ranks: Sequence[int], tied: tuple[int, ...]) -> int:
+        """A rank cannot exceed its neighbour's rank times the mode between them."""
+        outs, ins = self.chain_modes(spec)
+        full, first, last = (1, *ranks, 1), tied[0], tied[-1]
+        left = full[first] * outs[first] * ins[first]
+        right = full[last + 2] * outs[last + 1] * ins[last + 1]
+        return min(left, right)
 
     def max_matrix_rank(self, spec: FactorSpec) -> int:
         """The smallest cut that parts input legs from output legs, every core on one of the two sides.
@@ -120,34 +134,24 @@ class ChainFormat(Format):
             )
         return min(with_inputs, with_outputs, super().max_matrix_rank(spec))
 
-    def factorize_group(
-        self,
-        dense: Tensor,
-        spec: FactorSpec,
-        *,
-        eps: float | None,
-        gram: Tensor | None,
-        output_gram: Tensor | None = None,
-    ) -> tuple[tuple[int, ...], tuple[Tensor, ...], float]:
+    def factorize_group(self, dense: Tensor, spec: FactorSpec, *, eps: float | None, weighting: Weighting) -> Fit:
         matrix = self.to_matrix(dense.detach(), spec)
-        if gram is None:
-            cores, bound = self._decompose(matrix, spec, eps)
-            return (*self._stored(cores, spec, dense.dtype), bound)
-        norm = self._norm(spec, gram, output_gram)
+        if weighting.is_plain:
+            return self._fit(*self._decompose(matrix, spec, eps), spec, dense.dtype)
+        norm = self._norm(spec, weighting)
         wide = matrix.double()
         if eps is not None:
-            return keep_promise(eps, spec.ranks, lambda cut: self._attempt(wide, spec, cut, norm, dense.dtype, True))
-        found = self._attempt(wide, spec, None, norm, dense.dtype, True)
-        if self.whitens_exactly:
-            return found
-        # The Kronecker fit of H is not H itself: keep the plain decomposition where it serves H better.
-        found = min(found, self._attempt(wide, spec, None, norm, dense.dtype, False), key=lambda one: one[2])
-        reached = replace(spec, ranks=found[0])
-        begun = [core.double() for core in self.to_chain(found[1], reached)]
-        refined = self._refined(wide, reached, begun, norm)
-        if refined is None:
-            return found
-        return min(found, self._measured(wide, spec, refined, norm, dense.dtype), key=lambda one: one[2])
+            return keep_promise(eps, spec.ranks, lambda cut: self._whitened(wide, spec, cut, norm, dense.dtype))
+        found = self._whitened(wide, spec, None, norm, dense.dtype)
+        return found if self.whitens_exactly else self._bettered(found, wide, spec, norm, dense.dtype)
+
+    def _bettered(self, found: Fit, matrix: Tensor, spec: FactorSpec, norm: KroneckerNorm, dtype: torch.dtype) -> Fit:
+        """The Kronecker fit of H is not H itself: keep the plain decomposition where it serves H better, and refine."""
+        plain = self._measured(self._decompose(matrix, spec, None)[0], matrix, spec, norm, dtype)
+        found = best(found, plain)
+        begun = [core.double() for core in self.to_chain(found.cores, found.spec)]
+        refined = self._refined(matrix, found.spec, begun, norm)
+        return found if refined is None else best(found, self._measured(refined, matrix, spec, norm, dtype))
 
     def _refined(
         self, matrix: Tensor, spec: FactorSpec, cores: Sequence[Tensor], norm: KroneckerNorm
@@ -171,44 +175,32 @@ class ChainFormat(Format):
         found = [core.reshape(shape) for core, shape in zip(found, chain.core_shapes, strict=True)]
         return balance_chain([norm.undo(core, "out", k, axis=1) for k, core in enumerate(found)])
 
-    def _attempt(
-        self,
-        matrix: Tensor,
-        spec: FactorSpec,
-        eps: float | None,
-        norm: KroneckerNorm,
-        dtype: torch.dtype,
-        whitened: bool,
-    ) -> tuple[tuple[int, ...], tuple[Tensor, ...], float]:
-        """Cores from a decomposition in the fitted norm or in the plain one, with their error in the true norm."""
-
-        def decompose(one: Tensor) -> list[Tensor]:
-            return self._decompose(one, spec, eps)[0]
-
-        cores = _whitened(matrix, norm, decompose) if whitened else decompose(matrix)
-        return self._measured(matrix, spec, cores, norm, dtype)
+    def _whitened(
+        self, matrix: Tensor, spec: FactorSpec, eps: float | None, norm: KroneckerNorm, dtype: torch.dtype
+    ) -> Fit:
+        """Cores from a decomposition in the fitted norm, with their error in the true one."""
+        cores = _whitened(matrix, norm, lambda one: self._decompose(one, spec, eps)[0])
+        return self._measured(cores, matrix, spec, norm, dtype)
 
     def _measured(
-        self, matrix: Tensor, spec: FactorSpec, cores: Sequence[Tensor], norm: KroneckerNorm, dtype: torch.dtype
-    ) -> tuple[tuple[int, ...], tuple[Tensor, ...], float]:
+        self, cores: Sequence[Tensor], matrix: Tensor, spec: FactorSpec, norm: KroneckerNorm, dtype: torch.dtype
+    ) -> Fit:
         kept = [core.to(dtype).double() for core in cores]  # the error is that of what is stored
-        return (*self._stored(cores, spec, dtype), norm.error(matrix - chain_to_dense(kept), matrix))
+        return self._fit(cores, norm.error(matrix - chain_to_dense(kept), matrix), spec, dtype)
 
-    def probe(self, dense: Tensor, spec: FactorSpec, gram: Tensor | None, output_gram: Tensor | None = None) -> float:
-        if gram is None or spec.weight.groups > 1:
-            return super().probe(dense, spec, gram, output_gram)
+    def probe(self, dense: Tensor, spec: FactorSpec, weighting: Weighting = PLAIN) -> float:
+        if weighting.is_plain or spec.weight.groups > 1:
+            return super().probe(dense, spec, weighting)
         matrix = self.to_matrix(dense.detach(), spec).double()
-        norm = self._norm(spec, gram, output_gram)
+        norm = self._norm(spec, weighting)
         cores = _whitened(matrix, norm, lambda one: self._decompose(one, spec, None, method="randomized")[0])
         # Not refined: a candidate's errors at other ranks are inferred from a few probes, and what least squares
         # gains changes too much from rank to rank for that.
         return norm.sketched_error(matrix - chain_to_dense(cores), matrix)
 
-    def _norm(self, spec: FactorSpec, gram: Tensor, output_gram: Tensor | None) -> KroneckerNorm:
+    def _norm(self, spec: FactorSpec, weighting: Weighting) -> KroneckerNorm:
         outs, ins = self.chain_modes(spec)
-        if output_gram is not None:
-            output_gram = F.pad(output_gram, (0, math.prod(outs) - output_gram.shape[-1]) * output_gram.ndim)
-        return KroneckerNorm.of(order_gram(gram, spec.weight, math.prod(ins)), output_gram, outs, ins)
+        return KroneckerNorm.of(weighting.of_matrix(spec.weight, math.prod(outs), math.prod(ins)), outs, ins)
 
     def _decompose(
         self, matrix: Tensor, spec: FactorSpec, eps: float | None, *, method: str = "auto"
@@ -217,26 +209,32 @@ class ChainFormat(Format):
         found = tt_svd(matrix, eps=eps, max_rank=spec.ranks, out_modes=outs, in_modes=ins, method=method)
         return balance_chain(found.value.cores), float(found.rel_error_bound or 0.0)
 
-    def _stored(
-        self, cores: Sequence[Tensor], spec: FactorSpec, dtype: torch.dtype
-    ) -> tuple[tuple[int, ...], tuple[Tensor, ...]]:
-        ranks = (*(core.shape[0] for core in cores), 1)
-        reached = FactorSpec(spec.format, spec.weight, spec.out_modes, spec.in_modes, ranks)
-        return ranks, tuple(core.to(dtype).contiguous() for core in self.from_chain(cores, reached))
+    def _fit(self, cores: Sequence[Tensor], rel_error: float, spec: FactorSpec, dtype: torch.dtype) -> Fit:
+        """What is stored of the cores of a chain."""
+        reached = replace(spec, ranks=(*(core.shape[0] for core in cores), 1))
+        stored = tuple(core.to(dtype).contiguous() for core in self.from_chain(cores, reached))
+        return Fit(reached, stored, rel_error)
 
     def dense_group(self, cores: Sequence[Tensor], spec: FactorSpec) -> Tensor:
         return self.from_matrix(chain_to_dense(self.to_chain(cores, spec)), spec)
 
-    def spectra(
-        self, dense: Tensor, spec: FactorSpec, *, gram: Tensor | None, output_gram: Tensor | None = None
-    ) -> list[Tensor]:
+    def spectra(self, dense: Tensor, spec: FactorSpec, *, weighting: Weighting = PLAIN) -> list[Tensor]:
         matrix = self.to_matrix(dense.detach(), spec).double()
-        if gram is not None:
-            matrix = self._norm(spec, gram, output_gram).whiten(matrix)
+        if not weighting.is_plain:
+            matrix = self._norm(spec, weighting).whiten(matrix)
         outs, ins = self.chain_modes(spec)
         d = len(outs)
         paired = matrix.reshape(*outs, *ins).permute([axis for k in range(d) for axis in (k, d + k)])
         return unfolding_spectra(paired.reshape([m * n for m, n in zip(outs, ins, strict=True)]), method="gram")
+
+    def squared_norm(self, cores: Sequence[Tensor], spec: FactorSpec) -> Tensor:
+        weight, chain = spec.weight, self.to_chain(cores, spec)
+        if weight.kind == "conv":
+            return chain_squared_norm(chain)
+        return chain_squared_norm(chain, weight.out_features, weight.in_features)  # padding does not count
+
+    def fan_ins(self, spec: FactorSpec) -> tuple[int, ...]:
+        return spec.ranks[:-1] if spec.weight.kind == "embedding" else super().fan_ins(spec)
 
     def mean_square(self, cores: Sequence[Tensor], spec: FactorSpec) -> float:
         is_padded = spec.weight.kind == "linear" and self.chain(spec).dense_numel > spec.weight.n_params
@@ -277,6 +275,9 @@ class ChainFormat(Format):
         r, i, j, s = channel[0].shape
         first = channel[0].permute(1, 0, 2, 3).reshape(1, i, r * j, s)
         return filters, [first, *channel[1:]]
+
+    def n_filters(self, spec: FactorSpec) -> int | None:
+        return None if self.channel_chain(spec) is None else spec.ranks[self.n_spatial(spec)]
 
     def channel_chain(self, spec: FactorSpec) -> Chain | None:
         """Shapes of the channel chain that ``split_spatial`` returns."""

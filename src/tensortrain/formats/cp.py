@@ -18,10 +18,14 @@ from tensortrain.contract import ContractionPlan, Network
 from tensortrain.tensor import unfolding_spectra
 
 from .als import alternate
-from .base import FactorSpec, Kind, Spatial, WeightShape, equal_norms, pointwise, register
+from .base import Spatial, pointwise
+from .fit import equal_norms
 from .layout import single_modes
 from .multilinear import hooi, tucker_ranks
 from .network import Modes, NetworkFormat, balanced_spectrum
+from .registry import register
+from .spec import FactorSpec, Kind, WeightShape
+from .weighting import PLAIN, Weighting
 
 __all__ = ["CP", "cp_factors"]
 
@@ -70,11 +74,9 @@ class CP(NetworkFormat):
     def max_matrix_rank(self, spec: FactorSpec) -> int:
         return min(spec.ranks[0], super().max_matrix_rank(spec))
 
-    def spectra(
-        self, dense: Tensor, spec: FactorSpec, *, gram: Tensor | None, output_gram: Tensor | None = None
-    ) -> list[Tensor]:
+    def spectra(self, dense: Tensor, spec: FactorSpec, *, weighting: Weighting = PLAIN) -> list[Tensor]:
         """Of the weight as a matrix: below its rank no CP rank can be exact. Padded with zeros to the cap."""
-        values = balanced_spectrum(self.whitened_tensor(dense, spec, gram, output_gram), len(spec.out_modes))
+        values = balanced_spectrum(self.whitened_tensor(dense, spec, weighting), len(spec.out_modes))
         return [torch.nn.functional.pad(values, (0, max(0, self.caps(spec)[0] - len(values))))]
 
     def ranks_within(self, tensor: Tensor, spec: FactorSpec, eps: float) -> tuple[int, ...]:
@@ -94,7 +96,7 @@ class CP(NetworkFormat):
             rank = min(cap, max(rank + 1, math.ceil(_GROWTH * rank)))
         return (cap,)
 
-    def fit(self, tensor: Tensor, spec: FactorSpec) -> list[Tensor]:
+    def fit_tensor(self, tensor: Tensor, spec: FactorSpec) -> list[Tensor]:
         factors, _ = cp_factors(tensor, spec.ranks[0])
         n_out = len(spec.out_modes)
         return [*factors[n_out:], *factors[:n_out]]

@@ -17,9 +17,11 @@ from torch import Tensor
 
 from tensortrain.contract import Chain, ContractionPlan
 
-from .base import FactorSpec, Kind, Spatial, WeightShape, register
+from .base import Spatial
 from .chain import ChainFormat, Modes
 from .layout import paired_modes
+from .registry import register
+from .spec import FactorSpec, Kind, WeightShape
 
 __all__ = ["Kronecker"]
 
@@ -51,6 +53,9 @@ class Kronecker(ChainFormat):
     def max_matrix_rank(self, spec: FactorSpec) -> int:
         (m1, m2), (n1, n2), rank = spec.out_modes, spec.in_modes, spec.ranks[1]
         return min(m1 * m2, n1 * n2, m1 * n2 * rank, m2 * n1 * rank)
+
+    def n_filters(self, spec: FactorSpec) -> int | None:
+        return None
 
     def channel_chain(self, spec: FactorSpec) -> Chain | None:
         return None if math.prod(spec.weight.kernel) > 1 else self.chain(spec)

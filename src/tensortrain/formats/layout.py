@@ -15,13 +15,14 @@ from torch import Tensor
 
 from tensortrain.errors import ShapeError
 
-from .base import WeightShape, check_modes
+from .checks import check_modes
 from .modes import default_order, suggest_modes, suggest_padded_modes
-from .whitening import check_gram
+from .spec import WeightShape
 
 __all__ = [
     "matrix_to_weight",
     "order_gram",
+    "pad_gram",
     "paired_modes",
     "separate_modes",
     "single_modes",
@@ -58,12 +59,16 @@ def matrix_to_weight(matrix: Tensor, weight: WeightShape) -> Tensor:
 
 def order_gram(gram: Tensor, weight: WeightShape, n_inputs: int) -> Tensor:
     """Second moment in the order of the matrix's columns, padded like it."""
-    gram = check_gram(gram, weight.fan_in if weight.kind == "conv" else weight.in_features)
     if weight.kind == "conv":
         positions, channels = math.prod(weight.kernel), weight.in_features
         order = torch.arange(weight.fan_in, device=gram.device).reshape(channels, positions).T.reshape(-1)
         return gram[order] if gram.ndim == 1 else gram[order][:, order]
-    return F.pad(gram, (0, n_inputs - weight.in_features) * gram.ndim)
+    return pad_gram(gram, n_inputs)
+
+
+def pad_gram(gram: Tensor, size: int) -> Tensor:
+    """Second moment of inputs or outputs of which the last are always zero."""
+    return F.pad(gram, (0, size - gram.shape[-1]) * gram.ndim)
 
 
 def paired_modes(

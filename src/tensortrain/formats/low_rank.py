@@ -25,8 +25,11 @@ from torch import Tensor
 
 from tensortrain.contract import Chain, ContractionPlan
 
-from .base import Bond, FactorSpec, Kind, Spatial, WeightShape, check_modes, pointwise, register
+from .base import Spatial, pointwise
 from .chain import ChainFormat, Modes
+from .checks import check_modes
+from .registry import register
+from .spec import Bond, FactorSpec, Kind, WeightShape
 
 __all__ = ["LowRank"]
 

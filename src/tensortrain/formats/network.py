@@ -20,21 +20,24 @@ import torch
 from torch import Tensor
 
 from tensortrain.contract import ContractionPlan, CostModel, Network, plan_network
-from tensortrain.contract.network import Product, contraction, contraction_flops, run
+from tensortrain.contract.products import Product, contraction, contraction_flops, run
 from tensortrain.cores.linalg import singular_values
 from tensortrain.cores.tolerance import checked_eps, compute_dtype
 from tensortrain.errors import DTypeError, ModeIndexError
 from tensortrain.system.tracing import constant_when_traced, is_traced
 
-from .base import Bond, FactorSpec, Format, Rank, Spatial, WeightShape, equal_norms, get_format
-from .layout import matrix_to_weight, order_gram, weight_to_matrix
-from .ranks import resolve_rank_tuple
+from .base import Format, Spatial
+from .fit import Fit, best, equal_norms
+from .layout import matrix_to_weight, weight_to_matrix
+from .ranks import clips, resolve_rank_tuple
+from .registry import get_format
+from .spec import Bond, FactorSpec, Rank, WeightShape
+from .weighting import PLAIN, Weighting
 from .whitening import KroneckerNorm, keep_promise
 
 __all__ = ["Modes", "NetworkFormat"]
 
 Modes = tuple[int, ...]
-Found = tuple[tuple[int, ...], tuple[Tensor, ...], float]  # ranks, cores, measured error
 _TRACED_ROWS = 1024  # a traced graph cannot choose by size, so it is planned for this one
 _LOOKUP_BYTES = 64 * 2**20
 _IDS = "ids"
@@ -64,12 +67,12 @@ class NetworkFormat(Format):
         """Sizes of the inner legs."""
 
     @abstractmethod
-    def fit(self, tensor: Tensor, spec: FactorSpec) -> list[Tensor]:
+    def fit_tensor(self, tensor: Tensor, spec: FactorSpec) -> list[Tensor]:
         """Best cores found at ``spec.ranks`` for ``(*out_legs, *in_legs)`` in float64."""
 
     @abstractmethod
     def ranks_within(self, tensor: Tensor, spec: FactorSpec, eps: float) -> tuple[int, ...]:
-        """Ranks, at most ``spec.ranks``, whose ``fit`` is expected to err by at most ``eps``."""
+        """Ranks, at most ``spec.ranks``, whose ``fit_tensor`` is expected to err by at most ``eps``."""
 
     rank_words: str = "this format takes one rank"
 
@@ -119,13 +122,11 @@ class NetworkFormat(Format):
         self.check_kind(weight)
         outs, ins = self.default_modes(weight.one_group(), out_modes, in_modes)
         draft = FactorSpec(self.name, weight.one_group(), outs, ins, ())
-        if clip is None:
-            clip = not isinstance(rank, Sequence) or isinstance(rank, str)
         caps = self.caps(draft)
         ranks = resolve_rank_tuple(
             rank,
             caps,
-            clip=clip,
+            clip=clips(rank, clip),
             what=self.rank_words,
             dense_params=draft.weight.n_params,
             count=lambda some: replace(draft, ranks=some).n_params,
@@ -163,50 +164,34 @@ class NetworkFormat(Format):
         total = sum(float(network.squared_norm(some)) for some in members)
         return total / (len(members) * network.dense_numel)
 
-    def factorize_group(
-        self,
-        dense: Tensor,
-        spec: FactorSpec,
-        *,
-        eps: float | None,
-        gram: Tensor | None,
-        output_gram: Tensor | None = None,
-    ) -> Found:
+    def core_fans(self, spec: FactorSpec) -> tuple[tuple[int, int], ...]:
+        return self.network(spec.one_group()).core_fans()
+
+    def factorize_group(self, dense: Tensor, spec: FactorSpec, *, eps: float | None, weighting: Weighting) -> Fit:
         if dense.is_complex():
             raise DTypeError(f"{self.name} fits real weights: found {dense.dtype}. Choose format='tt' or 'low_rank'.")
         eps = None if eps is None else checked_eps(eps, dense.dtype, 2 + len(spec.in_modes))
         matrix = self._matrix(dense, spec)
-        norm = None if gram is None else self._norm(spec, gram, output_gram)
+        norm = None if weighting.is_plain else self._norm(spec, weighting)
 
-        def attempt(cut: float | None, weighted: bool = True) -> Found:
-            return self._attempt(matrix, spec, cut, norm, dense.dtype, weighted)
+        def attempt(cut: float | None, fitted_in: KroneckerNorm | None = norm) -> Fit:
+            ranks, cores = self._fitted(matrix, spec, cut, fitted_in)
+            return self._measured(cores, matrix, replace(spec, ranks=ranks), norm, dense.dtype)
 
         if eps is not None:
             return keep_promise(eps, spec.ranks, attempt)
-        found = attempt(None)
-        if norm is None:
-            return found
         # The Kronecker fit of the second moment is not the moment itself: unweighted cores may serve it better.
-        return min(found, attempt(None, False), key=lambda one: one[2])
+        return attempt(None) if norm is None else best(attempt(None), attempt(None, None))
 
-    def _attempt(
-        self,
-        matrix: Tensor,
-        spec: FactorSpec,
-        eps: float | None,
-        norm: KroneckerNorm | None,
-        dtype: torch.dtype,
-        weighted: bool,
-    ) -> Found:
-        """Cores fitted in the norm or in the plain one, and what is stored of them measured in the true norm."""
-        ranks, cores = self._fitted(matrix, spec, eps, norm if weighted else None)
-        reached = replace(spec, ranks=ranks)
+    def _measured(
+        self, cores: list[Tensor], matrix: Tensor, spec: FactorSpec, norm: KroneckerNorm | None, dtype: torch.dtype
+    ) -> Fit:
+        """What is stored of the cores, with its error in the true norm."""
         stored = tuple(core.to(dtype).contiguous() for core in equal_norms(cores))
-        difference = self.network(reached).to_dense([core.double() for core in stored]) - matrix
+        difference = self.network(spec).to_dense([core.double() for core in stored]) - matrix
         if norm is not None:
-            return ranks, stored, norm.error(difference, matrix)
-        size = torch.linalg.vector_norm(matrix).clamp_min(1e-300)
-        return ranks, stored, float(torch.linalg.vector_norm(difference) / size) * (1 + 1e-12)
+            return Fit(spec, stored, norm.error(difference, matrix))
+        return Fit(spec, stored, PLAIN.rel_error(difference, matrix) * (1 + 1e-12))
 
     def _fitted(
         self, matrix: Tensor, spec: FactorSpec, eps: float | None, norm: KroneckerNorm | None
@@ -215,7 +200,7 @@ class NetworkFormat(Format):
         tensor = self._tensor(matrix if norm is None else norm.whiten(matrix), spec)
         if eps is not None:
             spec = replace(spec, ranks=self.ranks_within(tensor, spec, eps))
-        cores = self.fit(tensor, spec)
+        cores = self.fit_tensor(tensor, spec)
         if norm is None:
             return spec.ranks, cores
         network = self.network(spec)
@@ -233,17 +218,15 @@ class NetworkFormat(Format):
     def _tensor(self, matrix: Tensor, spec: FactorSpec) -> Tensor:
         return matrix.reshape(*self.out_legs(spec).values(), *self.in_legs(spec).values())
 
-    def _norm(self, spec: FactorSpec, gram: Tensor, output_gram: Tensor | None) -> KroneckerNorm:
-        outs, ins = self.out_legs(spec).values(), self.in_legs(spec).values()
-        return KroneckerNorm.of(order_gram(gram, spec.weight, math.prod(ins)), output_gram, tuple(outs), tuple(ins))
+    def _norm(self, spec: FactorSpec, weighting: Weighting) -> KroneckerNorm:
+        outs, ins = tuple(self.out_legs(spec).values()), tuple(self.in_legs(spec).values())
+        return KroneckerNorm.of(weighting.of_matrix(spec.weight, math.prod(outs), math.prod(ins)), outs, ins)
 
-    def whitened_tensor(
-        self, dense: Tensor, spec: FactorSpec, gram: Tensor | None, output_gram: Tensor | None
-    ) -> Tensor:
+    def whitened_tensor(self, dense: Tensor, spec: FactorSpec, weighting: Weighting) -> Tensor:
         """``(*out_legs, *in_legs)`` in float64, weighted by the fitted second moments."""
         matrix = self._matrix(dense, spec)
-        if gram is not None:
-            matrix = self._norm(spec, gram, output_gram).whiten(matrix)
+        if not weighting.is_plain:
+            matrix = self._norm(spec, weighting).whiten(matrix)
         return self._tensor(matrix, spec)
 
     # -- how it runs ---------------------------------------------------------------------------------
@@ -323,8 +306,7 @@ def _network(plain: tuple[Any, ...], ranks: tuple[int, ...]) -> Network:
 @lru_cache(maxsize=4096)
 def _remembered_network(plain: tuple[Any, ...], ranks: tuple[int, ...]) -> Network:
     name, weight, outs, ins = plain
-    fmt = get_format(name)
-    assert isinstance(fmt, NetworkFormat)
+    fmt: Any = get_format(name)  # a NetworkFormat: no other asks here
     return fmt._build_network(FactorSpec(name, WeightShape(*weight), outs, ins, ranks))
 
 

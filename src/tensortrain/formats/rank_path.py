@@ -14,8 +14,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .base import FactorSpec, get_format
-from .chain import ChainFormat
+from .registry import get_format
+from .spec import FactorSpec
 
 __all__ = ["RankPoint", "even_path", "rank_path"]
 
@@ -47,7 +47,7 @@ def rank_path(
     """
     tails = [_tails(values) for values in spectra]
     caps = _inner_caps(spec)
-    bonds = _bonds(spec, len(tails))
+    bonds = get_format(spec.format).tied_ranks(spec)
     ranks = [1] * len(tails)
     points: list[RankPoint] = []
     while True:
@@ -72,7 +72,7 @@ def even_path(
     """
     tails = [_tails(values) for values in spectra]
     caps = _inner_caps(spec)
-    bonds = _bonds(spec, len(tails))
+    bonds = get_format(spec.format).tied_ranks(spec)
     points: list[RankPoint] = []
     rank = 1
     while rank <= max(caps):
@@ -111,7 +111,7 @@ def _best_step(
     n_params = fmt.with_inner(spec, ranks).n_params
     for bond in bonds:
         rank = ranks[bond[0]]
-        raised = min(rank + max(1, int(growth * rank)), caps[bond[0]], _most(spec, ranks, bond))
+        raised = min(rank + max(1, int(growth * rank)), caps[bond[0]], fmt.most_rank(spec, ranks, bond))
         if raised <= rank:
             continue
         trial = [raised if k in bond else r for k, r in enumerate(ranks)]
@@ -120,31 +120,6 @@ def _best_step(
         if merit > 0 and (best is None or merit > best[0]):
             best = (merit, trial)
     return None if best is None else best[1]
-
-
-def _bonds(spec: FactorSpec, n: int) -> list[tuple[int, ...]]:
-    """Ranks that rise together: two bonds with nothing but a mode of size one between them are one cut."""
-    fmt = get_format(spec.format)
-    bonds: list[tuple[int, ...]] = [(k,) for k in range(n)]
-    if not isinstance(fmt, ChainFormat):
-        return bonds
-    outs, ins = fmt.chain_modes(spec)
-    for k in reversed(range(1, n)):
-        if outs[k] * ins[k] == 1:
-            bonds[k - 1 : k + 1] = [bonds[k - 1] + bonds[k]]
-    return bonds
-
-
-def _most(spec: FactorSpec, ranks: Sequence[int], bond: tuple[int, ...]) -> int:
-    """A chain's rank cannot exceed its neighbour's rank times the mode between them."""
-    fmt = get_format(spec.format)
-    if not isinstance(fmt, ChainFormat):
-        return max(spec.weight.n_params, 1)
-    outs, ins = fmt.chain_modes(spec)
-    full, first, last = (1, *ranks, 1), bond[0], bond[-1]
-    left = full[first] * outs[first] * ins[first]
-    right = full[last + 2] * outs[last + 1] * ins[last + 1]
-    return min(left, right)
 
 
 def _tails(values: Tensor) -> list[float]:

@@ -7,11 +7,16 @@ from typing import Any
 
 from tensortrain.errors import RankError
 
-from .base import Rank
+from .spec import Rank
 
-__all__ = ["resolve_rank_tuple"]
+__all__ = ["clips", "resolve_rank_tuple"]
 
 Ranks = tuple[int, ...]
+
+
+def clips(rank: Rank, clip: bool | None) -> bool:
+    """Whether ranks are cut down to the feasible ones: a tuple is taken as given, unless the caller says more."""
+    return (not isinstance(rank, Sequence) or isinstance(rank, str)) if clip is None else clip
 
 
 def resolve_rank_tuple(

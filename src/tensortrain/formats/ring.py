@@ -18,9 +18,12 @@ from tensortrain.cores.linalg import cut_basis
 from tensortrain.tensor import max_ranks, tt_svd, unfolding_spectra
 
 from .als import alternate
-from .base import FactorSpec, Kind, WeightShape, register, zero_pad
+from .fit import zero_pad
 from .layout import paired_modes
 from .network import Modes, NetworkFormat
+from .registry import register
+from .spec import FactorSpec, Kind, WeightShape
+from .weighting import PLAIN, Weighting
 
 __all__ = ["Ring"]
 
@@ -79,11 +82,9 @@ class Ring(NetworkFormat):
     def rank_legs(self, spec: FactorSpec) -> dict[str, int]:
         return {f"r{k}": rank for k, rank in enumerate(spec.ranks)}
 
-    def spectra(
-        self, dense: Tensor, spec: FactorSpec, *, gram: Tensor | None, output_gram: Tensor | None = None
-    ) -> list[Tensor]:
+    def spectra(self, dense: Tensor, spec: FactorSpec, *, weighting: Weighting = PLAIN) -> list[Tensor]:
         """Those of the train, for the ranks that the two formats share."""
-        return unfolding_spectra(self._paired(self.whitened_tensor(dense, spec, gram, output_gram), spec))
+        return unfolding_spectra(self._paired(self.whitened_tensor(dense, spec, weighting), spec))
 
     def ranks_within(self, tensor: Tensor, spec: FactorSpec, eps: float) -> tuple[int, ...]:
         train = tt_svd(self._paired(tensor, spec), eps=eps, max_rank=spec.ranks[1:]).value
@@ -91,7 +92,7 @@ class Ring(NetworkFormat):
             return spec.ranks  # at its caps, where the closing rank may help
         return (1, *train.ranks[1:-1])
 
-    def fit(self, tensor: Tensor, spec: FactorSpec) -> list[Tensor]:
+    def fit_tensor(self, tensor: Tensor, spec: FactorSpec) -> list[Tensor]:
         paired, shapes = self._paired(tensor, spec), self.network(spec).core_shapes
         train = [core.double() for core in tt_svd(paired, eps=0.0, max_rank=spec.ranks[1:]).value.cores]
         found = [self._stored(train, shapes)]

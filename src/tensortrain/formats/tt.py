@@ -18,9 +18,10 @@ import math
 from collections.abc import Sequence
 from typing import ClassVar
 
-from .base import FactorSpec, Kind, WeightShape, register
 from .chain import ChainFormat, Modes
 from .layout import paired_modes
+from .registry import register
+from .spec import FactorSpec, Kind, WeightShape
 
 __all__ = ["TT"]
 

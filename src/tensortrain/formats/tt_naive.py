@@ -9,8 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar
 
-from .base import FactorSpec, Kind, WeightShape, check_modes, register
 from .chain import ChainFormat, Modes
+from .checks import check_modes
+from .registry import register
+from .spec import FactorSpec, Kind, WeightShape
 
 __all__ = ["TTNaive"]
 
@@ -22,7 +24,7 @@ class TTNaive(ChainFormat):
     Source: Garipov et al., arXiv:1611.03214, section 3.
     """
 
-    name: ClassVar[str] = "tt-naive"
+    name: ClassVar[str] = "tt_naive"
     kinds: ClassVar[frozenset[Kind]] = frozenset({"conv"})
     description: ClassVar[str] = "tensor train over kernel axes, input channels, output channels"
 

@@ -13,9 +13,10 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from .base import Bond, FactorSpec, Kind, WeightShape, register
 from .chain import ChainFormat, Modes
 from .layout import separate_modes
+from .registry import register
+from .spec import Bond, FactorSpec, Kind, WeightShape
 
 __all__ = ["TTSeparate"]
 

@@ -16,10 +16,14 @@ from torch import Tensor
 
 from tensortrain.contract import ContractionPlan
 
-from .base import FactorSpec, Kind, Spatial, WeightShape, pointwise, register, zero_pad
+from .base import Spatial, pointwise
+from .fit import zero_pad
 from .layout import single_modes
 from .multilinear import hooi, mode_spectra, tucker_ranks
 from .network import Modes, NetworkFormat
+from .registry import register
+from .spec import FactorSpec, Kind, WeightShape
+from .weighting import PLAIN, Weighting
 
 __all__ = ["Tucker", "feasible_ranks"]
 
@@ -62,15 +66,13 @@ class Tucker(NetworkFormat):
         n_out, n_in = len(spec.out_modes), len(spec.in_modes)
         return min(math.prod(spec.ranks[:n_out]), math.prod(spec.ranks[-n_in:]), super().max_matrix_rank(spec))
 
-    def spectra(
-        self, dense: Tensor, spec: FactorSpec, *, gram: Tensor | None, output_gram: Tensor | None = None
-    ) -> list[Tensor]:
-        return mode_spectra(self.whitened_tensor(dense, spec, gram, output_gram))
+    def spectra(self, dense: Tensor, spec: FactorSpec, *, weighting: Weighting = PLAIN) -> list[Tensor]:
+        return mode_spectra(self.whitened_tensor(dense, spec, weighting))
 
     def ranks_within(self, tensor: Tensor, spec: FactorSpec, eps: float) -> tuple[int, ...]:
         return tuple(map(min, tucker_ranks(mode_spectra(tensor), eps), spec.ranks))
 
-    def fit(self, tensor: Tensor, spec: FactorSpec) -> list[Tensor]:
+    def fit_tensor(self, tensor: Tensor, spec: FactorSpec) -> list[Tensor]:
         core, factors = hooi(tensor, spec.ranks)
         n_out = len(spec.out_modes)
         found = [*factors[n_out:], core, *factors[:n_out]]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
@@ -17,21 +18,14 @@ from tensortrain.contract import ContractionPlan
 from tensortrain.cores.tolerance import checked_eps
 from tensortrain.errors import DTypeError
 
-from .base import (
-    Bond,
-    FactorSpec,
-    Format,
-    Kind,
-    Rank,
-    Spatial,
-    WeightShape,
-    check_modes,
-    equal_norms,
-    pointwise,
-    register,
-)
-from .ranks import resolve_rank_tuple
-from .whitening import apply_root, check_gram, keep_promise, kronecker_factors, output_error, root_and_inverse
+from .base import Format, Spatial, pointwise
+from .checks import check_modes
+from .fit import Fit, best, equal_norms
+from .ranks import clips, resolve_rank_tuple
+from .registry import register
+from .spec import Bond, FactorSpec, Kind, Rank, WeightShape
+from .weighting import PLAIN, Weighting, apply_root
+from .whitening import keep_promise, kronecker_factors, root_and_inverse
 
 __all__ = ["Tucker2"]
 
@@ -66,9 +60,7 @@ class Tucker2(Format):
         one = weight.one_group()
         outs = check_modes((math.prod(out_modes or (one.out_features,)),), one.out_features, "out_modes")
         ins = check_modes((math.prod(in_modes or (one.in_features,)),), one.in_features, "in_modes")
-        if clip is None:
-            clip = not isinstance(rank, Sequence) or isinstance(rank, str)
-        return FactorSpec(self.name, weight, outs, ins, _resolve(one, rank, clip))
+        return FactorSpec(self.name, weight, outs, ins, _resolve(one, rank, clips(rank, clip)))
 
     def group_core_shapes(self, spec: FactorSpec) -> tuple[tuple[int, ...], ...]:
         weight = spec.weight.one_group()
@@ -97,60 +89,41 @@ class Tucker2(Format):
         kernel = torch.einsum("so,ocx->scx", outer, kernel)
         return kernel.reshape(outer.shape[0], inner.shape[1], *spec.weight.kernel)
 
-    def spectra(
-        self, dense: Tensor, spec: FactorSpec, *, gram: Tensor | None, output_gram: Tensor | None = None
-    ) -> list[Tensor]:
-        kernel, _ = self._whitened(dense, gram, output_gram)
+    def spectra(self, dense: Tensor, spec: FactorSpec, *, weighting: Weighting = PLAIN) -> list[Tensor]:
+        kernel, _ = _whitened(dense, spec.weight, weighting)
         return [torch.linalg.eigvalsh(g).flip(0).clamp_min(0).sqrt() for g in _channel_grams(kernel)]
 
-    def factorize_group(
-        self,
-        dense: Tensor,
-        spec: FactorSpec,
-        *,
-        eps: float | None,
-        gram: Tensor | None,
-        output_gram: Tensor | None = None,
-    ) -> tuple[tuple[int, ...], tuple[Tensor, ...], float]:
-        if eps is not None:
-            caps, tolerance = spec.ranks, checked_eps(eps, dense.dtype, 3)
-            return keep_promise(tolerance, caps, lambda cut: self._attempt(dense, spec, cut, True, gram, output_gram))
-        found = self._attempt(dense, spec, None, True, gram, output_gram)
-        if gram is None:
-            return found
-        # The Kronecker fit of the second moment is not the moment itself: unweighted cores may serve it better.
-        return min(found, self._attempt(dense, spec, None, False, gram, output_gram), key=lambda one: one[2])
+    def factorize_group(self, dense: Tensor, spec: FactorSpec, *, eps: float | None, weighting: Weighting) -> Fit:
+        weighting = weighting.checked(spec.weight)
 
-    def _attempt(
-        self,
-        dense: Tensor,
-        spec: FactorSpec,
-        eps: float | None,
-        weighted: bool,
-        gram: Tensor | None,
-        output_gram: Tensor | None,
-    ) -> tuple[tuple[int, ...], tuple[Tensor, ...], float]:
-        """Cores fitted in the norm of the second moments or in the plain one, with their error in the former."""
-        kernel, inverses = self._whitened(dense, gram, output_gram) if weighted else self._whitened(dense, None, None)
+        def attempt(cut: float | None, fitted_in: Weighting = weighting) -> Fit:
+            ranks, cores = self._fitted(dense, spec, cut, fitted_in)
+            stored = tuple(core.to(dense.dtype).contiguous() for core in equal_norms(cores))
+            matrix, reached = dense.double().flatten(1), replace(spec, ranks=ranks)
+            difference = self.dense_group([core.double() for core in stored], reached).flatten(1) - matrix
+            return Fit(reached, stored, weighting.rel_error(difference, matrix))
+
+        if eps is not None:
+            return keep_promise(checked_eps(eps, dense.dtype, 3), spec.ranks, attempt)
+        # The Kronecker fit of the second moment is not the moment itself: unweighted cores may serve it better.
+        return attempt(None) if weighting.is_plain else best(attempt(None), attempt(None, PLAIN))
+
+    def _fitted(
+        self, dense: Tensor, spec: FactorSpec, eps: float | None, weighting: Weighting
+    ) -> tuple[tuple[int, ...], list[Tensor]]:
+        kernel, inverses = _whitened(dense, spec.weight, weighting)
         ranks = spec.ranks if eps is None else _ranks_for(kernel, eps, spec.ranks)
         inner, outer = _hooi(kernel, ranks)
         core = _project(kernel, inner, outer)
         if inverses is not None:
             core = apply_root(core, inverses[0])
             inner, outer = inverses[1] @ inner, inverses[2] @ outer
-        weight = spec.weight.one_group()
-        cores = [inner.T, core.reshape(*core.shape[:2], *weight.kernel), outer]
-        cores = equal_norms(cores)
-        reached = FactorSpec(spec.format, weight, spec.out_modes, spec.in_modes, ranks)
-        stored = tuple(c.to(dense.dtype).contiguous() for c in cores)
-        matrix = dense.double().flatten(1)
-        difference = self.dense_group([c.double() for c in stored], reached).flatten(1) - matrix
-        if gram is None:
-            return ranks, stored, float(difference.norm() / matrix.norm().clamp_min(1e-300))
-        gram = check_gram(gram, weight.fan_in)
-        if output_gram is not None:
-            output_gram = check_gram(output_gram, weight.out_features)
-        return ranks, stored, output_error(difference, matrix, gram, output_gram)
+        return ranks, [inner.T, core.reshape(*core.shape[:2], *spec.weight.kernel), outer]
+
+    def squared_norm(self, cores: Sequence[Tensor], spec: FactorSpec) -> Tensor:
+        inner, core, outer = cores
+        moved = torch.einsum("oix,oO,iI->OIx", core.flatten(2), outer.T @ outer, inner @ inner.T)
+        return (moved * core.flatten(2)).sum()
 
     def convolve(
         self,
@@ -172,28 +145,31 @@ class Tucker2(Format):
             (2 * r_out * s * out_positions, (r_out + s) * out_positions),
         ]
 
-    def _whitened(
-        self, dense: Tensor, gram: Tensor | None, output_gram: Tensor | None
-    ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor] | None]:
-        """The kernel as (S, C, positions), weighted by a Kronecker fit of the patches' second moment."""
-        if dense.is_complex():
-            raise DTypeError(f"tucker2 takes real kernels: found {dense.dtype}. Choose format='low_rank'.")
-        kernel = dense.detach().double().flatten(2)
-        if gram is None:
-            return kernel, None
-        outputs, channels, positions = kernel.shape
-        factors = kronecker_factors(check_gram(gram, channels * positions), (channels, positions))
-        (c_root, c_inverse), (x_root, x_inverse) = (root_and_inverse(factor) for factor in factors)
-        if c_root.ndim == 1:
-            c_root, c_inverse = torch.diag(c_root), torch.diag(c_inverse)
-        kernel = apply_root(torch.einsum("scx,cd->sdx", kernel, c_root), x_root)
-        o_inverse = torch.eye(outputs, dtype=kernel.dtype, device=kernel.device)
-        if output_gram is not None:
-            o_root, o_inverse = root_and_inverse(check_gram(output_gram, outputs))
-            if o_root.ndim == 1:
-                o_root, o_inverse = torch.diag(o_root), torch.diag(o_inverse)
-            kernel = torch.einsum("so,ocx->scx", o_root, kernel)
-        return kernel, (x_inverse, c_inverse, o_inverse)
+
+def _whitened(
+    dense: Tensor, weight: WeightShape, weighting: Weighting
+) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor] | None]:
+    """The kernel as (S, C, positions), weighted by a Kronecker fit of the patches' second moment."""
+    if dense.is_complex():
+        raise DTypeError(f"tucker2 takes real kernels: found {dense.dtype}. Choose format='low_rank'.")
+    kernel = dense.detach().double().flatten(2)
+    found = weighting.checked(weight)
+    if found.inputs is None:
+        return kernel, None
+    outputs, channels, positions = kernel.shape
+    of_channels, of_positions = kronecker_factors(found.inputs, (channels, positions))
+    c_root, c_inverse = _full_root_and_inverse(of_channels)
+    x_root, x_inverse = root_and_inverse(of_positions)
+    kernel = apply_root(torch.einsum("scx,cd->sdx", kernel, c_root), x_root)
+    if found.outputs is None:
+        return kernel, (x_inverse, c_inverse, torch.eye(outputs, dtype=kernel.dtype, device=kernel.device))
+    o_root, o_inverse = _full_root_and_inverse(found.outputs)
+    return torch.einsum("so,ocx->scx", o_root, kernel), (x_inverse, c_inverse, o_inverse)
+
+
+def _full_root_and_inverse(gram: Tensor) -> tuple[Tensor, Tensor]:
+    root, inverse = root_and_inverse(gram)
+    return (torch.diag(root), torch.diag(inverse)) if root.ndim == 1 else (root, inverse)
 
 
 def _resolve(weight: WeightShape, rank: Rank, clip: bool) -> tuple[int, ...]:

@@ -4,10 +4,6 @@ For a linear map ``y = W x`` with input second moment ``H = E[x x^T]`` the mean 
 replacement ``W'`` is ``||(W - W') S||_F^2`` with ``H = S S^T``. Truncating ``W S`` is therefore optimal
 (Wang et al., SVD-LLM, ICLR 2025, arXiv:2403.07378). A dense ``S`` destroys the tensor-train structure, so
 trains use a Kronecker fit ``H ~ H_1 x .. x H_d``, whose factors act on one mode each.
-
-Outputs can be weighted likewise: with ``F = E[g g^T]``, ``g`` the gradient of the model's output with respect to
-the layer's, ``tr(F (W - W') H (W - W')^T)`` predicts the change of the model's output (the Kronecker-factored
-curvature of Martens and Grosse, ICML 2015, arXiv:1503.05671).
 """
 
 from __future__ import annotations
@@ -20,12 +16,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from tensortrain.errors import NonFiniteError, ShapeError
+from .fit import Fit
+from .weighting import Weighting, apply_root, check_gram, energy, output_error
 
 __all__ = [
     "KroneckerNorm",
     "apply_root",
     "check_gram",
+    "energy",
     "keep_promise",
     "kronecker_factors",
     "output_error",
@@ -35,23 +33,6 @@ __all__ = [
 Side = Literal["in", "out"]
 _SKETCH = 96
 DAMPING = 1e-2  # of the mean diagonal: keeps directions that few calibration samples saw (paper's advice)
-
-
-def check_gram(gram: Tensor, size: int) -> Tensor:
-    """The second moment as float64, full ``(N, N)`` or diagonal ``(N,)``.
-
-    Raises:
-        ShapeError: It does not have ``N`` rows.
-        NonFiniteError: It holds NaN or Inf.
-    """
-    if gram.shape not in ((size,), (size, size)):
-        raise ShapeError(
-            f"an input second moment must be (N, N) or its diagonal (N,): found {tuple(gram.shape)}, expected "
-            f"N = {size}. Sum x x^T over the layer's own inputs."
-        )
-    if not bool(torch.isfinite(gram).all()):
-        raise NonFiniteError("an input second moment must be finite: found NaN or Inf. Check the calibration data.")
-    return gram.double()
 
 
 def root_and_inverse(gram: Tensor, *, damping: float = DAMPING) -> tuple[Tensor, Tensor]:
@@ -66,11 +47,6 @@ def root_and_inverse(gram: Tensor, *, damping: float = DAMPING) -> tuple[Tensor,
     values, vectors = torch.linalg.eigh((gram + gram.T) / 2)
     root_values = (values.clamp_min(0) + damping * mean).sqrt()
     return (vectors * root_values) @ vectors.T, (vectors / root_values) @ vectors.T
-
-
-def apply_root(matrix: Tensor, root: Tensor) -> Tensor:
-    """``matrix @ root`` for a full or a diagonal root."""
-    return matrix * root if root.ndim == 1 else matrix @ root
 
 
 def kronecker_factors(gram: Tensor, modes: Sequence[int]) -> list[Tensor]:
@@ -100,24 +76,7 @@ def _partial_trace(gram: Tensor, modes: Sequence[int], k: int) -> Tensor:
     return torch.einsum("anbamb->nm", blocks)
 
 
-def output_error(difference: Tensor, matrix: Tensor, gram: Tensor, output_gram: Tensor | None = None) -> float:
-    """``||F^(1/2) D H^(1/2)|| / ||F^(1/2) W H^(1/2)||``: relative error of a change ``D`` to ``W`` (out, in)."""
-    return math.sqrt(energy(difference, gram, output_gram) / max(energy(matrix, gram, output_gram), 1e-300))
-
-
-def energy(matrix: Tensor, gram: Tensor, output_gram: Tensor | None = None) -> float:
-    """``tr(F W H W^T)``: the mean square of the outputs, weighted by ``F``."""
-    matrix = matrix.double()
-    weighted = matrix * gram if gram.ndim == 1 else matrix @ gram
-    if output_gram is not None:
-        matrix = output_gram[:, None] * matrix if output_gram.ndim == 1 else output_gram @ matrix
-    return max(0.0, float((weighted * matrix).sum()))
-
-
-Attempt = tuple[tuple[int, ...], tuple[Tensor, ...], float]  # ranks, cores, measured error
-
-
-def keep_promise(eps: float, caps: tuple[int, ...], attempt: Callable[[float], Attempt]) -> Attempt:
+def keep_promise(eps: float, caps: tuple[int, ...], attempt: Callable[[float], Fit]) -> Fit:
     """Tighten the cut until the error measured is within ``eps``, or the ranks cannot grow.
 
     A Kronecker fit only resembles the second moment, so a cut in its norm may miss the tolerance in the true one.
@@ -125,40 +84,39 @@ def keep_promise(eps: float, caps: tuple[int, ...], attempt: Callable[[float], A
     cut = eps
     while True:
         found = attempt(cut)
-        if found[2] <= eps or cut < 1e-3 * eps or all(r >= c for r, c in zip(found[0], caps, strict=True)):
+        error = found.rel_error
+        if error <= eps or cut < 1e-3 * eps or all(r >= c for r, c in zip(found.ranks, caps, strict=True)):
             return found
-        cut *= max(0.2, min(0.8, 0.9 * eps / found[2]))
+        cut *= max(0.2, min(0.8, 0.9 * eps / error))
 
 
 @dataclass(frozen=True)
 class KroneckerNorm:
-    """The error norm of one weight: second moments of inputs and outputs, and roots that act mode by mode.
+    """The error norm of one weight: its second moments, and roots that act mode by mode.
 
     Args:
-        gram: Second moment of the inputs, in the order of the weight's columns.
-        output_gram: Weight of the outputs, or None.
-        in_roots, out_roots: Roots and inverses, one pair per mode; no ``out_roots`` without ``output_gram``.
+        weighting: Second moments in the order of the weight's rows and columns.
+        in_roots, out_roots: Roots and inverses, one pair per mode; no ``out_roots`` where outputs are not weighed.
         in_modes, out_modes: Sizes of the modes.
     """
 
-    gram: Tensor
-    output_gram: Tensor | None
+    weighting: Weighting
     in_roots: list[tuple[Tensor, Tensor]]
     out_roots: list[tuple[Tensor, Tensor]]
     in_modes: tuple[int, ...]
     out_modes: tuple[int, ...]
 
     @classmethod
-    def of(
-        cls, gram: Tensor, output_gram: Tensor | None, out_modes: Sequence[int], in_modes: Sequence[int]
-    ) -> KroneckerNorm:
-        """Fit Kronecker products to the second moments."""
-        in_roots = [root_and_inverse(factor) for factor in kronecker_factors(gram, in_modes)]
-        out_roots = []
-        if output_gram is not None:
-            output_gram = check_gram(output_gram, math.prod(out_modes))
-            out_roots = [root_and_inverse(factor) for factor in kronecker_factors(output_gram, out_modes)]
-        return cls(gram, output_gram, in_roots, out_roots, tuple(in_modes), tuple(out_modes))
+    def of(cls, weighting: Weighting, out_modes: Sequence[int], in_modes: Sequence[int]) -> KroneckerNorm:
+        """Fit Kronecker products to second moments, of which there are those of the inputs."""
+        in_roots, out_roots = _roots(weighting.inputs, in_modes), _roots(weighting.outputs, out_modes)
+        return cls(weighting, in_roots, out_roots, tuple(in_modes), tuple(out_modes))
+
+    @property
+    def gram(self) -> Tensor:
+        """Second moment of the inputs."""
+        assert self.weighting.inputs is not None
+        return self.weighting.inputs
 
     def whiten(self, matrix: Tensor, sides: Sequence[Side] = ("in", "out")) -> Tensor:
         """``F^(1/2) W H^(1/2)`` with the fitted moments, or one side of it."""
@@ -182,7 +140,7 @@ class KroneckerNorm:
 
     def error(self, difference: Tensor, matrix: Tensor) -> float:
         """Relative error in the true norm, not in the fitted one."""
-        return output_error(difference, matrix, self.gram, self.output_gram)
+        return self.weighting.rel_error(difference, matrix)
 
     def sketched_error(self, difference: Tensor, matrix: Tensor) -> float:
         """The same to some per cent, from a few random combinations of the outputs."""
@@ -191,7 +149,12 @@ class KroneckerNorm:
         )
         if self.out_roots:
             mix = _apply_by_mode(mix, [root for root, _ in self.out_roots], self.out_modes)
-        return output_error(mix @ difference, mix @ matrix, self.gram)
+        return Weighting(self.gram).rel_error(mix @ difference, mix @ matrix)
+
+
+def _roots(gram: Tensor | None, modes: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
+    """Roots of the Kronecker factors of a second moment, and their inverses."""
+    return [] if gram is None else [root_and_inverse(factor) for factor in kronecker_factors(gram, modes)]
 
 
 def _apply_by_mode(matrix: Tensor, roots: Sequence[Tensor], modes: Sequence[int]) -> Tensor:

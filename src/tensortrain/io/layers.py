@@ -13,6 +13,7 @@ from torch import nn
 
 from tensortrain.compression.carry import cannot_carry
 from tensortrain.errors import CheckpointError, TTError
+from tensortrain.formats.registry import current_name
 from tensortrain.nn import COUNTERPARTS, FactorizedLayer
 from tensortrain.system.store.folder import RECIPE
 from tensortrain.system.store.recipe import LayerEntry, as_json, same_json
@@ -26,6 +27,7 @@ __all__ = [
     "check_shapes",
     "dense_arguments",
     "first_difference",
+    "has_config",
     "layer_entries",
 ]
 
@@ -93,12 +95,20 @@ def build_layer(entry: LayerEntry, stored: StoredTensors, folder: Path) -> Facto
         layer: FactorizedLayer = build(**entry.config, init=None, device="meta", dtype=dtype)
     except (TTError, ArithmeticError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise _unbuildable(entry, folder, f"fails with: {error!s:.400}") from error
-    if not same_json(as_json(layer.config()), entry.config):
+    if not has_config(layer, entry):
         raise CheckpointError(
             f"a layer's arguments must be those it was saved with: {entry.names[0]!r} in {folder / RECIPE} "
             f"builds {first_difference(as_json(layer.config()), entry.config)}. Save the model again."
         )
     return layer
+
+
+def has_config(layer: FactorizedLayer, entry: LayerEntry) -> bool:
+    """Whether a layer has the arguments of a recipe, in which formats may still be written with hyphens."""
+    config, name = entry.config, entry.config.get("format")
+    if isinstance(name, str):
+        config = {**config, "format": current_name(name)}
+    return same_json(as_json(layer.config()), config)
 
 
 def check_shapes(entry: LayerEntry, layer: FactorizedLayer, stored: StoredTensors, folder: Path) -> None:

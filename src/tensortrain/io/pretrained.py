@@ -18,6 +18,7 @@ from tensortrain.io.layers import build_layer, check_counterpart, check_shapes, 
 from tensortrain.io.restore import changes, commit
 from tensortrain.io.sources import build_empty, build_from_source, describe_source
 from tensortrain.nn import FactorizedLayer
+from tensortrain.system.files import sync
 from tensortrain.system.store.folder import (
     RECIPE,
     TENSORS,
@@ -26,7 +27,6 @@ from tensortrain.system.store.folder import (
     read_recipe,
     sha256_of,
     state_of,
-    sync,
     tensors_of,
 )
 from tensortrain.system.store.recipe import LayerEntry, Recipe

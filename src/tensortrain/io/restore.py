@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tensortrain.compression.carry import carry
 from tensortrain.errors import CheckpointError
 from tensortrain.io.composites import build_composite, dense_twin
-from tensortrain.io.layers import check_counterpart
+from tensortrain.io.layers import check_counterpart, has_config
 from tensortrain.nn import CompositeLayer, FactorizedLayer
 from tensortrain.nn.counterparts import is_transformers_conv1d
 from tensortrain.system.store.recipe import (
@@ -26,9 +26,7 @@ from tensortrain.system.store.recipe import (
     LayerEntry,
     Recipe,
     TensorEntry,
-    as_json,
     dtype_named,
-    same_json,
 )
 from tensortrain.system.store.storable import check_unsharded
 from tensortrain.system.store.stored import StoredTensors, identity_of, listed, named_tensors
@@ -225,7 +223,7 @@ def _is_like(old: nn.Module, entry: LayerEntry) -> bool:
     """Whether a layer of the model has the form of the recipe's."""
     if not isinstance(old, FactorizedLayer) or type(old).__name__ != entry.kind:
         return False
-    return same_json(as_json(old.config()), entry.config)
+    return has_config(old, entry)
 
 
 def _is_dense_in(name: str, module: nn.Module, stored: StoredTensors) -> bool:

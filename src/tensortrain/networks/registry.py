@@ -55,7 +55,7 @@ def build(name: str, **kwargs: Any) -> nn.Module:
     if name not in _MODELS:
         raise KindError(
             f"a model must be registered: build has {name!r}, expected one of {', '.join(names())}. "
-            "Choose one of these or add yours with tensortrain.models.register."
+            "Choose one of these or add yours with tensortrain.networks.register."
         )
     try:
         return _MODELS[name](**kwargs)

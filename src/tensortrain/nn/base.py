@@ -2,39 +2,28 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import fields
 from typing import Any, ClassVar, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
 
-from tensortrain.contract import (
-    Chain,
-    CostModel,
-    Network,
-    WeightCache,
-    fastest_plan,
-    plan_chain,
-    plan_network,
-)
 from tensortrain.errors import DerivedWeightError, KindError, ShapeError
-from tensortrain.formats import Factorization, FactorSpec, Format, Rank, WeightShape, get_format
-from tensortrain.system.tracing import constant_when_traced, is_traced, static_power_of_two
+from tensortrain.formats import PLAIN, FactorSpec, Fit, Format, Rank, Weighting, WeightShape, get_format
+from tensortrain.system.tracing import is_traced
 
 from .cores import Cores, held_cores, list_cores
 from .derived import read_only
 from .inputs import Traced
+from .runner import Runner
 
 __all__ = ["FactorizedLayer", "Implementation"]
 
 Implementation = Literal["auto", "factorized", "dense"]
 Init = Literal["match", "glorot", "he", "structured"] | float | None
 Self = TypeVar("Self", bound="FactorizedLayer")
-_FORCE: dict[str, Any] = {"auto": None, "dense": "dense", "factorized": "factorized"}
-_COMPILE_BATCH = 32  # a traced graph that takes any batch size is planned for this one
+_OF_BEFORE = ("_plans", "_cache", "_static_plan", "_static_shape", "_way", "_way_options", "_stand_ins")
 
 
 class FactorizedLayer(Traced):
@@ -43,6 +32,7 @@ class FactorizedLayer(Traced):
     Attributes:
         spec: Format, modes and ranks.
         cores: The parameters, laid out as ``spec.core_shapes``.
+        runner: How the layer runs.
         implementation: ``"auto"`` runs whatever is predicted fastest and may keep a dense weight of at most
             ``dense_limit_bytes``; ``"factorized"`` never builds one; ``"dense"`` always does.
         dense_limit_bytes: Largest dense weight that ``"auto"`` builds. Set it on a layer or on this class.
@@ -55,7 +45,7 @@ class FactorizedLayer(Traced):
     dense_type: ClassVar[type[nn.Module]]
     torch_arguments: ClassVar[tuple[str, ...]]  # attributes that torch's layer and this one share
     has_bias: ClassVar[bool] = True
-    _stand_ins: list[Tensor] | None = None  # for the time of one forward, what is computed from the cores
+    stand_ins: list[Tensor] | None = None  # for the time of one forward, what is computed from the cores
 
     def __init__(
         self,
@@ -72,17 +62,14 @@ class FactorizedLayer(Traced):
             raise ShapeError(
                 f"implementation must be one of {get_args(Implementation)}: found {implementation!r}. Pass 'auto'."
             )
-        self.spec = spec
-        self._group_spec = spec.one_group()
         self.implementation = implementation
+        self.take_spec(spec)
         empty = [torch.empty(shape, device=device, dtype=dtype) for shape in spec.core_shapes]
         self.cores: nn.ParameterList = Cores(nn.Parameter(core) for core in empty)
         if bias is None:
             self.register_parameter("bias", None)
         else:
             self.bias = nn.Parameter(torch.empty(bias, device=device, dtype=dtype))
-        self._forget()
-        self._static_plan = self._make_static_plan()
         if init is not None:
             self.reset_parameters(init)
 
@@ -95,32 +82,17 @@ class FactorizedLayer(Traced):
         ``"he"`` is ``2 / fan_in``, a number is the standard deviation itself. ``"structured"`` scales every core
         by its own fans instead (``Format.core_fans``).
         """
-        cores = self._core_list()
+        cores = self.core_list()
         if init == "structured":
             self.format.init_structured_(cores, self.spec, generator)
         else:
-            self.format.init_(cores, self.spec, self._sigma(init), generator)
+            self.format.init_(cores, self.spec, _sigma(self, init), generator)
         if len(self.cores._parameters) != len(cores):
             self.cores.assign_(cores)  # type: ignore[operator]  # constrained cores, see orthogonal.py
         if self.bias is not None and not self.bias.is_meta:
             bound = 1 / math.sqrt(max(1, self.spec.weight.fan_in))
             with torch.no_grad():
                 self.bias.uniform_(-bound, bound, generator=generator)
-
-    def _sigma(self, init: Init) -> float:
-        weight = self.spec.weight
-        if isinstance(init, (int, float)) and 0 <= init < math.inf:
-            return float(init)
-        if init == "glorot":
-            fan_out = weight.out_features // weight.groups * math.prod(weight.kernel)
-            return math.sqrt(2 / (weight.fan_in + fan_out))
-        if init == "he":
-            return math.sqrt(2 / weight.fan_in)
-        if init == "match":
-            return self._matching_sigma()
-        raise ShapeError(
-            f"init must be 'match', 'glorot', 'he', 'structured' or a number: found {init!r}. Pass 'match'."
-        )
 
     def _matching_sigma(self) -> float:
         return 1 / math.sqrt(3 * max(1, self.spec.weight.fan_in))  # torch draws from U(+-1/sqrt(fan_in))
@@ -154,17 +126,13 @@ class FactorizedLayer(Traced):
         dtype: torch.dtype | None = None,
     ) -> Self:
         """A layer with the options of ``dense`` and the cores of ``spec``, not filled in."""
-        return cls(
-            **cls.arguments_of(dense),
-            format=spec.format,  # type: ignore[call-arg]
-            rank=spec.ranks,
-            in_modes=spec.in_modes,
-            out_modes=spec.out_modes,
-            init=None,
-            implementation=implementation,
-            device=device,
-            dtype=dtype,
-        )
+        how: dict[str, Any] = {"implementation": implementation, "device": device, "dtype": dtype}
+        return cls._made(**cls.arguments_of(dense), **spec.keywords(), init=None, **how)
+
+    @classmethod
+    def _made(cls: type[Self], **arguments: Any) -> Self:
+        """A layer of the kind that this class builds."""
+        return cls(**arguments)
 
     @classmethod
     def from_dense(
@@ -201,21 +169,38 @@ class FactorizedLayer(Traced):
         Source: TT-SVD: Oseledets 2011; whitening: arXiv:2403.07378.
         """
         cls._check_dense_type(dense)
-        found = get_format(format).factorize(
-            cls.kernel_of(dense),
-            cls.weight_shape_of(dense),
-            rank=rank,
-            eps=eps,
-            out_modes=out_modes,
-            in_modes=in_modes,
-            gram=input_gram,
-            output_gram=output_gram,
+        spec, eps = get_format(format).asked(
+            cls.weight_shape_of(dense), dense.weight.dtype, rank=rank, eps=eps, out_modes=out_modes, in_modes=in_modes
         )
+        weighting = Weighting(input_gram, output_gram)
+        return cls.from_spec(dense, spec, eps=eps, weighting=weighting, implementation=implementation)
+
+    @classmethod
+    def from_spec(
+        cls: type[Self],
+        dense: Any,
+        spec: FactorSpec,
+        *,
+        eps: float | None = None,
+        weighting: Weighting = PLAIN,
+        implementation: Implementation = "auto",
+    ) -> Self:
+        """Approximate a trained torch layer by cores of a spec, as a plan gives it; ``from_dense`` takes words.
+
+        Args:
+            dense: As for ``from_dense``.
+            spec: Format, modes and ranks of the layer's weight.
+            eps: Relative tolerance, for which the spec's ranks are caps.
+            weighting: Second moments of inputs and outputs that weigh the error.
+
+        Raises:
+            KindError, NonFiniteError, ShapeError: As ``from_dense``.
+        """
+        cls._check_dense_type(dense)
+        found = get_format(spec.format).fit(cls.kernel_of(dense), spec, eps=eps, weighting=weighting)
         weight = dense.weight
-        layer = cls.like(
-            dense, found.value.spec, implementation=implementation, device=weight.device, dtype=weight.dtype
-        )
-        return layer._adopt(found.value, dense)
+        layer = cls.like(dense, found.spec, implementation=implementation, device=weight.device, dtype=weight.dtype)
+        return layer._adopt(found, dense)
 
     @classmethod
     def _check_dense_type(cls, dense: object) -> None:
@@ -225,7 +210,7 @@ class FactorizedLayer(Traced):
                 f"{type(dense).__name__}. Pass the torch layer (a factorized layer's to_dense() gives it)."
             )
 
-    def _adopt(self: Self, found: Factorization, dense: Any) -> Self:
+    def _adopt(self: Self, found: Fit, dense: Any) -> Self:
         """Take over cores, bias and manners of a dense layer."""
         with torch.no_grad():
             for core, value in zip(self.cores, found.cores, strict=True):
@@ -239,7 +224,7 @@ class FactorizedLayer(Traced):
         core = self.cores[0]
         dense: Any = self.dense_type(**self.arguments_of(self), device=core.device, dtype=core.dtype)
         with torch.no_grad():
-            dense.weight.copy_(self._full_weight())
+            dense.weight.copy_(self.full_weight())
         dense.weight.requires_grad_(core.requires_grad)
         _copy_bias(self, dense)
         return dense.train(self.training)
@@ -269,18 +254,15 @@ class FactorizedLayer(Traced):
     @property
     def weight(self) -> Tensor:
         """The dense weight in torch's layout, built from the cores: a copy to read, which refuses to be written to."""
+        weight = self.full_weight()
         if is_traced():
-            return self._full_weight()
-        weight = self._full_weight()
-        return read_only(weight, is_shared=self._is_shared(weight))
+            return weight
+        # Where it follows from several trained cores, neither the cache nor a core holds its memory.
+        return read_only(weight, is_shared=not weight.requires_grad or len(self.cores) == 1)
 
-    def _is_shared(self, weight: Tensor) -> bool:
-        """Whether the cache or a core may hold the memory of this weight."""
-        return not weight.requires_grad or len(self.cores) == 1
-
-    def _full_weight(self) -> Tensor:
+    def full_weight(self) -> Tensor:
         """The weight as others see it; not to be written to, since it may lie in the cache."""
-        return self._dense_weight()
+        return self.runner.dense_weight(self)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight":
@@ -309,30 +291,20 @@ class FactorizedLayer(Traced):
     @property
     def resident_cache_bytes(self) -> int:
         """Bytes of derived weights that the layer keeps at present."""
-        return self._cache.nbytes
+        return self.runner.cache.nbytes
 
     def config(self) -> dict[str, Any]:
         """Constructor arguments as plain data, without the cores."""
         return {
             **self.arguments_of(self),
-            "format": self.spec.format,
-            "rank": list(self.spec.ranks),
-            "in_modes": list(self.spec.in_modes),
-            "out_modes": list(self.spec.out_modes),
+            **self.spec.keywords(),
             "implementation": self.implementation,
         }
 
     def how_it_ran(self) -> str:
         """One word on each plan made for inference so far, such as ``"dense kept; right-to-left [0][1 2]"``."""
-        ran = [plan_name(plan) for key, plan in self._own_plans().items() if not self._training_key(key)]
-        return "; ".join(dict.fromkeys(ran)) or ("dense, kept" if self._cache.nbytes else "core by core")
-
-    def _own_plans(self) -> dict[tuple[Any, ...], Any]:
-        return self._plans
-
-    @staticmethod
-    def _training_key(key: tuple[Any, ...]) -> bool:
-        return any(part is True for part in key)
+        without_plans = "dense, kept" if self.runner.cache.nbytes else "core by core"
+        return "; ".join(self.runner.words()) or without_plans
 
     def _format_repr(self) -> str:
         ranks = ",".join(str(r) for r in self.spec.ranks)
@@ -341,132 +313,72 @@ class FactorizedLayer(Traced):
             f"params={self.n_params:,} ({self.compression:.4g}x smaller)"
         )
 
-    # -- derived weights and plans -------------------------------------------------------------------
+    # -- how it runs ---------------------------------------------------------------------------------
 
-    def _forget(self) -> None:
-        self._cache = WeightCache()
-        self._plans: dict[tuple[Any, ...], Any] = {}
+    def take_spec(self, spec: FactorSpec) -> None:
+        """Become a layer of this spec; the cores are not touched."""
+        self.spec, self._group_spec = spec, spec.one_group()
+        self.runner = self._make_runner()
+
+    def _make_runner(self) -> Runner:
+        """A runner of what carries the layer's product."""
+        return Runner(self.format.contraction(self._group_spec))
+
+    def core_list(self) -> list[Tensor]:
+        """The cores of this forward pass: what stands in for them, what hooks on their list gave, or the parameters."""
+        if self.stand_ins is not None:
+            return self.stand_ins
+        return held_cores(self) or list_cores(self.cores)
+
+    def plan_cores(self) -> list[Tensor]:
+        """The same, laid out as plans take them."""
+        return self.format.to_chain(self.core_list(), self.spec)
+
+    def build_weight(self) -> Tensor:
+        """The dense weight that the cores make, in torch's layout; see ``Runner.dense_weight``, which keeps it."""
+        return self.format.to_dense(self.core_list(), self.spec).contiguous()
 
     def clear_cache(self) -> None:
         """Drop derived weights. Needed only after cores were changed behind autograd's back (``.data``)."""
-        self._forget()
+        self.runner.forget()
 
     def _apply(self: Self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        self._forget()  # torch may swap parameters, which nothing may hold weakly then
+        self.clear_cache()  # torch may swap parameters, which nothing may hold weakly then
         result = super()._apply(fn, recurse)
-        self._forget()  # another device or dtype: other plans
+        self.clear_cache()  # another device or dtype: other plans
         return result
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._forget()
+        self.clear_cache()
         super()._load_from_state_dict(*args, **kwargs)
 
-    def _core_list(self) -> list[Tensor]:
-        if self._stand_ins is not None:
-            return self._stand_ins
-        return held_cores(self) or list_cores(self.cores)
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "runner" not in self.__dict__:  # pickled when plans and weights lay in the layer
+            for name in _OF_BEFORE:
+                self.__dict__.pop(name, None)
+            self.runner = self._make_runner()
 
-    def _cached(self, key: Any, build: Callable[[], Any]) -> Any:
-        if held_cores(self) is not None:  # cores that a hook makes or loads for this call alone must not outlive it
-            return build()
-        return self._cache.get(self._core_list(), build, tag=key)
 
-    def _dense_weight(self) -> Tensor:
-        return self._cached("dense", lambda: self.format.to_dense(self._core_list(), self.spec).contiguous())
-
-    @property
-    def _device_type(self) -> str:
-        return "cuda" if self.cores[0].is_cuda else "cpu"  # a layer without memory is planned for the CPU
-
-    @property
-    def _dense_allowed(self) -> bool:
-        dense_bytes = self.spec.weight.n_params * self.cores[0].element_size()
-        return self.implementation != "factorized" and dense_bytes <= self.dense_limit_bytes
-
-    def _trains(self) -> bool:
-        return torch.is_grad_enabled() and any(core.requires_grad for core in self._core_list())
-
-    def _chain(self) -> Chain | Network | None:
-        return self.format.contraction(self._group_spec)
-
-    def _make_static_plan(self) -> Any:  # ContractionPlan | NetworkPlan | None
-        chain = self._chain()
-        if chain is None:
-            return None
-        self._static_shape = type(chain).__name__, tuple(getattr(chain, field.name) for field in fields(chain))
-        return self._plan_when_traced(None)
-
-    def _plan_when_traced(self, rows: int | None) -> Any:  # ContractionPlan | NetworkPlan
-        """The plan of a traced program: for its number of rows, where that is fixed in it."""
-        bucket = None if rows is None else static_power_of_two(rows)
-        place = self.cores[0].dtype, self._device_type
-        how = self._options_when_traced()
-        return getattr(_plans, _name_of_plan(*self._static_shape, bucket or _COMPILE_BATCH, *place, *how))
-
-    def _options_when_traced(self) -> tuple[bool, Any]:
-        """Whether a traced plan may be dense, and of which kind it must be."""
-        return self._dense_allowed, _FORCE[self.implementation]
-
-    def _plan_key(self, rows: int, training: bool, force: Any = None) -> tuple[Any, ...]:
-        bucket = 1 << max(0, rows - 1).bit_length()
-        found = "timed" if self.may_time_plans and not torch.are_deterministic_algorithms_enabled() else "predicted"
-        return bucket, training, force, self.implementation, self.dense_limit_bytes, found
-
-    def _chain_plan(self, rows: int, *, force: Any = None) -> Any:  # ContractionPlan | NetworkPlan
-        """The plan for about so many rows; sizes are rounded up to powers of two so that few are made."""
-        training = self._trains()
-        key = self._plan_key(rows, training, force)
-        plan = self._plans.get(key)
-        if plan is None:
-            chain = self._chain()
-            assert chain is not None
-            core = self.cores[0]
-            plan = fastest_plan(
-                chain,
-                batch=key[0],
-                dtype=core.dtype,
-                device=core.device if core.is_cuda else self._device_type,
-                training=training,
-                allow_dense=self._dense_allowed,
-                force=force or _FORCE[self.implementation],
-                may_time=key[-1] == "timed" and core.device.type in ("cpu", "cuda"),
-            )
-            self._plans[key] = plan
-        return plan
+def _sigma(layer: FactorizedLayer, init: Init) -> float:
+    """The standard deviation of the dense weight's entries that ``init`` names."""
+    weight = layer.spec.weight
+    if isinstance(init, (int, float)) and 0 <= init < math.inf:
+        return float(init)
+    if init == "glorot":
+        fan_out = weight.out_features // weight.groups * math.prod(weight.kernel)
+        return math.sqrt(2 / (weight.fan_in + fan_out))
+    if init == "he":
+        return math.sqrt(2 / weight.fan_in)
+    if init == "match":
+        return layer._matching_sigma()
+    raise ShapeError(f"init must be 'match', 'glorot', 'he', 'structured' or a number: found {init!r}. Pass 'match'.")
 
 
 def _full_weight_of(layer: Any) -> Tensor:
     """The dense weight of a layer, torch's or factorized."""
-    weight: Tensor = layer._full_weight() if isinstance(layer, FactorizedLayer) else layer.weight
+    weight: Tensor = layer.full_weight() if isinstance(layer, FactorizedLayer) else layer.weight
     return weight
-
-
-class _Plans:
-    """The plans that traced programs have asked for, as attributes: what a compiler can look up by name."""
-
-
-_plans = _Plans()
-
-
-@constant_when_traced  # plain arguments and a plain answer, as a compiler wants them
-def _name_of_plan(
-    kind: str,
-    shape: tuple[Any, ...],
-    rows: int,
-    dtype: torch.dtype,
-    device_type: str,
-    allow_dense: bool,
-    force: Any,
-) -> str:
-    """Make the plan for a program that keeps nothing between its calls: as in training, every call merges its cores."""
-    asked = repr((kind, shape, rows, dtype, device_type, allow_dense, force))
-    name = f"plan_{hashlib.sha256(asked.encode()).hexdigest()[:24]}"
-    if not hasattr(_plans, name):
-        options: dict[str, Any] = {"batch": rows, "dtype": dtype, "training": True, "allow_dense": allow_dense}
-        options |= {"force": force, "cost_model": CostModel.reference(device_type)}
-        find: Any = plan_network if kind == "Network" else plan_chain
-        setattr(_plans, name, find((Network if kind == "Network" else Chain)(*shape), **options))
-    return name
 
 
 def _copy_bias(source: Any, target: Any) -> None:
@@ -474,19 +386,6 @@ def _copy_bias(source: Any, target: Any) -> None:
         with torch.no_grad():
             target.bias.copy_(source.bias)
         target.bias.requires_grad_(source.bias.requires_grad)
-
-
-def plan_name(plan: Any) -> str:
-    """How a plan runs, in a few words."""
-    flipped = ", flipped" if getattr(plan, "flips", False) else ""
-    if plan.uses_dense:
-        return f"dense, kept{flipped}"
-    groups = getattr(plan, "groups", None)
-    if groups is None:
-        return "core by core"
-    merged = "".join("[" + " ".join(map(str, range(*group))) + "]" for group in groups)
-    parts = f", {plan.rows_at_a_time} rows at a time" if plan.rows_at_a_time else ""
-    return f"{plan.kind} {merged}{flipped}{parts}"
 
 
 def as_tuple(value: int | Sequence[int], n: int, what: str, *, least: int = 1) -> tuple[int, ...]:

@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from tensortrain.contract import ContractionPlan, NetworkPlan
+from tensortrain.contract import Plan
 from tensortrain.errors import KindError
 
 from . import cores as core_lists
@@ -41,7 +41,7 @@ class MapPlan:
     out_features: int
     rows: int
     calls: int
-    plan: ContractionPlan | NetworkPlan | None
+    plan: Plan | None
 
     @property
     def dense_flops(self) -> int:
@@ -174,7 +174,7 @@ def plan_map(name: str, one: Map, rows: int, calls: int) -> MapPlan:
 
 def weight_of(one: Map) -> Tensor:
     """The dense weight of a map, not to be written to."""
-    return one._full_weight() if isinstance(one, Linear) else one.weight
+    return one.full_weight() if isinstance(one, Linear) else one.weight
 
 
 def linear_of(weight: Tensor, bias: Tensor | None) -> nn.Linear:

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from tensortrain.errors import KindError
-from tensortrain.formats import FactorSpec, WeightShape
+from tensortrain.formats import WeightShape
 from tensortrain.nn.conv.layers import Conv1d, Conv2d, Conv3d
 from tensortrain.nn.conv.transpose import ConvTranspose1d, ConvTranspose2d, ConvTranspose3d
 from tensortrain.nn.embedding.bag import EmbeddingBag
 from tensortrain.nn.embedding.layers import Embedding
 
-from .base import FactorizedLayer, Implementation, _copy_bias
+from .base import FactorizedLayer, _copy_bias
 from .linear import Linear
 
 __all__ = ["COUNTERPARTS", "counterpart", "dense_twin", "is_transformers_conv1d"]
@@ -75,26 +75,8 @@ class LinearFromConv1D(Linear):
         return {"in_features": layer.nx, "out_features": layer.nf, "bias": True}
 
     @classmethod
-    def like(  # type: ignore[override]
-        cls,
-        dense: Any,
-        spec: FactorSpec,
-        *,
-        implementation: Implementation = "auto",
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> Linear:
-        layer = Linear(
-            **cls.arguments_of(dense),
-            format=spec.format,
-            rank=spec.ranks,
-            in_modes=spec.in_modes,
-            out_modes=spec.out_modes,
-            init=None,
-            implementation=implementation,
-            device=device,
-            dtype=dtype,
-        )
+    def _made(cls, **arguments: Any) -> Linear:  # type: ignore[override]
+        layer = Linear(**arguments)
         layer.made_from = "Conv1D"
         return layer
 

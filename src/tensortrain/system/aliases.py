@@ -253,11 +253,20 @@ class _Module(_Place):
 
 
 @dataclass(eq=False)
-class _Item(_Place):
-    """An entry of a dict (also that of an object's attributes), a list or a deque."""
+class _InHolder(_Place):
+    """A place in an object that can change."""
 
     up: _Place
     holder: Any
+
+    def changes(self) -> int:
+        return id(self.holder)
+
+
+@dataclass(eq=False)
+class _Item(_InHolder):
+    """An entry of a dict (also that of an object's attributes), a list or a deque."""
+
     key: Any
     shown: str = ""
 
@@ -272,19 +281,14 @@ class _Item(_Place):
         undo.append(lambda: self.holder.__setitem__(self.key, old))
         self.holder[self.key] = value
 
-    def changes(self) -> int:
-        return id(self.holder)
-
     def label(self) -> str:
         return self.shown or f"[{self.key!r:.40}]"
 
 
 @dataclass(eq=False)
-class _Attribute(_Place):
+class _Attribute(_InHolder):
     """A slot, or an attribute of a function."""
 
-    up: _Place
-    holder: Any
     name: str
 
     def get(self) -> Any:
@@ -295,19 +299,14 @@ class _Attribute(_Place):
         undo.append(lambda: object.__setattr__(self.holder, self.name, old))
         object.__setattr__(self.holder, self.name, value)
 
-    def changes(self) -> int:
-        return id(self.holder)
-
     def label(self) -> str:
         return f".{self.name}"
 
 
 @dataclass(eq=False)
-class _Member(_Place):
+class _Member(_InHolder):
     """A member of a set, or a key of a dict."""
 
-    up: _Place
-    holder: Any
     held: Any
 
     def get(self) -> Any:
@@ -324,9 +323,6 @@ class _Member(_Place):
             return (value if entry[0] is self.held else entry[0], entry[1])
         return value if entry is self.held else entry
 
-    def changes(self) -> int:
-        return id(self.holder)
-
     def is_key(self) -> bool:
         return True
 
@@ -339,11 +335,9 @@ class _Member(_Place):
 
 
 @dataclass(eq=False)
-class _Cell(_Place):
+class _Cell(_InHolder):
     """A variable that a function closes over."""
 
-    up: _Place
-    holder: types.FunctionType
     cell: types.CellType
     name: str
 
@@ -409,11 +403,8 @@ class _Method(_Inside):
 
 
 @dataclass(eq=False)
-class _PartialState(_Place):
+class _PartialState(_InHolder):
     """Function, arguments, keywords and attributes of a ``functools.partial``, as one tuple."""
-
-    up: _Place
-    holder: Any
 
     def get(self) -> Any:
         return self.holder.__reduce__()[2]
@@ -422,9 +413,6 @@ class _PartialState(_Place):
         old = self.get()
         undo.append(lambda: self.holder.__setstate__(old))
         self.holder.__setstate__(value)
-
-    def changes(self) -> int:
-        return id(self.holder)
 
 
 @dataclass(eq=False)

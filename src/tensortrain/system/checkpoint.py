@@ -1,27 +1,79 @@
-"""What a training run must keep to go on after a kill as if nothing had happened.
+"""Nested plain data with tensors in one file, as long work keeps its state.
 
-The file is written beside its final place and moved there by rename. It is a safetensors file, whose metadata hold
-everything but the tensors as JSON: no pickle is read or written.
+The file appears whole or not at all. It is a safetensors file, whose metadata hold everything but the tensors as JSON:
+no pickle is read or written.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import random
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
 
 from tensortrain.errors import CheckpointError
+from tensortrain.system.files import whole_file
+
+__all__ = ["RunFile", "read_checkpoint", "same_start", "start_signature", "unusable", "write_checkpoint"]
 
 _VERSION = 2
 _SAMPLE = 65_536  # elements of one tensor that the signature looks at
 _SAME_START = 1e-3  # rebuilt models may differ by round-off (thread counts); other models differ by order one
+
+
+class RunFile:
+    """The checkpoint of one run, which knows that of another.
+
+    Args:
+        path: Where it lies.
+        every_s: Least time between two writes, in seconds.
+        settings: What decides the result, as text: another value means another run.
+        start: Numbers that the run begins with, see ``start_signature``.
+    """
+
+    def __init__(self, path: Path, every_s: float, settings: Mapping[str, Any], start: Tensor) -> None:
+        self.path, self.every_s, self.written_at = path, every_s, time.perf_counter()
+        self.settings = {name: str(value) for name, value in settings.items()}
+        self.start = start
+
+    def due(self) -> bool:
+        """Whether it is time for another write."""
+        return time.perf_counter() - self.written_at >= self.every_s
+
+    def write(self, content: Mapping[str, Any]) -> None:
+        """Replace the file."""
+        write_checkpoint(self.path, {"settings": self.settings, "start": self.start, **content})
+        self.written_at = time.perf_counter()
+
+    def read(self) -> dict[str, Any]:
+        """What was written.
+
+        Raises:
+            CheckpointError: The file is damaged, or of another run.
+            KeyError, TypeError: Something is missing in it.
+        """
+        content = read_checkpoint(self.path)
+        self._check_is_this_run(content)
+        return content
+
+    def _check_is_this_run(self, content: Mapping[str, Any]) -> None:
+        saved = content["settings"]
+        if not isinstance(saved, dict):
+            raise TypeError("settings are not a dict")
+        odd = sorted(k for k in self.settings.keys() | saved.keys() if self.settings.get(k) != saved.get(k))
+        if not odd and not same_start(content["start"], self.start):
+            odd = ["starting weights"]
+        if odd:
+            raise CheckpointError(
+                f"a checkpoint must be of the same run: {self.path} has other "
+                f"{', '.join(odd)}, expected those of this call. Use another file to keep both."
+            )
 
 
 def write_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
@@ -30,16 +82,10 @@ def write_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
     Raises:
         CheckpointError: The content has something else than tensors, numbers, texts and containers of these.
     """
-    from safetensors.torch import save_file
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.tmp")
     tensors: dict[str, Tensor] = {}
     tree = json.dumps(_as_tree({"version": _VERSION, **content}, tensors))
-    save_file(tensors, unfinished, metadata={"tree": tree})
-    with unfinished.open("rb") as file:
-        os.fsync(file.fileno())
-    os.replace(unfinished, path)
+    with whole_file(path) as unfinished:
+        save_file(tensors, unfinished, metadata={"tree": tree})
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -48,8 +94,6 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: It is truncated, or of another kind or version.
     """
-    from safetensors import SafetensorError, safe_open
-
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             tree = json.loads((file.metadata() or {})["tree"])
@@ -57,9 +101,9 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
         content = _from_tree(tree, tensors)
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise _unusable(path, f"{type(error).__name__} on reading it") from error
+        raise unusable(path, f"{type(error).__name__} on reading it") from error
     if not isinstance(content, dict) or content.get("version") != _VERSION:
-        raise _unusable(path, "content of another kind")
+        raise unusable(path, "content of another kind")
     return content
 
 
@@ -81,8 +125,8 @@ def _as_tree(value: Any, tensors: dict[str, Tensor]) -> Any:
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     raise CheckpointError(
-        f"a training checkpoint must be plain data: it has a {type(value).__name__}, expected tensors, numbers, texts "
-        "and containers of these. Use an optimizer of torch.optim, or leave out checkpoint=."
+        f"a checkpoint must be plain data: it has a {type(value).__name__}, expected tensors, numbers, texts and "
+        "containers of these. Use an optimizer of torch.optim, or leave out checkpoint=."
     )
 
 
@@ -102,63 +146,19 @@ def _from_tree(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
     raise KeyError(kind)
 
 
-def _unusable(path: Path, what: str) -> CheckpointError:
+def unusable(path: Path, what: str) -> CheckpointError:
+    """What to raise for a file that does not hold what was written."""
     return CheckpointError(
-        f"a training checkpoint must be whole: {path} has {what}, expected one written by fit. Remove the file."
+        f"a checkpoint must be whole: {path} has {what}, expected one written by the same work. Remove the file."
     )
 
 
-def rng_state(data: object, device: torch.device) -> dict[str, Any]:
-    """Return the state of every generator that training may draw from."""
-    name, keys, *rest = np.random.get_state()
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
-        "python": random.getstate(),
-        "numpy": (name, torch.from_numpy(np.asarray(keys).copy()), *rest),
-        "loader": [generator.get_state() for generator in loader_generators(data)],
-    }
+def start_signature(values: Iterable[Any]) -> Tensor:
+    """Return two numbers per tensor, its norm and a fixed projection: float64 ``(n, 2)``.
 
-
-def set_rng_state(state: Mapping[str, Any], data: object, device: torch.device) -> None:
-    """Put every generator back to where :func:`rng_state` saw it."""
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] is not None and device.type == "cuda":
-        torch.cuda.set_rng_state(state["cuda"], device)
-    random.setstate(state["python"])
-    name, keys, *rest = state["numpy"]
-    np.random.set_state((name, keys.numpy(), *rest))
-    for generator, saved in zip(loader_generators(data), state["loader"], strict=True):
-        generator.set_state(saved)
-
-
-def loader_generators(data: object) -> list[torch.Generator]:
-    """Return the generators that a loader, its samplers and its data set draw from, each once."""
-    found: dict[int, torch.Generator] = {}
-    for part in loader_parts(data):
-        generator = getattr(part, "generator", None)
-        if isinstance(generator, torch.Generator):
-            found.setdefault(id(generator), generator)
-    return list(found.values())
-
-
-def loader_parts(data: object) -> Iterator[object]:
-    """Give a loader and the parts of it that may hold state."""
-    yield data
-    for path in (("sampler",), ("batch_sampler",), ("batch_sampler", "sampler"), ("dataset",)):
-        part: object = data
-        for name in path:
-            part = getattr(part, name, None)
-        if part is not None:
-            yield part
-
-
-def start_signature(model: nn.Module) -> Tensor:
-    """Return two numbers per tensor of the model, its norm and a fixed projection: float64 ``(n, 2)``.
-
-    With it a checkpoint knows the weights that its run began with, and is not taken for another model's.
+    With it a checkpoint knows the numbers that its run began with, and is not taken for another run's.
     """
-    rows = [_norm_and_projection(value) for value in model.state_dict().values() if isinstance(value, Tensor)]
+    rows = [_norm_and_projection(value) for value in values if isinstance(value, Tensor)]
     return torch.stack(rows) if rows else torch.zeros(0, 2, dtype=torch.float64)
 
 
@@ -177,17 +177,3 @@ def same_start(saved: object, current: Tensor) -> bool:
         return False
     scale = current[:, :1].abs().clamp(min=1e-30)
     return bool(((saved - current).abs() <= _SAME_START * scale).all())
-
-
-def check_state_fits(model: nn.Module, state: object, path: Path) -> None:
-    """Refuse a state dict of other names or shapes before anything is loaded from it.
-
-    Raises:
-        CheckpointError: A tensor is extra, missing or of another shape.
-    """
-    own = {name: value.shape for name, value in model.state_dict().items() if isinstance(value, Tensor)}
-    found = state if isinstance(state, dict) else {}
-    shapes = {name: value.shape for name, value in found.items() if isinstance(value, Tensor)}
-    if own != shapes:
-        odd = sorted(name for name in own.keys() | shapes.keys() if own.get(name) != shapes.get(name))
-        raise _unusable(path, f"tensors that do not fit the model ({', '.join(odd[:3])})")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 __all__ = ["History"]
@@ -54,6 +54,19 @@ class History:
     def __repr__(self) -> str:
         ends = f", stopped by {self.stop}" if self.stop else ""
         return f"History({len(self)} entries of {', '.join(self.columns)}{ends})"
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One dict for each sweep or epoch, with the figures it has."""
+        entries = ({name: column[k] for name, column in self.columns.items()} for k in range(len(self)))
+        return [{name: value for name, value in row.items() if value is not None} for row in entries]
+
+    @classmethod
+    def from_rows(cls, rows: Iterable[Mapping[str, Any]]) -> History:
+        """What ``rows`` gave."""
+        history = cls()
+        for row in rows:
+            history.append(**row)
+        return history
 
     def to_state(self) -> dict[str, Any]:
         """Plain data, as a checkpoint keeps it."""

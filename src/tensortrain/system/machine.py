@@ -1,19 +1,21 @@
-"""What is known of this machine from one process to the next: small JSON files, one for each device."""
+"""The machine, and what was measured on it: small JSON files, one for each device, which later processes read."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import platform
-import tempfile
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
-__all__ = ["cache_folder", "device_key", "known_file", "read_json", "write_json"]
+from tensortrain.system.files import write_text_atomic
+
+__all__ = ["cache_folder", "cpu_name", "device_key", "known_file", "read_json", "write_json"]
 
 
 def device_key(device: torch.device) -> str:
@@ -21,16 +23,17 @@ def device_key(device: torch.device) -> str:
     if device.type == "cuda":
         hardware = torch.cuda.get_device_name(device)
     else:
-        hardware = f"{_cpu_name()}, {torch.get_num_threads()} threads"
+        hardware = f"{cpu_name()}, {torch.get_num_threads()} threads"
     return f"{device.type}: {hardware}, torch {torch.__version__}"
 
 
 @cache
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """The processor's name, as the system tells it."""
     try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
             if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
+                return line.partition(":")[2].strip()
     except OSError:
         pass
     return platform.processor() or platform.machine()
@@ -41,10 +44,11 @@ def known_file(name: str, key: str) -> Path:
     return cache_folder() / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
 
 
-def cache_folder() -> Path:
-    """``$XDG_CACHE_HOME/tensortrain``: what can be found out or made again."""
+def cache_folder(name: str = "") -> Path:
+    """``$XDG_CACHE_HOME/tensortrain``, or a folder in it: what can be found out or made again."""
+    # Unlike Path.home(), expanduser does not fail for a user without a home.
     root = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    return Path(root) / "tensortrain"
+    return Path(root) / "tensortrain" / name
 
 
 def read_json(path: Path) -> Any:
@@ -57,16 +61,5 @@ def read_json(path: Path) -> Any:
 
 def write_json(path: Path, data: Any) -> None:
     """Replace a file, whole or not at all. One that cannot be written costs a measurement at the next start."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
-        try:
-            with os.fdopen(handle, "w") as file:
-                file.write(json.dumps(data, indent=1))
-                file.flush()
-                os.fsync(file.fileno())  # else a crash of the machine may leave the new name with nothing behind it
-            os.replace(temporary, path)
-        except OSError:
-            os.unlink(temporary)
-    except OSError:
-        pass
+    with contextlib.suppress(OSError):
+        write_text_atomic(path, json.dumps(data, indent=1))

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-__all__ = ["constant_when_traced", "is_traced", "sizes_of", "static_power_of_two"]
+__all__ = ["can_look", "constant_when_traced", "is_traced", "is_transformed", "sizes_of", "static_power_of_two"]
 
 _LARGEST_BITS = 24
 Function = TypeVar("Function", bound=Callable[..., object])
@@ -37,6 +37,18 @@ def is_traced() -> bool:
 def _has_recording_mode() -> bool:
     keys = torch._C._TorchDispatchModeKey
     return any(torch._C._get_dispatch_mode(key) is not None for key in (keys.PROXY, keys.FAKE, keys.FUNCTIONAL))
+
+
+def is_transformed() -> bool:
+    """Whether a transform of ``torch.func`` looks on, which must see every operation: ``vmap``, ``grad``, ``jvp``."""
+    return torch._C._functorch.maybe_current_level() is not None
+
+
+def can_look(tensor: Tensor) -> bool:
+    """Whether a decision may rest on the numbers of a tensor: not while they are traced, transformed or captured."""
+    if is_traced() or is_transformed() or tensor.is_meta:
+        return False
+    return not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def sizes_of(tensor: Tensor) -> tuple[int, ...]:

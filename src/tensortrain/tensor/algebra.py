@@ -8,10 +8,10 @@ from typing import Any, TypeVar, overload
 import torch
 from torch import Tensor
 
-from tensortrain.cores import chain
+from tensortrain.cores.algebra import dot_parts, hadamard_core, pad_zeros
 from tensortrain.cores.scaling import times_pow2, work_dtype
 from tensortrain.errors import KindError, ShapeError
-from tensortrain.tensor.base import CoreChain, broadcast_batch, check_same_kind
+from tensortrain.tensor.base import CoreChain, broadcast_batch, check_same_kind, checked_chain
 from tensortrain.tensor.matrix import TTMatrix
 from tensortrain.tensor.train import TensorTrain, checked_dims
 
@@ -52,9 +52,9 @@ def dot(a: Any, b: Any, dims: Sequence[int] | int | None = None) -> Tensor | Ten
         >>> float(dot(ones((2, 3)), ones((2, 3)))), dot(ones((2, 3)), ones((2, 3)), dims=1).shape
         (6.0, (2,))
     """
-    _check_chain("dot", a)
+    checked_chain("dot", a, "the left operand")
     check_same_kind("dot", a, b)
-    if dims is not None and isinstance(a, TensorTrain) and isinstance(b, TensorTrain):
+    if dims is not None and isinstance(a, TensorTrain):
         chosen = checked_dims(dims, a.order)
         if len(chosen) < a.order or b.shape != a.shape:
             return _partial_dot(a, b, sorted(chosen))
@@ -66,7 +66,7 @@ def dot(a: Any, b: Any, dims: Sequence[int] | int | None = None) -> Tensor | Ten
         )
     wide = work_dtype(a.dtype)
     left, right = ([core.to(wide) for core in x._merged()] for x in broadcast_batch(a, b))
-    return times_pow2(*chain.dot_parts(left, right)).to(a.dtype)
+    return times_pow2(*dot_parts(left, right)).to(a.dtype)
 
 
 def _partial_dot(a: TensorTrain, b: TensorTrain, dims: Sequence[int]) -> Tensor | TensorTrain:
@@ -90,7 +90,7 @@ def _partial_dot(a: TensorTrain, b: TensorTrain, dims: Sequence[int]) -> Tensor 
         if k in dims:
             piece = torch.einsum("...rns,...tnu->...rtsu", x, y).flatten(-2, -1).flatten(-3, -2)
         else:
-            piece = chain.hadamard_core(x, y)
+            piece = hadamard_core(x, y)
         pieces.append(piece)
     return left._joined(pieces)
 
@@ -104,7 +104,7 @@ def kron(x: Chain, y: Chain) -> Chain:
     Raises:
         KindError, DTypeError, DeviceError: The operands do not match.
     """
-    _check_chain("kron", x)
+    checked_chain("kron", x)
     check_same_kind("kron", x, y)
     left, right = broadcast_batch(x, y)
     return type(x)((*left.cores, *right.cores))
@@ -147,8 +147,8 @@ def stack(trains: Sequence[TensorTrain], dim: int = 0) -> TensorTrain:
     """
     parts = _checked_parts("stack", trains)
     (k,) = checked_dims(dim, parts[0].order + 1)
-    expanded = [part[(slice(None),) * k + (None,)] for part in parts]
-    return cat([part for part in expanded if isinstance(part, TensorTrain)], dim=k)
+    expanded: list[Any] = [part[(slice(None),) * k + (None,)] for part in parts]
+    return cat(expanded, dim=k)
 
 
 def pad(x: TensorTrain, widths: Sequence[tuple[int, int]], value: complex = 0) -> TensorTrain:
@@ -162,7 +162,7 @@ def pad(x: TensorTrain, widths: Sequence[tuple[int, int]], value: complex = 0) -
     Raises:
         ShapeError: The widths do not fit the order, or are negative.
     """
-    _check_chain("pad", x)
+    checked_chain("pad", x)
     pairs = [(int(before), int(after)) for before, after in widths]
     if len(pairs) != x.order or any(w < 0 for pair in pairs for w in pair):
         raise ShapeError(
@@ -183,7 +183,7 @@ def diag(x: TensorTrain | TTMatrix) -> TTMatrix | TensorTrain:
     """
     if isinstance(x, TensorTrain):
         return TTMatrix(tuple(torch.diag_embed(core.mT).movedim(-3, -1) for core in x.cores))
-    _check_chain("diag", x)
+    checked_chain("diag", x)
     if x.out_modes != x.in_modes:
         raise ShapeError(
             f"a diagonal needs square modes: in_modes has {x.in_modes}, expected {x.out_modes} as out_modes. "
@@ -193,11 +193,10 @@ def diag(x: TensorTrain | TTMatrix) -> TTMatrix | TensorTrain:
 
 
 def _pad_zeros(x: TensorTrain, widths: Sequence[tuple[int, int]]) -> TensorTrain:
-    pairs = zip(x.cores, widths, strict=True)
-    # Zero rows leave orthonormal columns orthonormal: the canonical form is kept.
-    return TensorTrain(
-        tuple(torch.nn.functional.pad(core, (0, 0, *width)) if any(width) else core for core, width in pairs), x.center
-    )
+    cores: Sequence[Tensor] = x.cores
+    for k, width in enumerate(widths):
+        cores = pad_zeros(cores, k, width)
+    return TensorTrain(tuple(cores), x.center)
 
 
 def _checked_parts(operation: str, trains: Sequence[TensorTrain]) -> list[TensorTrain]:
@@ -220,12 +219,3 @@ def _checked_parts(operation: str, trains: Sequence[TensorTrain]) -> list[Tensor
                 "Insert a mode with x[None]."
             )
     return parts
-
-
-def _check_chain(operation: str, x: object) -> None:
-    if not isinstance(x, CoreChain):
-        raise KindError(
-            f"{operation} works on trains: an operand has {type(x).__name__}, expected TensorTrain or "
-            f"TTMatrix. "
-            "Decompose a dense tensor with tensortrain.tt_svd."
-        )

@@ -14,14 +14,28 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tensortrain.cores import chain
+from tensortrain.cores.algebra import add_cores, constant_cores, deviation_parts, dot_parts, hadamard_cores
+from tensortrain.cores.canonical import norm_parts, orthogonalize_cores, singular_values_at
 from tensortrain.cores.ranks import RankLike
-from tensortrain.cores.scaling import spread_pow2, times_pow2, work_dtype
+from tensortrain.cores.rounding import round_cores
+from tensortrain.cores.scaling import place_pow2, spread_pow2, times_pow2, work_dtype
+from tensortrain.cores.tolerance import Finished
+from tensortrain.cores.unfold import over_core
 from tensortrain.cores.validation import DTYPES, checked_center, checked_cores
 from tensortrain.errors import DeviceError, DTypeError, KindError, ModeIndexError, ShapeError
+from tensortrain.tensor.approximation import Approximation
 from tensortrain.tensor.diagram import draw_chain
 
-__all__ = ["DTYPES", "CoreChain", "as_scalar", "broadcast_batch", "check_same_kind", "check_same_place", "unbiasing"]
+__all__ = [
+    "DTYPES",
+    "CoreChain",
+    "as_scalar",
+    "broadcast_batch",
+    "check_same_kind",
+    "check_same_place",
+    "checked_chain",
+    "unbiasing",
+]
 
 Self = TypeVar("Self", bound="CoreChain")
 Scalar = int | float | complex | Tensor
@@ -64,6 +78,19 @@ class CoreChain(ABC):
     @abstractmethod
     def _like(self: Self, merged: Sequence[Tensor], center: tuple[int, int] = (0, -1)) -> Self:
         """The same kind with the same modes, from cores ``(r, n, s)``."""
+
+    @abstractmethod
+    def _paired(self) -> list[Tensor]:
+        """Cores with an output and an input mode: ``(r, i, j, s)``, ``j = 1`` for a train."""
+
+    @abstractmethod
+    def _from_paired(self: Self, paired: Sequence[Tensor]) -> Self:
+        """The same kind from cores ``(r, i, j, s)``, whose modes may be others."""
+
+    @property
+    @abstractmethod
+    def _rows(self) -> tuple[int, ...]:
+        """Modes that the ``in_modes`` of a matrix on the left must equal."""
 
     @abstractmethod
     def _matched(self: Self, other: Self) -> tuple[Self, Self]:
@@ -185,7 +212,7 @@ class CoreChain(ABC):
         mantissa, exponent = mantissa.where(~is_zero, 1.0), exponent.where(~is_zero, 0)
         cores, center = self._wide_cores()
         at = center[0]
-        cores[at] = cores[at] / chain.over_core(mantissa)
+        cores[at] = cores[at] / over_core(mantissa)
         if center[0] == center[1] and self.dtype == cores[0].dtype:  # the norm sits in one core, and stays there
             cores[at] = times_pow2(cores[at], -exponent)
             return self._like(cores, center)
@@ -193,18 +220,18 @@ class CoreChain(ABC):
 
     def _norm_parts(self) -> tuple[Tensor, Tensor]:
         cores, center = self._wide_cores()
-        return chain.norm_parts(cores, center)
+        return norm_parts(cores, center)
 
     def _variance(self: Self, mean: Tensor, correction: float) -> Tensor:
         factor = unbiasing(self.numel, correction)
         real = self.cores[0].abs().dtype
         cores = [core.detach() for core in self._wide_cores()[0]]
-        root, exponent = chain.deviation_parts(cores)
+        root, exponent = deviation_parts(cores)
         value = times_pow2(root.square() * factor, 2 * exponent).to(real)
         if torch.is_grad_enabled() and any(core.requires_grad for core in self.cores):
             # The derivative of a QR does not exist for cores of deficient rank, that of the squares does.
             centred, _ = (self - mean)._wide_cores()
-            square, doubled = chain.dot_parts(centred, centred)
+            square, doubled = dot_parts(centred, centred)
             square = square.real if square.is_complex() else square
             size = self.numel.bit_length()
             square = times_pow2(square * (factor / float(Fraction(self.numel, 1 << size))), doubled - size).to(real)
@@ -242,8 +269,8 @@ class CoreChain(ABC):
             )
         k %= self.order
         cores, center = self._wide_cores()
-        cores, exponent = chain.orthogonalize_cores(cores, center, k)
-        placed, single = chain.place_pow2(cores, exponent, k, self.dtype)
+        cores, exponent = orthogonalize_cores(cores, center, k)
+        placed, single = place_pow2(cores, exponent, k, self.dtype)
         return self._like([core.to(self.dtype) for core in placed], (k, k) if single else (0, -1))
 
     def singular_values(self, bond: int) -> Tensor:
@@ -292,13 +319,15 @@ class CoreChain(ABC):
                 f"a bond lies between two cores: bond has {bond}, expected 1 to {self.order - 1} (the number of cores "
                 "to its left). Pass one of these."
             )
-        return chain.singular_values_at(*self._wide_cores(), bond)
+        return singular_values_at(*self._wide_cores(), bond)
 
     def round(self: Self, eps: float | None = None, max_rank: RankLike | None = None) -> Self:
         """Lower the ranks; the value of ``round_tt``, which also tells the error promised."""
-        from tensortrain.tensor.rounding import round_tt  # builds on this type
+        return self._approximated(round_cores(self._merged(), self.center, eps=eps, max_rank=max_rank)).value
 
-        return round_tt(self, eps=eps, max_rank=max_rank).value
+    def _approximated(self: Self, done: Finished) -> Approximation[Self]:
+        """The same kind with the same modes, from what an inner algorithm stored."""
+        return Approximation(self._like(done.cores, done.center), done.bound, done.info)
 
     # -- algebra ------------------------------------------------------------------------------------
 
@@ -313,8 +342,8 @@ class CoreChain(ABC):
         else:
             left = self._promoted(scalar)
             merged = left._merged()
-            right = left._like(chain.constant_cores([core.shape[-2] for core in merged], scalar, merged[0]))
-        return left._like(chain.add_cores(left._merged(), right._merged()))
+            right = left._like(constant_cores([core.shape[-2] for core in merged], scalar, merged[0]))
+        return left._like(add_cores(left._merged(), right._merged()))
 
     def __radd__(self: Self, other: Any) -> Self:
         return self + other
@@ -332,10 +361,10 @@ class CoreChain(ABC):
         if scalar is not None:
             if not isinstance(scalar, Tensor) and scalar == 0:
                 return self._promoted(scalar)._zeros()
-            return self._scaled(lambda core: core * chain.over_core(scalar), scalar)
+            return self._scaled(lambda core: core * over_core(scalar), scalar)
         check_same_kind("*", self, other)
         left, right = self._matched(other)
-        return left._like(chain.hadamard_cores(left._merged(), right._merged()))
+        return left._like(hadamard_cores(left._merged(), right._merged()))
 
     def __rmul__(self: Self, other: Any) -> Self:
         return self * other
@@ -348,7 +377,7 @@ class CoreChain(ABC):
                 f"number. "
                 "Approximate the quotient with tensortrain.cross."
             )
-        return self._scaled(lambda core: core / chain.over_core(scalar), scalar)
+        return self._scaled(lambda core: core / over_core(scalar), scalar)
 
     def _scaled(self: Self, scale: Callable[[Tensor], Tensor], scalar: Scalar) -> Self:
         promoted = self._promoted(scalar)
@@ -403,6 +432,16 @@ def broadcast_batch(left: CoreChain, right: CoreChain) -> tuple[Any, Any]:
 
 def _expanded(x: Self, batch: Sequence[int]) -> Self:
     return x._map(lambda core: core.expand(*batch, *core.shape[core.ndim - len(x._axes) :]))
+
+
+def checked_chain(operation: str, value: Any, name: str = "x") -> CoreChain:
+    """The value as a train or a matrix: what has no cores is refused here."""
+    if not isinstance(value, CoreChain):
+        raise KindError(
+            f"{operation} works on trains: {name} has {type(value).__name__}, expected TensorTrain or TTMatrix. "
+            "Decompose a dense tensor with tensortrain.tt_svd."
+        )
+    return value
 
 
 def check_same_kind(operation: str, left: CoreChain, right: Any) -> None:

@@ -5,21 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from tensortrain.cores import chain
+from tensortrain.cores.algebra import contract, join_pieces
+from tensortrain.cores.dense import cores_of_dense
+from tensortrain.cores.matrix import applied, bilinear_parts, times_matrix_core
 from tensortrain.cores.ranks import RankLike
-from tensortrain.cores.scales import Exponents, Scale, guarded, plain_exponent
+from tensortrain.cores.regroup import dense_to_paired, paired_to_dense, reshaped_matrix
 from tensortrain.cores.scaling import times_pow2, work_dtype
 from tensortrain.errors import KindError, ModeIndexError, RankError, ShapeError
 from tensortrain.tensor.base import CoreChain, broadcast_batch, check_same_place
 from tensortrain.tensor.train import TensorTrain, checked_dims
 
-__all__ = ["TTMatrix", "dense_to_paired", "paired_to_dense", "times_matrix_core", "times_train_core"]
+__all__ = ["TTMatrix", "dense_to_paired", "matched_factors", "paired_to_dense", "times_matrix_core"]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -63,10 +64,21 @@ class TTMatrix(CoreChain):
         batch_dims: int = 0,
     ) -> TTMatrix:
         """The value of ``tensortrain.tt_svd`` with modes, which also tells the error promised."""
-        from tensortrain.tensor.decompose import tt_svd  # builds on this type
-
         options: dict[str, Any] = {"eps": eps, "max_rank": max_rank, "method": method, "batch_dims": batch_dims}
-        return tt_svd(w, out_modes=out_modes, in_modes=in_modes, **options).value
+        done = cores_of_dense(w, out_modes=out_modes, in_modes=in_modes, **options)
+        return cls.from_merged(done.cores, out_modes, in_modes, done.center)
+
+    @classmethod
+    def from_merged(
+        cls,
+        merged: Sequence[Tensor],
+        out_modes: Sequence[int],
+        in_modes: Sequence[int],
+        center: tuple[int, int] = (0, -1),
+    ) -> TTMatrix:
+        """From cores ``(r, i j, s)`` with both modes joined to one."""
+        pairs = zip(map(int, out_modes), map(int, in_modes), strict=True)
+        return cls(tuple(core.unflatten(-2, pair) for core, pair in zip(merged, pairs, strict=True)), center)
 
     @property
     def out_modes(self) -> tuple[int, ...]:
@@ -95,7 +107,7 @@ class TTMatrix(CoreChain):
 
     def to_dense(self) -> Tensor:
         """The full matrix, ``(M, N)``.  Cost: O(M N r)."""
-        return paired_to_dense(chain.contract(self._merged()), self.out_modes, self.in_modes)
+        return paired_to_dense(contract(self._merged()), self.out_modes, self.in_modes)
 
     def sum(self, dim: int | Sequence[int] | None = None) -> Tensor | TensorTrain:
         """Sum over rows (``dim=0``: a train of ``in_modes``), columns (1: of ``out_modes``), or all."""
@@ -116,7 +128,7 @@ class TTMatrix(CoreChain):
         return TensorTrain(tuple(reduce(core, dim=-3 + min(dims)).to(self.dtype) for core in wide))
 
     def _number(self, pieces: Sequence[Tensor]) -> Tensor:
-        return chain.join_pieces(pieces, self._n_batch, dtype=self.dtype)[0][..., 0, 0]
+        return join_pieces(pieces, self._n_batch, dtype=self.dtype)[0][..., 0, 0]
 
     def var(self, dim: int | Sequence[int] | None = None, *, correction: float = 1) -> Tensor | TensorTrain:
         """Variance over rows, columns or all, as ``torch.var``; see ``TensorTrain.var``."""
@@ -186,8 +198,7 @@ class TTMatrix(CoreChain):
         wide = work_dtype(self.dtype)
         n_batch = max(train._n_batch for train in (self, x, y))
         a, u, v = ([_with_batch(core.to(wide), train, n_batch) for core in train.cores] for train in (self, x, y))
-        value, exponent = guarded([*a, *u, *v], partial(_sandwich, a, u, v), n_batch, factors=3)
-        return times_pow2(value, exponent).to(self.dtype)
+        return times_pow2(*bilinear_parts(a, u, v)).to(self.dtype)
 
     def reshape(self, out_modes: Sequence[int], in_modes: Sequence[int], *, eps: float | None = None) -> TTMatrix:
         """The same matrix with other row and column modes of the same products; see ``TensorTrain.reshape``.
@@ -197,9 +208,9 @@ class TTMatrix(CoreChain):
         Raises:
             ShapeError: The products differ, or no common grouping of rows and columns exists.
         """
-        from tensortrain.tensor.regroup import reshaped_matrix  # builds on this type
-
-        return reshaped_matrix(self, out_modes, in_modes, eps)
+        cores, has_split = reshaped_matrix(self.cores, out_modes, in_modes)
+        out = TTMatrix(tuple(cores))
+        return out.round(eps=eps) if has_split and eps != 0 else out
 
     def _check_square(self, what: str) -> None:
         if self.out_modes != self.in_modes:
@@ -240,23 +251,16 @@ class TTMatrix(CoreChain):
         return (*found, None, None)[:2]  # type: ignore[return-value]
 
     def __matmul__(self, other: Any) -> TTMatrix | TensorTrain | Tensor:
-        if isinstance(other, TTMatrix):
-            _check_modes("@", self.in_modes, other.out_modes)
-            check_same_place("@", self, other)
-            pairs = zip(*(x.cores for x in broadcast_batch(self, other)), strict=True)
-            return TTMatrix(tuple(times_matrix_core(a, b) for a, b in pairs))
-        if isinstance(other, TensorTrain):
-            _check_modes("@", self.in_modes, other.shape)
-            check_same_place("@", self, other)
-            pairs = zip(*(x.cores for x in broadcast_batch(self, other)), strict=True)
-            return TensorTrain(tuple(times_train_core(a, x) for a, x in pairs))
         if isinstance(other, Tensor):
             return self._times_dense(other)
-        raise KindError(
-            f"a matrix multiplies a train, a TTMatrix or a tensor: the right of @ has "
-            f"{type(other).__name__}, expected "
-            "one of these. Convert it with torch.as_tensor."
-        )
+        if not isinstance(other, CoreChain):
+            raise KindError(
+                f"a matrix multiplies a train, a TTMatrix or a tensor: the right of @ has {type(other).__name__}, "
+                "expected one of these. Convert it with torch.as_tensor."
+            )
+        left, right = matched_factors("@", self, other)
+        pairs = zip(left.cores, right._paired(), strict=True)
+        return right._from_paired([times_matrix_core(a, b) for a, b in pairs])
 
     def matmul(self, other: Any) -> TTMatrix | TensorTrain | Tensor:
         """``self @ other``, for code under ``torch.compile``, which does not trace ``@`` between objects."""
@@ -279,18 +283,26 @@ class TTMatrix(CoreChain):
         check_same_place("@", self, x)
         wide = work_dtype(self.dtype)
         columns = x[:, None] if x.ndim == 1 else x  # .. N b
-        state = columns.mT.expand(*self.batch_shape, columns.shape[-1], self.shape[1]).unsqueeze(-1).to(wide)
-        cores = [core.to(wide) for core in self.cores]
-        y = guarded([state, *cores], partial(_applied, cores, state, self._n_batch), self._n_batch)
+        rows = columns.mT.expand(*self.batch_shape, columns.shape[-1], self.shape[1]).to(wide)
+        y = applied([core.to(wide) for core in self.cores], rows)
         y = y.reshape(*self.batch_shape, columns.shape[-1], self.shape[0]).mT.to(self.dtype)
         return y[..., 0] if x.ndim == 1 else y
 
     def _merged(self) -> list[Tensor]:
         return [core.flatten(-3, -2) for core in self.cores]
 
+    def _paired(self) -> list[Tensor]:
+        return list(self.cores)
+
+    def _from_paired(self, paired: Sequence[Tensor]) -> TTMatrix:
+        return TTMatrix(tuple(paired))
+
+    @property
+    def _rows(self) -> tuple[int, ...]:
+        return self.out_modes
+
     def _like(self, merged: Sequence[Tensor], center: tuple[int, int] = (0, -1)) -> TTMatrix:
-        modes = zip(self.out_modes, self.in_modes, strict=True)
-        return TTMatrix(tuple(c.unflatten(-2, pair) for c, pair in zip(merged, modes, strict=True)), center)
+        return TTMatrix.from_merged(merged, self.out_modes, self.in_modes, center)
 
     def _matched(self, other: TTMatrix) -> tuple[TTMatrix, TTMatrix]:
         for name, mine, theirs in (
@@ -313,71 +325,16 @@ def _with_batch(core: Tensor, train: CoreChain, n_batch: int) -> Tensor:
     return core[None] if train._n_batch < n_batch else core
 
 
-def _sandwich(a: Sequence[Tensor], x: Sequence[Tensor], y: Sequence[Tensor], scale: Scale) -> tuple[Tensor, Exponents]:
-    """``x^H A y`` up to a power of two; what is carried has an axis for the bond of x, of A and of y."""
-    env = a[0].new_ones((1,) * (a[0].ndim - 1))  # t r u
-    waiting: list[Exponents] = [0, 0, 0]
-    for k, cores in enumerate(zip(x, a, y, strict=True)):
-        for axis in range(-3, 0) if k else ():
-            env, step = scale.split(env, axis)
-            waiting[axis] = waiting[axis] + step
-        weighed = [scale.weigh(core, w) for core, w in zip(cores, waiting, strict=True)]
-        u, m, v = (core for core, _ in weighed)
-        waiting = [exponent for _, exponent in weighed]
-        half = torch.einsum("...tru,...ujv->...trjv", env, v)
-        half = torch.einsum("...trjv,...rijs->...tisv", half, m)
-        env = torch.einsum("...tin,...tisv->...nsv", u.conj(), half)
-    total: Exponents = sum(plain_exponent(exponent) for exponent in waiting)
-    return env[..., 0, 0, 0], total[..., 0] if isinstance(total, Tensor) else total
-
-
-def _applied(cores: Sequence[Tensor], state: Tensor, n_batch: int, scale: Scale) -> Tensor:
-    """Cores times columns ``(.., b, N, 1)``: modes are taken from the front, and what is done moves behind."""
-    batch, b = state.shape[:n_batch], state.shape[-3]
-    waiting: Exponents = 0
-    of_columns: Exponents = 0
-    for core in cores:
-        # b (j_k rest) r to b rest (i_1 .. i_k) s
-        state, step = scale.split(state, axis=-3)
-        of_columns = plain_exponent(of_columns + step)
-        state, step = scale.split(state)
-        core, waiting = scale.weigh(core, waiting + step)
-        r, _, j, s = core.shape[-4:]
-        rest = state.shape[-2] // j
-        split = state.reshape(*batch, b, j, rest, r).movedim(-3, -1)  # b rest r j
-        weights = core.transpose(-3, -2).flatten(-4, -3).flatten(-2, -1)  # (r j) (i s)
-        state = split.flatten(-2, -1).flatten(-3, -2) @ weights  # (b rest) (i s)
-        state = state.reshape(*batch, b, -1 if b else 1, s)  # b (rest i) s
-    return times_pow2(state, plain_exponent(of_columns + plain_exponent(waiting)))
-
-
-def times_train_core(a: Tensor, x: Tensor) -> Tensor:
-    """``(.., r, i, j, s)`` and ``(.., t, j, u)`` to ``(.., r t, i, s u)``."""
-    return torch.einsum("...rijs,...tju->...rtisu", a, x).flatten(-2, -1).flatten(-4, -3)
-
-
-def times_matrix_core(a: Tensor, b: Tensor) -> Tensor:
-    """``(.., r, i, j, s)`` and ``(.., t, j, k, u)`` to ``(.., r t, i, k, s u)``."""
-    return torch.einsum("...rijs,...tjku->...rtiksu", a, b).flatten(-2, -1).flatten(-5, -4)
-
-
-def dense_to_paired(w: Tensor, out_modes: Sequence[int], in_modes: Sequence[int]) -> Tensor:
-    """``(.., M, N)`` to ``(.., i_1 j_1, .., i_d j_d)``."""
-    d, batch = len(out_modes), w.shape[:-2]
-    n = len(batch)
-    order = [axis for k in range(d) for axis in (n + k, n + d + k)]
-    paired = w.reshape(*batch, *out_modes, *in_modes).permute([*range(n), *order])  # i_1 j_1 .. i_d j_d
-    return paired.reshape(*batch, *(i * j for i, j in zip(out_modes, in_modes, strict=True)))
-
-
-def paired_to_dense(paired: Tensor, out_modes: Sequence[int], in_modes: Sequence[int]) -> Tensor:
-    """``(.., i_1 j_1, .., i_d j_d)`` to ``(.., M, N)``."""
-    d = len(out_modes)
-    batch = paired.shape[: paired.ndim - d]
-    n = len(batch)
-    split = paired.reshape(*batch, *(m for pair in zip(out_modes, in_modes, strict=True) for m in pair))
-    order = [*range(n), *range(n, n + 2 * d, 2), *range(n + 1, n + 2 * d, 2)]
-    return split.permute(order).reshape(*batch, math.prod(out_modes), math.prod(in_modes))
+def matched_factors(operation: str, a: Any, b: Any) -> tuple[TTMatrix, Any]:
+    """A matrix and what it multiplies, a train or another one, checked and with the same batch axis."""
+    if not isinstance(a, TTMatrix) or not isinstance(b, CoreChain):
+        raise KindError(
+            f"{operation} multiplies a TTMatrix by a TTMatrix or a train: the operands are {type(a).__name__} and "
+            f"{type(b).__name__}, expected TTMatrix and one of both. Use @ for dense tensors."
+        )
+    _check_modes(operation, a.in_modes, b._rows)
+    check_same_place(operation, a, b)
+    return broadcast_batch(a, b)
 
 
 def _check_modes(operation: str, left: tuple[int, ...], right: tuple[int, ...]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
@@ -10,24 +9,21 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor
 
-from tensortrain.cores import chain
-from tensortrain.cores.linalg import cut_basis
+from tensortrain.cores.products import METHODS
 from tensortrain.cores.ranks import RankLike, max_ranks, resolve_ranks
-from tensortrain.cores.scaling import split_pow2
-from tensortrain.cores.sketch import OVERSAMPLING, Hadamard, Matmul, Plain, Sum, Virtual, sketched_cores
+from tensortrain.cores.rounding import SQUARED_FLOOR
+from tensortrain.cores.sketch import Hadamard, Matmul, Plain, Sum, Virtual
 from tensortrain.cores.tolerance import checked_eps, compute_dtype
 from tensortrain.errors import KindError, ShapeError
 from tensortrain.tensor.approximation import Approximation
-from tensortrain.tensor.base import CoreChain, broadcast_batch, check_same_kind, check_same_place
-from tensortrain.tensor.matrix import TTMatrix
-from tensortrain.tensor.rounding import SQUARED_FLOOR, round_tt
-from tensortrain.tensor.train import TensorTrain
+from tensortrain.tensor.base import CoreChain, check_same_kind, checked_chain
+from tensortrain.tensor.matrix import TTMatrix, matched_factors
+from tensortrain.tensor.rounding import round_tt
 
 __all__ = ["hadamard", "matmul", "round_sum"]
 
 Chain = TypeVar("Chain", bound=CoreChain)
 Method = Literal["auto", "exact", "randomized", "zipup", "fit"]
-_Made = tuple[list[Tensor], dict[str, Any]]
 
 
 def matmul(
@@ -69,26 +65,12 @@ def matmul(
         >>> matmul(2 * eye((3, 3)), ones((3, 3))).value.ranks
         (1, 1, 1)
     """
-    if not isinstance(a, TTMatrix) or not isinstance(b, (TTMatrix, TensorTrain)):
-        raise KindError(
-            f"matmul multiplies a TTMatrix by a TTMatrix or a train: the operands are {type(a).__name__} and "
-            f"{type(b).__name__}, expected TTMatrix and one of both. Use @ for dense tensors."
-        )
-    theirs = b.out_modes if isinstance(b, TTMatrix) else b.shape
-    if a.in_modes != theirs:
-        raise ShapeError(
-            f"operands of matmul must share modes: the right one has {theirs}, expected {a.in_modes} (the in_modes of "
-            "the left one). Build both with the same modes."
-        )
-    check_same_place("matmul", a, b)
-    left, right = broadcast_batch(a, b)
-    into = [core if isinstance(b, TTMatrix) else core.unsqueeze(-2) for core in right.cores]
+    left, right = matched_factors("matmul", a, b)
+    into = right._paired()
+    modes = [(x.shape[-3], y.shape[-2]) for x, y in zip(left.cores, into, strict=True)]
 
-    def rebuild(merged: Sequence[Tensor], center: tuple[int, int] = (0, -1)) -> TensorTrain | TTMatrix:
-        if not isinstance(b, TTMatrix):
-            return TensorTrain(tuple(merged), center)
-        pairs = zip(a.out_modes, b.in_modes, strict=True)
-        return TTMatrix(tuple(c.unflatten(-2, pair) for c, pair in zip(merged, pairs, strict=True)), center)
+    def rebuild(merged: Sequence[Tensor]) -> CoreChain:
+        return right._from_paired([core.unflatten(-2, pair) for core, pair in zip(merged, modes, strict=True)])
 
     job = _Job(Matmul(_wide(left.cores), _wide(into)), lambda: left @ right, rebuild, a.dtype)
     return _multiplied(job, eps, max_rank, method, max_sweeps)
@@ -114,11 +96,7 @@ def hadamard(
         >>> hadamard(ones((3, 3)) + 1, ones((3, 3))).value.ranks
         (1, 1, 1)
     """
-    if not isinstance(x, CoreChain):
-        raise KindError(
-            f"hadamard multiplies trains: the left operand has {type(x).__name__}, expected TensorTrain or TTMatrix. "
-            "Decompose a dense tensor with tensortrain.tt_svd."
-        )
+    checked_chain("hadamard", x, "the left operand")
     check_same_kind("hadamard", x, y)
     left, right = x._matched(y)
     virtual = Hadamard(_wide(left._merged()), _wide(right._merged()))
@@ -183,9 +161,9 @@ class _Job:
 def _multiplied(
     job: _Job, eps: float | None, max_rank: RankLike | None, method: str, max_sweeps: int
 ) -> Approximation[Any]:
-    if method not in ("auto", *_METHODS, "exact"):
+    if method not in ("auto", *METHODS, "exact"):
         raise KindError(
-            f"a method must be known: method has {method!r}, expected one of {sorted(('auto', 'exact', *_METHODS))}. "
+            f"a method must be known: method has {method!r}, expected one of {sorted(('auto', 'exact', *METHODS))}. "
             "Use 'auto' if in doubt."
         )
     virtual = job.virtual
@@ -200,111 +178,11 @@ def _multiplied(
         found = round_tt(job.form(), eps=eps, max_rank=max_rank)
         return Approximation(found.value, found.rel_error_bound, {**found.info, "method": "exact"})
     with torch.no_grad():
-        cores, info = _METHODS[method](virtual, tolerance, caps, max_sweeps)
+        cores, info = METHODS[method](virtual, tolerance, caps, max_sweeps)
     value = job.rebuild([core.to(job.dtype) for core in cores])
     return Approximation(value, None, {"method": method, "eps": tolerance, **info})
 
 
-def _randomized(
-    virtual: Virtual, eps: float, caps: Sequence[int], max_sweeps: int
-) -> tuple[list[Tensor], dict[str, Any]]:
-    """Sketches of growing rank until the singular values left over show that nothing above ``eps`` was missed."""
-    guess = 16
-    while True:
-        widths = [min(r, cap + OVERSAMPLING, guess + OVERSAMPLING) for r, cap in zip(virtual.ranks, caps, strict=True)]
-        sketched, exponent = sketched_cores(virtual, widths)
-        last = len(sketched) - 1
-        placed, single = chain.place_pow2(sketched, exponent, last, virtual.like.dtype)
-        wide = TensorTrain(tuple(placed), (last, last) if single else (0, -1))
-        found = round_tt(wide, eps=eps, max_rank=caps[1:-1] if len(caps) > 2 else None)
-        ranks = found.value.ranks
-        full = [w >= min(r, cap + OVERSAMPLING) for w, r, cap in zip(widths, virtual.ranks, caps, strict=True)]
-        # A rank that came near the width may have been held down by it.
-        if all(done or rank + OVERSAMPLING // 2 <= w for done, rank, w in zip(full, ranks, widths, strict=True)):
-            return list(found.value.cores), {"sketch_ranks": tuple(widths)}
-        guess *= 2
-
-
-def _zipped(virtual: Virtual, eps: float, caps: Sequence[int], max_sweeps: int) -> _Made:
-    """One pass from the left: each core of the product is cut as soon as it is known, then all are rounded."""
-    virtual = virtual.balanced()
-    like, d = virtual.like, len(virtual.modes)
-    # What lies right of a bond is near orthonormal, not quite: hence a margin, and no proof.
-    share = 0.1 * eps / math.sqrt(max(1, d - 1))
-    most = max_ranks(virtual.modes)
-    limits = [4 * cap + OVERSAMPLING if cap < top else _NO_LIMIT for cap, top in zip(caps, most, strict=True)]
-    carry = like.new_ones((*like.shape[:-3], 1, 1))
-    exponent = torch.zeros(like.shape[:-3], dtype=torch.int32, device=like.device)
-    cores = []
-    for k in range(d - 1):
-        full = virtual.pass_left(k, carry)
-        rows = chain.as_left(full)
-        size = torch.linalg.matrix_norm(rows)
-        basis, _, _ = cut_basis(rows, share * size, limits[k + 1])
-        cores.append(basis.unflatten(-2, full.shape[-3:-1]))
-        carry, step = split_pow2(basis.mH @ rows, like.ndim - 3)
-        exponent = exponent + step
-    last, step = split_pow2(virtual.pass_left(d - 1, carry), like.ndim - 3)
-    placed, single = chain.place_pow2([*cores, last], exponent + step, d - 1, like.dtype)
-    train = TensorTrain(tuple(placed), (d - 1, d - 1) if single else (0, -1))
-    found = round_tt(train, eps=eps, max_rank=caps[1:-1])
-    return list(found.value.cores), {}
-
-
-def _fitted(virtual: Virtual, eps: float, caps: Sequence[int], max_sweeps: int) -> _Made:
-    """Alternating least squares at the ranks of a randomized start.
-
-    With orthonormal cores beside it, the best core k is the product seen through them; one pass to the left and one
-    to the right are a sweep, and the norm of the core grows until it settles.
-    """
-    cores, _ = _randomized(virtual, eps, caps, max_sweeps)
-    d, n_batch = len(cores), virtual.like.ndim - 3
-    cores, _ = chain.orthogonalize_cores(cores, (0, d - 1), 0)
-    one = virtual.like.new_ones((*virtual.like.shape[:-3], 1, 1))
-    right = [one] * (d + 1)
-    right_exponent = [torch.zeros(virtual.like.shape[:-3], dtype=torch.int32, device=one.device)] * (d + 1)
-    for k in range(d - 1, 0, -1):
-        seen = virtual.pass_right(k, right[k + 1])
-        right[k], step = split_pow2(chain.as_right(seen) @ chain.as_right(cores[k]).mH, n_batch)
-        right_exponent[k] = right_exponent[k + 1] + step
-    sizes: list[float] = []
-    exponent = right_exponent[0]
-    for n_sweeps in range(1, max_sweeps + 1):
-        left, left_exponent = [one] * (d + 1), [right_exponent[d]] * (d + 1)
-        for k in range(d):
-            cores[k] = chain.absorb_right(virtual.pass_left(k, left[k]), right[k + 1])
-            exponent = left_exponent[k] + right_exponent[k + 1]
-            if k < d - 1:
-                cores[k] = chain.left_qr(cores[k])[0]
-                seen = virtual.pass_left(k, left[k])
-                left[k + 1], step = split_pow2(chain.as_left(cores[k]).mH @ chain.as_left(seen), n_batch)
-                left_exponent[k + 1] = left_exponent[k] + step
-        sizes.append(float((torch.linalg.vector_norm(cores[-1], dim=(-3, -2, -1)).log2() + exponent).amax()))
-        # The square of the error is the square of the norm lost: a norm that stands still means the fit does.
-        if len(sizes) > 1 and abs(sizes[-1] - sizes[-2]) <= 0.1 * eps**2 + 1e-14:
-            break
-        if n_sweeps == max_sweeps:
-            break
-        last = cores[-1]
-        for k in range(d - 1, 0, -1):
-            cores[k] = chain.right_qr(
-                last if k == d - 1 else chain.absorb_right(virtual.pass_left(k, left[k]), right[k + 1])
-            )[0]
-            seen = virtual.pass_right(k, right[k + 1])
-            right[k], step = split_pow2(chain.as_right(seen) @ chain.as_right(cores[k]).mH, n_batch)
-            right_exponent[k] = right_exponent[k + 1] + step
-    placed, _ = chain.place_pow2(cores, exponent, d - 1, virtual.like.dtype)
-    converged = len(sizes) > 1 and abs(sizes[-1] - sizes[-2]) <= 0.1 * eps**2 + 1e-14
-    return placed, {"n_sweeps": len(sizes), "converged": converged}
-
-
-_METHODS: dict[str, Callable[[Virtual, float, Sequence[int], int], _Made]] = {
-    "randomized": _randomized,
-    "zipup": _zipped,
-    "fit": _fitted,
-}
-
-_NO_LIMIT = 1 << 62
 _LARGE = 48  # ranks of a product from which a sketch beats forming it, on two CPU cores
 
 

@@ -11,16 +11,18 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from tensortrain.cores import chain
+from tensortrain.cores.algebra import add_cores, broadcast_cores, contract, join_pieces
+from tensortrain.cores.dense import cores_of_dense
 from tensortrain.cores.indexing import index_cores
 from tensortrain.cores.ranks import RankLike
+from tensortrain.cores.regroup import permuted, reshaped
 from tensortrain.cores.scales import Exponents
 from tensortrain.cores.scaling import work_dtype
+from tensortrain.cores.setting import Region, region_of
 from tensortrain.errors import ModeIndexError, ShapeError
-from tensortrain.tensor.base import CoreChain, broadcast_batch, unbiasing
-from tensortrain.tensor.setting import At
+from tensortrain.tensor.base import CoreChain, broadcast_batch, check_same_kind, unbiasing
 
-__all__ = ["TensorTrain"]
+__all__ = ["At", "TensorTrain"]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -60,9 +62,8 @@ class TensorTrain(CoreChain):
         batch_dims: int = 0,
     ) -> TensorTrain:
         """The value of ``tensortrain.tt_svd``, which also tells the error promised."""
-        from tensortrain.tensor.decompose import tt_svd  # builds on this type
-
-        return tt_svd(x, eps=eps, max_rank=max_rank, method=method, batch_dims=batch_dims).value
+        done = cores_of_dense(x, eps=eps, max_rank=max_rank, method=method, batch_dims=batch_dims)
+        return cls(done.cores, done.center)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -71,7 +72,7 @@ class TensorTrain(CoreChain):
 
     def to_dense(self) -> Tensor:
         """The full array, of ``shape``, behind the batch axis if there is one.  Cost: O(n^d r) for equal modes."""
-        return chain.contract(self.cores)
+        return contract(self.cores)
 
     def sum(self, dim: int | Sequence[int] | None = None) -> Tensor | TensorTrain:
         """Sum over some modes, or over all.
@@ -165,9 +166,9 @@ class TensorTrain(CoreChain):
             >>> x.reshape(2, 4, 3).shape, x.reshape(-1).shape
             ((2, 4, 3), (24,))
         """
-        from tensortrain.tensor.regroup import reshaped  # builds on this type
-
-        return reshaped(self, shape[0] if len(shape) == 1 and not isinstance(shape[0], int) else shape, eps)  # type: ignore[arg-type]
+        cores, has_split = reshaped(self.cores, _one_sequence(shape))
+        out = TensorTrain(tuple(cores))
+        return out.round(eps=eps) if has_split and eps != 0 else out
 
     def permute(self, *dims: int | Sequence[int], eps: float | None = None) -> TensorTrain:
         """The modes in another order, as ``torch.permute``.
@@ -181,9 +182,8 @@ class TensorTrain(CoreChain):
 
         Cost: one SVD of a pair of cores for each swap of neighbours that the order needs.
         """
-        from tensortrain.tensor.regroup import permuted  # builds on this type
-
-        return permuted(self, dims[0] if len(dims) == 1 and not isinstance(dims[0], int) else dims, eps)  # type: ignore[arg-type]
+        cores, center = permuted(self.cores, self.center, _one_sequence(dims), eps)
+        return self if cores is self.cores else TensorTrain(tuple(cores), center)
 
     def points(self, indices: Tensor) -> Tensor:
         """Entries at many multi-indices at once; differentiable.
@@ -230,13 +230,23 @@ class TensorTrain(CoreChain):
 
     def _joined(self, pieces: Sequence[Tensor], waiting: Mapping[int, Exponents] | None = None) -> Tensor | TensorTrain:
         """A train of the cores among the pieces, or the number that they multiply to; see ``join_pieces``."""
-        joined = chain.join_pieces(pieces, self._n_batch, dtype=self.dtype, waiting=waiting)
+        joined = join_pieces(pieces, self._n_batch, dtype=self.dtype, waiting=waiting)
         if joined[0].ndim == self._n_batch + 2:
             return joined[0][..., 0, 0]
         return TensorTrain(tuple(joined))
 
     def _merged(self) -> list[Tensor]:
         return list(self.cores)
+
+    def _paired(self) -> list[Tensor]:
+        return [core.unsqueeze(-2) for core in self.cores]
+
+    def _from_paired(self, paired: Sequence[Tensor]) -> TensorTrain:
+        return TensorTrain(tuple(core.squeeze(-2) for core in paired))
+
+    @property
+    def _rows(self) -> tuple[int, ...]:
+        return self.shape
 
     def _like(self, merged: Sequence[Tensor], center: tuple[int, int] = (0, -1)) -> TensorTrain:
         return TensorTrain(tuple(merged), center)
@@ -253,7 +263,55 @@ class TensorTrain(CoreChain):
                 f"for "
                 f"{left.shape}. Sizes must be equal, or one of them 1."
             ) from None
-        return broadcast_modes(left, shape), broadcast_modes(right, shape)
+        return tuple(TensorTrain(tuple(broadcast_cores(x.cores, shape))) for x in (left, right))  # type: ignore[return-value]
+
+
+@dataclass(frozen=True)
+class At:
+    """``x.at``: waits for an index."""
+
+    train: TensorTrain
+
+    def __getitem__(self, key: Any) -> Place:
+        return Place(self.train, key if isinstance(key, tuple) else (key,))
+
+
+@dataclass(frozen=True)
+class Place:
+    """``x.at[index]``: waits for ``set`` or ``add``."""
+
+    train: TensorTrain
+    key: tuple[Any, ...]
+
+    def set(self, value: Any) -> TensorTrain:
+        """A train with these entries replaced.
+
+        Args:
+            value: A number, a train of the shape of ``x[index]``, or a tensor that broadcasts to it.
+
+        Raises:
+            ShapeError: The value does not fit the region.
+            ModeIndexError, KindError: As for ``x[index]``.
+        """
+        region = region_of(self.key, self.train.shape, self.train.device)
+        return TensorTrain(tuple(add_cores(region.without(self.train.cores), self._filled(region, value))))
+
+    def add(self, value: Any) -> TensorTrain:
+        """A train with the value added to these entries; arguments as for ``set``."""
+        region = region_of(self.key, self.train.shape, self.train.device)
+        return TensorTrain(tuple(add_cores(self.train.cores, self._filled(region, value))))
+
+    def _filled(self, region: Region, value: Any) -> list[Tensor]:
+        """Zeros, with the value in the region."""
+        if not isinstance(value, CoreChain):
+            return region.filled(value, self.train.cores[0])
+        check_same_kind("set", self.train, value)
+        return region.filled_by_train(broadcast_batch(self.train, value)[1].cores)
+
+
+def _one_sequence(given: tuple[int | Sequence[int], ...]) -> Sequence[int]:
+    """``f(2, 3)`` and ``f((2, 3))`` mean the same."""
+    return given[0] if len(given) == 1 and not isinstance(given[0], int) else given  # type: ignore[return-value]
 
 
 def checked_dims(dim: int | Sequence[int] | None, order: int) -> frozenset[int]:
@@ -268,15 +326,3 @@ def checked_dims(dim: int | Sequence[int] | None, order: int) -> frozenset[int]:
     if len(dims) < len(given):
         raise ModeIndexError(f"dim must name a mode once: dim has {given}, expected no repeats. Drop the repeats.")
     return dims
-
-
-def broadcast_modes(x: TensorTrain, shape: Sequence[int]) -> TensorTrain:
-    """A train with modes of size 1 repeated, and new ones in front, as NumPy broadcasts."""
-    missing = len(shape) - x.order
-    cores = [x.cores[0].new_ones((*x.batch_shape, 1, 1, 1))] * missing + list(x.cores)
-    return TensorTrain(
-        tuple(
-            core.expand(*core.shape[:-2], n, core.shape[-1]) if core.shape[-2] != n else core
-            for core, n in zip(cores, shape, strict=True)
-        )
-    )

@@ -1,5 +1,8 @@
 """The one reading of a batch: what of it goes into the model, and what are its labels.
 
+Training, healing, calibration, measuring and the losses of this package all go by this table; a loss of one's own gets
+the batch as the data gives it.
+
 =====================================  ==========================================  =================
 batch                                  what the model is called with               labels
 =====================================  ==========================================  =================
@@ -16,7 +19,7 @@ mapping                                its entries as keywords, labels left out 
 =====================================  ==========================================  =================
 
 "Required" are the positional parameters of ``forward`` without a default. A label entry or field is one named
-``labels``, ``label``, ``targets`` or ``target``.
+``labels``, ``label``, ``targets`` or ``target``. A batch has as many examples as the first axis of its first tensor.
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ import inspect
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import torch
@@ -36,7 +40,22 @@ from torch.nn.utils.rnn import PackedSequence as _PackedSequence
 
 from tensortrain.errors import DataError, TTError
 
-__all__ = ["Parts", "length_of", "map_tensors", "n_examples", "read_batch", "run", "take", "tensors_in", "to_device"]
+__all__ = [
+    "Parts",
+    "device_of",
+    "failed_on_batch",
+    "length_of",
+    "map_tensors",
+    "n_examples",
+    "no_batches",
+    "opened",
+    "read_batch",
+    "run",
+    "run_somehow",
+    "take",
+    "tensors_in",
+    "to_device",
+]
 
 LABEL_NAMES = ("labels", "label", "targets", "target")
 _MAYBE_LABELS = (*LABEL_NAMES, "y")  # as a parameter of forward, where it has a default
@@ -211,6 +230,12 @@ def to_device(batch: Any, device: torch.device) -> Any:
     return map_tensors(lambda tensor: tensor.to(device, non_blocking=True), batch)
 
 
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model's numbers lie; the CPU where it has none."""
+    tensor = next(chain(model.parameters(), model.buffers()), None)
+    return torch.device("cpu") if tensor is None else tensor.device
+
+
 def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
     """Apply a function to every tensor in containers, named tuples, packed sequences and dataclasses."""
     if isinstance(value, Tensor):
@@ -300,6 +325,14 @@ def take(data: Iterable[Any], n: int | None) -> list[Any]:
             except StopIteration:
                 break
     return found
+
+
+def no_batches(where: str) -> DataError:
+    """What to raise where data gives nothing to work on."""
+    return DataError(
+        f"data must give batches: {where} has none, expected at least one. Pass a re-iterable such as a list "
+        "or a DataLoader, not an iterator that is used up."
+    )
 
 
 def failed_on_batch(model: nn.Module, batch: Any, error: Exception) -> Exception:

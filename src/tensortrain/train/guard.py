@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tensortrain.train.batches import map_tensors, n_examples, to_device
+from tensortrain.train.batches import device_of, map_tensors, n_examples, to_device
 from tensortrain.train.held_back import has_rows, rows_of
 from tensortrain.train.losses import Loss
 from tensortrain.train.preserve import preserved
@@ -88,7 +88,7 @@ class Guard:
         grad: bool = False,
     ) -> None:
         self.loss, self.where = loss, "held-back data" if held else "the first batches"
-        device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        device = device_of(model)
         self.grad = grad
         self.pieces = [to_device(batch, device) for batch in batches]
         if split:

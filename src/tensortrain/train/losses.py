@@ -23,9 +23,24 @@ from tensortrain.train.batches import n_examples, read_batch, run
 from tensortrain.train.outputs import Output, counted, judged_outputs, named_tensors, relative_distance
 from tensortrain.train.task import IGNORED, Task, as_logits, label_loss, own_loss, task_of_outputs
 
+__all__ = [
+    "ALPHA",
+    "TEMPERATURE",
+    "Distillation",
+    "FeatureFunction",
+    "Loss",
+    "cross_entropy_loss",
+    "distillation_loss",
+    "feature_loss",
+    "forward",
+    "labels_of",
+    "logits_of",
+]
+
 Loss = Callable[[nn.Module, Any], "Tensor | None"]
 FeatureFunction = Callable[[nn.Module, Any], Tensor]
 
+TEMPERATURE, ALPHA = 2.0, 0.5  # of distillation: of both logits; weight of the original's outputs beside labels
 _MASKED_LOGIT = -1e4  # in place of masks: far below every logit, and finite in every dtype
 
 
@@ -65,8 +80,8 @@ def cross_entropy_loss(*, label_smoothing: float = 0.0) -> Loss:
 def distillation_loss(
     teacher: nn.Module,
     *,
-    alpha: float = 0.9,
-    temperature: float = 4.0,
+    alpha: float = ALPHA,
+    temperature: float = TEMPERATURE,
     task: Task | None = None,
     output: Output | None = None,
 ) -> Loss:

@@ -14,18 +14,7 @@ from torch import Tensor, nn
 from tensortrain.errors import KindError
 from tensortrain.system.copying import copy_model
 
-__all__ = ["checked_copy", "modes_kept", "preserved", "uncompiled"]
-
-
-@contextlib.contextmanager
-def modes_kept(*models: nn.Module) -> Iterator[None]:
-    """Put the train or eval mode of every module back."""
-    modes = [(module, module.training) for model in models for module in model.modules()]
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
+__all__ = ["checked_copy", "eager", "preserved", "uncompiled"]
 
 
 @contextlib.contextmanager

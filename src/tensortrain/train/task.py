@@ -300,10 +300,10 @@ def _without_foreign_labels(task: Task, y: Tensor, labels: Any, result: Any) -> 
         return task
     if task.labels == "values":
         spread = (labels.double() - labels.double().mean()).square().mean()
-        foreign = float(loss) > 2 * float(spread) + 1e-12 and labels.numel() > 1
+        foreign = float(loss.detach()) > 2 * float(spread) + 1e-12 and labels.numel() > 1
     else:
         n_classes = y.shape[task.class_axis] if task.softmax else 2
-        foreign = float(loss) > math.log(max(2, n_classes)) + _BEYOND_CHANCE
+        foreign = float(loss.detach()) > math.log(max(2, n_classes)) + _BEYOND_CHANCE
     if not foreign:
         return task
     note = (

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import sys
 from collections import namedtuple
 from typing import Any
 
@@ -19,11 +18,9 @@ from tensortrain.compression import (
     find_layers,
     plan_compression,
 )
-from tensortrain.compression.choose.plan import _carried
-from tensortrain.compression.survey import (
-    calibrate,
-)
-from tensortrain.compression.survey.output_weights import weigh_outputs
+from tensortrain.compression.choose.weights import carried
+from tensortrain.compression.survey import moments
+from tensortrain.compression.survey.calibrate import calibrate
 from tensortrain.errors import KindError
 from tensortrain.formats import ChainFormat, energy
 
@@ -161,8 +158,7 @@ def test_masked_positions_are_not_counted() -> None:
 
 
 def test_wide_inputs_keep_the_diagonal_alone(monkeypatch) -> None:
-    for function, limit in ((calibrate, 8), (weigh_outputs, 4)):
-        monkeypatch.setattr(sys.modules[function.__module__], "LARGEST_FULL_GRAM", limit)
+    monkeypatch.setattr(moments, "LARGEST_FULL_GRAM", 4)
     data = batches(2, 20, 12, mean=0.5)
     full = covariance(torch.cat([x for x, _ in data]))
     model = nn.Linear(12, 5)
@@ -338,7 +334,7 @@ def test_the_change_of_the_output_follows_from_the_moments(name: str, fmt: str, 
     exact = energy(difference, *calibration.weighing(name)) / calibration.output_scale
     assert measured == pytest.approx(exact, rel=0.05)  # random directions stand for the Jacobian
     layer = find_layers(model, include=name)[0][0]
-    predicted = _carried(layer, calibration) * entry.rel_error**2  # what the allocation reckoned with
+    predicted = carried(layer, calibration) * entry.rel_error**2  # what the allocation reckoned with
     assert measured == pytest.approx(predicted, rel=0.2)
 
 
@@ -357,7 +353,7 @@ def test_changes_of_several_layers_are_bounded_by_their_sum() -> None:
     model, data = three_layers(), batches(6, 1000, 24)
     plan = plan_compression(model, budget=0.7, data=data)
     layers = {layer.name: layer for layer in find_layers(model)[0]}
-    parts = [_carried(layers[e.name], plan.calibration) * (e.rel_error or 0.0) ** 2 for e in plan.layers]
+    parts = [carried(layers[e.name], plan.calibration) * (e.rel_error or 0.0) ** 2 for e in plan.layers]
     assert sum(part > 0.1 * max(parts) for part in parts) >= 2
     measured = relative_change(apply_plan_(copy.deepcopy(model), plan), model, data)
     assert 0.9 * max(parts) <= measured <= 1.1 * sum(parts)

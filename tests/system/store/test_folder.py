@@ -20,6 +20,7 @@ from torch import nn
 import tensortrain as tt
 from tensortrain.errors import CheckpointError, DiskError
 from tensortrain.io import load_pretrained, pretrained, save_pretrained
+from tensortrain.system.files import sync
 from tensortrain.system.store.folder import fill_folder
 from tensortrain.system.store.stored import StoredTensors
 
@@ -57,7 +58,7 @@ def die_at(line: int) -> Any:
             os.kill(os.getpid(), signal.SIGKILL)
         return local
 
-    watched = (fill_folder.__code__.co_filename, pretrained.__file__, "shutil.py")
+    watched = (fill_folder.__code__.co_filename, sync.__code__.co_filename, pretrained.__file__, "shutil.py")
     return lambda frame, event, arg: local if frame.f_code.co_filename.endswith(watched) else None
 
 

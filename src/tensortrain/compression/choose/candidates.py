@@ -11,8 +11,10 @@ from torch import Tensor
 
 from tensortrain.compression.survey.layers import FoundLayer, check_finite
 from tensortrain.formats import (
+    PLAIN,
     FactorSpec,
     RankPoint,
+    Weighting,
     WeightShape,
     even_path,
     get_format,
@@ -51,8 +53,7 @@ def candidates(
     layer: FoundLayer,
     *,
     formats: Sequence[str],
-    gram: Tensor | None = None,
-    output_gram: Tensor | None = None,
+    weighting: Weighting = PLAIN,
     structure: Sequence[int] | None = None,
     growth: float = 0.08,
     wide: bool = False,
@@ -61,8 +62,7 @@ def candidates(
 
     Args:
         formats: Names to try; those that do not serve this kind of layer are passed over.
-        gram: Second moment of the inputs; errors are then those of the output.
-        output_gram: Weight of the outputs.
+        weighting: What errors are weighed by; with a second moment of the inputs they are those of the output.
         structure: How the inputs are made up, such as (channels, height, width) before a flattening.
         growth: How much a rank grows from one candidate to the next, as a share of itself.
         wide: Also those of equal ranks, which have larger errors but no narrow place.
@@ -84,13 +84,13 @@ def candidates(
             spec = fmt.spec(weight, rank=1, out_modes=outs, in_modes=ins)
             if _too_large(spec):
                 continue
-            spectra = _group_spectra(dense, spec, gram, output_gram)
+            spectra = _group_spectra(dense, spec, weighting)
             shown = tuple(_shown(values) for values in spectra)
             points = rank_path(spec, spectra, max_params=weight.n_params - 1, growth=growth)
             if wide and len(spectra) > 1:
                 points += even_path(spec, spectra, max_params=weight.n_params - 1, growth=growth)
             if points and (wide or not _hopeless(points, found)):
-                points = _corrected(points, dense, gram, output_gram)
+                points = _corrected(points, dense, weighting)
                 found += [Candidate(point, shown) for point in points]
     return found
 
@@ -131,22 +131,20 @@ def _hopeless(points: Sequence[RankPoint], found: Sequence[Candidate]) -> bool:
     return all(point.rel_error > _FAR * best(point.n_params) for point in points)
 
 
-def _corrected(
-    points: list[RankPoint], dense: Tensor, gram: Tensor | None, output_gram: Tensor | None
-) -> list[RankPoint]:
+def _corrected(points: list[RankPoint], dense: Tensor, weighting: Weighting) -> list[RankPoint]:
     """Predicted errors scaled to what decompositions at a few points really reach.
 
     The prediction is a bound, in a norm that only fits the inputs' second moment, and formats differ in how
     far that is off; unscaled, they could not be compared.
     """
-    if gram is None or points[0].spec.weight.groups > 1 or points[0].spec.format == "low_rank":
+    if weighting.is_plain or points[0].spec.weight.groups > 1 or points[0].spec.format == "low_rank":
         return points
     fmt = get_format(points[0].spec.format)
     marks: list[tuple[float, float]] = []
     for target in _PROBES:
         point = min(points, key=lambda p: abs(p.rel_error - target))
         if point.rel_error > 1e-3 and all(abs(point.rel_error - m) > 0.05 for m, _ in marks):
-            marks.append((point.rel_error, fmt.probe(dense, point.spec, gram, output_gram)))
+            marks.append((point.rel_error, fmt.probe(dense, point.spec, weighting)))
     return [replace(point, rel_error=_interpolated(point.rel_error, marks)) for point in points]
 
 
@@ -165,11 +163,11 @@ def _interpolated(error: float, marks: Sequence[tuple[float, float]]) -> float:
     return error * ratios[-1]
 
 
-def _group_spectra(dense: Tensor, spec: FactorSpec, gram: Tensor | None, output_gram: Tensor | None) -> list[Tensor]:
+def _group_spectra(dense: Tensor, spec: FactorSpec, weighting: Weighting) -> list[Tensor]:
     fmt, one = get_format(spec.format), spec.one_group()
     if spec.weight.groups == 1:
-        return fmt.spectra(dense, one, gram=gram, output_gram=output_gram)
-    groups = [fmt.spectra(block, one, gram=None) for block in dense.chunk(spec.weight.groups)]
+        return fmt.spectra(dense, one, weighting=weighting)
+    groups = [fmt.spectra(block, one) for block in dense.chunk(spec.weight.groups)]
     return [torch.stack(column).square().mean(dim=0).sqrt() for column in zip(*groups, strict=True)]
 
 

@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 
-from tensortrain.compression.survey.calibrate import Calibration
 from tensortrain.compression.survey.layers import FoundLayer
+from tensortrain.compression.survey.moments import Calibration, LayerMoments
 from tensortrain.contract import cost_model, use_cost_model
 from tensortrain.formats import FactorSpec, get_format
 from tensortrain.nn import ConvLayer, Embedding, FactorizedLayer, Linear
 
-__all__ = ["LayerCost", "dense_cost", "empty_twin", "spec_cost"]
+__all__ = ["LayerCost", "Load", "dense_cost", "empty_twin", "load_of", "spec_cost"]
 
 
 @dataclass(frozen=True)
@@ -25,50 +25,54 @@ class LayerCost:
     seconds: float
 
 
-def dense_cost(layer: FoundLayer, calibration: Calibration | None, batch_size: int | None) -> LayerCost:
-    """Cost of the layer as it is."""
-    rows, batch, spatial = _load(layer, calibration, batch_size)
-    twin = empty_twin(layer, None)
-    seconds, flops = _layer_cost(layer, twin, rows, spatial, dense=True)
-    return LayerCost(_per_example(flops, batch, calibration), seconds)
+@dataclass(frozen=True)
+class Load:
+    """What comes to a layer with one batch.
+
+    Attributes:
+        rows: Vectors, ids or images, over all calls.
+        n_examples: Examples in the batch.
+        spatial: Size of a convolution's input.
+        seen: Inputs were seen, so that flops per example are known.
+    """
+
+    rows: int
+    n_examples: int
+    spatial: tuple[int, ...]
+    seen: bool
 
 
-def spec_cost(
-    layer: FoundLayer, spec: FactorSpec, calibration: Calibration | None, batch_size: int | None
-) -> LayerCost:
-    """Cost of the layer in another format, run the fastest way that it allows."""
-    rows, batch, spatial = _load(layer, calibration, batch_size)
-    seconds, flops = _layer_cost(layer, empty_twin(layer, spec), rows, spatial, dense=False)
-    return LayerCost(_per_example(flops, batch, calibration), seconds)
-
-
-def _per_example(flops: int, batch: int, calibration: Calibration | None) -> int | None:
-    return None if calibration is None else flops // max(1, batch)
-
-
-def _load(
-    layer: FoundLayer, calibration: Calibration | None, batch_size: int | None
-) -> tuple[int, int, tuple[int, ...]]:
-    """Rows (vectors, ids or images over all calls), examples, and the size of a convolution's input."""
+def load_of(layer: FoundLayer, calibration: Calibration | None, batch_size: int | None) -> Load:
+    """The load of a layer at a batch size; that of the first batch seen when None."""
     weight = layer.weight
-    shape = calibration.input_shapes.get(layer.name) if calibration else None
+    moments = calibration.of(layer.name) if calibration is not None else LayerMoments()
+    shape = moments.input_shape
     if calibration is None or shape is None:
         batch = batch_size or 1
-        return batch, batch, tuple(4 * k for k in weight.kernel)
+        return Load(batch, batch, tuple(4 * k for k in weight.kernel), calibration is not None)
     # A layer may get its rows in another shape than (examples, ..), so they are counted per example.
     entry = {"linear": 1, "embedding": 0, "conv": 1 + len(weight.kernel)}[weight.kind]
-    seen = math.prod(shape[: len(shape) - entry]) * calibration.calls.get(layer.name, 1)
+    seen = math.prod(shape[: len(shape) - entry]) * (moments.calls or 1)
     batch = batch_size or calibration.n_examples
     rows = max(1, round(seen * batch / calibration.n_examples))
-    return rows, batch, tuple(shape[len(shape) - len(weight.kernel) :])
+    return Load(rows, batch, tuple(shape[len(shape) - len(weight.kernel) :]), seen=True)
 
 
-def _layer_cost(
-    layer: FoundLayer, twin: FactorizedLayer, rows: int, spatial: tuple[int, ...], *, dense: bool
-) -> tuple[float, int]:
+def dense_cost(layer: FoundLayer, load: Load) -> LayerCost:
+    """Cost of the layer as it is."""
+    return _layer_cost(layer, empty_twin(layer, None), load, dense=True)
+
+
+def spec_cost(layer: FoundLayer, spec: FactorSpec, load: Load) -> LayerCost:
+    """Cost of the layer in another format, run the fastest way that it allows."""
+    return _layer_cost(layer, empty_twin(layer, spec), load, dense=False)
+
+
+def _layer_cost(layer: FoundLayer, twin: FactorizedLayer, load: Load, *, dense: bool) -> LayerCost:
     weight: Any = layer.module.weight
     with use_cost_model(cost_model(weight.device)):  # the twin has no device of its own
-        return _twin_cost(twin, rows, spatial, dense=dense)
+        seconds, flops = _twin_cost(twin, load.rows, load.spatial, dense=dense)
+    return LayerCost(flops // max(1, load.n_examples) if load.seen else None, seconds)
 
 
 def _twin_cost(twin: FactorizedLayer, rows: int, spatial: tuple[int, ...], *, dense: bool) -> tuple[float, int]:

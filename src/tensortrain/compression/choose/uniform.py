@@ -73,15 +73,5 @@ def _size(layer: FoundLayer, spec: FactorSpec | None) -> int:
 
 
 def _plan(layer: FoundLayer, spec: FactorSpec | None) -> LayerPlan:
-    return LayerPlan(
-        names=layer.names,
-        kind=layer.kind,
-        shape=layer.weight.dense_shape,
-        spec=spec,
-        params_before=layer.n_params,
-        params_after=layer.n_params - layer.weight.n_params + _size(layer, spec),
-        flops_before=None,
-        flops_after=None,
-        rel_error=None,
-        decision="left dense: no smaller at this rank" if spec is None else "compressed",
-    )
+    dense = LayerPlan.of(layer, flops=None, why="no smaller at this rank")
+    return dense if spec is None else dense.compressed(spec)

@@ -12,7 +12,7 @@ import os
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
 
@@ -22,6 +22,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tensortrain.compression.report.report import LatencyRow, MemoryRow
 from tensortrain.errors import ShapeError
+from tensortrain.train.batches import Parts, device_of, read_batch
+from tensortrain.train.modes import evaluating
 
 __all__ = [
     "Call",
@@ -40,12 +42,7 @@ _MAX_RUNS = 20_000
 _FEWEST_PAIRS = 5  # the least and the largest of five hold the median with 94 %
 
 
-@dataclass(frozen=True)
-class Call:
-    """What a model is called with: ``model(*args, **kwargs)``."""
-
-    args: tuple[Any, ...] = ()
-    kwargs: Mapping[str, Any] = field(default_factory=dict)
+Call = Parts  # its name in the version before
 
 
 @dataclass(frozen=True)
@@ -82,8 +79,8 @@ def measure_latency(
 
     Args:
         models: Name -> model; all take the same input.
-        inputs: A function from batch size to input, or an example, see :func:`batch_of`. A tuple is passed
-            as positional arguments, a mapping as keywords.
+        inputs: A function from batch size to input, or an example, see :func:`batch_of`: a batch as
+            ``train.batches`` reads it.
         batches: Batch sizes.
         repeats: Least timed runs of each model and batch.
         min_time_s: Least seconds of timed runs over all models together.
@@ -93,7 +90,7 @@ def measure_latency(
         list: One :class:`Latency` per batch and model, in that order; milliseconds.
     """
     results = []
-    with _evaluating(*models.values()):
+    with evaluating(*models.values()):
         for batch in batches:
             x = _input(inputs, batch)
             samples = _sample_in_turns(models, x, repeats, min_time_s, max_time_s)
@@ -171,10 +168,11 @@ def peak_memory(model: nn.Module, x: Any) -> int:
     Returns:
         int: Bytes.
     """
-    with _evaluating(model), torch.no_grad():
+    x = _parts(model, x)
+    with evaluating(model), torch.no_grad():
         _call(model, x)
         gc.collect()  # garbage freed during the pass would hide as much new memory
-        device = _device(model)
+        device = device_of(model)
         return _peak_cuda(model, x, device) if device.type == "cuda" else _peak_cpu(model, x)
 
 
@@ -202,8 +200,8 @@ def count_flops(model: nn.Module, x: Any) -> int:
         int: Flops for the whole batch ``x``.
     """
     counter = FlopCounterMode(display=False)
-    with _evaluating(model), torch.no_grad(), counter:
-        _call(model, x)
+    with evaluating(model), torch.no_grad(), counter:
+        _call(model, _parts(model, x))
     return int(counter.get_total_flops())
 
 
@@ -230,8 +228,8 @@ def batch_of(example: Any, batch: int) -> Any:
                 "expected a first axis of at least 1. Pass one real input."
             )
         return example[torch.arange(batch, device=example.device) % example.shape[0]]
-    if isinstance(example, Call):
-        return Call(batch_of(example.args, batch), batch_of(example.kwargs, batch))
+    if isinstance(example, Parts):
+        return Parts(batch_of(example.args, batch), batch_of(example.kwargs, batch))
     if isinstance(example, Mapping):
         return {key: batch_of(value, batch) for key, value in example.items()}
     if isinstance(example, (tuple, list)):
@@ -244,16 +242,17 @@ def _sample_in_turns(
 ) -> dict[str, list[float]]:
     """Seconds of each timed run, per model."""
     began = perf_counter()
+    inputs = {name: _parts(model, x) for name, model in models.items()}
     # Warm up outside inference mode: a dense weight cached here must stay usable for training.
     with torch.no_grad():
-        for model in models.values():
-            _call(model, x)
+        for name, model in models.items():
+            _call(model, inputs[name])
     samples: dict[str, list[float]] = {name: [] for name in models}
     order = list(models)
     with torch.inference_mode():
         while not _enough(samples, repeats, min_time_s, perf_counter() - began > max_time_s):
             for name in order:
-                samples[name] += _one_turn(models[name], x)
+                samples[name] += _one_turn(models[name], inputs[name])
             order.reverse()
     return samples
 
@@ -273,8 +272,8 @@ def _ratios_between(first: Sequence[float], other: Sequence[float]) -> tuple[flo
     return ratios[cut], ratios[-1 - cut]
 
 
-def _one_turn(model: nn.Module, x: Any) -> list[float]:
-    device = _device(model)
+def _one_turn(model: nn.Module, x: Parts) -> list[float]:
+    device = device_of(model)
     _call(model, x)
     times = []
     for _ in range(_RUNS_PER_TURN):
@@ -294,7 +293,7 @@ def _enough(samples: Mapping[str, list[float]], repeats: int, min_time_s: float,
     return late or n_runs >= _MAX_RUNS or (n_runs >= repeats and timed_s >= min_time_s)
 
 
-def _peak_cpu(model: nn.Module, x: Any) -> int:
+def _peak_cpu(model: nn.Module, x: Parts) -> int:
     with _native_stderr_muted(), torch.autograd.profiler.profile(use_kineto=False, profile_memory=True) as profile:
         output = _call(model, x)
     del output  # freed outside the profile, so that it counts to the end
@@ -329,7 +328,7 @@ def _native_stderr_muted() -> Iterator[None]:
             os.close(kept)
 
 
-def _peak_cuda(model: nn.Module, x: Any, device: torch.device) -> int:
+def _peak_cuda(model: nn.Module, x: Parts, device: torch.device) -> int:
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
@@ -344,40 +343,21 @@ def _cache_bytes(module: nn.Module) -> int:
     return int(cached() if callable(cached) else cached)
 
 
-def _call(model: nn.Module, x: Any) -> Any:
-    if isinstance(x, Call):
-        return model(*x.args, **x.kwargs)
-    if isinstance(x, tuple):
-        return model(*x)
-    if isinstance(x, Mapping):
-        return model(**x)
-    return model(x)
+def _call(model: nn.Module, x: Parts) -> Any:
+    return model(*x.args, **x.kwargs)
+
+
+def _parts(model: nn.Module, batch: Any) -> Parts:
+    return batch if isinstance(batch, Parts) else read_batch(model, batch)
 
 
 def _input(inputs: Callable[[int], Any] | Any, batch: int) -> Any:
     return inputs(batch) if callable(inputs) else batch_of(inputs, batch)
 
 
-@contextlib.contextmanager
-def _evaluating(*models: nn.Module) -> Iterator[None]:
-    """Set eval mode; afterwards give each module back the mode it had, mixed modes included."""
-    modes = {module: module.training for model in models for module in model.modules()}
-    try:
-        for model in models:
-            model.eval()
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
-
-
 def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
 
 
 def _dtype_name(model: nn.Module) -> str:

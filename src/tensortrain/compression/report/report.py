@@ -6,24 +6,17 @@ No drawing happens here: ``viz.terminal`` prints a report, ``viz.html`` turns it
 from __future__ import annotations
 
 import dataclasses
-import datetime
+import functools
 import json
 import math
 import os
-import platform
-import shlex
-import subprocess
-import sys
-import types
-import typing
-from collections.abc import Mapping
-from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import torch
-
-from tensortrain.errors import DataError
+from tensortrain.errors import DataError, TTError
+from tensortrain.formats import FactorSpec, Kind, WeightShape, get_format
+from tensortrain.system.files import write_text_atomic
+from tensortrain.system.records import Record, RecordError, read_record, to_plain
 
 __all__ = [
     "CurvePoint",
@@ -31,23 +24,11 @@ __all__ = [
     "LayerReport",
     "MemoryRow",
     "Report",
-    "provenance",
-    "write_text_atomic",
 ]
-
-_R = TypeVar("_R")
-
-
-class _Record:
-    """Shared manner of the rows: every list given to a field is kept as a tuple, so equality is by value."""
-
-    def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):  # type: ignore[arg-type]  # subclasses are dataclasses
-            object.__setattr__(self, field.name, _as_tuples(getattr(self, field.name)))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LayerReport(_Record):
+class LayerReport(Record):
     """One layer before and after.
 
     Attributes:
@@ -87,31 +68,41 @@ class LayerReport(_Record):
         """Parameters before over parameters after."""
         return self.params_before / max(self.params_after, 1)
 
+    @functools.cached_property
+    def spec(self) -> FactorSpec | None:
+        """The factorization; None for a dense layer, and where this version knows no such one."""
+        kind: Kind = "embedding" if self.kind.startswith("Embedding") else "linear" if len(self.shape) == 2 else "conv"
+        first, second, *kernel = self.shape if len(self.shape) > 1 else (1, 1)
+        if kind == "embedding":
+            first, second = second, first
+        groups = first // math.prod(self.out_modes) if kind == "conv" and self.out_modes else 1
+        try:
+            return get_format(self.format).spec(
+                WeightShape(kind, first, second, tuple(kernel), groups),
+                rank=self.ranks,
+                out_modes=self.out_modes or None,
+                in_modes=self.in_modes or None,
+                clip=False,
+            )
+        except TTError:  # "dense", a format of the user's own, or sizes that belong to another one
+            return None
+
     @property
     def inner_ranks(self) -> tuple[int, ...]:
-        """The ranks without the two boundary ones."""
-        with_ends = len(self.ranks) > 2 and self.ranks[0] == self.ranks[-1] == 1
-        n_bonds = (len(self.in_modes), len(self.in_modes) - 1, len(self.spectra))
-        return self.ranks[1:-1] if with_ends and len(self.ranks) - 2 in n_bonds else self.ranks
+        """The ranks that were chosen, without fixed boundary ones."""
+        return self.ranks if self.spec is None else get_format(self.format).inner_ranks(self.spec)
 
     @property
     def full_ranks(self) -> tuple[int, ...]:
         """The ranks at which the format holds any weight of this shape; () where that is not known."""
-        n_bonds = len(self.inner_ranks)
-        if not self.in_modes and n_bonds == 1:
-            return (min(self.shape[0], math.prod(self.shape[1:])),)
-        if not self.format.startswith("tt") or len(self.in_modes) != len(self.out_modes):
+        if self.spec is None:
             return ()
-        sizes = [i * j for i, j in zip(self.out_modes, self.in_modes, strict=True)]
-        if n_bonds == len(sizes):  # a convolution: its first core holds the kernel positions
-            sizes = [math.prod(self.shape[2:]), *sizes]
-        if n_bonds != len(sizes) - 1:
-            return ()
-        return tuple(min(math.prod(sizes[:k]), math.prod(sizes[k:])) for k in range(1, len(sizes)))
+        fmt = get_format(self.format)
+        return fmt.inner_ranks(dataclasses.replace(self.spec, ranks=fmt.rank_caps(self.spec)))
 
 
 @dataclasses.dataclass(frozen=True)
-class LatencyRow(_Record):
+class LatencyRow(Record):
     """Time of one forward pass, milliseconds: medians and 90th percentiles.
 
     ``speedup_low`` and ``speedup_high`` hold the median of the paired ratios with 95 % confidence, where it was
@@ -135,7 +126,7 @@ class LatencyRow(_Record):
 
 
 @dataclasses.dataclass(frozen=True)
-class MemoryRow(_Record):
+class MemoryRow(Record):
     """Bytes held by the model, and extra bytes at the peak of one forward pass."""
 
     batch: int
@@ -146,7 +137,7 @@ class MemoryRow(_Record):
 
 
 @dataclasses.dataclass(frozen=True)
-class CurvePoint(_Record):
+class CurvePoint(Record):
     """One point of metric against compression; ``metric_std`` is over ``n_seeds`` runs."""
 
     label: str
@@ -158,7 +149,7 @@ class CurvePoint(_Record):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Report(_Record):
+class Report(Record):
     """Everything known about one compression of one model.
 
     Attributes:
@@ -172,7 +163,7 @@ class Report(_Record):
         layers, latency, memory, curve: Rows.
         healing: Mappings with ``step``, ``loss`` and perhaps ``metric``.
         notes: Sentences.
-        provenance: See :func:`provenance`.
+        provenance: See ``system.provenance``.
 
     Example:
         >>> report = Report(title="t", model="m", budget="2x", params_before=100, params_after=40)
@@ -211,7 +202,7 @@ class Report(_Record):
 
     def to_json(self) -> str:
         """Return the report as JSON text; numbers that are not finite become null."""
-        return json.dumps(_plain(self), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+        return json.dumps(to_plain(self), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the JSON to ``path``; the file appears whole or not at all."""
@@ -231,182 +222,9 @@ class Report(_Record):
                 f"a report must be JSON: the text has a fault at line {error.lineno}, column {error.colno}, "
                 f"expected what Report.to_json writes ({error.msg}). Save the report again."
             ) from error
-        return _decode_record(cls, value, "report")
-
-
-def write_text_atomic(path: str | os.PathLike[str], text: str) -> Path:
-    """Write ``text`` beside ``path``, then rename: a reader never sees half a file.
-
-    Returns:
-        Path: ``path``, its folder created where it was missing.
-    """
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        with open(scratch, "w", encoding="utf-8", errors="backslashreplace") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())  # else a power cut may leave the new name on empty blocks
-        os.replace(scratch, target)
-    finally:
-        scratch.unlink(missing_ok=True)
-    return target
-
-
-def provenance(command: str | None = None, seed: int | None = None) -> dict[str, Any]:
-    """Collect what someone needs to repeat a result.
-
-    Args:
-        command: The command line; by default the one this process was started with.
-        seed: The seed of the run.
-
-    Returns:
-        dict: ``command``, ``commit`` (None outside a checkout; ends in "-dirty" after local edits),
-        ``versions``, ``platform``, ``cpu``, ``gpu``, ``threads``, ``seed``, ``date`` (UTC) and ``wall_s``,
-        which is None for the caller to fill in.
-    """
-    import numpy
-
-    from tensortrain._version import __version__
-
-    return {
-        "command": _command_line() if command is None else command,
-        "commit": own_commit(),
-        "versions": {
-            "tensortrain": __version__,
-            "torch": torch.__version__,
-            "numpy": numpy.__version__,
-            "python": platform.python_version(),
-        },
-        "platform": platform.platform(),
-        "cpu": _cpu_name(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "threads": torch.get_num_threads(),
-        "seed": seed,
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "wall_s": None,
-    }
-
-
-def _command_line() -> str:
-    program, *arguments = sys.argv or [""]
-    words = shlex.join([Path(program).name, *arguments])
-    return words.encode("utf-8", "backslashreplace").decode()  # file names may hold bytes that are no text
-
-
-@cache
-def own_commit() -> str | None:
-    """The commit of this package when it was first asked for: at the end of a long run it may be another."""
-    return _git_commit(Path(__file__))
-
-
-def _git_commit(source: Path) -> str | None:
-    # An installed copy may lie in a virtual environment inside somebody else's checkout:
-    # only the repository that tracks this very file is ours.
-    if _git(source.parent, "ls-files", "--error-unmatch", source.name) is None:
-        return None
-    return _git(source.parent, "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*")
-
-
-def _git(folder: Path, *arguments: str) -> str | None:
-    try:
-        done = subprocess.run(
-            ["git", "-C", str(folder), *arguments],
-            capture_output=True,
-            encoding="utf-8",
-            errors="replace",
-            timeout=5,
-            check=True,
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip() or None
-
-
-def _cpu_name() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
-def _as_tuples(value: Any) -> Any:
-    return tuple(_as_tuples(item) for item in value) if isinstance(value, (list, tuple)) else value
-
-
-def _plain(value: Any) -> Any:
-    """Reduce a value to what JSON can hold."""
-    if value is None or isinstance(value, (bool, int, str)):
-        return value
-    if isinstance(value, float):
-        return float(value) if math.isfinite(value) else None
-    if dataclasses.is_dataclass(value):
-        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if callable(getattr(value, "item", None)):  # a scalar of torch or NumPy
-        return _plain(value.item())
-    return str(value)  # paths, dtypes, devices
-
-
-def _decode_record(record: type[_R], value: Any, where: str) -> _R:
-    if not isinstance(value, dict):
-        raise _wrong_type(where, value, "an object")
-    fields = dataclasses.fields(record)  # type: ignore[arg-type]
-    known = {field.name for field in fields}
-    required = {
-        field.name
-        for field in fields
-        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-    }
-    faults = sorted(required - value.keys()) + sorted(value.keys() - known)
-    if faults:
-        raise DataError(
-            f"a report must have the known keys: {where} has missing or unknown {', '.join(faults)}, "
-            f"expected {', '.join(field.name for field in fields)}. Write it with this tensortrain version."
-        )
-    hints = typing.get_type_hints(record)
-    return record(**{key: _decode(hints[key], item, f"{where}.{key}") for key, item in value.items()})
-
-
-def _decode(hint: Any, value: Any, where: str) -> Any:
-    """Read ``value`` as the type ``hint``; ``where`` names it in the error."""
-    arguments = typing.get_args(hint)
-    if isinstance(hint, types.UnionType):
-        return None if value is None else _decode(arguments[0], value, where)
-    if dataclasses.is_dataclass(hint):
-        return _decode_record(typing.cast(type, hint), value, where)
-    if typing.get_origin(hint) is tuple:
-        if not isinstance(value, list):
-            raise _wrong_type(where, value, "a list")
-        return tuple(_decode(arguments[0], item, f"{where}[{k}]") for k, item in enumerate(value))
-    if typing.get_origin(hint) is dict:
-        if not isinstance(value, dict):
-            raise _wrong_type(where, value, "an object")
-        return value
-    if hint is float:
-        return _decode_float(value, where)
-    if not isinstance(value, hint) or isinstance(value, bool):
-        raise _wrong_type(where, value, "an integer" if hint is int else "text")
-    return value
-
-
-def _decode_float(value: Any, where: str) -> float:
-    if value is None:  # written for a number that was not finite
-        return math.nan
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        raise _wrong_type(where, value, "a number")
-    return float(value)
-
-
-def _wrong_type(where: str, value: Any, expected: str) -> DataError:
-    return DataError(
-        f"a report must have values of the right type: {where} has {type(value).__name__}, "
-        f"expected {expected}. Save the report again with Report.save."
-    )
+        try:
+            return read_record(cls, value, "report")
+        except RecordError as error:
+            raise DataError(
+                f"a report must be as Report.save wrote it: {error}. Save it again with this tensortrain version."
+            ) from error

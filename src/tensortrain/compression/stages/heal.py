@@ -12,28 +12,29 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from tensortrain.compression.stages.base import Work, stage
+from tensortrain.compression.survey.task import FIRST, task_on_data
 from tensortrain.errors import DataError, KindError, RankError
 from tensortrain.system.observer import Observer, Silent
-from tensortrain.train.batches import length_of, n_examples, take, to_device
+from tensortrain.train.batches import device_of, length_of, n_examples, take, to_device
+from tensortrain.train.batchnorm import reestimate_batchnorm_
+from tensortrain.train.evaluation import Evaluate
 from tensortrain.train.guard import Guard
 from tensortrain.train.held_back import hold_back
-from tensortrain.train.loop import (
-    Evaluate,
-    FitResult,
-    _device_of,
-    _total_steps,
-    _TrainModes,
-    fit,
-    reestimate_batchnorm_,
-)
-from tensortrain.train.losses import Loss, distillation_loss, feature_loss
+from tensortrain.train.loop import FitResult, fit
+from tensortrain.train.losses import ALPHA, TEMPERATURE, Loss, distillation_loss, feature_loss
+from tensortrain.train.modes import TrainModes
+from tensortrain.train.options import total_steps
 from tensortrain.train.outputs import Output
 from tensortrain.train.preserve import preserved
-from tensortrain.train.task import Task, decide_task
+from tensortrain.train.task import Task
 
 __all__ = ["Heal", "check_healing", "heal_"]
 
 _STREAM_STEPS = 100
+# Passes over the data from which healing counts as long; and steps, where values are matched rather than classes: to
+# the last digit, which few steps do not make up for.
+_LONG, _LONG_STEPS = 3, 500
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,8 @@ class Heal:
     warmup: float = 0.05
     grad_clip: float | None = 5.0
     loss: Literal["distill", "feature"] | Loss = "distill"
-    alpha: float = 0.5
-    temperature: float = 2.0
+    alpha: float = ALPHA
+    temperature: float = TEMPERATURE
     batchnorm_batches: int = 32
 
     def __post_init__(self) -> None:
@@ -163,7 +164,7 @@ def heal_(
             reestimate_batchnorm_(model, data, n_batches=settings.batchnorm_batches)
             return FitResult([], 0, 0.0)
         loss = _loss(settings, teacher, task, output)
-        rest, held, really = hold_back(data, _total_steps(data, settings.epochs, settings.steps))
+        rest, held, really = hold_back(data, total_steps(data, settings.epochs, settings.steps))
         rest, guard = _guarded(model, data, rest, held, loss, really)
         try:
             reestimate_batchnorm_(model, rest, n_batches=settings.batchnorm_batches)
@@ -219,7 +220,7 @@ def check_healing(
             f"data must be re-iterable: healing has a {type(data).__name__} that is used up after one pass, expected a "
             "list or a DataLoader. Pass list(data), or heal=False."
         )
-    if _total_steps(data, settings.epochs, settings.steps) and not any(p.requires_grad for p in trained.parameters()):
+    if total_steps(data, settings.epochs, settings.steps) and not any(p.requires_grad for p in trained.parameters()):
         raise KindError(
             f"a model must have something to heal: {type(model).__name__} has no parameter that requires grad, "
             "expected at least one. Call model.requires_grad_(), or pass heal=False."
@@ -242,35 +243,15 @@ def check_healing(
     return task
 
 
-def task_on_data(model: nn.Module, data: Iterable[Any], *, task: Any = None, output: Output | None = None) -> Task:
-    """Decide the task on the first batch that has an example. Nothing of the model is changed.
-
-    Raises:
-        DataError: There is no such batch, or the model does not run on it.
-    """
-    batch = next((batch for batch in take(data, _FIRST) if n_examples(batch)), None)
-    if batch is None:
-        raise DataError(
-            "data must give batches: none of the first ones has an example. Pass a re-iterable such as a list or a "
-            "DataLoader, not an iterator that is used up."
-        )
-    with torch.no_grad(), preserved(model):
-        model.eval()
-        return decide_task(model, to_device(batch, _device_of(model)), task=task, output=output)
-
-
-_FIRST = 3  # batches among which the first with an example is looked for
-
-
 def _try_loss(model: nn.Module, data: Iterable[Any], loss: Loss) -> None:
     """A forward and a backward pass as in training, on the first batch and on one of another size."""
-    modes = _TrainModes(model)
+    modes = TrainModes(model)
     params = [p for p in model.parameters() if p.requires_grad]
     with torch.inference_mode(False), torch.enable_grad(), preserved(model):
         modes.set()
         for batch in _of_each_size(take(data, 1) if not isinstance(data, (list, tuple)) else data):
             with modes.fitting(batch):
-                value = loss(model, to_device(batch, _device_of(model)))
+                value = loss(model, to_device(batch, device_of(model)))
             if value is not None and params and value.requires_grad:
                 torch.autograd.grad(value, params, allow_unused=True)
 
@@ -279,7 +260,7 @@ def _of_each_size(batches: Iterable[Any]) -> list[Any]:
     sizes: dict[int, Any] = {}
     for batch in batches:
         sizes.setdefault(n_examples(batch), batch)
-        if len(sizes) == _FIRST:
+        if len(sizes) == FIRST:
             break
     return list(sizes.values())
 
@@ -325,3 +306,45 @@ def _loss(settings: Heal, teacher: nn.Module, task: Task | None, output: Output 
         return feature_loss(teacher, output=output)
     assert callable(settings.loss)
     return settings.loss
+
+
+def _prepare(work: Work, settings: Heal) -> Work:
+    """Raise now what would stop the healing later; tell the planning that it comes."""
+    options, data, task = work.options, work.options.data, work.task
+    assert data is not None
+    if isinstance(data, Iterator) or settings.only_statistics:
+        check_healing(work.model, data, settings)  # says what to do with an iterator
+    else:
+        named = options.task if isinstance(options.task, str) else None  # a Task is work.task already
+        task = task or task_on_data(work.model, data, task=named, output=options.output)
+        task = check_healing(work.model, data, settings, task=task, output=options.output)
+    coming = (_to_come(settings, data, task), work.will_heal)
+    return replace(work, task=task, will_heal="long" if "long" in coming else any(coming))
+
+
+def _to_come(settings: Heal, data: Iterable[Any], task: Task | None) -> bool | Literal["long"]:
+    """What the planning may count on."""
+    if settings.only_statistics:
+        return False
+    epochs = settings.epochs or 0
+    enough = task is None or task.softmax or epochs * (length_of(data) or 0) >= _LONG_STEPS
+    return "long" if epochs >= _LONG and enough else True
+
+
+@stage(Heal, outcome="healed", prepare=_prepare, needs_data=True, resumes=True)
+def _heal(work: Work, settings: Heal) -> Work:
+    options = work.options
+    assert options.data is not None
+    result = heal_(
+        work.model,
+        work.original,
+        options.data,
+        settings,
+        task=work.task,
+        output=options.output,
+        evaluate=options.evaluate,
+        checkpoint=work.checkpoint,
+        seed=options.seed,
+        observer=options.observer,
+    )
+    return replace(work, healing=(*work.healing, *result.history)).noted(*result.notes)

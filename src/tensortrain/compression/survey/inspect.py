@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tensortrain.compression.choose.cost import dense_cost
-from tensortrain.compression.survey.calibrate import Calibration, calibrate
+from tensortrain.compression.choose.cost import dense_cost, load_of
+from tensortrain.compression.survey.calibrate import calibrate
 from tensortrain.compression.survey.layers import (
     FoundLayer,
     LeftAlone,
@@ -18,6 +18,7 @@ from tensortrain.compression.survey.layers import (
     count_params,
     find_layers,
 )
+from tensortrain.compression.survey.moments import Calibration
 
 __all__ = ["Inspection", "LayerRow", "inspect"]
 
@@ -118,7 +119,7 @@ def _row(layer: FoundLayer, total: int, calibration: Calibration | None) -> Laye
         shape=weight.dense_shape,
         params=layer.n_params,
         share=layer.n_params / max(1, total),
-        flops=dense_cost(layer, calibration, None).flops if calibration else None,
+        flops=dense_cost(layer, load_of(layer, calibration, None)).flops if calibration else None,
         full_rank=energy.numel(),
         rank_90=ranks[0],
         rank_99=ranks[1],

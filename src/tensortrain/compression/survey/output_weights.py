@@ -4,24 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tensortrain.compression.survey.layers import FoundLayer
+from tensortrain.compression.survey.moments import Calibration, second_moment
 from tensortrain.errors import KindError
 from tensortrain.system.observer import Observer
 from tensortrain.train.batches import run
 from tensortrain.train.outputs import OutputFunction, counted, spread
 
-if TYPE_CHECKING:
-    from tensortrain.compression.survey.calibrate import Calibration
-
-__all__ = ["OutputFunction", "Spreads", "sentence_embedding", "weigh_outputs"]
+__all__ = ["Judge", "OutputFunction", "Spreads", "sentence_embedding", "weigh_outputs"]
 
 Judge = Callable[[Any], dict[str, Tensor]]  # batch -> the outputs that count, by name
-LARGEST_FULL_GRAM = 4608  # outputs; above, only the diagonal is kept
 _CONSTANT = 1e-12  # of the squares: an output that spreads less about its mean is the same for all examples
 
 
@@ -91,16 +88,17 @@ def weigh_outputs(
     observer.on_start("gradients", len(batches))
     try:
         for k, batch in enumerate(batches):
-            count += _add_gradients(model, layers, batch, judge, shares, generator, found.output_grams)
+            count += _add_gradients(model, layers, batch, judge, shares, generator, found)
             observer.on_step(k + 1)
     except Exception as error:  # a part without a backward: inputs alone have to do
-        found.output_grams.clear()
+        for moments in found.layers.values():
+            moments.output_gram = None
         reason = " ".join(str(error).split())
         found.notes.append(f"Layers are weighed by inputs alone: no gradients ({type(error).__name__}: {reason:.120}).")
     finally:
         observer.on_end()
-    for name in found.output_grams:
-        found.output_grams[name] = found.output_grams[name] / max(1, count)
+    for name, total in found.output_grams.items():
+        found.layers[name].output_gram = total / max(1, count)
 
 
 def _add_gradients(
@@ -110,7 +108,7 @@ def _add_gradients(
     judge: Judge,
     shares: Mapping[str, float],
     generator: torch.Generator,
-    sums: dict[str, Tensor],
+    found: Calibration,
 ) -> int:
     """Add the second moment of the gradients at every layer's output; give the number of examples."""
     tags: list[Tensor] = []
@@ -125,7 +123,7 @@ def _add_gradients(
             tagged = result + tag
             if not tagged.requires_grad:  # the model runs this part under no_grad
                 return result
-            tagged.register_hook(lambda gradient: _add(sums, layer, gradient))
+            tagged.register_hook(lambda gradient: found.layers[layer.name].add_gradients(_moment(layer, gradient)))
             return tagged
 
         return hook
@@ -156,11 +154,7 @@ def _along_random_directions(
     return total
 
 
-def _add(sums: dict[str, Tensor], layer: FoundLayer, gradient: Tensor) -> None:
+def _moment(layer: FoundLayer, gradient: Tensor) -> Tensor:
     if layer.weight.kind == "conv":
-        spatial = len(layer.weight.kernel)
-        gradient = gradient.movedim(-spatial - 1, -1)
-    rows = gradient.detach().reshape(-1, gradient.shape[-1]).float().nan_to_num(0.0, 0.0, 0.0)
-    wide = rows.shape[1] > LARGEST_FULL_GRAM
-    moment = rows.double().square().sum(dim=0) if wide else (rows.T @ rows).double()
-    sums[layer.name] = sums[layer.name] + moment if layer.name in sums else moment
+        gradient = gradient.movedim(-len(layer.weight.kernel) - 1, -1)
+    return second_moment(gradient.detach().reshape(-1, gradient.shape[-1]).float().nan_to_num(0.0, 0.0, 0.0))

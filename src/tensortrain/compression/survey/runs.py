@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from tensortrain.train.modes import evaluating
+
 __all__ = ["check_new_layers_run", "layers_that_run"]
 
 Run = Callable[[nn.Module], object]
@@ -27,19 +29,15 @@ def layers_that_run(model: nn.Module, names: Sequence[str], run: Run) -> set[str
     layers = {id(layer): name for name in names for layer in [model.get_submodule(name)]}
     ran: set[str] = set()
     handles = [model.get_submodule(name).register_forward_pre_hook(_note(name, ran)) for name in names]
-    modes = [(module, module.training) for module in model.modules()]
     before = sys.getprofile()
     try:
-        model.eval()
-        sys.setprofile(_watch(model, names, layers, ran))
-        with torch.no_grad():
+        with evaluating(model), torch.no_grad():
+            sys.setprofile(_watch(model, names, layers, ran))
             run(model)
     finally:
         sys.setprofile(before)
         for handle in handles:
             handle.remove()
-        for module, mode in modes:
-            module.training = mode
     return ran
 
 

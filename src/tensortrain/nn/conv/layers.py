@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tensortrain.contract import Chain, ContractionPlan, CostModel, cost_model
+from tensortrain.contract import CostModel, Plan, cost_model
 from tensortrain.errors import ShapeError
 from tensortrain.formats import FactorSpec, Format, Rank, WeightShape, get_format
-from tensortrain.nn.base import _COMPILE_BATCH, FactorizedLayer, Implementation, Init, as_tuple
+from tensortrain.nn.base import FactorizedLayer, Implementation, Init, as_tuple
 from tensortrain.nn.conv.plan import ConvPlan, out_size
 from tensortrain.nn.inputs import check_plain_layout, once, traceable
+from tensortrain.nn.runner import FEW_WHEN_TRACED, Runner, device_type_of, may_be_dense, trains
 from tensortrain.system.tracing import is_traced, sizes_of, static_power_of_two
 
 __all__ = ["Conv1d", "Conv2d", "Conv3d", "ConvLayer"]
@@ -28,6 +29,16 @@ _STEPS_OVERHEAD_S = 40e-6  # of the calls between the steps, which no flop count
 _FEW = 4  # inputs of a traced program that is planned for one
 _CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
+
+
+class _ConvKey(NamedTuple):
+    """What tells the plans of one convolution apart."""
+
+    training: bool
+    batch: int
+    spatial: tuple[int, ...]
+    implementation: str
+    dense_limit_bytes: int
 
 
 class ConvLayer(FactorizedLayer):
@@ -79,7 +90,9 @@ class ConvLayer(FactorizedLayer):
         )
         self._seen_spatial: tuple[int, ...] = tuple(4 * k for k in self.kernel_size)
         # Whether the kernel is rebuilt in every call of a traced program, for few inputs and for many.
-        self._dense_pays = tuple(self._plan(n, self._seen_spatial, traced=True).uses_dense for n in (1, _COMPILE_BATCH))
+        self._dense_pays = tuple(
+            self._plan(n, self._seen_spatial, traced=True).uses_dense for n in (1, FEW_WHEN_TRACED)
+        )
 
     @classmethod
     def weight_shape_of(cls, layer: Any) -> WeightShape:
@@ -122,7 +135,7 @@ class ConvLayer(FactorizedLayer):
         if x.ndim == self.n_axes + 1:
             return self._run(x.unsqueeze(0), convolve).squeeze(0)
         if self._runs_dense(x):
-            return convolve(x, self._dense_weight(), self.bias, self.groups)
+            return convolve(x, self.runner.dense_weight(self), self.bias, self.groups)
         y = self._core_by_core(x, convolve)
         return y if self.bias is None else y + self.bias.to(y.dtype).reshape(-1, *[1] * self.n_axes)
 
@@ -135,58 +148,56 @@ class ConvLayer(FactorizedLayer):
     def _runs_dense_when_traced(self, x: Tensor) -> bool:
         if self.implementation != "auto" or not self._has_steps:
             return self.implementation == "dense" or not self._has_steps
-        few = (static_power_of_two(x.shape[0]) or _COMPILE_BATCH) <= _FEW
-        return self._dense_allowed and self._dense_pays[0 if few else 1]
+        few = (static_power_of_two(x.shape[0]) or FEW_WHEN_TRACED) <= _FEW
+        return may_be_dense(self) and self._dense_pays[0 if few else 1]
 
     @property
     def _has_steps(self) -> bool:
         return type(self.format).convolve is not Format.convolve  # else the format can only be put together
 
     def _core_by_core(self, x: Tensor, convolve: Convolve) -> Tensor:
-        cores = self._core_list()
+        cores = self.core_list()
         if self.groups == 1:
             return self._convolve_group(x, cores, convolve)
         parts = x.chunk(self.groups, dim=1)
         outputs = [self._convolve_group(part, [core[g] for core in cores], convolve) for g, part in enumerate(parts)]
         return torch.cat(outputs, dim=1)
 
-    def _channel_plan(self, x: Tensor) -> ContractionPlan | None:
-        if self._static_plan is None:
+    def _channel_plan(self, x: Tensor) -> Any:  # ContractionPlan | None: it never runs through a dense kernel
+        if self.runner.shape is None:
             return None
         if is_traced():
-            plan: ContractionPlan = self._plan_when_traced(self._chain_rows(sizes_of(x)[0], sizes_of(x)[2:]))
-            return plan
-        return self._chain_plan(self._chain_rows(x.shape[0], tuple(x.shape[2:])), force="factorized")
+            rows = self._chain_rows(sizes_of(x)[0], sizes_of(x)[2:])
+            return self.runner.plan_when_traced(self, rows, force="factorized")
+        return self.runner.plan(self, self._chain_rows(x.shape[0], tuple(x.shape[2:])), force="factorized")
 
     def _chain_rows(self, batch: int, spatial: tuple[int, ...]) -> int:
         """How many times the channel chain is applied."""
         return max(1, batch * math.prod(self._out_spatial(spatial)))
 
-    def _chain(self) -> Chain | None:
-        return self.format.channel_chain(self._group_spec)
-
-    def _options_when_traced(self) -> tuple[bool, Any]:
-        return False, "factorized"  # the channel chain itself never runs through a dense kernel
+    def _make_runner(self) -> Runner:
+        return Runner(self.format.channel_chain(self._group_spec))
 
     def plan(self, batch: int = 1, spatial: Sequence[int] | None = None) -> ConvPlan:
         """How the layer runs on this many inputs of this size (the size last seen when left out)."""
         sizes = tuple(spatial) if spatial is not None else self._seen_spatial
-        key = ("conv", batch, sizes, self._trains(), self.implementation, self.dense_limit_bytes)
-        found = self._plans.get(key)
+        key = _ConvKey(trains(self), batch, sizes, self.implementation, self.dense_limit_bytes)
+        found = self.runner.layer_plans.get(key)
         if found is None:
-            found = self._plans[key] = self._plan(batch, sizes)
+            found = self.runner.layer_plans[key] = self._plan(batch, sizes)
         return found
 
     def _plan(self, batch: int, spatial: tuple[int, ...], *, traced: bool = False) -> ConvPlan:
-        core, trains = self.cores[0], traced or self._trains()
-        model = CostModel.reference(self._device_type) if traced else cost_model(self._device_type)
+        core, training = self.cores[0], traced or trains(self)
+        device_type = device_type_of(self)
+        model = CostModel.reference(device_type) if traced else cost_model(device_type)
         size, weight = core.element_size(), self.spec.weight
         ins, outs = math.prod(spatial), math.prod(self._out_spatial(spatial))
-        backward = 3 if trains else 1
+        backward = 3 if training else 1
         dense_flops = 2 * batch * self._filter_positions(ins, outs) * weight.n_params
         dense_moved = batch * (self.in_channels * ins + self.out_channels * outs) + weight.n_params
         dense_s = backward * model.conv_s(dense_flops, dense_moved * size)
-        if trains:
+        if training:
             dense_s += 3 * model.conv_s(2 * weight.n_params * max(self.spec.ranks), weight.n_params * size)
         if not self._has_steps:
             return ConvPlan("dense", batch, spatial, dense_flops, dense_flops, dense_s, dense_s, 0)
@@ -194,19 +205,15 @@ class ConvLayer(FactorizedLayer):
         factorized_s = sum(backward * model.conv_s(flops, moved * size) for flops, moved in steps)
         factorized_s += _STEPS_OVERHEAD_S * self.groups
         flops = sum(flops for flops, _ in steps)
-        if self._chain() is not None:
-            rows = self._chain_rows(batch, spatial)
-            plan = self._plan_when_traced(rows) if traced else self._chain_plan(rows, force="factorized")
+        if self.runner.shape is not None:
+            find: Callable[..., Plan] = self.runner.plan_when_traced if traced else self.runner.plan
+            plan = find(self, self._chain_rows(batch, spatial), force="factorized")
             factorized_s += plan.predicted_s * self.groups
             flops += plan.flops * self.groups
         peak = max((moved for _, moved in steps), default=0) * size
-        dense = self.implementation == "dense" or (self._dense_allowed and factorized_s > _MARGIN * dense_s)
+        dense = self.implementation == "dense" or (may_be_dense(self) and factorized_s > _MARGIN * dense_s)
         kind = "dense" if dense else "factorized"
         return ConvPlan(kind, batch, spatial, flops, dense_flops, factorized_s, dense_s, 0 if dense else peak)
-
-    def _own_plans(self) -> dict[tuple[Any, ...], Any]:
-        # The others are plans of the channel chain, made to cost the convolution.
-        return {key: plan for key, plan in self._plans.items() if key[0] == "conv"}
 
     def extra_repr(self) -> str:
         parts = [f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"]
@@ -318,7 +325,7 @@ class Conv2d(_ConvNd):
 
     Args:
         in_channels .. padding_mode: As ``torch.nn.Conv2d``.
-        format: ``"tt"`` (kernel positions, then paired channel modes), ``"tt-naive"``, ``"tucker2"``,
+        format: ``"tt"`` (kernel positions, then paired channel modes), ``"tt_naive"``, ``"tucker2"``,
             ``"low_rank"``.
         rank: Number, tuple, share, or ``"same"``. A TT tuple starts with the spatial core,
             ``(1, r_0, r_1, .., 1)``; Tucker-2 takes ``(R_in, R_out)``.

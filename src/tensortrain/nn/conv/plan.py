@@ -32,6 +32,11 @@ class ConvPlan:
     def flops(self) -> int:
         return self.dense_flops if self.uses_dense else self.factorized_flops
 
+    @property
+    def words(self) -> str:
+        """How the layer runs, in a few words."""
+        return "dense, kept" if self.uses_dense else "core by core"
+
     def __str__(self) -> str:
         how = "the dense kernel, kept" if self.uses_dense else "core by core"
         return "\n".join(

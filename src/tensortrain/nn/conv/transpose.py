@@ -18,11 +18,12 @@ from torch import Tensor, nn
 
 from tensortrain.contract import Chain
 from tensortrain.errors import ShapeError
-from tensortrain.formats import ChainFormat, FactorSpec, Rank
+from tensortrain.formats import FactorSpec, Rank
 from tensortrain.nn.base import Implementation, Init, as_tuple
 from tensortrain.nn.conv.layers import ConvLayer, Convolve, Size
 from tensortrain.nn.conv.plan import transposed_out_size
 from tensortrain.nn.inputs import once, traceable
+from tensortrain.nn.runner import Runner
 from tensortrain.system.tracing import sizes_of
 
 __all__ = ["ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d", "swap_channels"]
@@ -133,12 +134,8 @@ class _ConvTransposeNd(ConvLayer):
     def kernel_of(cls, layer: Any) -> Tensor:
         return swap_channels(super().kernel_of(layer), layer.groups)
 
-    def _dense_weight(self) -> Tensor:
-        def build() -> Tensor:
-            kernel = self.format.to_dense(self._core_list(), self.spec)
-            return swap_channels(kernel, self.groups).contiguous()
-
-        return self._cached("dense", build)
+    def build_weight(self) -> Tensor:
+        return swap_channels(self.format.to_dense(self.core_list(), self.spec), self.groups).contiguous()
 
     # -- how it runs ---------------------------------------------------------------------------------
 
@@ -194,37 +191,32 @@ class _ConvTransposeNd(ConvLayer):
     # r_0 maps per output channel; one transposed filter per map adds them up.
 
     @property
-    def _chain_first(self) -> bool:
-        fmt = self.format
-        return type(fmt).convolve is ChainFormat.convolve and fmt.channel_chain(self._group_spec) is not None
+    def _n_filters(self) -> int | None:
+        return self.format.n_filters(self._group_spec)
 
-    def _n_filters(self, spec: FactorSpec) -> int:
-        fmt = self.format
-        assert isinstance(fmt, ChainFormat)
-        return spec.ranks[fmt.n_spatial(spec)]
-
-    def _chain(self) -> Chain | None:
-        chain = super()._chain()
-        if chain is None or not self._chain_first:
-            return chain
-        r0 = self._n_filters(self._group_spec)
+    def _make_runner(self) -> Runner:
+        chain, r0 = self.format.channel_chain(self._group_spec), self._n_filters
+        if chain is None or r0 is None:
+            return Runner(chain)
         outs, ins = chain.out_modes, chain.in_modes
-        return Chain((r0 * outs[0], *outs[1:]), (ins[0] // r0, *ins[1:]), chain.ranks)
+        return Runner(Chain((r0 * outs[0], *outs[1:]), (ins[0] // r0, *ins[1:]), chain.ranks))
 
     def _chain_rows(self, batch: int, spatial: tuple[int, ...]) -> int:
-        return max(1, batch * math.prod(spatial)) if self._chain_first else super()._chain_rows(batch, spatial)
+        if self._n_filters is None:
+            return super()._chain_rows(batch, spatial)
+        return max(1, batch * math.prod(spatial))
 
     def _work(self, spec: FactorSpec, ins: int, outs: int) -> list[tuple[int, int]]:
-        if not self._chain_first:
+        n_filters = self._n_filters
+        if n_filters is None:
             return super()._work(spec, ins, outs)  # counts filters at the outputs: too many, by the strides
-        maps = spec.weight.out_features * self._n_filters(spec) * ins
+        maps = spec.weight.out_features * n_filters * ins
         return [(2 * maps * math.prod(self.kernel_size), maps + spec.weight.out_features * outs), (0, 2 * maps)]
 
     def _convolve_group(self, x: Tensor, cores: list[Tensor], convolve: Convolve) -> Tensor:
         fmt, spec, plan = self.format, self._group_spec, self._channel_plan(x)
-        if not self._chain_first:
+        if self._n_filters is None:
             return fmt.convolve(x, cores, spec, _on_convolution_kernels(convolve), plan)
-        assert isinstance(fmt, ChainFormat)
         assert plan is not None
         filters, channel = fmt.split_spatial(cores, spec)
         n_filters = sizes_of(filters)[0]

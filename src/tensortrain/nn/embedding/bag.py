@@ -173,7 +173,7 @@ class EmbeddingBag(Embedding):
     def _pool(self, ids: Tensor, offsets: Tensor, weights: Tensor | None, last: bool) -> Tensor:
         plain = self.max_norm is None and self.hot_weight is None and not self.scale_grad_by_freq
         if plain and self._runs_dense():
-            return self._reduce(ids, self._dense_weight(), offsets, weights, last, self.padding_idx)
+            return self._reduce(ids, self.runner.dense_weight(self), offsets, weights, last, self.padding_idx)
         places, distinct = self._distinct(ids)
         n_bags = offsets.shape[0] - int(last)
         row_bytes = distinct.shape[0] * self.embedding_dim * self.cores[0].element_size()

@@ -10,12 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tensortrain.contract import ContractionPlan, cost_model
+from tensortrain.contract import cost_model
 from tensortrain.errors import DTypeError, KindError, ModeIndexError, NonFiniteError, ShapeError
-from tensortrain.formats import Factorization, FactorSpec, Format, Rank, WeightShape, get_format
+from tensortrain.formats import FactorSpec, Fit, Format, Rank, WeightShape, get_format
 from tensortrain.nn.base import FactorizedLayer, Implementation, Init, Self
 from tensortrain.nn.conv.plan import LookupPlan
 from tensortrain.nn.inputs import check_plain_layout, map_nested, once, traceable
+from tensortrain.nn.runner import Runner, device_type_of, may_be_dense, trains
 from tensortrain.system.tracing import is_traced
 
 __all__ = ["Embedding"]
@@ -116,7 +117,7 @@ class Embedding(FactorizedLayer):
             return table
         return table.index_fill(0, torch.tensor(index, device=table.device), 0)  # its row is kept beside the cores
 
-    def _adopt(self: Self, found: Factorization, dense: Any) -> Self:
+    def _adopt(self: Self, found: Fit, dense: Any) -> Self:
         layer: Any = super()._adopt(found, dense)
         if layer.padding_idx is not None:
             row = dense.weight.detach()[layer.padding_idx]
@@ -189,8 +190,8 @@ class Embedding(FactorizedLayer):
         """The dense table, ``(num_embeddings, embedding_dim)``, hot rows and the padding row in it, to read."""
         return super().weight
 
-    def _full_weight(self) -> Tensor:
-        table = self._dense_weight()
+    def full_weight(self) -> Tensor:
+        table = self.runner.dense_weight(self)
         if self.hot_weight is None and self.padding_idx is None:
             return table
         ids = torch.arange(self.num_embeddings, device=table.device)
@@ -365,16 +366,16 @@ class Embedding(FactorizedLayer):
 
     def _core_rows(self, ids: Tensor) -> Tensor:
         if self._runs_dense():
-            rows = F.embedding(ids, self._dense_weight())
+            rows = F.embedding(ids, self.runner.dense_weight(self))
         else:
-            rows = self.format.lookup(ids, self._core_list(), self.spec)
+            rows = self.format.lookup(ids, self.core_list(), self.spec)
         return rows.to(self.cores[0].dtype)  # autocast lowers products, torch's embedding keeps its dtype
 
     def _runs_dense(self) -> bool:
         if self.implementation == "dense" or type(self.format).lookup is Format.lookup:
             return True
         # While training, every step would rebuild the whole table for the few rows of a batch.
-        return self._dense_allowed and not self._trains() and not is_traced()
+        return may_be_dense(self) and not trains(self) and not is_traced()
 
     def _check_ids(self, ids: Tensor) -> None:
         check_plain_layout(ids, type(self).__name__)
@@ -393,11 +394,8 @@ class Embedding(FactorizedLayer):
 
     # -- plan ----------------------------------------------------------------------------------------
 
-    def _chain(self) -> None:
-        return None
-
-    def _make_static_plan(self) -> ContractionPlan | None:
-        return None
+    def _make_runner(self) -> Runner:
+        return Runner(None)  # rows are looked up, see ``LookupPlan``
 
     def plan(self, batch: int = 1) -> LookupPlan:
         """How this many ids are looked up."""
@@ -405,7 +403,7 @@ class Embedding(FactorizedLayer):
         products = _row_products(self.spec)
         size = self.cores[0].element_size()
         row_bytes = batch * self.embedding_dim * size
-        model = cost_model(self._device_type)
+        model = cost_model(device_type_of(self))
         dense_s = model.copy_s(row_bytes)
         factorized_s = dense_s + model.gemm_s(
             batch, self.embedding_dim, max(1, products // self.embedding_dim), dtype=self.cores[0].dtype

@@ -9,13 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tensortrain.contract import Chain, ContractionPlan, CostModel, plan_chain
+from tensortrain.contract import ChainShape, Plan
 from tensortrain.errors import KindError, ShapeError
-from tensortrain.formats import ChainFormat
-from tensortrain.nn.base import _COMPILE_BATCH, _FORCE
 from tensortrain.nn.cores import holding_cores, is_watched
 from tensortrain.nn.embedding.layers import Embedding
 from tensortrain.nn.inputs import Traced, is_plain_input, map_nested, traceable
+from tensortrain.nn.runner import Runner
 from tensortrain.system.tracing import is_traced, sizes_of
 
 __all__ = ["TiedHead", "tied_head"]
@@ -65,8 +64,7 @@ class TiedHead(Traced):
             self.bias = nn.Parameter(torch.zeros(embedding.num_embeddings, device=like.device, dtype=like.dtype))
         else:
             self.register_parameter("bias", None)
-        self._plans: dict[tuple[Any, ...], ContractionPlan] = {}
-        self._static_plan = self._make_static_plan()
+        self._runner = self._make_runner()
 
     @property
     def in_features(self) -> int:
@@ -116,9 +114,9 @@ class TiedHead(Traced):
     def _core_logits(self, table: Embedding, h: Tensor) -> Tensor:
         plan = self._plan_for(table, h)
         if plan is None or plan.uses_dense:
-            return F.linear(h, table._dense_weight())
-        key = ("tied head", plan.direction, plan.groups)
-        prepared = table._cached(key, lambda: plan.prepare(_transposed_cores(table)))
+            return F.linear(h, table.runner.dense_weight(table))
+        key = ("tied head", plan.prepared_key)
+        prepared = table.runner.cached(table, key, lambda: plan.prepare(_transposed_cores(table)))
         return plan.execute(h, (), prepared)[..., : self.out_features]
 
     def _with_hot_rows(self, logits: Tensor, table: Embedding, h: Tensor) -> Tensor:
@@ -130,75 +128,60 @@ class TiedHead(Traced):
         wider = F.pad(logits, (0, 1)).index_copy(-1, columns, F.linear(h, table.hot_weight).to(logits.dtype))
         return wider[..., : self.out_features]
 
-    def plan(self, batch: int = 1) -> ContractionPlan:
+    def plan(self, batch: int = 1) -> Plan:
         """How the logits of this many rows are computed.
 
         Raises:
             KindError: The embedding is torch's, or its format is no chain: the dense table is used.
         """
-        table, chain = self.embedding, _transposed_chain(self.embedding)
-        if chain is None:
+        table, runner = self.embedding, self._current_runner()
+        if runner.shape is None:
             raise KindError(
                 "only a chain of cores has a contraction plan: found a dense table. Call the head without a plan."
             )
         assert isinstance(table, Embedding)
-        bucket, training = 1 << max(0, batch - 1).bit_length(), table._trains()
-        core = table.cores[0]
-        key = (chain, bucket, training, core.dtype, table._device_type, table._dense_allowed, table.implementation)
-        if key not in self._plans:
-            self._plans[key] = _make_plan(table, chain, bucket, training, None)
-        return self._plans[key]
+        return runner.plan(table, batch)
 
-    def _plan_for(self, table: Embedding, h: Tensor) -> ContractionPlan | None:
+    def _plan_for(self, table: Embedding, h: Tensor) -> Plan | None:
         # A traced graph takes the plan made before: it cannot choose by batch size, nor time this machine.
         if is_traced():
-            return self._static_plan
-        chain = _transposed_chain(table)
-        if chain is None:
-            return None
-        if self._static_plan is None or self._static_plan.chain != chain:  # the embedding was replaced
-            self._static_plan = self._make_static_plan()
-        return self.plan(h.numel() // max(1, self.in_features))
+            return None if self._runner.shape is None else self._runner.plan_when_traced(table, None)
+        runner = self._current_runner()
+        return None if runner.shape is None else runner.plan(table, h.numel() // max(1, self.in_features))
 
-    def _make_static_plan(self) -> ContractionPlan | None:
-        table, chain = self.embedding, _transposed_chain(self.embedding)
-        if chain is None:
-            return None
-        assert isinstance(table, Embedding)
-        # As in training, every call of a traced program merges its cores.
-        return _make_plan(table, chain, _COMPILE_BATCH, True, CostModel.reference(table._device_type))
+    def _current_runner(self) -> Runner:
+        """The runner of the transposed table, made anew where the embedding was replaced or moved."""
+        if self._planned != self._to_plan():
+            self._runner = self._make_runner()
+        return self._runner
+
+    def _make_runner(self) -> Runner:
+        self._planned = self._to_plan()
+        return Runner(self._planned[0], may_time=False)
+
+    def _to_plan(self) -> tuple[Any, ...]:
+        weight = next(self.embedding.parameters())
+        return _transposed_chain(self.embedding), weight.dtype, weight.device
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TiedHead:
         super()._apply(fn, recurse)
-        self._plans, self._static_plan = {}, self._make_static_plan()  # another device or dtype: other plans
+        self._runner = self._make_runner()  # another device or dtype: other plans
         return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "_runner" not in self.__dict__:  # pickled when plans lay in the head
+            self._runner = self._make_runner()
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
 
 
-def _make_plan(table: Embedding, chain: Chain, batch: int, training: bool, model: CostModel | None) -> ContractionPlan:
-    return plan_chain(
-        chain,
-        batch=batch,
-        dtype=table.cores[0].dtype,
-        device=table._device_type,
-        training=training,
-        allow_dense=table._dense_allowed,
-        force=_FORCE[table.implementation],
-        cost_model=model,
-    )
-
-
-def _transposed_chain(table: nn.Module) -> Chain | None:
+def _transposed_chain(table: nn.Module) -> ChainShape | None:
     """The chain from the dimension to the padded vocabulary, if the table is one."""
-    if not isinstance(table, Embedding) or not isinstance(table.format, ChainFormat):
-        return None
-    chain = table.format.chain(table.spec)
-    return Chain(chain.in_modes, chain.out_modes, chain.ranks)
+    chain = table.format.chain(table.spec) if isinstance(table, Embedding) else None
+    return None if chain is None else ChainShape(chain.in_modes, chain.out_modes, chain.ranks)
 
 
 def _transposed_cores(table: Embedding) -> list[Tensor]:
-    fmt = table.format
-    assert isinstance(fmt, ChainFormat)
-    return [core.transpose(1, 2) for core in fmt.to_chain(table._core_list(), table.spec)]
+    return [core.transpose(1, 2) for core in table.format.to_chain(table.core_list(), table.spec)]

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tensortrain.errors import ShapeError
-from tensortrain.formats import ChainFormat, Rank, WeightShape, get_format, suggest_modes
+from tensortrain.formats import Rank, WeightShape, get_format, suggest_modes
 from tensortrain.nn.base import Implementation, Init
 from tensortrain.nn.composite import Map, is_plain, is_watched, linear_of, weight_of
 from tensortrain.nn.linear import Linear
@@ -154,13 +154,12 @@ def repeated(one: Map, rows: int, sizes: Sequence[int]) -> tuple[Apply, ...]:
 
 
 def _prepared(one: Map, rows: int) -> Apply:
-    fmt = one.format if isinstance(one, Linear) else None
-    if not isinstance(one, Linear) or not isinstance(fmt, ChainFormat):
+    if not isinstance(one, Linear) or one.format.chain(one.spec) is None:
         return one
     with torch.no_grad():  # the plan for weights that are kept, whether or not gradients are wanted
         plan = one.plan(max(1, rows))
-    weights = plan.prepare(fmt.to_chain(one._core_list(), one.spec))
-    return lambda x: one._execute(plan, x, weights)
+    weights = plan.prepare(one.format.to_chain(one.core_list(), one.spec))
+    return lambda x: plan.execute(x, (), weights, one.bias)
 
 
 def blocks_of(apply: Apply, sizes: Sequence[int]) -> tuple[Apply, ...]:

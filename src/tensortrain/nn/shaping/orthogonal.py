@@ -28,7 +28,7 @@ from torch.nn.utils import parametrize
 from tensortrain.cores.gram import chain_squared_norm
 from tensortrain.cores.tolerance import compute_dtype
 from tensortrain.errors import DTypeError, KindError, RankError, ShapeError
-from tensortrain.formats import ChainFormat, FactorSpec, Rank, get_format
+from tensortrain.formats import FactorSpec, Rank, get_format
 from tensortrain.nn.base import FactorizedLayer
 from tensortrain.nn.cores import Cores
 from tensortrain.nn.linear import Linear
@@ -54,7 +54,7 @@ def orthogonal(
     checkpoint, constrain a fresh layer in the same way first. ``reset_parameters`` draws a new weight.
 
     Args:
-        layer: A layer whose cores form a train (format ``"tt"`` or ``"tt-naive"``); ``"spectral"`` takes a real
+        layer: A layer whose cores form a train (format ``"tt"`` or ``"tt_naive"``); ``"spectral"`` takes a real
             ``Linear`` of any format.
         kind: ``"slice"`` replaces every slice of the interior cores by the nearest rotation (of a fresh layer: a
             uniformly random one) and scales the ends so that the mean square of the weight stays what it was;
@@ -93,7 +93,7 @@ def orthogonal(
         _become_spectral(layer, rank, max_norm)
     else:
         _check_chain(layer, kind)
-        _install(layer, kind, [core.detach() for core in layer._core_list()])
+        _install(layer, kind, [core.detach() for core in layer.core_list()])
     return layer
 
 
@@ -199,7 +199,7 @@ _FITS: dict[OrthogonalKind, Callable[[OrthogonalCores, list[Tensor]], Free]] = {
 
 def _install(layer: FactorizedLayer, kind: OrthogonalKind, given: Sequence[Tensor], **attributes: Any) -> None:
     """Put constrained cores with the weight of ``given`` in the place of a layer's cores."""
-    trains = [core.requires_grad for core in layer._core_list()]
+    trains = [core.requires_grad for core in layer.core_list()]
     trains = trains if len(trains) == len(given) else [any(trains)] * len(given)
     cores = OrthogonalCores(nn.Parameter(core.clone(), requires_grad=t) for core, t in zip(given, trains, strict=True))
     cores.kind = kind
@@ -210,7 +210,7 @@ def _install(layer: FactorizedLayer, kind: OrthogonalKind, given: Sequence[Tenso
             parametrize.register_parametrization(cores, str(k), one)
     cores.assign_(given)
     layer.cores = cores
-    layer._forget()
+    layer.clear_cache()
     make_cores_once(layer)
 
 
@@ -235,15 +235,14 @@ def _become_spectral(layer: Linear, rank: Rank | None, max_norm: float | None) -
     spec = tt.spec(weight, rank=max(layer.ranks) if rank is None else rank, clip=True, **modes)
     frames = _maps("spectral", [torch.empty(shape, device="meta") for shape in spec.core_shapes], len(outs))
     _check_frames(spec, frames)
-    dense = layer._full_weight().detach()
+    dense = layer.full_weight().detach()
     found = tt.factorize(dense, weight, rank=spec.ranks, **modes).value
     # A weight of lower rank is filled up with zeros: shapes follow from the request alone, as checkpoints need.
     given = [_padded(core, shape) for core, shape in zip(found.cores, spec.core_shapes, strict=True)]
     if not any(core.requires_grad for core in layer.cores.parameters()):
         given = [core.requires_grad_(False) for core in given]
     _install(layer, "spectral", given, n_left=len(outs), max_norm=max_norm)
-    layer.spec, layer._group_spec = spec, spec.one_group()
-    layer._static_plan = layer._make_static_plan()
+    layer.take_spec(spec)
 
 
 def _padded(core: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -279,8 +278,8 @@ def _check_request(layer: object, kind: str, rank: object, max_norm: float | Non
 
 
 def _check_chain(layer: FactorizedLayer, kind: str) -> None:
-    spec, fmt = layer.spec, layer.format
-    if not isinstance(fmt, ChainFormat) or fmt.chain(spec.one_group()).core_shapes != spec.one_group().core_shapes:
+    spec = layer.spec
+    if not layer.format.stores_chain(spec):
         raise KindError(
             f"kind={kind!r} needs cores that are stored as those of a train: found format {spec.format!r}. Use "
             "format='tt', or kind='spectral' for a Linear."

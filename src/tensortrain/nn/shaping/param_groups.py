@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from tensortrain.errors import KindError, RankError
-from tensortrain.formats import ChainFormat, FactorSpec, get_format
+from tensortrain.errors import RankError
+from tensortrain.formats import FactorSpec, get_format
 from tensortrain.nn.base import FactorizedLayer
 from tensortrain.nn.shaping.orthogonal import OrthogonalCores
 
@@ -68,7 +68,7 @@ def core_lr_factors(spec: FactorSpec) -> tuple[float, ...]:
     Raises:
         KindError: The format does not tell the fan-ins of its cores.
     """
-    fans = _fan_ins(spec)
+    fans = get_format(spec.format).fan_ins(spec.one_group())
     d_in = 1 if spec.weight.kind == "embedding" else spec.weight.fan_in
     return tuple(d_in / f_in / len(fans) for f_in in fans)
 
@@ -78,21 +78,3 @@ def _core_factors(layer: FactorizedLayer) -> Iterator[tuple[nn.Parameter, float]
         parameters = layer.cores.free(k) if isinstance(layer.cores, OrthogonalCores) else (layer.cores[k],)
         for parameter in parameters:
             yield parameter, factor  # type: ignore[misc]
-
-
-def _fan_ins(spec: FactorSpec) -> tuple[int, ...]:
-    fmt, one = get_format(spec.format), spec.one_group()
-    if isinstance(fmt, ChainFormat):
-        ins = (1,) * len(one.core_shapes) if one.weight.kind == "embedding" else fmt.chain_modes(one)[1]
-        return tuple(n * r for n, r in zip(ins, one.ranks[:-1], strict=True))
-    told = getattr(fmt, "core_fans", None)
-    if told is not None and one.weight.kind != "embedding":
-        return tuple(f_in for f_in, _ in told(one))
-    if told is not None:
-        return (1,) * len(one.core_shapes)  # one-hot inputs: only how many cores there are is known
-    if spec.format == "tucker2":
-        r_in, r_out = one.ranks
-        return one.weight.in_features, r_in * math.prod(one.weight.kernel), r_out
-    raise KindError(
-        f"a format must tell the fan-ins of its cores: {spec.format!r} has no core_fans(spec). Give it one."
-    )

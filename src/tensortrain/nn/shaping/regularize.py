@@ -11,9 +11,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from tensortrain.cores.gram import chain_squared_norm
 from tensortrain.errors import RankError
-from tensortrain.formats import Bond, ChainFormat, FactorSpec, Format, get_format
+from tensortrain.formats import Bond, FactorSpec, get_format
 from tensortrain.nn.base import FactorizedLayer
 from tensortrain.nn.embedding.layers import Embedding
 from tensortrain.nn.shaping.orthogonal import OrthogonalCores
@@ -109,7 +108,7 @@ def rank_lasso(model: nn.Module) -> Tensor:
 
 
 def _layer_lasso(layer: FactorizedLayer) -> Tensor:
-    cores = [_at_least_single(core) for core in layer._core_list()]
+    cores = [_at_least_single(core) for core in layer.core_list()]
     found = []
     for bond in bonds(layer.spec):
         slices = [torch.linalg.vector_norm(cores[k].movedim(axis, 0).flatten(1), dim=1) for k, axis in bond]
@@ -142,28 +141,14 @@ def dense_norm(model: nn.Module) -> Tensor:
 
 
 def _layer_norm(layer: FactorizedLayer) -> Tensor:
-    cores = [_at_least_single(core) for core in layer._core_list()]
+    cores = [_at_least_single(core) for core in layer.core_list()]
     spec, one, groups = layer.spec, layer.spec.one_group(), layer.spec.weight.groups
     per_group = [cores] if groups == 1 else [[core[g] for core in cores] for g in range(groups)]
-    total = _total(layer, [_squared_norm(layer.format, group, one) for group in per_group])
+    total = _total(layer, [layer.format.squared_norm(group, one) for group in per_group])
     if isinstance(layer, Embedding) and layer.padding_idx is not None:
         row = layer.format.lookup(torch.tensor([layer.padding_idx], device=cores[0].device), cores, spec)
         total = total - row.abs().square().sum()
     return total
-
-
-def _squared_norm(fmt: Format, cores: Sequence[Tensor], spec: FactorSpec) -> Tensor:
-    if isinstance(fmt, ChainFormat):
-        weight = spec.weight
-        chain = fmt.to_chain(cores, spec)
-        if weight.kind == "conv":
-            return chain_squared_norm(chain)
-        return chain_squared_norm(chain, weight.out_features, weight.in_features)  # padding does not count
-    if spec.format == "tucker2":
-        inner, core, outer = cores
-        moved = torch.einsum("oix,oO,iI->OIx", core.flatten(2), outer.T @ outer, inner @ inner.T)
-        return (moved * core.flatten(2)).sum()
-    return fmt.dense_group(cores, spec).abs().square().sum()
 
 
 @torch.no_grad()
@@ -194,7 +179,7 @@ def balance_(model: Model) -> Model:
 
 def _equalise(layer: FactorizedLayer) -> None:
     lead = 1 if layer.spec.weight.groups > 1 else 0  # every group is a weight of its own
-    cores = layer._core_list()
+    cores = layer.core_list()
     norms = torch.stack([torch.linalg.vector_norm(core.flatten(lead), dim=-1, dtype=_wide(core)) for core in cores])
     factors = torch.exp(norms.log().mean(dim=0) - norms.log())
     factors = torch.where(torch.isfinite(factors).all(dim=0), factors, 1.0)

@@ -58,16 +58,16 @@ class _Replace:
         self.transform = transform
 
     def __call__(self, layer: FactorizedLayer, args: Any) -> None:
-        layer._stand_ins = self.transform(layer, layer._core_list())
+        layer.stand_ins = self.transform(layer, layer.core_list())
 
 
 def _hold(layer: FactorizedLayer, args: Any) -> None:
-    if layer._stand_ins is None and not torch.compiler.is_compiling():  # a compiler sees equal terms by itself
-        layer._stand_ins = list(layer.cores)
+    if layer.stand_ins is None and not torch.compiler.is_compiling():  # a compiler sees equal terms by itself
+        layer.stand_ins = list(layer.cores)
 
 
 def _restore(layer: FactorizedLayer, args: Any, output: Any) -> None:
-    layer._stand_ins = None
+    layer.stand_ins = None
 
 
 def distinct_layers(model: nn.Module) -> Iterator[FactorizedLayer]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tensortrain.cores import chain
+from tensortrain.cores.canonical import left_qr, right_qr
 from tensortrain.cores.scaling import split_pow2
 from tensortrain.errors import DTypeError, KindError, NonFiniteError, RankError, ShapeError
 from tensortrain.tensor.base import CoreChain
@@ -107,7 +107,7 @@ def _left_sweep(
     left, carries = [], []
     state, exponent = split_pow2(cores[0])
     for core in cores[1:]:
-        q, carry = chain.left_qr(state)
+        q, carry = left_qr(state)
         left.append(q)
         carries.append((carry, exponent))
         state, step = split_pow2(torch.tensordot(carry, core, dims=1))
@@ -119,7 +119,7 @@ def _right_sweep(left: Sequence[Tensor], last: Tensor) -> tuple[tuple[Tensor, ..
     right, bonds = [], []
     state = last
     for core in reversed(left):
-        q, bond = chain.right_qr(state)  # the norm of a bond is that of `last`: all else is orthonormal
+        q, bond = right_qr(state)  # the norm of a bond is that of `last`: all else is orthonormal
         right.append(q)
         bonds.append(bond)
         state = torch.tensordot(core, bond, dims=1)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from tensortrain.cores import chain
+from tensortrain.cores.canonical import left_qr
 from tensortrain.cores.linalg import left_basis
 from tensortrain.cores.scaling import split_pow2, spread_pow2, times_pow2
 from tensortrain.errors import ConvergenceError, KindError, NonFiniteError, RankError, ShapeError
@@ -105,11 +105,11 @@ def _round_sum(point: Point, steps: Sequence[Tensor]) -> tuple[list[Tensor], Ten
 def _orthogonal_columns(point: Point, steps: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor], Tensor]:
     """Left-orthogonal form ``[[U_k, top_k], [0, bottom_k]]`` of the cores ``1 .. d - 1``, and the last carry."""
     tops, bottoms = [], []
-    q, carry = chain.left_qr(steps[0])
+    q, carry = left_qr(steps[0])
     tops.append(q)
     bottoms.append(q[:0])
     for delta, v in zip(steps[1:-1], point.right, strict=False):
-        q, after = chain.left_qr(torch.cat((delta, torch.tensordot(carry, v, dims=1)), dim=0))
+        q, after = left_qr(torch.cat((delta, torch.tensordot(carry, v, dims=1)), dim=0))
         tops.append(q[: delta.shape[0]])
         bottoms.append(q[delta.shape[0] :])
         carry = after

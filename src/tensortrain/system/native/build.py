@@ -10,6 +10,7 @@ import tempfile
 from pathlib import Path
 
 from tensortrain.errors import KernelBuildError
+from tensortrain.system.files import put_in_place
 from tensortrain.system.native.load import (
     MODULE,
     SOURCES,
@@ -63,20 +64,9 @@ def _build_at(target: Path) -> None:
         made = _compile(Path(folder))
         digest = made.with_name("digest")
         digest.write_text(file_digest(made))
-        for path in (made, digest):
-            _sync(path)
         target.parent.mkdir(exist_ok=True)
-        os.replace(made, target)
-        os.replace(digest, digest_path(target))  # until then the library is passed over
-
-
-def _sync(path: Path) -> None:
-    """Bring a file to the disk before its name: a crash must not leave the name with half of it."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        put_in_place(made, target)
+        put_in_place(digest, digest_path(target))  # until then the library is passed over
 
 
 def _compile(folder: Path) -> Path:

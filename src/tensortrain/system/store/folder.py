@@ -1,4 +1,4 @@
-"""A checkpoint's folder on disk: two files that change together, beside nobody else's loss.
+"""A checkpoint's folder on disk: two files that change together, whatever else lies in it.
 
 A save prepares both files in a hidden folder inside the checkpoint's own, so that mounts, links, the current folder
 and folders under a parent that nobody may write to serve alike, and keep their mode. Two renames then put them in
@@ -10,7 +10,6 @@ cleared by the next save; a lock, which ends with its process, tells it from tha
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import json
 import os
@@ -23,6 +22,7 @@ from pathlib import Path
 from types import ModuleType
 
 from tensortrain.errors import CheckpointError, DiskError
+from tensortrain.system.files import DISK_FULL, sync
 
 __all__ = [
     "RECIPE",
@@ -33,7 +33,6 @@ __all__ = [
     "read_recipe",
     "sha256_of",
     "state_of",
-    "sync",
     "tensors_of",
 ]
 
@@ -47,7 +46,6 @@ TENSORS, RECIPE = "model.safetensors", "tensortrain.json"
 _STAGE, _BEFORE = ".tensortrain-save-", "before"
 _CHUNK_BYTES = 2**22
 _LARGEST_RECIPE_BYTES = 2**26  # some 300,000 tensors; reading one takes about a second
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _WAIT_S = 60.0  # for the two renames of another save
 _ABANDONED_S = 86400.0  # age of what a killed save left, where the file system has no locks to tell
 
@@ -106,7 +104,7 @@ def _told_clearly(folder: Path) -> Iterator[None]:
 
 def _disk_error(folder: Path, error: OSError) -> DiskError:
     why = error.strerror or str(error)
-    if error.errno in _FULL:
+    if error.errno in DISK_FULL:
         told = DiskError(
             f"a checkpoint needs room on its disk: writing {folder} ended with {why!r}. What was there before is "
             "whole; free some space (or raise the limit on the size of files), or choose another folder."
@@ -344,16 +342,3 @@ def sha256_of(path: Path) -> str:
         while chunk := file.read(_CHUNK_BYTES):
             digest.update(chunk)
     return digest.hexdigest()
-
-
-def sync(path: Path) -> None:
-    """Bring a file, or the names in a folder, to the disk."""
-    held = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(held)
-    except OSError as error:
-        if error.errno in (*_FULL, errno.EIO):
-            raise
-        # Some file systems cannot sync a folder, or nothing at all; the checksum still tells a broken file.
-    finally:
-        os.close(held)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from tensortrain.errors import CheckpointError
+from tensortrain.system.records import typed
 
 __all__ = [
     "LayerEntry",
@@ -139,8 +140,8 @@ class Recipe:
             return cls(
                 source=_optional(data["source"], dict),
                 layers=_layers(data["layers"]),
-                tensors={_name(name): _tensor(entry) for name, entry in _typed(data["tensors"], dict).items()},
-                sha256=_typed(data["sha256"], str),
+                tensors={_name(name): _tensor(entry) for name, entry in typed(data["tensors"], dict).items()},
+                sha256=typed(data["sha256"], str),
                 composites=_layers(data.get("composites", []), bare=True),
             )
         except KeyError as error:
@@ -221,7 +222,7 @@ def is_dense_layout(shape: Sequence[int], stride: Sequence[int]) -> bool:
 
 
 def _layers(value: Any, *, bare: bool = False) -> tuple[LayerEntry, ...]:
-    layers = tuple(_layer(entry) for entry in _typed(value, list))
+    layers = tuple(_layer(entry) for entry in typed(value, list))
     names = [name for layer in layers for name in layer.names]
     if len(set(names)) < len(names) or ("" in names and len(names) > 1 and not bare):
         raise ValueError("two layers of one name")
@@ -229,14 +230,14 @@ def _layers(value: Any, *, bare: bool = False) -> tuple[LayerEntry, ...]:
 
 
 def _layer(entry: Any) -> LayerEntry:
-    names = tuple(_name(name) for name in _typed(entry["names"], list))
+    names = tuple(_name(name) for name in typed(entry["names"], list))
     if not names:
         raise ValueError("a layer without a name")
-    return LayerEntry(names, _typed(entry["kind"], str), _typed(entry["config"], dict))
+    return LayerEntry(names, typed(entry["kind"], str), typed(entry["config"], dict))
 
 
 def _name(value: Any) -> str:
-    name: str = _typed(value, str)
+    name: str = typed(value, str)
     if len(name) > _LONGEST_NAME:
         raise ValueError(f"a name of {len(name):,} letters")
     return name
@@ -245,9 +246,9 @@ def _name(value: Any) -> str:
 def _tensor(entry: Mapping[str, Any]) -> TensorEntry:
     read = TensorEntry(
         shape=_sizes(entry["shape"]),
-        dtype=_typed(entry["dtype"], str),
+        dtype=typed(entry["dtype"], str),
         kind=entry["kind"],
-        requires_grad=_typed(entry["requires_grad"], bool),
+        requires_grad=typed(entry["requires_grad"], bool),
         stride=None if entry["stride"] is None else _sizes(entry["stride"]),
     )
     if read.kind not in _KINDS:
@@ -264,20 +265,14 @@ def _tensor(entry: Mapping[str, Any]) -> TensorEntry:
 
 
 def _sizes(value: Any) -> tuple[int, ...]:
-    sizes = tuple(_typed(size, int) for size in _typed(value, list))
+    sizes = tuple(typed(size, int) for size in typed(value, list))
     if len(sizes) > _MOST_AXES or any(not 0 <= size < 2**63 for size in sizes):
         raise ValueError(f"a negative size, or one too large, in {sizes!r:.80}")
     return sizes
 
 
-def _typed(value: Any, kind: type) -> Any:
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise TypeError(f"{value!r:.60} where {kind.__name__} is expected")
-    return value
-
-
 def _optional(value: Any, kind: type) -> Any:
-    return None if value is None else _typed(value, kind)
+    return None if value is None else typed(value, kind)
 
 
 def _not_plain(error: Exception) -> CheckpointError:

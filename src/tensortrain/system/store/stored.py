@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from tensortrain.errors import CheckpointError, KindError
-from tensortrain.system.store.folder import RECIPE, identity_on_disk, sha256_of, sync
+from tensortrain.system.files import sync
+from tensortrain.system.store.folder import RECIPE, identity_on_disk, sha256_of
 from tensortrain.system.store.recipe import Kind, Recipe, TensorEntry, dtype_named
 from tensortrain.system.store.storable import check_storable, check_whole
 

@@ -3,6 +3,7 @@
 Each takes ``narrow=True`` to be drawn for a telephone: the same data at the same size of letters, in other places.
 Only the object interface is used: no pyplot, no figure registry, no change of global settings.
 Colours are a fixed palette, so that a page can swap them for its own, see :func:`figure_svg`.
+Matplotlib is imported when something is drawn: who only prints does not wait for it.
 """
 
 from __future__ import annotations
@@ -12,18 +13,20 @@ import math
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
-import matplotlib
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.patches import Patch
-from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from tensortrain.compression.report.report import CurvePoint, LatencyRow, LayerReport, MemoryRow
+from tensortrain.system.files import whole_file
 from tensortrain.viz.report import text
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 __all__ = [
     "accuracy_curve",
@@ -155,6 +158,8 @@ def memory_bars(rows: Sequence[MemoryRow], *, narrow: bool = False) -> Figure:
         _title(axes, f"batch {row.batch}")
 
     figure = _pair_panels(rows, draw, narrow)
+    from matplotlib.patches import Patch
+
     keys = [Patch(color=INK, label="held"), Patch(color=INK, alpha=0.4, label="extra at the peak")]
     figure.legend(handles=keys, loc="outside lower center", ncols=2, frameon=False, fontsize=_FONT, labelcolor=INK)
     return figure
@@ -182,8 +187,8 @@ def healing_curve(
     for axes, curve in zip(grid, curves, strict=False):
         steps, values = zip(*curve, strict=True)
         axes.plot(steps, values, color=COMPRESSED, linewidth=1.8, marker="o" if len(steps) <= 30 else "", ms=3.5)
-        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: text.compact(value)))
+        axes.xaxis.set_major_locator(_ticker().MaxNLocator(6, integer=True))
+        axes.xaxis.set_major_formatter(_ticker().FuncFormatter(lambda value, _: text.compact(value)))
         axes.set_xlabel("healing step")
         axes.set_ylabel("loss")
         if curve is metrics:
@@ -197,14 +202,8 @@ def healing_curve(
 def save_figure(figure: Figure, path: str | os.PathLike[str]) -> Path:
     """Save a figure by the ending of ``path`` (png, svg, pdf); the file appears whole or not at all."""
     target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = target.with_name(f".{target.stem}.{os.getpid()}{target.suffix}")
-    try:
-        with matplotlib.rc_context({"svg.hashsalt": target.name}):
-            figure.savefig(scratch, dpi=160, facecolor="white")
-        os.replace(scratch, target)
-    finally:
-        scratch.unlink(missing_ok=True)
+    with whole_file(target) as scratch, _settings({"svg.hashsalt": target.name}):
+        figure.savefig(scratch, dpi=160, facecolor="white")
     return target
 
 
@@ -219,7 +218,7 @@ def figure_svg(figure: Figure, *, name: str) -> str:
         name: Goes before every id, so that several figures can share a page.
     """
     buffer = io.StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
+    with _settings({"svg.fonttype": "none", "svg.hashsalt": name}):
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
@@ -234,8 +233,27 @@ def figure_svg(figure: Figure, *, name: str) -> str:
     return svg.strip()
 
 
+def _ticker() -> ModuleType:
+    from matplotlib import ticker
+
+    return ticker
+
+
+def _settings(values: dict[Any, Any]) -> AbstractContextManager[None]:
+    """Matplotlib's settings with some others, for a while."""
+    import matplotlib
+
+    return matplotlib.rc_context(values)
+
+
+def _empty(width: float, height: float) -> Figure:
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
 def _single(width: float, height: float) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(width, height), layout="constrained")
+    figure = _empty(width, height)
     axes = figure.add_subplot()
     _dress(axes)
     return figure, axes
@@ -244,7 +262,7 @@ def _single(width: float, height: float) -> tuple[Figure, Axes]:
 def _panels(
     n_rows: int, n_columns: int, height: float, *, sharey: bool = False, narrow: bool = False
 ) -> tuple[Figure, list[Axes]]:
-    figure = Figure(figsize=(NARROW if narrow else WIDE, height))
+    figure = _empty(NARROW if narrow else WIDE, height)
     figure.set_layout_engine("constrained", wspace=0.06)
     grid = list(figure.subplots(max(n_rows, 1), n_columns, sharey=sharey, squeeze=False).flat)
     for axes in grid:
@@ -323,7 +341,7 @@ def _draw_spectra(axes: Axes, layer: LayerReport, width: int) -> None:
         axes.plot(index, values, color=COMPRESSED, alpha=shades[k], linewidth=1.5)
         if k < len(ranks) and 1 <= ranks[k] <= len(values):
             axes.plot(ranks[k], values[ranks[k] - 1], "o", color=MARK, markersize=5, zorder=4)
-    axes.xaxis.set_major_locator(MaxNLocator(4, integer=True, min_n_ticks=1))
+    axes.xaxis.set_major_locator(_ticker().MaxNLocator(4, integer=True, min_n_ticks=1))
     kept = text.ranks_text(ranks) if ranks else "dense"
     _title(axes, f"{_label(layer.name, width)}\nkept {text.shorten(kept, width - 2)}")
 
@@ -334,9 +352,9 @@ def _spectrum_axis(axes: Axes, layers: Sequence[LayerReport]) -> None:
     lowest = max(math.floor(math.log10(min(values, default=0.1))), -9)
     step = max(1, math.ceil(-lowest / 5))
     axes.set_yscale("log")
-    axes.yaxis.set_major_locator(FixedLocator([10.0**k for k in range(0, lowest - 1, -step)]))
-    axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _power_of_ten(value)))
+    axes.yaxis.set_major_locator(_ticker().FixedLocator([10.0**k for k in range(0, lowest - 1, -step)]))
+    axes.yaxis.set_minor_locator(_ticker().NullLocator())
+    axes.yaxis.set_major_formatter(_ticker().FuncFormatter(lambda value, _: _power_of_ten(value)))
     axes.set_ylim(10.0**lowest, 2.0)
 
 
@@ -366,7 +384,7 @@ def _bar_label(axes: Axes, x: float, y: float, words: str) -> None:
 def _metric_axis(axes: Axes, name: str, values: Sequence[float]) -> None:
     axes.set_ylabel(_escape(name))
     if all(text.is_share(name, value) for value in values):
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.4g} %"))
+        axes.yaxis.set_major_formatter(_ticker().FuncFormatter(lambda value, _: f"{100 * value:.4g} %"))
 
 
 def _log_axis(axis: Any, values: Sequence[float], form: Callable[[float], str]) -> None:
@@ -381,9 +399,9 @@ def _log_axis(axis: Any, values: Sequence[float], form: Callable[[float], str]) 
     ticks = [step * 10.0**k for k in decades for step in steps]
     if not any(0.9 * low <= tick <= 1.1 * high for tick in ticks):
         ticks = sorted({low, high})  # all so close together that no round number is near
-    axis.set_major_locator(FixedLocator(ticks))
-    axis.set_minor_locator(NullLocator())
-    axis.set_major_formatter(FuncFormatter(lambda value, _: form(value)))
+    axis.set_major_locator(_ticker().FixedLocator(ticks))
+    axis.set_minor_locator(_ticker().NullLocator())
+    axis.set_major_formatter(_ticker().FuncFormatter(lambda value, _: form(value)))
 
 
 def _legend_above(axes: Axes, narrow: bool = False) -> None:

@@ -9,8 +9,9 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tensortrain.compression.report.report import LatencyRow, Report, write_text_atomic
-from tensortrain.viz.report import text
+from tensortrain.compression.report.report import LatencyRow, Report
+from tensortrain.system.files import write_text_atomic
+from tensortrain.viz.report import figures, text
 from tensortrain.viz.report.page import PAGE, STYLE
 
 if TYPE_CHECKING:
@@ -124,8 +125,6 @@ def _factor(before: float, after: float, less: str, more: str) -> str:
 def _curve(report: Report) -> str:
     if not report.curve:
         return ""
-    from tensortrain.viz.report.figures import accuracy_curve
-
     name = report.metric_name or "metric"
     best = max(report.curve, key=lambda point: point.compression)
     alt = (
@@ -147,7 +146,7 @@ def _curve(report: Report) -> str:
         for p in report.curve
     ]
     table = _table(["Method", "Setting", "Compression", escape(name), "Seeds"], rows, numeric_from=2)
-    draw = partial(accuracy_curve, report.curve, metric_name=name, dense=report.metric_before)
+    draw = partial(figures.accuracy_curve, report.curve, metric_name=name, dense=report.metric_before)
     return _section(
         f"{name[:1].upper() + name[1:]} against compression",
         _figure(draw, "curve", alt, caption) + _details("Numbers", table),
@@ -157,8 +156,6 @@ def _curve(report: Report) -> str:
 def _layers(report: Report) -> str:
     if not report.layers:
         return ""
-    from tensortrain.viz.report.figures import params_bars
-
     n_left = sum(layer.format == "dense" for layer in report.layers)
     alt = "Parameters of each layer before and after, on a log axis. " + "; ".join(
         f"{layer.name}: {text.compact(layer.params_before)} to {text.compact(layer.params_after)}"
@@ -198,7 +195,7 @@ def _layers(report: Report) -> str:
     )
     return _section(
         "Parameters by layer",
-        _figure(partial(params_bars, report.layers), "params", alt, caption)
+        _figure(partial(figures.params_bars, report.layers), "params", alt, caption)
         + _table(headings, rows, numeric_from=3)
         + note,
     )
@@ -228,8 +225,6 @@ def _spectra(report: Report) -> str:
     drawn = [layer for layer in report.layers if any(layer.spectra)]
     if not drawn:
         return ""
-    from tensortrain.viz.report.figures import spectra_panels
-
     alt = "Singular values at each bond, falling, with the kept rank marked, for " + ", ".join(
         layer.name for layer in drawn[:12]
     )
@@ -237,14 +232,14 @@ def _spectra(report: Report) -> str:
         "Singular values over the largest one, one line per bond, first bond darkest. A red dot marks the "
         "kept rank, and is missing where the rank lies beyond the values recorded."
     )
-    return _section("Singular spectra", _figure(partial(spectra_panels, report.layers), "spectra", alt, caption))
+    return _section(
+        "Singular spectra", _figure(partial(figures.spectra_panels, report.layers), "spectra", alt, caption)
+    )
 
 
 def _speed(report: Report) -> str:
     if not report.latency:
         return ""
-    from tensortrain.viz.report.figures import latency_bars
-
     alt = "Latency of one forward pass. " + "; ".join(
         f"batch {row.batch}: dense {text.ms_text(row.dense_ms)}, compressed {text.ms_text(row.compressed_ms)}"
         for row in report.latency
@@ -270,7 +265,7 @@ def _speed(report: Report) -> str:
     )
     return _section(
         "Latency",
-        _figure(partial(latency_bars, report.latency), "latency", alt, caption)
+        _figure(partial(figures.latency_bars, report.latency), "latency", alt, caption)
         + _table(headings, rows, numeric_from=0),
     )
 
@@ -278,8 +273,6 @@ def _speed(report: Report) -> str:
 def _memory(report: Report) -> str:
     if not report.memory:
         return ""
-    from tensortrain.viz.report.figures import memory_bars
-
     form = text.bytes_text
     alt = "Memory held and extra memory at the peak of one forward pass. " + "; ".join(
         f"batch {row.batch}: dense {form(row.dense_resident_bytes)} + {form(row.dense_peak_bytes)}, "
@@ -300,20 +293,19 @@ def _memory(report: Report) -> str:
     caption = "Held: parameters, buffers and cached dense weights. Extra: activations and scratch of one pass."
     return _section(
         "Memory",
-        _figure(partial(memory_bars, report.memory), "memory", alt, caption) + _table(headings, rows, numeric_from=0),
+        _figure(partial(figures.memory_bars, report.memory), "memory", alt, caption)
+        + _table(headings, rows, numeric_from=0),
     )
 
 
 def _healing(report: Report) -> str:
     if not any(row.get("loss") is not None for row in report.healing):
         return ""
-    from tensortrain.viz.report.figures import healing_curve
-
     name = report.metric_name or "metric"
     steps = [row for row in report.healing if row.get("loss") is not None]
     ends = [f"{row['loss']:.4g} at step {row['step']}" for row in (steps[0], steps[-1])]
     alt = f"Loss while healing: {ends[0]}, {ends[1]}."
-    figure = partial(healing_curve, report.healing, metric_name=name, dense=report.metric_before)
+    figure = partial(figures.healing_curve, report.healing, metric_name=name, dense=report.metric_before)
     return _section("Healing", _figure(figure, "healing", alt, ""))
 
 
@@ -349,11 +341,9 @@ def _section(heading: str, content: str) -> str:
 
 def _figure(draw: Callable[..., Figure], name: str, alt: str, caption: str) -> str:
     """A figure drawn twice, for wide and for narrow screens; the style sheet shows one of them."""
-    from tensortrain.viz.report.figures import figure_svg
-
     svgs = ""
     for width in ("wide", "narrow"):
-        svg = figure_svg(draw(narrow=width == "narrow"), name=f"{name}-{width}")
+        svg = figures.figure_svg(draw(narrow=width == "narrow"), name=f"{name}-{width}")
         svgs += svg.replace("<svg", f'<svg class={width} role="img" aria-label="{escape(alt)}"', 1)
     below = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
     return f"<figure>{svgs}{below}</figure>"

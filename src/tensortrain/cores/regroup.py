@@ -1,82 +1,70 @@
-"""The same entries under other modes: merge and split, and put in another order."""
+"""The same entries under other modes: merged and split, put in another order, rows and columns paired."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from tensortrain.cores import chain
+from tensortrain.cores.canonical import Gauged, Span
 from tensortrain.cores.linalg import choose_rank, cut, left_basis
 from tensortrain.cores.tolerance import checked_eps, compute_dtype
 from tensortrain.errors import ModeIndexError, ShapeError
-from tensortrain.tensor.base import CoreChain
-from tensortrain.tensor.matrix import TTMatrix
-from tensortrain.tensor.rounding import round_tt
-from tensortrain.tensor.train import TensorTrain
 
-Chain = TypeVar("Chain", bound=CoreChain)
-
-__all__ = ["permuted", "reshaped", "reshaped_matrix"]
+__all__ = ["dense_to_paired", "paired_to_dense", "permuted", "reshaped", "reshaped_matrix"]
 
 _ROUNDING = 1e-15  # relative size of singular values that an SVD in float64 makes where there are none
 
 
-def reshaped(x: TensorTrain, shape: Sequence[int], eps: float | None) -> TensorTrain:
-    """See ``TensorTrain.reshape``."""
-    modes = _inferred(tuple(int(n) for n in shape), x.numel)
-    if math.prod(modes) != x.numel or not modes or min(modes) < 1:
-        raise ShapeError(
-            f"a reshape must keep the number of entries: shape has {modes} with product {math.prod(modes)}, expected "
-            f"{x.numel} (x has shape {x.shape}). Choose factors of it."
-        )
-    cores, has_split = _regroup([core.unsqueeze(-2) for core in x.cores], [(n, 1) for n in modes])
-    out = TensorTrain(tuple(core[..., 0, :] for core in cores))
-    return _tightened(out, has_split, eps)
+def reshaped(cores: Sequence[Tensor], shape: Sequence[int]) -> tuple[list[Tensor], bool]:
+    """Cores ``(.., r, n, s)`` under other modes of the same product, and whether ranks grew."""
+    modes = _checked_modes(shape, [core.shape[-2] for core in cores])
+    out, has_split = _regroup([core.unsqueeze(-2) for core in cores], [(n, 1) for n in modes])
+    return [core[..., 0, :] for core in out], has_split
 
 
-def reshaped_matrix(a: TTMatrix, out_modes: Sequence[int], in_modes: Sequence[int], eps: float | None) -> TTMatrix:
-    """See ``TTMatrix.reshape``."""
+def reshaped_matrix(
+    cores: Sequence[Tensor], out_modes: Sequence[int], in_modes: Sequence[int]
+) -> tuple[list[Tensor], bool]:
+    """Cores ``(.., r, i, j, s)`` under other row and column modes of the same products, and whether ranks grew."""
     out, into = tuple(int(n) for n in out_modes), tuple(int(n) for n in in_modes)
+    rows, columns = (math.prod(core.shape[axis] for core in cores) for axis in (-3, -2))
     fits = len(out) == len(into) and out and min(out + into) >= 1
-    if not fits or (math.prod(out), math.prod(into)) != a.shape:
+    if not fits or (math.prod(out), math.prod(into)) != (rows, columns):
         raise ShapeError(
             f"a reshape must keep rows and columns: out_modes has {out} and in_modes {into}, expected equally many, "
-            f"with products {a.shape[0]} and {a.shape[1]}. Pad the shorter one with modes of size 1."
+            f"with products {rows} and {columns}. Pad the shorter one with modes of size 1."
         )
-    cores, has_split = _regroup(list(a.cores), list(zip(out, into, strict=True)))
-    return _tightened(TTMatrix(tuple(cores)), has_split, eps)
+    return _regroup(cores, list(zip(out, into, strict=True)))
 
 
-def permuted(x: TensorTrain, dims: Sequence[int], eps: float | None) -> TensorTrain:
-    """See ``TensorTrain.permute``."""
-    d = x.order
-    order = [int(k) % d if -d <= k < d else d for k in dims]
-    if sorted(order) != list(range(d)):
-        raise ModeIndexError(
-            f"dims must name every mode once: dims has {tuple(dims)}, expected a permutation of {tuple(range(d))}. "
-            "Check x.order."
-        )
-    swaps = _swaps(order)
+def permuted(
+    cores: Sequence[Tensor], center: Span, dims: Sequence[int], eps: float | None
+) -> tuple[Sequence[Tensor], Span]:
+    """Cores ``(.., r, n, s)`` with their modes in another order, and the range outside which they are orthonormal."""
+    swaps = _swaps(_checked_order(dims, len(cores)))
     if not swaps:
-        return x
-    wide = compute_dtype(x.dtype)
+        return cores, center
+    dtype, wide = cores[0].dtype, compute_dtype(cores[0].dtype)
     # The cut of one swap is not orthogonal to that of the next: the tolerances add up.
-    share = max(checked_eps(eps, x.dtype, d) / len(swaps), _ROUNDING)
-    cores, at = [core.to(wide) for core in x.cores], 0
-    center = x.center if wide == x.dtype else (0, d - 1)
-    total = torch.zeros((), dtype=torch.int32, device=x.device)
+    share = max(checked_eps(eps, dtype, len(cores)) / len(swaps), _ROUNDING)
+    x = Gauged.of([core.to(wide) for core in cores], center if wide == dtype else None, center=swaps[0])
     for k in swaps:
-        cores, step = chain.orthogonalize_cores(cores, center, k)
-        total = total + step
-        cores[k], cores[k + 1] = _swapped(cores[k], cores[k + 1], share)
-        center = (k + 1, k + 1)
-        at = k + 1
-    placed, single = chain.place_pow2(cores, total, at, x.dtype)
-    return TensorTrain(tuple(core.to(x.dtype) for core in placed), center if single else (0, -1))
+        x.put(k, _swapped(x.local(k, 2), share), center=k + 1)
+    return x.stored(dtype)
+
+
+def _checked_modes(shape: Sequence[int], modes: Sequence[int]) -> tuple[int, ...]:
+    numel = math.prod(modes)
+    new = _inferred(tuple(int(n) for n in shape), numel)
+    if math.prod(new) != numel or not new or min(new) < 1:
+        raise ShapeError(
+            f"a reshape must keep the number of entries: shape has {new} with product {math.prod(new)}, expected "
+            f"{numel} (x has shape {tuple(modes)}). Choose factors of it."
+        )
+    return new
 
 
 def _inferred(modes: tuple[int, ...], numel: int) -> tuple[int, ...]:
@@ -84,6 +72,16 @@ def _inferred(modes: tuple[int, ...], numel: int) -> tuple[int, ...]:
         return modes
     rest = math.prod(n for n in modes if n != -1)
     return tuple(numel // max(1, rest) if n == -1 else n for n in modes)
+
+
+def _checked_order(dims: Sequence[int], d: int) -> list[int]:
+    order = [int(k) % d if -d <= k < d else d for k in dims]
+    if sorted(order) != list(range(d)):
+        raise ModeIndexError(
+            f"dims must name every mode once: dims has {tuple(dims)}, expected a permutation of {tuple(range(d))}. "
+            "Check x.order."
+        )
+    return order
 
 
 def _regroup(cores: Sequence[Tensor], pairs: Sequence[tuple[int, int]]) -> tuple[list[Tensor], bool]:
@@ -143,10 +141,6 @@ def _split(core: Tensor, i: int, j: int) -> tuple[Tensor, Tensor]:
     return matrix.unflatten(-2, (r, i, j)), eye.unflatten(-1, (*rest, s))
 
 
-def _tightened(x: Chain, has_split: bool, eps: float | None) -> Chain:
-    return round_tt(x, eps=eps).value if has_split and eps != 0 else x
-
-
 def _swaps(order: Sequence[int]) -> list[int]:
     """Places of neighbours to swap, in turn, that bring ``0 .. d - 1`` into the given order."""
     current, swaps = list(range(len(order))), []
@@ -157,13 +151,31 @@ def _swaps(order: Sequence[int]) -> list[int]:
     return swaps
 
 
-def _swapped(a: Tensor, b: Tensor, share: float) -> tuple[Tensor, Tensor]:
-    """``(.., r, n, s)``, ``(.., s, m, t)`` to left-orthogonal ``(.., r, m, u)`` and ``(.., u, n, t)``."""
-    (r, n), (m, t) = a.shape[-3:-1], b.shape[-2:]
-    pair = chain.absorb_left(chain.as_left(a), b).unflatten(-3, (r, n)).transpose(-3, -2)  # r m n t
-    matrix = pair.flatten(-2, -1).flatten(-3, -2)
+def _swapped(pair: Tensor, share: float) -> tuple[Tensor, Tensor]:
+    """``(.., r, n, m, t)`` to left-orthogonal ``(.., r, m, u)`` and ``(.., u, n, t)``."""
+    r, n, m, t = pair.shape[-4:]
+    matrix = pair.transpose(-3, -2).flatten(-2, -1).flatten(-3, -2)  # (r m) (n t)
     with torch.no_grad():
         s = left_basis(matrix)[1]
         rank, _ = choose_rank(s, share * torch.linalg.vector_norm(s, dim=-1), s.shape[-1])
     u, rest = cut(matrix, rank)
     return u.unflatten(-2, (r, m)), rest.unflatten(-1, (n, t))
+
+
+def dense_to_paired(w: Tensor, out_modes: Sequence[int], in_modes: Sequence[int]) -> Tensor:
+    """``(.., M, N)`` to ``(.., i_1 j_1, .., i_d j_d)``."""
+    d, batch = len(out_modes), w.shape[:-2]
+    n = len(batch)
+    order = [axis for k in range(d) for axis in (n + k, n + d + k)]
+    paired = w.reshape(*batch, *out_modes, *in_modes).permute([*range(n), *order])  # i_1 j_1 .. i_d j_d
+    return paired.reshape(*batch, *(i * j for i, j in zip(out_modes, in_modes, strict=True)))
+
+
+def paired_to_dense(paired: Tensor, out_modes: Sequence[int], in_modes: Sequence[int]) -> Tensor:
+    """``(.., i_1 j_1, .., i_d j_d)`` to ``(.., M, N)``."""
+    d = len(out_modes)
+    batch = paired.shape[: paired.ndim - d]
+    n = len(batch)
+    split = paired.reshape(*batch, *(m for pair in zip(out_modes, in_modes, strict=True) for m in pair))
+    order = [*range(n), *range(n, n + 2 * d, 2), *range(n + 1, n + 2 * d, 2)]
+    return split.permute(order).reshape(*batch, math.prod(out_modes), math.prod(in_modes))

@@ -7,21 +7,21 @@ squares and come to no more than the tolerance of that level. A tree of joins ha
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from tensortrain.cores.algebra import add_cores, pad_zeros
+from tensortrain.cores.decompose import decompose
 from tensortrain.cores.ranks import RankLike
-from tensortrain.cores.tolerance import checked_eps, compute_dtype
+from tensortrain.cores.rounding import round_cores
+from tensortrain.cores.tolerance import Finished, checked_eps, compute_dtype
 from tensortrain.cores.validation import DTYPES
 from tensortrain.errors import KindError, ShapeError
-from tensortrain.tensor.algebra import cat
-from tensortrain.tensor.approximation import Approximation
-from tensortrain.tensor.rounding import round_and_store, round_tt
-from tensortrain.tensor.train import TensorTrain
 
 __all__ = ["is_stream", "stream_tt_svd"]
 
@@ -43,6 +43,7 @@ def _is_list_of_tensors(x: Any) -> bool:
     )
 
 
+@torch.no_grad()
 def stream_tt_svd(
     x: Any,
     shape: Sequence[int] | None,
@@ -51,36 +52,27 @@ def stream_tt_svd(
     max_rank: RankLike | None,
     method: str,
     slab_bytes: int,
-    one: Callable[..., Approximation[TensorTrain]],
-) -> Approximation[TensorTrain]:
-    """See ``tt_svd``; ``one`` decomposes a piece in memory."""
+) -> Finished:
+    """Cores of what is read piece by piece; see ``tt_svd``."""
     stored = _Stored.of(x)
-    if stored is not None:
+    if stored is None:
+        joiner, whole = _joined_slabs(iter(x), _checked_modes(shape), eps, method)
+    else:
         if shape is not None and tuple(shape) != stored.shape:
             raise ShapeError(
                 f"a stored tensor has its own shape: shape has {tuple(shape)}, expected {stored.shape}. Leave it out."
             )
         if stored.n_bytes <= slab_bytes:
-            return one(stored.read(stored.box), eps=eps, max_rank=max_rank, method=method)
-        joiner = _Joiner(eps, method, one, stored.dtype, len(stored.shape), max(1, stored.levels(slab_bytes)))
+            return decompose(stored.read(stored.box), eps=eps, max_rank=max_rank, method=method)
+        joiner = _Joiner(eps, method, stored.dtype, len(stored.shape), max(1, stored.levels(slab_bytes)))
         whole = _joined_box(stored, stored.box, slab_bytes, joiner)
-    else:
-        if shape is None:
-            raise ShapeError(
-                "a stream of slabs needs the shape of the whole: shape has None, expected a tuple. Pass it."
-            )
-        modes = tuple(int(n) for n in shape)
-        joiner, whole = _joined_slabs(iter(x), modes, eps, method, one)
-    value, bound = whole
-    # What is left of the tolerance: the errors so far and the last rounding need not be orthogonal.
-    left = max(joiner.eps - bound * (1.0 + joiner.eps), 0.5 * joiner.eps)
-    last = round_and_store(value, joiner.dtype, eps=left, max_rank=max_rank)
-    assert last.rel_error_bound is not None
-    # relative to a norm that the pieces together may have changed by their own error
-    total = bound + last.rel_error_bound * (1.0 + bound)
-    return Approximation(
-        last.value, total, {**last.info, "method": method, "eps": joiner.eps, "n_pieces": joiner.n_pieces}
-    )
+    return joiner.finished(whole, max_rank)
+
+
+def _checked_modes(shape: Sequence[int] | None) -> tuple[int, ...]:
+    if shape is None:
+        raise ShapeError("a stream of slabs needs the shape of the whole: shape has None, expected a tuple. Pass it.")
+    return tuple(int(n) for n in shape)
 
 
 class _Joiner:
@@ -89,29 +81,37 @@ class _Joiner:
     All in the compute dtype: the cores are cast to that of the tensor once, at the end.
     """
 
-    def __init__(
-        self, eps: float | None, method: str, one: Callable[..., Any], dtype: torch.dtype, order: int, levels: int
-    ) -> None:
+    def __init__(self, eps: float | None, method: str, dtype: torch.dtype, order: int, levels: int) -> None:
         self.eps, self.dtype = checked_eps(eps, dtype, order), dtype
         self.share = _SHARE * self.eps / (levels + 1)
-        self.method, self.one, self.n_pieces = method, one, 0
+        self.method, self.n_pieces = method, 0
 
-    def piece(self, x: Tensor) -> tuple[TensorTrain, float]:
-        """A train and its absolute error over its own norm."""
+    def piece(self, x: Tensor) -> Finished:
+        """Cores, and their absolute error over their own norm."""
         self.n_pieces += 1
         # what has no such dtype is refused there
         wide = x.to(compute_dtype(x.dtype)) if x.dtype in DTYPES else x
-        found = self.one(wide, eps=self.share, method=self.method)
-        return found.value, float(found.rel_error_bound)
+        return decompose(wide, eps=self.share, method=self.method)
 
-    def join(
-        self, left: tuple[TensorTrain, float], right: tuple[TensorTrain, float], dim: int
-    ) -> tuple[TensorTrain, float]:
+    def join(self, left: Finished, right: Finished, dim: int) -> Finished:
         """Side by side along a mode. Errors relative to the parts are no larger relative to the whole."""
-        found = round_tt(cat((left[0], right[0]), dim=dim), eps=self.share)
-        before = max(left[1], right[1])
-        assert found.rel_error_bound is not None
-        return found.value, before + found.rel_error_bound * (1.0 + before)
+        joined = _side_by_side(left.cores, right.cores, dim)
+        found = round_cores(joined, (0, len(joined) - 1), eps=self.share)
+        before = max(left.bound, right.bound)
+        return replace(found, bound=before + found.bound * (1.0 + before))
+
+    def finished(self, whole: Finished, max_rank: RankLike | None) -> Finished:
+        """What is left of the tolerance goes to the last rounding: the errors so far need not be orthogonal to it."""
+        left = max(self.eps - whole.bound * (1.0 + self.eps), 0.5 * self.eps)
+        last = round_cores(whole.cores, whole.center, eps=left, max_rank=max_rank, dtype=self.dtype)
+        # relative to a norm that the pieces together may have changed by their own error
+        total = whole.bound + last.bound * (1.0 + whole.bound)
+        return replace(last, bound=total, method=self.method, eps=self.eps, n_pieces=self.n_pieces)
+
+
+def _side_by_side(left: Sequence[Tensor], right: Sequence[Tensor], dim: int) -> list[Tensor]:
+    n, m = left[dim].shape[-2], right[dim].shape[-2]
+    return add_cores(pad_zeros(left, dim, (0, m)), pad_zeros(right, dim, (n, 0)))
 
 
 class _Stored:
@@ -151,9 +151,7 @@ class _Stored:
         return torch.from_numpy(np.array(part)) if isinstance(part, np.ndarray) else torch.as_tensor(part)
 
 
-def _joined_box(
-    stored: _Stored, box: tuple[tuple[int, int], ...], slab_bytes: int, joiner: _Joiner
-) -> tuple[TensorTrain, float]:
+def _joined_box(stored: _Stored, box: tuple[tuple[int, int], ...], slab_bytes: int, joiner: _Joiner) -> Finished:
     """Halve the slowest mode that can be halved until a piece fits, and join the halves."""
     sizes = [stop - start for start, stop in box]
     if math.prod(sizes) * stored.dtype.itemsize <= slab_bytes or max(sizes) == 1:
@@ -167,11 +165,11 @@ def _joined_box(
 
 
 def _joined_slabs(
-    slabs: Iterator[Any], modes: tuple[int, ...], eps: float | None, method: str, one: Callable[..., Any]
-) -> tuple[_Joiner, tuple[TensorTrain, float]]:
+    slabs: Iterator[Any], modes: tuple[int, ...], eps: float | None, method: str
+) -> tuple[_Joiner, Finished]:
     """Slabs along the first mode, joined like the digits of a binary counter: few trains are held at a time."""
     joiner: _Joiner | None = None
-    held: list[tuple[int, tuple[TensorTrain, float]]] = []  # level, train
+    held: list[tuple[int, Finished]] = []  # level, train
     seen = 0
     for slab in slabs:
         part = torch.as_tensor(slab)
@@ -183,7 +181,7 @@ def _joined_slabs(
                 f"(at most {modes[0] - seen}, {', '.join(map(str, modes[1:]))}). Check shape and order."
             )
         if joiner is None:
-            joiner = _Joiner(eps, method, one, part.dtype, len(modes), 2 * max(1, modes[0].bit_length()))
+            joiner = _Joiner(eps, method, part.dtype, len(modes), 2 * max(1, modes[0].bit_length()))
         seen += part.shape[0]
         held.append((0, joiner.piece(part)))
         while len(held) > 1 and held[-1][0] == held[-2][0]:

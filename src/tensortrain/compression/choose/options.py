@@ -1,0 +1,43 @@
+"""What a plan is asked for: the common options of ``plan_compression`` and ``compress`` as one record."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from tensortrain.compression.choose.budget import BudgetLike
+from tensortrain.compression.choose.candidates import DEFAULT_FORMATS
+from tensortrain.system.observer import Observer, Silent
+from tensortrain.train.outputs import Output, check_output
+from tensortrain.train.task import Task, TaskName, check_task_name
+
+__all__ = ["PlanOptions"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanOptions:
+    """The keywords of ``plan_compression``, which explains them; names are checked when it is made."""
+
+    budget: BudgetLike
+    data: Iterable[Any] | None = None
+    example_inputs: Any = None
+    formats: Sequence[str] = DEFAULT_FORMATS
+    include: Sequence[str] | str | None = None
+    exclude: Sequence[str] | str | None = None
+    allow_slower: bool = False
+    batch_size: int | None = None
+    n_batches: int = 16
+    will_heal: bool | Literal["long"] = False
+    task: TaskName | Task | None = None
+    output: Output | None = None
+    observer: Observer = field(default_factory=Silent)
+
+    def __post_init__(self) -> None:
+        check_output(self.output)
+        check_task_name(self.task.kind if isinstance(self.task, Task) else self.task)
+
+    @property
+    def known_task(self) -> Task | None:
+        """The task, where it is more than a name."""
+        return self.task if isinstance(self.task, Task) else None

@@ -1,0 +1,160 @@
+"""What came to each layer on the calibration data, and how much its output matters: one record a layer."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tensortrain.formats import PLAIN, Weighting
+
+__all__ = ["Calibration", "LayerMoments", "second_moment"]
+
+LARGEST_FULL_GRAM = 4608  # features: 170 MB in float64; above, only the diagonal is kept
+_CONSTANT = 1e-10  # of the second moment: an input that varies less is the same for all rows
+
+
+@dataclass
+class LayerMoments:
+    """What came to one layer; None what is not known. While the data runs, ``gram`` and ``mean`` are sums over rows.
+
+    Attributes:
+        gram: ``(N, N)`` or ``(N,)`` float64 mean second moment of the inputs, about the mean where the layer can make
+            up for a shifted mean (by its bias, or a batch norm that follows); an embedding's token frequencies. None
+            where no rows, or only equal ones, came.
+        mean: ``(N,)`` mean input, where the moment is about it.
+        output_gram: ``(M, M)`` or ``(M,)`` second moment of the gradients of the model's output with respect to the
+            layer's, summed over the rows of an example: how much a change of the layer's output matters.
+        norm: The batch norm that the layer's output goes straight into and nowhere else, by name.
+        input_shape: Shape of the last input in the first batch (with its batch axis).
+        structure: For a layer behind a flattening, the (channels, height, width) that were flattened.
+        calls: How often the layer ran on the first batch.
+        n_rows: Rows summed up.
+    """
+
+    gram: Tensor | None = None
+    mean: Tensor | None = None
+    output_gram: Tensor | None = None
+    norm: str | None = None
+    input_shape: tuple[int, ...] | None = None
+    structure: tuple[int, ...] | None = None
+    calls: int | None = None
+    n_rows: int | None = None
+
+    @property
+    def weighting(self) -> Weighting:
+        """What an error of the layer's weight is weighed by."""
+        return PLAIN if self.gram is None else Weighting(self.gram, self.output_gram)
+
+    def add(self, gram: Tensor, mean: Tensor | None, n_rows: int) -> None:
+        """Take in the sums over the rows of one call."""
+        self.gram = gram if self.gram is None else self.gram + gram
+        if mean is not None:
+            self.mean = mean if self.mean is None else self.mean + mean
+        self.n_rows = (self.n_rows or 0) + n_rows
+
+    def add_gradients(self, moment: Tensor) -> None:
+        """Take in the second moment of the gradients of one call."""
+        self.output_gram = moment if self.output_gram is None else self.output_gram + moment
+
+    def finish(self, *, centred: bool) -> None:
+        """Sums to means; about the mean where a shift of the layer's mean output does no harm.
+
+        Statistics of no rows, of NaN, or of inputs that never change say nothing about a layer: they are dropped.
+        """
+        gram, mean, n_rows = self.gram, self.mean, self.n_rows
+        self.gram = self.mean = None
+        if gram is None or not n_rows:
+            return
+        second = _trace(gram)
+        if not math.isfinite(second) or second <= 0:
+            return
+        gram = gram / n_rows
+        if mean is not None and centred:
+            mean = mean / n_rows
+            gram = gram - (mean.square() if gram.ndim == 1 else torch.outer(mean, mean))
+            if _trace(gram) <= _CONSTANT * second / n_rows:
+                return
+            self.mean = mean
+        self.gram = gram
+
+
+_FIGURES = {"grams": "gram", "means": "mean", "output_grams": "output_gram", "norms": "norm"}
+_FIGURES |= {"input_shapes": "input_shape", "structures": "structure", "calls": "calls"}
+
+
+def _by_layer(figure: str) -> Any:
+    """A property: one of the figures, of the layers that have it."""
+
+    def known(self: Calibration) -> dict[str, Any]:
+        found = ((name, getattr(moments, figure)) for name, moments in self.layers.items())
+        return {name: value for name, value in found if value is not None}
+
+    return property(known)
+
+
+@dataclass
+class Calibration:
+    """Input statistics of all layers, and the batches they came from.
+
+    Attributes:
+        layers: By layer name. ``grams``, ``means``, ``norms``, ``output_grams``, ``input_shapes``, ``structures`` and
+            ``calls`` give one of the figures for those layers that have it.
+        n_examples: Size of the first batch.
+        output_scale: Mean square of the model's output about its mean, per example. Where there are several outputs,
+            that of the first; ``output_grams`` weigh the others as if they had the same.
+        batches: The batches kept for measuring sensitivities.
+        unseen: Layers that no rows, or only equal ones, came to.
+        unmeasured: Layers of a kind for which input moments are not taken.
+        notes: What was left out.
+        with_labels: The labels went into the model.
+    """
+
+    layers: dict[str, LayerMoments] = field(default_factory=dict)
+    n_examples: int = 1
+    output_scale: float = 1.0
+    batches: list[Any] = field(default_factory=list)
+    unseen: list[str] = field(default_factory=list)
+    unmeasured: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    with_labels: bool = False
+
+    grams = _by_layer("gram")
+    means = _by_layer("mean")
+    output_grams = _by_layer("output_gram")
+    norms = _by_layer("norm")
+    input_shapes = _by_layer("input_shape")
+    structures = _by_layer("structure")
+    calls = _by_layer("calls")
+
+    def of(self, name: str) -> LayerMoments:
+        """What is known of a layer; an empty record for one that was not there."""
+        return self.layers.get(name, LayerMoments())
+
+    def weighing(self, name: str) -> tuple[Tensor | None, Tensor | None]:
+        """Second moments of a layer's inputs and of its output's gradients, as a pair."""
+        weighting = self.of(name).weighting
+        return weighting.inputs, weighting.outputs
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take in a pickle; one of the version before has a dict by layer for each figure."""
+        layers = state.setdefault("layers", {})
+        for names, figure in _FIGURES.items():
+            for name, value in state.pop(names, {}).items():
+                setattr(layers.setdefault(name, LayerMoments()), figure, value)
+        self.__dict__.update(state)
+
+
+def second_moment(rows: Tensor) -> Tensor:
+    """Sum over rows of the outer products in float64; of wide rows the squares alone."""
+    if rows.shape[1] > LARGEST_FULL_GRAM:
+        return rows.double().square().sum(dim=0)
+    rows = rows.float() if rows.dtype in (torch.float16, torch.bfloat16) else rows
+    return (rows.T @ rows).double()
+
+
+def _trace(gram: Tensor) -> float:
+    return float((gram if gram.ndim == 1 else gram.diagonal()).sum())

@@ -1,0 +1,135 @@
+"""How much each input and output of a weight counts: the norm in which its error is measured.
+
+For a linear map ``y = W x`` with input second moment ``H = E[x x^T]`` the mean squared output error of a
+replacement ``W'`` is ``tr((W - W') H (W - W')^T)``. Outputs can be weighted likewise: with ``F = E[g g^T]``, ``g``
+the gradient of the model's output with respect to the layer's, ``tr(F (W - W') H (W - W')^T)`` predicts the change of
+the model's output (the Kronecker-factored curvature of Martens and Grosse, ICML 2015, arXiv:1503.05671).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tensortrain.errors import DTypeError, NonFiniteError, ShapeError
+
+from .layout import order_gram, pad_gram
+from .spec import WeightShape
+
+__all__ = ["PLAIN", "Weighting", "apply_root", "check_gram", "energy", "output_error"]
+
+_TINY = 1e-300  # what a vanishing weight is divided by
+
+
+@dataclass(frozen=True, eq=False)
+class Weighting:
+    """Second moments that weigh the error of a weight; with none of the inputs all entries count alike.
+
+    Attributes:
+        inputs: Second moment of the inputs, ``(N, N)`` or its diagonal ``(N,)``, with ``N`` the fan-in (convolutions:
+            channel slowest, as ``torch.nn.functional.unfold`` orders a patch; embeddings: how often each id is met).
+        outputs: Weight of the outputs beside that of the inputs, ``(M, M)`` or ``(M,)``, such as the second moment of
+            the gradients that reach them.
+
+    Example:
+        >>> change, weight = torch.tensor([[0.0, 2.5]]), torch.tensor([[3.0, 4.0]])
+        >>> Weighting().rel_error(change, weight), Weighting(torch.tensor([1.0, 0.0])).rel_error(change, weight)
+        (0.5, 0.0)
+    """
+
+    inputs: Tensor | None = None
+    outputs: Tensor | None = None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether nothing is weighed; outputs are only where inputs are."""
+        return self.inputs is None
+
+    def beside(self, dense: Tensor) -> Weighting:
+        """The moments on the device of a weight.
+
+        Raises:
+            DTypeError: The weight is complex.
+        """
+        if self.inputs is None:
+            return PLAIN
+        if dense.is_complex():
+            raise DTypeError(
+                f"only real weights can be weighted by a second moment: found {dense.dtype}. Leave it out."
+            )
+        return Weighting(self.inputs.to(dense.device), None if self.outputs is None else self.outputs.to(dense.device))
+
+    def checked(self, weight: WeightShape) -> Weighting:
+        """The moments in float64.
+
+        Raises:
+            ShapeError: They do not have the sizes of the weight.
+            NonFiniteError: They hold NaN or Inf.
+        """
+        if self.inputs is None:
+            return PLAIN
+        inputs = check_gram(self.inputs, weight.fan_in)
+        outputs = None if self.outputs is None else check_gram(self.outputs, weight.out_features, "output")
+        return Weighting(inputs, outputs)
+
+    def of_matrix(self, weight: WeightShape, n_outputs: int, n_inputs: int) -> Weighting:
+        """Checked, in the order of the matrix's rows and columns and padded like it (see ``weight_to_matrix``)."""
+        found = self.checked(weight)
+        if found.inputs is None:
+            return found
+        outputs = None if found.outputs is None else pad_gram(found.outputs, n_outputs)
+        return Weighting(order_gram(found.inputs, weight, n_inputs), outputs)
+
+    def energy(self, matrix: Tensor) -> float:
+        """``tr(F W H W^T)`` of ``(outputs, inputs)``: the mean square of the outputs, weighted by ``F``."""
+        matrix = matrix.double()
+        weighted = matrix if self.inputs is None else apply_root(matrix, self.inputs)
+        if self.outputs is not None and self.inputs is not None:
+            matrix = self.outputs[:, None] * matrix if self.outputs.ndim == 1 else self.outputs @ matrix
+        return max(0.0, float((weighted * matrix).sum()))
+
+    def rel_error(self, difference: Tensor, matrix: Tensor) -> float:
+        """``||F^(1/2) D H^(1/2)|| / ||F^(1/2) W H^(1/2)||``: relative error of a change ``D`` to ``W``."""
+        if self.inputs is None:
+            size = torch.linalg.vector_norm(matrix).clamp_min(_TINY)
+            return float(torch.linalg.vector_norm(difference) / size)
+        return math.sqrt(self.energy(difference) / max(self.energy(matrix), _TINY))
+
+
+PLAIN = Weighting()
+
+
+def energy(matrix: Tensor, gram: Tensor, output_gram: Tensor | None = None) -> float:
+    """``tr(F W H W^T)``: the mean square of the outputs, weighted by ``F``."""
+    return Weighting(gram, output_gram).energy(matrix)
+
+
+def output_error(difference: Tensor, matrix: Tensor, gram: Tensor, output_gram: Tensor | None = None) -> float:
+    """``||F^(1/2) D H^(1/2)|| / ||F^(1/2) W H^(1/2)||``: relative error of a change ``D`` to ``W`` (out, in)."""
+    return Weighting(gram, output_gram).rel_error(difference, matrix)
+
+
+def check_gram(gram: Tensor, size: int, side: str = "input") -> Tensor:
+    """The second moment as float64, full ``(N, N)`` or diagonal ``(N,)``.
+
+    Raises:
+        ShapeError: It does not have ``N`` rows.
+        NonFiniteError: It holds NaN or Inf.
+    """
+    if gram.shape not in ((size,), (size, size)):
+        own = "x x^T over the layer's own inputs" if side == "input" else "g g^T over the gradients of its outputs"
+        raise ShapeError(
+            f"an {side} second moment must be (N, N) or its diagonal (N,): found {tuple(gram.shape)}, expected "
+            f"N = {size}. Sum {own}."
+        )
+    if not bool(torch.isfinite(gram).all()):
+        raise NonFiniteError(f"an {side} second moment must be finite: found NaN or Inf. Check the calibration data.")
+    return gram.double()
+
+
+def apply_root(matrix: Tensor, root: Tensor) -> Tensor:
+    """``matrix @ root`` for a full or a diagonal root."""
+    return matrix * root if root.ndim == 1 else matrix @ root

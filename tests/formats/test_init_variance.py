@@ -54,30 +54,7 @@ def test_the_variance_on_average_is_exact(name: str) -> None:
     assert total == pytest.approx(0.25, rel=0.1)  # 400 draws leave some 3 per cent
 
 
-@pytest.mark.parametrize("name", format_names())
-@pytest.mark.parametrize(
-    "weight", [WeightShape("conv", 8, 6, (3, 2)), WeightShape("conv", 8, 4, (3,), groups=2)], ids=str
-)
-def test_kernels(weight: WeightShape, name: str) -> None:
-    spec = get_format(name).spec(weight, rank=3)
-    cores = draw(spec)
-    get_format(name).init_(cores, spec, 0.3)
-    assert float(get_format(name).to_dense(cores, spec).square().mean().sqrt()) == pytest.approx(0.3, rel=1e-9)
-
-
 # -- by the fans of every core ------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", format_names())
-def test_fans_multiply_to_what_an_output_sums_over(name: str) -> None:
-    kind = "linear" if name in LINEAR else "conv"
-    weight = WeightShape("linear", 12, 20) if kind == "linear" else WeightShape("conv", 12, 20, (3, 3))
-    fmt = get_format(name)
-    spec = fmt.spec(weight, rank=3)
-    fans = fmt.core_fans(spec)
-    assert len(fans) == len(spec.core_shapes)
-    assert math.prod(f_in for f_in, _ in fans) == weight.fan_in * fmt.n_paths(spec)
-    assert all(f_in * f_out <= math.prod(shape) for (f_in, f_out), shape in zip(fans, spec.core_shapes, strict=True))
 
 
 def test_fans_of_the_paper() -> None:

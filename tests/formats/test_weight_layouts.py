@@ -123,16 +123,6 @@ def test_low_rank() -> None:
         torch.testing.assert_close(dense(cores, spec), torch.einsum(equation, first, second))
 
 
-@pytest.mark.parametrize("format", ["tt", "tt_naive", "tucker2", "low_rank"])
-def test_groups_are_separate_kernels(format: str) -> None:
-    weight = WeightShape("conv", 12, 4, (2, 3), groups=3)
-    spec = get_format(format).spec(weight, rank=2)
-    cores = random_cores(spec)
-    assert spec.n_params == 3 * spec.one_group().n_params == sum(core.numel() for core in cores)
-    parts = [dense([core[g] for core in cores], spec.one_group()) for g in range(3)]
-    assert torch.equal(dense(cores, spec), torch.cat(parts))
-
-
 SPECS = [
     get_format(name).spec(weight, rank=rank)
     for name, weight, rank in (

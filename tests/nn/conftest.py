@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
 
 from tensortrain.contract import CostModel, use_cost_model
-
-sys.path.append(str(Path(__file__).parent))  # layer_agreement.py
 
 
 @pytest.fixture(autouse=True)

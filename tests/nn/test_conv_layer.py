@@ -7,11 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from layer_agreement import IMPLEMENTATIONS, assert_agrees, assert_gradcheck
 from torch import Tensor, nn
 
 import tensortrain as tt
-from tensortrain.testing import rel_error
+from tensortrain.testing import IMPLEMENTATIONS, assert_agrees, assert_gradcheck, rel_error
 
 FORMATS = ("tt", "tt_naive", "tucker2", "low_rank")
 LAYERS = {1: tt.nn.Conv1d, 2: tt.nn.Conv2d, 3: tt.nn.Conv3d}
@@ -161,22 +160,6 @@ def test_gradcheck(format: str, implementation: str) -> None:
         4, 4, (2, 3), stride=(1, 2), padding=1, groups=2, format=format, rank=2, implementation=implementation
     )
     assert_gradcheck(layer, torch.randn(1, 4, 3, 4))
-
-
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("format", FORMATS)
-def test_autocast_gives_the_dtype_of_torch(format: str, implementation: str, training: bool) -> None:
-    layer = tt.nn.Conv2d(4, 6, 3, format=format, rank=2, implementation=implementation, dtype=torch.float32)
-    dense = layer.to_dense()
-    x = torch.randn(2, 4, 6, 6, dtype=torch.float32)
-    with torch.autocast("cpu", dtype=torch.bfloat16), torch.set_grad_enabled(training):
-        found, expected = layer(x), dense(x)
-    assert found.dtype == expected.dtype == torch.bfloat16
-    assert rel_error(found, dense(x)) <= 0.03  # a few roundings of 0.4 % each
-    if training:
-        found.float().sum().backward()
-        assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in layer.parameters())
 
 
 def test_auto_weighs_core_by_core_against_the_dense_kernel() -> None:

@@ -7,12 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from layer_agreement import IMPLEMENTATIONS
 from torch import Tensor
 
 import tensortrain as tt
 from tensortrain.formats import FactorSpec, Fit, Format, WeightShape, base
-from tensortrain.testing import rel_error
+from tensortrain.testing import IMPLEMENTATIONS, rel_error
 
 
 class Scaled(Format):

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from layer_agreement import assert_agrees
 from torch import Tensor
 
 import tensortrain as tt
 from tensortrain.nn.conv.transpose import swap_channels
+from tensortrain.testing import assert_agrees
 
 FORMATS = ("tt", "tt_naive", "tucker2", "low_rank")
 CONVOLUTIONS = {1: tt.nn.Conv1d, 2: tt.nn.Conv2d, 3: tt.nn.Conv3d}

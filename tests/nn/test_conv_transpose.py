@@ -7,13 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from layer_agreement import IMPLEMENTATIONS, assert_agrees, assert_gradcheck
 from torch import Tensor, nn
 
 import tensortrain as tt
 from tensortrain.errors import KindError, ShapeError
 from tensortrain.nn.conv.transpose import swap_channels
-from tensortrain.testing import rel_error
+from tensortrain.testing import IMPLEMENTATIONS, assert_agrees, assert_gradcheck, rel_error
 
 FORMATS = ("tt", "tt_naive", "tucker2", "low_rank")
 LAYERS = {1: tt.nn.ConvTranspose1d, 2: tt.nn.ConvTranspose2d, 3: tt.nn.ConvTranspose3d}

@@ -7,13 +7,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from layer_agreement import IMPLEMENTATIONS, TOLERANCE, assert_gradcheck, dense_twin, wide
 from torch import Tensor, nn
 
 import tensortrain as tt
 from tensortrain.errors import DTypeError, ModeIndexError, ShapeError
 from tensortrain.nn.embedding import bag as embedding_bag
-from tensortrain.testing import rel_error
+from tensortrain.testing import IMPLEMENTATIONS, TOLERANCE, assert_gradcheck, dense_parts, rel_error, wide
 
 MODES = ("sum", "mean", "max")
 FORMATS = ("tt", "low_rank")
@@ -30,7 +29,7 @@ def make(**options: Any) -> tt.nn.EmbeddingBag:
 def assert_agrees(layer: Any, ids: Tensor, offsets: Tensor | None = None, weights: Tensor | None = None) -> None:
     """Output, gradients of every core and of the weights are torch's on the dense table."""
     tol = TOLERANCE[layer.cores[0].dtype]
-    cores, table, _ = dense_twin(layer)
+    cores, table, _ = dense_parts(layer)
     if layer.max_norm is not None:  # torch writes the scaled rows into its table, which no gradient can follow
         norms = table.norm(p=layer.norm_type, dim=1, keepdim=True)
         table = torch.where(norms > layer.max_norm, table * (layer.max_norm / (norms + 1e-7)), table)

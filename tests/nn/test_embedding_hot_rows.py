@@ -6,12 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from layer_agreement import IMPLEMENTATIONS
 from torch import Tensor, nn
 
 import tensortrain as tt
 from tensortrain.errors import ModeIndexError, NonFiniteError, ShapeError
-from tensortrain.testing import rel_error
+from tensortrain.testing import IMPLEMENTATIONS, rel_error
 
 HOT = [2, 7, 30, 52]
 KINDS = (tt.nn.Embedding, tt.nn.EmbeddingBag)

@@ -8,12 +8,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from layer_agreement import IMPLEMENTATIONS, assert_agrees, assert_gradcheck, dense_twin
 from torch import Tensor, nn
 
 import tensortrain as tt
 from tensortrain.errors import KindError, ShapeError
-from tensortrain.testing import rel_error
+from tensortrain.testing import IMPLEMENTATIONS, assert_agrees, assert_gradcheck, dense_parts, rel_error
 
 CASES: dict[str, tuple[int, int, dict[str, Any]]] = {
     "tt, modes chosen": (50, 12, {"rank": 3}),
@@ -140,7 +139,7 @@ def test_max_norm(norm_type: float, name: str, implementation: str) -> None:
 def test_scale_grad_by_freq(padding_idx: int | None, name: str, implementation: str) -> None:
     layer = make(name, implementation=implementation, scale_grad_by_freq=True, padding_idx=padding_idx)
     ids = torch.tensor([[0, 3, 3, 7], [3, 7, 49, 1]])
-    cores, table, _ = dense_twin(layer)
+    cores, table, _ = dense_parts(layer)
     if padding_idx is not None:
         table = table.index_fill(0, torch.tensor(padding_idx), 0.0)
     exact = F.embedding(ids, table, padding_idx, None, 2.0, True)

@@ -7,12 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from layer_agreement import IMPLEMENTATIONS
 from torch import Tensor, nn
 
 import tensortrain as tt
 from tensortrain.errors import KindError, ShapeError
-from tensortrain.testing import rel_error
+from tensortrain.testing import IMPLEMENTATIONS, rel_error
 
 CASES: dict[str, dict[str, Any]] = {
     "tt, padded up": {"in_modes": (3, 4, 5), "out_modes": (3, 2, 2)},

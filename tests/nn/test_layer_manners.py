@@ -1,9 +1,7 @@
-"""Layers behave as modules do: state dicts, copies, derived weights that never go stale, options carried over."""
+"""Layers behave as modules do: every format of every kind inherits the suite, and what is each layer's own."""
 
 from __future__ import annotations
 
-import copy
-import io
 from collections.abc import Callable
 from typing import Any
 
@@ -14,98 +12,115 @@ from torch import Tensor, nn
 
 import tensortrain as tt
 from tensortrain.contract import ContractionPlan
-from tensortrain.formats import FactorSpec
+from tensortrain.formats import format_names, get_format
 from tensortrain.nn import COUNTERPARTS, FactorizedLayer
-from tensortrain.testing import rel_error
+from tensortrain.nn.conv.transpose import swap_channels
+from tensortrain.testing import LayerSuite, rel_error
 
-MAKERS: dict[str, Callable[..., FactorizedLayer]] = {
-    "linear tt": lambda **o: tt.nn.Linear(12, 20, rank=3, **o),
-    "linear low_rank": lambda **o: tt.nn.Linear(12, 20, format="low_rank", rank=3, **o),
-    "conv tt": lambda **o: tt.nn.Conv2d(4, 6, 3, padding=1, rank=3, **o),
-    "conv tt_naive": lambda **o: tt.nn.Conv2d(4, 6, 3, padding=1, format="tt_naive", rank=3, **o),
-    "conv tucker2": lambda **o: tt.nn.Conv2d(4, 6, 3, padding=1, format="tucker2", rank=3, **o),
-    "conv low_rank": lambda **o: tt.nn.Conv2d(4, 6, 3, padding=1, format="low_rank", rank=3, **o),
-    "conv groups": lambda **o: tt.nn.Conv2d(4, 6, 3, padding=1, groups=2, rank=3, **o),
-    "embedding tt": lambda **o: tt.nn.Embedding(50, 12, rank=3, **o),
-    "embedding low_rank": lambda **o: tt.nn.Embedding(50, 12, format="low_rank", rank=3, **o),
+GROUPED = ("tt", "tt_naive", "tucker2", "low_rank")
+
+
+def formats_for(kind: str) -> tuple[str, ...]:
+    return tuple(name for name in format_names() if kind in get_format(name).kinds)
+
+
+def every_format(formats: tuple[str, ...]) -> Any:
+    """A fixture that runs a suite once for each of them."""
+
+    @pytest.fixture(autouse=True, params=formats)
+    def set_format(self: Any, request: pytest.FixtureRequest) -> None:
+        self.format = request.param
+
+    return set_format
+
+
+class TestLinear(LayerSuite):
+    set_format = every_format(formats_for("linear"))
+
+    def make(self, **options: Any) -> FactorizedLayer:
+        return tt.nn.Linear(4, 6, format=self.format, **{"rank": 2, **options})
+
+    def example(self) -> Tensor:
+        return torch.randn(4, 4)
+
+
+class TestConvolution(LayerSuite):
+    set_format = every_format(formats_for("conv"))
+
+    def make(self, **options: Any) -> FactorizedLayer:
+        return tt.nn.Conv2d(4, 6, 3, padding=1, format=self.format, **{"rank": 2, **options})
+
+    def example(self) -> Tensor:
+        return torch.randn(2, 4, 4, 3)
+
+
+class TestGroups(LayerSuite):
+    set_format = every_format(GROUPED)
+
+    def make(self, **options: Any) -> FactorizedLayer:
+        more = {"stride": 2, "padding": "valid", "dilation": (1, 2), "groups": 2, "bias": False, "rank": 2}
+        return tt.nn.Conv2d(4, 6, (2, 3), format=self.format, **{**more, **options})
+
+    def example(self) -> Tensor:
+        return torch.randn(2, 4, 4, 6)
+
+
+class TestSamePadding(LayerSuite):
+    set_format = every_format(("tt",))
+
+    def make(self, **options: Any) -> FactorizedLayer:
+        more = {"padding": "same", "padding_mode": "reflect", "rank": 2}
+        return tt.nn.Conv1d(4, 6, 4, format=self.format, **{**more, **options})
+
+    def example(self) -> Tensor:
+        return torch.randn(3, 4, 5)
+
+
+class TestTransposed(LayerSuite):
+    set_format = every_format(("tt", "tucker2"))
+
+    def make(self, **options: Any) -> FactorizedLayer:
+        return tt.nn.ConvTranspose2d(4, 6, 3, stride=2, groups=2, format=self.format, **{"rank": 2, **options})
+
+    def example(self) -> Tensor:
+        return torch.randn(2, 4, 3, 2)
+
+    def reference(self, layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return super().reference(layer, x, swap_channels(weight, layer.groups), bias)
+
+
+class TestEmbedding(LayerSuite):
+    set_format = every_format(formats_for("embedding"))
+
+    def make(self, **options: Any) -> FactorizedLayer:
+        return tt.nn.Embedding(7, 4, format=self.format, **{"rank": 2, **options})
+
+    def example(self) -> Tensor:
+        return torch.tensor([0, 6, 5, 5, 3])  # repeated ids add up their gradients
+
+
+class TestBag(LayerSuite):
+    set_format = every_format(("tt",))
+
+    def make(self, **options: Any) -> FactorizedLayer:
+        return tt.nn.EmbeddingBag(7, 4, mode="sum", format=self.format, **{"rank": 2, **options})
+
+    def example(self) -> Tensor:
+        return torch.tensor([[0, 6, 5, 5], [3, 3, 3, 1], [6, 4, 2, 1]])
+
+
+LAYERS: dict[str, Callable[[], tuple[Any, Tensor]]] = {
+    "linear": lambda: (tt.nn.Linear(12, 20, rank=3), torch.randn(5, 12)),
+    "low rank": lambda: (tt.nn.Linear(12, 20, format="low_rank", rank=3), torch.randn(5, 12)),
+    "conv": lambda: (tt.nn.Conv2d(4, 6, 3, padding=1, rank=3), torch.randn(2, 4, 6, 5)),
+    "conv tt-naive": lambda: (tt.nn.Conv2d(4, 6, 3, format="tt_naive", rank=3), torch.randn(2, 4, 6, 5)),
+    "conv tucker2": lambda: (tt.nn.Conv2d(4, 6, 3, format="tucker2", rank=3), torch.randn(2, 4, 6, 5)),
+    "conv low_rank": lambda: (tt.nn.Conv2d(4, 6, 3, format="low_rank", rank=3), torch.randn(2, 4, 6, 5)),
+    "groups": lambda: (tt.nn.Conv2d(4, 6, 3, groups=2, rank=3), torch.randn(2, 4, 6, 5)),
+    "embedding": lambda: (tt.nn.Embedding(50, 12, rank=3), torch.randint(50, (7,))),
+    "embedding low_rank": lambda: (tt.nn.Embedding(50, 12, format="low_rank", rank=3), torch.randint(50, (7,))),
 }
-every_layer = pytest.mark.parametrize("name", MAKERS)
-every_implementation = pytest.mark.parametrize("implementation", ["auto", "factorized", "dense"])
-
-
-def example(layer: FactorizedLayer) -> Tensor:
-    dtype = layer.cores[0].dtype
-    if isinstance(layer, tt.nn.Linear):
-        return torch.randn(5, 12, dtype=dtype)
-    if isinstance(layer, tt.nn.Embedding):
-        return torch.randint(50, (7,))
-    return torch.randn(2, 4, 6, 5, dtype=dtype)
-
-
-def uncached(layer: FactorizedLayer, x: Tensor) -> Tensor:
-    """What the layer must give: torch's operation on a weight built from the cores of this moment."""
-    weight = layer.format.to_dense([core.detach() for core in layer.cores], layer.spec)
-    if isinstance(layer, tt.nn.Linear):
-        return F.linear(x, weight, layer.bias)
-    if isinstance(layer, tt.nn.Embedding):
-        return F.embedding(x, weight)
-    return F.conv2d(x, weight, layer.bias, padding=1, groups=layer.groups)  # type: ignore[attr-defined]
-
-
-# -- state dicts and copies ---------------------------------------------------------------------------
-
-
-@every_layer
-def test_state_dict_holds_cores_and_bias_alone(name: str) -> None:
-    layer = MAKERS[name]()
-    with torch.no_grad():
-        layer(example(layer))  # what is kept for speed stays out
-    expected = {f"cores.{k}" for k in range(len(layer.cores))} | ({"bias"} if layer.bias is not None else set())
-    assert set(layer.state_dict()) == expected
-    assert dict(layer.named_buffers()) == {}
-    assert layer.spec.core_shapes == tuple(tuple(core.shape) for core in layer.cores)
-
-
-@every_layer
-def test_state_dict_goes_through_a_file(name: str) -> None:
-    layer, other = MAKERS[name](), MAKERS[name]()
-    file = io.BytesIO()
-    torch.save(layer.state_dict(), file)
-    file.seek(0)
-    other.load_state_dict(torch.load(file, weights_only=True))
-    x = example(layer)
-    assert torch.equal(layer(x), other(x))
-
-
-def test_state_dict_of_another_spec_is_refused() -> None:
-    with pytest.raises(RuntimeError, match="size mismatch"):
-        tt.nn.Linear(12, 20, rank=3).load_state_dict(tt.nn.Linear(12, 20, rank=2).state_dict())
-
-
-@every_layer
-def test_deepcopy_is_independent(name: str) -> None:
-    layer = MAKERS[name]()
-    x = example(layer)
-    with torch.no_grad():
-        before = layer(x)
-        twin = copy.deepcopy(layer)
-        assert twin.spec == layer.spec
-        assert twin.resident_cache_bytes == 0
-        assert torch.equal(twin(x), before)
-        twin.cores[0].mul_(2)
-        assert rel_error(twin(x), uncached(twin, x)) <= 1e-12
-        assert torch.equal(layer(x), before)
-
-
-@every_layer
-def test_config_builds_an_equal_layer(name: str) -> None:
-    layer = MAKERS[name]()
-    twin = type(layer)(**layer.config())
-    twin.load_state_dict(layer.state_dict())
-    x = example(layer)
-    assert twin.spec == layer.spec
-    assert torch.equal(twin(x), layer(x))
-    assert FactorSpec.from_dict(layer.spec.to_dict()) == layer.spec
+every_layer = pytest.mark.parametrize("name", LAYERS)
 
 
 def test_stacked_in_a_model_with_tied_use() -> None:
@@ -116,155 +131,6 @@ def test_stacked_in_a_model_with_tied_use() -> None:
     exact = F.linear(torch.tanh(F.linear(x, shared.weight, shared.bias)), shared.weight, shared.bias)
     assert rel_error(model(x), exact) <= 1e-12
 
-
-# -- derived weights ----------------------------------------------------------------------------------
-
-
-def load_other(layer: FactorizedLayer) -> None:
-    layer.load_state_dict({key: torch.randn_like(value) for key, value in layer.state_dict().items()})
-
-
-def step(optimizer: Callable[[Any], torch.optim.Optimizer]) -> Callable[[FactorizedLayer], None]:
-    def run(layer: FactorizedLayer) -> None:
-        stepper = optimizer(layer.parameters())
-        with torch.enable_grad():
-            layer(example(layer)).square().sum().backward()
-        stepper.step()
-
-    return run
-
-
-def edit(layer: FactorizedLayer) -> None:
-    layer.cores[-1].mul_(1.5)
-
-
-def edit_a_slice(layer: FactorizedLayer) -> None:
-    layer.cores[0][..., 0] += 1.0
-
-
-def copy_into(layer: FactorizedLayer) -> None:
-    layer.cores[0].copy_(torch.randn_like(layer.cores[0]))
-
-
-def replace(layer: FactorizedLayer) -> None:
-    layer.cores[0] = nn.Parameter(torch.randn_like(layer.cores[0]))
-
-
-def write_behind_the_back(layer: FactorizedLayer) -> None:
-    layer.cores[0].data = torch.randn_like(layer.cores[0])
-    layer.clear_cache()
-
-
-def reset(layer: FactorizedLayer) -> None:
-    layer.reset_parameters()
-
-
-CHANGES = {
-    "load_state_dict": load_other,
-    "SGD": step(lambda p: torch.optim.SGD(p, lr=0.1)),
-    "Adam": step(lambda p: torch.optim.Adam(p, lr=0.1)),
-    "AdamW, fused": step(lambda p: torch.optim.AdamW(p, lr=0.1, fused=True)),
-    "Adam, foreach": step(lambda p: torch.optim.Adam(p, lr=0.1, foreach=True)),
-    "in place": edit,
-    "a slice": edit_a_slice,
-    "copy_": copy_into,
-    "another parameter": replace,
-    ".data, then clear_cache": write_behind_the_back,
-    "reset_parameters": reset,
-}
-
-
-@every_implementation
-@pytest.mark.parametrize("change", CHANGES)
-@every_layer
-def test_no_stale_weight_after(name: str, change: str, implementation: str) -> None:
-    layer = MAKERS[name](implementation=implementation)
-    x = example(layer)
-    with torch.no_grad():
-        before = layer(x)
-        assert torch.equal(layer(x), before)
-        CHANGES[change](layer)
-        after = layer(x)
-        assert rel_error(after, uncached(layer, x)) <= 1e-12
-        assert rel_error(after, before) > 1e-3
-
-
-@every_layer
-def test_the_dense_weight_is_kept_while_nothing_changes(name: str) -> None:
-    layer = MAKERS[name](implementation="dense")
-    with torch.no_grad():
-        first = layer.runner.dense_weight(layer)
-        assert layer.runner.dense_weight(layer) is first
-        assert layer.resident_cache_bytes == first.numel() * 8
-        layer.cores[0].add_(0)
-        assert layer.runner.dense_weight(layer) is not first
-    layer.clear_cache()
-    assert layer.resident_cache_bytes == 0
-
-
-@every_layer
-def test_factorized_never_builds_the_dense_weight(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    layer = MAKERS[name](implementation="factorized")
-    monkeypatch.setattr(type(layer.format), "dense_group", lambda *a, **k: pytest.fail("built the dense weight"))
-    layer(example(layer)).sum().backward()
-    with torch.no_grad():
-        layer(example(layer))
-
-
-@every_layer
-def test_auto_builds_none_above_the_limit(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    layer = MAKERS[name](implementation="auto")
-    layer.dense_limit_bytes = layer.spec.weight.n_params * 8 - 1
-    monkeypatch.setattr(type(layer.format), "dense_group", lambda *a, **k: pytest.fail("built the dense weight"))
-    layer(example(layer)).sum().backward()
-    with torch.no_grad():
-        layer(example(layer))
-
-
-@every_layer
-def test_to_another_dtype_and_back(name: str) -> None:
-    layer = MAKERS[name]()
-    x = example(layer)
-    with torch.no_grad():
-        before = layer(x)
-        layer.to(torch.float32)
-        narrow = x.float() if x.is_floating_point() else x
-        found = layer(narrow)
-        assert found.dtype == torch.float32
-        assert rel_error(found, before) <= 1e-5
-        layer.double()
-        assert layer(x).dtype == torch.float64
-        assert rel_error(layer(x), uncached(layer, x)) <= 1e-12
-
-
-@every_layer
-def test_inference_mode_then_training(name: str) -> None:
-    layer = MAKERS[name]()
-    x = example(layer)
-    with torch.inference_mode():
-        before = layer(x)
-    found = layer(x)
-    assert rel_error(found, before) <= 1e-12
-    found.sum().backward()
-    assert all(p.grad is not None for p in layer.parameters())
-
-
-@every_layer
-def test_frozen_cores_still_pass_gradients_to_the_input(name: str) -> None:
-    layer = MAKERS[name]().requires_grad_(False)
-    x = example(layer)
-    if not x.is_floating_point():
-        assert not layer(x).requires_grad
-        return
-    for _ in range(2):  # the second call reads the weight that the first one kept
-        leaf = x.clone().requires_grad_()
-        other = x.clone().requires_grad_()
-        (mine,) = torch.autograd.grad(layer(leaf).square().sum(), leaf)
-        (exact,) = torch.autograd.grad(uncached(layer, other).square().sum(), other)
-        assert rel_error(mine, exact) <= 1e-12
-
-
-# -- from and to torch's layers -----------------------------------------------------------------------
 
 TORCH_LAYERS: dict[str, Callable[..., nn.Module]] = {
     "Linear": lambda **o: nn.Linear(12, 20, **o),
@@ -343,37 +209,16 @@ def test_ranks_and_modes_of_from_dense() -> None:
 @pytest.mark.cuda
 @every_layer
 def test_on_the_gpu(name: str) -> None:
-    layer = MAKERS[name]()
-    x = example(layer)
-    exact = uncached(layer, x)
+    layer, x = LAYERS[name]()
+    exact = layer(x).detach()
     layer.cuda()
     assert rel_error(layer(x.cuda()).cpu(), exact) <= 1e-12
     assert COUNTERPARTS[layer.dense_type].from_dense(layer.to_dense(), rank=2).cores[0].is_cuda
 
 
-# -- what a layer says of itself ----------------------------------------------------------------------
-
-
-@every_implementation
-@every_layer
-def test_plan_prints(name: str, implementation: str) -> None:
-    layer: Any = MAKERS[name](implementation=implementation)
-    for training in (True, False):
-        with torch.set_grad_enabled(training):
-            plan = layer.plan(16)
-            text = str(plan)
-            assert "flops" in text
-            assert len(text.splitlines()) >= 3
-            assert plan.predicted_s >= 0
-            assert plan.flops >= 0
-            if implementation != "auto":
-                assert plan.uses_dense == (implementation == "dense")
-
-
 @every_layer
 def test_plan_tells_what_forward_does(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    layer: Any = MAKERS[name]()
-    x = example(layer)
+    layer, x = LAYERS[name]()
     built = []
     whole = type(layer.format).dense_group
 
@@ -396,21 +241,9 @@ def test_plan_tells_what_forward_does(name: str, monkeypatch: pytest.MonkeyPatch
     assert bool(built) == plan.uses_dense
 
 
-@every_layer
-def test_repr_names_format_modes_ranks_and_counts(name: str) -> None:
-    layer = MAKERS[name]()
-    text = repr(layer)
-    for part in (
-        f"format={layer.spec.format}",
-        f"in_modes={layer.in_modes}",
-        f"out_modes={layer.out_modes}",
-        ",".join(map(str, layer.ranks)),
-        f"params={layer.n_params}",
-        "x smaller",
-    ):
-        assert part in text
-    if name.startswith("conv"):
-        assert "kernel_size=(3, 3), stride=(1, 1), padding=(1, 1)" in text
+def test_repr_of_a_convolution_has_its_options() -> None:
+    layer = tt.nn.Conv2d(4, 6, 3, padding=1, rank=3)
+    assert "kernel_size=(3, 3), stride=(1, 1), padding=(1, 1)" in repr(layer)
 
 
 def test_how_it_ran() -> None:

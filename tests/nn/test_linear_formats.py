@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from layer_agreement import IMPLEMENTATIONS, assert_agrees, assert_gradcheck
 from torch import Tensor, nn
 
 import tensortrain as tt
 from tensortrain.contract import NetworkPlan
 from tensortrain.errors import KindError
-from tensortrain.testing import rel_error
+from tensortrain.testing import IMPLEMENTATIONS, assert_agrees, assert_gradcheck, rel_error
 
 NETWORKS = ("cp", "tucker", "ring", "block_term", "btt")
 FORMATS = (*NETWORKS, "kronecker", "tt_separate")
@@ -56,19 +54,6 @@ def test_gradcheck(format: str) -> None:
 
 
 @every_format
-@every_implementation
-def test_autocast(implementation: Any, format: str) -> None:
-    layer = tt.nn.Linear(32, 24, format=format, rank=4, implementation=implementation, dtype=torch.float32)
-    x = torch.randn(9, 32, dtype=torch.float32)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        y = layer(x)
-    assert y.dtype == torch.bfloat16
-    assert rel_error(y.float(), F.linear(x, layer.weight, layer.bias)) <= 0.05
-    y.float().sum().backward()
-    assert all(core.grad is not None for core in layer.cores)
-
-
-@every_format
 @pytest.mark.parametrize("implementation", ["factorized", "dense"])
 def test_traced_programs(implementation: Any, format: str) -> None:
     torch._dynamo.reset()
@@ -85,31 +70,6 @@ def test_traced_programs(implementation: Any, format: str) -> None:
     assert all(rel_error(f, e) <= 1e-12 for f, e in zip(found, exact, strict=True))
     longer = torch.randn(11, 24)
     assert exported(longer).shape == (11, 18)
-
-
-@every_format
-def test_manners(format: str) -> None:
-    layer = tt.nn.Linear(64, 48, format=format, rank=8)
-    names = [f"cores.{k}" for k in range(len(layer.spec.core_shapes))]
-    assert list(layer.state_dict()) == ["bias", *names] or list(layer.state_dict()) == [*names, "bias"]
-    twin = copy.deepcopy(layer)
-    assert twin.spec == layer.spec
-    other = tt.nn.Linear(64, 48, format=format, rank=8)
-    other.load_state_dict(layer.state_dict())
-    x = torch.randn(3, 64)
-    with torch.no_grad():
-        assert torch.equal(other(x), layer(x))
-        assert rel_error(layer.to_dense()(x), layer(x)) <= 1e-12
-        layer(x), layer(x)
-        for core in layer.cores:
-            core.mul_(2)
-        assert rel_error(layer(x), layer.to_dense()(x)) <= 1e-12  # kept weights were made anew
-        assert rel_error(twin(x), other(x)) <= 1e-12
-    assert layer.n_params == sum(p.numel() for p in layer.parameters())
-    assert format in repr(layer)
-    assert layer.how_it_ran()
-    meta = tt.nn.Linear(64, 48, format=format, rank=8, device="meta")
-    assert meta.spec == layer.spec
 
 
 @pytest.mark.parametrize("format", NETWORKS)
@@ -130,18 +90,6 @@ def test_a_large_layer_runs_core_by_core() -> None:
     with torch.no_grad():
         assert not layer.plan(1).uses_dense
         assert layer.plan(1).speed_up > 1
-
-
-@every_format
-def test_from_dense(format: str) -> None:
-    dense = nn.Linear(12, 10)
-    exact = tt.nn.Linear.from_dense(dense, format=format)
-    x = torch.randn(4, 12)
-    assert rel_error(exact(x), dense(x)) <= 1e-11
-    close = tt.nn.Linear.from_dense(dense, format=format, eps=0.4)
-    assert rel_error(close.weight, dense.weight) <= 0.4
-    small = tt.nn.Linear.from_dense(dense, format=format, rank=2)
-    assert small.spec.ranks == tt.nn.Linear(12, 10, format=format, rank=2).spec.ranks
 
 
 @every_format

@@ -7,12 +7,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from layer_agreement import IMPLEMENTATIONS, assert_agrees, assert_gradcheck
 from torch import Tensor, nn
 
 import tensortrain as tt
 from tensortrain.contract import plan_chain
-from tensortrain.testing import rel_error
+from tensortrain.testing import IMPLEMENTATIONS, assert_agrees, assert_gradcheck, rel_error
 
 CASES: dict[str, tuple[int, int, dict[str, Any]]] = {
     "tt, modes chosen": (12, 20, {"rank": 3}),

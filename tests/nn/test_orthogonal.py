@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from layer_agreement import assert_gradcheck
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -18,7 +17,7 @@ import tensortrain as tt
 from tensortrain.errors import DTypeError, KindError, RankError, ShapeError
 from tensortrain.nn.shaping.constraints import Frame, Rotations, nearest_rotation
 from tensortrain.nn.shaping.orthogonal import OrthogonalCores
-from tensortrain.testing import rel_error
+from tensortrain.testing import assert_gradcheck, rel_error
 
 KINDS = ("slice", "left", "spectral")
 every_kind = pytest.mark.parametrize("kind", KINDS)

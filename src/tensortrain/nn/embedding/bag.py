@@ -224,7 +224,7 @@ class EmbeddingBag(Embedding):
         # Not with scale_grad_by_freq: on the CPU torch up to 2.13 divides by counts of other ids (pytorch #190063).
         return F.embedding_bag(
             places,
-            rows,
+            rows.to(self.cores[0].dtype),  # autocast lowers products, torch's bag keeps its dtype
             offsets,
             mode=self.mode,
             per_sample_weights=weights,

@@ -109,6 +109,13 @@ MOVED = {  # old name: where its content lies now, one or several modules
     "viz.text": "viz.report.text",
 }
 
+_RENAMED = {  # what has another name today, by its old module and name
+    "contract.plan.Kind": "PlanKind",
+    "tensor.decompose.Method": "SvdMethod",
+    "tensor.linalg.energy": "squared_norm",
+    "tensor.tolerance.Budget": "ErrorBudget",
+}
+
 
 def answer_old_names() -> None:
     """Let ``import`` find the old names, for as long as this process runs."""
@@ -120,14 +127,19 @@ def names_of_before(module: str, *homes: str) -> Callable[[str], Any]:
     """The ``__getattr__`` of a module that stayed, for names of it that lie in others now: pickles hold them too."""
 
     def look(name: str) -> Any:
+        new = _name_today(module, name)
         for home in homes if not name.startswith("__") else ():
             found = importlib.import_module(f"{_PACKAGE}.{home}")
-            if hasattr(found, name):
-                warnings.warn(f"{name} has moved to {found.__name__}: import it from there.", DeprecationWarning, 2)
-                return getattr(found, name)
+            if hasattr(found, new):
+                warnings.warn(f"{name} has moved to {found.__name__}.{new}.", DeprecationWarning, 2)
+                return getattr(found, new)
         raise AttributeError(f"module {module!r} has no attribute {name!r}")
 
     return look
+
+
+def _name_today(module: str, name: str) -> str:
+    return _RENAMED.get(f"{module}.{name}".removeprefix(f"{_PACKAGE}."), name)
 
 
 class _OldNames:
@@ -162,7 +174,7 @@ class _OldModule(ModuleType):
         found = [importlib.import_module(home) for home in self.homes]
         if name == "__all__":
             return [public for home in found for public in getattr(home, "__all__", ())]
-        wanted = self.__name__.rpartition(".")[2] if name == "__wrapped__" else name
+        wanted = self.__name__.rpartition(".")[2] if name == "__wrapped__" else _name_today(self.__name__, name)
         for home in found:
             if hasattr(home, wanted):
                 return getattr(home, wanted)

@@ -26,10 +26,10 @@ from tensortrain.contract.plan import Plan
 from tensortrain.contract.shape import ChainShape
 from tensortrain.system.tracing import sizes_of
 
-__all__ = ["ChainPlan", "ContractionPlan", "Direction", "Form", "Kind", "Step"]
+__all__ = ["ChainPlan", "ContractionPlan", "Direction", "Form", "PlanKind", "Step"]
 
 Direction = Literal["left-to-right", "right-to-left"]
-Kind = Literal["left-to-right", "right-to-left", "merged", "dense"]
+PlanKind = Literal["left-to-right", "right-to-left", "merged", "dense"]
 Form = Literal["linear", "flipped", "batched", "copied"]
 
 
@@ -95,7 +95,7 @@ class ChainPlan(Plan):
     """
 
     shape: ChainShape
-    kind: Kind
+    kind: PlanKind
     direction: Direction | None
     groups: tuple[tuple[int, int], ...]
     steps: tuple[Step, ...]

@@ -59,7 +59,7 @@ def plan_chain(
     Cost: O(d^2) predictions, remembered for equal arguments.
 
     Example:
-        >>> chain = Chain((4,) * 6, (2, 7, 8, 8, 7, 4), (1, 4, 4, 4, 4, 4, 1))
+        >>> chain = ChainShape((4,) * 6, (2, 7, 8, 8, 7, 4), (1, 4, 4, 4, 4, 4, 1))
         >>> plan_chain(chain, batch=1, cost_model=CostModel.reference("cpu")).kind
         'merged'
     """

@@ -175,7 +175,7 @@ class Plan(ABC):
 
         Example:
             >>> cores = [torch.randn(1, 4, 5, 3), torch.randn(3, 6, 7, 1)]
-            >>> plan = plan_chain(Chain.of(cores), batch=2)
+            >>> plan = plan_chain(ChainShape.of(cores), batch=2)
             >>> plan.execute(torch.randn(2, 35), cores).shape
             torch.Size([2, 24])
         """

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from tensortrain.contract.chain_plan import ChainPlan, Direction, Form, Kind, Step
+from tensortrain.contract.chain_plan import ChainPlan, Direction, Form, PlanKind, Step
 from tensortrain.contract.cost import CostModel
 from tensortrain.contract.merge import Merge, merge_order, run_numel
 from tensortrain.contract.shape import ChainShape
@@ -287,7 +287,7 @@ class ChainPricer:
 
     def plan(
         self,
-        kind: Kind,
+        kind: PlanKind,
         direction: Direction | None,
         steps: tuple[Step, ...],
         prepared_bytes: int,

@@ -13,7 +13,7 @@ from tensortrain.cores.linalg import cut, cut_along, gram_singular_values, singu
 from tensortrain.cores.ranks import RankLike, max_ranks, resolve_ranks
 from tensortrain.cores.scaling import split_pow2, times_pow2
 from tensortrain.cores.tolerance import (
-    Budget,
+    ErrorBudget,
     Finished,
     Sweep,
     checked_eps,
@@ -56,7 +56,7 @@ def _decomposed(x: Tensor, eps: float | None, max_rank: RankLike | None, method:
     problem = Unfolded.of(*_unit_scale(x, n_batch), n_batch)
     if x.numel() == 0 or not bool((problem.norm > 0).any()):
         return replace(Finished.zero(shape, x.shape[:n_batch], x, tolerance), method=method)
-    budget = Budget.of(tolerance, x.dtype, max_ranks(shape), caps)
+    budget = ErrorBudget.of(tolerance, x.dtype, max_ranks(shape), caps)
     sweep, used = METHODS[method](problem, float(budget.cut), caps)
 
     def again(closer: float) -> Sweep:

@@ -18,7 +18,6 @@ __all__ = [
     "cut",
     "cut_along",
     "cut_basis",
-    "energy",
     "gram_basis",
     "gram_root",
     "gram_singular_values",
@@ -28,6 +27,7 @@ __all__ = [
     "reorthonormalized",
     "robust_svd",
     "singular_values",
+    "squared_norm",
     "triangle",
 ]
 
@@ -213,7 +213,7 @@ def randomized_basis(a: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return (basis @ u)[..., :rank], s[..., :rank]
 
 
-def energy(x: Tensor, n_batch: int = 0) -> Tensor:
+def squared_norm(x: Tensor, n_batch: int = 0) -> Tensor:
     """Sum of the squared moduli of all entries, of each member of a batch, accurate to some roundings.
 
     Torch's norm adds up one after the other: over millions of entries its square is wrong by 1e-13, and differences

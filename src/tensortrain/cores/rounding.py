@@ -16,7 +16,7 @@ from tensortrain.cores.roots import Roots, Scaled, gram_roots, left_sizes, trian
 from tensortrain.cores.scaling import split_pow2, times_pow2
 from tensortrain.cores.sketch import OVERSAMPLING, Plain, sketched_cores
 from tensortrain.cores.tolerance import (
-    Budget,
+    ErrorBudget,
     Finished,
     Sizes,
     Sweep,
@@ -105,8 +105,8 @@ class _Problem:
     def cores(self) -> list[Tensor]:
         return self.train.cores
 
-    def budget(self, caps: Sequence[int], past: _Past, growth: Tensor | None = None) -> Budget:
-        return Budget.of(self.eps, self.dtype, self.ranks, caps, growth, past.before)
+    def budget(self, caps: Sequence[int], past: _Past, growth: Tensor | None = None) -> ErrorBudget:
+        return ErrorBudget.of(self.eps, self.dtype, self.ranks, caps, growth, past.before)
 
 
 def _round_svd(problem: _Problem, caps: Sequence[int]) -> Finished:

@@ -26,7 +26,7 @@ from tensortrain.cores.unfold import over_core
 from tensortrain.errors import RankError
 
 __all__ = [
-    "Budget",
+    "ErrorBudget",
     "Finished",
     "Sizes",
     "Sweep",
@@ -78,7 +78,7 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 @dataclass(frozen=True)
-class Budget:
+class ErrorBudget:
     """How much of ``eps`` may be cut off.
 
     Attributes:
@@ -100,8 +100,8 @@ class Budget:
         caps: Sequence[int],
         growth: Tensor | None = None,
         before: Tensor | float = 0.0,
-    ) -> Budget:
-        """Budget for a decomposition.
+    ) -> ErrorBudget:
+        """ErrorBudget for a decomposition.
 
         Args:
             eps: Tolerance asked for.
@@ -202,7 +202,7 @@ def settled(
     again: Callable[[float], Sweep],
     *,
     dtype: torch.dtype,
-    budget: Budget,
+    budget: ErrorBudget,
     caps: Sequence[int],
 ) -> Finished:
     """A sweep finished, or one at a lower tolerance than that of the budget if the first missed ``eps``.
@@ -226,7 +226,7 @@ def _total(sweep: Sweep) -> Tensor:
     return (tails.square().sum(0) + sweep.unseen**2).sqrt() + sweep.before
 
 
-def finish(sweep: Sweep, *, dtype: torch.dtype, budget: Budget) -> Finished:
+def finish(sweep: Sweep, *, dtype: torch.dtype, budget: ErrorBudget) -> Finished:
     """Scale and cast the cores of a sweep, and add up what is promised.
 
     Args:

@@ -12,12 +12,12 @@ from torch import Tensor
 from tensortrain.cores.linalg import (
     choose_rank,
     cut_basis,
-    energy,
     gram_basis,
     left_basis,
     orthonormal,
     randomized_basis,
     reorthonormalized,
+    squared_norm,
 )
 from tensortrain.cores.tolerance import Sweep, compute_dtype
 
@@ -55,7 +55,7 @@ class Unfolded:
     @classmethod
     def of(cls, x: Tensor, exponent: Tensor, n_batch: int) -> Unfolded:
         x = x.contiguous()
-        return cls(x, n_batch, energy(x, n_batch).sqrt(), exponent)
+        return cls(x, n_batch, squared_norm(x, n_batch).sqrt(), exponent)
 
     @property
     def modes(self) -> tuple[int, ...]:
@@ -147,8 +147,8 @@ def _cut_gram(a: Tensor, delta: Tensor, cap: int) -> tuple[Tensor | None, Tensor
         basis = reorthonormalized(a @ (basis / s.clamp_min(1e-300).unsqueeze(-2)))
     if rank == min(p, q):
         return basis, s, nothing
-    whole = energy(a, a.ndim - 2)
-    lost = whole - energy(basis.mH @ a, a.ndim - 2)
+    whole = squared_norm(a, a.ndim - 2)
+    lost = whole - squared_norm(basis.mH @ a, a.ndim - 2)
     return basis, s, (lost.clamp_min(0.0) + _SQUARES**2 * whole).sqrt()
 
 
@@ -157,7 +157,7 @@ def _sketched_cut(a: Tensor, delta: Tensor, cap: int) -> tuple[Tensor, Tensor, T
     if 4 * (cap + 10) > min(a.shape[-2:]) or a.ndim > 2:
         return cut_basis(a, delta, cap)
     basis, s = randomized_basis(a, cap)
-    whole = energy(a)
+    whole = squared_norm(a)
     # What the sketch missed is known to half the digits only: the difference of two squares.
     tail = ((whole - s.square().sum()).clamp_min(0.0) + _SQUARES**2 * whole).sqrt()
     # A tail within the tolerance means that a lower rank may do: that takes exact singular values.
@@ -282,7 +282,7 @@ def _row_basis(a: _Blocks, norm: float, tolerance: float, most: int) -> tuple[Te
         projected = a.times(new)
         w = new if w is None else torch.cat((w, new), dim=1)
         left = projected if left is None else torch.cat((left, projected), dim=1)
-        missing = 1.0 - float(energy(left)) / norm**2
+        missing = 1.0 - float(squared_norm(left)) / norm**2
         # The difference of squares decides where it can; else the residual itself is formed, block by block.
         lost = math.sqrt(max(missing, 0.0) + _SQUARES**2)
         if lost > tolerance and missing <= max(4.0 * tolerance**2, 4.0 * _SQUARES**2):

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tensortrain.contract import Chain, Network
+from tensortrain.contract import ChainShape, Network
 from tensortrain.contract.products import Legs, Product, contraction, contraction_flops, run
 
 __all__ = ["alternate", "chain_network", "sweep_flops"]
@@ -128,7 +128,7 @@ def _solve(normal: Tensor, right: Tensor) -> Tensor:
     return ((right @ vectors) * inverse) @ vectors.T
 
 
-def chain_network(chain: Chain) -> Network:
+def chain_network(chain: ChainShape) -> Network:
     """The network of a TT-matrix with cores ``(r, i, j, s)``, the boundary ranks left out."""
     d = chain.order
     bonds = [f"r{k}" for k in range(1, d)]

@@ -14,7 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from tensortrain.contract import Chain, ContractionPlan, Network
+from tensortrain.contract import ChainShape, ContractionPlan, Network
 from tensortrain.cores.tolerance import compute_dtype
 from tensortrain.errors import KindError, ShapeError
 from tensortrain.tensor import Approximation, default_eps
@@ -140,11 +140,11 @@ class Format(ABC):
 
     # -- how it runs ---------------------------------------------------------------------------------
 
-    def chain(self, spec: FactorSpec) -> Chain | None:
+    def chain(self, spec: FactorSpec) -> ChainShape | None:
         """The chain that carries the layer's matrix-vector product, if there is one (one group)."""
         return None
 
-    def contraction(self, spec: FactorSpec) -> Chain | Network | None:
+    def contraction(self, spec: FactorSpec) -> ChainShape | Network | None:
         """What carries a linear layer's product: the chain, or the network of a format that is none (one group)."""
         return self.chain(spec)
 
@@ -178,7 +178,7 @@ class Format(ABC):
         """
         raise KindError(f"format {self.name!r} does not convolve core by core. Use implementation='dense'.")
 
-    def channel_chain(self, spec: FactorSpec) -> Chain | None:
+    def channel_chain(self, spec: FactorSpec) -> ChainShape | None:
         """The chain that ``convolve`` runs over channels at every output position, if there is one."""
         return None
 

@@ -16,7 +16,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from tensortrain.contract import Chain, ContractionPlan, chain_lookup, chain_to_dense, merge_cores
+from tensortrain.contract import ChainShape, ContractionPlan, chain_lookup, chain_to_dense, merge_cores
 from tensortrain.cores.environments import value_parts
 from tensortrain.cores.gram import chain_squared_norm
 from tensortrain.cores.scaling import times_pow2
@@ -82,10 +82,10 @@ class ChainFormat(Format):
         merged = [m * n for m, n in zip(chain_out, chain_in, strict=True)]
         return FactorSpec(self.name, weight, outs, ins, resolve_ranks(merged, rank, clip=clips(rank, clip)))
 
-    def chain(self, spec: FactorSpec) -> Chain:
+    def chain(self, spec: FactorSpec) -> ChainShape:
         """The shapes of the chain, for planning."""
         outs, ins = self.chain_modes(spec)
-        return Chain(outs, ins, spec.ranks)
+        return ChainShape(outs, ins, spec.ranks)
 
     def group_core_shapes(self, spec: FactorSpec) -> tuple[tuple[int, ...], ...]:
         return self.chain(spec).core_shapes
@@ -279,12 +279,12 @@ class ChainFormat(Format):
     def n_filters(self, spec: FactorSpec) -> int | None:
         return None if self.channel_chain(spec) is None else spec.ranks[self.n_spatial(spec)]
 
-    def channel_chain(self, spec: FactorSpec) -> Chain | None:
+    def channel_chain(self, spec: FactorSpec) -> ChainShape | None:
         """Shapes of the channel chain that ``split_spatial`` returns."""
         outs, ins = self.chain_modes(spec)
         n = self.n_spatial(spec)
         r0 = spec.ranks[n]
-        return Chain(outs[n:], (r0 * ins[n], *ins[n + 1 :]), (1, *spec.ranks[n + 1 :]))
+        return ChainShape(outs[n:], (r0 * ins[n], *ins[n + 1 :]), (1, *spec.ranks[n + 1 :]))
 
     def convolve(
         self,

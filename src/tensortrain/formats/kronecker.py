@@ -15,7 +15,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from tensortrain.contract import Chain, ContractionPlan
+from tensortrain.contract import ChainShape, ContractionPlan
 
 from .base import Spatial
 from .chain import ChainFormat, Modes
@@ -57,7 +57,7 @@ class Kronecker(ChainFormat):
     def n_filters(self, spec: FactorSpec) -> int | None:
         return None
 
-    def channel_chain(self, spec: FactorSpec) -> Chain | None:
+    def channel_chain(self, spec: FactorSpec) -> ChainShape | None:
         return None if math.prod(spec.weight.kernel) > 1 else self.chain(spec)
 
     def convolve(

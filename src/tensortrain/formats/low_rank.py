@@ -23,7 +23,7 @@ from typing import ClassVar
 import torch.nn.functional as F
 from torch import Tensor
 
-from tensortrain.contract import Chain, ContractionPlan
+from tensortrain.contract import ChainShape, ContractionPlan
 
 from .base import Spatial, pointwise
 from .chain import ChainFormat, Modes
@@ -89,7 +89,7 @@ class LowRank(ChainFormat):
             return kernel.permute(k + 1, k, *range(k)), outputs
         return inputs.T, outputs
 
-    def channel_chain(self, spec: FactorSpec) -> Chain | None:
+    def channel_chain(self, spec: FactorSpec) -> ChainShape | None:
         return None
 
     def convolve(

@@ -17,7 +17,7 @@ from functools import lru_cache
 
 import torch
 
-from tensortrain.contract import Chain, plan_chain
+from tensortrain.contract import ChainShape, plan_chain
 from tensortrain.errors import ShapeError
 from tensortrain.tensor import resolve_ranks
 
@@ -150,7 +150,7 @@ def search_modes(
         ins, outs = suggest_modes(in_features, d, pad=pad), suggest_modes(out_features, d, pad=pad)
         for arranged in (outs[::-1], outs):
             ranks = resolve_ranks([m * n for m, n in zip(arranged, ins, strict=True)], rank)
-            chain = Chain(arranged, ins, ranks)
+            chain = ChainShape(arranged, ins, ranks)
             plan = plan_chain(chain, batch=batch, dtype=dtype, device=device, force="factorized")
             padding = chain.out_features * chain.in_features / (out_features * in_features) - 1
             found[arranged, ins] = ModeChoice(

@@ -22,10 +22,10 @@ from tensortrain.io.layers import check_counterpart, has_config
 from tensortrain.nn import CompositeLayer, FactorizedLayer
 from tensortrain.nn.counterparts import is_transformers_conv1d
 from tensortrain.system.store.recipe import (
-    Kind,
     LayerEntry,
     Recipe,
     TensorEntry,
+    TensorKind,
     dtype_named,
 )
 from tensortrain.system.store.storable import check_unsharded
@@ -271,7 +271,7 @@ class _Target:
     owner: nn.Module
     name: str
     tensor: Tensor
-    kind: Kind
+    kind: TensorKind
     device: torch.device
 
 
@@ -335,7 +335,7 @@ class _Assignments:
             known = self.made[first, place] = _new_tensor(value.to(place), self.stored.entries[first])
         self.todo.append(Put(target.owner, target.name, known))
 
-    def _is_free(self, own: Tensor, known: Tensor | None, first: str, kind: Kind) -> bool:
+    def _is_free(self, own: Tensor, known: Tensor | None, first: str, kind: TensorKind) -> bool:
         """Whether a tensor of the model may get this stored one: no other goes there, nor this one elsewhere."""
         here = identity_of(own, kind)
         return (known is None or identity_of(known, kind) == here) and self.filled.setdefault(here, first) == first

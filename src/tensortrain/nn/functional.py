@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from tensortrain.contract import Chain, plan_chain
+from tensortrain.contract import ChainShape, plan_chain
 from tensortrain.errors import ShapeError
 
 __all__ = ["tt_linear"]
@@ -35,7 +35,7 @@ def tt_linear(x: Tensor, cores: Sequence[Tensor], bias: Tensor | None = None) ->
         >>> tt_linear(torch.randn(7, 10), cores).shape
         torch.Size([7, 16])
     """
-    chain = Chain.of(cores)
+    chain = ChainShape.of(cores)
     if x.ndim == 0 or x.shape[-1] != chain.in_features:
         raise ShapeError(
             f"the input's last axis must match the input modes: found {tuple(x.shape)}, expected (..., "

@@ -17,11 +17,11 @@ from tensortrain.tensor.train import TensorTrain, checked_dims
 
 __all__ = ["cat", "diag", "dot", "kron", "pad", "stack"]
 
-Chain = TypeVar("Chain", bound=CoreChain)
+AnyTrain = TypeVar("AnyTrain", bound=CoreChain)
 
 
 @overload
-def dot(a: Chain, b: Chain, dims: None = None) -> Tensor: ...
+def dot(a: AnyTrain, b: AnyTrain, dims: None = None) -> Tensor: ...
 
 
 @overload
@@ -95,7 +95,7 @@ def _partial_dot(a: TensorTrain, b: TensorTrain, dims: Sequence[int]) -> Tensor 
     return left._joined(pieces)
 
 
-def kron(x: Chain, y: Chain) -> Chain:
+def kron(x: AnyTrain, y: AnyTrain) -> AnyTrain:
     """Kronecker product: the cores of ``x`` followed by those of ``y``.
 
     For matrices this is ``torch.kron`` of the dense ones; for trains the outer product, with modes

@@ -14,9 +14,9 @@ from tensortrain.tensor.approximation import Approximation
 from tensortrain.tensor.matrix import TTMatrix
 from tensortrain.tensor.train import TensorTrain
 
-__all__ = ["Method", "tt_svd", "unfolding_spectra"]
+__all__ = ["SvdMethod", "tt_svd", "unfolding_spectra"]
 
-Method = Literal["auto", "svd", "qr", "gram", "randomized"]
+SvdMethod = Literal["auto", "svd", "qr", "gram", "randomized"]
 
 
 def tt_svd(
@@ -24,7 +24,7 @@ def tt_svd(
     *,
     eps: float | None = None,
     max_rank: RankLike | None = None,
-    method: Method | str = "auto",
+    method: SvdMethod | str = "auto",
     out_modes: Sequence[int] | None = None,
     in_modes: Sequence[int] | None = None,
     shape: Sequence[int] | None = None,

@@ -22,8 +22,8 @@ from tensortrain.tensor.rounding import round_tt
 
 __all__ = ["hadamard", "matmul", "round_sum"]
 
-Chain = TypeVar("Chain", bound=CoreChain)
-Method = Literal["auto", "exact", "randomized", "zipup", "fit"]
+AnyTrain = TypeVar("AnyTrain", bound=CoreChain)
+ProductMethod = Literal["auto", "exact", "randomized", "zipup", "fit"]
 
 
 def matmul(
@@ -32,7 +32,7 @@ def matmul(
     *,
     eps: float | None = None,
     max_rank: RankLike | None = None,
-    method: Method | str = "auto",
+    method: ProductMethod | str = "auto",
     max_sweeps: int = 4,
 ) -> Approximation[Any]:
     """``a @ b`` for a train or a TTMatrix ``b``, rounded on the way.
@@ -77,14 +77,14 @@ def matmul(
 
 
 def hadamard(
-    x: Chain,
-    y: Chain,
+    x: AnyTrain,
+    y: AnyTrain,
     *,
     eps: float | None = None,
     max_rank: RankLike | None = None,
-    method: Method | str = "auto",
+    method: ProductMethod | str = "auto",
     max_sweeps: int = 4,
-) -> Approximation[Chain]:
+) -> Approximation[AnyTrain]:
     """``x * y``, entry by entry, rounded on the way; arguments and result as for ``matmul``.
 
     Args:
@@ -105,14 +105,14 @@ def hadamard(
 
 
 def round_sum(
-    terms: Sequence[Chain],
+    terms: Sequence[AnyTrain],
     weights: Sequence[float] | None = None,
     *,
     eps: float | None = None,
     max_rank: RankLike | None = None,
-    method: Method | str = "auto",
+    method: ProductMethod | str = "auto",
     max_sweeps: int = 4,
-) -> Approximation[Chain]:
+) -> Approximation[AnyTrain]:
     """The sum of many trains, rounded on the way; their ranks add up nowhere.
 
     Args:

@@ -14,18 +14,18 @@ from tensortrain.tensor.base import CoreChain, checked_chain
 
 __all__ = ["round_and_store", "round_tt"]
 
-Chain = TypeVar("Chain", bound=CoreChain)
-Method = Literal["svd", "gram", "randomized"]
+AnyTrain = TypeVar("AnyTrain", bound=CoreChain)
+RoundingMethod = Literal["svd", "gram", "randomized"]
 
 
 def round_tt(
-    x: Chain,
+    x: AnyTrain,
     *,
     eps: float | None = None,
     max_rank: RankLike | None = None,
-    method: Method | str = "svd",
+    method: RoundingMethod | str = "svd",
     max_params: int | None = None,
-) -> Approximation[Chain]:
+) -> Approximation[AnyTrain]:
     r"""Approximate a TensorTrain or TTMatrix by one of lower rank.
 
     Computed in float64 or complex128, and stored in the dtype of ``x``. All cores but the last are
@@ -75,7 +75,7 @@ def round_tt(
 
 @torch.no_grad()
 def round_and_store(
-    x: Chain, dtype: torch.dtype, *, eps: float, max_rank: RankLike | None = None
-) -> Approximation[Chain]:
+    x: AnyTrain, dtype: torch.dtype, *, eps: float, max_rank: RankLike | None = None
+) -> Approximation[AnyTrain]:
     """``round_tt`` of a train in a wide dtype, stored in another one, all of it within ``eps``."""
     return x._approximated(round_cores(x._merged(), x.center, eps=eps, max_rank=max_rank, dtype=dtype))

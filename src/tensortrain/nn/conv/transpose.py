@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tensortrain.contract import Chain
+from tensortrain.contract import ChainShape
 from tensortrain.errors import ShapeError
 from tensortrain.formats import FactorSpec, Rank
 from tensortrain.nn.base import Implementation, Init, as_tuple
@@ -199,7 +199,7 @@ class _ConvTransposeNd(ConvLayer):
         if chain is None or r0 is None:
             return Runner(chain)
         outs, ins = chain.out_modes, chain.in_modes
-        return Runner(Chain((r0 * outs[0], *outs[1:]), (ins[0] // r0, *ins[1:]), chain.ranks))
+        return Runner(ChainShape((r0 * outs[0], *outs[1:]), (ins[0] // r0, *ins[1:]), chain.ranks))
 
     def _chain_rows(self, batch: int, spatial: tuple[int, ...]) -> int:
         if self._n_filters is None:

@@ -19,11 +19,11 @@ from tensortrain.tensor.base import CoreChain
 
 __all__ = ["LineSearch", "armijo", "retract"]
 
-Chain = TypeVar("Chain", bound=CoreChain)
+AnyTrain = TypeVar("AnyTrain", bound=CoreChain)
 
 
 @torch.no_grad()
-def retract(x: Chain, tangent: TangentVector, t: float | Tensor = 1.0) -> Chain:
+def retract(x: AnyTrain, tangent: TangentVector, t: float | Tensor = 1.0) -> AnyTrain:
     r"""Move along a tangent vector and round back to the ranks of ``x``.
 
     ``R(x, t v)`` is ``x + t v`` rounded to the ranks of ``x``, by SVDs from the last bond to the first, so
@@ -68,7 +68,7 @@ def retract(x: Chain, tangent: TangentVector, t: float | Tensor = 1.0) -> Chain:
     return _scaled(x, [first, *cores], int(point.exponent + step))  # one sync: where the norm can go
 
 
-def _scaled(x: Chain, cores: list[Tensor], exponent: int) -> Chain:
+def _scaled(x: AnyTrain, cores: list[Tensor], exponent: int) -> AnyTrain:
     """A train like ``x``, times ``2**exponent``: all of it in the first core, or a part in each if it does not fit."""
     top = math.floor(math.log2(torch.finfo(x.dtype).max)) - 2
     if -top // 2 <= exponent <= top:

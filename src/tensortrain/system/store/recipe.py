@@ -30,7 +30,7 @@ __all__ = [
     "same_json",
 ]
 
-Kind = Literal["parameter", "buffer", "transient"]
+TensorKind = Literal["parameter", "buffer", "transient"]
 
 _FORMAT = "tensortrain-pretrained"
 _VERSION = 1
@@ -61,12 +61,12 @@ class TensorEntry:
 
     shape: tuple[int, ...]
     dtype: str
-    kind: Kind
+    kind: TensorKind
     requires_grad: bool = False
     stride: tuple[int, ...] | None = None
 
     @classmethod
-    def of(cls, tensor: Tensor, kind: Kind) -> TensorEntry:
+    def of(cls, tensor: Tensor, kind: TensorKind) -> TensorEntry:
         """Describe a tensor that will be stored."""
         shape, stride = tuple(tensor.shape), tuple(tensor.stride())
         plain = stride == c_strides(shape) or not is_dense_layout(shape, stride)

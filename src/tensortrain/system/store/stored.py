@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tensortrain.errors import CheckpointError, KindError
 from tensortrain.system.files import sync
 from tensortrain.system.store.folder import RECIPE, identity_on_disk, sha256_of
-from tensortrain.system.store.recipe import Kind, Recipe, TensorEntry, dtype_named
+from tensortrain.system.store.recipe import Recipe, TensorEntry, TensorKind, dtype_named
 from tensortrain.system.store.storable import check_storable, check_whole
 
 __all__ = ["StoredTensors", "identity_of", "listed", "named_tensors", "read_tensors", "write_tensors"]
@@ -55,7 +55,7 @@ class StoredTensors:
         return cls(tensors, aliases, entries)
 
 
-def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor, Kind]]:
+def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor, TensorKind]]:
     """Every parameter and buffer under every name it has."""
     for prefix, module in model.named_modules(remove_duplicate=False):
         if type(module).get_extra_state is not nn.Module.get_extra_state:
@@ -69,11 +69,11 @@ def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor, Kind]]:
                 yield lead + name, parameter, "parameter"
         for name, buffer in module._buffers.items():
             if buffer is not None:
-                kind: Kind = "transient" if name in module._non_persistent_buffers_set else "buffer"
+                kind: TensorKind = "transient" if name in module._non_persistent_buffers_set else "buffer"
                 yield lead + name, buffer, kind
 
 
-def identity_of(tensor: Tensor, kind: Kind) -> Any:
+def identity_of(tensor: Tensor, kind: TensorKind) -> Any:
     """Equal for tensors that are one: the same object, or the same view of one storage."""
     if tensor.is_meta or tensor.numel() == 0:
         return id(tensor)

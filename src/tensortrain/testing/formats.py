@@ -171,7 +171,7 @@ class FormatSuite(ABC):
             return
         format, weight = self.make()
         spec = self.spec_of(rank=2)
-        modes = {"in_modes": spec.in_modes, "out_modes": spec.out_modes}
+        modes: dict[str, Any] = {"in_modes": spec.in_modes, "out_modes": spec.out_modes}
         n_ids = math.prod(spec.in_modes)
         if weight.kind == "embedding" and n_ids != weight.in_features:  # rows that pad a vocabulary cost rank
             weight = replace(weight, in_features=n_ids)

@@ -9,6 +9,7 @@ import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -140,7 +141,7 @@ class LayerSuite(ABC):
                 layer, x = self.make(implementation=implementation, dtype=dtype), self.example()
                 x = x.to(dtype) if x.is_floating_point() else x
                 for each in (x, x[:1], x[:0]):
-                    assert_agrees(layer, each, lambda x, w, b, layer=layer: self.reference(layer, x, w, b))
+                    assert_agrees(layer, each, partial(self.reference, layer))
 
     def test_gradients(self) -> None:
         for implementation in ("factorized", "dense"):
@@ -338,19 +339,19 @@ class LayerSuite(ABC):
         dense = self.make().to_dense()
         weight: Any = dense.weight
         before, x = weight.detach().clone(), self.example()
-        options = {"format": self.make().spec.format}
-        exact = type(self.make()).from_dense(dense, **options)
+        name = self.make().spec.format
+        exact = type(self.make()).from_dense(dense, format=name)
         back = exact.to_dense()
         assert repr(back) == repr(dense)
-        assert rel_error(back.weight, before) <= 1e-11  # type: ignore[arg-type]
+        assert rel_error(back.weight, before) <= 1e-11
         assert rel_error(exact(x), dense(x)) <= 1e-11
-        close = type(exact).from_dense(dense, eps=0.3, **options)
-        assert rel_error(close.to_dense().weight, before) <= 0.3  # type: ignore[arg-type]
+        close = type(exact).from_dense(dense, format=name, eps=0.3)
+        assert rel_error(close.to_dense().weight, before) <= 0.3
         assert torch.equal(weight, before)
 
     def test_from_torch_keeps_mode_and_what_is_frozen(self) -> None:
         dense = self.make(dtype=torch.float32).to_dense().eval()
-        dense.weight.requires_grad_(False)  # type: ignore[operator, union-attr]
+        dense.weight.requires_grad_(False)
         layer = type(self.make()).from_dense(dense, format=self.make().spec.format, rank=2)
         assert not layer.training
         assert {p.dtype for p in layer.parameters()} == {torch.float32}
@@ -358,9 +359,9 @@ class LayerSuite(ABC):
         back = layer.to_dense()
         assert type(back) is type(dense)
         assert not back.training
-        assert not back.weight.requires_grad  # type: ignore[union-attr]
+        assert not back.weight.requires_grad
         if layer.bias is not None:
-            assert torch.equal(layer.bias, dense.bias)  # type: ignore[arg-type]
+            assert torch.equal(layer.bias, dense.bias)
             assert layer.bias is not dense.bias
             assert layer.bias.requires_grad
 

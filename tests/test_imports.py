@@ -19,10 +19,6 @@ _NAMES_BEFORE = {
     module: names.split() for module, _, names in (line.partition(":") for line in _BEFORE.read_text().splitlines())
 }
 
-# Helpers between two modules of the package, that went when their users did.
-_GONE = {"tensortrain.tensor.matrix": {"times_train_core"}, "tensortrain.tensor.rounding": {"round_and_store"}}
-for _module, _names in _GONE.items():
-    _NAMES_BEFORE[_module] = [name for name in _NAMES_BEFORE[_module] if name not in _names]
 
 # What users build on: these folders' public names are those of the version before, and what is new.
 _NEW_NAMES: dict[str, set[str]] = {

@@ -67,6 +67,14 @@ class Plan(ABC):
     inside: tuple[int, int] | None = None
     compiled: Compiled = field(default_factory=Compiled, init=False, compare=False, repr=False)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Plans pickled by the version before call their shape a chain or a network, and hold nothing compiled."""
+        shape = next(state[name] for name in ("shape", "chain", "network") if name in state)
+        values = {"inside": None, "compiled": Compiled(), **state, "shape": shape}
+        for name in ("chain", "network"):
+            values.pop(name, None)
+        self.__dict__.update(values)
+
     # -- what it is ----------------------------------------------------------------------------------
 
     @property

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from tensortrain._moved import names_of_before
 from tensortrain.cores.decompose import unfolding_spectra
 from tensortrain.cores.dense import SLAB_BYTES, cores_of_dense
 from tensortrain.cores.ranks import RankLike
@@ -101,3 +102,6 @@ def tt_svd(
     else:
         value = TTMatrix.from_merged(done.cores, out_modes, in_modes, done.center)
     return Approximation(value, done.bound, done.info)
+
+
+__getattr__ = names_of_before(__name__, "tensor.decompose")

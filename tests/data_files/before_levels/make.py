@@ -160,7 +160,7 @@ class StopAt:
 def trained() -> nn.Module:
     """A model with noise and batch norm, that is made anew for every run."""
     torch.manual_seed(5)
-    model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Dropout(0.3), nn.Linear(8, 3))
+    model = nn.Sequential(nn.Linear(6, 8, bias=False), nn.BatchNorm1d(8), nn.Dropout(0.3), nn.Linear(8, 3))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(numbers(*parameter.shape))

@@ -167,9 +167,8 @@ def bench(
         example = example_inputs(found.model, shape)
         if example is None:
             raise ShapeError(
-                f"a model must be given inputs: those of {found.name} are not known. Pass their shape, such "
-                "as "
-                "--shape 3x224x224."
+                f"a model must be given inputs: those of {found.name} are not known. Pass their shape, such as --shape "
+                "3x224x224."
             )
         for name, model in contestants.items():
             check_fits(model, example.expand(2, *example.shape[1:]), name)

@@ -191,9 +191,8 @@ def _call(factory: Callable[[], Any], text: str) -> nn.Module:
         raise
     except (Exception, SystemExit) as error:
         raise KindError(
-            f"a model's function must run without arguments: {text!r} raises {type(error).__name__} "
-            f"({error}). "
-            "Wrap it in a function that needs none."
+            f"a model's function must run without arguments: {text!r} raises {type(error).__name__} ({error}). Wrap it "
+            "in a function that needs none."
         ) from error
     if not isinstance(model, nn.Module):
         raise KindError(
@@ -246,12 +245,10 @@ def _read_state(path: Path) -> Any:
         if isinstance(error, pickle.UnpicklingError):  # its text advises to load the file all the same
             reason = "it holds Python objects other than tensors"
         raise CheckpointError(
-            f"weights must be readable without running code: {path} has {type(error).__name__} "
-            f"({reason:.160}). "
-            "Save a plain state dict, best as safetensors."
+            f"weights must be readable without running code: {path} has {type(error).__name__} ({reason:.160}). Save a "
+            "plain state dict, best as safetensors."
         ) from error
     raise CheckpointError(
-        f"weights must be of a known kind: {path} ends in {path.suffix!r}, expected .safetensors, .pt or "
-        ".pth. "
-        "Save them with safetensors.torch.save_file."
+        f"weights must be of a known kind: {path} ends in {path.suffix!r}, expected .safetensors, .pt or .pth. Save "
+        "them with safetensors.torch.save_file."
     )

@@ -91,9 +91,8 @@ Chain = ChainShape  # its public name
 def _check_modes(out_modes: tuple[int, ...], in_modes: tuple[int, ...]) -> None:
     if len(out_modes) != len(in_modes) or not out_modes:
         raise ShapeError(
-            f"a chain must have one output and one input mode per core: out_modes has {len(out_modes)} "
-            f"and in_modes {len(in_modes)}, expected the same number, at least 1. "
-            "Pad the shorter list with modes of size 1."
+            f"a chain must have one output and one input mode per core: out_modes has {len(out_modes)} and in_modes "
+            f"{len(in_modes)}, expected the same number, at least 1. Pad the shorter list with modes of size 1."
         )
     for name, modes in (("out_modes", out_modes), ("in_modes", in_modes)):
         if min(modes) < 1:
@@ -126,7 +125,7 @@ def _check_cores(cores: Sequence[Tensor]) -> None:
     for k in range(1, len(cores)):
         if shapes[k - 1][3] != shapes[k][0]:
             raise ShapeError(
-                f"neighbouring cores must share a rank: cores[{k - 1}] has shape "
-                f"{shapes[k - 1]} and cores[{k}] {shapes[k]}, expected the last "
-                "size of one to be the first of the next. Build the cores from one list of ranks."
+                f"neighbouring cores must share a rank: cores[{k - 1}] has shape {shapes[k - 1]} and cores[{k}] "
+                f"{shapes[k]}, expected the last size of one to be the first of the next. Build the cores from one "
+                "list of ranks."
             )

@@ -177,8 +177,7 @@ def _unit_scale(x: Tensor, n_batch: int) -> tuple[Tensor, Tensor]:
     if not math.isfinite(largest):
         n_bad = int((~torch.isfinite(x)).sum())
         raise NonFiniteError(
-            f"a tensor must be finite to be decomposed: x has {n_bad} NaN or Inf among {x.numel()} entries, "
-            f"expected "
+            f"a tensor must be finite to be decomposed: x has {n_bad} NaN or Inf among {x.numel()} entries, expected "
             "none. Find where they come from, or replace them with torch.nan_to_num."
         )
     if smallest > 1e-100 and largest < 1e100:

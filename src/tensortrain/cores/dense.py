@@ -55,8 +55,7 @@ def _paired(x: Tensor, out_modes: Sequence[int] | None, in_modes: Sequence[int] 
     out, into = tuple(int(n) for n in out_modes), tuple(int(n) for n in in_modes)
     if len(out) != len(into) or not out:
         raise ShapeError(
-            f"out_modes and in_modes must have one length: they have {len(out)} and {len(into)} entries, "
-            f"expected "
+            f"out_modes and in_modes must have one length: they have {len(out)} and {len(into)} entries, expected "
             "equal lengths of at least 1. Pad the shorter one with modes of size 1."
         )
     if x.ndim != 2 + n_batch:
@@ -64,8 +63,7 @@ def _paired(x: Tensor, out_modes: Sequence[int] | None, in_modes: Sequence[int] 
     for name, modes, size in (("out_modes", out, x.shape[-2]), ("in_modes", into, x.shape[-1])):
         if math.prod(modes) != size or min(modes) < 1:
             raise ShapeError(
-                f"{name} must multiply to the size of its axis: {name} has {modes} with product "
-                f"{math.prod(modes)}, "
+                f"{name} must multiply to the size of its axis: {name} has {modes} with product {math.prod(modes)}, "
                 f"expected {size} (x has shape {tuple(x.shape)}). Choose factors of {size}."
             )
     return dense_to_paired(x, out, into)

@@ -301,8 +301,7 @@ def _rotated_basis(a: Tensor) -> tuple[Tensor, Tensor]:
         basis = torch.linalg.eigh(a @ a.mH).eigenvectors
     except torch.linalg.LinAlgError as error:
         raise ConvergenceError(
-            f"a factorization must converge: both the SVD and the eigenvalues of a {tuple(a.shape)} matrix "
-            f"did not. "
+            f"a factorization must converge: both the SVD and the eigenvalues of a {tuple(a.shape)} matrix did not. "
             "Rescale the data, or look for entries of wildly different size."
         ) from error
     norms = torch.linalg.vector_norm(basis.mH @ a, dim=-1)

@@ -111,8 +111,7 @@ def _full_tuple(rank: Sequence[int], order: int) -> tuple[int, ...]:
         return (1, *ranks, 1)
     if len(ranks) != order + 1:
         raise RankError(
-            f"a rank tuple must fit the order: rank has {len(ranks)} entries, expected {order - 1} inner "
-            f"ranks or "
+            f"a rank tuple must fit the order: rank has {len(ranks)} entries, expected {order - 1} inner ranks or "
             f"{order + 1} with the boundary ones. Pass one rank between each pair of neighbouring modes."
         )
     if ranks[0] != 1 or ranks[-1] != 1:

@@ -52,8 +52,7 @@ def _check_core(core: Any, k: int, axes: Sequence[str]) -> None:
         )
     if core.shape[-len(axes)] < 1 or core.shape[-1] < 1:
         raise ShapeError(
-            f"ranks must be at least 1: cores[{k}] has shape {tuple(core.shape)}, expected positive first "
-            f"and last "
+            f"ranks must be at least 1: cores[{k}] has shape {tuple(core.shape)}, expected positive first and last "
             "sizes. Use zero cores of rank 1 for the zero tensor."
         )
     if core.dtype not in DTYPES:
@@ -74,10 +73,8 @@ def _check_ranks(cores: Sequence[Tensor], n_axes: int) -> None:
         left, right = cores[k], cores[k + 1]
         if left.shape[-1] != right.shape[-n_axes]:
             raise ShapeError(
-                f"neighbouring cores must share a rank: cores[{k}] has last size {left.shape[-1]} but "
-                f"cores[{k + 1}] "
-                f"starts with {right.shape[-n_axes]} (shapes {tuple(left.shape)} and {tuple(right.shape)}), "
-                f"expected "
+                f"neighbouring cores must share a rank: cores[{k}] has last size {left.shape[-1]} but cores[{k + 1}] "
+                f"starts with {right.shape[-n_axes]} (shapes {tuple(left.shape)} and {tuple(right.shape)}), expected "
                 "equal sizes. Build consistent cores with tensortrain.randn(shape, rank)."
             )
 
@@ -86,14 +83,12 @@ def _check_uniform(cores: Sequence[Tensor]) -> None:
     for k, core in enumerate(cores):
         if core.dtype != cores[0].dtype:
             raise DTypeError(
-                f"cores must share a dtype: cores[{k}] has {core.dtype}, expected {cores[0].dtype} as "
-                f"cores[0]. "
-                "Cast all with .to(dtype)."
+                f"cores must share a dtype: cores[{k}] has {core.dtype}, expected {cores[0].dtype} as cores[0]. Cast "
+                "all with .to(dtype)."
             )
         if core.device != cores[0].device:
             raise DeviceError(
-                f"cores must share a device: cores[{k}] has {core.device}, expected {cores[0].device} as "
-                f"cores[0]. "
+                f"cores must share a device: cores[{k}] has {core.device}, expected {cores[0].device} as cores[0]. "
                 "Move all with .to(device)."
             )
 
@@ -117,8 +112,7 @@ def checked_center(center: tuple[int, int], order: int) -> tuple[int, int]:
     hi = order - 1 if hi == -1 else hi
     if not 0 <= lo <= hi < order:
         raise ShapeError(
-            f"the center must be a range of cores: center has {tuple(center)}, expected 0 <= lo <= hi <= "
-            f"{order - 1}. "
+            f"the center must be a range of cores: center has {tuple(center)}, expected 0 <= lo <= hi <= {order - 1}. "
             "Leave it out if the canonical form is unknown."
         )
     return lo, hi

@@ -47,9 +47,8 @@ def parse_idx(content: bytes, *, where: str) -> Tensor:
     """
     if len(content) < 4 or content[:3] != bytes((0, 0, _UNSIGNED_BYTE)):
         raise DataError(
-            f"an IDX file of bytes must start with 00 00 08: {where} has "
-            f"{content[:4].hex(' ') or 'nothing'}, expected that magic number. Check that this is the right "
-            "file."
+            f"an IDX file of bytes must start with 00 00 08: {where} has {content[:4].hex(' ') or 'nothing'}, expected "
+            "that magic number. Check that this is the right file."
         )
     n_axes = content[3]
     header_bytes = 4 + 4 * n_axes

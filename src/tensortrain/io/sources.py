@@ -228,8 +228,7 @@ def _transformers_class(name: str, where: str) -> Any:
     known = isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)
     if not known or cls.config_class is None:
         raise CheckpointError(
-            f"a recipe must name a model class of transformers: {where} has {name!r:.60}, expected a "
-            "subclass of "
+            f"a recipe must name a model class of transformers: {where} has {name!r:.60}, expected a subclass of "
             "PreTrainedModel in this release. Update transformers, or pass model=."
         )
     return cls

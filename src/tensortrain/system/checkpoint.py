@@ -68,8 +68,8 @@ class RunFile:
             odd = ["starting weights"]
         if odd:
             raise CheckpointError(
-                f"a checkpoint must be of the same run: {self.path} has other "
-                f"{', '.join(odd)}, expected those of this call. Use another file to keep both."
+                f"a checkpoint must be of the same run: {self.path} has other {', '.join(odd)}, expected those of this "
+                "call. Use another file to keep both."
             )
 
 

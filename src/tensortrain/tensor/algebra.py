@@ -60,8 +60,7 @@ def dot(a: Any, b: Any, dims: Sequence[int] | int | None = None) -> Tensor | Ten
             return _partial_dot(a, b, sorted(chosen))
     if a._modes_by_name() != b._modes_by_name():
         raise ShapeError(
-            f"operands of dot must have equal modes: b has {b._modes_by_name()}, expected "
-            f"{a._modes_by_name()}. "
+            f"operands of dot must have equal modes: b has {b._modes_by_name()}, expected {a._modes_by_name()}. "
             "Reshape or pad one of them."
         )
     wide = work_dtype(a.dtype)
@@ -166,9 +165,8 @@ def pad(x: TensorTrain, widths: Sequence[tuple[int, int]], value: complex = 0) -
     pairs = [(int(before), int(after)) for before, after in widths]
     if len(pairs) != x.order or any(w < 0 for pair in pairs for w in pair):
         raise ShapeError(
-            f"pad needs two widths of at least 0 for each mode: widths has {pairs}, expected {x.order} "
-            f"pairs. "
-            "Pass ((before, after), ...); slice to shrink."
+            f"pad needs two widths of at least 0 for each mode: widths has {pairs}, expected {x.order} pairs. Pass "
+            "((before, after), ...); slice to shrink."
         )
     if value == 0:
         return _pad_zeros(x, pairs)
@@ -214,8 +212,7 @@ def _checked_parts(operation: str, trains: Sequence[TensorTrain]) -> list[Tensor
         check_same_kind(operation, parts[0], part)
         if part.order != parts[0].order:
             raise ShapeError(
-                f"{operation} needs trains of one order: one has {part.order} modes, expected "
-                f"{parts[0].order}. "
-                "Insert a mode with x[None]."
+                f"{operation} needs trains of one order: one has {part.order} modes, expected {parts[0].order}. Insert "
+                "a mode with x[None]."
             )
     return parts

@@ -373,8 +373,7 @@ class CoreChain(ABC):
         scalar = as_scalar(other, self.batch_shape)
         if scalar is None:
             raise KindError(
-                f"a train divides by a number only: the right of / has {type(other).__name__}, expected a "
-                f"number. "
+                f"a train divides by a number only: the right of / has {type(other).__name__}, expected a number. "
                 "Approximate the quotient with tensortrain.cross."
             )
         return self._scaled(lambda core: core / over_core(scalar), scalar)
@@ -448,8 +447,7 @@ def check_same_kind(operation: str, left: CoreChain, right: Any) -> None:
     """Operands of one kind, dtype and device."""
     if type(left) is not type(right):
         raise KindError(
-            f"operands of {operation} must be of one kind: the right one has {type(right).__name__}, "
-            f"expected "
+            f"operands of {operation} must be of one kind: the right one has {type(right).__name__}, expected "
             f"{type(left).__name__} or a number. Convert it with from_dense, or the left one with to_dense()."
         )
     check_same_place(operation, left, right)
@@ -459,9 +457,8 @@ def check_same_place(operation: str, left: CoreChain | Tensor, right: CoreChain 
     """Operands of one dtype and device."""
     if left.dtype != right.dtype:
         raise DTypeError(
-            f"operands of {operation} must share a dtype: the right one has {right.dtype}, expected "
-            f"{left.dtype}. "
-            "Cast one with .to(dtype)."
+            f"operands of {operation} must share a dtype: the right one has {right.dtype}, expected {left.dtype}. Cast "
+            "one with .to(dtype)."
         )
     if left.device != right.device:
         raise DeviceError(

@@ -129,8 +129,7 @@ def _pairs(out_modes: Sequence[int], in_modes: Sequence[int]) -> list[tuple[int,
     out, into = _checked_modes("out_modes", out_modes), _checked_modes("in_modes", in_modes)
     if len(out) != len(into):
         raise ShapeError(
-            f"out_modes and in_modes must have one length: they have {len(out)} and {len(into)} entries, "
-            f"expected "
+            f"out_modes and in_modes must have one length: they have {len(out)} and {len(into)} entries, expected "
             "equal lengths. Pad the shorter one with modes of size 1."
         )
     return list(zip(out, into, strict=True))

@@ -319,9 +319,8 @@ class TTMatrix(CoreChain):
         ):
             if mine != theirs:
                 raise ShapeError(
-                    f"matrices must have equal modes: the right operand has {name} {theirs}, expected "
-                    f"{mine}. "
-                    "Build both with the same modes."
+                    f"matrices must have equal modes: the right operand has {name} {theirs}, expected {mine}. Build "
+                    "both with the same modes."
                 )
         return broadcast_batch(self, other)
 
@@ -359,9 +358,8 @@ def _row_index(entry: Any, size: int) -> int | None:
         return None
     if isinstance(entry, bool) or not hasattr(entry, "__index__"):
         raise KindError(
-            f"a row or column is an integer or a full slice: the index has {entry!r}, expected an int or "
-            f"':'. "
-            "Index the modes through TensorTrain, or use to_dense()."
+            f"a row or column is an integer or a full slice: the index has {entry!r}, expected an int or ':'. Index "
+            "the modes through TensorTrain, or use to_dense()."
         )
     at = entry.__index__()
     if not -size <= at < size:

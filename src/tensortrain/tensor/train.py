@@ -259,8 +259,7 @@ class TensorTrain(CoreChain):
             shape = torch.broadcast_shapes(left.shape, right.shape)
         except RuntimeError:
             raise ShapeError(
-                f"modes must broadcast, last to last: the right operand has {right.shape}, expected a match "
-                f"for "
+                f"modes must broadcast, last to last: the right operand has {right.shape}, expected a match for "
                 f"{left.shape}. Sizes must be equal, or one of them 1."
             ) from None
         return tuple(TensorTrain(tuple(broadcast_cores(x.cores, shape))) for x in (left, right))  # type: ignore[return-value]

@@ -121,8 +121,8 @@ def feature_loss(
     """
     if kind not in _FEATURE_DISTANCES:
         raise KindError(
-            f"a feature loss must be known: kind has {kind!r}, expected one of "
-            f"{', '.join(_FEATURE_DISTANCES)}. Choose one of these."
+            f"a feature loss must be known: kind has {kind!r}, expected one of {', '.join(_FEATURE_DISTANCES)}. Choose "
+            "one of these."
         )
     return _Feature(teacher, output, kind)
 
@@ -139,9 +139,8 @@ class _CrossEntropy:
         labels = read_batch(model, batch).labels
         if labels is None:
             raise KindError(
-                "cross entropy must have labels: the batch has none, expected (x, y) or a dict with "
-                "'labels'. "
-                "Use distillation_loss or feature_loss for data without labels."
+                "cross entropy must have labels: the batch has none, expected (x, y) or a dict with 'labels'. Use "
+                "distillation_loss or feature_loss for data without labels."
             )
         if n_examples(batch) == 0:
             return None

@@ -1,4 +1,4 @@
-"""The plan that thinks least: one rank for all layers. A baseline to compare allocations with."""
+"""The simplest plan: one rank for all layers. A baseline to compare allocations with."""
 
 from __future__ import annotations
 

@@ -352,8 +352,8 @@ def _check_mask(name: str, mask: Tensor, shapes: Sequence[tuple[int, ...]]) -> N
         )
     if sizes_of(mask) not in shapes:
         raise ShapeError(
-            f"{name} must fit queries and keys: found {sizes_of(mask)}, expected "
-            f"{' or '.join(map(str, shapes))}. Check the lengths, and True means blanked out."
+            f"{name} must fit queries and keys: found {sizes_of(mask)}, expected {' or '.join(map(str, shapes))}. "
+            "Check the lengths, and True means blanked out."
         )
 
 

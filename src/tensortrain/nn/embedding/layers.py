@@ -1,4 +1,4 @@
-"""Embedding with a factorized table, and beside it, if asked for, exact rows of the ids met most."""
+"""Embedding with a factorized table, and beside it, if asked for, exact rows of the most frequent ids."""
 
 from __future__ import annotations
 
@@ -235,7 +235,7 @@ class Embedding(FactorizedLayer):
     def populate_hot_rows_(
         self: Self, counts: Tensor | None = None, *, ids: Tensor | None = None, table: Tensor | None = None
     ) -> Self:
-        """Give the ids met most a row of their own, equal to the row that they have now.
+        """Give the most frequent ids a row of their own, equal to the row that they have now.
 
         From then on these rows are trained as free parameters, and the cores no longer by these ids. Ids that
         were hot and no longer are go back to the row of the cores.
@@ -456,7 +456,7 @@ def _check_counts(counts: Tensor, n_ids: int) -> Tensor:
 
 
 def _hottest(counts: Tensor, n: int, padding_idx: int | None) -> Tensor:
-    """The ``n`` ids met most, sorted; -1 in front where fewer are met at all. Ties go to the lower id."""
+    """The ``n`` most frequent ids, sorted; -1 in front where fewer occur at all. Ties go to the lower id."""
     if padding_idx is not None:
         counts = counts.index_fill(0, torch.tensor(padding_idx, device=counts.device), 0)  # its row is zero anyway
     most, ids = counts.sort(descending=True, stable=True)

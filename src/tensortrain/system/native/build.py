@@ -72,9 +72,8 @@ def _build_at(target: Path) -> None:
 def _compile(folder: Path) -> Path:
     # In a process of its own: torch imports what it has compiled, and that must happen at the final place.
     program = (
-        "import sys\n"
-        "from torch.utils.cpp_extension import load\n"
-        "load(sys.argv[1], [sys.argv[2]], build_directory=sys.argv[3], extra_cflags=['-O2'], verbose=True)\n"
+        "import sys\nfrom torch.utils.cpp_extension import load\nload(sys.argv[1], [sys.argv[2]], "
+        "build_directory=sys.argv[3], extra_cflags=['-O2'], verbose=True)\n"
     )
     source = str(SOURCES / "module.cpp")
     command = [sys.executable, "-c", program, MODULE, source, str(folder)]

@@ -298,9 +298,8 @@ def read_recipe(folder: Path) -> str:
 def _check_complete(folder: Path) -> None:
     if not folder.is_dir():
         raise CheckpointError(
-            f"a checkpoint must be a folder: {folder} "
-            f"{'is a file' if folder.exists() else 'does not exist'}, "
-            "expected one that save_pretrained wrote. Check the path."
+            f"a checkpoint must be a folder: {folder} {'is a file' if folder.exists() else 'does not exist'}, expected "
+            "one that save_pretrained wrote. Check the path."
         )
     # Not what lies in them: they may vanish while one looks.
     begun = (folder / RECIPE).is_file() and any(folder.glob(f"{_STAGE}*"))

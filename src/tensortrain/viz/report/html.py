@@ -93,9 +93,8 @@ def _tone(row: LatencyRow) -> str:
 def _tile(heading: str, value: str, details: Sequence[str], tone: str = "") -> str:
     number, _, unit = value.partition(" ") if value[:1].isdigit() else ("", "", value)  # words are set small
     return (
-        f"<div class='tile {tone}'><h2>{escape(heading)}</h2>"
-        f"<p class=value>{escape(number)} <small>{escape(unit)}</small></p>"
-        f"<p class=detail>{'<br>'.join(map(escape, details))}</p></div>"
+        f"<div class='tile {tone}'><h2>{escape(heading)}</h2><p class=value>{escape(number)} "
+        f"<small>{escape(unit)}</small></p><p class=detail>{'<br>'.join(map(escape, details))}</p></div>"
     )
 
 

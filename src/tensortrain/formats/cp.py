@@ -89,7 +89,7 @@ class CP(NetworkFormat):
             return (rank,)
         most = tensor.numel() // sum(tensor.shape)  # beyond it nothing is saved, and fibres are exact
         n_starts = _N_STARTS  # a weight may well have the least rank itself
-        while rank < min(cap, most):
+        while rank < cap and rank <= most:
             if cp_factors(tensor, rank, n_starts=n_starts)[1] <= eps:
                 return (rank,)
             n_starts = 1

@@ -57,7 +57,7 @@ CASES = {
     "block_term embedding": ("block_term", WeightShape("embedding", 6, 11)),
     # Small: every rank up to the largest is tried, by alternating least squares.
     "cp linear": ("cp", WeightShape("linear", 4, 6)),
-    "cp conv": ("cp", WeightShape("conv", 4, 2, (3,))),
+    "cp conv": ("cp", WeightShape("conv", 2, 3, (3,))),
 }
 
 

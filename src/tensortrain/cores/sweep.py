@@ -233,7 +233,8 @@ class _Keeper:
         self.generator, self.state = generator, state
         self.file: RunFile | None = None
         if path is not None:
-            settings = {"kind": "sweep", "n_sites": n_sites}
+            # Two starts may differ by a power of two alone, which their cores do not show.
+            settings = {"kind": "sweep", "n_sites": n_sites, "scale": state.exponent.tolist()}
             self.file = RunFile(path, every_s, settings, start_signature(state.cores))
 
     def keep(self, run: _Run, *, at_once: bool = False) -> None:

@@ -13,7 +13,7 @@ import torch
 
 from tensortrain.cores.algebra import contract
 from tensortrain.cores.canonical import Gauged
-from tensortrain.cores.environments import Data, Environments, Overlap, Sandwich, Together
+from tensortrain.cores.environments import Data, Environments, Overlap, Sandwich, Together, value_parts
 from tensortrain.cores.scaling import times_pow2
 from tensortrain.cores.sketch import Plain
 from tensortrain.cores.sweep import Cuts, sweep
@@ -378,3 +378,13 @@ def test_labels_move_along_as_several_eigenvectors(generator):
     together = torch.stack([contract([*state.cores[:-1], one]).flatten() for one in state.cores[-1]])
     together = times_pow2(together, state.exponent)
     assert float((together @ together.T - torch.eye(n_states)).abs().max()) < 1e-8
+
+
+def test_a_batch_without_members_is_swept():
+    cores = [torch.zeros(0, *shape, dtype=torch.float64) for shape in ((1, 2, 2), (2, 3, 2), (2, 2, 1))]
+    state = Gauged.of(cores)
+    history = sweep(
+        state, Environments(Overlap(Plain(cores)), cores), lambda local, at, k: at.adjoint(), schedule=[Cuts(1e-3)]
+    )
+    assert history.largest_cut == [0.0]
+    assert value_parts([cores, cores])[0].shape == (0,)

@@ -213,7 +213,7 @@ class _Run:
 
     def note(self, tail: Tensor) -> None:
         """One place is done."""
-        worst = tail.detach().amax()
+        worst = tail.detach().amax() if tail.numel() else tail.new_zeros(())  # of a batch without members
         self.largest_cut = worst if self.largest_cut is None else torch.maximum(self.largest_cut, worst)
         self.n_places += 1
 

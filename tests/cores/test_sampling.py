@@ -1,5 +1,6 @@
 """Samples and probabilities of both laws against the enumerated law."""
 
+import math
 from itertools import product
 
 import pytest
@@ -158,3 +159,15 @@ def test_what_is_asked_must_make_sense(generator):
     for given in (torch.tensor([0, 0]), torch.tensor([0, 3, 0, 0]), torch.tensor([-2, 0, 0, 0])):
         with pytest.raises(ModeIndexError, match="a condition must give a value"):
             sample(cores, 1, given=given)
+
+
+@LAWS
+def test_a_sample_without_mass_leaves_the_gradients_of_the_others(law):
+    first = torch.tensor([[[0.0], [1.0]]], dtype=torch.float64, requires_grad=True)
+    last = torch.tensor([[[3.0], [1.0]]], dtype=torch.float64, requires_grad=True)
+    found = log_prob([first, last], torch.tensor([[0, 0], [1, 0]]), law=law)
+    assert found[0].item() == -math.inf
+    alone = log_prob([first, last], torch.tensor([[1, 0]]), law=law)
+    torch.testing.assert_close(
+        torch.autograd.grad(found.clamp_min(-1e3).sum(), (first, last)), torch.autograd.grad(alone.sum(), (first, last))
+    )

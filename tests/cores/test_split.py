@@ -153,3 +153,15 @@ def test_zero_has_rank_one(to_right):
 def test_gradients_are_those_of_the_best_approximation(dtype, to_right, rank, generator):
     local = torch.randn(2, 2, 3, 2, dtype=dtype, generator=generator, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x: joined(split(x, to_right=to_right, max_rank=rank), 2, to_right), (local,))
+
+
+@DTYPES
+@WAYS
+def test_gradients_pass_a_basis_of_all_directions_whatever_the_rank(dtype, to_right, generator):
+    parts = (torch.randn(shape, dtype=dtype, generator=generator) for shape in ((2, 2, 1), (1, 2, 2)))
+    local = torch.tensordot(*parts, dims=1).requires_grad_()  # of rank one
+    weights = torch.randn(local.shape, dtype=dtype, generator=generator)
+    found = split(local, to_right=to_right)
+    product = torch.tensordot(found.left, found.right, dims=1)
+    (gradient,) = torch.autograd.grad((weights.conj() * product).real.sum(), local)
+    torch.testing.assert_close(gradient, weights)

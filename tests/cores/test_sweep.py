@@ -13,7 +13,7 @@ import torch
 
 from tensortrain.cores.algebra import contract
 from tensortrain.cores.canonical import Gauged
-from tensortrain.cores.environments import Data, Environments, Overlap, Sandwich, Together
+from tensortrain.cores.environments import Data, Environments, Overlap, Sandwich, Together, value_parts
 from tensortrain.cores.scaling import times_pow2
 from tensortrain.cores.sketch import Plain
 from tensortrain.cores.sweep import Cuts, sweep
@@ -276,6 +276,34 @@ def test_a_file_of_another_run_is_refused(tmp_path, generator):
             sweep(state, env, lambda local, at, k: local, schedule=[Cuts()], checkpoint=path)
 
 
+def test_a_start_that_differs_by_a_power_of_two_is_another_one(tmp_path, generator):
+    cores = chain((3, 4, 3), 2, torch.float64, generator)
+    for factor in (1, 2):
+        state = Gauged.of([factor * cores[0], *cores[1:]])
+        env = Environments(Overlap(Plain(cores)), state.cores)
+        if factor == 1:
+            sweep(state, env, lambda local, at, k: local, schedule=[Cuts()], checkpoint=tmp_path / "state")
+            continue
+        with pytest.raises(CheckpointError, match="other scale"):
+            sweep(state, env, lambda local, at, k: local, schedule=[Cuts()], checkpoint=tmp_path / "state")
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128], ids=str)
+def test_a_complex_run_goes_on_to_equal_bits_and_knows_its_phases(dtype, tmp_path, generator):
+    start, target = (chain((3, 4, 3), rank, dtype, generator) for rank in (2, 3))
+
+    def run(n, cores, **options):
+        state = Gauged.of(cores)
+        env = Environments(Overlap(Plain(target)), state.cores)
+        step = lambda local, at, k: (local + at.adjoint()) / 2  # noqa: E731
+        return state, sweep(state, env, step, schedule=[Cuts()] * n, **options)
+
+    run(1, start, checkpoint=tmp_path / "state")
+    with pytest.raises(CheckpointError, match="starting weights"):
+        run(3, [core.conj() for core in start], checkpoint=tmp_path / "state")
+    same_bits(run(3, start, checkpoint=tmp_path / "state"), run(3, start))
+
+
 @pytest.mark.parametrize("n_sites", [1, 2])
 def test_a_time_step_goes_back_between_sites(n_sites, generator):
     """The projector-splitting integrator; at full ranks its only error is that of the splitting."""
@@ -350,3 +378,13 @@ def test_labels_move_along_as_several_eigenvectors(generator):
     together = torch.stack([contract([*state.cores[:-1], one]).flatten() for one in state.cores[-1]])
     together = times_pow2(together, state.exponent)
     assert float((together @ together.T - torch.eye(n_states)).abs().max()) < 1e-8
+
+
+def test_a_batch_without_members_is_swept():
+    cores = [torch.zeros(0, *shape, dtype=torch.float64) for shape in ((1, 2, 2), (2, 3, 2), (2, 2, 1))]
+    state = Gauged.of(cores)
+    history = sweep(
+        state, Environments(Overlap(Plain(cores)), cores), lambda local, at, k: at.adjoint(), schedule=[Cuts(1e-3)]
+    )
+    assert history.largest_cut == [0.0]
+    assert value_parts([cores, cores])[0].shape == (0,)

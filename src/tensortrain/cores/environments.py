@@ -53,7 +53,7 @@ def past_pair(env: Tensor, bra: Tensor, ket: Tensor) -> Tensor:
     if env.ndim == 2 and bra.ndim == ket.ndim == 3:  # at small ranks what surrounds a product takes most of the time
         return torch.mm(as_left(bra).mH, torch.mm(env, as_right(ket)).reshape(-1, ket.shape[-1]))
     half = env @ as_right(ket)  # two products, never r^4
-    return as_left(bra).mH @ half.reshape(*half.shape[:-2], -1, ket.shape[-1])
+    return as_left(bra).mH @ half.unflatten(-1, ket.shape[-2:]).flatten(-3, -2)
 
 
 def past_triple(env: Tensor, bra: Tensor, matrix: Tensor, ket: Tensor) -> Tensor:

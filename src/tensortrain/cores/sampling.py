@@ -91,7 +91,7 @@ def log_prob(cores: Sequence[Tensor], x: Tensor, *, law: str = "density") -> Ten
     rounding = _ROUNDING * torch.finfo(share.dtype).eps
     if bool((times_pow2(share, exponent.clamp_max(0)) < -rounding).any()):
         raise _negative("a probability", float(share.amin()))
-    return (mass / whole).clamp_min(0).log() + exponent.to(share.dtype) * math.log(2)
+    return _log(mass / whole) + exponent.to(share.dtype) * math.log(2)
 
 
 @dataclass(frozen=True)
@@ -176,6 +176,12 @@ def _weights(law: _Law, ahead: Tensor, right: Tensor, given: Tensor, k: int) -> 
             "expected one that does. Free some sites with -1."
         )
     return weights
+
+
+def _log(share: Tensor) -> Tensor:
+    """Minus infinity where there is nothing, which leaves the derivatives of the others finite."""
+    is_there = ~(share <= 0)
+    return share.where(is_there, 1.0).log().where(is_there, -math.inf)
 
 
 def _drawn(weights: Tensor, draws: Tensor) -> Tensor:

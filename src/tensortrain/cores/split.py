@@ -105,7 +105,8 @@ def _factored(
         if enrich is not None:
             basis = _enriched(basis, enrich, matrix.shape[-2] if max_rank is None else max_rank)
     rest = basis.mH @ matrix
-    if matrix.requires_grad:
+    is_whole = basis.shape[-1] == basis.shape[-2]  # then nothing but what it is called depends on the matrix
+    if matrix.requires_grad and not is_whole:
         basis, rest = cut_along(matrix, basis)
     return basis, rest, tail / norm.where(norm > 0, 1.0)
 

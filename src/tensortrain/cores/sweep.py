@@ -213,7 +213,7 @@ class _Run:
 
     def note(self, tail: Tensor) -> None:
         """One place is done."""
-        worst = tail.detach().amax()
+        worst = tail.detach().amax() if tail.numel() else tail.new_zeros(())  # of a batch without members
         self.largest_cut = worst if self.largest_cut is None else torch.maximum(self.largest_cut, worst)
         self.n_places += 1
 
@@ -233,7 +233,8 @@ class _Keeper:
         self.generator, self.state = generator, state
         self.file: RunFile | None = None
         if path is not None:
-            settings = {"kind": "sweep", "n_sites": n_sites}
+            # Two starts may differ by a power of two alone, which their cores do not show.
+            settings = {"kind": "sweep", "n_sites": n_sites, "scale": state.exponent.tolist()}
             self.file = RunFile(path, every_s, settings, start_signature(state.cores))
 
     def keep(self, run: _Run, *, at_once: bool = False) -> None:

@@ -115,8 +115,11 @@ def _as_tree(value: Any, tensors: dict[str, Tensor]) -> Any:
         strides = value.stride()
         axes = sorted(range(value.ndim), key=lambda axis: -strides[axis])
         name = str(len(tensors))
-        tensors[name] = value.detach().cpu().permute(axes).contiguous().clone()  # a storage of its own, for safetensors
-        return {"tensor": [name, axes]}
+        stored = value.detach().cpu().permute(axes).resolve_conj().resolve_neg()
+        is_complex = stored.is_complex()  # safetensors knows complex64 alone
+        stored = torch.view_as_real(stored) if is_complex else stored
+        tensors[name] = stored.contiguous().clone()  # a storage of its own, for safetensors
+        return {"complex" if is_complex else "tensor": [name, axes]}
     if isinstance(value, Mapping):  # keys may be numbers, as in the state of an optimizer
         return {"dict": [[_as_tree(key, tensors), _as_tree(item, tensors)] for key, item in value.items()]}
     if isinstance(value, tuple):
@@ -137,9 +140,10 @@ def _from_tree(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
     if not isinstance(tree, dict):
         return tree
     ((kind, value),) = tree.items()
-    if kind == "tensor":
+    if kind in ("tensor", "complex"):
         name, axes = value
-        return tensors[name].permute([axes.index(k) for k in range(len(axes))])
+        stored = tensors[name] if kind == "tensor" else torch.view_as_complex(tensors[name])
+        return stored.permute([axes.index(k) for k in range(len(axes))])
     if kind == "tuple":
         return tuple(_from_tree(item, tensors) for item in value)
     if kind == "dict":
@@ -166,7 +170,8 @@ def start_signature(values: Iterable[Any]) -> Tensor:
 def _norm_and_projection(value: Tensor) -> Tensor:
     flat = value.detach().flatten()
     flat = flat[:: -(-flat.numel() // _SAMPLE) or 1]
-    flat = (flat.abs() if flat.is_complex() else flat).to("cpu", torch.float64)
+    flat = torch.view_as_real(flat.resolve_conj()).flatten() if flat.is_complex() else flat
+    flat = flat.to("cpu", torch.float64)
     # Multiples of the golden ratio modulo one: spread evenly, and the same on every machine.
     direction = (torch.arange(flat.numel(), dtype=torch.float64) * 0.6180339887498949) % 1 - 0.5
     return torch.stack((flat.norm(), flat @ direction))

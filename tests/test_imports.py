@@ -86,6 +86,8 @@ def test_every_module_of_the_version_before_answers() -> None:
         "import tensortrain.compress as folder\n"
         "from tensortrain.compress import Heal\n"
         "assert report.Report is tensortrain.Report and Heal is tensortrain.Heal\n"
+        "import pickle\n"
+        "assert pickle.loads(pickle.dumps(tensortrain.compress)) is folder\n"
         "for compress in (tensortrain.compress, folder):  # the function, whatever was imported by its old name\n"
         "    small = compress(torch.nn.Linear(8, 8), budget='2x', measure=False)\n"
         "    assert isinstance(small, tensortrain.CompressionResult)"
@@ -99,6 +101,15 @@ def test_public_names(module: str) -> None:
     assert set(found.__all__) == expected
     assert len(found.__all__) == len(expected)
     assert all(getattr(found, name) is not None for name in expected)
+
+
+def test_unknown_names_are_unknown() -> None:
+    _ran_silently(
+        "import importlib, pkgutil, tensortrain\n"
+        "for found in pkgutil.walk_packages(tensortrain.__path__, 'tensortrain.'):\n"
+        "    if not found.name.endswith('__main__'):\n"
+        "        assert not hasattr(importlib.import_module(found.name), 'Perceptron'), found.name"
+    )
 
 
 def test_public_names_are_sorted() -> None:

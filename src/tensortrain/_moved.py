@@ -129,6 +129,8 @@ def names_of_before(module: str, *homes: str) -> Callable[[str], Any]:
     def look(name: str) -> Any:
         new = _name_today(module, name)
         for home in homes if not name.startswith("__") else ():
+            if f"{_PACKAGE}.{home}" == module and new == name:
+                continue  # it would ask itself for ever
             found = importlib.import_module(f"{_PACKAGE}.{home}")
             if hasattr(found, new):
                 warnings.warn(f"{name} has moved to {found.__name__}.{new}.", DeprecationWarning, 2)
@@ -179,6 +181,10 @@ class _OldModule(ModuleType):
             if hasattr(home, wanted):
                 return getattr(home, wanted)
         raise AttributeError(f"{self.__name__} has no {name!r}, and neither have {', '.join(self.homes)}.")
+
+    def __reduce__(self) -> tuple[Callable[[str], ModuleType], tuple[str]]:
+        """By name: ``tensortrain.compress`` goes to other processes, whatever was imported by its old name."""
+        return importlib.import_module, (self.__name__,)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Some modules had the name of a function that their folder has too: an import must not take it away."""

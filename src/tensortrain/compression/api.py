@@ -153,7 +153,7 @@ def _stages(
             f"stages must say all that is done: {given} is given beside them, expected stages alone. Put "
             "Heal(..) or Factorize(plan) into the list."
         )
-    todo = list(stages)
+    todo = list(stages) if isinstance(stages, Iterable) else [stages]
     for settings in todo:
         stage_of(settings)
     return todo

@@ -211,10 +211,6 @@ def _dtype_of(entry: LayerEntry, stored: StoredTensors) -> torch.dtype | None:
     return next(iter(found), None)
 
 
-def _sentence(error: BaseException) -> str:
-    return f"{error!s:.400}".rstrip(".")
-
-
 def _unbuildable(entry: LayerEntry, folder: Path, why: str) -> CheckpointError:
     return CheckpointError(
         f"a layer's arguments must build it: {entry.names[0]!r} ({entry.kind}) in {folder / RECIPE} {why}. "

@@ -218,3 +218,13 @@ def test_settings_of_a_subclass_are_those_of_their_parent() -> None:
 
     assert base.stage_of(Longer()) is base.stage_of(tt.stages.Heal())
     assert len(run(mlp(24, 40, 6), [Factorize(), Longer()]).report.healing) > 0
+
+
+def test_a_stage_that_forgets_to_return_is_told_so() -> None:
+    @dataclass(frozen=True)
+    class Forgetful:
+        pass
+
+    stage(Forgetful, outcome="forgotten")(lambda work, settings: None)  # type: ignore[arg-type,return-value]
+    with pytest.raises(KindError, match="must return its work"):
+        tt.compress(nn.Linear(8, 8), budget=None, stages=[Forgetful()], measure=False)

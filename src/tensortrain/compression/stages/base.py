@@ -142,8 +142,17 @@ def run_stages(work: Work, todo: Sequence[Any]) -> Work:
             continue
         if not (found.copies or work.is_own):
             work = replace(work, model=checked_copy(work.model), is_own=True)
-        work = found.run(replace(work, checkpoint=file), settings)
+        work = _returned(found.run(replace(work, checkpoint=file), settings), settings)
         work = _sized_up(work, found.outcome)
+    return work
+
+
+def _returned(work: object, settings: object) -> Work:
+    if not isinstance(work, Work):
+        raise KindError(
+            f"a stage must return its work: that of {settings!r} gives {type(work).__name__}, expected a Work. Return "
+            "work, or dataclasses.replace(work, ..)."
+        )
     return work
 
 

@@ -17,7 +17,7 @@ from tensortrain.cores.environments import Data, Environments, Overlap, Sandwich
 from tensortrain.cores.scaling import times_pow2
 from tensortrain.cores.sketch import Plain
 from tensortrain.cores.sweep import Cuts, sweep
-from tensortrain.errors import CheckpointError
+from tensortrain.errors import CheckpointError, DTypeError, NonFiniteError, RankError, ShapeError
 
 # -- two-site DMRG of the Heisenberg chain -------------------------------------------------------------
 
@@ -388,3 +388,55 @@ def test_a_batch_without_members_is_swept():
     )
     assert history.largest_cut == [0.0]
     assert value_parts([cores, cores])[0].shape == (0,)
+
+
+def fit_of(target, state, path, *, schedule=None, stop=None):
+    env = Environments(Overlap(Plain(target)), state.cores)
+    kept = {"checkpoint": path, "checkpoint_every_s": 0, "inputs": target}
+    return sweep(state, env, lambda local, at, k: at.adjoint(), schedule=schedule or [Cuts()], stop=stop, **kept)
+
+
+def test_a_file_of_another_target_or_of_other_cuts_is_refused(tmp_path, generator):
+    a, b, start = (chain([3, 2, 3], 2, torch.float64, generator) for _ in range(3))
+    fit_of(a, Gauged.of(start), tmp_path / "run", schedule=[Cuts(), Cuts(1e-3)], stop=lambda history: "enough")
+    with pytest.raises(CheckpointError):
+        fit_of(b, Gauged.of(start), tmp_path / "run")
+    with pytest.raises(CheckpointError, match="cuts"):
+        fit_of(a, Gauged.of(start), tmp_path / "run", schedule=[Cuts(1e-2), Cuts(1e-3)])
+
+
+@pytest.mark.parametrize(
+    "update, error",
+    [
+        (lambda local: local * math.nan, NonFiniteError),
+        (lambda local: local.float(), DTypeError),
+        (lambda local: local[..., :1, :], ShapeError),
+    ],
+)
+def test_what_an_update_must_not_give_leaves_state_and_file_as_they_were(update, error, tmp_path, generator):
+    cores = chain([3, 2, 3], 2, torch.float64, generator)
+    state, path = Gauged.of(cores), tmp_path / "run"
+    env, seen = Environments(Overlap(Plain(cores)), state.cores), []
+
+    def spoilt(local, at, k):
+        seen.append(path.read_bytes() if path.exists() else b"")
+        return update(local) if len(seen) == 3 else local
+
+    with pytest.raises(error, match="core"):
+        sweep(state, env, spoilt, schedule=[Cuts()], checkpoint=path, checkpoint_every_s=0)
+    assert path.read_bytes() == seen[-1]
+    assert all(torch.isfinite(core).all() and core.dtype == torch.float64 for core in state.cores)
+
+
+@pytest.mark.parametrize("options", [{"n_sites": 3}, {"n_sites": 0}, {"schedule": []}])
+def test_impossible_sweeps_are_refused(options, generator):
+    cores = chain([3, 2, 3], 2, torch.float64, generator)
+    env = Environments(Overlap(Plain(cores)), cores)
+    with pytest.raises(RankError):
+        sweep(Gauged.of(cores), env, lambda local, at, k: local, **{"schedule": [Cuts()], **options})
+
+
+@pytest.mark.parametrize("options", [{"tol": -1.0}, {"tol": math.nan}, {"max_rank": 0}])
+def test_impossible_cuts_are_refused(options):
+    with pytest.raises(RankError):
+        Cuts(**options)

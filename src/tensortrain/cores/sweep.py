@@ -19,7 +19,8 @@ from tensortrain.cores.canonical import Gauged
 from tensortrain.cores.scaling import times_pow2
 from tensortrain.cores.split import Split, split
 from tensortrain.cores.unfold import absorb_left, absorb_right
-from tensortrain.system.checkpoint import RunFile, start_signature
+from tensortrain.errors import DTypeError, NonFiniteError, RankError, ShapeError
+from tensortrain.system.checkpoint import RunFile, start_signature, unusable
 from tensortrain.system.history import History
 
 __all__ = ["Cuts", "Moving", "sweep"]
@@ -51,6 +52,13 @@ class Cuts:
     tol: float = 0.0
     max_rank: int | None = None
 
+    def __post_init__(self) -> None:
+        if not self.tol >= 0 or (self.max_rank is not None and self.max_rank < 1):
+            raise RankError(
+                f"cuts must keep something: they have {self}, expected tol of 0 or more and max_rank of 1 or more. "
+                "Leave max_rank out for no cap."
+            )
+
 
 def sweep(
     state: Gauged,
@@ -66,6 +74,7 @@ def sweep(
     observer: Callable[[History], object] | None = None,
     checkpoint: str | Path | None = None,
     checkpoint_every_s: float = 20.0,
+    inputs: Sequence[Tensor] = (),
     generator: torch.Generator | None = None,
 ) -> History:
     """Sweep there and back over a chain, in place, as often as the schedule says.
@@ -91,20 +100,30 @@ def sweep(
             first, so that the run can go on.
         checkpoint: File to keep the state in.
         checkpoint_every_s: Least time between two writes, in seconds; 0 writes after every site.
+        inputs: What the answer depends on beside the start (cores of a target or a matrix, data): a file of other
+            inputs is refused.
         generator: One that ``update`` draws from; its state goes into the file.
 
     Returns:
         History: an entry for each sweep; ``stop`` tells why it ended: what ``stop`` said, or ``"max_sweeps"``.
 
     Raises:
-        CheckpointError: The file is damaged, or of another chain or start.
+        CheckpointError: The file is damaged, or of another start, other inputs, or other cuts so far.
+        NonFiniteError, ShapeError, DTypeError: ``update`` gave NaN, infinite numbers, another shape or dtype; the state
+            and the file are those before it.
 
     Source of the idea: ITensorMPS.jl, ``alternating_update``: one driver for eigenvectors, time steps, solves and fits.
     """
+    if n_sites not in (1, 2) or not schedule:
+        raise RankError(
+            f"a sweep must have sites and a schedule: n_sites is {n_sites} and schedule has {len(schedule)} entries, "
+            "expected 1 or 2 sites and at least one entry. Pass schedule=[Cuts()]."
+        )
     n_sites = min(n_sites, len(state.cores))
     places = _places(len(state.cores), n_sites)
     mover = _Mover(state, environments, update, n_sites, back, enrich)
-    keeper = _Keeper(None if checkpoint is None else Path(checkpoint), checkpoint_every_s, generator, n_sites, state)
+    path = None if checkpoint is None else Path(checkpoint)
+    keeper = _Keeper(path, checkpoint_every_s, generator, n_sites, state, schedule, inputs)
     run = keeper.resumed() or _Run()
     if run.history.stop == "max_sweeps" and run.n_sweeps < len(schedule):
         run.history.stop = None  # the schedule has grown since
@@ -159,7 +178,8 @@ class _Mover:
         """Update the sites from k on, split them, and move the center by one; returns the tail of the split."""
         n_sites, last = self.n_sites, len(self.state.cores) - self.n_sites
         turns = k == (last if to_right else 0)
-        local = self.update(self._local(k), self.environments.at(k, n_sites), k)
+        before = self._local(k)
+        local = _checked(self.update(before, self.environments.at(k, n_sites), k), before, k)
         if turns and n_sites == 1:
             self._put(k, [local], k)
             return torch.zeros((), dtype=torch.float64, device=local.device)
@@ -202,6 +222,25 @@ class _Mover:
         self.environments.advance(center, self.state.cores[center])
 
 
+def _checked(local: Tensor, before: Tensor, k: int) -> Tensor:
+    """What an update gave, if it can be put in the place of what it was given."""
+    if local.shape != before.shape:
+        raise ShapeError(
+            f"an update must keep the shape: at core {k} it gave {tuple(local.shape)}, expected {tuple(before.shape)}. "
+            "Return a tensor of the shape of local."
+        )
+    if local.dtype != before.dtype:
+        raise DTypeError(
+            f"an update must keep the dtype: at core {k} it gave {local.dtype}, expected {before.dtype}. Start from a "
+            "chain of the dtype of the answer."
+        )
+    if not torch.isfinite(local).all():  # split would cut all ranks, and the file would keep it for good
+        raise NonFiniteError(
+            f"an update must give finite numbers: at core {k} it gave NaN or Inf, expected none. Take smaller steps."
+        )
+    return local
+
+
 @dataclass
 class _Run:
     """Where a run is."""
@@ -228,14 +267,23 @@ class _Keeper:
     """Writes the state of a run to its file, and reads it back."""
 
     def __init__(
-        self, path: Path | None, every_s: float, generator: torch.Generator | None, n_sites: int, state: Gauged
+        self,
+        path: Path | None,
+        every_s: float,
+        generator: torch.Generator | None,
+        n_sites: int,
+        state: Gauged,
+        schedule: Sequence[Cuts],
+        inputs: Sequence[Tensor],
     ) -> None:
         self.generator, self.state = generator, state
+        self.cuts = [(cuts.tol, cuts.max_rank) for cuts in schedule]
         self.file: RunFile | None = None
         if path is not None:
             # Two starts may differ by a power of two alone, which their cores do not show.
-            settings = {"kind": "sweep", "n_sites": n_sites, "scale": state.exponent.tolist()}
-            self.file = RunFile(path, every_s, settings, start_signature(state.cores))
+            scale, draws = state.exponent.tolist(), generator is not None
+            settings = {"kind": "sweep", "n_sites": n_sites, "scale": scale, "draws": draws}
+            self.file = RunFile(path, every_s, settings, start_signature([*state.cores, *inputs]))
 
     def keep(self, run: _Run, *, at_once: bool = False) -> None:
         """Write the file, if there is one and it is time to."""
@@ -245,6 +293,7 @@ class _Keeper:
             "n_sweeps": run.n_sweeps,
             "n_places": run.n_places,
             "largest_cut": run.largest_cut,
+            "cuts": self.cuts[: run.n_sweeps + (run.n_places > 0)],
             "history": run.history.to_state(),
             "cores": list(self.state.cores),
             "center": self.state.center,
@@ -258,6 +307,9 @@ class _Keeper:
         if self.file is None or not self.file.path.exists():
             return None
         content = self.file.read()
+        cuts = content["cuts"]
+        if cuts != self.cuts[: len(cuts)]:
+            raise unusable(self.file.path, f"the cuts {cuts} so far, expected the first of schedule")
         device = self.state.cores[0].device
         self.state.cores[:] = [core.to(device) for core in content["cores"]]
         self.state.center, self.state.exponent = content["center"], content["exponent"].to(device)

@@ -97,7 +97,8 @@ def stage(
             later, and tells the planning what will come.
         needs_data: It is passed over where no data was given.
         resumes: It keeps its state in ``work.checkpoint`` and goes on from there after a kill.
-        copies: It leaves ``work.model`` as it is and gives a changed copy.
+        copies: It copies ``work.model`` itself and changes the copy, unless ``work.options.inplace``; other stages are
+            given a model to change in place.
     """
 
     def register(handler: Handler) -> Handler:
@@ -143,7 +144,7 @@ def run_stages(work: Work, todo: Sequence[Any]) -> Work:
         if not (found.copies or work.is_own):
             work = replace(work, model=checked_copy(work.model), is_own=True)
         work = _returned(found.run(replace(work, checkpoint=file), settings), settings)
-        work = _sized_up(work, found.outcome)
+        work = _sized_up(replace(work, is_own=True), found.outcome)
     return work
 
 

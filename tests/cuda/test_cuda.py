@@ -1,4 +1,4 @@
-"""On a CUDA device: the results of the CPU, and nothing that falls back to it on the way."""
+"""On a CUDA device: the results of the CPU, and results that lie on the device."""
 
 from __future__ import annotations
 

@@ -49,7 +49,8 @@ def split(
 ) -> Split:
     """Split a local tensor into a core that is orthonormal and the rest, which the sweep takes along.
 
-    Computed in float64 or complex128, stored in the dtype of ``local``. Differentiable at the rank that was found.
+    Computed in float64 or complex128, stored in the dtype of ``local``. Differentiable, once, where the rank that was
+    found is that of the matrix or below it: a tall matrix of less rank that is not cut has no right derivative here.
 
     Args:
         local: ``(labels .., batch .., r, n_1 .., s)`` of ``n_sites`` sites; in a batch all get the same rank.

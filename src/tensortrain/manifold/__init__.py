@@ -1,31 +1,4 @@
 """The public name of ``tensortrain.numerics.manifold``."""
 
-from tensortrain.numerics.manifold import (
-    LineSearch,
-    Point,
-    RiemannianAdam,
-    RiemannianSGD,
-    TangentVector,
-    TTParameter,
-    armijo,
-    hvp,
-    project,
-    retract,
-    riemannian_grad,
-    transport,
-)
-
-__all__ = [
-    "LineSearch",
-    "Point",
-    "RiemannianAdam",
-    "RiemannianSGD",
-    "TTParameter",
-    "TangentVector",
-    "armijo",
-    "hvp",
-    "project",
-    "retract",
-    "riemannian_grad",
-    "transport",
-]
+from tensortrain.numerics.manifold import *  # noqa: F403
+from tensortrain.numerics.manifold import __all__ as __all__

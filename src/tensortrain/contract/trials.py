@@ -1,0 +1,106 @@
+"""Running likely ways in turns, and what such trials found on this machine.
+
+Whoever chooses by a trial needs the same few things: to know whether anything may be timed now, the best time of
+several calls that take turns, and a file in which later processes find the result.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+from tensortrain.contract.cost import is_measured
+from tensortrain.system.machine import device_key, known_file, read_json, write_json
+from tensortrain.system.tracing import is_traced, is_transformed
+
+__all__ = ["Notebook", "best_seconds", "can_time", "digest", "timed", "train_once"]
+
+_MOST_ROUNDS = 12
+_ENOUGH_S = 0.05  # after two rounds, no new one begins later than this
+
+
+def can_time(device: torch.device) -> bool:
+    """Whether a trial may run now and would say something about later calls."""
+    if device.type not in ("cpu", "cuda") or not is_measured() or torch.are_deterministic_algorithms_enabled():
+        return False
+    if is_traced() or is_transformed() or _get_current_dispatch_mode() is not None:
+        return False
+    return device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
+
+
+def timed(call: Callable[[], object], device: torch.device) -> float:
+    """Seconds of one call."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    call()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def best_seconds(calls: Sequence[Any], timer: Callable[[Any], float]) -> list[float]:
+    """The best time of each of several calls that take turns; those far behind the best drop out."""
+    best = [math.inf] * len(calls)
+    start = time.perf_counter()
+    for turn in range(_MOST_ROUNDS):
+        limit = 2.0 * min(best)
+        for k, call in enumerate(calls):
+            if turn < 2 or best[k] <= limit:
+                seconds = timer(call)
+                best[k] = min(best[k], seconds) if turn > 0 else math.inf  # the first call warms up
+        if turn >= 2 and time.perf_counter() - start > _ENOUGH_S:
+            break
+    return best
+
+
+def train_once(run: Callable[[], Tensor], leaves: Sequence[Tensor], seed: Tensor) -> None:
+    """Forward and backward on numbers of a trial."""
+    # Hooks of the caller on saved tensors, those of activation checkpointing for instance, are not for a trial.
+    unseen = torch.autograd.graph.saved_tensors_hooks(_same, _same)
+    with torch.inference_mode(False), torch.enable_grad(), unseen:
+        y = run()
+        torch.autograd.grad(y, leaves, seed.to(y.dtype))
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def digest(value: Any) -> str:
+    """A short name of what prints the same in every process."""
+    return hashlib.sha256(repr(value).encode()).hexdigest()[:20]
+
+
+class Notebook:
+    """What trials of one kind found, kept from one process to the next beside the constants of the machine.
+
+    Args:
+        name: Of the kind, with a number that rises when its entries change their meaning.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def read(self, key: Any, device: torch.device) -> Any:
+        """What was noted under a key; ``None`` where nothing was."""
+        return self._entries(device).get(digest(key))
+
+    def write(self, key: Any, device: torch.device, found: Any) -> None:
+        """Note what was found; the entries of other keys stay."""
+        write_json(self._file(device), {**self._entries(device), digest(key): found})
+
+    def _entries(self, device: torch.device) -> dict[str, Any]:
+        found = read_json(self._file(device))
+        return found if isinstance(found, dict) else {}
+
+    def _file(self, device: torch.device) -> Path:
+        return known_file(self.name, device_key(device))

@@ -1,0 +1,199 @@
+"""Which way a convolution runs: predicted, then timed once for each size on each machine.
+
+The time of the library's convolution at a shape depends on layouts and blockings that no formula of ours knows. So
+the first call at a size runs the likeliest ways on numbers of their own, in turns, and the fastest is kept. The way
+through the dense kernel as torch runs it is always among those tried, where the layer may build that kernel.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tensortrain.contract.trials import Notebook, best_seconds, can_time, timed, train_once
+from tensortrain.formats import FactorSpec
+from tensortrain.nn.conv.options import ConvOptions
+from tensortrain.nn.conv.ways import Maker, Way
+
+__all__ = ["Found", "Request", "bucket", "fastest_way"]
+
+_MOST_TRIED = 7
+_LIKELY = 4.0  # a prediction so many times longer than the best one is not tried
+_TOO_LONG_S = 0.4  # of one round as predicted: fewer examples are taken then
+_MOST_BYTES = 2**28  # of input, output and states: likewise
+_CLEARLY = 0.95  # what is not faster by so much than an earlier way is taken for level with it
+_MARGIN = 0.7  # untimed, a way has to be predicted so much faster than the dense kernel to run in its place
+_NOTES = Notebook("convolutions-1")
+_KNOWN: dict[Any, Found] = {}
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a way is looked for.
+
+    Args:
+        spec: Of all groups.
+        options: Of the convolution.
+        batch, spatial: Of the input.
+        out_features: Numbers of one example's output.
+        training: Whether gradients to the cores are wanted.
+        dtype, device: Of cores and input.
+    """
+
+    spec: FactorSpec
+    options: ConvOptions
+    batch: int
+    spatial: tuple[int, ...]
+    out_features: int
+    training: bool
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def in_channels(self) -> int:
+        """Of all groups."""
+        return self.spec.weight.in_features * self.spec.weight.groups
+
+    @property
+    def n_positions(self) -> int:
+        """Of the inputs of all examples."""
+        return self.batch * math.prod(self.spatial)
+
+
+@dataclass(frozen=True)
+class Found:
+    """The way that was chosen, and the times of all that were looked at.
+
+    Args:
+        way: What runs.
+        seconds: By the names of the ways; for the size of the request.
+        is_measured: Whether they are measured, not predicted.
+    """
+
+    way: Way
+    seconds: dict[str, float]
+    is_measured: bool
+
+
+def fastest_way(request: Request, ways: Sequence[Way], maker: Maker, *, may_time: bool) -> Found:
+    """The way that ran fastest of those predicted to be fast.
+
+    Args:
+        request: The size.
+        ways: Candidates; the first is the one that the others have to beat.
+        maker: Of the layer that asks.
+        may_time: Whether ways may be run at all.
+
+    Cost: some 50 ms once for every size; what was found is kept with the constants of the machine.
+    """
+    if len(ways) == 1 or not may_time or request.n_positions == 0 or not can_time(request.device):
+        return predicted(ways)
+    key = _key(request, ways)
+    known = _KNOWN.get(key)
+    if known is None or all(way.name != known.way.name for way in ways):
+        known = _KNOWN[key] = _recalled(ways, request, key) or _timed(ways, request, maker, key)
+    return known
+
+
+def predicted(ways: Sequence[Way]) -> Found:
+    """The way of least predicted time; the dense kernel is left for one that is clearly faster only."""
+    plain = [way for way in ways if not way.packs] or list(ways)
+    best = min(plain, key=lambda way: way.predicted_s * (_MARGIN if way.uses_dense else 1.0))
+    return Found(best, {way.name: way.predicted_s for way in ways}, is_measured=False)
+
+
+def bucket(size: int) -> int:
+    """Sizes of one bucket run alike: they differ by less than an eighth."""
+    step = 1 << max(0, size.bit_length() - 4)
+    return -(-size // step) * step
+
+
+def _key(request: Request, ways: Sequence[Way]) -> tuple[Any, ...]:
+    size = (1 << max(0, request.batch - 1).bit_length(), *map(bucket, request.spatial))
+    rules = any(way.uses_dense for way in ways), any(way.packs for way in ways), all(way.uses_dense for way in ways)
+    where = str(request.device), torch.get_num_threads(), str(request.dtype)
+    return request.spec.to_dict().__repr__(), repr(request.options), size, request.training, rules, where
+
+
+def _recalled(ways: Sequence[Way], request: Request, key: Any) -> Found | None:
+    """What an earlier process on this machine found."""
+    note = _NOTES.read(key, request.device)
+    try:
+        seconds = {str(name): float(each) * request.n_positions for name, each in note["seconds"].items()}
+        way = next(way for way in ways if way.name == note["way"])
+    except (TypeError, KeyError, ValueError, AttributeError, StopIteration):
+        return None
+    return Found(way, seconds, is_measured=True)
+
+
+def _timed(ways: Sequence[Way], request: Request, maker: Maker, key: Any) -> Found:
+    tried = _likely(ways)
+    small = _smaller(request, tried)
+    if small is None:
+        return predicted(ways)
+    try:
+        with torch.autocast(request.device.type, enabled=False):
+            calls = [_call(way, small, maker) for way in tried]
+            best = best_seconds(calls, lambda call: timed(call, request.device))
+    except torch.OutOfMemoryError:
+        return predicted(ways)
+    earlier = _recalled(ways, request, key)  # another process was at it at the same time
+    if earlier is not None:
+        return earlier
+    found = 0
+    for k in range(1, len(tried)):
+        if best[k] < _CLEARLY * best[found]:
+            found = k
+    each = {way.name: seconds / small.n_positions for way, seconds in zip(tried, best, strict=True)}
+    _NOTES.write(key, request.device, {"way": tried[found].name, "seconds": each})
+    scaled = {name: seconds * request.n_positions for name, seconds in each.items()}
+    return Found(tried[found], scaled, is_measured=True)
+
+
+def _likely(ways: Sequence[Way]) -> list[Way]:
+    limit = _LIKELY * min(way.predicted_s for way in ways)
+    others = [way for way in ways[1:] if way.predicted_s <= limit]
+    dense = [way for way in others if way.uses_dense]
+    rest = sorted((way for way in others if not way.uses_dense), key=lambda way: way.predicted_s)
+    return [ways[0], *dense, *rest[:_MOST_TRIED]]
+
+
+def _smaller(request: Request, ways: Sequence[Way]) -> Request | None:
+    """The same with as many examples as can be tried; None where a single one is too much."""
+    seconds = sum(way.predicted_s for way in ways)
+    ends = request.batch * request.out_features + request.in_channels * request.n_positions
+    held = (ends * (2 if request.training else 1) + max(way.peak for way in ways)) * request.dtype.itemsize
+    share = max(seconds / _TOO_LONG_S, held / _MOST_BYTES)
+    if share <= 1.0:
+        return request
+    batch = int(request.batch / share)
+    return replace(request, batch=batch) if batch >= 1 else None
+
+
+def _call(way: Way, request: Request, maker: Maker) -> Callable[[], object]:
+    """One inference, or one training step, of a way on numbers of its own."""
+    options = request.options
+    with torch.inference_mode(False), torch.no_grad():
+        made = {"dtype": request.dtype, "device": request.device}
+        x = torch.full((request.batch, request.in_channels, *request.spatial), 0.1, **made)
+        cores = [torch.full(shape, 0.1, **made) for shape in request.spec.core_shapes]
+        if not request.training:
+            prepared = way.prepare(maker, cores, options)
+            return lambda: _infer(way, x, prepared, options, maker)
+        seed = torch.full_like(way.run(x, way.prepare(maker, cores, options), None, options, maker), 0.1)
+    leaves = [tensor.requires_grad_() for tensor in (x, *cores)]
+
+    def run() -> Tensor:
+        return way.run(leaves[0], way.prepare(maker, leaves[1:], options), None, options, maker)
+
+    return lambda: train_once(run, leaves, seed)
+
+
+def _infer(way: Way, x: Tensor, prepared: tuple[Tensor, ...], options: ConvOptions, maker: Maker) -> None:
+    with torch.no_grad():
+        way.run(x, prepared, None, options, maker)

@@ -152,7 +152,12 @@ class CostModel:
         n_bytes = float(itemsize) * rows * groups * (ins * in_positions + outs * out_positions)
         laid_out = 2.0 * itemsize * groups * fan * outs / self.permute_bytes_s
         work = max(flops / rate, n_bytes / self._bandwidth(n_bytes))
-        return _CONV_CALLS * self.overhead_s + laid_out + work + self._fresh_s(float(itemsize) * rows * out_positions * groups * outs)
+        return (
+            _CONV_CALLS * self.overhead_s
+            + laid_out
+            + work
+            + self._fresh_s(float(itemsize) * rows * out_positions * groups * outs)
+        )
 
     def _rate(self, m: int, n: int, k: int, batched: bool) -> float:
         peak = self.batched_flops_s if batched else self.gemm_flops_s

@@ -11,7 +11,7 @@ that lies in between are the ways to cut the cores into stages, and the cheapest
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import product
 from math import prod
@@ -56,9 +56,7 @@ class ConvNetwork:
         if groups == 1:
             return self
         cores = tuple(("g", *legs) for legs in self.cores)
-        return ConvNetwork(
-            cores, ("g", *self.out_legs), ("g", *self.in_legs), self.axes, (*self.sizes, ("g", groups))
-        )
+        return ConvNetwork(cores, ("g", *self.out_legs), ("g", *self.in_legs), self.axes, (*self.sizes, ("g", groups)))
 
     def views(self, cores: Sequence[Tensor]) -> list[Tensor]:
         """Cores with one axis per leg, from ones that have axes of size one, or several legs on one axis."""
@@ -133,7 +131,9 @@ def _merging(network: ConvNetwork, which: tuple[int, ...], legs: Legs) -> tuple[
     return contraction(tuple(network.cores[k] for k in which), legs, network.sizes)
 
 
-def stage_candidates(network: ConvNetwork, load: Load, model: CostModel, *, most: int = _KEPT) -> list[tuple[Stage, ...]]:
+def stage_candidates(
+    network: ConvNetwork, load: Load, model: CostModel, *, most: int = _KEPT
+) -> list[tuple[Stage, ...]]:
     """The likeliest ways to cut the cores into stages, best first; the whole kernel in one stage is not among them.
 
     Cost: milliseconds; remembered.
@@ -259,14 +259,16 @@ class _Planner:
         seconds = self._seconds(stage, ins, outs, k)
         if last and legs != self.network.out_legs:
             seconds += self._copy_s(self.load.batch * self.network.size(legs) * outs)
-        return Stage(*(getattr(stage, name) for name in Stage.__dataclass_fields__ if name != "seconds"), seconds)
+        return replace(stage, seconds=seconds)
 
     def _is_borne(self, axis: int) -> bool:
         return self.network.axes[axis] in self.spatial
 
     def _along(self, partial: _Partial, which: frozenset[int], axes: list[str]) -> tuple[int, ...]:
         """Axes that a stage convolves along; those without a leg go with the first stage that convolves at all."""
-        free = [axis for axis in range(len(self.network.axes)) if not self._is_borne(axis) and axis not in self.load.still]
+        free = [
+            axis for axis in range(len(self.network.axes)) if not self._is_borne(axis) and axis not in self.load.still
+        ]
         if not self.spatial:  # strides and padding of a 1x1 kernel: at the narrow end
             first = not partial.stages
             return tuple(free) if first else ()

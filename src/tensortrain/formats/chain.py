@@ -308,10 +308,10 @@ class ChainFormat(Format):
         n, positions = self.n_spatial(spec), math.prod(weight.kernel)
         cores, sizes = [], dict[str, int]()
         for k, (r, m, size, s) in enumerate(chain.core_shapes):
-            spatial = (f"x{k}",) if n > 1 and k < n else ()
             # Where no core is spatial alone, the positions are the slowest part of the first input mode.
             holds_all = k == 0 and n <= 1 and positions > 1
-            spatial = tuple(f"x{axis}" for axis in range(len(weight.kernel))) if holds_all else spatial
+            own = range(len(weight.kernel)) if holds_all else range(k, k + 1) if n > 1 and k < n else ()
+            spatial = [f"x{axis}" for axis in own]
             rest = 1 if k < n else size // positions if holds_all else size
             cores.append((f"b{k}", f"o{k}", *spatial, f"i{k}", f"b{k + 1}"))
             sizes |= {f"b{k}": r, f"o{k}": m, f"i{k}": rest, f"b{k + 1}": s}

@@ -92,6 +92,7 @@ class Runner:
         plans: Those of ``shape`` found so far.
         layer_plans: Of a layer that does more than one product with ``shape``: its own, under keys of its own.
         cache: Weights that follow from the cores, kept while these do not change.
+        quick_calls: Of a convolution: by the shape of the input, what an earlier one left ready.
     """
 
     def __init__(self, shape: Shape | None, sizes: tuple[int, int] | None = None, *, may_time: bool = True) -> None:
@@ -105,6 +106,7 @@ class Runner:
         self.cache = WeightCache()
         self.plans: dict[PlanKey, Plan] = {}
         self.layer_plans: dict[Any, Any] = {}
+        self.quick_calls: dict[Any, Any] = {}
         self._way: Any = None  # of the kernels
         self._way_options: tuple[Any, ...] = ()
 

@@ -29,7 +29,7 @@ _MOST_BYTES = 2**28  # of input, output and states: likewise
 _CLEARLY = 0.95  # what is not faster by so much than an earlier way is taken for level with it
 _MARGIN = 0.7  # untimed, a way has to be predicted so much faster than the dense kernel to run in its place
 _NOTES = Notebook("convolutions-1")
-_KNOWN: dict[Any, Found] = {}
+_KNOWN: dict[Any, _Trial] = {}
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,14 @@ class Found:
     is_measured: bool
 
 
+@dataclass(frozen=True)
+class _Trial:
+    """The name of the fastest way, and seconds for each position of the input by the names of all that were run."""
+
+    name: str
+    seconds: dict[str, float]
+
+
 def fastest_way(request: Request, ways: Sequence[Way], maker: Maker, *, may_time: bool) -> Found:
     """The way that ran fastest of those predicted to be fast.
 
@@ -95,9 +103,14 @@ def fastest_way(request: Request, ways: Sequence[Way], maker: Maker, *, may_time
         return predicted(ways)
     key = _key(request, ways)
     known = _KNOWN.get(key)
-    if known is None or all(way.name != known.way.name for way in ways):
-        known = _KNOWN[key] = _recalled(ways, request, key) or _timed(ways, request, maker, key)
-    return known
+    if known is None or all(way.name != known.name for way in ways):
+        known = _recalled(ways, request, key) or _tried(ways, request, maker, key)
+        if known is None:
+            return predicted(ways)
+        _KNOWN[key] = known
+    way = next(way for way in ways if way.name == known.name)
+    seconds = {name: each * request.n_positions for name, each in known.seconds.items()}
+    return Found(way, seconds, is_measured=True)
 
 
 def predicted(ways: Sequence[Way]) -> Found:
@@ -120,28 +133,28 @@ def _key(request: Request, ways: Sequence[Way]) -> tuple[Any, ...]:
     return request.spec.to_dict().__repr__(), repr(request.options), size, request.training, rules, where
 
 
-def _recalled(ways: Sequence[Way], request: Request, key: Any) -> Found | None:
+def _recalled(ways: Sequence[Way], request: Request, key: Any) -> _Trial | None:
     """What an earlier process on this machine found."""
     note = _NOTES.read(key, request.device)
     try:
-        seconds = {str(name): float(each) * request.n_positions for name, each in note["seconds"].items()}
-        way = next(way for way in ways if way.name == note["way"])
-    except (TypeError, KeyError, ValueError, AttributeError, StopIteration):
+        known = _Trial(note["way"], {str(name): float(each) for name, each in note["seconds"].items()})
+    except (TypeError, KeyError, ValueError, AttributeError):
         return None
-    return Found(way, seconds, is_measured=True)
+    return known if known.name in known.seconds and any(way.name == known.name for way in ways) else None
 
 
-def _timed(ways: Sequence[Way], request: Request, maker: Maker, key: Any) -> Found:
+def _tried(ways: Sequence[Way], request: Request, maker: Maker, key: Any) -> _Trial | None:
+    """What a trial finds; None where it would take too much time or memory."""
     tried = _likely(ways)
     small = _smaller(request, tried)
     if small is None:
-        return predicted(ways)
+        return None
     try:
         with torch.autocast(request.device.type, enabled=False):
             calls = [_call(way, small, maker) for way in tried]
             best = best_seconds(calls, lambda call: timed(call, request.device))
     except torch.OutOfMemoryError:
-        return predicted(ways)
+        return None
     earlier = _recalled(ways, request, key)  # another process was at it at the same time
     if earlier is not None:
         return earlier
@@ -151,8 +164,7 @@ def _timed(ways: Sequence[Way], request: Request, maker: Maker, key: Any) -> Fou
             found = k
     each = {way.name: seconds / small.n_positions for way, seconds in zip(tried, best, strict=True)}
     _NOTES.write(key, request.device, {"way": tried[found].name, "seconds": each})
-    scaled = {name: seconds * request.n_positions for name, seconds in each.items()}
-    return Found(tried[found], scaled, is_measured=True)
+    return _Trial(tried[found].name, each)
 
 
 def _likely(ways: Sequence[Way]) -> list[Way]:
@@ -179,9 +191,10 @@ def _call(way: Way, request: Request, maker: Maker) -> Callable[[], object]:
     """One inference, or one training step, of a way on numbers of its own."""
     options = request.options
     with torch.inference_mode(False), torch.no_grad():
-        made = {"dtype": request.dtype, "device": request.device}
-        x = torch.full((request.batch, request.in_channels, *request.spatial), 0.1, **made)
-        cores = [torch.full(shape, 0.1, **made) for shape in request.spec.core_shapes]
+        dtype, device = request.dtype, request.device
+        size = request.batch, request.in_channels, *request.spatial
+        x = torch.full(size, 0.1, dtype=dtype, device=device)
+        cores = [torch.full(shape, 0.1, dtype=dtype, device=device) for shape in request.spec.core_shapes]
         if not request.training:
             prepared = way.prepare(maker, cores, options)
             return lambda: _infer(way, x, prepared, options, maker)

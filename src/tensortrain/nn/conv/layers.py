@@ -19,7 +19,9 @@ from tensortrain.nn.base import FactorizedLayer, Implementation, Init, as_tuple
 from tensortrain.nn.conv.choose import Found, Request, fastest_way, predicted
 from tensortrain.nn.conv.options import ConvOptions
 from tensortrain.nn.conv.plan import ConvPlan, out_size
-from tensortrain.nn.conv.ways import DenseWay, Layout, Maker, StagedWay, StepsWay, Way, can_pack
+from tensortrain.nn.conv.quick import QuickCall, quick
+from tensortrain.nn.conv.ways import DenseWay, Layout, StagedWay, StepsWay, Way, can_pack
+from tensortrain.nn.cores import are_plain
 from tensortrain.nn.inputs import check_plain_layout, once, traceable
 from tensortrain.nn.runner import FEW_WHEN_TRACED, Runner, device_type_of, may_be_dense, trains
 from tensortrain.system.tracing import is_traced, is_transformed, sizes_of, static_power_of_two
@@ -30,6 +32,7 @@ Size = int | Sequence[int]
 Convolve = Callable[..., Tensor]  # (x, weight in torch's layout, bias=None, groups=1) -> y
 _STEPS_OVERHEAD_S = 40e-6  # of the calls between the steps, which no flop count shows; seen on a CPU
 _FEW = 4  # inputs of a traced program that is planned for one
+_MOST_QUICK = 64  # shapes of inputs that find something ready
 _PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 
 
@@ -95,9 +98,7 @@ class ConvLayer(FactorizedLayer):
         )
         self._seen_spatial: tuple[int, ...] = tuple(4 * k for k in self.kernel_size)
         # Whether the kernel is rebuilt in every call of a traced program, for few inputs and for many.
-        self._dense_pays = tuple(
-            self._plan(n, self._seen_spatial, None).uses_dense for n in (1, FEW_WHEN_TRACED)
-        )
+        self._dense_pays = tuple(self._plan(n, self._seen_spatial, None).uses_dense for n in (1, FEW_WHEN_TRACED))
 
     @classmethod
     def weight_shape_of(cls, layer: Any) -> WeightShape:
@@ -150,17 +151,37 @@ class ConvLayer(FactorizedLayer):
         self._seen_spatial = tuple(x.shape[2:])
         plan = self._plan_of(x.shape[0], self._seen_spatial, may_pack=_is_ordinary(x))
         way, options = plan.way, plan.options
-        assert way is not None and options is not None
+        assert way is not None
+        assert options is not None
         if more is not None:
             options = self.options(more)
-        if plan.key.training:  # type: ignore[union-attr]
+        if plan.key.training:
             self.runner.cache.clear()  # the cores are about to change
+            self.runner.quick_calls.clear()
             prepared = way.prepare(self, self.core_list(), options)
         elif way.name == "dense plain":
             prepared = (self.runner.dense_weight(self),)
         else:
             prepared = self.runner.cached(self, way.name, lambda: way.prepare(self, self.core_list(), options))
-        return way.run(x, prepared, self.bias, options, self)
+        y = way.run(x, prepared, self.bias, options, self)
+        if not plan.key.training and more is None:
+            self._keep_quick(x, plan, prepared)
+        return y
+
+    def _keep_quick(self, x: Tensor, plan: ConvPlan, prepared: tuple[Tensor, ...]) -> None:
+        """Let the next input of this shape take the short way, where layer and input are ordinary ones."""
+        calls = self.runner.quick_calls
+        if not _is_ordinary(x, any_dtype=True) or self.stand_ins is not None or not are_plain(self.cores):
+            return
+        cores = self.core_list()
+        if any(core.is_inference() or type(core) not in (Tensor, nn.Parameter) for core in cores):
+            return
+        call = plan.way.ready(x, prepared, plan.options)  # type: ignore[union-attr, arg-type]
+        if call is None or x.device.type != "cpu" or self.cores[0].device.type != "cpu":
+            return
+        if len(calls) >= _MOST_QUICK:
+            calls.clear()
+        calls[x.shape] = QuickCall(self, x, call, cores)
 
     def _run_traced(self, x: Tensor, more: tuple[int, ...] | None) -> Tensor:
         options = self.options(more)
@@ -332,8 +353,9 @@ class ConvLayer(FactorizedLayer):
         backward = 3 if load.training else 1
         n_ins, n_outs = load.batch * math.prod(load.ins), load.batch * math.prod(load.outs)
         steps = self._work(self._group_spec, n_ins, n_outs) * self.groups
-        seconds = sum(backward * model.conv_s(flops, moved * load.itemsize) for flops, moved in steps)
-        seconds += _STEPS_OVERHEAD_S * self.groups
+        # Half the rate of large convolutions: these have few channels on one side.
+        seconds = sum(backward * model.conv_s(2 * flops, moved * load.itemsize) for flops, moved in steps)
+        seconds += backward * _STEPS_OVERHEAD_S * self.groups
         flops = sum(flops for flops, _ in steps)
         if self.runner.shape is not None:
             find: Callable[..., Plan] = self.runner.plan_when_traced if traced else self.runner.plan
@@ -406,9 +428,16 @@ class _ConvNd(ConvLayer):
             dtype=dtype,
         )
 
+    def forward(self, input: Tensor) -> Tensor:
+        if not torch.compiler.is_compiling():
+            found = quick(self, input)
+            if found is not None:
+                return found
+        return self._forward(input)
+
     @traceable
     @once
-    def forward(self, input: Tensor) -> Tensor:
+    def _forward(self, input: Tensor) -> Tensor:
         return self._run(input)
 
     def options(self, output_padding: tuple[int, ...] | None = None) -> ConvOptions:
@@ -468,9 +497,11 @@ class Conv3d(_ConvNd):
     dense_type = nn.Conv3d
 
 
-def _is_ordinary(x: Tensor) -> bool:
+def _is_ordinary(x: Tensor, *, any_dtype: bool = False) -> bool:
     """Whether nothing looks on that would have to see, or to differentiate, every operation on an input."""
-    if torch.is_grad_enabled() or type(x) is not Tensor or x.dtype != torch.float32 or x.numel() == 0:
+    if torch.is_grad_enabled() or type(x) is not Tensor or x.numel() == 0:
+        return False
+    if x.dtype != torch.float32 and not any_dtype:
         return False
     if is_transformed() or forward_ad._current_level >= 0 or torch.is_autocast_enabled("cpu"):
         return False

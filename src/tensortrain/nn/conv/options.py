@@ -42,6 +42,11 @@ class ConvOptions:
         """Whether outputs are spread from inputs."""
         return self.output_padding is not None
 
+    @property
+    def function(self) -> Any:
+        """torch's function."""
+        return (_TRANSPOSED if self.is_transposed else _CONVOLVE)[self.n_axes]
+
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, groups: int = 1) -> Tensor:
         """Convolve ``(b, C, *positions)``; a transposed convolution takes kernels ``(C, S / groups, *kernel)``."""
         padding: Any = self.padding
@@ -53,7 +58,7 @@ class ConvOptions:
             x = F.pad(x, self.pad_widths(), mode=self.padding_mode)
             padding = 0
         y = _CONVOLVE[self.n_axes](x, weight, bias, self.stride, padding, self.dilation, groups)
-        return y
+        return y  # noqa: RET504  # typed
 
     def pad_widths(self) -> list[int]:
         """Padding per side, last axis first, as ``torch.nn.functional.pad`` wants it."""
@@ -80,9 +85,7 @@ class ConvOptions:
         """Those of the same convolution along the second of two axes, from one along a single axis."""
         padding = (0, *self.padding) if isinstance(self.padding, tuple) else self.padding
         more = None if self.output_padding is None else (0, *self.output_padding)
-        return ConvOptions(
-            (1, *self.kernel), (1, *self.stride), padding, (1, *self.dilation), self.padding_mode, more
-        )
+        return ConvOptions((1, *self.kernel), (1, *self.stride), padding, (1, *self.dilation), self.padding_mode, more)
 
 
 @lru_cache(maxsize=1024)

@@ -56,11 +56,12 @@ class ConvPlan:
 
     def __str__(self) -> str:
         how = "the dense kernel, kept" if self.uses_dense else self.words
+        told = "measured " if self.is_measured else "predicted"
         return "\n".join(
             [
                 f"Convolution of {self.batch} x {'x'.join(map(str, self.spatial))}: {how}",
                 f"  flops      {self.flops:,} (dense {self.dense_flops:,})",
-                f"  {'measured ' if self.is_measured else 'predicted'}  {self.predicted_s * 1e6:,.0f} us (dense {self.dense_s * 1e6:,.0f} us, "
+                f"  {told}  {self.predicted_s * 1e6:,.0f} us (dense {self.dense_s * 1e6:,.0f} us, "
                 f"core by core {self.factorized_s * 1e6:,.0f} us)",
                 f"  peak       {self.peak_bytes:,} bytes between the steps",
             ]

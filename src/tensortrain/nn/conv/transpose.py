@@ -21,6 +21,7 @@ from tensortrain.nn.base import Implementation, Init, as_tuple
 from tensortrain.nn.conv.layers import ConvLayer, Convolve, Size
 from tensortrain.nn.conv.options import ConvOptions
 from tensortrain.nn.conv.plan import transposed_out_size
+from tensortrain.nn.conv.quick import quick
 from tensortrain.nn.inputs import once, traceable
 from tensortrain.nn.runner import Runner
 from tensortrain.system.tracing import sizes_of
@@ -136,9 +137,16 @@ class _ConvTransposeNd(ConvLayer):
 
     # -- how it runs ---------------------------------------------------------------------------------
 
+    def forward(self, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
+        if output_size is None and not torch.compiler.is_compiling():
+            found = quick(self, input)
+            if found is not None:
+                return found
+        return self._forward(input, output_size)
+
     @traceable
     @once
-    def forward(self, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
+    def _forward(self, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
         more = None if output_size is None else self._padding_for(input, output_size)
         return self._run(input, more)
 

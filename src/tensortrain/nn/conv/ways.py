@@ -77,6 +77,12 @@ class Way(ABC):
     ) -> Tensor:
         """Convolve ``(b, C, *positions)``."""
 
+    def ready(
+        self, x: Tensor, prepared: tuple[Tensor, ...], options: ConvOptions
+    ) -> Callable[[Tensor, Tensor | None], Tensor] | None:
+        """The same as ``run`` for inputs of the shape of ``x``, without the layer; None where it needs that."""
+        return lambda other, bias: self.run(other, prepared, bias, options, None)  # type: ignore[arg-type]
+
 
 @dataclass(frozen=True)
 class StepsWay(Way):
@@ -97,6 +103,11 @@ class StepsWay(Way):
         self, x: Tensor, prepared: tuple[Tensor, ...], bias: Tensor | None, options: ConvOptions, maker: Maker
     ) -> Tensor:
         return _with_bias(maker.steps(x, prepared, options), bias)
+
+    def ready(
+        self, x: Tensor, prepared: tuple[Tensor, ...], options: ConvOptions
+    ) -> Callable[[Tensor, Tensor | None], Tensor] | None:
+        return None
 
 
 @dataclass(frozen=True)
@@ -134,10 +145,18 @@ class DenseWay(Way):
         if self.layout == "plain":
             return options(x, weight, bias, self.groups)
         if self.layout == "library":
-            y = _product(weight, x.flatten(2), bias)
-            return y.reshape(*y.shape[:2], *x.shape[2:])
+            return _product(weight, x.flatten(2), bias).unflatten(2, x.shape[2:])
         y = _last_convolved(x, weight, bias, options, self.groups, packed=self.packs)
         return y if _is_channels_last(x) else y.contiguous()
+
+    def ready(
+        self, x: Tensor, prepared: tuple[Tensor, ...], options: ConvOptions
+    ) -> Callable[[Tensor, Tensor | None], Tensor] | None:
+        if self.layout != "plain" or options.is_transposed or options.padding_mode != "zeros":
+            return super().ready(x, prepared, options)
+        convolve, weight, groups = options.function, prepared[0], self.groups
+        stride, padding, dilation = options.stride, options.padding, options.dilation
+        return lambda other, bias: convolve(other, weight, bias, stride, padding, dilation, groups)
 
 
 @dataclass(frozen=True)
@@ -240,9 +259,7 @@ class StagedWay(Way):
             return _with_bias(y.reshape(batch * before, groups * stage.weight_sizes[1], width), bias), places
         return _product(weight, x.reshape(batch * before, summed, width), bias), places
 
-    def _run_last(
-        self, x: Tensor, prepared: tuple[Tensor, ...], bias: Tensor | None, options: ConvOptions
-    ) -> Tensor:
+    def _run_last(self, x: Tensor, prepared: tuple[Tensor, ...], bias: Tensor | None, options: ConvOptions) -> Tensor:
         """States with the channels innermost, so that products and convolutions hand them on without a copy."""
         keeps, n_last, given = _is_channels_last(x), len(self.stages) - 1, x
         for number, (stage, weight) in enumerate(zip(self.stages, prepared, strict=True)):
@@ -250,8 +267,7 @@ class StagedWay(Way):
             if stage.along:
                 x = _last_convolved(x, weight, own, options.along(stage.along), stage.sizes[1], packed=self.packs)
             elif number == n_last and not keeps:
-                y = _product(weight, x.flatten(2), own)
-                return y.reshape(*y.shape[:2], *x.shape[2:])
+                return _product(weight, x.flatten(2), own).unflatten(2, x.shape[2:])
             else:
                 x = _rows_product(x, weight, own, is_given=x is given)
         return x if keeps else x.contiguous()
@@ -303,8 +319,7 @@ def _last_convolved(
 ) -> Tensor:
     """A convolution with channels innermost; one along a single axis as one of a plane."""
     if x.ndim == 3:
-        y = _last_convolved(x.unsqueeze(2), weight, bias, options.as_plane(), groups, packed=packed)
-        return y.squeeze(2)
+        return _last_convolved(x.unsqueeze(2), weight, bias, options.as_plane(), groups, packed=packed).squeeze(2)
     x = x.contiguous(memory_format=_format_of(options.n_axes))
     if not packed:
         return options(x, weight, bias, groups)
@@ -320,7 +335,7 @@ def _laid_out(weight: Tensor, options: ConvOptions, groups: int, packed: bool) -
         return _laid_out(weight.unsqueeze(2), options.as_plane(), groups, packed)
     if not packed:
         return weight.contiguous(memory_format=_format_of(options.n_axes))
-    pack: Any = torch._C._nn.mkldnn_reorder_conv2d_weight  # type: ignore[attr-defined]
+    pack: Any = torch._C._nn.mkldnn_reorder_conv2d_weight
     kernel: Tensor = pack(weight.contiguous().to_mkldnn(), options.padding, options.stride, options.dilation, groups)
     return kernel
 
@@ -331,7 +346,7 @@ def can_pack(options: ConvOptions, dtype: torch.dtype, device: torch.device) -> 
         return False
     if options.padding_mode != "zeros" or isinstance(options.padding, str):
         return False
-    if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):  # type: ignore[attr-defined]
+    if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
         return False
-    known = hasattr(torch._C._nn, "mkldnn_reorder_conv2d_weight")  # type: ignore[attr-defined]
+    known = hasattr(torch._C._nn, "mkldnn_reorder_conv2d_weight")
     return known and hasattr(torch.ops.mkldnn, "_convolution_pointwise")

@@ -11,7 +11,7 @@ that lies in between are the ways to cut the cores into stages, and the cheapest
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
 from math import prod
@@ -24,7 +24,7 @@ from tensortrain.contract.products import Legs, Product, Sizes, contraction, con
 __all__ = ["ConvNetwork", "Load", "Stage", "stage_candidates"]
 
 _ALL_SUBSETS = 4  # up to so many cores any of them may make a stage, beyond only those next to each other
-_KEPT = 5  # partial ways kept for each set of cores that have been applied
+_KEPT = 4  # partial ways kept for each set of cores that have been applied
 _MOST_GROWTH = 2  # times the dense kernel: largest merged weight of a stage
 _STAGE_S = 4  # calls of small operations around a stage
 
@@ -131,18 +131,12 @@ def _merging(network: ConvNetwork, which: tuple[int, ...], legs: Legs) -> tuple[
     return contraction(tuple(network.cores[k] for k in which), legs, network.sizes)
 
 
-def stage_candidates(
-    network: ConvNetwork, load: Load, model: CostModel, *, most: int = _KEPT
-) -> list[tuple[Stage, ...]]:
+@lru_cache(maxsize=1024)
+def stage_candidates(network: ConvNetwork, load: Load, model: CostModel) -> tuple[tuple[Stage, ...], ...]:
     """The likeliest ways to cut the cores into stages, best first; the whole kernel in one stage is not among them.
 
     Cost: milliseconds; remembered.
     """
-    return list(_candidates(network, load, model)[:most])
-
-
-@lru_cache(maxsize=1024)
-def _candidates(network: ConvNetwork, load: Load, model: CostModel) -> tuple[tuple[Stage, ...], ...]:
     planner = _Planner(network, load, model)
     everything = frozenset(range(len(network.cores)))
     best: dict[frozenset[int], list[_Partial]] = {frozenset(): [_Partial((), network.in_legs, 0.0)]}
@@ -202,12 +196,17 @@ class _Planner:
 
     def __init__(self, network: ConvNetwork, load: Load, model: CostModel) -> None:
         self.network, self.load, self.model = network, load, model
+        self.sizes = dict(network.sizes)
         self.bearers: dict[str, set[int]] = {}
         for k, legs in enumerate(network.cores):
             for leg in legs:
                 self.bearers.setdefault(leg, set()).add(k)
         self.spatial = {leg for leg in network.axes if leg in self.bearers}
-        self.dense = network.size((*network.out_legs, *network.in_legs, *sorted(self.spatial)))
+        self.dense = self._size((*network.out_legs, *network.in_legs, *sorted(self.spatial)))
+
+    def _size(self, legs: Sequence[str]) -> int:
+        sizes = self.sizes
+        return prod([sizes[leg] for leg in legs])
 
     def extended(self, partial: _Partial, which: frozenset[int]) -> list[_Partial]:
         """A partial way with these cores as its next stage; new legs may come in either order."""
@@ -220,7 +219,7 @@ class _Planner:
         summed = [leg for leg in known if leg not in wanted]
         new = [leg for leg in borne if leg in wanted and leg not in known]
         axes = [leg for leg in borne if leg in self.spatial]
-        if self.network.size((*groups, *new, *summed, *axes)) > _MOST_GROWTH * self.dense:
+        if self._size((*groups, *new, *summed, *axes)) > _MOST_GROWTH * self.dense:
             return []
         bonds = [leg for leg in new if leg not in self.network.out_legs]
         outs = self._ordered([leg for leg in new if leg in self.network.out_legs])
@@ -246,20 +245,22 @@ class _Planner:
         state = partial.legs
         before, after, permute = self._arranged(state, groups, summed, keeps_after=not along)
         legs = (*before, *groups, *new, *after)
-        a, g, i, b = (self.network.size(some) for some in (before, groups, summed, after))
-        n = self.network.size(new)
+        a, g, i, b = (self._size(some) for some in (before, groups, summed, after))
+        n = self._size(new)
         ins, outs = self._positions(partial, along)
-        k = self.network.size(axes)
+        k = self._size(axes)
         flops = 2 * self.load.batch * a * b * g * n * i * k * (ins if self.load.transposed else outs)
         moved = self.load.batch * a * b * g * (i * ins + n * outs) + g * n * i * k
         weight_legs = (*groups, *new, *summed, *(self.network.axes[axis] for axis in along if self._is_borne(axis)))
-        stage = Stage(
-            tuple(sorted(which)), permute, (a, g, i, b), weight_legs, (g, n, i), along, legs, flops, moved, 0.0
-        )
-        seconds = self._seconds(stage, ins, outs, k)
+        seconds = self._seconds((a, g, i, b), n, flops, ins, outs, k, convolves=bool(along))
+        if permute:
+            seconds += (3 if self.load.training else 1) * self._copy_s(self.load.batch * a * g * i * b * ins)
         if last and legs != self.network.out_legs:
-            seconds += self._copy_s(self.load.batch * self.network.size(legs) * outs)
-        return replace(stage, seconds=seconds)
+            seconds += self._copy_s(self.load.batch * self._size(legs) * outs)
+        cores = tuple(sorted(which))
+        if self.load.training:
+            seconds += self._merge_s(cores, weight_legs, g * n * i)
+        return Stage(cores, permute, (a, g, i, b), weight_legs, (g, n, i), along, legs, flops, moved, seconds)
 
     def _is_borne(self, axis: int) -> bool:
         return self.network.axes[axis] in self.spatial
@@ -299,26 +300,26 @@ class _Planner:
         then = [self.load.outs[k] if k in passed or k in along else n for k, n in enumerate(self.load.ins)]
         return prod(now), prod(then)
 
-    def _seconds(self, stage: Stage, ins: int, outs: int, k: int) -> float:
-        a, g, i, b = stage.sizes
-        n, rows, model = stage.weight_sizes[1], self.load.batch * a, self.model
-        times = 3 if self.load.training else 1
-        if stage.along:
-            work = model.convolution_s(stage.flops, (rows, g, i, n), k, ins, outs, itemsize=self.load.itemsize)
+    def _seconds(
+        self, sizes: tuple[int, int, int, int], new: int, flops: int, ins: int, outs: int, k: int, *, convolves: bool
+    ) -> float:
+        """Seconds of the product or the convolution of a stage."""
+        before, groups, summed, after = sizes
+        rows, model = self.load.batch * before, self.model
+        if convolves:
+            channels = rows, groups, summed, new
+            work = model.convolution_s(flops, channels, k, ins, outs, itemsize=self.load.itemsize)
         else:
-            work = model.gemm_s(n, b * ins, i, batch=rows * g)
-        seconds = times * (work + _STAGE_S * model.overhead_s)
-        if stage.permute:
-            seconds += times * self._copy_s(rows * g * i * b * ins)
-        return seconds + (self._merge_s(stage) if self.load.training else 0.0)
+            work = model.gemm_s(new, after * ins, summed, batch=rows * groups)
+        return (3 if self.load.training else 1) * (work + _STAGE_S * model.overhead_s)
 
     def _copy_s(self, numel: int) -> float:
         return self.model.copy_s(2.0 * numel * self.load.itemsize)
 
-    def _merge_s(self, stage: Stage) -> float:
+    def _merge_s(self, cores: tuple[int, ...], legs: Legs, numel: int) -> float:
         """Merging the weight in every call, and the gradients through that."""
-        steps = _merging(self.network, stage.cores, stage.weight_legs)
-        flops = contraction_flops(steps) if len(stage.cores) > 1 else 0
-        copied = prod(stage.weight_sizes) * self.load.itemsize
+        steps = _merging(self.network, cores, legs)
+        flops = contraction_flops(steps) if len(cores) > 1 else 0
+        copied = numel * self.load.itemsize
         calls = 3 * len(steps) * _STAGE_S * self.model.overhead_s
         return 3 * (flops / self.model.gemm_flops_s + copied / self.model.permute_bytes_s) + calls

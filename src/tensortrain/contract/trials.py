@@ -24,7 +24,8 @@ from tensortrain.system.tracing import is_traced, is_transformed
 __all__ = ["Notebook", "best_seconds", "can_time", "digest", "timed", "train_once"]
 
 _MOST_ROUNDS = 12
-_ENOUGH_S = 0.05  # after two rounds, no new one begins later than this
+_ENOUGH_S = 0.05  # after a few rounds, no new one begins later than this
+_FAR_BEHIND = 4.0  # times the fastest in the turn that warms up
 
 
 def can_time(device: torch.device) -> bool:
@@ -47,17 +48,25 @@ def timed(call: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def best_seconds(calls: Sequence[Any], timer: Callable[[Any], float]) -> list[float]:
-    """The best time of each of several calls that take turns; those far behind the best drop out."""
-    best = [math.inf] * len(calls)
-    start = time.perf_counter()
+def best_seconds(calls: Sequence[Any], timer: Callable[[Any], float], *, hurries: bool = False) -> list[float]:
+    """The best time of each of several calls that take turns; those far behind the best drop out.
+
+    Args:
+        calls: What ``timer`` takes.
+        timer: Gives the seconds of one call.
+        hurries: Whether those far behind drop out after the first turn, which warms up and counts for nothing else, so
+            that the others, where each takes long, get more turns.
+    """
+    best, warm = [math.inf] * len(calls), [0.0] * len(calls)
+    start, close, least = time.perf_counter(), 1.5 if hurries else 2.0, 4 if hurries else 3
     for turn in range(_MOST_ROUNDS):
-        limit = 2.0 * min(best)
+        limit = close * min(best)
         for k, call in enumerate(calls):
-            if turn < 2 or best[k] <= limit:
-                seconds = timer(call)
-                best[k] = min(best[k], seconds) if turn > 0 else math.inf  # the first call warms up
-        if turn >= 2 and time.perf_counter() - start > _ENOUGH_S:
+            if turn == 0:
+                warm[k] = timer(call)
+            elif (best[k] <= limit or turn == 1) and not (hurries and warm[k] > _FAR_BEHIND * min(warm)):
+                best[k] = min(best[k], timer(call))
+        if turn + 1 >= least and time.perf_counter() - start > _ENOUGH_S:
             break
     return best
 

@@ -22,7 +22,7 @@ from tensortrain.nn.conv.ways import Maker, Way
 
 __all__ = ["Found", "Request", "bucket", "fastest_way"]
 
-_MOST_TRIED = 7
+_MOST_TRIED = 9
 _LIKELY = 4.0  # a prediction so many times longer than the best one is not tried
 _TOO_LONG_S = 0.4  # of one round as predicted: fewer examples are taken then
 _MOST_BYTES = 2**28  # of input, output and states: likewise
@@ -152,7 +152,7 @@ def _tried(ways: Sequence[Way], request: Request, maker: Maker, key: Any) -> _Tr
     try:
         with torch.autocast(request.device.type, enabled=False):
             calls = [_call(way, small, maker) for way in tried]
-            best = best_seconds(calls, lambda call: timed(call, request.device))
+            best = best_seconds(calls, lambda call: timed(call, request.device), hurries=True)
     except torch.OutOfMemoryError:
         return None
     earlier = _recalled(ways, request, key)  # another process was at it at the same time
@@ -162,7 +162,8 @@ def _tried(ways: Sequence[Way], request: Request, maker: Maker, key: Any) -> _Tr
     for k in range(1, len(tried)):
         if best[k] < _CLEARLY * best[found]:
             found = k
-    each = {way.name: seconds / small.n_positions for way, seconds in zip(tried, best, strict=True)}
+    told = zip(tried, best, strict=True)
+    each = {way.name: seconds / small.n_positions for way, seconds in told if seconds < math.inf}
     _NOTES.write(key, request.device, {"way": tried[found].name, "seconds": each})
     return _Trial(tried[found].name, each)
 

@@ -219,22 +219,41 @@ class StagedWay(Way):
     def run(
         self, x: Tensor, prepared: tuple[Tensor, ...], bias: Tensor | None, options: ConvOptions, maker: Maker
     ) -> Tensor:
+        return self._run(x, prepared, bias, self._parts(options))
+
+    def ready(
+        self, x: Tensor, prepared: tuple[Tensor, ...], options: ConvOptions
+    ) -> Callable[[Tensor, Tensor | None], Tensor] | None:
+        parts, run = self._parts(options), self._run
+        return lambda other, bias: run(other, prepared, bias, parts)
+
+    def _parts(self, options: ConvOptions) -> list[ConvOptions]:
+        """What every stage has of the options."""
+        return [options.along(stage.along) for stage in self.stages]
+
+    def _run(
+        self, x: Tensor, prepared: tuple[Tensor, ...], bias: Tensor | None, parts: Sequence[ConvOptions]
+    ) -> Tensor:
         if self.layout in ("last", "packed"):
-            return self._run_last(x, prepared, bias, options)
-        batch, places, legs, known = x.shape[0], x.shape[2:], self.network.in_legs, dict(self.network.sizes)
+            return self._run_last(x, prepared, bias, parts)
+        batch, places, legs, n_last = x.shape[0], x.shape[2:], self.network.in_legs, len(self.stages) - 1
         for number, (stage, weight) in enumerate(zip(self.stages, prepared, strict=True)):
             if stage.permute:
-                x = x.reshape(batch, *(known[leg] for leg in legs), places.numel())
+                x = x.reshape(batch, *self._sizes(legs), places.numel())
                 x = x.permute(0, *(1 + axis for axis in stage.permute), -1)
-            ends = number == len(self.stages) - 1 and stage.is_plain and stage.legs == self.network.out_legs
+            ends = number == n_last and stage.is_plain and stage.legs == self.network.out_legs
             own, bias = (bias, None) if ends else (None, bias)
-            x, places = self._applied(stage, x, weight, own, batch, places, options)
+            x, places = self._applied(stage, x, weight, own, batch, places, parts[number])
             legs = stage.legs
         if legs != self.network.out_legs:
-            x = x.reshape(batch, *(known[leg] for leg in legs), *places)
+            x = x.reshape(batch, *self._sizes(legs), *places)
             order = (legs.index(leg) for leg in self.network.out_legs)
             x = x.permute(0, *(1 + axis for axis in order), *range(1 + len(legs), x.ndim))
         return _with_bias(x.reshape(batch, self.network.size(self.network.out_legs), *places), bias)
+
+    def _sizes(self, legs: Sequence[str]) -> list[int]:
+        known = dict(self.network.sizes)
+        return [known[leg] for leg in legs]
 
     def _applied(
         self,
@@ -249,7 +268,7 @@ class StagedWay(Way):
         before, groups, summed, after = stage.sizes
         if stage.along:
             x = x.reshape(batch * before, groups * summed, *places)
-            y = options.along(stage.along)(x, weight, bias, groups)
+            y = options(x, weight, bias, groups)
             return y, y.shape[2:]
         width = after * places.numel()
         if self.layout == "library":
@@ -259,17 +278,19 @@ class StagedWay(Way):
             return _with_bias(y.reshape(batch * before, groups * stage.weight_sizes[1], width), bias), places
         return _product(weight, x.reshape(batch * before, summed, width), bias), places
 
-    def _run_last(self, x: Tensor, prepared: tuple[Tensor, ...], bias: Tensor | None, options: ConvOptions) -> Tensor:
+    def _run_last(
+        self, x: Tensor, prepared: tuple[Tensor, ...], bias: Tensor | None, parts: Sequence[ConvOptions]
+    ) -> Tensor:
         """States with the channels innermost, so that products and convolutions hand them on without a copy."""
-        keeps, n_last, given = _is_channels_last(x), len(self.stages) - 1, x
+        keeps, n_last = _is_channels_last(x), len(self.stages) - 1
         for number, (stage, weight) in enumerate(zip(self.stages, prepared, strict=True)):
             own = bias if number == n_last else None
             if stage.along:
-                x = _last_convolved(x, weight, own, options.along(stage.along), stage.sizes[1], packed=self.packs)
+                x = _last_convolved(x, weight, own, parts[number], stage.sizes[1], packed=self.packs)
             elif number == n_last and not keeps:
                 return _product(weight, x.flatten(2), own).unflatten(2, x.shape[2:])
             else:
-                x = _rows_product(x, weight, own, is_given=x is given)
+                x = _rows_product(x, weight, own, is_given=number == 0)
         return x if keeps else x.contiguous()
 
 
@@ -323,7 +344,7 @@ def _last_convolved(
     x = x.contiguous(memory_format=_format_of(options.n_axes))
     if not packed:
         return options(x, weight, bias, groups)
-    y: Tensor = torch.ops.mkldnn._convolution_pointwise(
+    y: Tensor = torch.ops.mkldnn._convolution_pointwise.default(
         x, weight, bias, options.padding, options.stride, options.dilation, groups, "none", [], ""
     )
     return y

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ from tensortrain.contract import CostModel
 from tensortrain.contract.stages import Load
 from tensortrain.formats import format_names, get_format
 from tensortrain.nn.conv import choose
+from tensortrain.nn.conv.quick import quick
 from tensortrain.nn.conv.ways import StagedWay, Way
 from tensortrain.testing import rel_error
 
@@ -29,7 +32,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 def ways_of(layer: Any, x: Tensor, *, training: bool = False) -> list[Way]:
     """All ways that the layer could take."""
-    spatial, options = tuple(x.shape[2:]), layer.options()
+    spatial, options = tuple(x.shape[2:]), layer.conv_options()
     still = frozenset(axis for axis in range(layer.n_axes) if options.is_still(axis))
     outs = layer._out_spatial(spatial)
     load = Load(x.shape[0], spatial, outs, still, options.is_transposed, training, x.element_size())
@@ -38,7 +41,7 @@ def ways_of(layer: Any, x: Tensor, *, training: bool = False) -> list[Way]:
 
 
 def by_way(layer: Any, way: Way, x: Tensor) -> Tensor:
-    options = layer.options()
+    options = layer.conv_options()
     return way.run(x, way.prepare(layer, layer.core_list(), options), layer.bias, options, layer)
 
 
@@ -48,7 +51,8 @@ def check(layer: Any, x: Tensor, tolerance: float = 1e-12) -> None:
         ways = ways_of(layer, x)
         assert len({way.name for way in ways}) == len(ways)
         for way in ways:
-            for some in (x, x[:1], x[:0], x.transpose(1, -1).contiguous().transpose(1, -1)):
+            turned, last = (x.movedim(1, at).contiguous().movedim(at, 1) for at in (2, -1))
+            for some in (x, x[:1], x[:0], turned, last, last[:1]):
                 found, exact = by_way(layer, way, some), dense(some)
                 assert found.shape == exact.shape, way.name
                 assert some.numel() == 0 or rel_error(found, exact) <= tolerance, way.name
@@ -100,7 +104,7 @@ def test_gradients_of_every_way(format: str, groups: int) -> None:
     layer = tt.nn.Conv2d(4 * groups, 6 * groups, 3, padding=1, groups=groups, format=format, rank=2)
     x = torch.randn(2, 4 * groups, 4, 3, requires_grad=True)
     wanted = [x, *layer.cores]
-    exact = torch.autograd.grad(_curved(layer.options()(x, layer.build_weight(), layer.bias, groups)), wanted)
+    exact = torch.autograd.grad(_curved(layer.conv_options()(x, layer.build_weight(), layer.bias, groups)), wanted)
     for way in ways_of(layer, x, training=True):
         found = torch.autograd.grad(_curved(by_way(layer, way, x)), wanted)
         for one, other in zip(found, exact, strict=True):
@@ -258,6 +262,53 @@ def test_a_packed_kernel_follows_the_cores_and_counts_as_memory() -> None:
     x.requires_grad_()
     layer(x).sum().backward()  # the library's layout has no derivative: another way runs
     assert x.grad is not None
+
+
+def test_the_short_way_sees_every_change() -> None:
+    layer, x = make(), torch.randn(2, 32, 6, 6, dtype=torch.float32)
+    dense = layer.to_dense()
+    last = x.contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        for _ in range(3):
+            assert rel_error(layer(x), dense(x)) <= 1e-5
+            assert rel_error(layer(last), dense(x)) <= 1e-5
+        assert len(layer.runner.quick_calls) == 2
+        assert quick(layer, x) is not None
+        assert quick(layer, x.double()) is None
+        layer.cores[0].mul_(2.0)
+        assert quick(layer, x) is None
+        assert rel_error(layer(x), layer.to_dense()(x)) <= 1e-5
+        assert quick(layer, x) is not None
+        layer.bias.add_(1.0)
+        assert rel_error(layer(x), layer.to_dense()(x)) <= 1e-5
+        layer.implementation = "factorized"
+        assert quick(layer, x) is None
+        assert rel_error(layer(x), layer.to_dense()(x)) <= 1e-5
+        layer.implementation = "auto"
+        layer.cores[1] = torch.nn.Parameter(torch.randn_like(layer.cores[1]))
+        assert rel_error(layer(x), layer.to_dense()(x)) <= 1e-5
+        assert quick(layer, x) is not None
+        handle = layer.cores.register_forward_hook(lambda module, args, cores: [2 * core for core in cores])
+        assert quick(layer, x) is None
+        handle.remove()
+        assert torch.vmap(lambda one: layer(one.unsqueeze(0)))(x).shape == (2, 1, 32, 6, 6)
+    assert quick(layer, x) is None  # gradients are recorded
+    layer(x).sum().backward()
+    torch.optim.SGD(layer.parameters(), lr=0.1).step()
+    with torch.no_grad():
+        assert rel_error(layer(x), layer.to_dense()(x)) <= 1e-5
+        assert layer.plan(2).spatial == (6, 6)
+
+
+def test_copies_and_files_of_a_layer_that_has_run() -> None:
+    layer, x = make(), torch.randn(2, 32, 6, 6, dtype=torch.float32)
+    with torch.no_grad():
+        exact = layer(x)
+        for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+            assert not other.runner.quick_calls
+            assert rel_error(other(x), exact) <= 1e-6
+            other.cores[0].zero_()
+            assert rel_error(layer(x), exact) == 0
 
 
 def _with_way(plan: Any, way: Way) -> Any:

@@ -106,7 +106,7 @@ class Runner:
         self.cache = WeightCache()
         self.plans: dict[PlanKey, Plan] = {}
         self.layer_plans: dict[Any, Any] = {}
-        self.quick_calls: dict[Any, Any] = {}
+        self.quick_calls: dict[Any, Any] = _Uncopied()
         self._way: Any = None  # of the kernels
         self._way_options: tuple[Any, ...] = ()
 
@@ -243,6 +243,13 @@ class Runner:
             return (self.dense_weight(layer),)
         weights: tuple[Tensor, ...] = self.cached(layer, plan.prepared_key, lambda: plan.prepare(layer.plan_cores()))
         return weights
+
+
+class _Uncopied(dict[Any, Any]):
+    """A dictionary whose copies, pickled ones too, are empty."""
+
+    def __reduce__(self) -> tuple[type[_Uncopied], tuple[()]]:
+        return _Uncopied, ()
 
 
 def _told(shape: Shape) -> tuple[str, tuple[Any, ...]]:

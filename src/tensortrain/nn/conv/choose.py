@@ -43,6 +43,7 @@ class Request:
         out_features: Numbers of one example's output.
         training: Whether gradients to the cores are wanted.
         dtype, device: Of cores and input.
+        channels_last: Whether the input lies so.
     """
 
     spec: FactorSpec
@@ -53,6 +54,7 @@ class Request:
     training: bool
     dtype: torch.dtype
     device: torch.device
+    channels_last: bool = False
 
     @property
     def in_channels(self) -> int:
@@ -129,7 +131,7 @@ def bucket(size: int) -> int:
 def _key(request: Request, ways: Sequence[Way]) -> tuple[Any, ...]:
     size = (1 << max(0, request.batch - 1).bit_length(), *map(bucket, request.spatial))
     rules = any(way.uses_dense for way in ways), any(way.packs for way in ways), all(way.uses_dense for way in ways)
-    where = str(request.device), torch.get_num_threads(), str(request.dtype)
+    where = str(request.device), request.channels_last, torch.get_num_threads(), str(request.dtype)
     return request.spec.to_dict().__repr__(), repr(request.options), size, request.training, rules, where
 
 
@@ -195,6 +197,7 @@ def _call(way: Way, request: Request, maker: Maker) -> Callable[[], object]:
         dtype, device = request.dtype, request.device
         size = request.batch, request.in_channels, *request.spatial
         x = torch.full(size, 0.1, dtype=dtype, device=device)
+        x = x.movedim(1, -1).contiguous().movedim(-1, 1) if request.channels_last else x
         cores = [torch.full(shape, 0.1, dtype=dtype, device=device) for shape in request.spec.core_shapes]
         if not request.training:
             prepared = way.prepare(maker, cores, options)

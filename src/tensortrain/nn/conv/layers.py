@@ -20,7 +20,7 @@ from tensortrain.nn.conv.choose import Found, Request, fastest_way, predicted
 from tensortrain.nn.conv.options import ConvOptions
 from tensortrain.nn.conv.plan import ConvPlan, out_size
 from tensortrain.nn.conv.quick import QuickCall, quick
-from tensortrain.nn.conv.ways import DenseWay, Layout, StagedWay, StepsWay, Way, can_pack
+from tensortrain.nn.conv.ways import DenseWay, Layout, StagedWay, StepsWay, Way, can_pack, is_channels_last
 from tensortrain.nn.cores import are_plain
 from tensortrain.nn.inputs import check_plain_layout, once, traceable
 from tensortrain.nn.runner import FEW_WHEN_TRACED, Runner, device_type_of, may_be_dense, trains
@@ -47,6 +47,7 @@ class _ConvKey(NamedTuple):
     may_pack: bool = False
     may_time: bool = True
     n_threads: int = 0
+    channels_last: bool = False
 
 
 class ConvLayer(FactorizedLayer):
@@ -119,7 +120,7 @@ class ConvLayer(FactorizedLayer):
         """One group, core by core; ``convolve`` has the options of the layer and torch's layout of kernels."""
         return self.format.convolve(x, cores, self._group_spec, convolve, self._channel_plan(x))
 
-    def options(self, output_padding: tuple[int, ...] | None = None) -> ConvOptions:
+    def conv_options(self, output_padding: tuple[int, ...] | None = None) -> ConvOptions:
         """What torch's convolution is told besides the kernel."""
         raise NotImplementedError
 
@@ -149,12 +150,13 @@ class ConvLayer(FactorizedLayer):
 
     def _run_planned(self, x: Tensor, more: tuple[int, ...] | None) -> Tensor:
         self._seen_spatial = tuple(x.shape[2:])
-        plan = self._plan_of(x.shape[0], self._seen_spatial, may_pack=_is_ordinary(x))
+        last = is_channels_last(x)
+        plan = self._plan_of(x.shape[0], self._seen_spatial, may_pack=_is_ordinary(x), channels_last=last)
         way, options = plan.way, plan.options
         assert way is not None
         assert options is not None
         if more is not None:
-            options = self.options(more)
+            options = self.conv_options(more)
         if plan.key.training:
             self.runner.cache.clear()  # the cores are about to change
             self.runner.quick_calls.clear()
@@ -181,13 +183,13 @@ class ConvLayer(FactorizedLayer):
             return
         if len(calls) >= _MOST_QUICK:
             calls.clear()
-        calls[x.shape] = QuickCall(self, x, call, cores)
+        calls[x.shape, x.is_contiguous()] = QuickCall(self, x, call, cores)
 
     def _run_traced(self, x: Tensor, more: tuple[int, ...] | None) -> Tensor:
-        options = self.options(more)
+        options = self.conv_options(more)
         if self._runs_dense_when_traced(x):
             return options(x, self.runner.dense_weight(self), self.bias, self.groups)
-        y = self.steps(x, self.core_list(), options)
+        y = self.steps_from(x, self.core_list(), options)
         return y if self.bias is None else y + self.bias.to(y.dtype).reshape(-1, *[1] * self.n_axes)
 
     def _runs_dense_when_traced(self, x: Tensor) -> bool:
@@ -200,14 +202,14 @@ class ConvLayer(FactorizedLayer):
     def _has_steps(self) -> bool:
         return type(self.format).convolve is not Format.convolve  # else the format can only be put together
 
-    def dense(self, cores: Sequence[Tensor]) -> Tensor:
+    def dense_from(self, cores: Sequence[Tensor]) -> Tensor:
         """The kernel that cores make, in torch's layout."""
         return self.format.to_dense(cores, self.spec).contiguous()
 
     def build_weight(self) -> Tensor:
-        return self.dense(self.core_list())
+        return self.dense_from(self.core_list())
 
-    def steps(self, x: Tensor, cores: Sequence[Tensor], convolve: Convolve) -> Tensor:
+    def steps_from(self, x: Tensor, cores: Sequence[Tensor], convolve: Convolve) -> Tensor:
         """The format's own steps, group by group, without bias."""
         if self.groups == 1:
             return self._convolve_group(x, list(cores), convolve)
@@ -235,9 +237,11 @@ class ConvLayer(FactorizedLayer):
         sizes = tuple(spatial) if spatial is not None else self._seen_spatial
         return self._plan_of(batch, sizes, may_pack=not torch.is_grad_enabled())
 
-    def _plan_of(self, batch: int, spatial: tuple[int, ...], *, may_pack: bool) -> ConvPlan:
+    def _plan_of(
+        self, batch: int, spatial: tuple[int, ...], *, may_pack: bool, channels_last: bool = False
+    ) -> ConvPlan:
         may_time = self.may_time_plans and not torch.are_deterministic_algorithms_enabled()
-        how = self.implementation, self.dense_limit_bytes, may_pack, may_time, torch.get_num_threads()
+        how = self.implementation, self.dense_limit_bytes, may_pack, may_time, torch.get_num_threads(), channels_last
         key = _ConvKey(trains(self), batch, spatial, *how)
         found = self.runner.layer_plans.get(key)
         if found is None or found.way is None:
@@ -251,21 +255,22 @@ class ConvLayer(FactorizedLayer):
         device_type = device_type_of(self)
         model = CostModel.reference(device_type) if traced else cost_model(device_type)
         outs = self._out_spatial(spatial)
-        still = frozenset(axis for axis in range(self.n_axes) if self.options().is_still(axis))
-        transposed = self.options().is_transposed
+        still = frozenset(axis for axis in range(self.n_axes) if self.conv_options().is_still(axis))
+        transposed = self.conv_options().is_transposed
         load = Load(batch, spatial, outs, still, transposed, training, core.element_size())
         dense, others = self._dense_ways(load, model, key), self._other_ways(load, model, key)
         asked = dense if self.implementation == "dense" or not others else others
         both = [*dense, *others] if self.implementation == "auto" and may_be_dense(self) else asked
         request = Request(
             self.spec,
-            self.options(),
+            self.conv_options(),
             batch,
             spatial,
             self.out_channels * math.prod(outs),
             training,
             core.dtype,
             core.device,
+            key is not None and key.channels_last,
         )
         may_time = key is not None and key.may_time and core.device.type in ("cpu", "cuda")
         found = fastest_way(request, both, self, may_time=may_time) if may_time else predicted(both)
@@ -292,7 +297,7 @@ class ConvLayer(FactorizedLayer):
             0 if found.way.uses_dense else best.peak * item,
             is_measured=found.is_measured,
             way=found.way,
-            options=self.options(),
+            options=self.conv_options(),
             key=key,
         )
 
@@ -312,9 +317,9 @@ class ConvLayer(FactorizedLayer):
         layouts: list[Layout] = ["plain"]
         if key is not None and not load.training and self.n_axes < 3:
             layouts += ["last"]
-            layouts += ["packed"] if key.may_pack and can_pack(self.options(), *self._place) else []
+            layouts += ["packed"] if key.may_pack and can_pack(self.conv_options(), *self._place) else []
         if key is not None and len(load.still) == self.n_axes and self.groups == 1:
-            layouts += [] if self.options().is_transposed else ["library"]
+            layouts += [] if self.conv_options().is_transposed else ["library"]
         return [DenseWay(self.groups, flops, 0, seconds, layout) for layout in layouts]
 
     @property
@@ -348,7 +353,7 @@ class ConvLayer(FactorizedLayer):
             layouts += ["library"]
         if can_be_last:
             layouts += ["last"]
-            if key.may_pack and not load.training and can_pack(self.options(), *self._place):
+            if key.may_pack and not load.training and can_pack(self.conv_options(), *self._place):
                 layouts += ["packed"]
         return [way.in_layout(layout) for layout in layouts]
 
@@ -443,7 +448,7 @@ class _ConvNd(ConvLayer):
     def _forward(self, input: Tensor) -> Tensor:
         return self._run(input)
 
-    def options(self, output_padding: tuple[int, ...] | None = None) -> ConvOptions:
+    def conv_options(self, output_padding: tuple[int, ...] | None = None) -> ConvOptions:
         return ConvOptions(self.kernel_size, self.stride, self.padding, self.dilation, self.padding_mode)
 
     def _out_spatial(self, spatial: Sequence[int]) -> tuple[int, ...]:

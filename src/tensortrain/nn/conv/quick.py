@@ -44,7 +44,12 @@ class QuickCall:
     def is_valid(self, layer: ConvLayer, x: Tensor) -> bool:
         """Whether nothing has changed that the call rests on."""
         cores = layer._modules["cores"]
-        if x.dtype is not self.dtype or self.settings != _settings(layer) or self.steps != n_optimizer_steps():
+        if (
+            x.dtype is not self.dtype
+            or "bias" not in layer._parameters
+            or self.settings != _settings(layer)
+            or self.steps != n_optimizer_steps()
+        ):
             return False
         if not are_plain(cores):  # type: ignore[arg-type]
             return False
@@ -74,12 +79,13 @@ def quick(layer: ConvLayer, x: Any) -> Tensor | None:
     calls = layer.runner.quick_calls
     if not calls or type(x) is not Tensor or torch.is_grad_enabled():
         return None
-    found = calls.get(x.shape)
+    found = calls.get((x.shape, x.is_contiguous()))
     if found is None or _tracing_state() is not None or _n_modes() or _functorch_level() is not None:
         return None
     if forward_ad._current_level >= 0 or _is_autocast("cpu") or _is_autocast("cuda") or x.layout is not torch.strided:
         return None
     if x.device.type != "cpu" or not found.is_valid(layer, x):
         return None
+    layer.__dict__["_seen_spatial"] = tuple(x.shape[2:])
     y: Tensor = found.call(x, layer._parameters["bias"])
     return y

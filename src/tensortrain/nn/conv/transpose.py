@@ -132,7 +132,7 @@ class _ConvTransposeNd(ConvLayer):
     def kernel_of(cls, layer: Any) -> Tensor:
         return swap_channels(super().kernel_of(layer), layer.groups)
 
-    def dense(self, cores: Sequence[Tensor]) -> Tensor:
+    def dense_from(self, cores: Sequence[Tensor]) -> Tensor:
         return swap_channels(self.format.to_dense(cores, self.spec), self.groups).contiguous()
 
     # -- how it runs ---------------------------------------------------------------------------------
@@ -150,7 +150,7 @@ class _ConvTransposeNd(ConvLayer):
         more = None if output_size is None else self._padding_for(input, output_size)
         return self._run(input, more)
 
-    def options(self, output_padding: tuple[int, ...] | None = None) -> ConvOptions:
+    def conv_options(self, output_padding: tuple[int, ...] | None = None) -> ConvOptions:
         more = self.output_padding if output_padding is None else output_padding
         return ConvOptions(self.kernel_size, self.stride, self.padding, self.dilation, "zeros", more)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from tensortrain.contract.stages import ConvNetwork, Stage
 from tensortrain.nn.conv.options import ConvOptions
 
-__all__ = ["DenseWay", "Layout", "Maker", "StagedWay", "StepsWay", "Way", "can_pack"]
+__all__ = ["DenseWay", "Layout", "Maker", "StagedWay", "StepsWay", "Way", "can_pack", "is_channels_last"]
 
 # Of the states: as torch lays them out; the same with 1x1 products as convolutions of the library; channels last;
 # channels last with kernels that the library has laid out for itself beforehand.
@@ -24,10 +24,10 @@ Layout = Literal["plain", "library", "last", "packed"]
 class Maker(Protocol):
     """What a layer can do with cores that are handed to it: its own, or numbers for a trial."""
 
-    def dense(self, cores: Sequence[Tensor]) -> Tensor:
+    def dense_from(self, cores: Sequence[Tensor]) -> Tensor:
         """The kernel in torch's layout."""
 
-    def steps(self, x: Tensor, cores: Sequence[Tensor], convolve: Callable[..., Tensor]) -> Tensor:
+    def steps_from(self, x: Tensor, cores: Sequence[Tensor], convolve: Callable[..., Tensor]) -> Tensor:
         """The format's own steps on an input, without bias."""
 
 
@@ -102,7 +102,7 @@ class StepsWay(Way):
     def run(
         self, x: Tensor, prepared: tuple[Tensor, ...], bias: Tensor | None, options: ConvOptions, maker: Maker
     ) -> Tensor:
-        return _with_bias(maker.steps(x, prepared, options), bias)
+        return _with_bias(maker.steps_from(x, prepared, options), bias)
 
     def ready(
         self, x: Tensor, prepared: tuple[Tensor, ...], options: ConvOptions
@@ -133,7 +133,7 @@ class DenseWay(Way):
         return "dense, kept"
 
     def prepare(self, maker: Maker, cores: Sequence[Tensor], options: ConvOptions) -> tuple[Tensor, ...]:
-        weight = maker.dense(cores)
+        weight = maker.dense_from(cores)
         if self.layout == "library":
             return (weight.flatten(1),)
         return (weight if self.layout == "plain" else _laid_out(weight, options, self.groups, self.packs),)
@@ -147,7 +147,7 @@ class DenseWay(Way):
         if self.layout == "library":
             return _product(weight, x.flatten(2), bias).unflatten(2, x.shape[2:])
         y = _last_convolved(x, weight, bias, options, self.groups, packed=self.packs)
-        return y if _is_channels_last(x) else y.contiguous()
+        return y if is_channels_last(x) else y.contiguous()
 
     def ready(
         self, x: Tensor, prepared: tuple[Tensor, ...], options: ConvOptions
@@ -282,7 +282,7 @@ class StagedWay(Way):
         self, x: Tensor, prepared: tuple[Tensor, ...], bias: Tensor | None, parts: Sequence[ConvOptions]
     ) -> Tensor:
         """States with the channels innermost, so that products and convolutions hand them on without a copy."""
-        keeps, n_last = _is_channels_last(x), len(self.stages) - 1
+        keeps, n_last = is_channels_last(x), len(self.stages) - 1
         for number, (stage, weight) in enumerate(zip(self.stages, prepared, strict=True)):
             own = bias if number == n_last else None
             if stage.along:
@@ -315,7 +315,7 @@ def _product(weight: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
 def _rows_product(x: Tensor, weight: Tensor, bias: Tensor | None, *, is_given: bool) -> Tensor:
     """The same with channels innermost in the result, and in ``x`` unless it is the input as it was given."""
     rows = x.flatten(2).transpose(1, 2)  # b p c
-    if not is_given or _is_channels_last(x):
+    if not is_given or is_channels_last(x):
         y = F.linear(rows, weight, bias)
     elif rows.shape[0] == 1:
         y = F.linear(rows.squeeze(0), weight, bias).unsqueeze(0)
@@ -329,7 +329,8 @@ def _format_of(n_axes: int) -> torch.memory_format:
     return torch.channels_last_3d if n_axes == 3 else torch.channels_last
 
 
-def _is_channels_last(x: Tensor) -> bool:
+def is_channels_last(x: Tensor) -> bool:
+    """Whether an input lies with its channels innermost, and not as torch lays them out otherwise."""
     if x.ndim == 3:
         return not x.is_contiguous() and x.transpose(1, 2).is_contiguous()
     return not x.is_contiguous() and x.is_contiguous(memory_format=_format_of(x.ndim - 2))

@@ -22,7 +22,7 @@ from tensortrain.nn.conv.ways import Maker, Way
 
 __all__ = ["Found", "Request", "bucket", "fastest_way"]
 
-_MOST_TRIED = 9
+_MOST_TRIED = 12
 _LIKELY = 4.0  # a prediction so many times longer than the best one is not tried
 _TOO_LONG_S = 0.4  # of one round as predicted: fewer examples are taken then
 _MOST_BYTES = 2**28  # of input, output and states: likewise

@@ -347,14 +347,11 @@ class ConvLayer(FactorizedLayer):
         peak = max(stage.moved for stage in stages)
         seconds = sum(stage.seconds for stage in stages)
         way = StagedWay(self.groups, flops, peak, seconds, network, stages)
-        layouts: list[Layout] = ["plain"]
-        can_be_last = way.can_be_last() and self.n_axes < 3
-        if load.training or not can_be_last:
-            layouts += ["library"]
-        if can_be_last:
+        layouts: list[Layout] = ["plain", "library"]
+        if way.can_be_last() and self.n_axes < 3:
             layouts += ["last"]
             if key.may_pack and not load.training and can_pack(self.conv_options(), *self._place):
-                layouts += ["packed"]
+                layouts += ["packed", "all packed"]
         return [way.in_layout(layout) for layout in layouts]
 
     def _steps_way(self, load: Load, model: CostModel, *, traced: bool) -> StepsWay:

@@ -17,8 +17,9 @@ from tensortrain.nn.conv.options import ConvOptions
 __all__ = ["DenseWay", "Layout", "Maker", "StagedWay", "StepsWay", "Way", "can_pack", "is_channels_last"]
 
 # Of the states: as torch lays them out; the same with 1x1 products as convolutions of the library; channels last;
-# channels last with kernels that the library has laid out for itself beforehand.
-Layout = Literal["plain", "library", "last", "packed"]
+# channels last with kernels that the library has laid out for itself beforehand; the same for 1x1 products too.
+Layout = Literal["plain", "library", "last", "packed", "all packed"]
+_POINT = ConvOptions((1, 1), (1, 1), (0, 0), (1, 1))
 
 
 class Maker(Protocol):
@@ -169,7 +170,7 @@ class StagedWay(Way):
 
     @property
     def packs(self) -> bool:
-        return self.layout == "packed"
+        return self.layout in ("packed", "all packed")
 
     @property
     def name(self) -> str:
@@ -204,6 +205,8 @@ class StagedWay(Way):
     def _prepared(self, stage: Stage, weight: Tensor, options: ConvOptions) -> Tensor:
         groups, new, summed = stage.weight_sizes
         if not stage.along:
+            if self.layout == "all packed":
+                return _laid_out(weight.reshape(groups * new, summed, 1, 1), _POINT, groups, packed=True)
             if self.layout != "library":
                 return weight.reshape(*((groups,) if groups > 1 else ()), new, summed).contiguous()
             return weight.reshape(groups * new, summed, 1, 1)
@@ -234,7 +237,7 @@ class StagedWay(Way):
     def _run(
         self, x: Tensor, prepared: tuple[Tensor, ...], bias: Tensor | None, parts: Sequence[ConvOptions]
     ) -> Tensor:
-        if self.layout in ("last", "packed"):
+        if self.layout in ("last", "packed", "all packed"):
             return self._run_last(x, prepared, bias, parts)
         batch, places, legs, n_last = x.shape[0], x.shape[2:], self.network.in_legs, len(self.stages) - 1
         for number, (stage, weight) in enumerate(zip(self.stages, prepared, strict=True)):
@@ -287,6 +290,8 @@ class StagedWay(Way):
             own = bias if number == n_last else None
             if stage.along:
                 x = _last_convolved(x, weight, own, parts[number], stage.sizes[1], packed=self.packs)
+            elif self.layout == "all packed":
+                x = _last_convolved(x, weight, own, _POINT, stage.sizes[1], packed=True)
             elif number == n_last and not keeps:
                 return _product(weight, x.flatten(2), own).unflatten(2, x.shape[2:])
             else:
@@ -341,7 +346,8 @@ def _last_convolved(
 ) -> Tensor:
     """A convolution with channels innermost; one along a single axis as one of a plane."""
     if x.ndim == 3:
-        return _last_convolved(x.unsqueeze(2), weight, bias, options.as_plane(), groups, packed=packed).squeeze(2)
+        plane = options if options.n_axes == 2 else options.as_plane()
+        return _last_convolved(x.unsqueeze(2), weight, bias, plane, groups, packed=packed).squeeze(2)
     x = x.contiguous(memory_format=_format_of(options.n_axes))
     if not packed:
         return options(x, weight, bias, groups)

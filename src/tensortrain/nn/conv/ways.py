@@ -10,6 +10,7 @@ from typing import Any, Literal, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from tensortrain.contract.stages import ConvNetwork, Stage
 from tensortrain.nn.conv.options import ConvOptions
@@ -98,7 +99,10 @@ class StepsWay(Way):
         return "core by core"
 
     def prepare(self, maker: Maker, cores: Sequence[Tensor], options: ConvOptions) -> tuple[Tensor, ...]:
-        return tuple(cores)
+        if torch.is_grad_enabled() or forward_ad._current_level >= 0:
+            return tuple(cores)
+        # Products with tensors that require gradients are laid out for a backward pass, even where none is recorded.
+        return tuple(core.detach() for core in cores)
 
     def run(
         self, x: Tensor, prepared: tuple[Tensor, ...], bias: Tensor | None, options: ConvOptions, maker: Maker

@@ -211,7 +211,8 @@ def test_dtypes(dtype: torch.dtype) -> None:
             expected = plan.execute(x, cores, bias=bias)
         assert y.dtype == expected.dtype == dtype
         # of sums of this size, in whatever order they are taken
-        size = (x.detach().double().abs() @ chain_to_dense([core.detach().double().abs() for core in cores]).t()).max() + bias.detach().abs().max()
+        weight = chain_to_dense([core.detach().double().abs() for core in cores])
+        size = (x.detach().double().abs() @ weight.t()).max() + bias.detach().abs().max()
         few_roundings = 4 * torch.finfo(dtype).eps
         torch.testing.assert_close(y, expected, rtol=few_roundings, atol=few_roundings * float(size))
 

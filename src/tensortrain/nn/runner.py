@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -20,6 +21,7 @@ from tensortrain.contract import ChainShape, CostModel, Network, Plan, WeightCac
 from tensortrain.contract.choose import candidates
 from tensortrain.contract.compiled import compiled
 from tensortrain.contract.plan import Shape
+from tensortrain.system.machine import memory_bytes
 from tensortrain.system.native import library
 from tensortrain.system.tracing import constant_when_traced, is_traced, static_power_of_two
 
@@ -29,9 +31,21 @@ from .inputs import is_plain_input
 if TYPE_CHECKING:
     from .base import FactorizedLayer
 
-__all__ = ["FEW_WHEN_TRACED", "Runner", "device_type_of", "may_be_dense", "power_of_two", "trains"]
+__all__ = [
+    "DENSE_LIMIT_BYTES",
+    "FEW_WHEN_TRACED",
+    "SMALL_WEIGHT_BYTES",
+    "Runner",
+    "device_type_of",
+    "may_be_dense",
+    "power_of_two",
+    "trains",
+]
 
 FEW_WHEN_TRACED = 32  # rows that a traced program is planned for where it takes any number
+SMALL_WEIGHT_BYTES = 16 * 2**20
+DENSE_LIMIT_BYTES = max(SMALL_WEIGHT_BYTES, memory_bytes() // 64)
+_keep_large: weakref.WeakSet[Runner] = weakref.WeakSet()  # those that keep a larger weight than this
 _FORCE: dict[str, Any] = {"auto": None, "dense": "dense", "factorized": "factorized"}
 
 
@@ -45,8 +59,22 @@ def trains(layer: FactorizedLayer) -> bool:
 
 def may_be_dense(layer: FactorizedLayer) -> bool:
     """Whether the layer may build its dense weight."""
-    dense_bytes = layer.spec.weight.n_params * layer.cores[0].element_size()
-    return layer.implementation != "factorized" and dense_bytes <= layer.dense_limit_bytes
+    return layer.implementation != "factorized" and _dense_bytes(layer) <= layer.kept_limit_bytes
+
+
+def _dense_bytes(layer: FactorizedLayer) -> int:
+    return layer.spec.weight.n_params * layer.cores[0].element_size()
+
+
+def _may_keep_dense(layer: FactorizedLayer) -> bool:
+    """Whether the layer may keep its dense weight too: large ones share a part of the machine's memory."""
+    more = _dense_bytes(layer)
+    if not may_be_dense(layer):
+        return False
+    if more <= SMALL_WEIGHT_BYTES or layer.cores[0].is_cuda:
+        return True
+    kept = sum(runner.cache.nbytes for runner in _keep_large if runner is not layer.runner)
+    return kept + more <= memory_bytes() // 8
 
 
 def device_type_of(layer: FactorizedLayer) -> str:
@@ -176,7 +204,7 @@ class Runner:
             dtype=core.dtype,
             device=core.device if core.is_cuda else "cpu",
             training=key.training,
-            allow_dense=may_be_dense(layer),
+            allow_dense=may_be_dense(layer) if key.training else _may_keep_dense(layer),
             force=key.force or _FORCE[layer.implementation],
             may_time=self.may_time and key.may_time and core.device.type in ("cpu", "cuda"),
         )
@@ -207,6 +235,8 @@ class Runner:
     def dense_weight(self, layer: FactorizedLayer) -> Tensor:
         """The dense weight that the cores make, in torch's layout; not to be written to, since it may be kept."""
         weight: Tensor = self.cached(layer, "dense", layer.build_weight)
+        if weight.nbytes > SMALL_WEIGHT_BYTES:
+            _keep_large.add(self)
         return weight
 
     def prepared(self, layer: FactorizedLayer, plan: Plan) -> tuple[Tensor, ...]:

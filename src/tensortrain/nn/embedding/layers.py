@@ -16,7 +16,14 @@ from tensortrain.formats import FactorSpec, Fit, Format, Rank, WeightShape, get_
 from tensortrain.nn.base import FactorizedLayer, Implementation, Init, Self
 from tensortrain.nn.conv.plan import LookupPlan
 from tensortrain.nn.inputs import check_plain_layout, map_nested, once, traceable
-from tensortrain.nn.runner import Runner, device_type_of, may_be_dense, trains
+from tensortrain.nn.runner import (
+    DENSE_LIMIT_BYTES,
+    SMALL_WEIGHT_BYTES,
+    Runner,
+    device_type_of,
+    may_be_dense,
+    trains,
+)
 from tensortrain.system.tracing import is_traced
 
 __all__ = ["Embedding"]
@@ -376,6 +383,12 @@ class Embedding(FactorizedLayer):
             return True
         # While training, every step would rebuild the whole table for the few rows of a batch.
         return may_be_dense(self) and not trains(self) and not is_traced()
+
+    @property
+    def kept_limit_bytes(self) -> int:
+        # A table is looked up in a few places of many: kept whole, it would take the memory that was saved.
+        limit = self.dense_limit_bytes
+        return SMALL_WEIGHT_BYTES if limit == DENSE_LIMIT_BYTES else limit
 
     def _check_ids(self, ids: Tensor) -> None:
         check_plain_layout(ids, type(self).__name__)

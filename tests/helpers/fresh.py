@@ -15,7 +15,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-__all__ = ["METHOD", "Done", "run", "start"]
+__all__ = ["METHOD", "Done", "run", "run_function", "start"]
 
 METHOD = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
 _CONTEXT: Any = multiprocessing.get_context(METHOD)
@@ -51,6 +51,12 @@ def run(code: str, *arguments: str, timeout_s: float = 300.0) -> Done:
             process.join()
         assert process.exitcode is not None
         return Done(process.exitcode, out.read_text(encoding="utf-8"), err.read_text(encoding="utf-8"))
+
+
+def run_function(file: Path, name: str, *arguments: str) -> Done:
+    """Call a function of a file of tests with these words, in a process of its own."""
+    code = "import runpy, sys; runpy.run_path(sys.argv[1], run_name='tests')[sys.argv[2]](*sys.argv[3:])"
+    return run(code, str(file), name, *arguments)
 
 
 def _work(code: str, arguments: Sequence[str], stdout: str, stderr: str) -> None:

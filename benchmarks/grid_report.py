@@ -99,7 +99,8 @@ def line(row: Row) -> str:
     if row["kind"] == "plans":
         close = share_close([("linear", "", predicted, ms) for _, predicted, ms in row["plans"]])
         return f"plans of {row['case']}, {row['phase']}: {len(row['plans'])}, {_share(close)} within {CLOSE:g}"
-    cells = [f"{found[0]} {found[1]:.3g} ms" for found in (dense(row), ours(row), peer(row)) if found]
+    named = (("dense", dense(row)), (None, ours(row)), (None, peer(row)))
+    cells = [f"{name or found[0]} {found[1]:.3g} ms" for name, found in named if found]
     text = (
         f"{row['kind']} {row['case']}, {row['phase']}: {'; '.join(cells)}; {_x(ratio(dense(row), ours(row)))} dense, "
     )

@@ -15,6 +15,7 @@ from __future__ import annotations
 # Reads --threads from the command line, and has to do so before torch is loaded.
 import tensor_core  # isort: skip
 import argparse
+import atexit
 import datetime
 import itertools
 import json
@@ -205,12 +206,12 @@ def _core_items(args: argparse.Namespace, rates: Rates, n: int) -> list[Item]:
     args.drawn = (args.seed, n)
     found, _ = libraries(_of_core(args.peers))
     checker = tensor_core.Checker(args)
+    atexit.register(checker.close)
     recorded = [("recorded", case) for case in CASES.values()][:: 8 if args.quick else 2]
 
     def item(group: str, case: Any) -> Item:
         def run() -> Iterator[dict[str, Any]]:
             row = tensor_core.run_case(case, found, checker, rates, args)
-            checker.close()  # its pools of threads would stay beside those that are timed next
             yield {"kind": "core", "group": group, "phase": row["operation"], **row}
 
         return "core", run

@@ -137,6 +137,8 @@ def _predicted_ms(way: Way, case: Any, x: Tensor) -> float | None:
     """What the layer's plan says of this call, where it has one."""
     if way.library != OURS or not isinstance(case, (ConvCase, LookupCase)):
         return None
+    if isinstance(case, LookupCase) and torch.is_grad_enabled():
+        return None  # plans of lookups speak of the forward pass alone
     module: Any = way.module
     plan = module.plan(x.shape[0], tuple(x.shape[2:])) if isinstance(case, ConvCase) else module.plan(x.numel())
     seconds = getattr(plan, "predicted_s", None)

@@ -15,7 +15,7 @@ from torch import Tensor
 from tensortrain.system.native import library
 from tensortrain.system.tracing import can_look
 
-__all__ = ["balanced_walk", "dot_walk", "norm_walk", "orthogonal_walk", "rounding_walk"]
+__all__ = ["balanced_walk", "dot_walk", "norm_walk", "orthogonal_walk", "rounding_walk", "serves"]
 
 
 def _kernels(cores: Sequence[Tensor]) -> Any | None:
@@ -24,6 +24,11 @@ def _kernels(cores: Sequence[Tensor]) -> Any | None:
     if first.ndim != 3 or first.device.type != "cpu" or first.dtype not in (torch.float64, torch.float32):
         return None
     return library() if can_look(first) else None
+
+
+def serves(core: Tensor) -> bool:
+    """Whether walks there are for chains of such cores."""
+    return _kernels([core]) is not None
 
 
 def dot_walk(bra: Sequence[Tensor], ket: Sequence[Tensor]) -> tuple[Tensor, Tensor] | None:

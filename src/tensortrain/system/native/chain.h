@@ -61,24 +61,27 @@ template <typename T>
 TENSORTRAIN_LOOPS Ends ends_of(const T* x, Int n) {
   constexpr Int lanes = 8;
   constexpr T inf = std::numeric_limits<T>::infinity();
-  T low[lanes], high[lanes];
-  int bad[lanes] = {};
-  for (Int j = 0; j < lanes; ++j) low[j] = inf, high[j] = 0;
-  const auto look = [&](T value, Int j) {
-    const T a = std::abs(value), b = a == 0 ? inf : a;
-    low[j] = b < low[j] ? b : low[j];
-    high[j] = a > high[j] ? a : high[j];
-    bad[j] |= !(a < inf);
-  };
+  T low[lanes], high[lanes], wrong[lanes];
+  for (Int j = 0; j < lanes; ++j) low[j] = inf, high[j] = 0, wrong[j] = 0;
   Int i = 0;
   for (; i + lanes <= n; i += lanes)
-    for (Int j = 0; j < lanes; ++j) look(x[i + j], j);
-  for (; i < n; ++i) look(x[i], 0);
+    for (Int j = 0; j < lanes; ++j) {
+      const T a = std::abs(x[i + j]), b = a == 0 ? inf : a;
+      low[j] = b < low[j] ? b : low[j];
+      high[j] = a > high[j] ? a : high[j];
+      wrong[j] += a - a;  // NaN where it is not finite
+    }
+  for (; i < n; ++i) {
+    const T a = std::abs(x[i]), b = a == 0 ? inf : a;
+    low[0] = b < low[0] ? b : low[0];
+    high[0] = a > high[0] ? a : high[0];
+    wrong[0] += a - a;
+  }
   Ends ends;
   for (Int j = 0; j < lanes; ++j) {
     ends.low = std::min<double>(ends.low, low[j]);
     ends.high = std::max<double>(ends.high, high[j]);
-    ends.finite = ends.finite && !bad[j];
+    ends.finite = ends.finite && wrong[j] == 0;
   }
   return ends;
 }

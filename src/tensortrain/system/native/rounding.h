@@ -172,13 +172,13 @@ class Rounding {
       turn(q, p, triangle_.data(), out.basis.data());
       return out;
     }
-    decompose(q, q, square_);
-    choose(out, q, delta, cap);
+    decompose_square(q, delta);
+    choose(out, delta, cap);
     if (s_[out.rank - 1] <= 1e-12 * s_[0]) return cut_whole(out, p, q);
     // u = a v / s, rows (p, rank), and a second such step
     scaled_.resize(out.rank * q);
-    for (Int j = 0; j < q; ++j)
-      for (Int i = 0; i < out.rank; ++i) scaled_[i * q + j] = vt_[j * q + i] / s_[i];
+    for (Int i = 0; i < out.rank; ++i)
+      for (Int j = 0; j < q; ++j) scaled_[i * q + j] = u_[i * q + j] / s_[i];
     out.basis.resize(p * out.rank);
     multiply(true, true, p, out.rank, q, matrix_.data(), scaled_.data(), out.basis.data());
     orthonormalize(out.basis, p, out.rank);
@@ -197,11 +197,10 @@ class Rounding {
       out.rank = p, out.is_identity = true;
       return out;
     }
-    decompose(p, p, square_);  // r = w s v^T, and a = r^T q^T: v are its left singular vectors
-    choose(out, p, delta, cap);
+    decompose_square(p, delta);  // r = w s v^T, and a = r^T q^T: v are its left singular vectors
+    choose(out, delta, cap);
     out.basis.resize(p * out.rank);
-    for (Int j = 0; j < p; ++j)
-      for (Int i = 0; i < out.rank; ++i) out.basis[j * out.rank + i] = vt_[j * p + i];
+    turn(out.rank, p, u_.data(), out.basis.data());
     return out;
   }
 
@@ -220,15 +219,98 @@ class Rounding {
     if (!desk_.svd(m, n, columns.data(), s_.data(), u_.data(), vt_.data())) is_safe = false;
   }
 
-  // `choose_rank` in cores/linalg.py.
-  void choose(Cut& out, Int q, double delta, Int cap) {
-    Buffer<double> tails(q);
+  // The triangle r in square_ = w s v^T: s_ and v, in columns of u_. What is far below `delta` is left out before the
+  // SVD, which costs ten times as much as finding it; dropped_ is its norm.
+  void decompose_square(Int q, double delta) {
+    const Int rank = reveal(q, 0.05 * delta);
+    reduced_.resize(q * rank);
+    for (Int i = 0; i < rank; ++i)
+      for (Int j = 0; j < q; ++j) reduced_[i * q + j] = square_[j * q + i];
+    decompose(q, rank, reduced_);
+  }
+
+  // A QR factorization of square_ by its largest columns, until the rest has at most this norm: the rows found, which
+  // take the place of the first ones; those of the rest are of no use any more.
+  Int reveal(Int q, double most) {
+    Buffer<double> rest(q), reflection(q);
+    std::vector<bool> is_used(q, false);
+    for (Int j = 0; j < q; ++j) rest[j] = squares(square_.data() + j * q, q);
+    double measured = total(rest, is_used), now = measured;
+    dropped_ = 0;
+    for (Int k = 0; k < q; ++k) {
+      if (now < 1e-6 * measured || now <= 2 * most * most) {  // differences have lost their digits
+        for (Int j = 0; j < q; ++j)
+          if (!is_used[j]) rest[j] = squares(square_.data() + j * q + k, q - k);
+        measured = now = total(rest, is_used);
+      }
+      if (k && now <= most * most) {
+        dropped_ = std::sqrt(now);
+        return k;
+      }
+      Int pivot = 0;
+      double largest = -1;
+      for (Int j = 0; j < q; ++j)
+        if (!is_used[j] && rest[j] > largest) largest = rest[j], pivot = j;
+      is_used[pivot] = true;
+      reflect(q, k, pivot, is_used, reflection);
+      now = 0;
+      for (Int j = 0; j < q; ++j)
+        if (!is_used[j]) now += rest[j] = std::max(0.0, rest[j] - square_[j * q + k] * square_[j * q + k]);
+    }
+    return q;
+  }
+
+  // The reflection that leaves of column `pivot` nothing below row k, on all columns that are not used.
+  void reflect(Int q, Int k, Int pivot, const std::vector<bool>& is_used, Buffer<double>& v) {
+    double* const column = square_.data() + pivot * q;
+    const double norm = std::sqrt(squares(column + k, q - k));
+    if (norm == 0) return;
+    const double head = column[k] > 0 ? -norm : norm;
+    std::copy(column + k, column + q, v.begin());
+    v[0] -= head;
+    const double scale = 2.0 / squares(v.data(), q - k);
+    column[k] = head;
+    std::fill(column + k + 1, column + q, 0.0);
+    for (Int j = 0; j < q; ++j)
+      if (!is_used[j]) subtract(v.data(), square_.data() + j * q + k, q - k, scale);
+  }
+
+  TENSORTRAIN_LOOPS static double squares(const double* x, Int n) {
+    double sums[4] = {};
+    Int i = 0;
+    for (; i + 4 <= n; i += 4)
+      for (Int j = 0; j < 4; ++j) sums[j] += x[i + j] * x[i + j];
+    for (; i < n; ++i) sums[0] += x[i] * x[i];
+    return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+  }
+
+  // x - scale v (v . x)
+  TENSORTRAIN_LOOPS static void subtract(const double* __restrict v, double* __restrict x, Int n, double scale) {
+    double sums[4] = {};
+    Int i = 0;
+    for (; i + 4 <= n; i += 4)
+      for (Int j = 0; j < 4; ++j) sums[j] += v[i + j] * x[i + j];
+    for (; i < n; ++i) sums[0] += v[i] * x[i];
+    const double factor = scale * ((sums[0] + sums[1]) + (sums[2] + sums[3]));
+    for (i = 0; i < n; ++i) x[i] -= factor * v[i];
+  }
+
+  static double total(const Buffer<double>& rest, const std::vector<bool>& is_used) {
     double sum = 0;
+    for (size_t j = 0; j < rest.size(); ++j) sum += is_used[j] ? 0.0 : rest[j];
+    return sum;
+  }
+
+  // `choose_rank` in cores/linalg.py, with what was dropped behind the smallest value.
+  void choose(Cut& out, double delta, Int cap) {
+    const Int q = static_cast<Int>(s_.size());
+    Buffer<double> tails(q);
+    double sum = dropped_ * dropped_;
     for (Int k = q; k-- > 0;) tails[k] = std::sqrt(sum += s_[k] * s_[k]);
     Int rank = 0;
     while (rank < q && tails[rank] > delta) ++rank;
     out.rank = std::max<Int>(1, std::min({rank, cap, q}));
-    out.tail = out.rank < q ? tails[out.rank] : 0.0;
+    out.tail = out.rank < q ? tails[out.rank] : dropped_;
     out.smallest = s_[out.rank - 1];
     out.values.assign(s_.begin(), s_.begin() + out.rank);
   }
@@ -316,7 +398,8 @@ class Rounding {
   double tolerance_;
   std::vector<Root> roots_;
   lapack::Desk<double> desk_;
-  Buffer<double> matrix_, triangle_, square_, inverse_, scaled_, gram_, s_, u_, vt_, ones_;
+  Buffer<double> matrix_, triangle_, square_, inverse_, scaled_, gram_, s_, u_, vt_, ones_, reduced_;
+  double dropped_ = 0;
 };
 
 }  // namespace tensortrain::chain

@@ -148,7 +148,7 @@ class Sweep:
         before: Relative error made before the sweep; the cuts need not be orthogonal to it.
         unseen: Relative size of what may have been cut without showing in ``tails``.
         growth: By how much rounding grew at each bond, ``(d - 1, ..)``; ``None`` for not at all.
-        least: The least of the kept singular values at each bond, or less, ``(d - 1, ..)``; left out, as in ``spectra``.
+        least: The least of the kept singular values at each bond, or less, ``(d - 1, ..)``; left out: see ``spectra``.
     """
 
     cores: list[Tensor]

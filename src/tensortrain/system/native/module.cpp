@@ -1,4 +1,5 @@
 // What Python sees of the kernels.
+#include "chain_python.h"
 #include "grouped.h"
 #include "layer_call.h"
 
@@ -91,5 +92,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("run", &run);
   m.def("multiply_groups", &run_groups<multiply_groups>);
   m.def("multiply_groups_backward", &run_groups<multiply_groups_backward>);
+  chain::bind(m);
   m.def("count_optimizer_step", [] { ++n_optimizer_steps; });
 }

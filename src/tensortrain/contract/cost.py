@@ -24,6 +24,11 @@ __all__ = ["CostModel", "cost_model", "given_or_measured", "is_measured", "measu
 
 # glibc maps results above this size anew at every call, and first touch of the pages then dominates.
 _FRESH_BYTES = 32 * 2**20
+# Of the library's convolutions on CPUs: how many numbers must be summed, and how many outputs made, for half the rate
+# of a product; and the fixed cost of a call, in calls of a small operation.
+_CONV_HALF_FAN = 60.0
+_CONV_HALF_OUTS = 8.0
+_CONV_CALLS = 12
 
 
 @dataclass(frozen=True)
@@ -118,6 +123,41 @@ class CostModel:
         """Seconds for a convolution, roughly: half the peak rate, or bandwidth."""
         arithmetic = flops / (0.5 * self.gemm_flops_s * self._dtype_rate(dtype))
         return self.overhead_s + max(arithmetic, n_bytes / self._bandwidth(n_bytes))
+
+    def convolution_s(
+        self,
+        flops: float,
+        channels: tuple[int, int, int, int],
+        kernel: int,
+        in_positions: int,
+        out_positions: int,
+        *,
+        itemsize: int = 4,
+    ) -> float:
+        """Seconds for one call of the library's convolution.
+
+        The rate is that of large products, less for few numbers that are summed and for few outputs. Each call lays the
+        kernel out anew, which counts where the image is small.
+
+        Args:
+            flops: Two per multiply-add.
+            channels: ``(examples, groups, inputs of a group, outputs of a group)``.
+            kernel: Positions of the kernel.
+            in_positions, out_positions: Positions of one example.
+            itemsize: Bytes of a number.
+        """
+        rows, groups, ins, outs = channels
+        fan = ins * kernel
+        rate = self.gemm_flops_s * fan / (fan + _CONV_HALF_FAN) * outs / (outs + _CONV_HALF_OUTS)
+        n_bytes = float(itemsize) * rows * groups * (ins * in_positions + outs * out_positions)
+        laid_out = 2.0 * itemsize * groups * fan * outs / self.permute_bytes_s
+        work = max(flops / rate, n_bytes / self._bandwidth(n_bytes))
+        return (
+            _CONV_CALLS * self.overhead_s
+            + laid_out
+            + work
+            + self._fresh_s(float(itemsize) * rows * out_positions * groups * outs)
+        )
 
     def _rate(self, m: int, n: int, k: int, batched: bool) -> float:
         peak = self.batched_flops_s if batched else self.gemm_flops_s
@@ -353,14 +393,16 @@ def _cache_file(key: str) -> Path:
 def _measure_and_store(device: torch.device, path: Path) -> CostModel:
     """Measured a few times if other programs are at work: their share of the processor is not the machine's."""
     found: list[CostModel] = []
+    was_alone = False
     for _ in range(_MOST_TRIES):
-        with Watch() as watch:
-            found.append(measure_cost_model(device))
-        if watch.was_alone:
+        watch = Watch()
+        found.append(measure_cost_model(device))
+        was_alone = watch.is_alone()
+        if was_alone:
             found = found[-1:]
             break
     model = _best_of(found)
-    entry = {"measured_on": device_key(device), "was_alone": watch.was_alone, "constants": asdict(model)}
+    entry = {"measured_on": device_key(device), "was_alone": was_alone, "constants": asdict(model)}
     write_json(path, entry)
     return model
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from tensortrain.contract import ChainShape, ContractionPlan, Network
+from tensortrain.contract.stages import ConvNetwork
 from tensortrain.cores.tolerance import compute_dtype
 from tensortrain.errors import KindError, ShapeError
 from tensortrain.tensor import Approximation, default_eps
@@ -193,6 +194,13 @@ class Format(ABC):
     def conv_work(self, spec: FactorSpec, in_positions: int, out_positions: int) -> list[tuple[int, int]]:
         """Steps of ``convolve`` for one example and one group, as (flops, numbers moved)."""
         return []
+
+    def conv_network(self, spec: FactorSpec) -> ConvNetwork | None:
+        """The stored cores of one group's kernel by the names of their legs; None where they are no network.
+
+        Entries of a core lie in the order of its legs, so that ``ConvNetwork.views`` is all it takes.
+        """
+        return None
 
     def lookup(self, ids: Tensor, cores: Sequence[Tensor], spec: FactorSpec) -> Tensor:
         """Rows of an embedding: ``(*ids.shape, J)``."""

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from tensortrain.contract import ChainShape, ContractionPlan, chain_lookup, chain_to_dense, merge_cores
+from tensortrain.contract.stages import ConvNetwork
 from tensortrain.cores.environments import value_parts
 from tensortrain.cores.gram import chain_squared_norm
 from tensortrain.cores.scaling import times_pow2
@@ -26,7 +27,7 @@ from tensortrain.tensor import resolve_ranks, tt_svd, unfolding_spectra
 from .als import alternate, chain_network, sweep_flops
 from .base import Format, Spatial
 from .fit import Fit, best
-from .layout import matrix_to_weight, weight_to_matrix
+from .layout import conv_network, matrix_to_weight, weight_to_matrix
 from .ranks import clips
 from .spec import Bond, FactorSpec, Rank, WeightShape
 from .weighting import PLAIN, Weighting
@@ -301,6 +302,20 @@ class ChainFormat(Format):
         positions = y.shape[2:]
         y = y.reshape(b, c, y.shape[1], positions.numel()).permute(0, 3, 2, 1).flatten(2)  # b p (r_0 c)
         return plan.execute(y, channel).transpose(1, 2).reshape(b, spec.weight.out_features, *positions)
+
+    def conv_network(self, spec: FactorSpec) -> ConvNetwork:
+        weight, chain = spec.weight.one_group(), self.chain(spec)
+        n, positions = self.n_spatial(spec), math.prod(weight.kernel)
+        cores, sizes = [], dict[str, int]()
+        for k, (r, m, size, s) in enumerate(chain.core_shapes):
+            # Where no core is spatial alone, the positions are the slowest part of the first input mode.
+            holds_all = k == 0 and n <= 1 and positions > 1
+            own = range(len(weight.kernel)) if holds_all else range(k, k + 1) if n > 1 and k < n else ()
+            spatial = [f"x{axis}" for axis in own]
+            rest = 1 if k < n else size // positions if holds_all else size
+            cores.append((f"b{k}", f"o{k}", *spatial, f"i{k}", f"b{k + 1}"))
+            sizes |= {f"b{k}": r, f"o{k}": m, f"i{k}": rest, f"b{k + 1}": s}
+        return conv_network(weight, cores, sizes)
 
     def conv_work(self, spec: FactorSpec, in_positions: int, out_positions: int) -> list[tuple[int, int]]:
         r0 = spec.ranks[self.n_spatial(spec)]

@@ -24,10 +24,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tensortrain.contract import ChainShape, ContractionPlan
+from tensortrain.contract.stages import ConvNetwork
 
 from .base import Spatial, pointwise
 from .chain import ChainFormat, Modes
 from .checks import check_modes
+from .layout import conv_network
 from .registry import register
 from .spec import Bond, FactorSpec, Kind, WeightShape
 
@@ -101,6 +103,12 @@ class LowRank(ChainFormat):
         plan: ContractionPlan | None,
     ) -> Tensor:
         return pointwise(spatial(x, cores[0]), cores[1])
+
+    def conv_network(self, spec: FactorSpec) -> ConvNetwork:
+        weight = spec.weight.one_group()
+        axes = (f"x{axis}" for axis in range(len(weight.kernel)))
+        sizes = {"o1": weight.out_features, "i1": weight.in_features, "r": spec.ranks[1]}
+        return conv_network(weight, [("r", "i1", *axes), ("o1", "r")], sizes)
 
     def conv_work(self, spec: FactorSpec, in_positions: int, out_positions: int) -> list[tuple[int, int]]:
         weight, rank = spec.weight.one_group(), spec.ranks[1]

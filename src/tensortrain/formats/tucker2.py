@@ -15,12 +15,14 @@ import torch
 from torch import Tensor
 
 from tensortrain.contract import ContractionPlan
+from tensortrain.contract.stages import ConvNetwork
 from tensortrain.cores.tolerance import checked_eps
 from tensortrain.errors import DTypeError
 
 from .base import Format, Spatial, pointwise
 from .checks import check_modes
 from .fit import Fit, best, equal_norms
+from .layout import conv_network
 from .ranks import clips, resolve_rank_tuple
 from .registry import register
 from .spec import Bond, FactorSpec, Kind, Rank, WeightShape
@@ -135,6 +137,12 @@ class Tucker2(Format):
     ) -> Tensor:
         inner, core, outer = cores
         return pointwise(spatial(pointwise(x, inner), core), outer)
+
+    def conv_network(self, spec: FactorSpec) -> ConvNetwork:
+        weight, (r_in, r_out) = spec.weight.one_group(), spec.ranks
+        axes = (f"x{axis}" for axis in range(len(weight.kernel)))
+        sizes = {"o1": weight.out_features, "i1": weight.in_features, "a": r_in, "b": r_out}
+        return conv_network(weight, [("a", "i1"), ("b", "a", *axes), ("o1", "b")], sizes)
 
     def conv_work(self, spec: FactorSpec, in_positions: int, out_positions: int) -> list[tuple[int, int]]:
         weight, (r_in, r_out) = spec.weight.one_group(), spec.ranks

@@ -121,6 +121,7 @@ class Runner:
         layer_plans: Of a layer that does more than one product with ``shape``: its own, under keys of its own.
         cache: Weights that follow from the cores, kept while these do not change.
         way: A shorter way for inputs of sizes met before, ``way(layer, x)``; it gives ``None`` where there is none.
+        quick_calls: Of a convolution: by the shape of the input, what an earlier one left ready.
     """
 
     way: Any = None
@@ -137,6 +138,7 @@ class Runner:
         self.plans: dict[PlanKey, Plan] = {}
         self.layer_plans: dict[Any, Any] = {}
         self.way = None
+        self.quick_calls: dict[Any, Any] = _Uncopied()
         self._way_options: tuple[Any, ...] = ()
 
     # -- running -------------------------------------------------------------------------------------
@@ -259,6 +261,13 @@ def by_kept_weight(layer: FactorizedLayer, x: Tensor) -> Tensor | None:
         return None
     weight = runner.cache.peek(layer.core_list(), plan.prepared_key)
     return None if weight is None else F.linear(x, weight, layer.bias)
+
+
+class _Uncopied(dict[Any, Any]):
+    """A dictionary whose copies, pickled ones too, are empty."""
+
+    def __reduce__(self) -> tuple[type[_Uncopied], tuple[()]]:
+        return _Uncopied, ()
 
 
 def _told(shape: Shape) -> tuple[str, tuple[Any, ...]]:

@@ -58,25 +58,25 @@ def memory_bytes() -> int:
 
 
 class Watch:
-    """Tells whether other programs took the processor from this process while something was timed.
+    """Tells whether other programs took the processor from this process since the watch was made.
 
     Example:
-        >>> with Watch() as watch:
-        ...     pass
-        >>> watch.was_alone
+        >>> watch = Watch()
+        >>> watch.is_alone()
         True
     """
 
-    was_alone = True
-
-    def __enter__(self) -> Watch:
+    def __init__(self) -> None:
         self._began, self._before = time.perf_counter(), _times_interrupted()
-        return self
 
-    def __exit__(self, *_: object) -> None:
+    def is_alone(self) -> bool:
+        """Whether this process has had its processors to itself so far."""
         seconds = time.perf_counter() - self._began
         # An idle machine interrupts a few times a second for its own sake.
-        self.was_alone = _times_interrupted() - self._before <= 10 + _USUAL_PER_S * seconds
+        return _times_interrupted() - self._before <= 10 + _USUAL_PER_S * seconds
+
+
+_USUAL_PER_S * seconds
 
 
 _USUAL_PER_S = 25

@@ -1,5 +1,6 @@
 // What Python sees of the kernels.
 #include "grouped.h"
+#include "lookup_python.h"
 #include "short_way.h"
 
 #include <torch/csrc/autograd/python_variable.h>
@@ -133,5 +134,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("run", &run);
   m.def("multiply_groups", &run_groups<multiply_groups>);
   m.def("multiply_groups_backward", &run_groups<multiply_groups_backward>);
+  define_lookups(m);
   m.def("count_optimizer_step", [] { ++n_optimizer_steps; });
 }

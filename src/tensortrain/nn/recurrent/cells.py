@@ -15,6 +15,7 @@ from tensortrain.nn.base import Init
 from tensortrain.nn.composite import CompositeLayer, Map, is_watched, linear_of, weight_of
 from tensortrain.nn.inputs import check_plain_layout, traceable
 from tensortrain.nn.recurrent.maps import Apply, MapOptions, blocks_of, dense_at, refill, repeated, reset_map
+from tensortrain.nn.recurrent.ways import fused_step_is_faster, may_take_kernel
 from tensortrain.system.tracing import is_traced, sizes_of
 
 __all__ = ["Cell", "GRUCell", "LSTMCell", "RNNCell"]
@@ -120,7 +121,7 @@ class Cell(CompositeLayer):
         if state is not None:
             check_state(state, [(*sizes[:-1], size) for size in self.state_sizes()], kind)
             state = tuple(s.reshape(-1, s.shape[-1]) for s in state)
-        state = self._fused_step(batched, state) if self.fits_fused_step(sizes) else self._step_of(batched, state)
+        state = self._fused_step(batched, state) if self.fits_fused_step(batched) else self._step_of(batched, state)
         return state if x.ndim == 2 else tuple(s.squeeze(0) for s in state)
 
     def _step_of(self, x: Tensor, state: State | None) -> State:
@@ -132,14 +133,11 @@ class Cell(CompositeLayer):
         # A single step calls the map as a module: it alone knows what it keeps between calls.
         return self.step(gates, state, *blocks_of(self.hh, self.blocks()))
 
-    def fits_fused_step(self, sizes: tuple[int, ...]) -> bool:
-        """Whether torch's function for one step computes the same: all maps dense, nobody watching."""
-        if is_traced() or self.kernel is None or self.output_size != self.hidden_size or self.is_watched():
+    def fits_fused_step(self, x: Tensor) -> bool:
+        """Whether torch's function for one step computes the same from dense maps, and sooner."""
+        if is_traced() or self.output_size != self.hidden_size or not may_take_kernel((self,), x):
             return False
-        if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
-            return False
-        rows = sizes[0] if len(sizes) == 2 else 1
-        return all(dense_at(one, rows, kept=False) for one in (self.hh, self.ih))
+        return fused_step_is_faster(self, x.shape[0], x.dtype)
 
     def _fused_step(self, x: Tensor, state: State | None) -> State:
         if state is None:

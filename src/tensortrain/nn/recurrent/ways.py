@@ -11,7 +11,8 @@ import copy
 import hashlib
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,17 +23,20 @@ from tensortrain.contract.cost import is_measured
 from tensortrain.contract.grouped import can_group, is_batched
 from tensortrain.nn.composite import Map, is_plain
 from tensortrain.nn.linear import Linear
-from tensortrain.nn.recurrent.cells import Cell
 from tensortrain.nn.runner import may_be_dense, power_of_two
 from tensortrain.system.machine import device_key, known_file, read_json, write_json
 
-__all__ = ["Way", "differentiable_twice", "kernel_is_faster", "may_take_kernel"]
+if TYPE_CHECKING:
+    from tensortrain.nn.recurrent.cells import Cell
 
-Way = Callable[[list[Cell], Tensor], Tensor]  # outputs of one layer, from its cells and an input
+__all__ = ["Way", "differentiable_twice", "fused_step_is_faster", "kernel_is_faster", "may_take_kernel"]
+
+Way = Callable[[list[Any], Tensor], Tensor]  # outputs of one layer, from its cells and an input
 
 _FAR_APART = 4.0  # predictions further apart than this decide without a trial
 _TOO_LONG_S = 0.4  # of a trial, as predicted
 _CALLS = {"lstm": 14, "gru": 10}  # operations of one step; four for the others
+_REBUILD_CALLS = 40  # operations, forward and backward
 _ROUNDS = 3
 _KNOWN: dict[Any, bool] = {}
 
@@ -69,14 +73,27 @@ def kernel_is_faster(cells: list[Cell], x: Tensor, batch: int, n_steps: int, *, 
     return _KNOWN[key]
 
 
+class Told(NamedTuple):
+    """What a map's times depend on; rank 0 of a dense one."""
+
+    in_features: int
+    out_features: int
+    rank: int
+    has_bias: bool
+    spec: Any
+    options: Any
+
+
 def _told(cell: Cell) -> str:
-    return repr((type(cell).__name__, cell.kernel, *(_told_map(one) for one in (cell.ih, cell.hh))))
+    return repr((type(cell).__name__, cell.kernel, _told_map(cell.ih), _told_map(cell.hh)))
 
 
-def _told_map(one: Map) -> Any:
-    if isinstance(one, Linear):
-        return one.spec, one.implementation, one.dense_limit_bytes, one.may_time_plans, one.bias is None
-    return one.in_features, one.out_features, one.bias is None
+def _told_map(one: Map) -> Told:
+    if not isinstance(one, Linear):
+        return Told(one.in_features, one.out_features, 0, one.bias is not None, None, None)
+    options = one.implementation, one.dense_limit_bytes, one.may_time_plans
+    rank = max(one.spec.ranks)
+    return Told(one.in_features, one.out_features, rank, one.bias is not None, one.spec, options)
 
 
 # -- predicted ------------------------------------------------------------------------------------------
@@ -84,32 +101,53 @@ def _told_map(one: Map) -> Any:
 
 def _predicted_s(cells: Sequence[Cell], x: Tensor, batch: int, n_steps: int, training: bool) -> tuple[float, float]:
     """Seconds by torch's kernel, and step by step."""
-    model, rows = cost_model(x.device), x.numel() // max(1, x.shape[-1])
-    passes = 3 if training else 1
-    kernel_s = steps_s = 0.0
-    for cell in cells:
-        wide, hidden = cell.ih.out_features, cell.hh.in_features
-        recurrent_s = n_steps * model.gemm_s(batch, wide, hidden, dtype=x.dtype)
-        kernel_s += passes * (model.gemm_s(rows, wide, cell.ih.in_features, dtype=x.dtype) + recurrent_s)
-        if training:
-            kernel_s += sum(_rebuild_s(one, model, x.dtype) for one in (cell.ih, cell.hh))
-        steps_s += (
-            cell.ih.plan(rows).predicted_s
-            if isinstance(cell.ih, Linear)
-            else passes * model.gemm_s(rows, wide, cell.ih.in_features, dtype=x.dtype)
-        )
-        n_calls = _CALLS.get(str(cell.kernel), 4)
-        bytes_of_a_step = 2 * batch * wide * x.dtype.itemsize
-        steps_s += passes * (recurrent_s + n_steps * n_calls * model.stream_s(bytes_of_a_step / n_calls))
-    return kernel_s, steps_s
+    rows = x.numel() // max(1, x.shape[-1])
+    found = [
+        _times(_told_map(cell.ih), _told_map(cell.hh), str(cell.kernel), rows, batch, n_steps, x.dtype, training)
+        for cell in cells
+    ]
+    plans = [
+        cell.ih.plan(rows).predicted_s if isinstance(cell.ih, Linear) else one[2]
+        for cell, one in zip(cells, found, strict=True)
+    ]
+    return sum(one[0] for one in found), sum(one[1] for one in found) + sum(plans)
 
 
-def _rebuild_s(one: Map, model: Any, dtype: torch.dtype) -> float:
+def fused_step_is_faster(cell: Cell, rows: int, dtype: torch.dtype) -> bool:
+    """Whether one step by torch's function, on dense maps, is predicted to take less time than operation by operation.
+
+    Both maps may be dense; see ``may_take_kernel``.
+    """
+    training = torch.is_grad_enabled() and any(p.requires_grad for p in cell.parameters())
+    rows = power_of_two(rows)
+    fused_s, steps_s, dense_s = _times(
+        _told_map(cell.ih), _told_map(cell.hh), str(cell.kernel), rows, rows, 1, dtype, training
+    )
+    return fused_s <= steps_s + (cell.ih.plan(rows).predicted_s if isinstance(cell.ih, Linear) else dense_s)
+
+
+@lru_cache(maxsize=4096)
+def _times(
+    ih: Told, hh: Told, kernel: str, rows: int, batch: int, n_steps: int, dtype: torch.dtype, training: bool
+) -> tuple[float, float, float]:
+    """Seconds of torch's kernel on dense maps, of the steps without their input map, and of a dense input map."""
+    model, passes = cost_model("cpu"), 3 if training else 1
+    dense_s = passes * model.gemm_s(rows, ih.out_features, ih.in_features, dtype=dtype)
+    recurrent_s = passes * n_steps * model.gemm_s(batch, hh.out_features, hh.in_features, dtype=dtype)
+    rebuild_s = (_rebuild_s(ih, model, dtype) + _rebuild_s(hh, model, dtype)) if training else 0.0
+    n_calls = _CALLS.get(kernel, 4)
+    bytes_of_a_call = 2 * batch * ih.out_features * dtype.itemsize / n_calls
+    between_s = passes * n_steps * n_calls * model.stream_s(bytes_of_a_call)
+    return dense_s + recurrent_s + rebuild_s, recurrent_s + between_s, dense_s
+
+
+def _rebuild_s(one: Told, model: Any, dtype: torch.dtype) -> float:
     """Make the dense weight from the cores, and its gradient's way back."""
-    if not isinstance(one, Linear):
+    if one.rank == 0:
         return 0.0
-    m, n, rank = one.out_features, one.in_features, max(one.spec.ranks)
-    return float(3 * model.gemm_s(m, n, rank, dtype=dtype) + 4 * model.copy_s(2 * m * n * dtype.itemsize))
+    m, n = one.out_features, one.in_features
+    calls_s = _REBUILD_CALLS * model.overhead_s
+    return float(calls_s + 3 * model.gemm_s(m, n, one.rank, dtype=dtype) + 4 * model.copy_s(2 * m * n * dtype.itemsize))
 
 
 # -- tried ----------------------------------------------------------------------------------------------
@@ -125,7 +163,7 @@ def _tried(cells: list[Cell], x: Tensor, training: bool, by_kernel: Way, by_step
     with torch.inference_mode(False), torch.set_grad_enabled(training), unseen:
         copies = copy.deepcopy(cells)
         numbers = torch.full(x.shape, 0.5, dtype=x.dtype, requires_grad=training)
-        best = {}
+        best: dict[Way, float] = {}
         for _ in range(_ROUNDS):  # the first calls make plans and weights
             for way in (by_kernel, by_steps):
                 start = time.perf_counter()

@@ -81,7 +81,7 @@ class _Grouped(torch.autograd.Function):
 
 
 def is_batched(tensor: Tensor) -> bool:
-    """Whether a tensor stands for many, as gradients do that are taken at once."""
+    """Whether a tensor stands for many, as under ``vmap`` and ``is_grads_batched``."""
     functorch = torch._C._functorch
     return functorch.is_batchedtensor(tensor) or functorch.is_legacy_batchedtensor(tensor)
 

@@ -206,6 +206,10 @@ class Format(ABC):
         """Rows of an embedding: ``(*ids.shape, J)``."""
         raise KindError(f"format {self.name!r} does not look up rows. Choose another format.")
 
+    def row_chain(self, spec: FactorSpec) -> ChainShape | None:
+        """The chain (of ``to_chain``) whose slices multiply to a row, where ``lookup`` reads rows so."""
+        return None
+
     def row_products(self, spec: FactorSpec) -> int | None:
         """Multiply-adds of one row of ``lookup``, where the format counts them itself."""
         return None

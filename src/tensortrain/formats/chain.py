@@ -327,6 +327,9 @@ class ChainFormat(Format):
             (0, 2 * filtered),
         ]  # the filters, then a transpose
 
+    def row_chain(self, spec: FactorSpec) -> ChainShape | None:
+        return self.chain(spec)
+
     def lookup(self, ids: Tensor, cores: Sequence[Tensor], spec: FactorSpec) -> Tensor:
         return chain_lookup(ids, self.to_chain(cores, spec), self.chain_modes(spec)[1])
 

@@ -118,5 +118,8 @@ class LowRank(ChainFormat):
             (2 * inner * weight.out_features, inner + weight.out_features * out_positions),
         ]
 
+    def row_chain(self, spec: FactorSpec) -> ChainShape | None:
+        return None  # one product of all rows is faster than one for each
+
     def lookup(self, ids: Tensor, cores: Sequence[Tensor], spec: FactorSpec) -> Tensor:
         return F.linear(F.embedding(ids, cores[0]), cores[1])

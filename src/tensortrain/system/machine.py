@@ -76,9 +76,6 @@ class Watch:
         return _times_interrupted() - self._before <= 10 + _USUAL_PER_S * seconds
 
 
-_USUAL_PER_S * seconds
-
-
 _USUAL_PER_S = 25
 
 

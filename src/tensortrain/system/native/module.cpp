@@ -2,6 +2,7 @@
 #include "chain_python.h"
 #include "grouped.h"
 #include "layer_call.h"
+#include "lookup_python.h"
 
 
 #include <map>
@@ -93,5 +94,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("multiply_groups", &run_groups<multiply_groups>);
   m.def("multiply_groups_backward", &run_groups<multiply_groups_backward>);
   chain::bind(m);
+  define_lookups(m);
   m.def("count_optimizer_step", [] { ++n_optimizer_steps; });
 }

@@ -11,12 +11,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from .fit import Fit
+from .layout import pad_gram
+from .spec import WeightShape
 from .weighting import Weighting, apply_root, check_gram, energy, output_error
 
 __all__ = [
@@ -55,17 +58,29 @@ def kronecker_factors(gram: Tensor, modes: Sequence[int]) -> list[Tensor]:
     Partial traces, scaled so that the product has the trace of ``gram``; exact when ``gram`` is a
     Kronecker product. A diagonal gives diagonals.
     """
-    d = len(modes)
-    trace = float((gram if gram.ndim == 1 else gram.diagonal()).sum())
-    if trace <= 0:
+    if _trace(gram) <= 0:
         return [gram.new_ones(n) for n in modes]
-    scale = trace ** (1 / d)
-    factors = []
-    for k in range(d):
-        factor = _partial_trace(gram, modes, k)
-        diagonal_sum = factor.sum() if factor.ndim == 1 else factor.diagonal().sum()
-        factors.append(factor * (scale / diagonal_sum))
-    return factors
+    return _same_traces([_partial_trace(gram, modes, k) for k in range(len(modes))])
+
+
+def _of_modes(gram: Tensor, modes: Sequence[int]) -> list[Tensor]:
+    """Partial traces of a second moment, one for each mode."""
+    if len(modes) == 1:
+        return [gram]
+    return [_partial_trace(gram, modes, k) for k in range(len(modes))]
+
+
+def _same_traces(factors: Sequence[Tensor]) -> list[Tensor]:
+    """Partial traces scaled so that their Kronecker product has the trace of the whole."""
+    trace = _trace(factors[0])
+    if trace <= 0:
+        return [factor.new_ones(len(factor)) for factor in factors]
+    scale = trace ** (1 / len(factors))
+    return [factor * (scale / _trace(factor)) for factor in factors]
+
+
+def _trace(gram: Tensor) -> float:
+    return float((gram if gram.ndim == 1 else gram.diagonal()).sum())
 
 
 def _partial_trace(gram: Tensor, modes: Sequence[int], k: int) -> Tensor:
@@ -95,22 +110,49 @@ class KroneckerNorm:
     """The error norm of one weight: its second moments, and roots that act mode by mode.
 
     Args:
-        weighting: Second moments in the order of the weight's rows and columns.
+        ordered: Gives the second moments in the order of the weight's rows and columns.
         in_roots, out_roots: Roots and inverses, one pair per mode; no ``out_roots`` where outputs are not weighed.
         in_modes, out_modes: Sizes of the modes.
     """
 
-    weighting: Weighting
+    ordered: Callable[[], Weighting]
     in_roots: list[tuple[Tensor, Tensor]]
     out_roots: list[tuple[Tensor, Tensor]]
     in_modes: tuple[int, ...]
     out_modes: tuple[int, ...]
 
     @classmethod
-    def of(cls, weighting: Weighting, out_modes: Sequence[int], in_modes: Sequence[int]) -> KroneckerNorm:
-        """Fit Kronecker products to second moments, of which there are those of the inputs."""
-        in_roots, out_roots = _roots(weighting.inputs, in_modes), _roots(weighting.outputs, out_modes)
-        return cls(weighting, in_roots, out_roots, tuple(in_modes), tuple(out_modes))
+    def of(
+        cls,
+        weighting: Weighting,
+        weight: WeightShape,
+        out_modes: Sequence[int],
+        in_modes: Sequence[int],
+        *,
+        n_spatial: int = 0,
+    ) -> KroneckerNorm:
+        """Fit Kronecker products to second moments, of which there are those of the inputs.
+
+        Args:
+            n_spatial: How many of the leading modes are positions of a kernel alone.
+        """
+        sizes = math.prod(out_modes), math.prod(in_modes)
+        ordered = partial(weighting.of_matrix, weight, *sizes)
+        if weight.kernel and math.prod(in_modes[:n_spatial]) * weight.in_features == weight.fan_in:
+            # The moment need not be brought into order, which takes longer than all the rest.
+            channels, positions = weighting.of_channels(weight)
+            factors = [*_of_modes(positions, in_modes[:n_spatial]), *_of_modes(channels, in_modes[n_spatial:])]
+            in_roots = [root_and_inverse(factor) for factor in _same_traces(factors)]
+        else:
+            in_roots = _roots(ordered().inputs, in_modes)
+        outputs = weighting.checked(weight).outputs
+        out_roots = _roots(None if outputs is None else pad_gram(outputs, sizes[0]), out_modes)
+        return cls(ordered, in_roots, out_roots, tuple(in_modes), tuple(out_modes))
+
+    @property
+    def weighting(self) -> Weighting:
+        """Second moments in the order of the weight's rows and columns."""
+        return self.ordered()
 
     @property
     def gram(self) -> Tensor:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tensortrain.compression.choose.allocate import Option, allocate
 from tensortrain.compression.choose.budget import Budget
-from tensortrain.compression.choose.candidates import Candidate
+from tensortrain.compression.choose.candidates import Candidate, Family
 from tensortrain.compression.choose.cost import LayerCost, Load, spec_cost
 from tensortrain.compression.choose.plan import LayerPlan
 from tensortrain.compression.survey.layers import FoundLayer
@@ -36,14 +36,21 @@ class Menu:
         load: What comes to it with one batch.
         dense: Its cost as it is.
         weight: What losing it wholly would change of the model's output.
-        candidates: Its smaller forms.
+        families: What its smaller forms are made of.
+        candidates: The smaller forms.
     """
 
     layer: FoundLayer
     load: Load
     dense: LayerCost
     weight: float
+    families: Sequence[Family] = ()
     candidates: Sequence[Candidate] = ()
+
+    def with_candidates(self, *, growth: float, wide: bool) -> Menu:
+        """The menu filled in, ranks growing by such steps."""
+        found = [one for family in self.families for one in family.candidates(growth=growth, wide=wide)]
+        return replace(self, candidates=found)
 
     def expected_errors(self, *, long_healing: bool) -> list[float]:
         """Relative squared errors of the candidates, as far as healing will leave them."""

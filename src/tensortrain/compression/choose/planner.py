@@ -16,7 +16,7 @@ from tensortrain.compression.choose.beyond_reach import (
     what_stands_in_the_way,
 )
 from tensortrain.compression.choose.budget import Budget, BudgetLike, read_budget
-from tensortrain.compression.choose.candidates import DEFAULT_FORMATS, Candidate, candidates, least_params
+from tensortrain.compression.choose.candidates import DEFAULT_FORMATS, families, least_params
 from tensortrain.compression.choose.chooser import Chooser, Menu
 from tensortrain.compression.choose.cost import dense_cost, load_of
 from tensortrain.compression.choose.options import PlanOptions
@@ -177,9 +177,10 @@ def _spend(
 ) -> tuple[list[LayerPlan], list[str]]:
     """Choose, in finer steps of the ranks where coarse ones leave much; and a note where even these do."""
     long = options.will_heal == "long"
+    offered = _with_families(menus, calibration, options, wide=long)
     for growth in _GROWTHS:
-        offered = _with_candidates(menus, calibration, options, growth=growth, wide=long)
-        chooser = Chooser(offered, budget, total, options.allow_slower, long, beyond_reach)
+        filled = [menu.with_candidates(growth=growth, wide=long) for menu in offered]
+        chooser = Chooser(filled, budget, total, options.allow_slower, long, beyond_reach)
         plans = chooser.choose()
         spent = chooser.spent(plans)
         if spent >= _SPENT * budget.limit:
@@ -189,33 +190,26 @@ def _spend(
     return plans, [note] if note else []
 
 
-def _with_candidates(
-    menus: Sequence[Menu], calibration: Calibration | None, options: PlanOptions, *, growth: float, wide: bool
+def _with_families(
+    menus: Sequence[Menu], calibration: Calibration | None, options: PlanOptions, *, wide: bool
 ) -> list[Menu]:
     for name in options.formats:
         get_format(name)  # an unknown name is an error before the work starts
     filled = []
     options.observer.on_start("candidates", len(menus))
     for k, menu in enumerate(menus):
-        found = _candidates(menu.layer, calibration, options.formats, growth, wide)
-        filled.append(replace(menu, candidates=found))
+        moments = calibration.of(menu.layer.name) if calibration is not None else LayerMoments()
+        found = families(
+            menu.layer,
+            formats=options.formats,
+            weighting=moments.weighting,
+            structure=moments.structure,
+            wide=wide,
+        )
+        filled.append(replace(menu, families=found))
         options.observer.on_step(k + 1)
     options.observer.on_end()
     return filled
-
-
-def _candidates(
-    layer: FoundLayer, calibration: Calibration | None, formats: Sequence[str], growth: float, wide: bool
-) -> list[Candidate]:
-    moments = calibration.of(layer.name) if calibration is not None else LayerMoments()
-    return candidates(
-        layer,
-        formats=formats,
-        weighting=moments.weighting,
-        structure=moments.structure,
-        growth=growth,
-        wide=wide,
-    )
 
 
 def _task(model: nn.Module, options: PlanOptions) -> tuple[Task | None, Iterable[Any] | None]:

@@ -241,7 +241,8 @@ def told(facts: dict[str, Any]) -> str:
     return (
         f"{facts['model']:<9} {facts['budget']:<3} {facts['params_before'] / facts['params_after']:.2f}x fewer, "
         f"{facts['n_compressed']}/{facts['n_layers']} layers, error {facts['rms_error']:.3f}, output "
-        f"{facts['output_error']:.3f}, {facts['compress_s']:.1f} s, {facts['cpu_s']:.1f} s of processors ({parts}){times}"
+        f"{facts['output_error']:.3f}, {facts['compress_s']:.1f} s, processors "
+        f"{facts['cpu_s']:.1f} s ({parts}){times}"
     )
 
 

@@ -16,12 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tensortrain.cores.tolerance import compute_dtype
 from tensortrain.errors import DTypeError, NonFiniteError, ShapeError
 
 from .layout import order_gram, pad_gram
 from .spec import WeightShape
 
-__all__ = ["PLAIN", "Weighting", "apply_root", "check_gram", "energy", "output_error"]
+__all__ = ["PLAIN", "Weighting", "apply_root", "check_gram", "energy", "output_error", "times_moment"]
 
 _LARGE = 512  # inputs
 _TINY = 1e-300  # what a vanishing weight is divided by
@@ -123,11 +124,17 @@ class Weighting:
 
     def energy(self, matrix: Tensor) -> float:
         """``tr(F W H W^T)`` of ``(outputs, inputs)``: the mean square of the outputs, weighted by ``F``."""
-        weighted = _times(matrix, self.inputs)
+        weighted = times_moment(matrix, self.inputs)
         matrix = matrix.double()
         if self.outputs is not None and self.inputs is not None:
             matrix = self.outputs[:, None] * matrix if self.outputs.ndim == 1 else self.outputs @ matrix
         return max(0.0, float((weighted * matrix).sum()))
+
+    def size(self, matrix: Tensor) -> float:
+        """``||F^(1/2) W H^(1/2)||``."""
+        if self.inputs is None:
+            return float(torch.linalg.vector_norm(matrix, dtype=compute_dtype(matrix.dtype)))
+        return math.sqrt(self.energy(matrix))
 
     def rel_error(self, difference: Tensor, matrix: Tensor) -> float:
         """``||F^(1/2) D H^(1/2)|| / ||F^(1/2) W H^(1/2)||``: relative error of a change ``D`` to ``W``."""
@@ -137,8 +144,8 @@ class Weighting:
         return math.sqrt(self.energy(difference) / max(self.energy(matrix), _TINY))
 
 
-def _times(matrix: Tensor, moment: Tensor | None) -> Tensor:
-    """``W H`` in float64; a large product of a float32 matrix in float32, whose rounding is below that of the matrix."""
+def times_moment(matrix: Tensor, moment: Tensor | None) -> Tensor:
+    """``W H`` in float64; a large product of a float32 matrix is computed in float32, as exactly as it is known."""
     if moment is None:
         return matrix.double()
     if moment.ndim == 2 and matrix.dtype == torch.float32 and len(moment) >= _LARGE:

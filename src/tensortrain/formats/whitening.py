@@ -31,6 +31,8 @@ __all__ = [
     "kronecker_factors",
     "output_error",
     "root_and_inverse",
+    "same_traces",
+    "sketch",
 ]
 
 Side = Literal["in", "out"]
@@ -60,7 +62,7 @@ def kronecker_factors(gram: Tensor, modes: Sequence[int]) -> list[Tensor]:
     """
     if _trace(gram) <= 0:
         return [gram.new_ones(n) for n in modes]
-    return _same_traces([_partial_trace(gram, modes, k) for k in range(len(modes))])
+    return same_traces([_partial_trace(gram, modes, k) for k in range(len(modes))])
 
 
 def _of_modes(gram: Tensor, modes: Sequence[int]) -> list[Tensor]:
@@ -70,7 +72,7 @@ def _of_modes(gram: Tensor, modes: Sequence[int]) -> list[Tensor]:
     return [_partial_trace(gram, modes, k) for k in range(len(modes))]
 
 
-def _same_traces(factors: Sequence[Tensor]) -> list[Tensor]:
+def same_traces(factors: Sequence[Tensor]) -> list[Tensor]:
     """Partial traces scaled so that their Kronecker product has the trace of the whole."""
     trace = _trace(factors[0])
     if trace <= 0:
@@ -142,7 +144,7 @@ class KroneckerNorm:
             # The moment need not be brought into order, which takes longer than all the rest.
             channels, positions = weighting.of_channels(weight)
             factors = [*_of_modes(positions, in_modes[:n_spatial]), *_of_modes(channels, in_modes[n_spatial:])]
-            in_roots = [root_and_inverse(factor) for factor in _same_traces(factors)]
+            in_roots = [root_and_inverse(factor) for factor in same_traces(factors)]
         else:
             in_roots = _roots(ordered().inputs, in_modes)
         outputs = weighting.checked(weight).outputs
@@ -186,12 +188,24 @@ class KroneckerNorm:
 
     def sketched_error(self, difference: Tensor, matrix: Tensor) -> float:
         """The same to some per cent, from a few random combinations of the outputs."""
-        mix = torch.randn(_SKETCH, matrix.shape[0], dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(
-            matrix.device
-        )
+        mix = _random_rows(matrix)
         if self.out_roots:
             mix = _apply_by_mode(mix, [root for root, _ in self.out_roots], self.out_modes)
         return Weighting(self.gram).rel_error(mix @ difference, mix @ matrix)
+
+
+def _random_rows(matrix: Tensor) -> Tensor:
+    """``(96, M)`` random combinations of the rows of a matrix, float64."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(_SKETCH, len(matrix), dtype=torch.float64, generator=generator).to(matrix.device)
+
+
+def sketch(outputs: Tensor | None, matrix: Tensor) -> Tensor:
+    """Random combinations of the outputs that weigh them by their moment, in float32 at least."""
+    mix = _random_rows(matrix)
+    if outputs is not None:
+        mix = mix * outputs.clamp_min(0).sqrt() if outputs.ndim == 1 else mix @ root_and_inverse(outputs)[0]
+    return mix.to(torch.promote_types(matrix.dtype, torch.float32))
 
 
 def _roots(gram: Tensor | None, modes: Sequence[int]) -> list[tuple[Tensor, Tensor]]:

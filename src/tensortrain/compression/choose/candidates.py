@@ -71,7 +71,9 @@ class Family:
         """The points of its rank paths that are smaller than the dense weight."""
         shown = tuple(_shown(values) for values in self.spectra)
         found = [point for point in self.points(growth=growth, wide=wide) if point.n_params < self.below]
-        return [Candidate(replace(point, rel_error=_interpolated(point.rel_error, self.marks)), shown) for point in found]
+        return [
+            Candidate(replace(point, rel_error=_interpolated(point.rel_error, self.marks)), shown) for point in found
+        ]
 
     def points(self, *, growth: float, wide: bool = False) -> list[RankPoint]:
         """The same with errors as predicted from the spectra alone."""

@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from functools import cached_property
 
 from tensortrain.compression.choose.allocate import Option, allocate
 from tensortrain.compression.choose.budget import Budget
-from tensortrain.compression.choose.candidates import Candidate, Family
-from tensortrain.compression.choose.cost import LayerCost, Load, spec_cost
+from tensortrain.compression.choose.candidates import Candidate
+from tensortrain.compression.choose.candidates import Family as Forms
+from tensortrain.compression.choose.clock import Clock, Family, family_of
+from tensortrain.compression.choose.cost import LayerCost, spec_cost
+from tensortrain.compression.choose.load import Load
 from tensortrain.compression.choose.plan import LayerPlan
 from tensortrain.compression.survey.layers import FoundLayer
 from tensortrain.errors import BudgetError
@@ -25,7 +28,12 @@ _SLACK = 0.01  # of the whole model's time: what a layer may lose before it coun
 # of 0.2: long training makes up for any start, but not for what a narrow layer cannot pass on.
 _TRAINED_ERROR, _TRAINED_OWN_ERROR = 1 / 3, 0.001
 
-Family = tuple[Any, ...]  # format and modes: within them, higher ranks are not faster
+# Among plans of like error the fastest: the sum of squared errors may rise by this share.
+_LIKE = 0.1
+_STEPS = 9  # of the search for how much time may count
+_CHEAPEST, _DEAREST = 1e-3, 1e2  # errors that all of the time is worth, between which it is sought
+_TINY = 1e-300
+_SPENT = 0.95  # of the budget
 
 
 @dataclass(frozen=True)
@@ -33,7 +41,7 @@ class Menu:
     """What can become of one layer.
 
     Attributes:
-        load: What comes to it with one batch.
+        loads: What comes to it with one batch, at every batch size that speed is judged at.
         dense: Its cost as it is.
         weight: What losing it wholly would change of the model's output.
         families: What its smaller forms are made of.
@@ -41,10 +49,10 @@ class Menu:
     """
 
     layer: FoundLayer
-    load: Load
+    loads: tuple[Load, ...]
     dense: LayerCost
     weight: float
-    families: Sequence[Family] = ()
+    families: Sequence[Forms] = ()
     candidates: Sequence[Candidate] = ()
 
     def with_candidates(self, *, growth: float, wide: bool) -> Menu:
@@ -83,6 +91,7 @@ class Chooser:
     long_healing: bool
     beyond_reach: Callable[[], str]
     banned: dict[str, dict[Family, int]] = field(init=False)
+    clock: Clock = field(default_factory=Clock)
     known: dict[tuple[str, FactorSpec], LayerCost] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -96,11 +105,17 @@ class Chooser:
         """
         while True:
             picks = self._allocate()
-            slower = [] if self.allow_slower else self._slower(picks)
-            if not slower:
+            if self._may_quicken and not self._struck_off(picks):
+                picks = self._quickened(picks)
+            if not self._struck_off(picks):
                 return [self._plan(menu, pick) for menu, pick in zip(self.menus, picks, strict=True)]
-            for name, candidate in slower:
-                self.banned[name][_family(candidate)] = candidate.point.n_params
+
+    def _struck_off(self, picks: Sequence[Candidate | None]) -> bool:
+        """Whether some picks are too slow, which are then banned with all larger ones of their family."""
+        slower = [] if self.allow_slower else self._slower(picks)
+        for name, candidate in slower:
+            self.banned[name][family_of(candidate.spec)] = candidate.point.n_params
+        return bool(slower)
 
     def spent(self, plans: Sequence[LayerPlan]) -> int:
         """What of the budget the plans use."""
@@ -113,21 +128,112 @@ class Chooser:
         """Layers of which some form was struck off."""
         return [name for name, families in self.banned.items() if families]
 
-    def _allocate(self) -> list[Candidate | None]:
-        options = [self._options(menu) for menu in self.menus]
+    # -- allocation ----------------------------------------------------------------------------------
+
+    def _allocate(self, price_of_time: float = 0.0) -> list[Candidate | None]:
+        options = [self._options(k, menu, price_of_time) for k, menu in enumerate(self.menus)]
         try:
             picks = allocate(options, self.budget.limit - self._fixed())
         except BudgetError as error:
             raise self._unreachable(options) from error
         return [pick.choice for pick in picks]
 
-    def _options(self, menu: Menu) -> list[Option]:
-        options = [Option(self._price(menu, None), 0.0, None)]
-        errors = menu.expected_errors(long_healing=self.long_healing)
-        for candidate, error in zip(menu.candidates, errors, strict=True):
-            if candidate.point.n_params < self.banned[menu.layer.name].get(_family(candidate), math.inf):
-                options.append(Option(self._price(menu, candidate), menu.weight * error, candidate))
+    def _options(self, k: int, menu: Menu, price_of_time: float) -> list[Option]:
+        """The forms of a layer that are not banned, the dense one first."""
+        times = [0.0] * (1 + len(menu.candidates))
+        if price_of_time:
+            times = [price_of_time * sum(shares) for shares in self._times[k]]
+        options = [Option(self._price(menu, None), times[0], None)]
+        banned = self.banned[menu.layer.name]
+        for candidate, loss, time in zip(menu.candidates, self._losses[k], times[1:], strict=True):
+            if not banned or candidate.point.n_params < banned.get(family_of(candidate.spec), math.inf):
+                options.append(Option(self._price(menu, candidate), loss + time, candidate))
         return options
+
+    @cached_property
+    def _losses(self) -> list[list[float]]:
+        """What every candidate is predicted to cost in quality, by menu."""
+        return [
+            [menu.weight * error for error in menu.expected_errors(long_healing=self.long_healing)]
+            for menu in self.menus
+        ]
+
+    # -- speed ---------------------------------------------------------------------------------------
+
+    @property
+    def _may_quicken(self) -> bool:
+        """Whether speed decides between plans of like error: for a budget in parameters, where the inputs are known."""
+        known = all(load.seen for menu in self.menus for load in menu.loads)
+        return self.budget.measure == "params" and not self.allow_slower and not self.long_healing and known
+
+    def _quickened(self, picks: list[Candidate | None]) -> list[Candidate | None]:
+        """The fastest picks found that spend about as much and whose predicted error is about that of these."""
+        most, least = (1 + _LIKE) * self._loss(picks), min(self._spent(picks), _SPENT * self.budget.limit)
+        low, high = math.log(_CHEAPEST * most + _TINY), math.log(_DEAREST * most + _TINY)  # of what time is worth
+        for _ in range(_STEPS):
+            middle = (low + high) / 2
+            found = self._allocate(math.exp(middle))
+            if self._loss(found) <= most and self._spent(found) >= least:
+                low = middle
+                picks = found if self._share(found) < self._share(picks) else picks
+            else:
+                high = middle
+        return picks
+
+    def _spent(self, picks: Sequence[Candidate | None]) -> int:
+        return self._fixed() + sum(self._price(menu, pick) for menu, pick in zip(self.menus, picks, strict=True))
+
+    def _loss(self, picks: Sequence[Candidate | None]) -> float:
+        places = self._places
+        return sum(self._losses[k][places[id(pick)]] for k, pick in enumerate(picks) if pick is not None)
+
+    def _share(self, picks: Sequence[Candidate | None]) -> float:
+        """Of the time of all layers as they are, the mean over the batch sizes."""
+        places = self._places
+        return sum(sum(self._times[k][0 if pick is None else 1 + places[id(pick)]]) for k, pick in enumerate(picks))
+
+    @cached_property
+    def _places(self) -> dict[int, int]:
+        return {id(candidate): n for menu in self.menus for n, candidate in enumerate(menu.candidates)}
+
+    @cached_property
+    def _times(self) -> list[list[tuple[float, ...]]]:
+        """By menu, of the dense layer and of every candidate: shares of all layers' time, one a batch size."""
+        whole = self._whole
+        found = []
+        for menu in self.menus:
+            columns = [
+                [self.clock.dense(menu.layer, load), *self.clock.all(menu.layer, load, menu.candidates)]
+                for load in menu.loads
+            ]
+            shares = [
+                [one / (total * len(whole)) for one in column] for column, total in zip(columns, whole, strict=True)
+            ]
+            found.append(list(zip(*shares, strict=True)))
+        return found
+
+    @cached_property
+    def _whole(self) -> list[float]:
+        """Seconds of all layers as they are, one a batch size."""
+        return [
+            sum(self.clock.dense(menu.layer, menu.loads[n]) for menu in self.menus)
+            for n in range(min((len(menu.loads) for menu in self.menus), default=0))
+        ]
+
+    def _slower(self, picks: Sequence[Candidate | None]) -> list[tuple[str, Candidate]]:
+        return [
+            (menu.layer.name, pick)
+            for menu, pick in zip(self.menus, picks, strict=True)
+            if pick is not None and self._is_slower(menu, pick)
+        ]
+
+    def _is_slower(self, menu: Menu, pick: Candidate) -> bool:
+        """At any of the batch sizes, by more than a little of the model's time."""
+        family = [one for one in menu.candidates if family_of(one.spec) == family_of(pick.spec)]
+        return any(
+            self.clock.exact(menu.layer, pick.spec, load, family) > self.clock.dense(menu.layer, load) + _SLACK * whole
+            for load, whole in zip(menu.loads, self._whole, strict=False)
+        )
 
     def _fixed(self) -> int:
         """What the model costs outside the weights that can be chosen."""
@@ -144,16 +250,8 @@ class Chooser:
         """Milliseconds to predict, so each is predicted once."""
         key = menu.layer.name, candidate.spec
         if key not in self.known:
-            self.known[key] = spec_cost(menu.layer, candidate.spec, menu.load)
+            self.known[key] = spec_cost(menu.layer, candidate.spec, menu.loads[0])
         return self.known[key]
-
-    def _slower(self, picks: Sequence[Candidate | None]) -> list[tuple[str, Candidate]]:
-        slack = _SLACK * sum(menu.dense.seconds for menu in self.menus)
-        return [
-            (menu.layer.name, pick)
-            for menu, pick in zip(self.menus, picks, strict=True)
-            if pick is not None and self._cost(menu, pick).seconds > menu.dense.seconds + slack
-        ]
 
     def _unreachable(self, options: Sequence[Sequence[Option]]) -> BudgetError:
         least = self._fixed() + sum(min(option.cost for option in each) for each in options)
@@ -191,8 +289,3 @@ def _running_best(sizes: Sequence[int], errors: Sequence[float]) -> list[float]:
         least = min(least, errors[k])
         best[k] = least
     return best
-
-
-def _family(candidate: Candidate) -> Family:
-    spec = candidate.spec
-    return (spec.format, spec.out_modes, spec.in_modes)

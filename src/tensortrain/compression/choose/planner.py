@@ -18,7 +18,9 @@ from tensortrain.compression.choose.beyond_reach import (
 from tensortrain.compression.choose.budget import Budget, BudgetLike, read_budget
 from tensortrain.compression.choose.candidates import DEFAULT_FORMATS, families, least_params
 from tensortrain.compression.choose.chooser import Chooser, Menu
-from tensortrain.compression.choose.cost import dense_cost, load_of
+from tensortrain.compression.choose.clock import Clock
+from tensortrain.compression.choose.cost import dense_cost
+from tensortrain.compression.choose.load import loads_of
 from tensortrain.compression.choose.options import PlanOptions
 from tensortrain.compression.choose.plan import CompressionPlan, LayerPlan
 from tensortrain.compression.choose.weights import weigh_layers
@@ -158,8 +160,8 @@ def _menus(
 ) -> tuple[list[Menu], list[str]]:
     """What each layer costs and counts, candidates still to come; and notes on what was not seen."""
     reach = _HEALED_REACH if options.will_heal else 1.0
-    loads = [load_of(layer, calibration, options.batch_size) for layer in layers]
-    costs = [dense_cost(layer, load) for layer, load in zip(layers, loads, strict=True)]
+    loads = [loads_of(layer, calibration, options.batch_size) for layer in layers]
+    costs = [dense_cost(layer, load[0]) for layer, load in zip(layers, loads, strict=True)]
     weights, unseen = weigh_layers(layers, calibration, narrowed=options.output is not None)
     return [
         Menu(layer, load, cost, weights[layer.name] ** reach)
@@ -178,9 +180,10 @@ def _spend(
     """Choose, in finer steps of the ranks where coarse ones leave much; and a note where even these do."""
     long = options.will_heal == "long"
     offered = _with_families(menus, calibration, options, wide=long)
+    clock = Clock()
     for growth in _GROWTHS:
         filled = [menu.with_candidates(growth=growth, wide=long) for menu in offered]
-        chooser = Chooser(filled, budget, total, options.allow_slower, long, beyond_reach)
+        chooser = Chooser(filled, budget, total, options.allow_slower, long, beyond_reach, clock)
         plans = chooser.choose()
         spent = chooser.spent(plans)
         if spent >= _SPENT * budget.limit:

@@ -75,7 +75,7 @@ def resnet18(quick: bool) -> tuple[nn.Module, Callable[[int], dict[str, Tensor]]
 
 
 def vit(quick: bool) -> tuple[nn.Module, Callable[[int], dict[str, Tensor]]]:
-    """A vision transformer of the small size: 384 wide, twelve layers, patches of 16."""
+    """A vision transformer as wide as the small one, with six layers: 384, patches of 16."""
     from transformers import ViTConfig, ViTForImageClassification
 
     width, side = (64, 64) if quick else (384, 224)
@@ -83,7 +83,7 @@ def vit(quick: bool) -> tuple[nn.Module, Callable[[int], dict[str, Tensor]]]:
         hidden_size=width,
         intermediate_size=4 * width,
         num_attention_heads=width // 32 if quick else 6,
-        num_hidden_layers=2 if quick else 12,
+        num_hidden_layers=2 if quick else 6,
         image_size=side,
         num_labels=10 if quick else 1000,
     )
@@ -91,15 +91,15 @@ def vit(quick: bool) -> tuple[nn.Module, Callable[[int], dict[str, Tensor]]]:
 
 
 def bert(quick: bool) -> tuple[nn.Module, Callable[[int], dict[str, Tensor]]]:
-    """An encoder of texts with four layers, 128 tokens an example."""
+    """An encoder of texts with four layers of 512, 128 tokens an example."""
     from transformers import BertConfig, BertForSequenceClassification
 
-    width, n_tokens, vocabulary = (64, 16, 500) if quick else (768, 128, 30522)
+    width, n_tokens, vocabulary = (64, 16, 500) if quick else (512, 128, 30522)
     config = BertConfig(
         vocab_size=vocabulary,
         hidden_size=width,
         intermediate_size=4 * width,
-        num_attention_heads=width // 32 if quick else 12,
+        num_attention_heads=width // 64 if not quick else 2,
         num_hidden_layers=2 if quick else 4,
     )
 
@@ -111,7 +111,7 @@ def bert(quick: bool) -> tuple[nn.Module, Callable[[int], dict[str, Tensor]]]:
 
 
 def wav2vec2(quick: bool) -> tuple[nn.Module, Callable[[int], dict[str, Tensor]]]:
-    """An encoder of speech as wide as the base one, with six layers, a second an example."""
+    """An encoder of speech as wide as the base one, with four layers, a second an example."""
     from transformers import Wav2Vec2Config, Wav2Vec2Model
 
     small = {
@@ -123,7 +123,7 @@ def wav2vec2(quick: bool) -> tuple[nn.Module, Callable[[int], dict[str, Tensor]]
         "num_conv_pos_embeddings": 16,
         "num_conv_pos_embedding_groups": 4,
     }
-    config = Wav2Vec2Config(**(small if quick else {"num_hidden_layers": 6}))
+    config = Wav2Vec2Config(**(small if quick else {"num_hidden_layers": 4}))
     return Wav2Vec2Model(config), lambda b: {"input_values": torch.randn(b, 4000 if quick else 16000)}
 
 
@@ -138,10 +138,11 @@ def let_fall_(model: nn.Module) -> nn.Module:
             module, "parametrizations"
         ):
             weight = module.weight
-            matrix = weight.flatten(1)
-            u, s, vt = torch.linalg.svd(matrix, full_matrices=False)
-            falling = torch.arange(1, len(s) + 1, dtype=s.dtype) ** -DECAY
-            weight.copy_(((u * (falling * (s.norm() / falling.norm()))) @ vt).reshape(weight.shape))
+            n_rows, n_columns = weight.flatten(1).shape
+            rank = min(n_rows, n_columns)
+            left, right = (torch.linalg.qr(torch.randn(n, rank))[0] for n in (n_rows, n_columns))
+            falling = torch.arange(1.0, rank + 1) ** -DECAY
+            weight.copy_(((left * (falling * (weight.norm() / falling.norm()))) @ right.T).reshape(weight.shape))
     return model
 
 

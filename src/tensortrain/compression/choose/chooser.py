@@ -6,6 +6,9 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any, TypeAlias
+
+import numpy as np
 
 from tensortrain.compression.choose.allocate import Option, allocate
 from tensortrain.compression.choose.budget import Budget
@@ -34,6 +37,9 @@ _STEPS = 9  # of the search for how much time may count
 _CHEAPEST, _DEAREST = 1e-3, 1e2  # errors that all of the time is worth, between which it is sought
 _TINY = 1e-300
 _SPENT = 0.95  # of the budget
+
+
+Array: TypeAlias = "np.ndarray[Any, Any]"
 
 
 @dataclass(frozen=True)
@@ -105,7 +111,7 @@ class Chooser:
         """
         while True:
             picks = self._allocate()
-            if self._may_quicken and not self._struck_off(picks):
+            if self._may_quicken:
                 picks = self._quickened(picks)
             if not self._struck_off(picks):
                 return [self._plan(menu, pick) for menu, pick in zip(self.menus, picks, strict=True)]
@@ -113,9 +119,28 @@ class Chooser:
     def _struck_off(self, picks: Sequence[Candidate | None]) -> bool:
         """Whether some picks are too slow, which are then banned with all larger ones of their family."""
         slower = [] if self.allow_slower else self._slower(picks)
-        for name, candidate in slower:
-            self.banned[name][family_of(candidate.spec)] = candidate.point.n_params
+        for menu, candidate in slower:
+            self.banned[menu.layer.name][family_of(candidate.spec)] = self._least_slow(menu, candidate)
         return bool(slower)
+
+    def _least_slow(self, menu: Menu, pick: Candidate) -> int:
+        """Parameters from which on a family is too slow, as times at a few ranks tell; at most those of a pick."""
+        family = _family(menu, pick)
+        limits = self._limits(menu)
+        columns = [self.clock.all(menu.layer, load, family) for load in menu.loads]
+        slow = [
+            one.point.n_params
+            for one, times in zip(family, zip(*columns, strict=True), strict=True)
+            if any(seconds > limit for seconds, limit in zip(times, limits, strict=True))
+        ]
+        return min(pick.point.n_params, *slow) if slow else pick.point.n_params
+
+    def _limits(self, menu: Menu) -> list[float]:
+        """Seconds that a layer may take, one a batch size."""
+        return [
+            self.clock.dense(menu.layer, load) + _SLACK * whole
+            for load, whole in zip(menu.loads, self._whole, strict=True)
+        ]
 
     def spent(self, plans: Sequence[LayerPlan]) -> int:
         """What of the budget the plans use."""
@@ -139,24 +164,37 @@ class Chooser:
         return [pick.choice for pick in picks]
 
     def _options(self, k: int, menu: Menu, price_of_time: float) -> list[Option]:
-        """The forms of a layer that are not banned, the dense one first."""
-        times = [0.0] * (1 + len(menu.candidates))
+        """The forms of a layer that are not banned, by rising cost, without those that cost more and lose no less."""
+        costs, losses = self._costs[k], self._losses[k]
         if price_of_time:
-            times = [price_of_time * sum(shares) for shares in self._times[k]]
-        options = [Option(self._price(menu, None), times[0], None)]
+            losses = losses + price_of_time * self._times[k]
+        allowed = self._allowed(k, menu)
+        order = allowed[np.lexsort((losses[allowed], costs[allowed]))]
+        falling = losses[order]
+        least = np.minimum.accumulate(falling)
+        order = order[np.concatenate([[True], falling[1:] < least[:-1]])]
+        choices = (None, *menu.candidates)
+        return [Option(int(costs[n]), float(losses[n]), choices[n]) for n in order]
+
+    def _allowed(self, k: int, menu: Menu) -> Array:
+        """Places of the forms that are not banned: 0 is the dense layer, candidate n is 1 + n."""
         banned = self.banned[menu.layer.name]
-        for candidate, loss, time in zip(menu.candidates, self._losses[k], times[1:], strict=True):
-            if not banned or candidate.point.n_params < banned.get(family_of(candidate.spec), math.inf):
-                options.append(Option(self._price(menu, candidate), loss + time, candidate))
-        return options
+        places = range(len(menu.candidates))
+        if banned:
+            sizes = [(c.point.n_params, banned.get(family_of(c.spec), math.inf)) for c in menu.candidates]
+            places = [n for n, (size, limit) in enumerate(sizes) if size < limit]  # type: ignore[assignment]
+        return np.array([0, *(1 + n for n in places)])
 
     @cached_property
-    def _losses(self) -> list[list[float]]:
-        """What every candidate is predicted to cost in quality, by menu."""
-        return [
-            [menu.weight * error for error in menu.expected_errors(long_healing=self.long_healing)]
-            for menu in self.menus
-        ]
+    def _costs(self) -> list[Array]:
+        """Of every form in the budget's unit, by menu and place."""
+        return [np.array([self._price(menu, each) for each in (None, *menu.candidates)]) for menu in self.menus]
+
+    @cached_property
+    def _losses(self) -> list[Array]:
+        """What every form is predicted to cost in quality, by menu and place."""
+        long = self.long_healing
+        return [menu.weight * np.array([0.0, *menu.expected_errors(long_healing=long)]) for menu in self.menus]
 
     # -- speed ---------------------------------------------------------------------------------------
 
@@ -184,33 +222,30 @@ class Chooser:
         return self._fixed() + sum(self._price(menu, pick) for menu, pick in zip(self.menus, picks, strict=True))
 
     def _loss(self, picks: Sequence[Candidate | None]) -> float:
-        places = self._places
-        return sum(self._losses[k][places[id(pick)]] for k, pick in enumerate(picks) if pick is not None)
+        return sum(float(self._losses[k][self._places[id(pick)]]) for k, pick in enumerate(picks))
 
     def _share(self, picks: Sequence[Candidate | None]) -> float:
         """Of the time of all layers as they are, the mean over the batch sizes."""
-        places = self._places
-        return sum(sum(self._times[k][0 if pick is None else 1 + places[id(pick)]]) for k, pick in enumerate(picks))
+        return sum(float(self._times[k][self._places[id(pick)]]) for k, pick in enumerate(picks))
 
     @cached_property
     def _places(self) -> dict[int, int]:
-        return {id(candidate): n for menu in self.menus for n, candidate in enumerate(menu.candidates)}
+        places = {id(candidate): 1 + n for menu in self.menus for n, candidate in enumerate(menu.candidates)}
+        return {**places, id(None): 0}
 
     @cached_property
-    def _times(self) -> list[list[tuple[float, ...]]]:
-        """By menu, of the dense layer and of every candidate: shares of all layers' time, one a batch size."""
-        whole = self._whole
-        found = []
-        for menu in self.menus:
-            columns = [
-                [self.clock.dense(menu.layer, load), *self.clock.all(menu.layer, load, menu.candidates)]
-                for load in menu.loads
-            ]
-            shares = [
-                [one / (total * len(whole)) for one in column] for column, total in zip(columns, whole, strict=True)
-            ]
-            found.append(list(zip(*shares, strict=True)))
-        return found
+    def _times(self) -> list[Array]:
+        """Of every form by menu and place: its share of all layers' time as they are, the mean over batch sizes."""
+        return [
+            sum(
+                np.array(self._seconds(menu, load)) / whole for load, whole in zip(menu.loads, self._whole, strict=True)
+            )
+            / len(self._whole)
+            for menu in self.menus
+        ]
+
+    def _seconds(self, menu: Menu, load: Load) -> list[float]:
+        return [self.clock.dense(menu.layer, load), *self.clock.all(menu.layer, load, menu.candidates)]
 
     @cached_property
     def _whole(self) -> list[float]:
@@ -220,20 +255,22 @@ class Chooser:
             for n in range(min((len(menu.loads) for menu in self.menus), default=0))
         ]
 
-    def _slower(self, picks: Sequence[Candidate | None]) -> list[tuple[str, Candidate]]:
+    def _slower(self, picks: Sequence[Candidate | None]) -> list[tuple[Menu, Candidate]]:
         return [
-            (menu.layer.name, pick)
+            (menu, pick)
             for menu, pick in zip(self.menus, picks, strict=True)
             if pick is not None and self._is_slower(menu, pick)
         ]
 
     def _is_slower(self, menu: Menu, pick: Candidate) -> bool:
         """At any of the batch sizes, by more than a little of the model's time."""
-        family = [one for one in menu.candidates if family_of(one.spec) == family_of(pick.spec)]
+        family = _family(menu, pick)
         return any(
-            self.clock.exact(menu.layer, pick.spec, load, family) > self.clock.dense(menu.layer, load) + _SLACK * whole
-            for load, whole in zip(menu.loads, self._whole, strict=False)
+            self.clock.exact(menu.layer, pick.spec, load, family) > limit
+            for load, limit in zip(menu.loads, self._limits(menu), strict=True)
         )
+
+    # -- costs ---------------------------------------------------------------------------------------
 
     def _fixed(self) -> int:
         """What the model costs outside the weights that can be chosen."""
@@ -289,3 +326,8 @@ def _running_best(sizes: Sequence[int], errors: Sequence[float]) -> list[float]:
         least = min(least, errors[k])
         best[k] = least
     return best
+
+
+def _family(menu: Menu, pick: Candidate) -> list[Candidate]:
+    """The candidates of a layer that differ from one in their ranks alone."""
+    return [one for one in menu.candidates if family_of(one.spec) == family_of(pick.spec)]

@@ -47,6 +47,6 @@ def load_of(layer: FoundLayer, calibration: Calibration | None, batch_size: int 
 def loads_of(layer: FoundLayer, calibration: Calibration | None, batch_size: int | None) -> tuple[Load, ...]:
     """The loads that a layer is judged at: the batch size asked for; by default that of the data, and one example."""
     first = load_of(layer, calibration, batch_size)
-    if batch_size is not None or not first.seen or first.n_examples == 1:
+    if batch_size is not None or calibration is None or calibration.n_examples == 1:
         return (first,)
     return first, load_of(layer, calibration, 1)

@@ -24,7 +24,7 @@ from tensortrain.formats import FactorSpec, get_format
 
 __all__ = ["Chooser", "Menu"]
 
-_SLACK = 0.01  # of the whole model's time: what a layer may lose before it counts as slower
+_SLACK = 0.01  # of the whole model's time: what a layer, or all together, may lose before they count as slower
 # What counts of a squared error where the healing is long, for a weight of full matrix rank: this share of that of the
 # best form of the same size, and a little of its own. At 40x on Fashion-MNIST, after seven epochs, trains with a
 # relative error of 0.8 in the two large layers ended 0.25 points above low-rank layers of the same size with an error
@@ -256,19 +256,29 @@ class Chooser:
         ]
 
     def _slower(self, picks: Sequence[Candidate | None]) -> list[tuple[Menu, Candidate]]:
-        return [
-            (menu, pick)
-            for menu, pick in zip(self.menus, picks, strict=True)
-            if pick is not None and self._is_slower(menu, pick)
+        """Picks that lose more than a little of the model's time; where only all together do, the worst of them."""
+        chosen = [(menu, pick) for menu, pick in zip(self.menus, picks, strict=True) if pick is not None]
+        losses = [self._lost_s(menu, pick) for menu, pick in chosen]
+        whole = self._whole
+        slower = [
+            each
+            for each, lost in zip(chosen, losses, strict=True)
+            if any(one > _SLACK * total for one, total in zip(lost, whole, strict=True))
         ]
+        together = [sum(column) for column in zip(*losses, strict=True)]
+        if slower or not any(lost > _SLACK * total for lost, total in zip(together, whole, strict=False)):
+            return slower
+        shares = [max(one / total for one, total in zip(lost, whole, strict=True)) for lost in losses]
+        worst = max(range(len(chosen)), key=lambda k: shares[k])
+        return [chosen[worst]]
 
-    def _is_slower(self, menu: Menu, pick: Candidate) -> bool:
-        """At any of the batch sizes, by more than a little of the model's time."""
+    def _lost_s(self, menu: Menu, pick: Candidate) -> list[float]:
+        """Seconds that a pick takes more than the dense layer, one a batch size."""
         family = _family(menu, pick)
-        return any(
-            self.clock.exact(menu.layer, pick.spec, load, family) > limit
-            for load, limit in zip(menu.loads, self._limits(menu), strict=True)
-        )
+        return [
+            self.clock.exact(menu.layer, pick.spec, load, family) - self.clock.dense(menu.layer, load)
+            for load in menu.loads
+        ]
 
     # -- costs ---------------------------------------------------------------------------------------
 

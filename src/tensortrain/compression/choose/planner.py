@@ -79,9 +79,10 @@ def plan_compression(
         example_inputs: A batch to take shapes from, when there is no ``data``.
         formats: Names to choose among.
         include, exclude: Layer names or fnmatch patterns.
-        allow_slower: Take candidates that are predicted slower than the dense layer. Without it a layer may
-            lose at most 1 % of the whole model's predicted time at this batch size.
-        batch_size: Rows to judge speed at; by default the batch size of the data.
+        allow_slower: Take candidates that are slower than the dense layer. Without it a layer, and all together, may
+            lose at most 1 % of the whole model's time, and of plans of like error (within 5 %) the fastest is taken.
+            Times are predicted; those of convolutions are measured, once on every machine.
+        batch_size: Examples to judge speed at; by default the batch size of the data, and one.
         will_heal: The model will be fine-tuned afterwards. Training makes up for errors where they reach far
             more than where they do not, so layers are then weighed more alike (by the square root). ``"long"``, for
             several passes over the training data, prefers forms of high matrix rank over those of small error.

@@ -208,7 +208,8 @@ class ChainFormat(Format):
             return super().probe(dense, spec, weighting)
         matrix = self.to_matrix(dense.detach(), spec).double()
         norm = self._norm(spec, weighting)
-        cores = _whitened(matrix, norm, lambda one: self._decompose(one, spec, None, method="randomized")[0])
+        white = norm.whitened(dense, matrix)
+        cores = _undone(self._decompose(white, spec, None, method="randomized")[0], norm)
         # Not refined: a candidate's errors at other ranks are inferred from a few probes, and what least squares
         # gains changes too much from rank to rank for that.
         return norm.sketched_error(matrix - chain_to_dense(cores), matrix)
@@ -236,7 +237,7 @@ class ChainFormat(Format):
     def spectra(self, dense: Tensor, spec: FactorSpec, *, weighting: Weighting = PLAIN) -> list[Tensor]:
         matrix = self.to_matrix(dense.detach(), spec).double()
         if not weighting.is_plain:
-            matrix = self._norm(spec, weighting).whiten(matrix)
+            matrix = self._norm(spec, weighting).whitened(dense, matrix)
         outs, ins = self.chain_modes(spec)
         d = len(outs)
         paired = matrix.reshape(*outs, *ins).permute([axis for k in range(d) for axis in (k, d + k)])
@@ -351,7 +352,10 @@ def _product(r: int, n: int, s: int) -> int:
 
 def _whitened(matrix: Tensor, norm: KroneckerNorm, decompose: Callable[[Tensor], list[Tensor]]) -> list[Tensor]:
     """Decompose the whitened matrix and take the roots off again, core by core."""
-    cores = decompose(norm.whiten(matrix))
+    return _undone(decompose(norm.whiten(matrix)), norm)
+
+
+def _undone(cores: list[Tensor], norm: KroneckerNorm) -> list[Tensor]:
     for k in range(len(cores)):
         cores[k] = norm.undo(cores[k], "in", k, axis=2)
         cores[k] = norm.undo(cores[k], "out", k, axis=1)

@@ -19,6 +19,7 @@ from .spec import FactorSpec
 
 __all__ = ["RankPoint", "even_path", "rank_path"]
 
+_ROUNDEST = 16  # numbers in a register of the widest kind, or two or four of others
 Count = Callable[[Sequence[int]], int]  # inner ranks -> parameters
 
 
@@ -40,7 +41,7 @@ def rank_path(
         spec: Format and modes; its ranks are ignored.
         spectra: Singular values per chosen rank, from ``Format.spectra``.
         max_params: Stop before this many parameters.
-        growth: A step raises a rank by this share of itself, at least by one.
+        growth: A step raises a rank by about this share of itself, at least by one, to a round number.
 
     Returns:
         list: Points with growing ``n_params`` and falling ``rel_error``, from all ranks one.
@@ -84,8 +85,15 @@ def even_path(
         if max_params is not None and point.n_params > max_params:
             break
         points.append(point)
-        rank += max(1, int(growth * rank))
+        rank = _raised(rank, growth)
     return points
+
+
+def _raised(rank: int, growth: float) -> int:
+    """The next rank to look at: a round number, which products run fastest at and many layers may share."""
+    step = max(1, int(growth * rank))
+    round_to = min(_ROUNDEST, 1 << (step.bit_length() - 1))
+    return (rank + step) // round_to * round_to
 
 
 def _inner_caps(spec: FactorSpec) -> tuple[int, ...]:
@@ -116,7 +124,7 @@ def _best_step(
     n_params = count(ranks)
     for bond in bonds:
         rank = ranks[bond[0]]
-        raised = min(rank + max(1, int(growth * rank)), caps[bond[0]], fmt.most_rank(spec, ranks, bond))
+        raised = min(_raised(rank, growth), caps[bond[0]], fmt.most_rank(spec, ranks, bond))
         if raised <= rank:
             continue
         trial = [raised if k in bond else r for k, r in enumerate(ranks)]

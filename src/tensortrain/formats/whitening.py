@@ -245,7 +245,7 @@ def sketch(outputs: Tensor | None, matrix: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _Roots:
-        """``C_F^T W C_H`` by factors of the fitted moments, or one side of it; as singular as ``F^(1/2) W H^(1/2)``."""
+    """Factors of partial traces: those of a moment's modes are found once, also for mode shapes that share them."""
 
     known: dict[Any, Any]
 

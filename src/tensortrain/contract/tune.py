@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +19,16 @@ from tensortrain.contract.choose import candidates
 from tensortrain.contract.plan import Plan, Shape
 from tensortrain.contract.trials import best_seconds, can_time, train_once
 from tensortrain.contract.trials import timed as _timed
-from tensortrain.system.machine import device_key, known_file, read_json, write_json
+from tensortrain.system.machine import device_key, known_file, memory_bytes, read_json, write_json
 from tensortrain.system.native import library
 
 __all__ = ["fastest_plan"]
 
 _MOST_CANDIDATES = 6
 _LIKELY = 3.0  # a prediction so many times longer than the best one is not tried
-_TOO_LONG_S = 0.5  # of one round as predicted: then the prediction decides
-_MOST_BYTES = 2**28  # of input, output and what a plan holds in between: a trial must not exhaust the memory
+_TOO_LONG_S = 0.8  # of one round as predicted: beyond it the likeliest plans alone are tried
+# Of input, output and what a plan holds in between: a trial must not exhaust the memory.
+_MOST_BYTES = max(2**28, memory_bytes() // 16)
 _FLIPPED_ROWS = range(2, 129)  # beyond, a product and its transpose are level
 _CACHED_BYTES = 2**22  # smaller states stay in the cache between two steps
 _ROWS_AT_A_TIME = 12  # fewer make products too small, more leave the cache
@@ -51,8 +53,8 @@ def fastest_plan(
 
     Where nothing can be timed, it is the plan of least predicted time: while a program is traced, compiled or
     captured, under a dispatch mode or a transform of ``torch.func``, under ``use_cost_model``, with
-    ``torch.use_deterministic_algorithms(True)``, on devices other than CPU and CUDA, and where one round would take
-    more than half a second or the plan predicted to be fastest holds more than 256 MiB.
+    ``torch.use_deterministic_algorithms(True)``, on devices other than CPU and CUDA, and where the two likeliest plans
+    take more than 0.8 seconds or the likeliest one holds more than 256 MiB and a 16th of the machine's memory.
 
     Args:
         shape, batch, dtype, device, training, allow_dense, force: As for ``plan_chain`` and ``plan_network``.
@@ -81,8 +83,8 @@ def _key(shape: Shape, device: torch.device, options: dict[str, Any]) -> tuple[A
 
 
 def _found(plans: Sequence[Plan], device: torch.device, key: Any) -> Plan:
-    chosen = _likely(plans)
-    if len(chosen) < 2 or sum(plan.predicted_s for plan in chosen) > _TOO_LONG_S:
+    chosen = _in_time(_likely(plans))
+    if len(chosen) < 2:
         return plans[0]
     try:
         with torch.autocast(device.type, enabled=False):
@@ -127,6 +129,12 @@ def _likely(plans: Sequence[Plan]) -> list[Plan]:
         return []
     found = [plan for plan in found if _held_bytes(plan) <= _MOST_BYTES]
     return found + _flipped(found) + _by_parts(found)
+
+
+def _in_time(plans: Sequence[Plan]) -> list[Plan]:
+    """The first plans of which one round takes no longer than is allowed."""
+    spent = accumulate(plan.predicted_s for plan in plans)
+    return [plan for plan, seconds in zip(plans, spent, strict=True) if seconds <= _TOO_LONG_S]
 
 
 def _held_bytes(plan: Plan) -> int:

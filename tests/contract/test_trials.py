@@ -14,6 +14,11 @@ from tensortrain.contract.trials import Notebook, best_seconds
 CPU = torch.device("cpu")
 
 
+@pytest.fixture(autouse=True)
+def _twelve_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trials, "_MOST_ROUNDS", 12)
+
+
 class Clock:
     """Calls of known lengths."""
 

@@ -44,6 +44,7 @@ class Request:
         training: Whether gradients to the cores are wanted.
         dtype, device: Of cores and input.
         channels_last: Whether the input lies so.
+        has_bias: Whether one is added, which some ways do within their last product.
     """
 
     spec: FactorSpec
@@ -55,6 +56,7 @@ class Request:
     dtype: torch.dtype
     device: torch.device
     channels_last: bool = False
+    has_bias: bool = True
 
     @property
     def in_channels(self) -> int:
@@ -131,7 +133,7 @@ def bucket(size: int) -> int:
 def _key(request: Request, ways: Sequence[Way]) -> tuple[Any, ...]:
     size = (1 << max(0, request.batch - 1).bit_length(), *map(bucket, request.spatial))
     rules = any(way.uses_dense for way in ways), any(way.packs for way in ways), all(way.uses_dense for way in ways)
-    where = str(request.device), request.channels_last, torch.get_num_threads(), str(request.dtype)
+    where = str(request.device), request.channels_last, request.has_bias, torch.get_num_threads(), str(request.dtype)
     return request.spec.to_dict().__repr__(), repr(request.options), size, request.training, rules, where
 
 
@@ -199,18 +201,22 @@ def _call(way: Way, request: Request, maker: Maker) -> Callable[[], object]:
         x = torch.full(size, 0.1, dtype=dtype, device=device)
         x = x.movedim(1, -1).contiguous().movedim(-1, 1) if request.channels_last else x
         cores = [torch.full(shape, 0.1, dtype=dtype, device=device) for shape in request.spec.core_shapes]
+        outputs = request.spec.weight.out_features
+        bias = torch.full((outputs,), 0.1, dtype=dtype, device=device) if request.has_bias else None
         if not request.training:
             prepared = way.prepare(maker, cores, options)
-            return lambda: _infer(way, x, prepared, options, maker)
-        seed = torch.full_like(way.run(x, way.prepare(maker, cores, options), None, options, maker), 0.1)
+            return lambda: _infer(way, x, prepared, bias, options, maker)
+        seed = torch.full_like(way.run(x, way.prepare(maker, cores, options), bias, options, maker), 0.1)
     leaves = [tensor.requires_grad_() for tensor in (x, *cores)]
 
     def run() -> Tensor:
-        return way.run(leaves[0], way.prepare(maker, leaves[1:], options), None, options, maker)
+        return way.run(leaves[0], way.prepare(maker, leaves[1:], options), bias, options, maker)
 
     return lambda: train_once(run, leaves, seed)
 
 
-def _infer(way: Way, x: Tensor, prepared: tuple[Tensor, ...], options: ConvOptions, maker: Maker) -> None:
+def _infer(
+    way: Way, x: Tensor, prepared: tuple[Tensor, ...], bias: Tensor | None, options: ConvOptions, maker: Maker
+) -> None:
     with torch.no_grad():
-        way.run(x, prepared, None, options, maker)
+        way.run(x, prepared, bias, options, maker)

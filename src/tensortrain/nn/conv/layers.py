@@ -271,6 +271,7 @@ class ConvLayer(FactorizedLayer):
             core.dtype,
             core.device,
             key is not None and key.channels_last,
+            self.bias is not None,
         )
         may_time = key is not None and key.may_time and core.device.type in ("cpu", "cuda")
         found = fastest_way(request, both, self, may_time=may_time) if may_time else predicted(both)

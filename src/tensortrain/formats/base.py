@@ -108,6 +108,10 @@ class Format(ABC):
         """The spec with other ``inner_ranks``."""
         return replace(spec, ranks=tuple(inner))
 
+    def param_counter(self, spec: FactorSpec) -> Callable[[Sequence[int]], int]:
+        """``inner_ranks -> n_params`` for these modes; a search over ranks asks it thousands of times."""
+        return lambda inner: self.with_inner(spec, inner).n_params
+
     def bonds(self, spec: FactorSpec) -> tuple[Bond, ...]:
         """Where the ranks are in the stored cores of one group.
 

@@ -221,7 +221,7 @@ class NetworkFormat(Format):
 
     def _norm(self, spec: FactorSpec, weighting: Weighting) -> KroneckerNorm:
         outs, ins = tuple(self.out_legs(spec).values()), tuple(self.in_legs(spec).values())
-        return KroneckerNorm.of(weighting.of_matrix(spec.weight, math.prod(outs), math.prod(ins)), outs, ins)
+        return KroneckerNorm.of(weighting, spec.weight, outs, ins)
 
     def whitened_tensor(self, dense: Tensor, spec: FactorSpec, weighting: Weighting) -> Tensor:
         """``(*out_legs, *in_legs)`` in float64, weighted by the fitted second moments."""

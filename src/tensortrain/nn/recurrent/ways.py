@@ -80,8 +80,8 @@ class Told(NamedTuple):
     options: Any
 
 
-def _told(cell: Cell) -> str:
-    return repr((type(cell).__name__, cell.kernel, _told_map(cell.ih), _told_map(cell.hh)))
+def _told(cell: Cell) -> tuple[Any, ...]:
+    return type(cell).__name__, cell.kernel, _told_map(cell.ih), _told_map(cell.hh)
 
 
 def _told_map(one: Map) -> Told:

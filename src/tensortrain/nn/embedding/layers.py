@@ -390,7 +390,7 @@ class Embedding(FactorizedLayer):
         chain = _row_chain(self.spec)
         if chain is None or chain.order < 2:
             return None
-        groups = kept_groups(chain, core.dtype, self.dense_limit_bytes, cost_model(core.device))
+        groups = kept_groups(chain, core.dtype, self.kept_limit_bytes, cost_model(core.device))
         tables = self.runner.cached(self, ("rows", groups), lambda: packed_tables(self.plan_cores(), groups))
         rows = rows_of_packed(ids.reshape(-1).long(), tables, chain, groups)
         return None if rows is None else rows.reshape(*ids.shape, self.embedding_dim)

@@ -8,23 +8,19 @@ where predictions lie close together, both are run once and the machine remember
 from __future__ import annotations
 
 import copy
-import hashlib
-import time
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from tensortrain.contract import cost_model
-from tensortrain.contract.cost import is_measured
 from tensortrain.contract.grouped import can_group, is_batched
+from tensortrain.contract.trials import Notebook, best_seconds, can_time, timed, train_once
 from tensortrain.nn.composite import Map, is_plain
 from tensortrain.nn.linear import Linear
 from tensortrain.nn.runner import may_be_dense, power_of_two
-from tensortrain.system.machine import device_key, known_file, read_json, write_json
 
 if TYPE_CHECKING:
     from tensortrain.nn.recurrent.cells import Cell
@@ -34,10 +30,10 @@ __all__ = ["Way", "differentiable_twice", "fused_step_is_faster", "kernel_is_fas
 Way = Callable[[list[Any], Tensor], Tensor]  # outputs of one layer, from its cells and an input
 
 _FAR_APART = 4.0  # predictions further apart than this decide without a trial
-_TOO_LONG_S = 0.4  # of a trial, as predicted
+_TOO_LONG_S = 0.2  # of one round of a trial, as predicted
 _CALLS = {"lstm": 14, "gru": 10}  # operations of one step; four for the others
 _REBUILD_CALLS = 40  # operations, forward and backward
-_ROUNDS = 3
+_FOUND = Notebook("recurrent-1")
 _KNOWN: dict[Any, bool] = {}
 
 
@@ -67,9 +63,9 @@ def kernel_is_faster(cells: list[Cell], x: Tensor, batch: int, n_steps: int, *, 
     if key not in _KNOWN:
         kernel_s, steps_s = _predicted_s(cells, x, batch, n_steps, training)
         apart = max(kernel_s, steps_s) / min(kernel_s, steps_s)
-        if apart > _FAR_APART or kernel_s + steps_s > _TOO_LONG_S / _ROUNDS or not _can_time():
+        if apart > _FAR_APART or kernel_s + steps_s > _TOO_LONG_S or not can_time(x.device):
             return kernel_s <= steps_s
-        _KNOWN[key] = _remembered(key, lambda: _tried(cells, x, training, by_kernel, by_steps))
+        _KNOWN[key] = _tried(key, cells, x, training, by_kernel, by_steps)
     return _KNOWN[key]
 
 
@@ -84,8 +80,8 @@ class Told(NamedTuple):
     options: Any
 
 
-def _told(cell: Cell) -> str:
-    return repr((type(cell).__name__, cell.kernel, _told_map(cell.ih), _told_map(cell.hh)))
+def _told(cell: Cell) -> tuple[Any, ...]:
+    return type(cell).__name__, cell.kernel, _told_map(cell.ih), _told_map(cell.hh)
 
 
 def _told_map(one: Map) -> Told:
@@ -153,47 +149,26 @@ def _rebuild_s(one: Told, model: Any, dtype: torch.dtype) -> float:
 # -- tried ----------------------------------------------------------------------------------------------
 
 
-def _can_time() -> bool:
-    return is_measured() and not torch.are_deterministic_algorithms_enabled() and _get_current_dispatch_mode() is None
-
-
-def _tried(cells: list[Cell], x: Tensor, training: bool, by_kernel: Way, by_steps: Way) -> bool:
-    """Run both ways on copies of the cells and numbers of their own."""
-    unseen = torch.autograd.graph.saved_tensors_hooks(_same, _same)
-    with torch.inference_mode(False), torch.set_grad_enabled(training), unseen:
+def _tried(key: Any, cells: list[Any], x: Tensor, training: bool, by_kernel: Way, by_steps: Way) -> bool:
+    """What an earlier process on this machine found, else what runs of both ways on copies of the cells show now."""
+    noted = _FOUND.read(key, x.device)
+    if isinstance(noted, bool):
+        return noted
+    with torch.inference_mode(False), torch.no_grad():
         copies = copy.deepcopy(cells)
-        numbers = torch.full(x.shape, 0.5, dtype=x.dtype, requires_grad=training)
-        best: dict[Way, float] = {}
-        for _ in range(_ROUNDS):  # the first calls make plans and weights
-            for way in (by_kernel, by_steps):
-                start = time.perf_counter()
-                y = way(copies, numbers)
-                if training:
-                    leaves = [numbers, *(p for cell in copies for p in cell.parameters() if p.requires_grad)]
-                    torch.autograd.grad(y, leaves, torch.ones_like(y), allow_unused=True)
-                seconds = time.perf_counter() - start
-                best[way] = min(best.get(way, seconds), seconds)
-    return best[by_kernel] <= best[by_steps]
+        numbers = torch.full(x.shape, 0.5, dtype=x.dtype)
+    leaves = [numbers.requires_grad_(), *(p for cell in copies for p in cell.parameters() if p.requires_grad)]
 
+    def once(way: Way) -> None:
+        if training:
+            train_once(lambda: way(copies, numbers).sum(), leaves, numbers.new_ones(()))
+        else:
+            with torch.no_grad():
+                way(copies, numbers)
 
-def _same(tensor: Tensor) -> Tensor:
-    return tensor
-
-
-def _remembered(key: Any, find: Callable[[], bool]) -> bool:
-    """What an earlier process on this machine found, else what is found now."""
-    file, name = known_file("recurrent-1", device_key(torch.device("cpu"))), _digest(key)
-    known = read_json(file)
-    entries = known if isinstance(known, dict) else {}
-    if not isinstance(entries.get(name), bool):
-        entries = {**entries, name: find()}
-        write_json(file, entries)
-    found: bool = entries[name]
-    return found
-
-
-def _digest(key: Any) -> str:
-    return hashlib.sha256(repr(key).encode()).hexdigest()[:20]
+    kernel_s, steps_s = best_seconds((by_kernel, by_steps), lambda way: timed(lambda: once(way), x.device))
+    _FOUND.write(key, x.device, kernel_s <= steps_s)
+    return kernel_s <= steps_s
 
 
 # -- second derivatives ---------------------------------------------------------------------------------

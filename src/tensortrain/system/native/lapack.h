@@ -22,6 +22,13 @@
 #define TENSORTRAIN_LOOPS
 #endif
 
+// Where the loader can choose, one way of a loop for wide vectors and one for any machine.
+#if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__) && defined(__linux__)
+#define TENSORTRAIN_WIDE __attribute__((optimize("O3"), target_clones("avx2", "default")))
+#else
+#define TENSORTRAIN_WIDE
+#endif
+
 #if TENSORTRAIN_HAS_WEAK
 #define TENSORTRAIN_DECLARE(T, gemm, trsm, geqrf, orgqr, gesdd, potrf)                                               \
   extern "C" {                                                                                                       \

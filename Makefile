@@ -17,7 +17,8 @@ BIN = $(VENV)/bin
 INSTALL = $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt
 KERNELS = $(wildcard src/tensortrain/system/native/*.h src/tensortrain/system/native/*.cpp)
 # Tests run side by side, one thread each: more threads than cores make all of them slower.
-PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) $(PYTEST_ARGS)
+# Each takes a part in order, and from the other where it is done: what a file sets up is set up once.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:

@@ -137,7 +137,7 @@ def time_case(case: Case, phase: str, rates: Rates, args: argparse.Namespace) ->
             if reason:
                 failed[way.name] = reason
         ways = [way for way in ways if way.name not in failed]
-        times = _turns(ways, problem, args)
+        times = turns_of(ways, problem, args)
         take_turns(times, seed=args.seed)
         plan_of_ours = _plan_facts(layer.plan(case.batch))
     n_bytes, flops = floor(problem.chain, case.batch, training)
@@ -214,12 +214,12 @@ def _rel_error(found: Tensor, expected: Tensor) -> float:
     return float((found.double() - expected).norm() / expected.norm().clamp_min(1e-30))
 
 
-def _turns(ways: Sequence[Way], problem: Problem, args: argparse.Namespace) -> dict[str, Turns]:
+def turns_of(ways: Sequence[Way], problem: Any, args: argparse.Namespace) -> dict[str, Turns]:
     """How often each way runs: about equal time for each, little for those that do not stand for their library."""
     times = {way.name: Turns(problem.run(way), 1, way.enter) for way in ways}
     once: dict[str, float] = {}
     for way in ways:
-        once[way.name] = _once(times[way.name], HOPELESS * _best(ways, once, way.library))
+        once[way.name] = once_of(times[way.name], HOPELESS * _best(ways, once, way.library))
     for way in ways:
         entry, seconds = times[way.name], once[way.name]
         if seconds <= HOPELESS * _best(ways, once, way.library):
@@ -234,7 +234,7 @@ def _best(ways: Sequence[Way], once: dict[str, float], library: str) -> float:
     return min((once[way.name] for way in ways if way.library == library and way.name in once), default=math.inf)
 
 
-def _once(entry: Turns, enough_s: float) -> float:
+def once_of(entry: Turns, enough_s: float) -> float:
     """Seconds of one call, the fastest of three; of a single one where it is slow, or slower than ``enough_s``."""
     best = math.inf
     for _ in range(3):
@@ -278,11 +278,11 @@ def time_plans(case: Case, training: bool, args: argparse.Namespace) -> dict[str
         plans = {plan_key(plan): plan for plan in every_plan(picked.chain, case.batch, training)}
         if not may_be_dense(layer) and not picked.uses_dense:
             del plans["dense"]  # larger than a layer may keep unless told to
-        turns = {key: Turns(_plan_run(plan, x, g, cores, training), 1) for key, plan in plans.items()}
+        turns = {key: Turns(plan_run(plan, x, g, cores, training), 1) for key, plan in plans.items()}
         once: dict[str, float] = {}
         for key in sorted(turns, key=lambda key: plans[key].predicted_s):
             turns[key].run()  # without what only a first call costs
-            once[key] = _once(turns[key], PLAN_FACTOR * min(once.values(), default=math.inf))
+            once[key] = once_of(turns[key], PLAN_FACTOR * min(once.values(), default=math.inf))
         name, best_s = plan_key(picked), min(once.values())
         ranking = sorted(once, key=lambda key: once[key])
         close = [key for key in ranking if once[key] <= PLAN_FACTOR * best_s][:MOST_PLANS]
@@ -302,9 +302,7 @@ def time_plans(case: Case, training: bool, args: argparse.Namespace) -> dict[str
     }
 
 
-def _plan_run(
-    plan: ContractionPlan, x: Tensor, g: Tensor, cores: Sequence[Tensor], training: bool
-) -> Callable[[], Any]:
+def plan_run(plan: ContractionPlan, x: Tensor, g: Tensor, cores: Sequence[Tensor], training: bool) -> Callable[[], Any]:
     if not training:
         prepared = plan.prepare(cores)
         return lambda: plan.execute(x, cores, prepared)

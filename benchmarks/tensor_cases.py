@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,7 +19,7 @@ import torch
 from peers import Cores, Job
 from torch import Tensor
 
-__all__ = ["CASES", "Case", "Problem"]
+__all__ = ["CASES", "Case", "Problem", "drawn_cases"]
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,64 @@ def cases() -> dict[str, Case]:
         *(Case(f"matvec, rank {rank}", "matvec", functools.partial(_matvec, rank)) for rank in (10, 50, 200)),
     ]
     return {case.name: case for case in found}
+
+
+def drawn_cases(seed: int, n: int) -> dict[str, Case]:
+    """Cases of sizes drawn at random, the operations in turn; more of them begin with the same ones."""
+    source = random.Random(f"core {seed}")
+    found = [_DRAWS[k % len(_DRAWS)](source) for k in range(n)]
+    return {case.name: case for case in found}
+
+
+def _draw_svd(source: random.Random) -> Case:
+    d, rank = source.randint(3, 16), source.randint(2, 24)
+    shape = _drawn_modes(source, d, numel=math.exp(source.uniform(math.log(2e5), math.log(8e6))))
+    return _dense_case(f"TT-SVD {_brief(shape)} rank {rank}, eps 1e-8", shape, (4,) * 6, rank, eps=1e-8, noise=1e-10)
+
+
+def _draw_rounding(source: random.Random) -> Case:
+    shape, rank = _drawn_chain(source, most_flops=2e10, growth=20)
+    name = f"round {_brief(shape)}, rank {2 * rank} -> {rank}, eps 1e-6"
+    return Case(name, "round", functools.partial(_rounding, eps=1e-6, shape=shape, rank=rank))
+
+
+def _draw_dot(source: random.Random) -> Case:
+    shape, rank = _drawn_chain(source, most_flops=2e10, growth=4)
+    return Case(f"dot {_brief(shape)}, rank {rank}", "dot", functools.partial(_dot, rank, shape=shape))
+
+
+def _draw_hadamard(source: random.Random) -> Case:
+    shape, rank = _drawn_chain(source, most_flops=2e9, growth=20, most_rank=16)
+    return Case(f"Hadamard {_brief(shape)}, rank {rank}", "hadamard", functools.partial(_hadamard, rank, shape=shape))
+
+
+def _draw_matvec(source: random.Random) -> Case:
+    shape, rank = _drawn_chain(source, most_flops=2e9, growth=40, most_rank=32)
+    shape = tuple(min(n, 16) for n in shape)
+    return Case(f"matvec {_brief(shape)}, rank {rank}", "matvec", functools.partial(_matvec, rank, shape=shape))
+
+
+_DRAWS = (_draw_svd, _draw_rounding, _draw_dot, _draw_hadamard, _draw_matvec)
+
+
+def _drawn_chain(
+    source: random.Random, *, most_flops: float, growth: float, most_rank: int = 100
+) -> tuple[tuple[int, ...], int]:
+    """Modes and a rank of a train, so that ``growth * d n r^3`` flops are not too many."""
+    while True:
+        d, rank = round(math.exp(source.uniform(math.log(4), math.log(200)))), source.randint(2, most_rank)
+        n = round(math.exp(source.uniform(math.log(2), math.log(100))))
+        if growth * d * n * rank**3 <= most_flops:
+            return tuple(max(2, round(n * source.uniform(0.7, 1.3))) for _ in range(d)), rank
+
+
+def _drawn_modes(source: random.Random, d: int, *, numel: float) -> tuple[int, ...]:
+    mean = numel ** (1 / d)
+    return tuple(max(2, round(mean * source.uniform(0.7, 1.3))) for _ in range(d))
+
+
+def _brief(shape: Sequence[int]) -> str:
+    return "x".join(map(str, shape)) if len(shape) <= 6 else f"{len(shape)} modes of {min(shape)} to {max(shape)}"
 
 
 # -- TT-SVD -------------------------------------------------------------------------------------------
@@ -141,12 +200,13 @@ def _svd_floor(shape: Sequence[int], ranks: Sequence[int], itemsize: int) -> tup
 # -- rounding -----------------------------------------------------------------------------------------
 
 
-def _rounding(quick: bool, *, eps: float | None) -> Problem:
+def _rounding(quick: bool, *, eps: float | None, shape: Sequence[int] = (20,) * 20, rank: int = 40) -> Problem:
     """A train of rank 40 plus itself, slightly perturbed: rank 80 on paper, 40 at the tolerance.
 
     What a perturbation of 1e-4 does to first order fits into the rank; about 1e-8 is left to cut.
     """
-    shape, rank = ((6,) * 8, 10) if quick else ((20,) * 20, 40)
+    if quick:
+        shape, rank = tuple(min(n, 6) for n in shape[:8]), min(rank, 10)
     generator = torch.Generator().manual_seed(0)
     cores = orthonormal_train(shape, rank, generator)
     x = added(cores, perturbed(cores, 1e-4, generator))
@@ -202,9 +262,9 @@ def _batched_rounding(quick: bool) -> Problem:
 # -- products -----------------------------------------------------------------------------------------
 
 
-def _dot(rank: int, quick: bool) -> Problem:
+def _dot(rank: int, quick: bool, *, shape: Sequence[int] = (10,) * 20) -> Problem:
     """Two trains that are near each other, so that their inner product does not vanish."""
-    shape = (4,) * 8 if quick else (10,) * 20
+    shape = tuple(min(n, 4) for n in shape[:8]) if quick else shape
     rank = min(rank, 16) if quick else rank
     generator = torch.Generator().manual_seed(0)
     x = orthonormal_train(shape, rank, generator)
@@ -226,10 +286,11 @@ def _dot(rank: int, quick: bool) -> Problem:
     )
 
 
-def _hadamard(rank: int, quick: bool) -> Problem:
+def _hadamard(rank: int, quick: bool, *, shape: Sequence[int] | None = None) -> Problem:
     """Trains of rank R whose product has rank R^2 on paper and about R at the tolerance."""
     # Orders and modes shrink as ranks grow, so that at least one peer ends within a minute.
-    shape = (4,) * 6 if quick else {10: (20,) * 20, 50: (4,) * 20, 200: (4,) * 12}[rank]
+    shape = shape or {10: (20,) * 20, 50: (4,) * 20, 200: (4,) * 12}[rank]
+    shape = tuple(min(n, 4) for n in shape[:6]) if quick else shape
     rank = min(rank, 16) if quick else rank
     strong = math.isqrt(rank)
     generator = torch.Generator().manual_seed(0)
@@ -248,9 +309,10 @@ def _hadamard(rank: int, quick: bool) -> Problem:
     return _product(("train", x), ("train", y), exact, (n_bytes, flops), _formed(x, y), {"shape": list(shape)}, rank)
 
 
-def _matvec(rank: int, quick: bool) -> Problem:
+def _matvec(rank: int, quick: bool, *, shape: Sequence[int] | None = None) -> Problem:
     """A TT-matrix of rank 4 times a train of rank R; the result has rank 4 R on paper and R at the tolerance."""
-    shape = (3,) * 6 if quick else ((10,) * 20 if rank < 200 else (4,) * 12)
+    shape = shape or ((10,) * 20 if rank < 200 else (4,) * 12)
+    shape = tuple(min(n, 3) for n in shape[:6]) if quick else shape
     rank = min(rank, 16) if quick else rank
     operator_rank = 4
     generator = torch.Generator().manual_seed(0)

@@ -44,8 +44,8 @@ from typing import Any  # noqa: E402
 import tensor_report  # noqa: E402
 import torch  # noqa: E402
 from peers import PEER_NAMES, Call, Job, Library, default_dtype, libraries  # noqa: E402
-from tensor_cases import CASES, Case, Problem  # noqa: E402
-from timing import BARE_ALLOCATOR, Rates, measured, p90  # noqa: E402
+from tensor_cases import CASES, Case, Problem, drawn_cases  # noqa: E402
+from timing import BARE_ALLOCATOR, Rates, measured, p90, rest  # noqa: E402
 
 from tensortrain.errors import TTError  # noqa: E402
 from tensortrain.system.files import write_text_atomic  # noqa: E402
@@ -238,6 +238,7 @@ def _interleave(
             entry = times[name]
             if turn < entry.n_rounds:
                 gc.collect()
+                rest()
                 start = time.perf_counter()
                 entry.run()
                 entry.seconds.append(time.perf_counter() - start)
@@ -298,6 +299,7 @@ class Checker:
     def _start(self) -> None:
         words = [sys.executable, __file__, "--worker", "--peers", self._args.peers]
         words += ["--quick"] * self._args.quick
+        words += ["--drawn", *map(str, self._args.drawn)] if self._args.drawn else []
         words += ["--threads", str(torch.get_num_threads()), "--limit", str(self._args.limit)]
         self._worker = subprocess.Popen(
             words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, **BARE_ALLOCATOR}
@@ -322,13 +324,14 @@ def _work(args: argparse.Namespace) -> int:
         answers.flush()
 
     found, _ = libraries(args.peers)
+    cases = {**CASES, **(drawn_cases(*args.drawn) if args.drawn else {})}
     name, problem = "", None
     for line in sys.stdin:
         request = json.loads(line)
         if request["case"] != name or problem is None:
             name, problem = request["case"], None
-            problem = CASES[name].make(args.quick)
-        (contender,) = (c for c in _contenders(CASES[name], found) if c.name == request["contender"])
+            problem = cases[name].make(args.quick)
+        (contender,) = (c for c in _contenders(cases[name], found) if c.name == request["contender"])
         answer(_checked(contender, problem, lambda: answer({"calling": True}), args.limit))
     return 0
 
@@ -397,6 +400,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--memory-limit", type=float, default=8e9, help="bytes a call may need (default 8e9)")
     parser.add_argument("--report", metavar="JSON", help="no run: print this record and write --docs from it")
     parser.add_argument("--docs", default="docs/benchmarks-tensor.md", help="page written by --report")
+    parser.add_argument("--drawn", nargs=2, type=int, metavar=("SEED", "N"), help=argparse.SUPPRESS)
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.list:

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["BARE_ALLOCATOR", "Rates", "Turns", "measured", "p90", "take_turns"]
+__all__ = ["BARE_ALLOCATOR", "Rates", "Turns", "measured", "p90", "rest", "take_turns"]
 
 # Every large block comes from the system and goes back to it, so that what a call needs shows in the resident set;
 # MKL keeps no buffers of its own. This costs time, so memory is measured in a process of its own.
@@ -53,9 +53,10 @@ class Turns:
         return {**facts, "n_turns": len(seconds), "n_in_a_row": self.n_in_a_row}
 
     def take_one(self) -> float:
-        """Seconds per call of one turn."""
+        """Seconds per call of one turn; whoever came before has fallen asleep."""
         if self.enter is not None:
             self.enter()
+        rest()
         start = time.perf_counter()
         for _ in range(self.n_in_a_row):
             self.run()
@@ -76,6 +77,16 @@ def take_turns(contestants: Mapping[str, Turns], seed: int = 0) -> None:
                     entry.seconds.append(entry.take_one())
     finally:
         gc.enable()
+
+
+def rest(most_s: float = 0.5) -> None:
+    """Sleep until this process is idle: pools of threads spin after their work, and would slow down the next call."""
+    start = time.perf_counter()
+    while time.perf_counter() - start < most_s:
+        used = time.process_time()  # of all threads
+        time.sleep(5e-3)
+        if time.process_time() - used < 5e-4:
+            return
 
 
 def p90(seconds: Sequence[float]) -> float:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import importlib
-import subprocess
-import sys
 from pathlib import Path
 
+import fresh
 import pytest
 
 import tensortrain
@@ -35,12 +34,8 @@ _NEW_NAMES: dict[str, set[str]] = {
 }
 
 
-def _run(code: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False)
-
-
 def _ran_silently(code: str) -> None:
-    done = _run(code)
+    done = fresh.run(code)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import fresh
 import pytest
 import typer
 
@@ -230,23 +231,20 @@ def test_streams_of_every_kind(line: str, environment: dict[str, str], codes: se
 
 @POSIX
 @pytest.mark.parametrize("delay_s", [0.6, 1.7])
-def test_interrupt_while_it_is_imported_or_at_work(delay_s: float) -> None:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+def test_interrupt_while_it_is_imported_or_at_work(delay_s: float, tmp_path: Path) -> None:
+    said = tmp_path / "said"
     # Not all Pythons here take SIGINT: a shell that runs tests in the background makes its children ignore it.
     program = "import signal, sys, runpy; signal.signal(signal.SIGINT, signal.default_int_handler);"
     program += "sys.argv[0] = 'tensortrain'; import tensortrain; from tensortrain.cli import main;"
     program += "print('ready', file=sys.stderr, flush=True); main()"
-    process = subprocess.Popen(
-        [sys.executable, "-c", program, "bench", "mlp", "--batch", "1", "--repeats", "1000000"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env=environment,
-    )
-    assert process.stderr is not None
-    process.stderr.readline()
+    process = fresh.start(program, "bench", "mlp", "--batch", "1", "--repeats", "1000000", stderr=said)
+    while not (said.exists() and said.read_bytes()) and process.is_alive():
+        time.sleep(0.01)
     time.sleep(delay_s)
-    process.send_signal(signal.SIGINT)
-    error = process.stderr.read()
-    assert process.wait() == 130
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGINT)
+    process.join()
+    error = said.read_bytes()
+    assert process.exitcode == 130
     assert b"Traceback" not in error
     assert error.splitlines()[-1] == b"interrupted"

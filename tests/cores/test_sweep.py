@@ -1,13 +1,11 @@
 """The sweep driver, proved by a two-site DMRG and a two-site fit of a density that bring their local update alone."""
 
 import math
-import os
 import signal
-import subprocess
-import sys
 from itertools import pairwise
 from pathlib import Path
 
+import fresh
 import pytest
 import torch
 
@@ -195,8 +193,7 @@ def test_a_process_that_is_killed_goes_on_to_equal_bits(tmp_path):
         "t.density(t.failing_after(t.uphill, 45, die), checkpoint=sys.argv[2], checkpoint_every_s=0)"
     )
     path = tmp_path / "state"
-    command = [sys.executable, "-c", program, str(Path(__file__).parent), str(path), str(torch.get_num_threads())]
-    killed = subprocess.run(command, env=os.environ, capture_output=True, text=True, check=False)
+    killed = fresh.run(program, str(Path(__file__).parent), str(path), str(torch.get_num_threads()))
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert path.exists()
     same_bits(density(failing_after(uphill, 5 * 16 - 45, kill), checkpoint=path), density())

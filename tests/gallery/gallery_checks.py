@@ -448,7 +448,7 @@ def surroundings() -> dict[str, Any]:
     return {
         "torch's random state": torch.get_rng_state(),
         "Python's random state": random.getstate(),
-        "NumPy's random state": str(numpy.random.get_state()),
+        "NumPy's random state": numpy.random.get_state()[1].tobytes(),
         "the grad mode": torch.is_grad_enabled(),
         "the default dtype": torch.get_default_dtype(),
         "the number of threads": torch.get_num_threads(),

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import copy
-import subprocess
-import sys
 
+import fresh
 import pytest
 import torch
 from torch import nn
@@ -66,4 +65,5 @@ def test_transformers_is_not_imported_for_this() -> None:
         "import sys, torch, tensortrain as tt; tt.compress(torch.nn.Linear(64, 64), budget=0.5, measure=False); "
         "assert 'transformers' not in sys.modules"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+    done = fresh.run(code)
+    assert done.returncode == 0, done.stderr

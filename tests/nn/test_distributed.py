@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import fresh
 import pytest
 import torch
 import torch.distributed as dist
@@ -27,7 +28,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What both processes saved; they run once for all tests."""
     folder = tmp_path_factory.mktemp("distributed")
     running = mp.start_processes(
-        train_part, (N_PROCESSES, str(folder), TIMEOUT_S / 2), N_PROCESSES, join=False, start_method="spawn"
+        train_part, (N_PROCESSES, str(folder), TIMEOUT_S / 2), N_PROCESSES, join=False, start_method=fresh.METHOD
     )
     _join(running, TIMEOUT_S)
     return folder

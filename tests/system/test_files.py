@@ -12,6 +12,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import fresh
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -121,12 +122,19 @@ def killed_at(line: int, work: Callable[[], object]) -> bool:
 
 @posix
 def test_killed_at_many_lines_it_is_the_old_or_the_new(tmp_path: Path) -> None:
+    # Each line is a fork of the process, which is slow where much has been loaded.
+    done = fresh.run_function(Path(__file__), "check_kills_at_many_lines", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+
+
+def check_kills_at_many_lines(folder: str) -> None:
+    tmp_path = Path(folder)
     path, seen, line = write_text_atomic(tmp_path / "a.json", "old"), set(), 0
     while killed_at(line, lambda: write_text_atomic(path, "new")):
         seen.add(path.read_text())
         write_text_atomic(path, "old")  # clears what the killed one left
         assert names(tmp_path) == ["a.json"]
-        line += 3  # every third line: each is a fork of this process
+        line += 3
     assert seen == {"old", "new"}
     assert line > 20
 

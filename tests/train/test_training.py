@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 import functools
 import signal
-import subprocess
-import sys
 import textwrap
+import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+import fresh
 import numpy as np
 import pytest
 import torch
@@ -205,22 +206,26 @@ SCRIPT = """
 
 
 def test_a_killed_process_resumes_to_the_same_bits(tmp_path):
-    def start(name: str, pause: float) -> subprocess.Popen:
-        command = [sys.executable, "-c", textwrap.dedent(SCRIPT), str(tmp_path / name), str(pause)]
-        return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    said = tmp_path / "said"
 
-    undisturbed, process = start("whole", 0), start("killed", 0.01)
-    for _ in range(23):
-        assert process.stdout.readline() == "step\n"
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
+    def start(name: str, pause: float) -> BaseProcess:
+        return fresh.start(textwrap.dedent(SCRIPT), str(tmp_path / name), str(pause), stdout=said)
+
+    def n_steps() -> int:
+        return said.read_text().count("step\n") if said.exists() else 0
+
+    process = start("killed", 0.01)
+    while n_steps() < 23 and process.is_alive():
+        time.sleep(0.005)
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     written_at_kill = read_checkpoint(tmp_path / "killed")["progress"]["step"]
     assert 0 < written_at_kill < 60
 
-    undisturbed.communicate()
-    said, _ = start("killed", 0).communicate()
-    assert said.count("step") == 60 - written_at_kill
+    start("killed", 0).join()
+    assert n_steps() == 60 - written_at_kill
+    start("whole", 0).join()
     whole, resumed = (read_checkpoint(tmp_path / name) for name in ("whole", "killed"))
     assert resumed["progress"]["step"] == 60
     for name, value in whole["model"].items():

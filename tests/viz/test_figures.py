@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import subprocess
-import sys
 
+import fresh
 import matplotlib
 import numpy as np
 import pytest
@@ -121,7 +120,7 @@ def test_settings_are_left_as_they_were() -> None:
 
 def test_pyplot_is_never_loaded() -> None:
     code = "import sys, tensortrain.viz.report.figures; print('matplotlib.pyplot' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = fresh.run(code)
     assert (done.stdout.strip(), done.stderr) == ("False", "")
 
 

@@ -26,6 +26,7 @@ from tensortrain.compression.survey.layers import check_module, count_params
 from tensortrain.errors import KindError
 from tensortrain.system.observer import Observer, Silent
 from tensortrain.system.provenance import own_commit
+from tensortrain.system.seeds import seed_all
 from tensortrain.train.evaluation import Evaluate
 from tensortrain.train.outputs import Output
 from tensortrain.train.preserve import checked_copy, uncompiled
@@ -128,7 +129,7 @@ def compress(
     )
     with torch.inference_mode(False), torch.random.fork_rng(devices=[]), _generators_kept(data):
         if seed is not None:
-            torch.manual_seed(seed)  # loaders that shuffle give the same batches
+            seed_all(seed)  # loaders that shuffle give the same batches
         work = _carried_out(model, options, todo)
         applied = work.plan or _no_plan(work)
         report = make_report(work, applied)

@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from tensortrain.system.tracing import constant_when_traced
+
 __all__ = [
     "balanced_pow2",
     "keep_pow2",
@@ -34,9 +36,9 @@ def times_pow2(x: Tensor, exponent: Tensor | int) -> Tensor:
     """
     if isinstance(exponent, int) and exponent == 0:
         return x
-    if isinstance(exponent, Tensor):
+    if isinstance(exponent, Tensor) and exponent.ndim:
         exponent = exponent.reshape(exponent.shape + (1,) * (x.ndim - exponent.ndim))
-    half = exponent // 2
+    half = torch.floor_divide(exponent, 2) if isinstance(exponent, Tensor) else exponent // 2
     return x * _pow2(half, x) * _pow2(exponent - half, x)
 
 
@@ -52,8 +54,9 @@ def split_pow2(x: Tensor, n_batch: int = 0) -> tuple[Tensor, Tensor]:
     if x.ndim > n_batch:
         largest = largest.amax(dim=tuple(range(n_batch, x.ndim)))
     # One factor will do, for it cannot overflow unless all is subnormal, and then the clamp keeps it from that.
-    exponent = torch.frexp(largest).exponent.clamp_min(3 - _top(x))
-    return x * _pow2(-exponent.reshape(exponent.shape + (1,) * (x.ndim - n_batch)), x), exponent
+    exponent = torch.frexp(largest).exponent.clamp_min(3 - _top(x.dtype))
+    factor = torch.exp2(-exponent.to(largest.dtype))
+    return x * (factor.reshape(factor.shape + (1,) * (x.ndim - n_batch)) if n_batch else factor), exponent
 
 
 def balanced_pow2(cores: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
@@ -103,12 +106,18 @@ def splitter(cores: Sequence[Tensor]) -> Callable[..., tuple[Tensor, Tensor]]:
     logs = torch.stack(torch._foreach_norm([core.detach() for core in cores])).log2()
     ranks = sum(math.log2(core.shape[-1] * core.shape[-2]) for core in cores)
     worst = float(logs.abs().sum()) + ranks  # one sync
-    return keep_pow2 if worst < 0.35 * _top(cores[0]) else split_pow2
+    return keep_pow2 if worst < 0.35 * _top(cores[0].dtype) else split_pow2
 
 
-def _top(x: Tensor) -> int:
+@constant_when_traced
+def _top(dtype: torch.dtype) -> int:
     """Exponent of the largest number of a dtype."""
-    return math.frexp(torch.finfo(x.dtype).max)[1]
+    return _TOPS.get(dtype) or math.frexp(torch.finfo(dtype).max)[1]
+
+
+_REALS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+# Asked for at every step along a chain; finfo takes as long as a product of small cores.
+_TOPS = {dtype: math.frexp(torch.finfo(dtype).max)[1] for dtype in (*_REALS, torch.complex128, torch.complex64)}
 
 
 def spread_pow2(cores: Sequence[Tensor], exponent: Tensor | int) -> list[Tensor]:
@@ -169,7 +178,7 @@ def _exponent_of(core: Tensor) -> Tensor:
 
 def _pow2(exponent: Tensor | int, like: Tensor) -> Tensor | float:
     # What is infinite in the dtype would turn a zero into NaN, and 2.0**1024 is an error in Python.
-    most = _top(like) - 1
+    most = _top(like.dtype) - 1
     if isinstance(exponent, int):
         return 2.0 ** min(exponent, most)
     real = like.real.dtype if like.is_complex() else like.dtype

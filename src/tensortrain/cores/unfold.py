@@ -23,12 +23,14 @@ def as_right(core: Tensor) -> Tensor:
 
 def absorb_left(carry: Tensor, core: Tensor) -> Tensor:
     """``(.., t, r) . (.., r, n, s) -> (.., t, n, s)``."""
-    return (carry @ as_right(core)).unflatten(-1, core.shape[-2:])
+    out = carry @ as_right(core)
+    return out.reshape(*out.shape[:-1], *core.shape[-2:])  # unflatten takes as long as the product of small cores
 
 
 def absorb_right(core: Tensor, carry: Tensor) -> Tensor:
     """``(.., r, n, s) . (.., s, t) -> (.., r, n, t)``."""
-    return (as_left(core) @ carry).unflatten(-2, core.shape[-3:-1])
+    out = as_left(core) @ carry
+    return out.reshape(*out.shape[:-2], *core.shape[-3:-1], out.shape[-1])
 
 
 def over_core(scalar: int | float | complex | Tensor) -> int | float | complex | Tensor:

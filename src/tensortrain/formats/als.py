@@ -16,7 +16,7 @@ from torch import Tensor
 from tensortrain.contract import ChainShape, Network
 from tensortrain.contract.products import Legs, Product, contraction, contraction_flops, run
 
-__all__ = ["alternate", "chain_network", "sweep_flops"]
+__all__ = ["alternate", "chain_network", "solve_normal", "sweep_flops"]
 
 _RCOND = 1e-13  # eigenvalues of the normal equations below this share of the largest are noise
 _LARGEST_EIGH = 128  # side above which a Cholesky factorization is tried first
@@ -109,13 +109,13 @@ def _best_core(
     right = run(right_steps, [weighed, *others]).reshape(-1, side)
     moments = [] if gram is None else [gram.reshape([network.size(leg) for leg in network.in_legs * 2])]
     normal = run(normal_steps, [*moments, *others, *others]).reshape(side, side)
-    solution = _solve((normal + normal.T) / 2, right)
+    solution = solve_normal((normal + normal.T) / 2, right)
     order = [(*rows, *columns).index(leg) for leg in network.cores[k]]
     shape = [network.size(leg) for leg in (*rows, *columns)]
     return solution.reshape(shape).permute(order).contiguous(), (solution * right).sum()
 
 
-def _solve(normal: Tensor, right: Tensor) -> Tensor:
+def solve_normal(normal: Tensor, right: Tensor) -> Tensor:
     """``right @ normal^-1``, of least norm where ``normal`` is singular to rounding."""
     if normal.shape[0] > _LARGEST_EIGH:
         factor, failed = torch.linalg.cholesky_ex(normal)
@@ -123,8 +123,7 @@ def _solve(normal: Tensor, right: Tensor) -> Tensor:
         if not bool(failed) and bool(diagonal.min() > _RCOND**0.5 * diagonal.max()):
             return torch.cholesky_solve(right.T, factor).T
     values, vectors = torch.linalg.eigh(normal)
-    kept = values > _RCOND * values[-1]
-    inverse = torch.where(kept, 1 / torch.where(kept, values, 1.0), 0.0)
+    inverse = values.reciprocal().masked_fill(values <= _RCOND * values[-1], 0.0)
     return ((right @ vectors) * inverse) @ vectors.T
 
 

@@ -14,11 +14,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from tensortrain.contract import ContractionPlan, Network
+from tensortrain.contract import ContractionPlan
 from tensortrain.tensor import unfolding_spectra
 
-from .als import alternate
 from .base import Spatial, pointwise
+from .cp_als import alternate_cp
 from .fit import equal_norms
 from .layout import single_modes
 from .multilinear import hooi, tucker_ranks
@@ -90,7 +90,7 @@ class CP(NetworkFormat):
         most = tensor.numel() // sum(tensor.shape)  # beyond it nothing is saved, and fibres are exact
         n_starts = _N_STARTS  # a weight may well have the least rank itself
         while rank < cap and rank <= most:
-            if cp_factors(tensor, rank, n_starts=n_starts)[1] <= eps:
+            if cp_factors(tensor, rank, n_starts=n_starts, enough=eps)[1] <= eps:
                 return (rank,)
             n_starts = 1
             rank = min(cap, max(rank + 1, math.ceil(_GROWTH * rank)))
@@ -127,7 +127,9 @@ class CP(NetworkFormat):
         ]
 
 
-def cp_factors(tensor: Tensor, rank: int, *, n_starts: int = _N_STARTS) -> tuple[list[Tensor], float]:
+def cp_factors(
+    tensor: Tensor, rank: int, *, n_starts: int = _N_STARTS, enough: float = 0.0
+) -> tuple[list[Tensor], float]:
     """Factors ``(n_k, rank)`` of a tensor, and the relative error.
 
     Two modes are a truncated SVD, and a rank as large as the number of fibres is exact; else alternating least
@@ -138,13 +140,15 @@ def cp_factors(tensor: Tensor, rank: int, *, n_starts: int = _N_STARTS) -> tuple
         tensor: Order two or more, float64.
         rank: Terms.
         n_starts: How many starts the best is taken of.
+        enough: Relative error at which to stop.
 
-    Cost: per sweep and mode one product of the tensor with the other factors.
+    Cost: per sweep two products of the tensor with half of the factors.
     """
     long = [k for k, n in enumerate(tensor.shape) if n > 1]
     if len(long) < tensor.ndim:
         squeezed = tensor.reshape([tensor.shape[k] for k in long] or [1])
-        found, error = cp_factors(squeezed, rank, n_starts=n_starts) if len(long) > 1 else _vector(squeezed, rank)
+        options = {"n_starts": n_starts, "enough": enough}
+        found, error = cp_factors(squeezed, rank, **options) if len(long) > 1 else _vector(squeezed, rank)
         ones = iter(found)
         factors = [next(ones) if k in long else tensor.new_ones(1, rank) for k in range(tensor.ndim)]
         if not long:
@@ -154,7 +158,7 @@ def cp_factors(tensor: Tensor, rank: int, *, n_starts: int = _N_STARTS) -> tuple
         return _matrix(tensor, rank)
     if rank >= tensor.numel() // max(tensor.shape):
         return _fibres(tensor, rank), 0.0
-    return _alternated(tensor, rank, n_starts)
+    return _alternated(tensor, rank, n_starts, enough)
 
 
 def _vector(tensor: Tensor, rank: int) -> tuple[list[Tensor], float]:
@@ -187,23 +191,32 @@ def _fibres(tensor: Tensor, rank: int) -> list[Tensor]:
     return factors
 
 
-def _alternated(tensor: Tensor, rank: int, n_starts: int) -> tuple[list[Tensor], float]:
+def _alternated(tensor: Tensor, rank: int, n_starts: int, enough: float) -> tuple[list[Tensor], float]:
     core, bases = hooi(tensor, [min(n, rank) for n in tensor.shape])
+    whole = core.numel() == tensor.numel()
+    best = _best_start(core, rank, n_starts, enough if whole else 0.0)
+    factors = [basis @ factor for basis, factor in zip(bases, best[0], strict=True)]
+    if whole:
+        return equal_norms(factors), best[1]
+    factors, error = alternate_cp(tensor, factors, n_sweeps=_N_POLISH, enough=enough)
+    return equal_norms(factors), error
+
+
+def _best_start(core: Tensor, rank: int, n_starts: int, enough: float) -> tuple[list[Tensor], float]:
+    """The best fit from several starts; the first that is good enough ends the search."""
     generator = torch.Generator().manual_seed(0)  # on the CPU, so that every device finds the same
-    small, whole = _cp_network(core.shape, rank), _cp_network(tensor.shape, rank)
     best: tuple[list[Tensor], float] | None = None
-    for start in range(n_starts):
-        found = alternate(small, core, _start(core, rank, start, generator), n_sweeps=_N_SWEEPS, tol=_TOL)
+    for number in range(n_starts):
+        start = _start(core, rank, number, generator)
+        found = alternate_cp(core, start, n_sweeps=_N_SWEEPS, tol=_TOL, enough=enough)
         if best is None or found[1] < best[1]:
             best = found
+        if best[1] <= enough:
+            return best
     assert best is not None
     if n_starts > 1 and core.numel() * rank <= _SMALL:
-        best = alternate(small, core, best[0], n_sweeps=_N_LAST, tol=_TOL * 1e-2)
-    factors = [basis @ factor for basis, factor in zip(bases, best[0], strict=True)]
-    if core.numel() == tensor.numel():
-        return equal_norms(factors), best[1]
-    factors, error = alternate(whole, tensor, factors, n_sweeps=_N_POLISH)
-    return equal_norms(factors), error
+        best = alternate_cp(core, best[0], n_sweeps=_N_LAST, tol=_TOL * 1e-2, enough=enough)
+    return best
 
 
 def _start(core: Tensor, rank: int, number: int, generator: torch.Generator) -> list[Tensor]:
@@ -215,10 +228,3 @@ def _start(core: Tensor, rank: int, number: int, generator: torch.Generator) -> 
         kept = min(size, rank)
         factor[:, :kept] = torch.eye(size, kept, dtype=core.dtype, device=core.device)  # the core's own axes
     return drawn
-
-
-def _cp_network(sizes: Sequence[int], rank: int) -> Network:
-    legs = tuple(f"n{k}" for k in range(len(sizes)))
-    return Network(
-        tuple((leg, "a") for leg in legs), legs[:1], legs[1:], (*zip(legs, map(int, sizes), strict=True), ("a", rank))
-    )

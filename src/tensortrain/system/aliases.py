@@ -158,22 +158,20 @@ class _Walk:
             self.found.references.append(Reference(held, place))
         elif isinstance(held, Tensor):
             self.found.tensors.append((place.path(), held))
-        elif not isinstance(held, _ATOMS) and id(held) not in self.seen:
+        elif not _is_atom(type(held)) and id(held) not in self.seen:
             # What cannot change is opened in every place that holds it, since each place gets a new one.
             if not isinstance(held, (tuple, frozenset, types.MethodType, weakref.ref)):
                 self.seen.add(id(held))
             self._open(held, place)
 
     def _open(self, held: Any, place: _Place) -> None:
-        if type(held).__module__.startswith(_FOREIGN) and not isinstance(held, nn.Module):
+        if _is_foreign(type(held)):
             return
-        for kind, open_one in _OPENERS:
-            if isinstance(held, kind):
-                self._queue(open_one(held, place))
-                break
-        else:
-            if _attributes(held) is None and not _slots(type(held)):  # type: ignore[arg-type]
-                self._queue(_Opaque(place, found) for found in gc.get_referents(held))
+        open_one = _opener(type(held))
+        if open_one is not None:
+            self._queue(open_one(held, place))
+        elif _attributes(held) is None and not _slots(type(held)):
+            self._queue(_Opaque(place, found) for found in gc.get_referents(held))
         self._open_attributes(held, place)
 
     def _open_attributes(self, held: Any, place: _Place) -> None:
@@ -185,7 +183,24 @@ class _Walk:
         self._queue(_Attribute(place, held, name) for name in _slots(type(held)))  # type: ignore[arg-type]
 
     def _queue(self, places: Any) -> None:
-        self.todo.extend(place for place in places if _is_proxy(held := place.get()) or not isinstance(held, _ATOMS))
+        self.todo.extend(place for place in places if not _is_atom(type(place.get())))
+
+
+# Asked of the type alone, and once: isinstance of so many classes, some with checks of their own, would take most of
+# the walk. Proxies pass for what they stand for, their type does not.
+@functools.lru_cache(maxsize=4096)
+def _is_atom(kind: type) -> bool:
+    return issubclass(kind, _ATOMS) and kind not in _PROXIES
+
+
+@functools.lru_cache(maxsize=4096)
+def _is_foreign(kind: type) -> bool:
+    return kind.__module__.startswith(_FOREIGN) and not issubclass(kind, nn.Module)
+
+
+@functools.lru_cache(maxsize=4096)
+def _opener(kind: type) -> Callable[[Any, _Place], Iterator[_Place]] | None:
+    return next((open_one for base, open_one in _OPENERS if issubclass(kind, base)), None)
 
 
 def _attributes(held: Any) -> dict[str, Any] | None:
@@ -441,7 +456,7 @@ def _in_dict(held: Any, place: _Place) -> Iterator[_Place]:
 
 
 def _in_list(held: Any, place: _Place) -> Iterator[_Place]:
-    return (_Item(place, held, k) for k, entry in enumerate(held) if not isinstance(entry, _ATOMS))
+    return (_Item(place, held, k) for k, entry in enumerate(held) if not _is_atom(type(entry)))
 
 
 def _in_set(held: Any, place: _Place) -> Iterator[_Place]:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tensortrain.system.seeds import seed_all
 from tensortrain.train.batches import device_of, map_tensors, n_examples, to_device
 from tensortrain.train.held_back import has_rows, rows_of
 from tensortrain.train.losses import Loss
@@ -113,7 +114,7 @@ class Guard:
         with preserved(model), torch.set_grad_enabled(self.grad):
             model.eval()
             for piece in self.pieces:
-                torch.manual_seed(0)  # models that draw noise draw the same
+                seed_all(0)  # models that draw noise draw the same
                 value = self.loss(model, piece)
                 if value is not None and n_examples(piece):
                     values.append(float(value.detach()))

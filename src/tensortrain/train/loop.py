@@ -21,6 +21,7 @@ from tensortrain.errors import CheckpointError, KindError, NonFiniteError
 from tensortrain.system.checkpoint import RunFile, start_signature
 from tensortrain.system.history import History
 from tensortrain.system.observer import Observer, Silent
+from tensortrain.system.seeds import seed_all
 from tensortrain.train.batches import device_of, length_of, no_batches, opened, to_device
 from tensortrain.train.evaluation import Evaluate
 from tensortrain.train.losses import Loss
@@ -179,7 +180,7 @@ def _seeded(seed: int | None, device: torch.device) -> Iterator[None]:
         yield
         return
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
+        seed_all(seed)
         yield
 
 

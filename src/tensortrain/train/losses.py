@@ -311,7 +311,8 @@ def _labelled(task: Task, y: Tensor, labels: Tensor) -> Tensor | None:
 
 def _kl(task: Task, student: Tensor, teacher: Tensor, mask: Tensor | None, temperature: float) -> Tensor:
     """T^2 times the divergence of the student's class probabilities, mean over the positions that count."""
-    rows = [_unmasked(as_logits(task, y), counted(as_logits(task, teacher))) for y in (student, teacher)]
+    counts = counted(as_logits(task, teacher))
+    rows = [_unmasked(as_logits(task, y), counts) for y in (student, teacher)]
     if mask is not None:
         rows = [each[mask.reshape(-1)] for each in rows]
     log_p, log_q = (F.log_softmax(each / temperature, dim=-1) for each in rows)

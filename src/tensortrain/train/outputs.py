@@ -159,6 +159,8 @@ def check_output(output: object) -> None:
 def counted(y: Tensor) -> Tensor:
     """Which entries of an output count: finite ones that are no masks (-inf, or numbers such as -1e9)."""
     finite = torch.isfinite(y)
+    if y.device.type == "cpu" and not bool((y < _LEAST_MASK).any()):  # on other devices a look costs more than the rest
+        return finite
     sizes = y.detach().abs().flatten()
     sizes = sizes[:: -(-sizes.numel() // _SAMPLE) or 1].float()
     sizes = sizes[torch.isfinite(sizes) & (sizes > 0)]
@@ -170,7 +172,11 @@ def counted(y: Tensor) -> Tensor:
 
 def spread(y: Tensor) -> tuple[Tensor, Tensor]:
     """Sums over a batch of an output: squares about the mean example, and squares; in float64."""
-    y = torch.where(counted(y), y, 0).detach().double()
+    return _spread(y, counted(y))
+
+
+def _spread(y: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    y = torch.where(counts, y, 0).detach().double()
     y = y.reshape(y.shape[0], -1) if y.ndim else y.reshape(1, 1)
     about = (y - y.mean(dim=0)).square().sum() if y.numel() else y.new_zeros(())
     return about, y.square().sum()
@@ -179,8 +185,9 @@ def spread(y: Tensor) -> tuple[Tensor, Tensor]:
 def relative_distance(student: Tensor, teacher: Tensor) -> Tensor:
     """Squared distance of two outputs over the spread of the teacher's about its mean example."""
     teacher = teacher.detach()
-    mask = counted(teacher) & torch.isfinite(student.detach())
-    about, square = spread(teacher)
+    counts = counted(teacher)
+    mask = counts & torch.isfinite(student.detach())
+    about, square = _spread(teacher, counts)
     scale = torch.where(about > _CONSTANT * square, about, square)
     scale = torch.where(scale > 0, scale, float(max(1, teacher.numel())))
     difference = torch.where(mask, student - teacher, 0)

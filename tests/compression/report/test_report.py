@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
-import subprocess
-import sys
 
+import fresh
 import pytest
 import torch
 
@@ -170,5 +169,5 @@ def test_the_report_module_loads_no_plotting() -> None:
     code = (
         "import sys, tensortrain.compression.report.report; print('matplotlib' in sys.modules, 'rich' in sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = fresh.run(code)
     assert done.stdout.split() == ["False", "False"]

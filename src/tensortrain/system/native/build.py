@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -70,6 +71,7 @@ def _build_at(target: Path) -> None:
 
 
 def _compile(folder: Path) -> Path:
+    _check_compiler()  # before a process has loaded torch for nothing
     # In a process of its own: torch imports what it has compiled, and that must happen at the final place.
     program = (
         "import sys\nfrom torch.utils.cpp_extension import load\nload(sys.argv[1], [sys.argv[2]], "
@@ -88,11 +90,21 @@ def _compile(folder: Path) -> Path:
         ) from error
     made = next((path for path in folder.glob(f"{MODULE}*") if path.suffix in (".so", ".pyd", ".dylib")), None)
     if done.returncode != 0 or made is None:
-        raise KernelBuildError(
-            "compiling the kernels needs a C++ compiler, Python's headers and ninja (pip install ninja): found\n"
-            f"{_reason(done.stdout + done.stderr)}\nLayers work without kernels; only small ones are slower."
-        )
+        raise _cannot_build(_reason(done.stdout + done.stderr))
     return made
+
+
+def _check_compiler() -> None:
+    words = shlex.split(os.environ.get("CXX", "c++"))  # as torch chooses it
+    if os.name == "posix" and words and shutil.which(words[0]) is None:
+        raise _cannot_build(f"no {words[0]}")
+
+
+def _cannot_build(reason: str) -> KernelBuildError:
+    return KernelBuildError(
+        "compiling the kernels needs a C++ compiler, Python's headers and ninja (pip install ninja): found\n"
+        f"{reason}\nLayers work without kernels; only small ones are slower."
+    )
 
 
 def _path_with_tools() -> str:

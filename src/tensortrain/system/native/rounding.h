@@ -36,14 +36,13 @@ struct Cut {
 class Rounding {
  public:
   // Cores after `hi` are right-orthogonal.
-  Rounding(Cores<double> cores, Int hi, double tolerance) : cores_(std::move(cores)), hi_(hi), tolerance_(tolerance) {
+  Rounding(Cores<double> cores, Int hi) : cores_(std::move(cores)), hi_(hi) {
     for (const auto& core : cores_) is_safe = is_safe && is_moderate(core, limit);
     if (is_safe) find_roots();
   }
 
   double norm = 0;
   int64_t exponent = 0;
-  double before = 0;    // relative size of what was dropped on the way
   bool is_safe = true;  // no number may have left the range, no factorization failed
 
   struct Result {
@@ -395,7 +394,6 @@ class Rounding {
 
   Cores<double> cores_;
   Int hi_;
-  double tolerance_;
   std::vector<Root> roots_;
   lapack::Desk<double> desk_;
   Buffer<double> matrix_, triangle_, square_, inverse_, scaled_, gram_, s_, u_, vt_, ones_, reduced_;

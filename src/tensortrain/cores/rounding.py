@@ -63,13 +63,15 @@ def round_cores(
     dtype = dtype or cores[0].dtype
     modes = [core.shape[-2] for core in cores]
     with torch.no_grad():
-        wide = _finite(cores)
+        wide = [core.detach().to(compute_dtype(core.dtype)) for core in cores]
         limits = max_ranks(modes) if max_rank is None else resolve_ranks(modes, max_rank)
         ranks = (*(core.shape[-3] for core in cores), 1)
         eps = checked_eps(eps, dtype, len(cores))
         # In lower dtypes cores are orthonormal to 1e-7 at best: not good enough for float64 to build on.
         span = center if cores[0].dtype == wide[0].dtype else (0, len(cores) - 1)
         problem, caps = _Problem(wide, span, dtype, eps, ranks), tuple(map(min, limits, ranks))
+        if method != "svd" or problem.walk is None:  # a walk meets every entry
+            _check_finite(wide)
         if max_params is not None:
             caps = _caps_within(problem, caps, max_params)
         resolves = eps >= SQUARED_FLOOR or max_rank is not None or max_params is not None
@@ -111,6 +113,11 @@ class _Problem:
         """The train with numbers that no step takes out of the range."""
         return self.scaled or Scaled.of(self.given, self.center)
 
+    @cached_property
+    def walk(self) -> Any | None:
+        """What lies right of each bond, where kernels know it. Most trains need no scaling but one power of two."""
+        return None if self.scaled else rounding_walk(self.given, self.center[1])
+
     @property
     def cores(self) -> list[Tensor]:
         return self.train.cores
@@ -120,8 +127,7 @@ class _Problem:
 
 
 def _round_svd(problem: _Problem, caps: Sequence[int]) -> Finished:
-    # Most trains need no scaling but one power of two, which the walk takes along.
-    walk, exponent = rounding_walk(problem.given, problem.center[1]), 0
+    walk, exponent = problem.walk, torch.zeros((), dtype=torch.int32)
     if walk is None:
         walk, exponent = rounding_walk(problem.cores, problem.train.center[1]), problem.train.exponent
     if walk is None:
@@ -129,9 +135,7 @@ def _round_svd(problem: _Problem, caps: Sequence[int]) -> Finished:
     return _swept_by(partial(_cut_by_walk, problem, caps, walk, exponent), problem, caps, _Past())
 
 
-def _cut_by_walk(
-    problem: _Problem, caps: Sequence[int], walk: Any, before: Tensor | int, tolerance: Tensor | float
-) -> Sweep:
+def _cut_by_walk(problem: _Problem, caps: Sequence[int], walk: Any, before: Tensor, tolerance: Tensor | float) -> Sweep:
     """``_cut_all`` in one call, of a train times ``2**before``.
 
     Where nothing is cut a basis need not be one of singular vectors, unless casting asks for their values.
@@ -371,19 +375,16 @@ def _numerical_rank(a: Tensor) -> int:
     return int((s > 1e-13 * s[..., :1]).sum(-1).amax())
 
 
-def _finite(given: Sequence[Tensor]) -> list[Tensor]:
-    """Cores in the compute dtype, without derivatives."""
-    cores = [core.detach().to(compute_dtype(core.dtype)) for core in given]
+def _check_finite(cores: Sequence[Tensor]) -> None:
     # The norms show it at once; only where one overflows every entry is looked at.
-    if bool(torch.stack(torch._foreach_norm(cores)).isfinite().all()):
-        return cores
+    if bool(torch.stack(torch._foreach_norm(list(cores))).isfinite().all()):
+        return
     finite = torch.stack([torch.isfinite(core).all() for core in cores]).tolist()
     if not all(finite):
         raise NonFiniteError(
             f"a train must be finite to be rounded: cores[{finite.index(False)}] has NaN or Inf, expected none. "
             "Find where they come from before rounding."
         )
-    return cores
 
 
 METHODS: dict[str, Callable[[_Problem, Sequence[int]], Finished | None]] = {

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from tensortrain.system.tracing import constant_when_traced
+from tensortrain.system.tracing import can_look, constant_when_traced
 
 __all__ = [
     "balanced_pow2",
@@ -122,6 +122,8 @@ _TOPS = {dtype: math.frexp(torch.finfo(dtype).max)[1] for dtype in (*_REALS, tor
 
 def spread_pow2(cores: Sequence[Tensor], exponent: Tensor | int) -> list[Tensor]:
     """Multiply a train by ``2**exponent``, an equal part to every core."""
+    if isinstance(exponent, Tensor) and exponent.ndim == 0 and exponent.device.type == "cpu" and can_look(exponent):
+        exponent = int(exponent)  # numbers take a tenth of the time of tensors of one
     if isinstance(exponent, int) and exponent == 0:
         return list(cores)
     each, extra = exponent // len(cores), exponent % len(cores)

@@ -63,4 +63,4 @@ def rounding_walk(cores: Sequence[Tensor], hi: int) -> Any | None:
     ``needs_values`` a bond at which nothing is cut has no list, and a lower bound of its least value.
     """
     kernels = _kernels(cores)
-    return None if kernels is None else kernels.chain_rounding(list(cores), hi, 0.0)
+    return None if kernels is None else kernels.chain_rounding(list(cores), hi)

@@ -64,7 +64,9 @@ def dot(a: Any, b: Any, dims: Sequence[int] | int | None = None) -> Tensor | Ten
             "Reshape or pad one of them."
         )
     wide = work_dtype(a.dtype)
-    left, right = ([core.to(wide) for core in x._merged()] for x in broadcast_batch(a, b))
+    left, right = (x._merged() for x in broadcast_batch(a, b))
+    if wide != a.dtype:
+        left, right = ([core.to(wide) for core in cores] for cores in (left, right))
     return times_pow2(*dot_parts(left, right)).to(a.dtype)
 
 

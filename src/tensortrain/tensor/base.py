@@ -243,7 +243,8 @@ class CoreChain(ABC):
         wide = work_dtype(self.dtype)
         # Cores of half precision are orthonormal to 1e-2 only: not good enough to skip a step.
         center = self.center if wide == self.dtype else (0, self.order - 1)
-        return [core.to(wide) for core in self._merged()], center
+        merged = self._merged()
+        return merged if wide == self.dtype else [core.to(wide) for core in merged], center
 
     # -- canonical form -----------------------------------------------------------------------------
 

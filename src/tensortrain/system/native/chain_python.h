@@ -149,18 +149,17 @@ struct Walked {
   }
 };
 
-inline std::unique_ptr<Walked> walk(const py::list& cores, Int hi, double tolerance) {
+inline std::unique_ptr<Walked> walk(const py::list& cores, Int hi) {
   auto given = Given::of(cores);
   if (!given || !given->is_double()) return nullptr;
   const py::gil_scoped_release unlocked;
   auto views = given->cores<double>();
-  auto walked = std::make_unique<Walked>(Walked{std::move(*given), Rounding(std::move(views), hi, tolerance)});
+  auto walked = std::make_unique<Walked>(Walked{std::move(*given), Rounding(std::move(views), hi)});
   return walked->rounding.is_safe ? std::move(walked) : nullptr;
 }
 
 inline void bind(py::module_& m) {
-  py::class_<Walked>(m, "Rounding").def("cut", &Walked::cut).def("norm", &Walked::norm).def_property_readonly(
-      "before", [](const Walked& walked) { return walked.rounding.before; });
+  py::class_<Walked>(m, "Rounding").def("cut", &Walked::cut).def("norm", &Walked::norm);
   m.def("chain_dot", &dot_parts);
   m.def("chain_norm", &norm_parts);
   m.def("chain_orthogonal", &orthogonal_cores);

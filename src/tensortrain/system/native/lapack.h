@@ -2,19 +2,14 @@
 // a torch operation takes longer than the product. Where a library does not export them, `has_lapack()` is false.
 #pragma once
 
+#include "blas.h"
+
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <vector>
 
-#if defined(__GNUC__) || defined(__clang__)
-#define TENSORTRAIN_WEAK __attribute__((weak))
-#define TENSORTRAIN_HAS_WEAK 1
-#else
-#define TENSORTRAIN_WEAK
-#define TENSORTRAIN_HAS_WEAK 0
-#endif
 // Loops over entries gain from vectors; at -O2 older compilers do not make them.
 #if defined(__GNUC__) && !defined(__clang__)
 #define TENSORTRAIN_LOOPS __attribute__((optimize("O3")))
@@ -22,7 +17,14 @@
 #define TENSORTRAIN_LOOPS
 #endif
 
-#if TENSORTRAIN_HAS_WEAK
+// Where the loader can choose, one way of a loop for wide vectors and one for any machine.
+#if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__) && defined(__linux__)
+#define TENSORTRAIN_WIDE __attribute__((optimize("O3"), target_clones("avx2", "default")))
+#else
+#define TENSORTRAIN_WIDE
+#endif
+
+#ifndef TENSORTRAIN_WITHOUT_BLAS
 #define TENSORTRAIN_DECLARE(T, gemm, trsm, geqrf, orgqr, gesdd, potrf)                                               \
   extern "C" {                                                                                                       \
   TENSORTRAIN_WEAK void gemm(const char*, const char*, const int*, const int*, const int*, const T*, const T*,       \

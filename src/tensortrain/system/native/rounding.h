@@ -27,7 +27,7 @@ TENSORTRAIN_LOOPS inline Buffer<double> column_norms(const double* a, Int m, Int
 
 // What one cut leaves: an orthonormal basis (p, rank), row by row, and how much was left out.
 struct Cut {
-  Buffer<double> basis, values;
+  Buffer<double> basis, values, carry;  // carry: basis^T times what was cut, where it is known already
   Int rank = 0;
   double tail = 0, smallest = 0;
   bool is_identity = false;
@@ -36,14 +36,13 @@ struct Cut {
 class Rounding {
  public:
   // Cores after `hi` are right-orthogonal.
-  Rounding(Cores<double> cores, Int hi, double tolerance) : cores_(std::move(cores)), hi_(hi), tolerance_(tolerance) {
+  Rounding(Cores<double> cores, Int hi) : cores_(std::move(cores)), hi_(hi) {
     for (const auto& core : cores_) is_safe = is_safe && is_moderate(core, limit);
     if (is_safe) find_roots();
   }
 
   double norm = 0;
   int64_t exponent = 0;
-  double before = 0;    // relative size of what was dropped on the way
   bool is_safe = true;  // no number may have left the range, no factorization failed
 
   struct Result {
@@ -78,6 +77,8 @@ class Rounding {
         carry = current;
         found.basis.assign(p * p, 0.0);
         for (Int i = 0; i < p; ++i) found.basis[i * p + i] = 1.0;
+      } else if (!found.carry.empty()) {
+        carry.swap(found.carry);
       } else {
         carry.resize(found.rank * s);
         multiply(true, false, found.rank, s, p, found.basis.data(), current.data(), carry.data());
@@ -151,12 +152,41 @@ class Rounding {
   Cut cut_at(Int bond, const Buffer<double>& current, Int p, Int s, double delta, Int cap, bool needs_values) {
     const Root* const root = bond <= hi_ ? &roots_[bond] : nullptr;
     const Int q = root ? root->rank : s;
+    if (p >= s && q == s) return cut_unfolding(root, current, p, s, delta, cap, needs_values);
     matrix_.resize(p * q);  // columns one after the other: the rows of its transpose
     if (root)
       multiply(false, true, q, p, s, root->rows.data(), current.data(), matrix_.data());
     else
       turn(p, s, current.data(), matrix_.data());
     return q <= p ? cut_tall(p, q, delta, cap, needs_values) : cut_wide(p, q, delta, cap, needs_values);
+  }
+
+  // Where a root is square, a QR of what was carried, (p, s), leaves a small matrix for all the rest.
+  Cut cut_unfolding(const Root* root, const Buffer<double>& current, Int p, Int s, double delta, Int cap,
+                    bool needs_values) {
+    triangle_.resize(p * s);
+    turn(p, s, current.data(), triangle_.data());
+    desk_.qr(p, s, triangle_.data());
+    Buffer<double> carry(s * s);
+    lapack::triangle_rows(p, s, triangle_.data(), carry.data());
+    reduced_ = carry;  // columns of its transpose, times the root
+    if (root) multiply(false, true, s, s, s, carry.data(), root->rows.data(), reduced_.data());
+    small_desk_.qr(s, s, reduced_.data());
+    square_.assign(s * s, 0.0);
+    for (Int j = 0; j < s; ++j) std::copy_n(reduced_.data() + j * s, j + 1, square_.data() + j * s);
+    desk_.q(p, s, triangle_.data());
+    Cut out;
+    if (!needs_values && cap >= s && (out.smallest = least_value(s)) > delta) {
+      out.rank = s, out.basis.resize(p * s), out.carry = std::move(carry);
+      turn(s, p, triangle_.data(), out.basis.data());
+      return out;
+    }
+    decompose_square(s, delta);  // as in `cut_wide`
+    choose(out, delta, cap);
+    out.basis.resize(p * out.rank), out.carry.resize(out.rank * s);
+    multiply(true, true, p, out.rank, s, triangle_.data(), u_.data(), out.basis.data());
+    multiply(false, false, out.rank, s, s, u_.data(), carry.data(), out.carry.data());
+    return out;
   }
 
   // matrix_ (p, q) by columns, p >= q.
@@ -395,9 +425,8 @@ class Rounding {
 
   Cores<double> cores_;
   Int hi_;
-  double tolerance_;
   std::vector<Root> roots_;
-  lapack::Desk<double> desk_;
+  lapack::Desk<double> desk_, small_desk_;
   Buffer<double> matrix_, triangle_, square_, inverse_, scaled_, gram_, s_, u_, vt_, ones_, reduced_;
   double dropped_ = 0;
 };

@@ -26,6 +26,7 @@ from tensortrain.system.native import library
 
 __all__ = ["can_time", "told", "trial_seconds"]
 
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16)  # that every processor convolves
 _WORTH_S = 2e-4  # a dense layer that is predicted to take less is not tried
 _MOST_ENTRIES = 2**26  # of an input: a trial must not exhaust the memory
 _MOST_ROUNDS, _ENOUGH_S = 6, 0.12  # after two rounds, no new one begins later than this
@@ -38,7 +39,9 @@ def can_time(layer: FoundLayer, load: Load, dense_s: float) -> bool:
     weight: Any = layer.module.weight
     if not issubclass(layer.reader, ConvLayer) or weight.device.type != "cpu" or not load.seen:
         return False
-    if not is_measured() or torch.are_deterministic_algorithms_enabled() or dense_s < _WORTH_S:
+    if weight.dtype not in _DTYPES or dense_s < _WORTH_S:
+        return False
+    if not is_measured() or torch.are_deterministic_algorithms_enabled():
         return False
     n_inputs = _n_channels(layer) * math.prod(load.spatial)
     return load.rows * n_inputs <= _MOST_ENTRIES

@@ -236,15 +236,16 @@ class ChainFormat(Format):
         return self.from_matrix(chain_to_dense(self.to_chain(cores, spec)), spec)
 
     def spectra(self, dense: Tensor, spec: FactorSpec, *, weighting: Weighting = PLAIN) -> list[Tensor]:
-        matrix = self.to_matrix(dense.detach(), spec).double()
+        is_single = dense.dtype != torch.float64 and not dense.is_complex()
+        is_rough = is_single and max(self.rank_caps(spec)) >= _LARGE_SIDE
+        matrix = self.to_matrix(dense.detach(), spec).to(torch.float32 if is_rough else compute_dtype(dense.dtype))
         if not weighting.is_plain:
-            matrix = self._norm(spec, weighting).whitened(dense, matrix)
+            matrix = self._norm(spec, weighting).whiten(matrix)
         outs, ins = self.chain_modes(spec)
         d = len(outs)
         paired = matrix.reshape(*outs, *ins).permute([axis for k in range(d) for axis in (k, d + k)])
         paired = paired.reshape([m * n for m, n in zip(outs, ins, strict=True)])
-        rough = dense.dtype not in (torch.float64, torch.complex128) and max(self.rank_caps(spec)) >= _LARGE_SIDE
-        return _rough_spectra(paired.float()) if rough else unfolding_spectra(paired, method="gram")
+        return _rough_spectra(paired) if is_rough else unfolding_spectra(paired, method="gram")
 
     def squared_norm(self, cores: Sequence[Tensor], spec: FactorSpec) -> Tensor:
         weight, chain = spec.weight, self.to_chain(cores, spec)

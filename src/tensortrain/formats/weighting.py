@@ -185,5 +185,6 @@ def check_gram(gram: Tensor, size: int, side: str = "input") -> Tensor:
 
 
 def apply_root(matrix: Tensor, root: Tensor) -> Tensor:
-    """``matrix @ root`` for a full or a diagonal root."""
+    """``matrix @ root`` for a full or a diagonal root, in the precision of the matrix."""
+    root = root.to(matrix.dtype)
     return matrix * root if root.ndim == 1 else matrix @ root

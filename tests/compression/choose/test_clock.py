@@ -96,6 +96,7 @@ def test_what_is_not_timed(timed: list[int]) -> None:
     conv = layer_of(nn.Conv2d(4, 4, 3))
     assert trial.can_time(conv, LOAD, 1.0)
     assert not trial.can_time(layer_of(nn.Linear(4, 4)), LOAD, 1.0)
+    assert not trial.can_time(layer_of(nn.Conv2d(4, 4, 3).half()), LOAD, 1.0)
     assert not trial.can_time(conv, dataclasses.replace(LOAD, seen=False), 1.0)
     assert not trial.can_time(conv, dataclasses.replace(LOAD, spatial=(20000, 20000)), 1.0)
     torch.use_deterministic_algorithms(True)

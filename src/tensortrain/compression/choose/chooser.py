@@ -236,13 +236,12 @@ class Chooser:
     @cached_property
     def _times(self) -> list[Array]:
         """Of every form by menu and place: its share of all layers' time as they are, the mean over batch sizes."""
-        return [
-            sum(
-                np.array(self._seconds(menu, load)) / whole for load, whole in zip(menu.loads, self._whole, strict=True)
-            )
-            / len(self._whole)
-            for menu in self.menus
-        ]
+        return [self._shares_of(menu) for menu in self.menus]
+
+    def _shares_of(self, menu: Menu) -> Array:
+        pairs = zip(menu.loads, self._whole, strict=True)
+        found: Array = np.mean([np.array(self._seconds(menu, load)) / whole for load, whole in pairs], axis=0)
+        return found
 
     def _seconds(self, menu: Menu, load: Load) -> list[float]:
         return [self.clock.dense(menu.layer, load), *self.clock.all(menu.layer, load, menu.candidates)]

@@ -26,6 +26,7 @@ from tensortrain.system.native import library
 
 __all__ = ["can_time", "told", "trial_seconds"]
 
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16)  # that every processor convolves
 _WORTH_S = 2e-4  # a dense layer that is predicted to take less is not tried
 _MOST_ENTRIES = 2**26  # of an input: a trial must not exhaust the memory
 _MOST_ROUNDS, _ENOUGH_S = 6, 0.12  # after two rounds, no new one begins later than this
@@ -38,7 +39,9 @@ def can_time(layer: FoundLayer, load: Load, dense_s: float) -> bool:
     weight: Any = layer.module.weight
     if not issubclass(layer.reader, ConvLayer) or weight.device.type != "cpu" or not load.seen:
         return False
-    if not is_measured() or torch.are_deterministic_algorithms_enabled() or dense_s < _WORTH_S:
+    if weight.dtype not in _DTYPES or dense_s < _WORTH_S:
+        return False
+    if not is_measured() or torch.are_deterministic_algorithms_enabled():
         return False
     n_inputs = _n_channels(layer) * math.prod(load.spatial)
     return load.rows * n_inputs <= _MOST_ENTRIES
@@ -63,15 +66,26 @@ def trial_seconds(layer: FoundLayer, specs: Sequence[FactorSpec], load: Load) ->
     """
     key = _digest(told(layer), specs, load, _kernels())
     if key not in _KNOWN:
-        file = _file()
-        entries = read_json(file)
-        entries = entries if isinstance(entries, dict) else {}
-        seconds = entries.get(key)
-        if not _is_sound(seconds, 1 + len(specs)):
-            seconds = _measured(layer, specs, load)
-            write_json(file, {**entries, key: seconds})
-        _KNOWN[key] = seconds
+        _KNOWN[key] = _recalled(key, 1 + len(specs)) or _stored(key, _measured(layer, specs, load))
     return _KNOWN[key]
+
+
+def _recalled(key: str, count: int) -> list[float] | None:
+    """What an earlier process on this machine found."""
+    seconds = _entries().get(key)
+    if not isinstance(seconds, list) or len(seconds) != count:
+        return None
+    return seconds if all(isinstance(one, float) and one > 0 for one in seconds) else None
+
+
+def _stored(key: str, seconds: list[float]) -> list[float]:
+    write_json(_file(), {**_entries(), key: seconds})
+    return seconds
+
+
+def _entries() -> dict[str, Any]:
+    found = read_json(_file())
+    return found if isinstance(found, dict) else {}
 
 
 def _file() -> Path:
@@ -108,10 +122,6 @@ def _in_turns(calls: Sequence[Callable[[], object]]) -> list[float]:
         if turn > 0 and time.perf_counter() - start > _ENOUGH_S:
             break
     return best
-
-
-def _is_sound(seconds: object, count: int) -> bool:
-    return isinstance(seconds, list) and len(seconds) == count and all(isinstance(s, float) and s > 0 for s in seconds)
 
 
 def _kernels() -> str:

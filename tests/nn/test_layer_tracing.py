@@ -59,7 +59,7 @@ def make(name: str, implementation: str = "auto") -> tuple[Any, Callable[[int], 
 def gradients(call: Callable[[Tensor], Tensor], layer: nn.Module, x: Tensor) -> list[Tensor]:
     torch.manual_seed(1)
     y = call(x)
-    return list(torch.autograd.grad(y, list(layer.parameters()), torch.randn_like(y)))
+    return list(torch.autograd.grad(y, list(layer.parameters()), torch.randn(y.shape)))
 
 
 @every_layer

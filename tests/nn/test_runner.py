@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 import tensortrain as tt
+from tensortrain.nn import runner
 
 MAKERS = {
     "chain": lambda: tt.nn.Linear(24, 20, rank=3),
@@ -82,3 +83,25 @@ def test_another_spec_brings_another_runner() -> None:
     assert layer.plan(4).shape != before.shape
     x = torch.randn(4, 24)
     torch.testing.assert_close(layer(x), x @ other.weight.T + layer.bias)
+
+
+def test_large_weights_share_a_part_of_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "SMALL_WEIGHT_BYTES", 0)
+    monkeypatch.setattr(runner, "memory_bytes", lambda: 8 * 3 * 64 * 64 * 8)  # three weights fit their eighth
+    layers = [tt.nn.Linear(64, 64, rank=8, implementation="dense") for _ in range(3)]
+    more = tt.nn.Linear(64, 64, rank=8)
+    with torch.no_grad():
+        for layer in layers[:2]:
+            layer(torch.randn(2, 64))
+        assert runner._may_keep_dense(more)
+        layers[2](torch.randn(2, 64))
+        assert not runner._may_keep_dense(more)
+        layers[0].clear_cache()
+        assert runner._may_keep_dense(more)
+
+
+def test_tables_of_embeddings_are_kept_while_small_unless_told_otherwise() -> None:
+    table, linear = tt.nn.Embedding(50, 12, rank=3), tt.nn.Linear(12, 50, rank=3)
+    assert table.kept_limit_bytes == runner.SMALL_WEIGHT_BYTES <= linear.kept_limit_bytes
+    table.dense_limit_bytes = 2**40
+    assert table.kept_limit_bytes == 2**40

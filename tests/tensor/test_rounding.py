@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tensortrain.errors import KindError, NonFiniteError, RankError
+from tensortrain.system.native import library
 from tensortrain.tensor import (
     TensorTrain,
     default_eps,
@@ -112,12 +113,13 @@ def test_bound_stays_honest_where_a_sum_cancels(generator):
 
 
 def test_long_chains_neither_overflow_nor_vanish(generator):
+    length = 2000 if library() is not None else 600  # core by core Python takes its time
     for size in (4.0, 0.25):
-        x = ones((2,) * 2000)
+        x = ones((2,) * length)
         x = TensorTrain([core * size for core in x.cores])
         found = round_tt(x + x, eps=1e-8)
         assert set(found.value.ranks) == {1}
-        expected = 2000 * math.log(size) + 1000 * math.log(2) + math.log(2)
+        expected = length * math.log(size) + length / 2 * math.log(2) + math.log(2)
         assert float(found.value.log_norm()) == pytest.approx(expected, rel=1e-12)
         assert float((x + x).log_norm()) == pytest.approx(expected, rel=1e-12)
 

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tensortrain.errors import DTypeError, KindError, ModeIndexError, ShapeError
+from tensortrain.system.native import library
 from tensortrain.tensor import (
     TensorTrain,
     TTMatrix,
@@ -191,15 +192,16 @@ def test_half_precision(x):
 
 
 def test_long_chains(generator):
-    x = randn((3,) * 2000, 4, generator=generator)
+    length = 2000 if library() is not None else 800  # core by core Python takes its time
+    x = randn((3,) * length, 4, generator=generator)
     expected = float(x.log_norm())
-    assert abs(expected - 1000 * np.log(3)) < 300  # mean square 1, heavy tails
-    y = x.orthogonalize(1000)
+    assert abs(expected - length / 2 * np.log(3)) < 300  # mean square 1, heavy tails
+    y = x.orthogonalize(length // 2)
     assert float(y.log_norm()) == pytest.approx(expected, rel=1e-10)
     assert all(torch.isfinite(core).all() for core in y.cores)
     assert float(x.normalize().norm()) == pytest.approx(1.0, rel=1e-10)
     assert float(dot(x.normalize(), x.normalize())) == pytest.approx(1.0, rel=1e-10)
-    assert torch.isinf(x.norm())
+    assert torch.isinf(TensorTrain([2 * core for core in x.cores]).norm())
 
 
 def test_log_norm_is_differentiable_on_long_chains():

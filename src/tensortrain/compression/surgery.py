@@ -14,6 +14,7 @@ from tensortrain.compression.survey.layers import FoundLayer, check_module, find
 from tensortrain.compression.survey.moments import Calibration, LayerMoments
 from tensortrain.errors import ShapeError
 from tensortrain.formats import Weighting
+from tensortrain.formats.weighting import times_moment
 from tensortrain.nn import FactorizedLayer, dense_twin
 from tensortrain.system.aliases import Undo, replace_aliases
 from tensortrain.system.observer import Observer, Silent
@@ -131,9 +132,9 @@ def _keep_moments(
     """
     if moments.mean is None or "forward" in vars(layer.module):  # its input may not be what was seen
         return []
-    old = layer.kernel.double().flatten(1)
-    kept = new.format.to_dense(list(new.cores), new.spec).double().flatten(1)  # new.weight would stay in a cache
-    lost = (old - kept) @ moments.mean.to(old.device)
+    old = layer.kernel.flatten(1)
+    kept = new.format.to_dense(list(new.cores), new.spec).flatten(1)  # new.weight would stay in a cache
+    lost = (old.double() - kept.double()) @ moments.mean.to(old.device)
     if new.bias is not None:
         new.bias.add_(lost.to(new.bias.dtype))
     norm: Any = model.get_submodule(moments.norm) if moments.norm is not None else None
@@ -149,7 +150,7 @@ def _keep_moments(
 
 def _variances(matrix: Tensor, gram: Tensor) -> Tensor:
     """Variance of every output of a linear map on inputs with this second moment about their mean."""
-    return ((matrix * gram if gram.ndim == 1 else matrix @ gram) * matrix).sum(dim=1).clamp_min(0)
+    return (times_moment(matrix, gram) * matrix.double()).sum(dim=1).clamp_min(0)
 
 
 def _swap(model: nn.Module, built: list[_Built]) -> nn.Module:

@@ -14,7 +14,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from tensortrain.system.native.load import loaded
 from tensortrain.system.tracing import is_traced
 
-__all__ = ["WeightCache"]
+__all__ = ["WeightCache", "n_optimizer_steps"]
 
 Derived = TypeVar("Derived", bound="Tensor | tuple[Tensor, ...]")
 
@@ -40,6 +40,11 @@ class _OptimizerSteps:
 
 
 _STEPS = _OptimizerSteps()
+
+
+def n_optimizer_steps() -> int:
+    """Steps that optimizers have made since something was first kept."""
+    return _STEPS.n_steps
 
 
 @dataclass(frozen=True)
@@ -136,6 +141,9 @@ class WeightCache:
         held = {}
         for value in self._values.values():
             for part in _parts(value):
+                if part.is_mkldnn:  # a kernel in the library's own layout has no storage to look at
+                    held[id(part)] = part.numel() * part.itemsize
+                    continue
                 storage = part.untyped_storage()
                 if storage.data_ptr() not in shared:
                     held[storage.data_ptr()] = storage.nbytes()

@@ -24,12 +24,13 @@ from tensortrain.contract.execute import sweep
 from tensortrain.contract.merge import chain_to_dense, merge_cores, merge_order
 from tensortrain.contract.plan import Plan
 from tensortrain.contract.shape import ChainShape
+from tensortrain.contract.slices import sliced_product
 from tensortrain.system.tracing import sizes_of
 
 __all__ = ["ChainPlan", "ContractionPlan", "Direction", "Form", "PlanKind", "Step"]
 
 Direction = Literal["left-to-right", "right-to-left"]
-PlanKind = Literal["left-to-right", "right-to-left", "merged", "dense"]
+PlanKind = Literal["left-to-right", "right-to-left", "merged", "sliced", "dense"]
 Form = Literal["linear", "flipped", "batched", "copied"]
 
 
@@ -86,9 +87,10 @@ class ChainPlan(Plan):
 
     Args:
         shape: The chain.
-        kind: "left-to-right", "right-to-left" (no merges), "merged" or "dense".
-        direction: Of the sweep; None for a dense plan.
-        groups: Ranges ``(start, stop)`` of cores that are merged, in order; one range for dense.
+        kind: "left-to-right", "right-to-left" (no merges), "merged", "dense", or "sliced": the dense weight, built a
+            few rows at a time within the call.
+        direction: Of the sweep; None for a dense or a sliced plan.
+        groups: Ranges ``(start, stop)`` of cores that are merged, in order; one range for dense, two for sliced.
         steps: The products in order of execution; training counts the merges too.
         rows_at_a_time: With kernels and without gradients, about so many rows at a time go through all steps, so that
             states stay in the cache; 0 takes all rows through one step after the other.
@@ -111,12 +113,17 @@ class ChainPlan(Plan):
         return any(step.kind == "flipped" for step in self.steps)
 
     @property
+    def is_sliced(self) -> bool:
+        """Whether the dense weight is built slice by slice."""
+        return self.kind == "sliced"
+
+    @property
     def state_bytes(self) -> int:
-        return 0 if self.uses_dense else max(step.state_bytes for step in self.steps)
+        return 0 if self.uses_dense or self.is_sliced else max(step.state_bytes for step in self.steps)
 
     @property
     def prepared_key(self) -> Any:
-        return "dense" if self.uses_dense else (self.direction, self.groups)
+        return "dense" if self.uses_dense else (self.direction, self.groups)  # no direction: halves
 
     @property
     def course(self) -> Any:
@@ -141,6 +148,8 @@ class ChainPlan(Plan):
         return replace(self, rows_at_a_time=rows_at_a_time)
 
     def sweep(self, *, ready: bool) -> Sweep | None:
+        if self.is_sliced:
+            return None
         if self.inside is not None or (ready and self.uses_dense):
             return super().sweep(ready=ready)
         steps = [self._numbers(k, step, ready) for k, step in enumerate(self.steps)]
@@ -159,6 +168,8 @@ class ChainPlan(Plan):
     def _prepare_steps(self, cores: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Merge the cores and lay them out as matrices, in order of execution."""
         merged = merge_cores(cores, self.groups)
+        if self.is_sliced:
+            return tuple(merged)
         if self.direction == "right-to-left":
             return tuple(core.reshape(-1, prod(sizes_of(core)[2:])) for core in reversed(merged))
         return tuple(  # i s, r j
@@ -168,7 +179,15 @@ class ChainPlan(Plan):
     def _dense(self, cores: Sequence[Tensor]) -> Tensor:
         return chain_to_dense(cores)
 
+    def _run(self, x: Tensor, weights: Sequence[Tensor], bias: Tensor | None) -> Tensor:
+        if not self.is_sliced or self.inside is not None:
+            return super()._run(x, weights, bias)
+        y = sliced_product(x.reshape(-1, self.in_features), weights[0], weights[1], bias)
+        return y.reshape(*x.shape[:-1], self.out_features)
+
     def _run_steps(self, x: Tensor, weights: Sequence[Tensor]) -> Tensor:
+        if self.is_sliced:
+            return sliced_product(x.reshape(-1, self.chain.in_features), weights[0], weights[1], None)
         return sweep(x, weights, self.steps, leftward=self.direction == "right-to-left")
 
     def __str__(self) -> str:

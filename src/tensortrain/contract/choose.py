@@ -39,8 +39,9 @@ def plan_chain(
 ) -> ChainPlan:
     """Return the plan with the least predicted time.
 
-    The candidates are both sweeps, each with every merge of neighbouring cores, and the dense weight.
-    A merge that would hold more than half as many entries as the dense weight is left out.
+    The candidates are both sweeps, each with every merge of neighbouring cores, the dense weight, and on the CPU the
+    dense weight built slice by slice within the call. A merge that would hold more than half as many entries as the
+    dense weight is left out.
 
     Args:
         chain: The shapes.
@@ -140,8 +141,10 @@ def candidates(
         )
     device = torch.device(device)
     model = given_or_measured(cost_model, device)
-    by_kernels = cost_model is None and is_measured() and device.type == "cpu" and library() is not None
-    return _candidates(shape, max(int(batch), 1), dtype, device.type, training, allow_dense, force, model, by_kernels)
+    may_slice = cost_model is None and is_measured() and device.type == "cpu"
+    by_kernels = may_slice and library() is not None
+    asked = (training, allow_dense, force, model, by_kernels, may_slice)
+    return _candidates(shape, max(int(batch), 1), dtype, device.type, *asked)
 
 
 chain_candidates = network_candidates = candidates  # under the names of before
@@ -158,11 +161,14 @@ def _candidates(
     force: str | None,
     model: CostModel,
     by_kernels: bool,
+    may_slice: bool,
 ) -> tuple[Plan, ...]:
     pricer = _PRICERS[type(shape)](shape, batch, dtype, device_type, training, model, by_kernels)
     if force == "dense":
         return (pricer.dense(),)
     plans = list(pricer.factorized(force))
+    if may_slice and force in (None, "factorized"):
+        plans.extend(pricer.sliced())
     if force is None and allow_dense:
         plans.append(pricer.dense())
     return tuple(sorted(plans, key=lambda plan: plan.predicted_s))

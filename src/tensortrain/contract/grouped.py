@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 from tensortrain.system.native import library
 from tensortrain.system.tracing import is_traced, is_transformed
 
-__all__ = ["can_group", "grouped_product"]
+__all__ = ["can_group", "grouped_product", "is_batched"]
 
 
 def can_group() -> bool:
@@ -74,13 +74,14 @@ class _Grouped(torch.autograd.Function):
             found = iter(torch.autograd.grad(_recorded(states, table, ctx.counts), inputs, grad, create_graph=True))
             return next(found) if needed[0] else None, next(found) if needed[1] else None, None
         multiplied, table_grad = _multiplied, _table_grad
-        if _is_batched(grad):  # many gradients at once: nothing can be written in place
+        if is_batched(grad):  # many gradients at once: nothing can be written in place
             multiplied, table_grad = _recorded, _recorded_table_grad
         states_grad = multiplied(grad, table.mH, ctx.counts) if needed[0] else None
         return states_grad, table_grad(states, grad, table, ctx.counts) if needed[1] else None, None
 
 
-def _is_batched(tensor: Tensor) -> bool:
+def is_batched(tensor: Tensor) -> bool:
+    """Whether a tensor stands for many, as under ``vmap`` and ``is_grads_batched``."""
     functorch = torch._C._functorch
     return functorch.is_batchedtensor(tensor) or functorch.is_legacy_batchedtensor(tensor)
 

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from tensortrain.contract.cost import CostModel, cost_model
 from tensortrain.contract.grouped import can_group, grouped_product
 from tensortrain.contract.merge import merge_cores, merge_order, run_numel
+from tensortrain.contract.row_kernels import kernel_rows, range_of
 from tensortrain.contract.shape import ChainShape
 from tensortrain.errors import DTypeError, ModeIndexError, ShapeError
 from tensortrain.system.tracing import is_traced
@@ -70,6 +71,9 @@ def chain_lookup(
         # A traced program must not depend on the number of ids, so it takes ids and cores as they are.
         rows = _rows(flat, _tables(cores, [(k, k + 1) for k in range(chain.order)]), share=False)
         return rows.reshape(*ids.shape, chain.out_features)
+    by_kernels = _by_kernels(flat, cores, chain, max_bytes)
+    if by_kernels is not None:
+        return by_kernels.reshape(*ids.shape, chain.out_features)
     if deduplicate:
         flat, inverse = torch.unique(flat, return_inverse=True)
         _check_range(flat, chain.in_features)
@@ -77,6 +81,14 @@ def chain_lookup(
     if inverse is not None:
         rows = rows.index_select(0, inverse.reshape(-1))
     return rows.reshape(*ids.shape, chain.out_features)
+
+
+def _by_kernels(ids: Tensor, cores: Sequence[Tensor], chain: ChainShape, max_bytes: int) -> Tensor | None:
+    extent = range_of(ids)
+    if extent is None:
+        return None
+    _check_extent(*extent, chain.in_features)
+    return kernel_rows(ids, cores, chain, max_bytes)
 
 
 def _planned_rows(
@@ -268,7 +280,10 @@ def _check_range(distinct: Tensor, n_rows: int) -> None:
     """``distinct`` is sorted, so its ends tell; deduplication has waited for the device already."""
     if distinct.shape[0] == 0:
         return
-    lowest, highest = int(distinct[0]), int(distinct[-1])
+    _check_extent(int(distinct[0]), int(distinct[-1]), n_rows)
+
+
+def _check_extent(lowest: int, highest: int, n_rows: int) -> None:
     if lowest < 0 or highest >= n_rows:
         raise ModeIndexError(
             f"ids must be rows of the table: ids has values from {lowest} to {highest}, "

@@ -195,6 +195,10 @@ class Plan(ABC):
         weights = self.prepare(cores) if prepared is None else prepared
         if self.uses_dense:
             return linear_product(x, weights[0], bias, flipped=self.flips)
+        return self._run(x, weights, bias)
+
+    def _run(self, x: Tensor, weights: Sequence[Tensor], bias: Tensor | None) -> Tensor:
+        """Pad, take all steps, cut, add the bias."""
         y = self._run_steps(x if self.inside is None else self._padded(x), weights)
         y = y.reshape(*x.shape[:-1], self.shape.out_features)
         if self.inside is not None:

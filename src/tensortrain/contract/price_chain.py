@@ -18,6 +18,7 @@ from tensortrain.contract.chain_plan import ChainPlan, Direction, Form, PlanKind
 from tensortrain.contract.cost import CostModel
 from tensortrain.contract.merge import Merge, merge_order, run_numel
 from tensortrain.contract.shape import ChainShape
+from tensortrain.contract.slices import modes_at_a_time
 
 __all__ = ["ChainPricer", "Path"]
 
@@ -261,6 +262,12 @@ class ChainPricer:
         product = _Product(self.batch, m, n, 1, batched=False)
         return product.flops * (3 if self.training else 1), self.product_s(product)
 
+    def sliced(self) -> Iterator[ChainPlan]:
+        """Build the weight slice by slice, of two halves that meet at the bond where that costs least."""
+        if self.shape.order > 1:
+            slicers = [Slicer(self, bond) for bond in range(1, self.shape.order)]
+            yield min(slicers, key=lambda slicer: slicer.seconds).plan()
+
     def dense(self) -> ChainPlan:
         """Build the weight and apply it; at inference the weight is kept."""
         chain, whole = self.shape, (0, self.shape.order)
@@ -312,6 +319,85 @@ class ChainPricer:
             dense_flops=dense_flops,
             dense_s=dense_s,
         )
+
+
+@dataclass(frozen=True)
+class Slicer:
+    """Prices a plan that builds the weight slice by slice, of two halves that meet at a bond."""
+
+    pricer: ChainPricer
+    bond: int
+
+    @property
+    def out_modes(self) -> tuple[int, int]:
+        modes = self.pricer.shape.out_modes
+        return prod(modes[: self.bond]), prod(modes[self.bond :])
+
+    @property
+    def in_modes(self) -> tuple[int, int]:
+        modes = self.pricer.shape.in_modes
+        return prod(modes[: self.bond]), prod(modes[self.bond :])
+
+    @property
+    def n_modes(self) -> int:
+        """First output modes of one slice."""
+        columns, itemsize = self.pricer.shape.in_features, self.pricer.dtype.itemsize
+        return min(self.out_modes[0], modes_at_a_time(self.out_modes[1], columns, itemsize))
+
+    @property
+    def seconds(self) -> float:
+        n_slices = -(-self.out_modes[0] // self.n_modes)
+        each = self.making_s + self.product_s + 4 * self.pricer.views_s
+        return n_slices * each + self.halves_s
+
+    @property
+    def halves_s(self) -> float:
+        pricer, last = self.pricer, self.pricer.shape.order
+        return pricer.merge_s(0, self.bond) + pricer.merge_s(self.bond, last) if pricer.training else 0.0
+
+    @property
+    def making_s(self) -> float:
+        """One slice; at training it is made twice, and two products lead back to the halves."""
+        gemm_s = self.pricer.gemm_s
+        m, n, k = self.n_modes * self.in_modes[0], self.out_modes[1] * self.in_modes[1], self.rank
+        if not self.pricer.training:
+            return gemm_s(m, n, k) + self.sorting_s
+        return 2 * gemm_s(m, n, k) + gemm_s(m, k, n) + gemm_s(k, n, m) + 3 * self.sorting_s
+
+    @property
+    def sorting_s(self) -> float:
+        is_sorted = self.in_modes[0] == 1 or self.out_modes[1] == 1
+        return 0.0 if is_sorted else self.pricer.copy_s(2 * self.slice_bytes)
+
+    @property
+    def product_s(self) -> float:
+        """The rows times one slice."""
+        gemm_s, batch = self.pricer.gemm_s, self.pricer.batch
+        rows, columns = self.n_modes * self.out_modes[1], self.pricer.shape.in_features
+        seconds = gemm_s(batch, rows, columns)
+        if self.pricer.training:
+            seconds += gemm_s(batch, columns, rows) + gemm_s(rows, columns, batch)
+        return seconds
+
+    @property
+    def rank(self) -> int:
+        return self.pricer.shape.ranks[self.bond]
+
+    @property
+    def slice_bytes(self) -> int:
+        return self.pricer.dtype.itemsize * self.n_modes * self.out_modes[1] * self.pricer.shape.in_features
+
+    def plan(self) -> ChainPlan:
+        pricer, chain, seconds = self.pricer, self.pricer.shape, self.seconds
+        product = _Product(pricer.batch, chain.out_features, chain.in_features, 1, batched=False)
+        step = pricer.step("linear", (0, chain.order), (chain.in_features, 1), product, 0, 0)
+        flops = step.flops + 2 * self.rank * chain.dense_numel * (4 if pricer.training else 1)
+        making_s = seconds - self.product_s * -(-self.out_modes[0] // self.n_modes)
+        step = replace(step, flops=flops, predicted_s=seconds, merge_s=making_s if pricer.training else 0.0)
+        halves = (0, self.bond), (self.bond, chain.order)
+        prepared = pricer.dtype.itemsize * sum(run_numel(chain, *half) for half in halves if half[1] - half[0] > 1)
+        plan = pricer.plan("sliced", None, (step,), prepared, prepared + 2 * self.slice_bytes)
+        return replace(plan, groups=halves)
 
 
 def _keep_better(best: dict, key: object, path: Path) -> None:

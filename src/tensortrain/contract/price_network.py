@@ -52,6 +52,10 @@ class NetworkPricer:
             if 2 * merged <= net.dense_numel:
                 yield tuple(sorted(steps, key=lambda step: 0 in step.sources))
 
+    def sliced(self) -> Iterator[NetworkPlan]:
+        """None: a network has no two halves."""
+        return iter(())
+
     def step_s(self, step: Product) -> float:
         passes, copies = (3, 2) if self.training else (1, 1)
         product_s = self.model.gemm_s(step.m, step.n, step.k, batch=step.batch, dtype=self.dtype)

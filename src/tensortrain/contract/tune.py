@@ -7,31 +7,28 @@ that. So the first call of a layer at a size runs the best few of them, in turns
 from __future__ import annotations
 
 import hashlib
-import math
-import time
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from tensortrain.contract.choose import candidates
-from tensortrain.contract.cost import is_measured
 from tensortrain.contract.plan import Plan, Shape
-from tensortrain.system.machine import device_key, known_file, read_json, write_json
+from tensortrain.contract.trials import best_seconds, can_time, train_once
+from tensortrain.contract.trials import timed as _timed
+from tensortrain.system.machine import device_key, known_file, memory_bytes, read_json, write_json
 from tensortrain.system.native import library
-from tensortrain.system.tracing import is_traced, is_transformed
 
 __all__ = ["fastest_plan"]
 
 _MOST_CANDIDATES = 6
 _LIKELY = 3.0  # a prediction so many times longer than the best one is not tried
-_MOST_ROUNDS = 12
-_ENOUGH_S = 0.05  # after two rounds, no new one begins later than this
-_TOO_LONG_S = 0.5  # of one round as predicted: then the prediction decides
-_MOST_BYTES = 2**28  # of input, output and what a plan holds in between: a trial must not exhaust the memory
+_TOO_LONG_S = 0.8  # of one round as predicted: beyond it the likeliest plans alone are tried
+# Of input, output and what a plan holds in between: a trial must not exhaust the memory.
+_MOST_BYTES = max(2**28, memory_bytes() // 16)
 _FLIPPED_ROWS = range(2, 129)  # beyond, a product and its transpose are level
 _CACHED_BYTES = 2**22  # smaller states stay in the cache between two steps
 _ROWS_AT_A_TIME = 12  # fewer make products too small, more leave the cache
@@ -56,8 +53,8 @@ def fastest_plan(
 
     Where nothing can be timed, it is the plan of least predicted time: while a program is traced, compiled or
     captured, under a dispatch mode or a transform of ``torch.func``, under ``use_cost_model``, with
-    ``torch.use_deterministic_algorithms(True)``, on devices other than CPU and CUDA, and where one round would take
-    more than half a second or the plan predicted to be fastest holds more than 256 MiB.
+    ``torch.use_deterministic_algorithms(True)``, on devices other than CPU and CUDA, and where the two likeliest plans
+    take more than 0.8 seconds or the likeliest one holds more than 256 MiB and a 16th of the machine's memory.
 
     Args:
         shape, batch, dtype, device, training, allow_dense, force: As for ``plan_chain`` and ``plan_network``.
@@ -69,7 +66,7 @@ def fastest_plan(
     device = torch.device(device)
     options = {"batch": batch, "dtype": dtype, "training": training, "allow_dense": allow_dense, "force": force}
     plans: Sequence[Plan] = candidates(shape, device=device, **options)
-    if not may_time or len(plans) == 1 or not _can_time(device):
+    if not may_time or len(plans) == 1 or not can_time(device):
         return plans[0]
     key = _key(shape, device, options)
     if key not in _KNOWN:
@@ -86,8 +83,8 @@ def _key(shape: Shape, device: torch.device, options: dict[str, Any]) -> tuple[A
 
 
 def _found(plans: Sequence[Plan], device: torch.device, key: Any) -> Plan:
-    chosen = _likely(plans)
-    if len(chosen) < 2 or sum(plan.predicted_s for plan in chosen) > _TOO_LONG_S:
+    chosen = _in_time(_likely(plans))
+    if len(chosen) < 2:
         return plans[0]
     try:
         with torch.autocast(device.type, enabled=False):
@@ -123,14 +120,6 @@ def _digest(value: Any) -> str:
     return hashlib.sha256(told.encode()).hexdigest()[:20]
 
 
-def _can_time(device: torch.device) -> bool:
-    if device.type not in ("cpu", "cuda") or not is_measured() or torch.are_deterministic_algorithms_enabled():
-        return False
-    if is_traced() or is_transformed() or _get_current_dispatch_mode() is not None:
-        return False
-    return device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
-
-
 def _likely(plans: Sequence[Plan]) -> list[Plan]:
     """The first few, the dense weight among them where it is allowed, and at few rows their flipped forms."""
     limit = _LIKELY * plans[0].predicted_s
@@ -140,6 +129,12 @@ def _likely(plans: Sequence[Plan]) -> list[Plan]:
         return []
     found = [plan for plan in found if _held_bytes(plan) <= _MOST_BYTES]
     return found + _flipped(found) + _by_parts(found)
+
+
+def _in_time(plans: Sequence[Plan]) -> list[Plan]:
+    """The first plans of which one round takes no longer than is allowed."""
+    spent = accumulate(plan.predicted_s for plan in plans)
+    return [plan for plan, seconds in zip(plans, spent, strict=True) if seconds <= _TOO_LONG_S]
 
 
 def _held_bytes(plan: Plan) -> int:
@@ -164,32 +159,12 @@ def _by_parts(plans: Sequence[Plan]) -> list[Plan]:
 
 
 def _fastest(plans: Sequence[Plan], device: torch.device) -> Plan:
-    calls = [_call(plan, device) for plan in plans]
-    best = [math.inf] * len(plans)
-    start = time.perf_counter()
-    for turn in range(_MOST_ROUNDS):
-        limit = 2.0 * min(best)
-        for k, call in enumerate(calls):
-            if turn < 2 or best[k] <= limit:
-                seconds = _timed(call, device)
-                best[k] = min(best[k], seconds) if turn > 0 else math.inf  # the first call warms up
-        if turn >= 2 and time.perf_counter() - start > _ENOUGH_S:
-            break
+    best = best_seconds([_call(plan, device) for plan in plans], lambda call: _timed(call, device))
     found = 0
     for k in range(1, len(plans)):
         if best[k] < _CLEARLY * best[found]:
             found = k
     return plans[found]
-
-
-def _timed(call: Callable[[], object], device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    call()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
 
 
 def _call(plan: Plan, device: torch.device) -> Callable[[], object]:
@@ -204,21 +179,9 @@ def _call(plan: Plan, device: torch.device) -> Callable[[], object]:
     with torch.no_grad():
         seed = torch.full((plan.batch, plan.out_features), 0.5, dtype=plan.dtype, device=device)
     leaves = [tensor.requires_grad_() for tensor in (x, *cores)]
-    return lambda: _train(plan, leaves, seed)
+    return lambda: train_once(lambda: plan.execute(leaves[0], leaves[1:]), leaves, seed)
 
 
 def _infer(plan: Plan, x: Tensor, weights: Sequence[Tensor]) -> None:
     with torch.no_grad():
         plan.execute(x, (), weights)
-
-
-def _train(plan: Plan, leaves: Sequence[Tensor], seed: Tensor) -> None:
-    # Hooks of the caller on saved tensors, those of activation checkpointing for instance, are not for a trial.
-    unseen = torch.autograd.graph.saved_tensors_hooks(_same, _same)
-    with torch.inference_mode(False), torch.enable_grad(), unseen:
-        y = plan.execute(leaves[0], leaves[1:])
-        torch.autograd.grad(y, leaves, seed.to(y.dtype))
-
-
-def _same(tensor: Tensor) -> Tensor:
-    return tensor

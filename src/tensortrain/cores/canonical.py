@@ -14,6 +14,7 @@ from tensortrain.cores.algebra import dot_parts
 from tensortrain.cores.scales import Exponents, Scale, common, guarded, plain_exponent
 from tensortrain.cores.scaling import place_pow2, split_pow2, spread_pow2, times_pow2
 from tensortrain.cores.unfold import absorb_left, absorb_right, as_left, as_right
+from tensortrain.cores.walks import norm_walk, orthogonal_walk
 
 __all__ = [
     "Gauged",
@@ -173,6 +174,9 @@ def orthogonalize_cores(cores: Sequence[Tensor], center: Span, k: int) -> tuple[
         k: The core that keeps the norm.
     """
     n_batch = cores[0].ndim - 3
+    lo, hi = min(center[0], k), max(center[1], k)
+    if (found := orthogonal_walk(cores[lo : hi + 1], k - lo)) is not None:
+        return [*cores[:lo], *found[0], *cores[hi + 1 :]], found[1]
     out, exponent = guarded(cores, partial(_orthogonalized, cores, center, k, n_batch), n_batch)
     out[k], step = split_pow2(out[k], n_batch)
     return out, exponent + step
@@ -239,6 +243,8 @@ def norm_parts(cores: Sequence[Tensor], center: Span) -> tuple[Tensor, Tensor]:
 
 def _norm_by_qr(cores: Sequence[Tensor], center: Span) -> tuple[Tensor, Tensor]:
     n_batch, span = cores[0].ndim - 3, cores[center[0] : center[1] + 1]
+    if (found := norm_walk(span)) is not None:
+        return found
     state, exponent = guarded(span, partial(_triangular, span, n_batch), n_batch)
     state, step = split_pow2(state, n_batch)
     return torch.linalg.vector_norm(state, dim=(-3, -2, -1)), exponent + step

@@ -28,6 +28,7 @@ from torch import Tensor
 from tensortrain.cores.scales import Exponents, Scale, guarded, plain_exponent
 from tensortrain.cores.scaling import split_pow2, times_pow2
 from tensortrain.cores.unfold import absorb_left, absorb_right, as_left, as_right
+from tensortrain.cores.walks import dot_walk
 
 __all__ = [
     "Data",
@@ -84,6 +85,8 @@ def value_parts(rows: Sequence[Sequence[Tensor]]) -> tuple[Tensor, Tensor]:
     Cost: O(d n r^3) flops for two rows.
     """
     n_batch = rows[0][0].ndim - 3
+    if len(rows) == 2 and (found := dot_walk(*rows)) is not None:
+        return found
     every = [core for row in rows for core in row]
     env, exponent = guarded(every, partial(_walked, rows, n_batch), n_batch, factors=len(rows))
     env, step = split_pow2(env, n_batch)

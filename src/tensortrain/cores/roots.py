@@ -19,6 +19,7 @@ from tensortrain.cores.scaling import balanced_pow2, keep_pow2, splitter
 from tensortrain.cores.sketch import Plain
 from tensortrain.cores.tolerance import Sizes
 from tensortrain.cores.unfold import absorb_right, as_right
+from tensortrain.cores.walks import balanced_walk
 
 __all__ = ["Roots", "Scaled", "gram_roots", "left_sizes", "triangles"]
 
@@ -46,7 +47,7 @@ class Scaled:
         total = torch.zeros(cores[0].shape[:-3], dtype=torch.int32, device=cores[0].device)
         if split is not keep_pow2:
             lo, hi = center
-            inner, total = balanced_pow2(balanced(cores[lo : hi + 1]))
+            inner, total = balanced_walk(cores[lo : hi + 1]) or balanced_pow2(balanced(cores[lo : hi + 1]))
             cores = [*cores[:lo], *inner, *cores[hi + 1 :]]
         return cls(cores, center, split, total)
 

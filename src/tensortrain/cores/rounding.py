@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +29,7 @@ from tensortrain.cores.tolerance import (
     with_derivatives,
 )
 from tensortrain.cores.unfold import absorb_left, absorb_right, as_left, as_right
+from tensortrain.cores.walks import rounding_walk
 from tensortrain.errors import NonFiniteError, RankError
 
 __all__ = ["METHODS", "SQUARED_FLOOR", "round_cores"]
@@ -66,7 +69,7 @@ def round_cores(
         eps = checked_eps(eps, dtype, len(cores))
         # In lower dtypes cores are orthonormal to 1e-7 at best: not good enough for float64 to build on.
         span = center if cores[0].dtype == wide[0].dtype else (0, len(cores) - 1)
-        problem, caps = _Problem(Scaled.of(wide, span), dtype, eps, ranks), tuple(map(min, limits, ranks))
+        problem, caps = _Problem(wide, span, dtype, eps, ranks), tuple(map(min, limits, ranks))
         if max_params is not None:
             caps = _caps_within(problem, caps, max_params)
         resolves = eps >= SQUARED_FLOOR or max_rank is not None or max_params is not None
@@ -96,10 +99,17 @@ def _is_held_by(found: Finished, caps: Sequence[int]) -> bool:
 class _Problem:
     """What is to be rounded: a train, the dtype that it goes to, and how closely."""
 
-    train: Scaled
+    given: list[Tensor]
+    center: Span
     dtype: torch.dtype
     eps: float
     ranks: tuple[int, ...]
+    scaled: Scaled | None = None
+
+    @cached_property
+    def train(self) -> Scaled:
+        """The train with numbers that no step takes out of the range."""
+        return self.scaled or Scaled.of(self.given, self.center)
 
     @property
     def cores(self) -> list[Tensor]:
@@ -110,7 +120,29 @@ class _Problem:
 
 
 def _round_svd(problem: _Problem, caps: Sequence[int]) -> Finished:
-    return _swept(problem, caps, triangles(problem.train), cut_basis)
+    # Most trains need no scaling but one power of two, which the walk takes along.
+    walk, exponent = rounding_walk(problem.given, problem.center[1]), 0
+    if walk is None:
+        walk, exponent = rounding_walk(problem.cores, problem.train.center[1]), problem.train.exponent
+    if walk is None:
+        return _swept(problem, caps, triangles(problem.train), cut_basis)
+    return _swept_by(partial(_cut_by_walk, problem, caps, walk, exponent), problem, caps, _Past())
+
+
+def _cut_by_walk(
+    problem: _Problem, caps: Sequence[int], walk: Any, before: Tensor | int, tolerance: Tensor | float
+) -> Sweep:
+    """``_cut_all`` in one call, of a train times ``2**before``.
+
+    Where nothing is cut a basis need not be one of singular vectors, unless casting asks for their values.
+    """
+    share = float(tolerance) / math.sqrt(max(1, len(caps) - 2))
+    found = walk.cut(share, list(caps), problem.dtype != problem.given[0].dtype)
+    if found is None:  # an SVD did not converge: the steps in Python know other ways
+        return _cut_all(problem, caps, triangles(problem.train), cut_basis, tolerance, _Past())
+    cores, spectra, tails, least, growth = found
+    norm, exponent = walk.norm()
+    return Sweep(cores, spectra, list(tails.unbind()), norm, exponent + before, growth=growth, least=least)
 
 
 def _round_gram(problem: _Problem, caps: Sequence[int]) -> Finished:
@@ -160,7 +192,7 @@ def _sketch_that_shows_all(
         lost = torch.hypot(_lost(whole, cores, exponent), unseen)
         if widths == tops or bool((lost <= 0.3 * problem.eps).all()):
             train = replace(problem.train, cores=cores, center=(0, 0), exponent=problem.train.exponent + exponent)
-            return replace(problem, train=train, ranks=tuple(widths)), lost
+            return replace(problem, scaled=train, ranks=tuple(widths)), lost
         guess *= 2
 
 
@@ -192,10 +224,11 @@ def _swept(problem: _Problem, caps: Sequence[int], roots: Roots, cut_with: Cut, 
     those of ``current c_k``. The next core is taken as it was given, so no orthogonal factor is ever formed.
     """
     past = past or _Past()
+    return _swept_by(partial(_cut_all, problem, caps, roots, cut_with, past=past), problem, caps, past)
 
-    def make(tolerance: Tensor | float) -> Sweep:
-        return _cut_all(problem, caps, roots, cut_with, tolerance, past)
 
+def _swept_by(make: Callable[[Tensor | float], Sweep], problem: _Problem, caps: Sequence[int], past: _Past) -> Finished:
+    """A sweep that ``make`` makes at a tolerance: at the one that the rounding it turns out to have leaves."""
     budget = problem.budget(caps, past)
     sweep = make(budget.cut)
     grown = _largest_growth(sweep, past.growth)
@@ -220,8 +253,9 @@ def _calls_for_other_cuts(sweep: Sweep, tolerance: Tensor | float, caps: Sequenc
         return False  # the caps decide every rank
     share = tolerance / math.sqrt(max(1, len(sweep.tails)))
     is_too_much = _total(sweep.tails) > tolerance
-    has_noise = [(s[..., -1] <= share).all() for s in sweep.spectra]
-    return bool(is_too_much.any()) or bool(torch.stack(has_noise).any())
+    least = torch.stack([s[..., -1] for s in sweep.spectra]) if sweep.least is None else sweep.least
+    has_noise = (least <= share).flatten(1).all(1) if least.ndim > 1 else least <= share
+    return bool(is_too_much.any()) or bool(has_noise.any())
 
 
 def _cut_all(

@@ -117,9 +117,9 @@ class ErrorBudget:
         arithmetic: Tensor | float = _UNIT * math.hypot(*units)
         if growth is not None and units:
             # Where it grew, rounding came to a third of this in the worst of 15,000 trains.
-            parts = zip(units, sizes[1:-1], growth, strict=True)
-            each = torch.stack([unit + 4.0 * math.sqrt(n) * (grown - 1.0) for unit, n, grown in parts])
-            arithmetic = _UNIT * each.square().sum(0).sqrt()
+            like = growth.new_tensor([units, [4.0 * math.sqrt(n) for n in sizes[1:-1]]])
+            plain, more = (row.reshape(-1, *(1,) * (growth.ndim - 1)) for row in like)
+            arithmetic = _UNIT * (plain + more * (growth - 1.0)).square().sum(0).sqrt()
         casting = stored = 0.0
         if dtype != compute_dtype(dtype):
             # see _casting_error: a unit of the whole per core, and what a basis feels of later cuts
@@ -140,13 +140,15 @@ class Sweep:
 
     Attributes:
         cores: ``(.., r, n, s)`` each, in the compute dtype; times ``2**exponent`` the last one is that of the train.
-        spectra: The kept singular values at each of the ``d - 1`` bonds, ``(.., r)``, relative to the norm.
+        spectra: The kept singular values at each of the ``d - 1`` bonds, ``(.., r)``, relative to the norm; an empty
+            tensor where they are not known.
         tails: Relative root-sum-square of what was cut at each bond, ``batch_shape``.
         norm: Frobenius norm of what was swept is ``norm * 2**exponent``, ``batch_shape``; 0 only where all is zero.
         exponent: Integers, ``batch_shape``.
         before: Relative error made before the sweep; the cuts need not be orthogonal to it.
         unseen: Relative size of what may have been cut without showing in ``tails``.
         growth: By how much rounding grew at each bond, ``(d - 1, ..)``; ``None`` for not at all.
+        least: The least of the kept singular values at each bond, or less, ``(d - 1, ..)``; left out: see ``spectra``.
     """
 
     cores: list[Tensor]
@@ -157,6 +159,7 @@ class Sweep:
     before: Tensor | float = 0.0
     unseen: Tensor | float = 0.0
     growth: Tensor | None = None
+    least: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -237,7 +240,7 @@ def finish(sweep: Sweep, *, dtype: torch.dtype, budget: ErrorBudget) -> Finished
     last = len(sweep.cores) - 1
     shares, single = shares_pow2(sweep.cores, sweep.exponent, last, dtype)
     stored = [core.to(dtype) for core in multiplied_pow2(sweep.cores, shares)]
-    ranks = [1, *(spectrum.shape[-1] for spectrum in sweep.spectra), 1]
+    ranks = [*(core.shape[-3] for core in sweep.cores), 1]
     others = _total(sweep) + budget.arithmetic + _evaluation_error(dtype, ranks)
     casting: Tensor | float = 0.0
     if dtype != compute_dtype(dtype) or not single:
@@ -346,7 +349,8 @@ def _sum_of_changes(sweep: Sweep, changes: Sequence[Tensor]) -> Tensor:
         if k < len(changes) - 1:
             total = total + later * torch.linalg.vector_norm(change, dim=(-3, -2, -1))
             later = torch.hypot(later, sweep.tails[k])
-            change = change * sweep.spectra[k][..., None, None, :]
+            spectrum = sweep.spectra[k]
+            change = change * spectrum[..., None, None, :] if spectrum.numel() else change  # they are at most 1
         else:
             change = change / over_core(sweep.norm.where(sweep.norm > 0, 1.0))
         total = total + torch.linalg.vector_norm(change, dim=(-3, -2, -1))

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from tensortrain.contract import ChainShape, ContractionPlan, Network
+from tensortrain.contract.stages import ConvNetwork
 from tensortrain.cores.tolerance import compute_dtype
 from tensortrain.errors import KindError, ShapeError
 from tensortrain.tensor import Approximation, default_eps
@@ -107,6 +108,10 @@ class Format(ABC):
         """The spec with other ``inner_ranks``."""
         return replace(spec, ranks=tuple(inner))
 
+    def param_counter(self, spec: FactorSpec) -> Callable[[Sequence[int]], int]:
+        """``inner_ranks -> n_params`` for these modes; a search over ranks asks it thousands of times."""
+        return lambda inner: self.with_inner(spec, inner).n_params
+
     def bonds(self, spec: FactorSpec) -> tuple[Bond, ...]:
         """Where the ranks are in the stored cores of one group.
 
@@ -194,9 +199,20 @@ class Format(ABC):
         """Steps of ``convolve`` for one example and one group, as (flops, numbers moved)."""
         return []
 
+    def conv_network(self, spec: FactorSpec) -> ConvNetwork | None:
+        """The stored cores of one group's kernel by the names of their legs; None where they are no network.
+
+        Entries of a core lie in the order of its legs, so that ``ConvNetwork.views`` is all it takes.
+        """
+        return None
+
     def lookup(self, ids: Tensor, cores: Sequence[Tensor], spec: FactorSpec) -> Tensor:
         """Rows of an embedding: ``(*ids.shape, J)``."""
         raise KindError(f"format {self.name!r} does not look up rows. Choose another format.")
+
+    def row_chain(self, spec: FactorSpec) -> ChainShape | None:
+        """The chain (of ``to_chain``) whose slices multiply to a row, where ``lookup`` reads rows so."""
+        return None
 
     def row_products(self, spec: FactorSpec) -> int | None:
         """Multiply-adds of one row of ``lookup``, where the format counts them itself."""

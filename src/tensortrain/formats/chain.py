@@ -17,8 +17,10 @@ import torch
 from torch import Tensor
 
 from tensortrain.contract import ChainShape, ContractionPlan, chain_lookup, chain_to_dense, merge_cores
+from tensortrain.contract.stages import ConvNetwork
 from tensortrain.cores.environments import value_parts
 from tensortrain.cores.gram import chain_squared_norm
+from tensortrain.cores.linalg import gram_singular_values
 from tensortrain.cores.scaling import times_pow2
 from tensortrain.cores.tolerance import compute_dtype
 from tensortrain.tensor import resolve_ranks, tt_svd, unfolding_spectra
@@ -26,7 +28,7 @@ from tensortrain.tensor import resolve_ranks, tt_svd, unfolding_spectra
 from .als import alternate, chain_network, sweep_flops
 from .base import Format, Spatial
 from .fit import Fit, best
-from .layout import matrix_to_weight, weight_to_matrix
+from .layout import conv_network, matrix_to_weight, weight_to_matrix
 from .ranks import clips
 from .spec import Bond, FactorSpec, Rank, WeightShape
 from .weighting import PLAIN, Weighting
@@ -38,6 +40,7 @@ Modes = tuple[int, ...]
 _LARGEST_GRAM = 4096  # inputs up to which a weighted decomposition is refined by least squares
 _MOST_REFINED_LEGS = 24  # twice as many must have letters in an einsum
 _N_REFINING = 4
+_LARGE_SIDE = 512  # of an unfolding, from which its singular values are found in float32 where the weight is
 
 
 class ChainFormat(Format):
@@ -98,6 +101,17 @@ class ChainFormat(Format):
 
     def with_inner(self, spec: FactorSpec, inner: Sequence[int]) -> FactorSpec:
         return replace(spec, ranks=(1, *inner, 1))
+
+    def param_counter(self, spec: FactorSpec) -> Callable[[Sequence[int]], int]:
+        outs, ins = self.chain_modes(spec)
+        sizes = [spec.weight.groups * m * n for m, n in zip(outs, ins, strict=True)]
+
+        def count(inner: Sequence[int]) -> int:
+            return sum(map(_product, (1, *inner), sizes, (*inner, 1)))
+
+        probe = [2 + k for k in range(len(sizes) - 1)]
+        # A format may store less than its chain.
+        return count if count(probe) == self.with_inner(spec, probe).n_params else super().param_counter(spec)
 
     def bonds(self, spec: FactorSpec) -> tuple[Bond, ...]:
         if not self.stores_chain(spec):
@@ -195,14 +209,15 @@ class ChainFormat(Format):
             return super().probe(dense, spec, weighting)
         matrix = self.to_matrix(dense.detach(), spec).double()
         norm = self._norm(spec, weighting)
-        cores = _whitened(matrix, norm, lambda one: self._decompose(one, spec, None, method="randomized")[0])
+        white = norm.whitened(dense, matrix)
+        cores = _undone(self._decompose(white, spec, None, method="randomized")[0], norm)
         # Not refined: a candidate's errors at other ranks are inferred from a few probes, and what least squares
         # gains changes too much from rank to rank for that.
         return norm.sketched_error(matrix - chain_to_dense(cores), matrix)
 
     def _norm(self, spec: FactorSpec, weighting: Weighting) -> KroneckerNorm:
         outs, ins = self.chain_modes(spec)
-        return KroneckerNorm.of(weighting.of_matrix(spec.weight, math.prod(outs), math.prod(ins)), outs, ins)
+        return KroneckerNorm.of(weighting, spec.weight, outs, ins, n_spatial=self.n_spatial(spec))
 
     def _decompose(
         self, matrix: Tensor, spec: FactorSpec, eps: float | None, *, method: str = "auto"
@@ -223,11 +238,13 @@ class ChainFormat(Format):
     def spectra(self, dense: Tensor, spec: FactorSpec, *, weighting: Weighting = PLAIN) -> list[Tensor]:
         matrix = self.to_matrix(dense.detach(), spec).double()
         if not weighting.is_plain:
-            matrix = self._norm(spec, weighting).whiten(matrix)
+            matrix = self._norm(spec, weighting).whitened(dense, matrix)
         outs, ins = self.chain_modes(spec)
         d = len(outs)
         paired = matrix.reshape(*outs, *ins).permute([axis for k in range(d) for axis in (k, d + k)])
-        return unfolding_spectra(paired.reshape([m * n for m, n in zip(outs, ins, strict=True)]), method="gram")
+        paired = paired.reshape([m * n for m, n in zip(outs, ins, strict=True)])
+        rough = dense.dtype not in (torch.float64, torch.complex128) and max(self.rank_caps(spec)) >= _LARGE_SIDE
+        return _rough_spectra(paired.float()) if rough else unfolding_spectra(paired, method="gram")
 
     def squared_norm(self, cores: Sequence[Tensor], spec: FactorSpec) -> Tensor:
         weight, chain = spec.weight, self.to_chain(cores, spec)
@@ -302,6 +319,20 @@ class ChainFormat(Format):
         y = y.reshape(b, c, y.shape[1], positions.numel()).permute(0, 3, 2, 1).flatten(2)  # b p (r_0 c)
         return plan.execute(y, channel).transpose(1, 2).reshape(b, spec.weight.out_features, *positions)
 
+    def conv_network(self, spec: FactorSpec) -> ConvNetwork:
+        weight, chain = spec.weight.one_group(), self.chain(spec)
+        n, positions = self.n_spatial(spec), math.prod(weight.kernel)
+        cores, sizes = [], dict[str, int]()
+        for k, (r, m, size, s) in enumerate(chain.core_shapes):
+            # Where no core is spatial alone, the positions are the slowest part of the first input mode.
+            holds_all = k == 0 and n <= 1 and positions > 1
+            own = range(len(weight.kernel)) if holds_all else range(k, k + 1) if n > 1 and k < n else ()
+            spatial = [f"x{axis}" for axis in own]
+            rest = 1 if k < n else size // positions if holds_all else size
+            cores.append((f"b{k}", f"o{k}", *spatial, f"i{k}", f"b{k + 1}"))
+            sizes |= {f"b{k}": r, f"o{k}": m, f"i{k}": rest, f"b{k + 1}": s}
+        return conv_network(weight, cores, sizes)
+
     def conv_work(self, spec: FactorSpec, in_positions: int, out_positions: int) -> list[tuple[int, int]]:
         r0 = spec.ranks[self.n_spatial(spec)]
         channels = spec.weight.in_features
@@ -312,13 +343,37 @@ class ChainFormat(Format):
             (0, 2 * filtered),
         ]  # the filters, then a transpose
 
+    def row_chain(self, spec: FactorSpec) -> ChainShape | None:
+        return self.chain(spec)
+
     def lookup(self, ids: Tensor, cores: Sequence[Tensor], spec: FactorSpec) -> Tensor:
         return chain_lookup(ids, self.to_chain(cores, spec), self.chain_modes(spec)[1])
 
 
+def _rough_spectra(x: Tensor) -> list[Tensor]:
+    """``unfolding_spectra`` in float32, twice as fast: what is below 1e-3 of the largest value is noise."""
+    spectra: list[Tensor] = []
+    rows = 1
+    scale = x.abs().max().clamp_min(torch.finfo(x.dtype).tiny)
+    for k, n in enumerate(x.shape[:-1]):
+        rows *= n
+        if n == 1 and k > 0:
+            spectra.append(spectra[-1])
+            continue
+        spectra.append(gram_singular_values((x / scale).reshape(rows, -1)).double() * scale.double())
+    return spectra
+
+
+def _product(r: int, n: int, s: int) -> int:
+    return r * n * s
+
+
 def _whitened(matrix: Tensor, norm: KroneckerNorm, decompose: Callable[[Tensor], list[Tensor]]) -> list[Tensor]:
     """Decompose the whitened matrix and take the roots off again, core by core."""
-    cores = decompose(norm.whiten(matrix))
+    return _undone(decompose(norm.whiten(matrix)), norm)
+
+
+def _undone(cores: list[Tensor], norm: KroneckerNorm) -> list[Tensor]:
     for k in range(len(cores)):
         cores[k] = norm.undo(cores[k], "in", k, axis=2)
         cores[k] = norm.undo(cores[k], "out", k, axis=1)

@@ -7,12 +7,13 @@ words. A weight whose modes multiply to more than its size is padded with zeros.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tensortrain.contract.stages import ConvNetwork
 from tensortrain.errors import ShapeError
 
 from .checks import check_modes
@@ -20,6 +21,7 @@ from .modes import default_order, suggest_modes, suggest_padded_modes
 from .spec import WeightShape
 
 __all__ = [
+    "conv_network",
     "matrix_to_weight",
     "order_gram",
     "pad_gram",
@@ -55,6 +57,26 @@ def matrix_to_weight(matrix: Tensor, weight: WeightShape) -> Tensor:
         kernel = matrix.reshape(weight.out_features, *weight.kernel, weight.in_features)
         return kernel.permute(0, k + 1, *range(1, k + 1))
     return matrix.T[: weight.in_features]
+
+
+def conv_network(weight: WeightShape, cores: Sequence[Sequence[str]], sizes: Mapping[str, int]) -> ConvNetwork:
+    """A kernel's network from legs ``o..`` (outputs), ``i..`` (inputs), ``x0, x1, ..`` (axes) and others (bonds).
+
+    Args:
+        weight: Of one group.
+        cores: Legs of every core; outputs and inputs come slowest first.
+        sizes: Of all but the axes.
+    """
+    axes = tuple(f"x{axis}" for axis in range(len(weight.kernel)))
+    known = {**sizes, **dict(zip(axes, weight.kernel, strict=True))}
+    wide = {leg: size for leg, size in known.items() if size > 1}
+    kept = tuple(tuple(leg for leg in legs if leg in wide) for legs in cores)
+    outs, ins = (tuple(sorted((leg for leg in wide if leg[0] == side), key=_number)) for side in "oi")
+    return ConvNetwork(kept, outs, ins, axes, tuple(wide.items()))
+
+
+def _number(leg: str) -> int:
+    return int(leg[1:])
 
 
 def order_gram(gram: Tensor, weight: WeightShape, n_inputs: int) -> Tensor:

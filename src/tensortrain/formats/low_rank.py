@@ -24,12 +24,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tensortrain.contract import ChainShape, ContractionPlan
+from tensortrain.contract.stages import ConvNetwork
 
 from .base import Spatial, pointwise
-from .chain import ChainFormat, Modes
+from .chain import ChainFormat, Modes, balance_chain
 from .checks import check_modes
+from .fit import Fit
+from .layout import conv_network
 from .registry import register
 from .spec import Bond, FactorSpec, Kind, WeightShape
+from .weighted_rank import WeightedMatrix
+from .weighting import PLAIN, Weighting
 
 __all__ = ["LowRank"]
 
@@ -89,6 +94,26 @@ class LowRank(ChainFormat):
             return kernel.permute(k + 1, k, *range(k)), outputs
         return inputs.T, outputs
 
+    def spectra(self, dense: Tensor, spec: FactorSpec, *, weighting: Weighting = PLAIN) -> list[Tensor]:
+        if weighting.is_plain:
+            return super().spectra(dense, spec)
+        return [WeightedMatrix.of(dense, spec.weight, weighting).singular_values()]
+
+    def factorize_group(self, dense: Tensor, spec: FactorSpec, *, eps: float | None, weighting: Weighting) -> Fit:
+        if weighting.is_plain or eps is not None:
+            return super().factorize_group(dense, spec, eps=eps, weighting=weighting)
+        matrix = WeightedMatrix.of(dense, spec.weight, weighting)
+        outputs, inputs = matrix.truncated(spec.ranks[1])
+        inputs = self._in_chain_order(inputs, spec)
+        found = self._fit(balance_chain([inputs.T[None, None], outputs.T[:, :, None, None]]), 0.0, spec, dense.dtype)
+        kept = self.to_dense(found.cores, found.spec).double()
+        return Fit(found.spec, found.cores, matrix.rel_error(kept))
+
+    def _in_chain_order(self, inputs: Tensor, spec: FactorSpec) -> Tensor:
+        """Columns as the chain has them, positions of a kernel slowest, from torch's order."""
+        weight = spec.weight
+        return inputs.unflatten(1, (weight.in_features, -1)).transpose(1, 2).flatten(1) if weight.kernel else inputs
+
     def channel_chain(self, spec: FactorSpec) -> ChainShape | None:
         return None
 
@@ -102,6 +127,12 @@ class LowRank(ChainFormat):
     ) -> Tensor:
         return pointwise(spatial(x, cores[0]), cores[1])
 
+    def conv_network(self, spec: FactorSpec) -> ConvNetwork:
+        weight = spec.weight.one_group()
+        axes = (f"x{axis}" for axis in range(len(weight.kernel)))
+        sizes = {"o1": weight.out_features, "i1": weight.in_features, "r": spec.ranks[1]}
+        return conv_network(weight, [("r", "i1", *axes), ("o1", "r")], sizes)
+
     def conv_work(self, spec: FactorSpec, in_positions: int, out_positions: int) -> list[tuple[int, int]]:
         weight, rank = spec.weight.one_group(), spec.ranks[1]
         inner = rank * out_positions
@@ -109,6 +140,9 @@ class LowRank(ChainFormat):
             (2 * inner * weight.fan_in, weight.in_features * in_positions + inner),
             (2 * inner * weight.out_features, inner + weight.out_features * out_positions),
         ]
+
+    def row_chain(self, spec: FactorSpec) -> ChainShape | None:
+        return None  # one product of all rows is faster than one for each
 
     def lookup(self, ids: Tensor, cores: Sequence[Tensor], spec: FactorSpec) -> Tensor:
         return F.linear(F.embedding(ids, cores[0]), cores[1])

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from tensortrain.contract import ContractionPlan, CostModel, Network, plan_network
 from tensortrain.contract.products import Product, contraction, contraction_flops, run
+from tensortrain.contract.stages import ConvNetwork
 from tensortrain.cores.linalg import singular_values
 from tensortrain.cores.tolerance import checked_eps, compute_dtype
 from tensortrain.errors import DTypeError, ModeIndexError
@@ -28,7 +29,7 @@ from tensortrain.system.tracing import constant_when_traced, is_traced
 
 from .base import Format, Spatial
 from .fit import Fit, best, equal_norms
-from .layout import matrix_to_weight, weight_to_matrix
+from .layout import conv_network, matrix_to_weight, weight_to_matrix
 from .ranks import clips, resolve_rank_tuple
 from .registry import get_format
 from .spec import Bond, FactorSpec, Rank, WeightShape
@@ -220,7 +221,7 @@ class NetworkFormat(Format):
 
     def _norm(self, spec: FactorSpec, weighting: Weighting) -> KroneckerNorm:
         outs, ins = tuple(self.out_legs(spec).values()), tuple(self.in_legs(spec).values())
-        return KroneckerNorm.of(weighting.of_matrix(spec.weight, math.prod(outs), math.prod(ins)), outs, ins)
+        return KroneckerNorm.of(weighting, spec.weight, outs, ins)
 
     def whitened_tensor(self, dense: Tensor, spec: FactorSpec, weighting: Weighting) -> Tensor:
         """``(*out_legs, *in_legs)`` in float64, weighted by the fitted second moments."""
@@ -251,6 +252,12 @@ class NetworkFormat(Format):
         y = run(steps, [y.reshape(-1, *self.in_legs(spec).values()), *cores])
         y = y.reshape(b, places.numel(), spec.weight.out_features).transpose(1, 2)
         return y.reshape(b, spec.weight.out_features, *places)
+
+    def conv_network(self, spec: FactorSpec) -> ConvNetwork:
+        network, n_axes = self.network(spec), len(spec.weight.kernel)
+        axes = tuple(f"x{axis}" for axis in range(n_axes))
+        cores = [[name for leg in legs for name in (axes if leg == "x" else (leg,))] for legs in network.cores]
+        return conv_network(spec.weight.one_group(), cores, {leg: n for leg, n in network.sizes if leg != "x"})
 
     def conv_work(self, spec: FactorSpec, in_positions: int, out_positions: int) -> list[tuple[int, int]]:
         weight, positions = spec.weight.one_group(), math.prod(spec.weight.kernel)

@@ -8,7 +8,7 @@ gain per parameter, step by step, traces a path from rank one to exact.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,6 +18,9 @@ from .registry import get_format
 from .spec import FactorSpec
 
 __all__ = ["RankPoint", "even_path", "rank_path"]
+
+_ROUNDEST = 16  # numbers in a register of the widest kind, or two or four of others
+Count = Callable[[Sequence[int]], int]  # inner ranks -> parameters
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,7 @@ def rank_path(
         spec: Format and modes; its ranks are ignored.
         spectra: Singular values per chosen rank, from ``Format.spectra``.
         max_params: Stop before this many parameters.
-        growth: A step raises a rank by this share of itself, at least by one.
+        growth: A step raises a rank by about this share of itself, at least by one, to a round number.
 
     Returns:
         list: Points with growing ``n_params`` and falling ``rel_error``, from all ranks one.
@@ -48,14 +51,15 @@ def rank_path(
     tails = [_tails(values) for values in spectra]
     caps = _inner_caps(spec)
     bonds = get_format(spec.format).tied_ranks(spec)
+    count = get_format(spec.format).param_counter(spec)
     ranks = [1] * len(tails)
     points: list[RankPoint] = []
     while True:
-        point = _point(spec, ranks, bonds, tails)
+        point = _point(spec, ranks, bonds, tails, count)
         if max_params is not None and point.n_params > max_params:
             break
         points.append(point)
-        step = _best_step(spec, ranks, bonds, tails, caps, growth)
+        step = _best_step(spec, ranks, bonds, tails, caps, growth, count)
         if step is None:
             break
         ranks = step
@@ -73,15 +77,23 @@ def even_path(
     tails = [_tails(values) for values in spectra]
     caps = _inner_caps(spec)
     bonds = get_format(spec.format).tied_ranks(spec)
+    count = get_format(spec.format).param_counter(spec)
     points: list[RankPoint] = []
     rank = 1
     while rank <= max(caps):
-        point = _point(spec, [min(rank, cap) for cap in caps], bonds, tails)
+        point = _point(spec, [min(rank, cap) for cap in caps], bonds, tails, count)
         if max_params is not None and point.n_params > max_params:
             break
         points.append(point)
-        rank += max(1, int(growth * rank))
+        rank = _raised(rank, growth)
     return points
+
+
+def _raised(rank: int, growth: float) -> int:
+    """The next rank to look at: a round number, which products run fastest at and many layers may share."""
+    step = max(1, int(growth * rank))
+    round_to = min(_ROUNDEST, 1 << (step.bit_length() - 1))
+    return (rank + step) // round_to * round_to
 
 
 def _inner_caps(spec: FactorSpec) -> tuple[int, ...]:
@@ -90,11 +102,11 @@ def _inner_caps(spec: FactorSpec) -> tuple[int, ...]:
 
 
 def _point(
-    spec: FactorSpec, ranks: Sequence[int], bonds: Sequence[tuple[int, ...]], tails: Sequence[list[float]]
+    spec: FactorSpec, ranks: Sequence[int], bonds: Sequence[tuple[int, ...]], tails: Sequence[list[float]], count: Count
 ) -> RankPoint:
     current = get_format(spec.format).with_inner(spec, ranks)
     squared = sum(_tail(tails[bond[0]], ranks[bond[0]]) for bond in bonds)
-    return RankPoint(current, current.n_params, math.sqrt(squared))
+    return RankPoint(current, count(ranks), math.sqrt(squared))
 
 
 def _best_step(
@@ -104,19 +116,20 @@ def _best_step(
     tails: Sequence[list[float]],
     caps: Sequence[int],
     growth: float,
+    count: Count,
 ) -> list[int] | None:
     """The ranks after raising one bond, where that gains most for each parameter."""
     best: tuple[float, list[int]] | None = None
     fmt = get_format(spec.format)
-    n_params = fmt.with_inner(spec, ranks).n_params
+    n_params = count(ranks)
     for bond in bonds:
         rank = ranks[bond[0]]
-        raised = min(rank + max(1, int(growth * rank)), caps[bond[0]], fmt.most_rank(spec, ranks, bond))
+        raised = min(_raised(rank, growth), caps[bond[0]], fmt.most_rank(spec, ranks, bond))
         if raised <= rank:
             continue
         trial = [raised if k in bond else r for k, r in enumerate(ranks)]
         gain = _tail(tails[bond[0]], rank) - _tail(tails[bond[0]], raised)
-        merit = gain / max(fmt.with_inner(spec, trial).n_params - n_params, 1)
+        merit = gain / max(count(trial) - n_params, 1)
         if merit > 0 and (best is None or merit > best[0]):
             best = (merit, trial)
     return None if best is None else best[1]
@@ -129,7 +142,8 @@ def _tails(values: Tensor) -> list[float]:
     if not bool(total > 0):
         return [0.0]
     tails = torch.cat([energy.flip(0).cumsum(0).flip(0), energy.new_zeros(1)]) / total
-    return [float(t) for t in tails]
+    found: list[float] = tails.tolist()
+    return found
 
 
 def _tail(tail: list[float], rank: int) -> float:

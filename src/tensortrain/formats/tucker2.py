@@ -15,21 +15,25 @@ import torch
 from torch import Tensor
 
 from tensortrain.contract import ContractionPlan
+from tensortrain.contract.stages import ConvNetwork
 from tensortrain.cores.tolerance import checked_eps
 from tensortrain.errors import DTypeError
 
 from .base import Format, Spatial, pointwise
 from .checks import check_modes
 from .fit import Fit, best, equal_norms
+from .layout import conv_network
 from .ranks import clips, resolve_rank_tuple
 from .registry import register
 from .spec import Bond, FactorSpec, Kind, Rank, WeightShape
 from .weighting import PLAIN, Weighting, apply_root
-from .whitening import keep_promise, kronecker_factors, root_and_inverse
+from .whitening import keep_promise, root_and_inverse, same_traces, sketch
 
 __all__ = ["Tucker2"]
 
 N_SWEEPS = 5  # HOOI gains little after a few sweeps; each is two small eigenproblems
+_TINY = 1e-150  # what a vanishing weight is divided by
+_GAIN = 1e-3  # of the squared error: a sweep that gains less is the last
 
 
 @register
@@ -95,25 +99,46 @@ class Tucker2(Format):
 
     def factorize_group(self, dense: Tensor, spec: FactorSpec, *, eps: float | None, weighting: Weighting) -> Fit:
         weighting = weighting.checked(spec.weight)
+        matrix = dense.detach().flatten(1)
+        matrix = matrix if eps is None else matrix.double()  # what is promised is measured to the last digit
+        size = max(weighting.size(matrix), _TINY)
 
         def attempt(cut: float | None, fitted_in: Weighting = weighting) -> Fit:
             ranks, cores = self._fitted(dense, spec, cut, fitted_in)
             stored = tuple(core.to(dense.dtype).contiguous() for core in equal_norms(cores))
-            matrix, reached = dense.double().flatten(1), replace(spec, ranks=ranks)
-            difference = self.dense_group([core.double() for core in stored], reached).flatten(1) - matrix
-            return Fit(reached, stored, weighting.rel_error(difference, matrix))
+            reached = replace(spec, ranks=ranks)
+            difference = self._difference(stored, reached, matrix)
+            return Fit(reached, stored, weighting.size(difference) / size)
 
         if eps is not None:
             return keep_promise(checked_eps(eps, dense.dtype, 3), spec.ranks, attempt)
         # The Kronecker fit of the second moment is not the moment itself: unweighted cores may serve it better.
         return attempt(None) if weighting.is_plain else best(attempt(None), attempt(None, PLAIN))
 
+    def probe(self, dense: Tensor, spec: FactorSpec, weighting: Weighting = PLAIN) -> float:
+        if weighting.is_plain or spec.weight.groups > 1:
+            return super().probe(dense, spec, weighting)
+        weighting = weighting.checked(spec.weight)
+        ranks, cores = self._fitted(dense, spec, None, weighting, n_sweeps=1)
+        matrix = dense.detach().flatten(1)
+        difference = self._difference(cores, replace(spec, ranks=ranks), matrix)
+        mix = sketch(weighting.outputs, matrix)
+        inputs = Weighting(weighting.inputs)
+        return inputs.size(mix @ difference) / max(inputs.size(mix @ matrix.to(mix.dtype)), _TINY)
+
+    def _difference(self, cores: Sequence[Tensor], spec: FactorSpec, matrix: Tensor) -> Tensor:
+        """What cores leave of the weight; at least of float32."""
+        kept = self.dense_group([core.double() for core in cores], spec).flatten(1)
+        return (kept - matrix.double()).to(torch.promote_types(matrix.dtype, torch.float32))
+
     def _fitted(
-        self, dense: Tensor, spec: FactorSpec, eps: float | None, weighting: Weighting
+        self, dense: Tensor, spec: FactorSpec, eps: float | None, weighting: Weighting, *, n_sweeps: int = N_SWEEPS
     ) -> tuple[tuple[int, ...], list[Tensor]]:
         kernel, inverses = _whitened(dense, spec.weight, weighting)
         ranks = spec.ranks if eps is None else _ranks_for(kernel, eps, spec.ranks)
-        inner, outer = _hooi(kernel, ranks)
+        # With a tolerance to keep, or a weight of float64, to the last digit.
+        wide = eps is not None or dense.dtype == torch.float64
+        inner, outer = (factor.double() for factor in _hooi(kernel if wide else kernel.float(), ranks, n_sweeps))
         core = _project(kernel, inner, outer)
         if inverses is not None:
             core = apply_root(core, inverses[0])
@@ -136,6 +161,12 @@ class Tucker2(Format):
         inner, core, outer = cores
         return pointwise(spatial(pointwise(x, inner), core), outer)
 
+    def conv_network(self, spec: FactorSpec) -> ConvNetwork:
+        weight, (r_in, r_out) = spec.weight.one_group(), spec.ranks
+        axes = (f"x{axis}" for axis in range(len(weight.kernel)))
+        sizes = {"o1": weight.out_features, "i1": weight.in_features, "a": r_in, "b": r_out}
+        return conv_network(weight, [("a", "i1"), ("b", "a", *axes), ("o1", "b")], sizes)
+
     def conv_work(self, spec: FactorSpec, in_positions: int, out_positions: int) -> list[tuple[int, int]]:
         weight, (r_in, r_out) = spec.weight.one_group(), spec.ranks
         c, s, k = weight.in_features, weight.out_features, math.prod(weight.kernel)
@@ -156,8 +187,8 @@ def _whitened(
     found = weighting.checked(weight)
     if found.inputs is None:
         return kernel, None
-    outputs, channels, positions = kernel.shape
-    of_channels, of_positions = kronecker_factors(found.inputs, (channels, positions))
+    outputs = len(kernel)
+    of_channels, of_positions = same_traces(found.of_channels(weight))
     c_root, c_inverse = _full_root_and_inverse(of_channels)
     x_root, x_inverse = root_and_inverse(of_positions)
     kernel = apply_root(torch.einsum("scx,cd->sdx", kernel, c_root), x_root)
@@ -197,14 +228,21 @@ def _project(kernel: Tensor, inner: Tensor, outer: Tensor) -> Tensor:
     return torch.einsum("so,sdx->odx", outer, torch.einsum("scx,cd->sdx", kernel, inner))
 
 
-def _hooi(kernel: Tensor, ranks: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """Orthonormal channel factors (C, R_in), (S, R_out) by alternating eigenproblems."""
+def _hooi(kernel: Tensor, ranks: tuple[int, ...], n_sweeps: int) -> tuple[Tensor, Tensor]:
+    """Orthonormal channel factors (C, R_in), (S, R_out) by alternating eigenproblems, until they gain no more."""
     r_in, r_out = ranks
-    outer = _leading(_channel_grams(kernel)[1], r_out)
-    inner = _leading(_channel_grams(kernel)[0], r_in)
-    for _ in range(N_SWEEPS):
+    grams = _channel_grams(kernel)
+    total = grams[0].diagonal().sum()
+    inner, outer = _leading(grams[0], r_in), _leading(grams[1], r_out)
+    lost = torch.full_like(total, torch.inf)
+    for _ in range(n_sweeps):
         inner = _leading(_channel_grams(torch.einsum("scx,so->ocx", kernel, outer))[0], r_in)
-        outer = _leading(_channel_grams(torch.einsum("scx,cd->sdx", kernel, inner))[1], r_out)
+        projected = torch.einsum("scx,cd->sdx", kernel, inner)
+        outer = _leading(_channel_grams(projected)[1], r_out)
+        left = total - torch.einsum("sdx,so->odx", projected, outer).square().sum()
+        if bool(lost - left <= _GAIN * left.abs()):  # one look per sweep at whether to go on
+            break
+        lost = left
     return inner, outer
 
 

@@ -10,17 +10,21 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from tensortrain.cores.tolerance import compute_dtype
 from tensortrain.errors import DTypeError, NonFiniteError, ShapeError
 
 from .layout import order_gram, pad_gram
 from .spec import WeightShape
 
-__all__ = ["PLAIN", "Weighting", "apply_root", "check_gram", "energy", "output_error"]
+__all__ = ["PLAIN", "Weighting", "apply_root", "check_gram", "energy", "output_error", "times_moment"]
 
+_LARGE = 512  # inputs
 _TINY = 1e-300  # what a vanishing weight is divided by
 
 
@@ -71,25 +75,66 @@ class Weighting:
         """
         if self.inputs is None:
             return PLAIN
-        inputs = check_gram(self.inputs, weight.fan_in)
-        outputs = None if self.outputs is None else check_gram(self.outputs, weight.out_features, "output")
-        return Weighting(inputs, outputs)
+        sizes = (weight.fan_in, weight.out_features)
+        if self._derived.get("sizes") == sizes:
+            return self
+        found: Weighting | None = self._derived.get(sizes)
+        if found is None:
+            inputs = check_gram(self.inputs, weight.fan_in)
+            outputs = None if self.outputs is None else check_gram(self.outputs, weight.out_features, "output")
+            found = self._derived[sizes] = Weighting(inputs, outputs)
+            found._derived["sizes"] = sizes
+        return found
+
+    @cached_property
+    def _derived(self) -> dict[Any, Any]:
+        """What follows from the moments, which are not written to: looked at once for all formats that ask."""
+        return {}
 
     def of_matrix(self, weight: WeightShape, n_outputs: int, n_inputs: int) -> Weighting:
         """Checked, in the order of the matrix's rows and columns and padded like it (see ``weight_to_matrix``)."""
         found = self.checked(weight)
         if found.inputs is None:
             return found
-        outputs = None if found.outputs is None else pad_gram(found.outputs, n_outputs)
-        return Weighting(order_gram(found.inputs, weight, n_inputs), outputs)
+        key = (weight, n_outputs, n_inputs)
+        if key not in found._derived:
+            outputs = None if found.outputs is None else pad_gram(found.outputs, n_outputs)
+            found._derived[key] = Weighting(order_gram(found.inputs, weight, n_inputs), outputs)
+        ordered: Weighting = found._derived[key]
+        return ordered
+
+    def of_channels(self, weight: WeightShape) -> tuple[Tensor, Tensor]:
+        """Partial traces of a convolution's checked moment: ``(C, C)`` over positions, ``(L, L)`` over channels.
+
+        Diagonals of a diagonal.
+        """
+        found = self.checked(weight)
+        assert found.inputs is not None
+        key = ("of_channels", weight.in_features)
+        if key not in found._derived:
+            sides = (weight.in_features, weight.fan_in // weight.in_features)
+            blocks = found.inputs.reshape(sides * found.inputs.ndim)
+            if found.inputs.ndim == 1:
+                found._derived[key] = blocks.sum(1), blocks.sum(0)
+            else:
+                channels = blocks.diagonal(dim1=1, dim2=3).sum(-1)
+                found._derived[key] = channels, blocks.diagonal(dim1=0, dim2=2).sum(-1)
+        traces: tuple[Tensor, Tensor] = found._derived[key]
+        return traces
 
     def energy(self, matrix: Tensor) -> float:
         """``tr(F W H W^T)`` of ``(outputs, inputs)``: the mean square of the outputs, weighted by ``F``."""
+        weighted = times_moment(matrix, self.inputs)
         matrix = matrix.double()
-        weighted = matrix if self.inputs is None else apply_root(matrix, self.inputs)
         if self.outputs is not None and self.inputs is not None:
             matrix = self.outputs[:, None] * matrix if self.outputs.ndim == 1 else self.outputs @ matrix
         return max(0.0, float((weighted * matrix).sum()))
+
+    def size(self, matrix: Tensor) -> float:
+        """``||F^(1/2) W H^(1/2)||``."""
+        if self.inputs is None:
+            return float(torch.linalg.vector_norm(matrix, dtype=compute_dtype(matrix.dtype)))
+        return math.sqrt(self.energy(matrix))
 
     def rel_error(self, difference: Tensor, matrix: Tensor) -> float:
         """``||F^(1/2) D H^(1/2)|| / ||F^(1/2) W H^(1/2)||``: relative error of a change ``D`` to ``W``."""
@@ -97,6 +142,15 @@ class Weighting:
             size = torch.linalg.vector_norm(matrix).clamp_min(_TINY)
             return float(torch.linalg.vector_norm(difference) / size)
         return math.sqrt(self.energy(difference) / max(self.energy(matrix), _TINY))
+
+
+def times_moment(matrix: Tensor, moment: Tensor | None) -> Tensor:
+    """``W H`` in float64; a large product of a float32 matrix is computed in float32, as exactly as it is known."""
+    if moment is None:
+        return matrix.double()
+    if moment.ndim == 2 and matrix.dtype == torch.float32 and len(moment) >= _LARGE:
+        return (matrix @ moment.float()).double()
+    return apply_root(matrix.double(), moment)
 
 
 PLAIN = Weighting()

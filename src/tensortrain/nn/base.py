@@ -16,7 +16,7 @@ from tensortrain.system.tracing import is_traced
 from .cores import Cores, held_cores, list_cores
 from .derived import read_only
 from .inputs import Traced
-from .runner import Runner
+from .runner import DENSE_LIMIT_BYTES, Runner
 
 __all__ = ["FactorizedLayer", "Implementation"]
 
@@ -35,12 +35,14 @@ class FactorizedLayer(Traced):
         runner: How the layer runs.
         implementation: ``"auto"`` runs whatever is predicted fastest and may keep a dense weight of at most
             ``dense_limit_bytes``; ``"factorized"`` never builds one; ``"dense"`` always does.
-        dense_limit_bytes: Largest dense weight that ``"auto"`` builds. Set it on a layer or on this class.
+        dense_limit_bytes: Largest dense weight that ``"auto"`` builds: a 64th of the machine's memory, at least 16 MiB.
+            Weights above 16 MiB that all layers keep together take up to an eighth of the memory; tables of embeddings
+            above 16 MiB are not kept by default. Set it on a layer or on this class.
         may_time_plans: Whether the first call at a size runs the likeliest plans a few times and keeps the fastest;
             else the predicted times decide. Set it on a layer or on this class.
     """
 
-    dense_limit_bytes: int = 16 * 2**20
+    dense_limit_bytes: int = DENSE_LIMIT_BYTES
     may_time_plans: bool = True
     dense_type: ClassVar[type[nn.Module]]
     torch_arguments: ClassVar[tuple[str, ...]]  # attributes that torch's layer and this one share
@@ -333,6 +335,11 @@ class FactorizedLayer(Traced):
     def plan_cores(self) -> list[Tensor]:
         """The same, laid out as plans take them."""
         return self.format.to_chain(self.core_list(), self.spec)
+
+    @property
+    def kept_limit_bytes(self) -> int:
+        """Largest dense weight that ``"auto"`` keeps for a layer of this kind."""
+        return self.dense_limit_bytes
 
     def build_weight(self) -> Tensor:
         """The dense weight that the cores make, in torch's layout; see ``Runner.dense_weight``, which keeps it."""

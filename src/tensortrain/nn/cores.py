@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ["Cores", "are_plain", "held_cores", "holding_cores", "is_watched", "list_cores"]
+__all__ = ["PLAIN_LISTS", "Cores", "are_plain", "held_cores", "holding_cores", "is_watched", "list_cores"]
 
 _NAMES = [str(k) for k in range(64)]  # of parameters in a list
 
@@ -28,7 +28,7 @@ class Cores(nn.ParameterList):
         return tuple(getattr(self, str(k)) for k in range(len(self)))
 
 
-_PLAIN_LISTS = (Cores, nn.ParameterList)
+PLAIN_LISTS = (Cores, nn.ParameterList)
 
 
 def is_watched(cores: nn.Module) -> bool:
@@ -41,14 +41,14 @@ def is_watched(cores: nn.Module) -> bool:
 
 def are_plain(cores: nn.Module) -> bool:
     """Whether the cores are the parameters that are stored, no more: neither constrained nor watched."""
-    return type(cores) in _PLAIN_LISTS and not is_watched(cores)
+    return type(cores) in PLAIN_LISTS and not is_watched(cores)
 
 
 def list_cores(cores: Any) -> list[Tensor]:
     """The cores in order; hooks on the list run."""
     # Going through ParameterList costs more than a small product. Constrained cores are a list of another type;
     # weight norm, pruning or a replica for another device keeps some of them elsewhere or in another order.
-    if type(cores) in _PLAIN_LISTS:
+    if type(cores) in PLAIN_LISTS:
         if not is_watched(cores):
             stored = cores._parameters
             return list(stored.values()) if list(stored) == _NAMES[: len(cores)] else list(cores)

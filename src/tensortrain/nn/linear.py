@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
 
 from tensortrain.contract import Plan
 from tensortrain.errors import ShapeError
@@ -99,8 +100,12 @@ class Linear(FactorizedLayer):
         return self.runner.plan(self, batch, force=force)
 
     def forward(self, input: Tensor) -> Tensor:
-        y = self.runner.short(self, input)
-        return self._run(input) if y is None else y
+        way = self.runner.way
+        if way is not None and not is_dynamo_compiling():
+            y = way(self, input)
+            if y is not None:
+                return y
+        return self._run(input)
 
     @traceable
     @once

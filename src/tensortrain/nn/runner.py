@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -20,18 +21,31 @@ from tensortrain.contract import ChainShape, CostModel, Network, Plan, WeightCac
 from tensortrain.contract.choose import candidates
 from tensortrain.contract.compiled import compiled
 from tensortrain.contract.plan import Shape
+from tensortrain.system.machine import memory_bytes
 from tensortrain.system.native import library
 from tensortrain.system.tracing import constant_when_traced, is_traced, static_power_of_two
 
-from .cores import are_plain, held_cores, is_watched
+from .cores import PLAIN_LISTS, are_plain, held_cores, is_watched
 from .inputs import is_plain_input
 
 if TYPE_CHECKING:
     from .base import FactorizedLayer
 
-__all__ = ["FEW_WHEN_TRACED", "Runner", "device_type_of", "may_be_dense", "power_of_two", "trains"]
+__all__ = [
+    "DENSE_LIMIT_BYTES",
+    "FEW_WHEN_TRACED",
+    "SMALL_WEIGHT_BYTES",
+    "Runner",
+    "device_type_of",
+    "may_be_dense",
+    "power_of_two",
+    "trains",
+]
 
 FEW_WHEN_TRACED = 32  # rows that a traced program is planned for where it takes any number
+SMALL_WEIGHT_BYTES = 16 * 2**20
+DENSE_LIMIT_BYTES = max(SMALL_WEIGHT_BYTES, memory_bytes() // 64)
+_keep_large: weakref.WeakSet[Runner] = weakref.WeakSet()  # those that keep a larger weight than this
 _FORCE: dict[str, Any] = {"auto": None, "dense": "dense", "factorized": "factorized"}
 
 
@@ -45,8 +59,22 @@ def trains(layer: FactorizedLayer) -> bool:
 
 def may_be_dense(layer: FactorizedLayer) -> bool:
     """Whether the layer may build its dense weight."""
-    dense_bytes = layer.spec.weight.n_params * layer.cores[0].element_size()
-    return layer.implementation != "factorized" and dense_bytes <= layer.dense_limit_bytes
+    return layer.implementation != "factorized" and _dense_bytes(layer) <= layer.kept_limit_bytes
+
+
+def _dense_bytes(layer: FactorizedLayer) -> int:
+    return layer.spec.weight.n_params * layer.cores[0].element_size()
+
+
+def _may_keep_dense(layer: FactorizedLayer) -> bool:
+    """Whether the layer may keep its dense weight too: large ones share a part of the machine's memory."""
+    more = _dense_bytes(layer)
+    if not may_be_dense(layer):
+        return False
+    if more <= SMALL_WEIGHT_BYTES or layer.cores[0].is_cuda:
+        return True
+    kept = sum(runner.cache.nbytes for runner in _keep_large if runner is not layer.runner)
+    return kept + more <= memory_bytes() // 8
 
 
 def device_type_of(layer: FactorizedLayer) -> str:
@@ -92,7 +120,11 @@ class Runner:
         plans: Those of ``shape`` found so far.
         layer_plans: Of a layer that does more than one product with ``shape``: its own, under keys of its own.
         cache: Weights that follow from the cores, kept while these do not change.
+        way: A shorter way for inputs of sizes met before, ``way(layer, x)``; it gives ``None`` where there is none.
+        quick_calls: Of a convolution: by the shape of the input, what an earlier one left ready.
     """
+
+    way: Any = None
 
     def __init__(self, shape: Shape | None, sizes: tuple[int, int] | None = None, *, may_time: bool = True) -> None:
         self.shape, self.sizes, self.may_time = shape, sizes, may_time
@@ -105,31 +137,11 @@ class Runner:
         self.cache = WeightCache()
         self.plans: dict[PlanKey, Plan] = {}
         self.layer_plans: dict[Any, Any] = {}
-        self._way: Any = None  # of the kernels
+        self.way = None
+        self.quick_calls: dict[Any, Any] = _Uncopied()
         self._way_options: tuple[Any, ...] = ()
 
     # -- running -------------------------------------------------------------------------------------
-
-    def short(self, layer: FactorizedLayer, x: Tensor) -> Tensor | None:
-        """The product by what an earlier input of about this size left ready; ``None`` where there is nothing."""
-        if torch.compiler.is_compiling():
-            return None
-        if library() is None:
-            return self._by_kept_weight(layer, x)
-        way = self._way  # once: another thread may clear it
-        # Past attributes of modules, which take longer to look up than a small product.
-        cores = layer._modules["cores"]
-        if way is None or not are_plain(cores):  # type: ignore[arg-type]
-            return None
-        if layer.stand_ins is not None or self._way_options != _options(layer):
-            return None
-        try:
-            y: Tensor | None = way(x, cores._parameters, layer._parameters)  # type: ignore[union-attr]
-        except RuntimeError:
-            if not getattr(x, "is_nested", False):  # a nested tensor has no sizes to look at
-                raise
-            return None
-        return y
 
     def run(self, layer: FactorizedLayer, x: Tensor) -> Tensor:
         """The product with a plain input of any size, which leaves a shorter way to the next of its size."""
@@ -145,22 +157,13 @@ class Runner:
         self._keep_way(layer, plan, x)
         return y
 
-    def _by_kept_weight(self, layer: FactorizedLayer, x: Tensor) -> Tensor | None:
-        """Without kernels: the product by the dense weight, where it runs at this many rows and is kept."""
-        if torch.is_grad_enabled() or not isinstance(x, Tensor) or not is_plain_input(x) or is_traced():
-            return None
-        if x.ndim == 0 or is_watched(layer.cores):
-            return None
-        plan = self.plans.get(PlanKey.of(layer, _n_rows(x), training=False))
-        if plan is None or not plan.uses_dense or plan.flips or x.shape[-1] != plan.in_features:
-            return None
-        weight = self.cache.peek(layer.core_list(), plan.prepared_key)
-        return None if weight is None else F.linear(x, weight, layer.bias)
-
     def _keep_way(self, layer: FactorizedLayer, plan: Plan, x: Tensor) -> None:
         """Let the kernels take inputs of this size next time, where they are built and the layer is an ordinary one."""
         kernels = library()
-        if kernels is None or x.device.type != "cpu" or torch.are_deterministic_algorithms_enabled():
+        if kernels is None:
+            self.way = by_kept_weight
+            return
+        if x.device.type != "cpu" or torch.are_deterministic_algorithms_enabled():
             return
         if layer.stand_ins is not None or not are_plain(layer.cores):
             return
@@ -177,10 +180,11 @@ class Runner:
             way.keep_inference(_n_rows(x), sweep, [found] if plan.uses_dense else list(found), cores)
 
     def _current_way(self, kernels: Any, options: tuple[Any, ...]) -> Any:
-        way = self._way
-        if way is None or self._way_options != options:
-            way = kernels.ShortWay()
-            self._way, self._way_options, self.cache.holder = way, options, way
+        way = self.way
+        if not isinstance(way, kernels.ShortWay) or self._way_options != options:
+            kernels.know_core_lists(*PLAIN_LISTS)
+            way = kernels.ShortWay(list(options))
+            self.way, self._way_options, self.cache.holder = way, options, way
         return way
 
     # -- plans ---------------------------------------------------------------------------------------
@@ -202,7 +206,7 @@ class Runner:
             dtype=core.dtype,
             device=core.device if core.is_cuda else "cpu",
             training=key.training,
-            allow_dense=may_be_dense(layer),
+            allow_dense=may_be_dense(layer) if key.training else _may_keep_dense(layer),
             force=key.force or _FORCE[layer.implementation],
             may_time=self.may_time and key.may_time and core.device.type in ("cpu", "cuda"),
         )
@@ -233,6 +237,8 @@ class Runner:
     def dense_weight(self, layer: FactorizedLayer) -> Tensor:
         """The dense weight that the cores make, in torch's layout; not to be written to, since it may be kept."""
         weight: Tensor = self.cached(layer, "dense", layer.build_weight)
+        if weight.nbytes > SMALL_WEIGHT_BYTES:
+            _keep_large.add(self)
         return weight
 
     def prepared(self, layer: FactorizedLayer, plan: Plan) -> tuple[Tensor, ...]:
@@ -241,6 +247,27 @@ class Runner:
             return (self.dense_weight(layer),)
         weights: tuple[Tensor, ...] = self.cached(layer, plan.prepared_key, lambda: plan.prepare(layer.plan_cores()))
         return weights
+
+
+def by_kept_weight(layer: FactorizedLayer, x: Tensor) -> Tensor | None:
+    """Without kernels: the product by the dense weight, where it runs at this many rows and is kept."""
+    if torch.is_grad_enabled() or not isinstance(x, Tensor) or not is_plain_input(x) or is_traced():
+        return None
+    if x.ndim == 0 or is_watched(layer.cores):
+        return None
+    runner = layer.runner
+    plan = runner.plans.get(PlanKey.of(layer, _n_rows(x), training=False))
+    if plan is None or not plan.uses_dense or plan.flips or x.shape[-1] != plan.in_features:
+        return None
+    weight = runner.cache.peek(layer.core_list(), plan.prepared_key)
+    return None if weight is None else F.linear(x, weight, layer.bias)
+
+
+class _Uncopied(dict[Any, Any]):
+    """A dictionary whose copies, pickled ones too, are empty."""
+
+    def __reduce__(self) -> tuple[type[_Uncopied], tuple[()]]:
+        return _Uncopied, ()
 
 
 def _told(shape: Shape) -> tuple[str, tuple[Any, ...]]:

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import platform
+import time
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,12 @@ import torch
 
 from tensortrain.system.files import write_text_atomic
 
-__all__ = ["cache_folder", "cpu_name", "device_key", "known_file", "read_json", "write_json"]
+try:
+    import resource
+except ImportError:  # as on Windows
+    resource = None  # type: ignore[assignment]
+
+__all__ = ["Watch", "cache_folder", "cpu_name", "device_key", "known_file", "memory_bytes", "read_json", "write_json"]
 
 
 def device_key(device: torch.device) -> str:
@@ -37,6 +43,45 @@ def cpu_name() -> str:
     except OSError:
         pass
     return platform.processor() or platform.machine()
+
+
+@cache
+def memory_bytes() -> int:
+    """Memory of the machine, or of the part of it that this process may use; 1 GiB where the system does not tell."""
+    found = []
+    with contextlib.suppress(AttributeError, ValueError, OSError):
+        found.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    for limit in ("memory.max", "memory/memory.limit_in_bytes"):  # of a container
+        with contextlib.suppress(ValueError, OSError):
+            found.append(int(Path("/sys/fs/cgroup", limit).read_text()))
+    return min((size for size in found if size > 0), default=2**30)
+
+
+class Watch:
+    """Tells whether other programs took the processor from this process since the watch was made.
+
+    Example:
+        >>> watch = Watch()
+        >>> watch.is_alone()
+        True
+    """
+
+    def __init__(self) -> None:
+        self._began, self._before = time.perf_counter(), _times_interrupted()
+
+    def is_alone(self) -> bool:
+        """Whether this process has had its processors to itself so far."""
+        seconds = time.perf_counter() - self._began
+        # An idle machine interrupts a few times a second for its own sake.
+        return _times_interrupted() - self._before <= 10 + _USUAL_PER_S * seconds
+
+
+_USUAL_PER_S = 25
+
+
+def _times_interrupted() -> int:
+    """How often the system has taken the processor from this process; 0 where it does not count."""
+    return 0 if resource is None else resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
 
 
 def known_file(name: str, key: str) -> Path:

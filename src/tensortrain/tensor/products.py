@@ -14,6 +14,7 @@ from tensortrain.cores.ranks import RankLike, max_ranks, resolve_ranks
 from tensortrain.cores.rounding import SQUARED_FLOOR
 from tensortrain.cores.sketch import Hadamard, Matmul, Plain, Sum, Virtual
 from tensortrain.cores.tolerance import checked_eps, compute_dtype
+from tensortrain.cores.walks import serves
 from tensortrain.errors import KindError, ShapeError
 from tensortrain.tensor.approximation import Approximation
 from tensortrain.tensor.base import CoreChain, check_same_kind, checked_chain
@@ -172,7 +173,7 @@ def _multiplied(
     caps = tuple(map(min, caps, virtual.ranks))
     if method == "auto":
         resolves = tolerance >= SQUARED_FLOOR or max_rank is not None
-        method = "randomized" if max(virtual.ranks) >= _LARGE and resolves else "exact"
+        method = "randomized" if resolves and not _is_best_formed(virtual) else "exact"
     needs_grad = torch.is_grad_enabled() and virtual.like.requires_grad
     if method == "exact" or needs_grad or len(virtual.modes) == 1:
         found = round_tt(job.form(), eps=eps, max_rank=max_rank)
@@ -183,7 +184,16 @@ def _multiplied(
     return Approximation(value, None, {"method": method, "eps": tolerance, **info})
 
 
+def _is_best_formed(virtual: Virtual) -> bool:
+    """Whether forming a product and rounding it is faster than a sketch."""
+    if not serves(virtual.like):
+        return max(virtual.ranks) < _LARGE
+    bonds = zip(virtual.modes, virtual.ranks, virtual.ranks[1:], strict=False)
+    return sum(n * r * s * max(r, s) for n, r, s in bonds) <= _CHEAP * len(virtual.modes)
+
+
 _LARGE = 48  # ranks of a product from which a sketch beats forming it, on two CPU cores
+_CHEAP = 7e6  # n r^3 of a core up to which rounding in one walk takes less time than the steps of a sketch
 
 
 def _wide(cores: Sequence[Tensor]) -> list[Tensor]:

@@ -47,7 +47,7 @@ def allocate(menus: Sequence[Sequence[Option]], budget: int) -> list[Option]:
     Raises:
         BudgetError: Even the cheapest options cost more than the budget.
 
-    Cost: a look at the layer's menu for every step taken.
+    Cost: a sort of the menus; where a step no longer fits, a look at its layer's menu.
     """
     cleaned = [_efficient(menu) for menu in menus]
     smallest = sum(menu[0].cost for menu in cleaned)
@@ -71,10 +71,13 @@ def _efficient(menu: Sequence[Option]) -> list[Option]:
 def _descend(menus: Sequence[Sequence[Option]], left: int) -> list[Option]:
     """From the cheapest options down, always by the steepest step that fits into what is left."""
     picks = [menu[0] for menu in menus]
+    steps = [_steepest_steps(menu) for menu in menus]
     queue: list[tuple[float, int, Option]] = []  # one step per menu, so options are never compared
 
     def consider(k: int) -> None:
-        step = _steepest(menus[k], picks[k], left)
+        step = steps[k].get(picks[k].cost)
+        if step is not None and step.cost - picks[k].cost > left:
+            step = _steepest(menus[k], picks[k], left)
         if step is not None:
             heapq.heappush(queue, (_slope(picks[k], step), k, step))
 
@@ -87,6 +90,22 @@ def _descend(menus: Sequence[Sequence[Option]], left: int) -> list[Option]:
             picks[k], left = option, left - extra
         consider(k)
     return picks
+
+
+def _steepest_steps(menu: Sequence[Option]) -> dict[int, Option]:
+    """For every option, by its cost, the one with the largest gain for its extra cost; none for the last.
+
+    It is the next corner of the lower convex hull of the options from there on, so one walk backwards finds all.
+    """
+    steps: dict[int, Option] = {}
+    hull: list[Option] = []
+    for option in reversed(menu):
+        while len(hull) > 1 and _slope(option, hull[-2]) < _slope(option, hull[-1]):
+            hull.pop()
+        if hull:
+            steps[option.cost] = hull[-1]
+        hull.append(option)
+    return steps
 
 
 def _steepest(menu: Sequence[Option], here: Option, left: int) -> Option | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -23,12 +24,16 @@ from tensortrain.formats import (
     suggest_padded_modes,
 )
 
-__all__ = ["Candidate", "candidates", "default_formats", "least_params"]
+__all__ = ["Candidate", "Family", "candidates", "default_formats", "families", "least_params"]
 
 DEFAULT_FORMATS = ("low_rank", "tucker2", "tt")
 _MOST_SPECTRUM_POINTS = 64
 _PROBES = (0.6, 0.25)  # predicted errors at which a path is checked by real decompositions
-_FAR = 2.0
+_COARSE = 0.08  # steps of the ranks at which families are compared
+# A family that is predicted to have so many times the error of the best at every size cannot win. Predictions are
+# bounds; decompositions reached 0.9 to 1.1 of them on weights without structure. Of trains that contain low rank the
+# prediction has the same large term as that of low rank, and a second one.
+_FAR, _LIKE_LOW_RANK = 1.2, 1.0
 # Unfoldings with both sides above this take minutes to decompose, and ranks there never pay.
 _LARGEST_UNFOLDING = 2600
 
@@ -47,6 +52,39 @@ class Candidate:
     @property
     def spec(self) -> FactorSpec:
         return self.point.spec
+
+
+@dataclass(frozen=True)
+class Family:
+    """A format and mode shape of a layer, with what the errors at all its ranks are predicted from.
+
+    Attributes:
+        spec: The ranks do not count.
+        spectra: Singular values of every cut.
+        marks: Predicted errors, and what decompositions there really reached.
+        below: Points of so many parameters and more cannot win against other families.
+    """
+
+    spec: FactorSpec
+    spectra: tuple[Tensor, ...]
+    marks: tuple[tuple[float, float], ...] = ()
+    below: float = math.inf
+
+    def candidates(self, *, growth: float, wide: bool = False) -> list[Candidate]:
+        """The points of its rank paths that are smaller than the dense weight."""
+        shown = tuple(_shown(values) for values in self.spectra)
+        found = [point for point in self.points(growth=growth, wide=wide) if point.n_params < self.below]
+        return [
+            Candidate(replace(point, rel_error=_interpolated(point.rel_error, self.marks)), shown) for point in found
+        ]
+
+    def points(self, *, growth: float, wide: bool = False) -> list[RankPoint]:
+        """The same with errors as predicted from the spectra alone."""
+        most = self.spec.weight.n_params - 1
+        points = rank_path(self.spec, self.spectra, max_params=most, growth=growth)
+        if wide and len(self.spectra) > 1:
+            points += even_path(self.spec, self.spectra, max_params=most, growth=growth)
+        return points
 
 
 def candidates(
@@ -70,12 +108,31 @@ def candidates(
     Raises:
         NonFiniteError: The weight holds NaN or Inf.
 
-    Cost: the singular values of every matricization of every mode shape tried.
+    Cost: that of ``families``.
     """
-    weight = layer.weight
-    dense = layer.kernel
+    found = families(layer, formats=formats, weighting=weighting, structure=structure, wide=wide)
+    return [candidate for family in found for candidate in family.candidates(growth=growth, wide=wide)]
+
+
+def families(
+    layer: FoundLayer,
+    *,
+    formats: Sequence[str],
+    weighting: Weighting = PLAIN,
+    structure: Sequence[int] | None = None,
+    wide: bool = False,
+) -> list[Family]:
+    """The formats and mode shapes of a layer; what takes long about its candidates, for steps of any size.
+
+    Arguments and errors are those of ``candidates``.
+
+    Cost: the singular values of every matricization of every mode shape tried, and two decompositions of those shapes
+    that may win.
+    """
+    weight, dense = layer.weight, layer.kernel
     check_finite(layer.name, dense)
-    found: list[Candidate] = []
+    found: list[Family] = []
+    best = _Best()
     for name in formats:
         fmt = get_format(name)
         if weight.kind not in fmt.kinds:
@@ -84,15 +141,58 @@ def candidates(
             spec = fmt.spec(weight, rank=1, out_modes=outs, in_modes=ins)
             if _too_large(spec):
                 continue
-            spectra = _group_spectra(dense, spec, weighting)
-            shown = tuple(_shown(values) for values in spectra)
-            points = rank_path(spec, spectra, max_params=weight.n_params - 1, growth=growth)
-            if wide and len(spectra) > 1:
-                points += even_path(spec, spectra, max_params=weight.n_params - 1, growth=growth)
-            if points and (wide or not _hopeless(points, found)):
-                points = _corrected(points, dense, weighting)
-                found += [Candidate(point, shown) for point in points]
+            family = Family(spec, tuple(_group_spectra(dense, spec, weighting)))
+            points = family.points(growth=_COARSE, wide=wide)
+            if not points:
+                continue
+            if not wide and best.beats(points, _LIKE_LOW_RANK if _parts_sides(spec) else _FAR):
+                family = replace(family, below=best.least_params)
+            else:
+                family = replace(family, marks=_marks(points, dense, weighting))
+                best.add(points, family.marks)
+            found.append(family)
     return found
+
+
+class _Best:
+    """The least errors found so far, by parameters."""
+
+    def __init__(self) -> None:
+        self._sizes: list[int] = []
+        self._errors: list[float] = []  # falling
+
+    @property
+    def least_params(self) -> float:
+        return self._sizes[0] if self._sizes else math.inf
+
+    def add(self, points: Sequence[RankPoint], marks: Sequence[tuple[float, float]]) -> None:
+        known = list(zip(self._sizes, self._errors, strict=True))
+        new = [(point.n_params, _interpolated(point.rel_error, marks)) for point in points]
+        self._sizes, self._errors = [], []
+        for size, error in sorted(known + new):
+            if not self._errors or error < self._errors[-1]:
+                self._sizes.append(size)
+                self._errors.append(error)
+
+    def at(self, n_params: int) -> float:
+        """Of those that are no larger."""
+        k = bisect_right(self._sizes, n_params)
+        return self._errors[k - 1] if k else math.inf
+
+    def beats(self, points: Sequence[RankPoint], far: float) -> bool:
+        """Whether every point by so much that its exact errors need not be known; smaller ones than all found aside."""
+        rivals = [(point.rel_error, self.at(point.n_params)) for point in points if point.n_params >= self.least_params]
+        return bool(rivals) and all(_is_far(error, best, far) for error, best in rivals)
+
+
+def _is_far(error: float, best: float, far: float) -> bool:
+    """Whether an error is so many times another, or explains so much less than that."""
+    return error > far * best or far * max(0.0, 1 - error**2) < 1 - best**2
+
+
+def _parts_sides(spec: FactorSpec) -> bool:
+    """Whether every core has an output or an input mode alone: a bond then cuts the weight as low rank does."""
+    return all(m == 1 or n == 1 for m, n in zip(spec.out_modes, spec.in_modes, strict=False))
 
 
 def least_params(weight: WeightShape, formats: Sequence[str]) -> int:
@@ -122,30 +222,21 @@ def _prime_factors(n: int) -> Iterator[int]:
     yield n  # or a closing 1
 
 
-def _hopeless(points: Sequence[RankPoint], found: Sequence[Candidate]) -> bool:
-    """Whether other candidates beat every point by far, so that its exact errors need not be known."""
-
-    def best(n_params: int) -> float:
-        return min((c.point.rel_error for c in found if c.point.n_params <= n_params), default=math.inf)
-
-    return all(point.rel_error > _FAR * best(point.n_params) for point in points)
-
-
-def _corrected(points: list[RankPoint], dense: Tensor, weighting: Weighting) -> list[RankPoint]:
-    """Predicted errors scaled to what decompositions at a few points really reach.
+def _marks(points: Sequence[RankPoint], dense: Tensor, weighting: Weighting) -> tuple[tuple[float, float], ...]:
+    """Predicted errors of a few points, and what decompositions there really reach.
 
     The prediction is a bound, in a norm that only fits the inputs' second moment, and formats differ in how
     far that is off; unscaled, they could not be compared.
     """
     if weighting.is_plain or points[0].spec.weight.groups > 1 or points[0].spec.format == "low_rank":
-        return points
+        return ()
     fmt = get_format(points[0].spec.format)
     marks: list[tuple[float, float]] = []
     for target in _PROBES:
         point = min(points, key=lambda p: abs(p.rel_error - target))
         if point.rel_error > 1e-3 and all(abs(point.rel_error - m) > 0.05 for m, _ in marks):
             marks.append((point.rel_error, fmt.probe(dense, point.spec, weighting)))
-    return [replace(point, rel_error=_interpolated(point.rel_error, marks)) for point in points]
+    return tuple(marks)
 
 
 def _interpolated(error: float, marks: Sequence[tuple[float, float]]) -> float:

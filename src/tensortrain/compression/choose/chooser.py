@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, TypeAlias
+
+import numpy as np
 
 from tensortrain.compression.choose.allocate import Option, allocate
 from tensortrain.compression.choose.budget import Budget
 from tensortrain.compression.choose.candidates import Candidate
-from tensortrain.compression.choose.cost import LayerCost, Load, spec_cost
+from tensortrain.compression.choose.candidates import Family as Forms
+from tensortrain.compression.choose.clock import Clock, Family, family_of
+from tensortrain.compression.choose.cost import LayerCost, spec_cost
+from tensortrain.compression.choose.load import Load
 from tensortrain.compression.choose.plan import LayerPlan
 from tensortrain.compression.survey.layers import FoundLayer
 from tensortrain.errors import BudgetError
@@ -18,14 +24,22 @@ from tensortrain.formats import FactorSpec, get_format
 
 __all__ = ["Chooser", "Menu"]
 
-_SLACK = 0.01  # of the whole model's time: what a layer may lose before it counts as slower
+_SLACK = 0.01  # of the whole model's time: what a layer, or all together, may lose before they count as slower
 # What counts of a squared error where the healing is long, for a weight of full matrix rank: this share of that of the
 # best form of the same size, and a little of its own. At 40x on Fashion-MNIST, after seven epochs, trains with a
 # relative error of 0.8 in the two large layers ended 0.25 points above low-rank layers of the same size with an error
 # of 0.2: long training makes up for any start, but not for what a narrow layer cannot pass on.
 _TRAINED_ERROR, _TRAINED_OWN_ERROR = 1 / 3, 0.001
 
-Family = tuple[Any, ...]  # format and modes: within them, higher ranks are not faster
+# Among plans of like error the fastest: the sum of squared errors may rise by this share.
+_LIKE = 0.1
+_STEPS = 9  # of the search for how much time may count
+_CHEAPEST, _DEAREST = 1e-3, 1e2  # errors that all of the time is worth, between which it is sought
+_TINY = 1e-300
+_SPENT = 0.95  # of the budget
+
+
+Array: TypeAlias = "np.ndarray[Any, Any]"
 
 
 @dataclass(frozen=True)
@@ -33,17 +47,24 @@ class Menu:
     """What can become of one layer.
 
     Attributes:
-        load: What comes to it with one batch.
+        loads: What comes to it with one batch, at every batch size that speed is judged at.
         dense: Its cost as it is.
         weight: What losing it wholly would change of the model's output.
-        candidates: Its smaller forms.
+        families: What its smaller forms are made of.
+        candidates: The smaller forms.
     """
 
     layer: FoundLayer
-    load: Load
+    loads: tuple[Load, ...]
     dense: LayerCost
     weight: float
+    families: Sequence[Forms] = ()
     candidates: Sequence[Candidate] = ()
+
+    def with_candidates(self, *, growth: float, wide: bool) -> Menu:
+        """The menu filled in, ranks growing by such steps."""
+        found = [one for family in self.families for one in family.candidates(growth=growth, wide=wide)]
+        return replace(self, candidates=found)
 
     def expected_errors(self, *, long_healing: bool) -> list[float]:
         """Relative squared errors of the candidates, as far as healing will leave them."""
@@ -76,6 +97,7 @@ class Chooser:
     long_healing: bool
     beyond_reach: Callable[[], str]
     banned: dict[str, dict[Family, int]] = field(init=False)
+    clock: Clock = field(default_factory=Clock)
     known: dict[tuple[str, FactorSpec], LayerCost] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -89,11 +111,36 @@ class Chooser:
         """
         while True:
             picks = self._allocate()
-            slower = [] if self.allow_slower else self._slower(picks)
-            if not slower:
+            if self._may_quicken:
+                picks = self._quickened(picks)
+            if not self._struck_off(picks):
                 return [self._plan(menu, pick) for menu, pick in zip(self.menus, picks, strict=True)]
-            for name, candidate in slower:
-                self.banned[name][_family(candidate)] = candidate.point.n_params
+
+    def _struck_off(self, picks: Sequence[Candidate | None]) -> bool:
+        """Whether some picks are too slow, which are then banned with all larger ones of their family."""
+        slower = [] if self.allow_slower else self._slower(picks)
+        for menu, candidate in slower:
+            self.banned[menu.layer.name][family_of(candidate.spec)] = self._least_slow(menu, candidate)
+        return bool(slower)
+
+    def _least_slow(self, menu: Menu, pick: Candidate) -> int:
+        """Parameters from which on a family is too slow, as times at a few ranks tell; at most those of a pick."""
+        family = _family(menu, pick)
+        limits = self._limits(menu)
+        columns = [self.clock.all(menu.layer, load, family) for load in menu.loads]
+        slow = [
+            one.point.n_params
+            for one, times in zip(family, zip(*columns, strict=True), strict=True)
+            if any(seconds > limit for seconds, limit in zip(times, limits, strict=True))
+        ]
+        return min(pick.point.n_params, *slow) if slow else pick.point.n_params
+
+    def _limits(self, menu: Menu) -> list[float]:
+        """Seconds that a layer may take, one a batch size."""
+        return [
+            self.clock.dense(menu.layer, load) + _SLACK * whole
+            for load, whole in zip(menu.loads, self._whole, strict=True)
+        ]
 
     def spent(self, plans: Sequence[LayerPlan]) -> int:
         """What of the budget the plans use."""
@@ -106,21 +153,134 @@ class Chooser:
         """Layers of which some form was struck off."""
         return [name for name, families in self.banned.items() if families]
 
-    def _allocate(self) -> list[Candidate | None]:
-        options = [self._options(menu) for menu in self.menus]
+    # -- allocation ----------------------------------------------------------------------------------
+
+    def _allocate(self, price_of_time: float = 0.0) -> list[Candidate | None]:
+        options = [self._options(k, menu, price_of_time) for k, menu in enumerate(self.menus)]
         try:
             picks = allocate(options, self.budget.limit - self._fixed())
         except BudgetError as error:
             raise self._unreachable(options) from error
         return [pick.choice for pick in picks]
 
-    def _options(self, menu: Menu) -> list[Option]:
-        options = [Option(self._price(menu, None), 0.0, None)]
-        errors = menu.expected_errors(long_healing=self.long_healing)
-        for candidate, error in zip(menu.candidates, errors, strict=True):
-            if candidate.point.n_params < self.banned[menu.layer.name].get(_family(candidate), math.inf):
-                options.append(Option(self._price(menu, candidate), menu.weight * error, candidate))
-        return options
+    def _options(self, k: int, menu: Menu, price_of_time: float) -> list[Option]:
+        """The forms of a layer that are not banned, by rising cost, without those that cost more and lose no less."""
+        costs, losses = self._costs[k], self._losses[k]
+        if price_of_time:
+            losses = losses + price_of_time * self._times[k]
+        allowed = self._allowed(k, menu)
+        order = allowed[np.lexsort((losses[allowed], costs[allowed]))]
+        falling = losses[order]
+        least = np.minimum.accumulate(falling)
+        order = order[np.concatenate([[True], falling[1:] < least[:-1]])]
+        choices = (None, *menu.candidates)
+        return [Option(int(costs[n]), float(losses[n]), choices[n]) for n in order]
+
+    def _allowed(self, k: int, menu: Menu) -> Array:
+        """Places of the forms that are not banned: 0 is the dense layer, candidate n is 1 + n."""
+        banned = self.banned[menu.layer.name]
+        places = range(len(menu.candidates))
+        if banned:
+            sizes = [(c.point.n_params, banned.get(family_of(c.spec), math.inf)) for c in menu.candidates]
+            places = [n for n, (size, limit) in enumerate(sizes) if size < limit]  # type: ignore[assignment]
+        return np.array([0, *(1 + n for n in places)])
+
+    @cached_property
+    def _costs(self) -> list[Array]:
+        """Of every form in the budget's unit, by menu and place."""
+        return [np.array([self._price(menu, each) for each in (None, *menu.candidates)]) for menu in self.menus]
+
+    @cached_property
+    def _losses(self) -> list[Array]:
+        """What every form is predicted to cost in quality, by menu and place."""
+        long = self.long_healing
+        return [menu.weight * np.array([0.0, *menu.expected_errors(long_healing=long)]) for menu in self.menus]
+
+    # -- speed ---------------------------------------------------------------------------------------
+
+    @property
+    def _may_quicken(self) -> bool:
+        """Whether speed decides between plans of like error: for a budget in parameters, where the inputs are known."""
+        known = all(load.seen for menu in self.menus for load in menu.loads)
+        return self.budget.measure == "params" and not self.allow_slower and not self.long_healing and known
+
+    def _quickened(self, picks: list[Candidate | None]) -> list[Candidate | None]:
+        """The fastest picks found that spend about as much and whose predicted error is about that of these."""
+        most, least = (1 + _LIKE) * self._loss(picks), min(self._spent(picks), _SPENT * self.budget.limit)
+        low, high = math.log(_CHEAPEST * most + _TINY), math.log(_DEAREST * most + _TINY)  # of what time is worth
+        for _ in range(_STEPS):
+            middle = (low + high) / 2
+            found = self._allocate(math.exp(middle))
+            if self._loss(found) <= most and self._spent(found) >= least:
+                low = middle
+                picks = found if self._share(found) < self._share(picks) else picks
+            else:
+                high = middle
+        return picks
+
+    def _spent(self, picks: Sequence[Candidate | None]) -> int:
+        return self._fixed() + sum(self._price(menu, pick) for menu, pick in zip(self.menus, picks, strict=True))
+
+    def _loss(self, picks: Sequence[Candidate | None]) -> float:
+        return sum(float(self._losses[k][self._places[id(pick)]]) for k, pick in enumerate(picks))
+
+    def _share(self, picks: Sequence[Candidate | None]) -> float:
+        """Of the time of all layers as they are, the mean over the batch sizes."""
+        return sum(float(self._times[k][self._places[id(pick)]]) for k, pick in enumerate(picks))
+
+    @cached_property
+    def _places(self) -> dict[int, int]:
+        places = {id(candidate): 1 + n for menu in self.menus for n, candidate in enumerate(menu.candidates)}
+        return {**places, id(None): 0}
+
+    @cached_property
+    def _times(self) -> list[Array]:
+        """Of every form by menu and place: its share of all layers' time as they are, the mean over batch sizes."""
+        return [
+            sum(
+                np.array(self._seconds(menu, load)) / whole for load, whole in zip(menu.loads, self._whole, strict=True)
+            )
+            / len(self._whole)
+            for menu in self.menus
+        ]
+
+    def _seconds(self, menu: Menu, load: Load) -> list[float]:
+        return [self.clock.dense(menu.layer, load), *self.clock.all(menu.layer, load, menu.candidates)]
+
+    @cached_property
+    def _whole(self) -> list[float]:
+        """Seconds of all layers as they are, one a batch size."""
+        return [
+            sum(self.clock.dense(menu.layer, menu.loads[n]) for menu in self.menus)
+            for n in range(min((len(menu.loads) for menu in self.menus), default=0))
+        ]
+
+    def _slower(self, picks: Sequence[Candidate | None]) -> list[tuple[Menu, Candidate]]:
+        """Picks that lose more than a little of the model's time; where only all together do, the worst of them."""
+        chosen = [(menu, pick) for menu, pick in zip(self.menus, picks, strict=True) if pick is not None]
+        losses = [self._lost_s(menu, pick) for menu, pick in chosen]
+        whole = self._whole
+        slower = [
+            each
+            for each, lost in zip(chosen, losses, strict=True)
+            if any(one > _SLACK * total for one, total in zip(lost, whole, strict=True))
+        ]
+        together = [sum(column) for column in zip(*losses, strict=True)]
+        if slower or not any(lost > _SLACK * total for lost, total in zip(together, whole, strict=False)):
+            return slower
+        shares = [max(one / total for one, total in zip(lost, whole, strict=True)) for lost in losses]
+        worst = max(range(len(chosen)), key=lambda k: shares[k])
+        return [chosen[worst]]
+
+    def _lost_s(self, menu: Menu, pick: Candidate) -> list[float]:
+        """Seconds that a pick takes more than the dense layer, one a batch size."""
+        family = _family(menu, pick)
+        return [
+            self.clock.exact(menu.layer, pick.spec, load, family) - self.clock.dense(menu.layer, load)
+            for load in menu.loads
+        ]
+
+    # -- costs ---------------------------------------------------------------------------------------
 
     def _fixed(self) -> int:
         """What the model costs outside the weights that can be chosen."""
@@ -137,16 +297,8 @@ class Chooser:
         """Milliseconds to predict, so each is predicted once."""
         key = menu.layer.name, candidate.spec
         if key not in self.known:
-            self.known[key] = spec_cost(menu.layer, candidate.spec, menu.load)
+            self.known[key] = spec_cost(menu.layer, candidate.spec, menu.loads[0])
         return self.known[key]
-
-    def _slower(self, picks: Sequence[Candidate | None]) -> list[tuple[str, Candidate]]:
-        slack = _SLACK * sum(menu.dense.seconds for menu in self.menus)
-        return [
-            (menu.layer.name, pick)
-            for menu, pick in zip(self.menus, picks, strict=True)
-            if pick is not None and self._cost(menu, pick).seconds > menu.dense.seconds + slack
-        ]
 
     def _unreachable(self, options: Sequence[Sequence[Option]]) -> BudgetError:
         least = self._fixed() + sum(min(option.cost for option in each) for each in options)
@@ -186,6 +338,6 @@ def _running_best(sizes: Sequence[int], errors: Sequence[float]) -> list[float]:
     return best
 
 
-def _family(candidate: Candidate) -> Family:
-    spec = candidate.spec
-    return (spec.format, spec.out_modes, spec.in_modes)
+def _family(menu: Menu, pick: Candidate) -> list[Candidate]:
+    """The candidates of a layer that differ from one in their ranks alone."""
+    return [one for one in menu.candidates if family_of(one.spec) == family_of(pick.spec)]

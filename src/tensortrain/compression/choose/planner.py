@@ -16,9 +16,11 @@ from tensortrain.compression.choose.beyond_reach import (
     what_stands_in_the_way,
 )
 from tensortrain.compression.choose.budget import Budget, BudgetLike, read_budget
-from tensortrain.compression.choose.candidates import DEFAULT_FORMATS, Candidate, candidates, least_params
+from tensortrain.compression.choose.candidates import DEFAULT_FORMATS, families, least_params
 from tensortrain.compression.choose.chooser import Chooser, Menu
-from tensortrain.compression.choose.cost import dense_cost, load_of
+from tensortrain.compression.choose.clock import Clock
+from tensortrain.compression.choose.cost import dense_cost
+from tensortrain.compression.choose.load import loads_of
 from tensortrain.compression.choose.options import PlanOptions
 from tensortrain.compression.choose.plan import CompressionPlan, LayerPlan
 from tensortrain.compression.choose.weights import weigh_layers
@@ -77,9 +79,10 @@ def plan_compression(
         example_inputs: A batch to take shapes from, when there is no ``data``.
         formats: Names to choose among.
         include, exclude: Layer names or fnmatch patterns.
-        allow_slower: Take candidates that are predicted slower than the dense layer. Without it a layer may
-            lose at most 1 % of the whole model's predicted time at this batch size.
-        batch_size: Rows to judge speed at; by default the batch size of the data.
+        allow_slower: Take candidates that are slower than the dense layer. Without it a layer, and all together, may
+            lose at most 1 % of the whole model's time, and of plans of like error (within 5 %) the fastest is taken.
+            Times are predicted; those of convolutions are measured, once on every machine.
+        batch_size: Examples to judge speed at; by default the batch size of the data, and one.
         will_heal: The model will be fine-tuned afterwards. Training makes up for errors where they reach far
             more than where they do not, so layers are then weighed more alike (by the square root). ``"long"``, for
             several passes over the training data, prefers forms of high matrix rank over those of small error.
@@ -158,8 +161,8 @@ def _menus(
 ) -> tuple[list[Menu], list[str]]:
     """What each layer costs and counts, candidates still to come; and notes on what was not seen."""
     reach = _HEALED_REACH if options.will_heal else 1.0
-    loads = [load_of(layer, calibration, options.batch_size) for layer in layers]
-    costs = [dense_cost(layer, load) for layer, load in zip(layers, loads, strict=True)]
+    loads = [loads_of(layer, calibration, options.batch_size) for layer in layers]
+    costs = [dense_cost(layer, load[0]) for layer, load in zip(layers, loads, strict=True)]
     weights, unseen = weigh_layers(layers, calibration, narrowed=options.output is not None)
     return [
         Menu(layer, load, cost, weights[layer.name] ** reach)
@@ -177,9 +180,11 @@ def _spend(
 ) -> tuple[list[LayerPlan], list[str]]:
     """Choose, in finer steps of the ranks where coarse ones leave much; and a note where even these do."""
     long = options.will_heal == "long"
+    offered = _with_families(menus, calibration, options, wide=long)
+    clock = Clock()
     for growth in _GROWTHS:
-        offered = _with_candidates(menus, calibration, options, growth=growth, wide=long)
-        chooser = Chooser(offered, budget, total, options.allow_slower, long, beyond_reach)
+        filled = [menu.with_candidates(growth=growth, wide=long) for menu in offered]
+        chooser = Chooser(filled, budget, total, options.allow_slower, long, beyond_reach, clock)
         plans = chooser.choose()
         spent = chooser.spent(plans)
         if spent >= _SPENT * budget.limit:
@@ -189,33 +194,26 @@ def _spend(
     return plans, [note] if note else []
 
 
-def _with_candidates(
-    menus: Sequence[Menu], calibration: Calibration | None, options: PlanOptions, *, growth: float, wide: bool
+def _with_families(
+    menus: Sequence[Menu], calibration: Calibration | None, options: PlanOptions, *, wide: bool
 ) -> list[Menu]:
     for name in options.formats:
         get_format(name)  # an unknown name is an error before the work starts
     filled = []
     options.observer.on_start("candidates", len(menus))
     for k, menu in enumerate(menus):
-        found = _candidates(menu.layer, calibration, options.formats, growth, wide)
-        filled.append(replace(menu, candidates=found))
+        moments = calibration.of(menu.layer.name) if calibration is not None else LayerMoments()
+        found = families(
+            menu.layer,
+            formats=options.formats,
+            weighting=moments.weighting,
+            structure=moments.structure,
+            wide=wide,
+        )
+        filled.append(replace(menu, families=found))
         options.observer.on_step(k + 1)
     options.observer.on_end()
     return filled
-
-
-def _candidates(
-    layer: FoundLayer, calibration: Calibration | None, formats: Sequence[str], growth: float, wide: bool
-) -> list[Candidate]:
-    moments = calibration.of(layer.name) if calibration is not None else LayerMoments()
-    return candidates(
-        layer,
-        formats=formats,
-        weighting=moments.weighting,
-        structure=moments.structure,
-        growth=growth,
-        wide=wide,
-    )
 
 
 def _task(model: nn.Module, options: PlanOptions) -> tuple[Task | None, Iterable[Any] | None]:

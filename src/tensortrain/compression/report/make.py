@@ -26,6 +26,8 @@ from tensortrain.train.preserve import preserved
 
 __all__ = ["make_report"]
 
+_MOST_TIMING_S = 6.0  # of turns per batch size: the report must not take longer than the work
+
 
 def make_report(work: Work, plan: CompressionPlan) -> Report:
     """The report on a work that is done; measured too, where that was asked for."""
@@ -112,7 +114,7 @@ def _measured(report: Report, work: Work, plan: CompressionPlan, notes: list[str
     for size, example in _examples(work.original, batch, work.options.batch_size, with_labels, notes):
         try:
             with preserved(work.original, as_user_runs_it=True):
-                times = latency_rows(work.original, work.model, example, batches=[size])
+                times = latency_rows(work.original, work.model, example, batches=[size], max_time_s=_MOST_TIMING_S)
                 bytes_held = memory_rows(work.original, work.model, example, batches=[size])
         except Exception as error:
             notes.append(f"Not timed at batch size {size}: the model does not run there ({in_short(error)}).")

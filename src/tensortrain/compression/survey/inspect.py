@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tensortrain.compression.choose.cost import dense_cost, load_of
+from tensortrain.compression.choose.cost import dense_cost
+from tensortrain.compression.choose.load import load_of
 from tensortrain.compression.survey.calibrate import calibrate
 from tensortrain.compression.survey.layers import (
     FoundLayer,

@@ -51,14 +51,14 @@ class LayerMoments:
 
     def add(self, gram: Tensor, mean: Tensor | None, n_rows: int) -> None:
         """Take in the sums over the rows of one call."""
-        self.gram = gram if self.gram is None else self.gram + gram
+        self.gram = gram if self.gram is None else self.gram.add_(gram)  # sums are nobody else's
         if mean is not None:
             self.mean = mean if self.mean is None else self.mean + mean
         self.n_rows = (self.n_rows or 0) + n_rows
 
     def add_gradients(self, moment: Tensor) -> None:
         """Take in the second moment of the gradients of one call."""
-        self.output_gram = moment if self.output_gram is None else self.output_gram + moment
+        self.output_gram = moment if self.output_gram is None else self.output_gram.add_(moment)
 
     def finish(self, *, centred: bool) -> None:
         """Sums to means; about the mean where a shift of the layer's mean output does no harm.
@@ -72,10 +72,10 @@ class LayerMoments:
         second = _trace(gram)
         if not math.isfinite(second) or second <= 0:
             return
-        gram = gram / n_rows
+        gram = gram.div_(n_rows)
         if mean is not None and centred:
             mean = mean / n_rows
-            gram = gram - (mean.square() if gram.ndim == 1 else torch.outer(mean, mean))
+            gram = gram.sub_(mean.square()) if gram.ndim == 1 else gram.addr_(mean, mean, alpha=-1)
             if _trace(gram) <= _CONSTANT * second / n_rows:
                 return
             self.mean = mean
@@ -153,7 +153,7 @@ def second_moment(rows: Tensor) -> Tensor:
     if rows.shape[1] > LARGEST_FULL_GRAM:
         return rows.double().square().sum(dim=0)
     rows = rows.float() if rows.dtype in (torch.float16, torch.bfloat16) else rows
-    return (rows.T @ rows).double()
+    return (rows.T @ rows).double()  # a new tensor: what it is added to may be it
 
 
 def _trace(gram: Tensor) -> float:

@@ -7,27 +7,32 @@ from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from tensortrain.contract import CostModel, Plan, cost_model
+from tensortrain.contract.stages import ConvNetwork, Load, Stage, stage_candidates
 from tensortrain.errors import ShapeError
 from tensortrain.formats import FactorSpec, Format, Rank, WeightShape, get_format
 from tensortrain.nn.base import FactorizedLayer, Implementation, Init, as_tuple
+from tensortrain.nn.conv.choose import Found, Request, fastest_way, predicted
+from tensortrain.nn.conv.options import ConvOptions
 from tensortrain.nn.conv.plan import ConvPlan, out_size
+from tensortrain.nn.conv.quick import QuickCall, quick
+from tensortrain.nn.conv.ways import DenseWay, Layout, StagedWay, StepsWay, Way, can_pack, is_channels_last
+from tensortrain.nn.cores import are_plain
 from tensortrain.nn.inputs import check_plain_layout, once, traceable
 from tensortrain.nn.runner import FEW_WHEN_TRACED, Runner, device_type_of, may_be_dense, trains
-from tensortrain.system.tracing import is_traced, sizes_of, static_power_of_two
+from tensortrain.system.tracing import is_traced, is_transformed, sizes_of, static_power_of_two
 
 __all__ = ["Conv1d", "Conv2d", "Conv3d", "ConvLayer"]
 
 Size = int | Sequence[int]
 Convolve = Callable[..., Tensor]  # (x, weight in torch's layout, bias=None, groups=1) -> y
-# Core by core has to be clearly ahead: its predicted time is rougher than that of one library call.
-_MARGIN = 0.7
 _STEPS_OVERHEAD_S = 40e-6  # of the calls between the steps, which no flop count shows; seen on a CPU
 _FEW = 4  # inputs of a traced program that is planned for one
-_CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+_MOST_QUICK = 64  # shapes of inputs that find something ready
 _PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 
 
@@ -39,6 +44,10 @@ class _ConvKey(NamedTuple):
     spatial: tuple[int, ...]
     implementation: str
     dense_limit_bytes: int
+    may_pack: bool = False
+    may_time: bool = True
+    n_threads: int = 0
+    channels_last: bool = False
 
 
 class ConvLayer(FactorizedLayer):
@@ -90,9 +99,7 @@ class ConvLayer(FactorizedLayer):
         )
         self._seen_spatial: tuple[int, ...] = tuple(4 * k for k in self.kernel_size)
         # Whether the kernel is rebuilt in every call of a traced program, for few inputs and for many.
-        self._dense_pays = tuple(
-            self._plan(n, self._seen_spatial, traced=True).uses_dense for n in (1, FEW_WHEN_TRACED)
-        )
+        self._dense_pays = tuple(self._plan(n, self._seen_spatial, None).uses_dense for n in (1, FEW_WHEN_TRACED))
 
     @classmethod
     def weight_shape_of(cls, layer: Any) -> WeightShape:
@@ -113,6 +120,10 @@ class ConvLayer(FactorizedLayer):
         """One group, core by core; ``convolve`` has the options of the layer and torch's layout of kernels."""
         return self.format.convolve(x, cores, self._group_spec, convolve, self._channel_plan(x))
 
+    def conv_options(self, output_padding: tuple[int, ...] | None = None) -> ConvOptions:
+        """What torch's convolution is told besides the kernel."""
+        raise NotImplementedError
+
     def _work(self, spec: FactorSpec, ins: int, outs: int) -> list[tuple[int, int]]:
         """Steps beside the channel chain, for one group, as (flops, numbers moved)."""
         return self.format.conv_work(spec, ins, outs)
@@ -128,22 +139,58 @@ class ConvLayer(FactorizedLayer):
                 f"expected C = {self.in_channels} and {n} position axes. Check the layer before."
             )
 
-    def _run(self, x: Tensor, convolve: Convolve) -> Tensor:
+    def _run(self, x: Tensor, more: tuple[int, ...] | None = None) -> Tensor:
+        """Convolve; ``more`` is the output padding of this call, where it is not that of the layer."""
         if x.layout is torch._mkldnn:  # type: ignore[attr-defined]
-            return self._run(x.to_dense(), convolve).to_mkldnn()
+            return self._run(x.to_dense(), more).to_mkldnn()
         self._check_input(x)
         if x.ndim == self.n_axes + 1:
-            return self._run(x.unsqueeze(0), convolve).squeeze(0)
-        if self._runs_dense(x):
-            return convolve(x, self.runner.dense_weight(self), self.bias, self.groups)
-        y = self._core_by_core(x, convolve)
-        return y if self.bias is None else y + self.bias.to(y.dtype).reshape(-1, *[1] * self.n_axes)
+            return self._run(x.unsqueeze(0), more).squeeze(0)
+        return self._run_traced(x, more) if is_traced() else self._run_planned(x, more)
 
-    def _runs_dense(self, x: Tensor) -> bool:
-        if is_traced():
-            return self._runs_dense_when_traced(x)
+    def _run_planned(self, x: Tensor, more: tuple[int, ...] | None) -> Tensor:
         self._seen_spatial = tuple(x.shape[2:])
-        return self.plan(x.shape[0], self._seen_spatial).uses_dense
+        last = is_channels_last(x)
+        plan = self._plan_of(x.shape[0], self._seen_spatial, may_pack=_is_ordinary(x), channels_last=last)
+        way, options = plan.way, plan.options
+        assert way is not None
+        assert options is not None
+        if more is not None:
+            options = self.conv_options(more)
+        if plan.key.training:
+            self.runner.cache.clear()  # the cores are about to change
+            self.runner.quick_calls.clear()
+            prepared = way.prepare(self, self.core_list(), options)
+        elif way.name == "dense plain":
+            prepared = (self.runner.dense_weight(self),)
+        else:
+            prepared = self.runner.cached(self, way.name, lambda: way.prepare(self, self.core_list(), options))
+        y = way.run(x, prepared, self.bias, options, self)
+        if not plan.key.training and more is None:
+            self._keep_quick(x, plan, prepared)
+        return y
+
+    def _keep_quick(self, x: Tensor, plan: ConvPlan, prepared: tuple[Tensor, ...]) -> None:
+        """Let the next input of this shape take the short way, where layer and input are ordinary ones."""
+        calls = self.runner.quick_calls
+        if not _is_ordinary(x, any_dtype=True) or self.stand_ins is not None or not are_plain(self.cores):
+            return
+        cores = self.core_list()
+        if any(core.is_inference() or type(core) not in (Tensor, nn.Parameter) for core in cores):
+            return
+        call = plan.way.ready(x, prepared, plan.options)  # type: ignore[union-attr, arg-type]
+        if call is None or x.device.type != "cpu" or self.cores[0].device.type != "cpu":
+            return
+        if len(calls) >= _MOST_QUICK:
+            calls.clear()
+        calls[x.shape, x.is_contiguous()] = QuickCall(self, x, call, cores)
+
+    def _run_traced(self, x: Tensor, more: tuple[int, ...] | None) -> Tensor:
+        options = self.conv_options(more)
+        if self._runs_dense_when_traced(x):
+            return options(x, self.runner.dense_weight(self), self.bias, self.groups)
+        y = self.steps_from(x, self.core_list(), options)
+        return y if self.bias is None else y + self.bias.to(y.dtype).reshape(-1, *[1] * self.n_axes)
 
     def _runs_dense_when_traced(self, x: Tensor) -> bool:
         if self.implementation != "auto" or not self._has_steps:
@@ -155,10 +202,17 @@ class ConvLayer(FactorizedLayer):
     def _has_steps(self) -> bool:
         return type(self.format).convolve is not Format.convolve  # else the format can only be put together
 
-    def _core_by_core(self, x: Tensor, convolve: Convolve) -> Tensor:
-        cores = self.core_list()
+    def dense_from(self, cores: Sequence[Tensor]) -> Tensor:
+        """The kernel that cores make, in torch's layout."""
+        return self.format.to_dense(cores, self.spec).contiguous()
+
+    def build_weight(self) -> Tensor:
+        return self.dense_from(self.core_list())
+
+    def steps_from(self, x: Tensor, cores: Sequence[Tensor], convolve: Convolve) -> Tensor:
+        """The format's own steps, group by group, without bias."""
         if self.groups == 1:
-            return self._convolve_group(x, cores, convolve)
+            return self._convolve_group(x, list(cores), convolve)
         parts = x.chunk(self.groups, dim=1)
         outputs = [self._convolve_group(part, [core[g] for core in cores], convolve) for g, part in enumerate(parts)]
         return torch.cat(outputs, dim=1)
@@ -181,39 +235,139 @@ class ConvLayer(FactorizedLayer):
     def plan(self, batch: int = 1, spatial: Sequence[int] | None = None) -> ConvPlan:
         """How the layer runs on this many inputs of this size (the size last seen when left out)."""
         sizes = tuple(spatial) if spatial is not None else self._seen_spatial
-        key = _ConvKey(trains(self), batch, sizes, self.implementation, self.dense_limit_bytes)
+        return self._plan_of(batch, sizes, may_pack=not torch.is_grad_enabled())
+
+    def _plan_of(
+        self, batch: int, spatial: tuple[int, ...], *, may_pack: bool, channels_last: bool = False
+    ) -> ConvPlan:
+        may_time = self.may_time_plans and not torch.are_deterministic_algorithms_enabled()
+        how = self.implementation, self.dense_limit_bytes, may_pack, may_time, torch.get_num_threads(), channels_last
+        key = _ConvKey(trains(self), batch, spatial, *how)
         found = self.runner.layer_plans.get(key)
-        if found is None:
-            found = self.runner.layer_plans[key] = self._plan(batch, sizes)
+        if found is None or found.way is None:
+            found = self.runner.layer_plans[key] = self._plan(batch, spatial, key)
         return found
 
-    def _plan(self, batch: int, spatial: tuple[int, ...], *, traced: bool = False) -> ConvPlan:
-        core, training = self.cores[0], traced or trains(self)
+    def _plan(self, batch: int, spatial: tuple[int, ...], key: _ConvKey | None) -> ConvPlan:
+        """Plan; without a key for a traced program, which merges its cores in every call and is never timed."""
+        core, traced = self.cores[0], key is None
+        training = key is None or key.training
         device_type = device_type_of(self)
         model = CostModel.reference(device_type) if traced else cost_model(device_type)
-        size, weight = core.element_size(), self.spec.weight
-        ins, outs = math.prod(spatial), math.prod(self._out_spatial(spatial))
-        backward = 3 if training else 1
-        dense_flops = 2 * batch * self._filter_positions(ins, outs) * weight.n_params
-        dense_moved = batch * (self.in_channels * ins + self.out_channels * outs) + weight.n_params
-        dense_s = backward * model.conv_s(dense_flops, dense_moved * size)
-        if training:
-            dense_s += 3 * model.conv_s(2 * weight.n_params * max(self.spec.ranks), weight.n_params * size)
+        outs = self._out_spatial(spatial)
+        still = frozenset(axis for axis in range(self.n_axes) if self.conv_options().is_still(axis))
+        transposed = self.conv_options().is_transposed
+        load = Load(batch, spatial, outs, still, transposed, training, core.element_size())
+        dense, others = self._dense_ways(load, model, key), self._other_ways(load, model, key)
+        asked = dense if self.implementation == "dense" or not others else others
+        both = [*dense, *others] if self.implementation == "auto" and may_be_dense(self) else asked
+        request = Request(
+            self.spec,
+            self.conv_options(),
+            batch,
+            spatial,
+            self.out_channels * math.prod(outs),
+            training,
+            core.dtype,
+            core.device,
+            key is not None and key.channels_last,
+        )
+        may_time = key is not None and key.may_time and core.device.type in ("cpu", "cuda")
+        found = fastest_way(request, both, self, may_time=may_time) if may_time else predicted(both)
+        return self._told(found, dense, others, load, key)
+
+    def _told(self, found: Found, dense: list[Way], others: list[Way], load: Load, key: Any) -> ConvPlan:
+        """What was found, as a plan."""
+
+        def seconds(ways: list[Way]) -> float:
+            tried = [found.seconds[way.name] for way in ways if way.name in found.seconds]
+            return min(tried) if tried else min((way.predicted_s for way in ways), default=0.0)
+
+        best = min(others, key=lambda way: found.seconds.get(way.name, math.inf), default=dense[0])
+        best = found.way if not found.way.uses_dense else best
+        item = self.cores[0].element_size()
+        return ConvPlan(
+            "dense" if found.way.uses_dense else "factorized",
+            load.batch,
+            load.ins,
+            best.flops,
+            dense[0].flops,
+            found.seconds[found.way.name] if not found.way.uses_dense else seconds(others or dense),
+            found.seconds[found.way.name] if found.way.uses_dense else seconds(dense),
+            0 if found.way.uses_dense else best.peak * item,
+            is_measured=found.is_measured,
+            way=found.way,
+            options=self.conv_options(),
+            key=key,
+        )
+
+    # -- candidates ----------------------------------------------------------------------------------
+
+    def _dense_ways(self, load: Load, model: CostModel, key: _ConvKey | None) -> list[Way]:
+        """Through the dense kernel: as torch runs it, and in other layouts."""
+        weight, n_ins, n_outs = self.spec.weight, math.prod(load.ins), math.prod(load.outs)
+        flops = 2 * load.batch * self._filter_positions(n_ins, n_outs) * weight.n_params
+        channels = load.batch, self.groups, weight.in_features, weight.out_features // self.groups
+        kernel = math.prod(self.kernel_size)
+        one = model.convolution_s(flops, channels, kernel, n_ins, n_outs, itemsize=load.itemsize)
+        seconds = one * (3 if load.training else 1)
+        if load.training:
+            built = 2 * weight.n_params * max(self.spec.ranks), weight.n_params * load.itemsize
+            seconds += 3 * model.conv_s(*built)
+        layouts: list[Layout] = ["plain"]
+        if key is not None and not load.training and self.n_axes < 3:
+            layouts += ["last"]
+            layouts += ["packed"] if key.may_pack and can_pack(self.conv_options(), *self._place) else []
+        if key is not None and len(load.still) == self.n_axes and self.groups == 1:
+            layouts += [] if self.conv_options().is_transposed else ["library"]
+        return [DenseWay(self.groups, flops, 0, seconds, layout) for layout in layouts]
+
+    @property
+    def _place(self) -> tuple[torch.dtype, torch.device]:
+        return self.cores[0].dtype, self.cores[0].device
+
+    def _other_ways(self, load: Load, model: CostModel, key: _ConvKey | None) -> list[Way]:
+        """Through the cores: in stages, and by the format's own steps."""
         if not self._has_steps:
-            return ConvPlan("dense", batch, spatial, dense_flops, dense_flops, dense_s, dense_s, 0)
-        steps = self._work(self._group_spec, batch * ins, batch * outs) * self.groups
-        factorized_s = sum(backward * model.conv_s(flops, moved * size) for flops, moved in steps)
-        factorized_s += _STEPS_OVERHEAD_S * self.groups
+            return []
+        network = self.format.conv_network(self._group_spec)
+        steps = self._steps_way(load, model, traced=key is None)
+        if key is None or network is None:
+            return [steps]
+        network = network.in_groups(self.groups)
+        found: list[Way] = []
+        for stages in stage_candidates(network, load, model):
+            found += self._in_layouts(network, stages, load, key)
+        return [*found, steps] if found else [steps]
+
+    def _in_layouts(
+        self, network: ConvNetwork, stages: tuple[Stage, ...], load: Load, key: _ConvKey
+    ) -> list[StagedWay]:
+        flops = sum(stage.flops for stage in stages)
+        peak = max(stage.moved for stage in stages)
+        seconds = sum(stage.seconds for stage in stages)
+        way = StagedWay(self.groups, flops, peak, seconds, network, stages)
+        layouts: list[Layout] = ["plain", "library"]
+        if way.can_be_last() and self.n_axes < 3:
+            layouts += ["last"]
+            if key.may_pack and not load.training and can_pack(self.conv_options(), *self._place):
+                layouts += ["packed", "all packed"]
+        return [way.in_layout(layout) for layout in layouts]
+
+    def _steps_way(self, load: Load, model: CostModel, *, traced: bool) -> StepsWay:
+        backward = 3 if load.training else 1
+        n_ins, n_outs = load.batch * math.prod(load.ins), load.batch * math.prod(load.outs)
+        steps = self._work(self._group_spec, n_ins, n_outs) * self.groups
+        # Half the rate of large convolutions: these have few channels on one side.
+        seconds = sum(backward * model.conv_s(2 * flops, moved * load.itemsize) for flops, moved in steps)
+        seconds += backward * _STEPS_OVERHEAD_S * self.groups
         flops = sum(flops for flops, _ in steps)
         if self.runner.shape is not None:
             find: Callable[..., Plan] = self.runner.plan_when_traced if traced else self.runner.plan
-            plan = find(self, self._chain_rows(batch, spatial), force="factorized")
-            factorized_s += plan.predicted_s * self.groups
+            plan = find(self, self._chain_rows(load.batch, load.ins), force="factorized")
+            seconds += plan.predicted_s * self.groups
             flops += plan.flops * self.groups
-        peak = max((moved for _, moved in steps), default=0) * size
-        dense = self.implementation == "dense" or (may_be_dense(self) and factorized_s > _MARGIN * dense_s)
-        kind = "dense" if dense else "factorized"
-        return ConvPlan(kind, batch, spatial, flops, dense_flops, factorized_s, dense_s, 0 if dense else peak)
+        return StepsWay(self.groups, flops, max((moved for _, moved in steps), default=0), seconds)
 
     def extra_repr(self) -> str:
         parts = [f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"]
@@ -279,28 +433,20 @@ class _ConvNd(ConvLayer):
             dtype=dtype,
         )
 
+    def forward(self, input: Tensor) -> Tensor:
+        if not torch.compiler.is_compiling():
+            found = quick(self, input)
+            if found is not None:
+                return found
+        return self._forward(input)
+
     @traceable
     @once
-    def forward(self, input: Tensor) -> Tensor:
-        return self._run(input, self._convolve)
+    def _forward(self, input: Tensor) -> Tensor:
+        return self._run(input)
 
-    def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, groups: int = 1) -> Tensor:
-        padding: Any = self.padding
-        if self.padding_mode != "zeros":
-            x = F.pad(x, self._pad_widths(), mode=self.padding_mode)
-            padding = 0
-        return _CONVOLVE[self.n_axes](x, weight, bias, self.stride, padding, self.dilation, groups)
-
-    def _pad_widths(self) -> list[int]:
-        """Padding per side, last axis first, as ``torch.nn.functional.pad`` wants it."""
-        widths: list[int] = []
-        for axis in reversed(range(self.n_axes)):
-            if isinstance(self.padding, tuple):
-                widths += [self.padding[axis]] * 2
-            else:
-                total = self.dilation[axis] * (self.kernel_size[axis] - 1) if self.padding == "same" else 0
-                widths += [total // 2, total - total // 2]
-        return widths
+    def conv_options(self, output_padding: tuple[int, ...] | None = None) -> ConvOptions:
+        return ConvOptions(self.kernel_size, self.stride, self.padding, self.dilation, self.padding_mode)
 
     def _out_spatial(self, spatial: Sequence[int]) -> tuple[int, ...]:
         if self.padding == "same":
@@ -354,6 +500,17 @@ class Conv3d(_ConvNd):
 
     n_axes = 3
     dense_type = nn.Conv3d
+
+
+def _is_ordinary(x: Tensor, *, any_dtype: bool = False) -> bool:
+    """Whether nothing looks on that would have to see, or to differentiate, every operation on an input."""
+    if torch.is_grad_enabled() or type(x) is not Tensor or x.numel() == 0:
+        return False
+    if x.dtype != torch.float32 and not any_dtype:
+        return False
+    if is_transformed() or forward_ad._current_level >= 0 or torch.is_autocast_enabled("cpu"):
+        return False
+    return _get_current_dispatch_mode() is None
 
 
 def _check_channels(in_channels: int, out_channels: int, groups: int) -> None:

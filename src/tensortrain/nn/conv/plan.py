@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
+
+from tensortrain.nn.conv.options import ConvOptions
+from tensortrain.nn.conv.ways import Way
 
 __all__ = ["ConvPlan", "LookupPlan"]
 
 
 @dataclass(frozen=True)
 class ConvPlan:
-    """Either the dense kernel (rebuilt, kept while the cores do not change) or core by core."""
+    """Either the dense kernel (rebuilt, kept while the cores do not change) or core by core.
+
+    Attributes:
+        is_measured: Whether the seconds were measured on this machine; else they are predicted.
+        way: What runs.
+        options: Of the convolution.
+        key: What the layer keeps the plan under.
+    """
 
     kind: str
     batch: int
@@ -19,6 +30,10 @@ class ConvPlan:
     factorized_s: float
     dense_s: float
     peak_bytes: int
+    is_measured: bool = False
+    way: Way | None = field(default=None, compare=False, repr=False)
+    options: ConvOptions | None = field(default=None, compare=False, repr=False)
+    key: Any = field(default=None, compare=False, repr=False)
 
     @property
     def uses_dense(self) -> bool:
@@ -35,15 +50,18 @@ class ConvPlan:
     @property
     def words(self) -> str:
         """How the layer runs, in a few words."""
-        return "dense, kept" if self.uses_dense else "core by core"
+        if self.way is None:
+            return "dense, kept" if self.uses_dense else "core by core"
+        return self.way.words
 
     def __str__(self) -> str:
-        how = "the dense kernel, kept" if self.uses_dense else "core by core"
+        how = "the dense kernel, kept" if self.uses_dense else self.words
+        told = "measured " if self.is_measured else "predicted"
         return "\n".join(
             [
                 f"Convolution of {self.batch} x {'x'.join(map(str, self.spatial))}: {how}",
                 f"  flops      {self.flops:,} (dense {self.dense_flops:,})",
-                f"  predicted  {self.predicted_s * 1e6:,.0f} us (dense {self.dense_s * 1e6:,.0f} us, "
+                f"  {told}  {self.predicted_s * 1e6:,.0f} us (dense {self.dense_s * 1e6:,.0f} us, "
                 f"core by core {self.factorized_s * 1e6:,.0f} us)",
                 f"  peak       {self.peak_bytes:,} bytes between the steps",
             ]

@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tensortrain.contract import ChainShape
@@ -21,14 +19,14 @@ from tensortrain.errors import ShapeError
 from tensortrain.formats import FactorSpec, Rank
 from tensortrain.nn.base import Implementation, Init, as_tuple
 from tensortrain.nn.conv.layers import ConvLayer, Convolve, Size
+from tensortrain.nn.conv.options import ConvOptions
 from tensortrain.nn.conv.plan import transposed_out_size
+from tensortrain.nn.conv.quick import quick
 from tensortrain.nn.inputs import once, traceable
 from tensortrain.nn.runner import Runner
 from tensortrain.system.tracing import sizes_of
 
 __all__ = ["ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d", "swap_channels"]
-
-_CONVOLVE: dict[int, Any] = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
 
 
 def swap_channels(weight: Tensor, groups: int = 1) -> Tensor:
@@ -134,28 +132,27 @@ class _ConvTransposeNd(ConvLayer):
     def kernel_of(cls, layer: Any) -> Tensor:
         return swap_channels(super().kernel_of(layer), layer.groups)
 
-    def build_weight(self) -> Tensor:
-        return swap_channels(self.format.to_dense(self.core_list(), self.spec), self.groups).contiguous()
+    def dense_from(self, cores: Sequence[Tensor]) -> Tensor:
+        return swap_channels(self.format.to_dense(cores, self.spec), self.groups).contiguous()
 
     # -- how it runs ---------------------------------------------------------------------------------
 
+    def forward(self, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
+        if output_size is None and not torch.compiler.is_compiling():
+            found = quick(self, input)
+            if found is not None:
+                return found
+        return self._forward(input, output_size)
+
     @traceable
     @once
-    def forward(self, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
-        more = self.output_padding if output_size is None else self._padding_for(input, output_size)
-        return self._run(input, partial(self._convolve, output_padding=more))
+    def _forward(self, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
+        more = None if output_size is None else self._padding_for(input, output_size)
+        return self._run(input, more)
 
-    def _convolve(
-        self,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None = None,
-        groups: int = 1,
-        *,
-        output_padding: tuple[int, ...],
-    ) -> Tensor:
-        convolve = _CONVOLVE[self.n_axes]
-        return convolve(x, weight, bias, self.stride, self.padding, output_padding, groups, self.dilation)
+    def conv_options(self, output_padding: tuple[int, ...] | None = None) -> ConvOptions:
+        more = self.output_padding if output_padding is None else output_padding
+        return ConvOptions(self.kernel_size, self.stride, self.padding, self.dilation, "zeros", more)
 
     def _padding_for(self, x: Tensor, output_size: Sequence[int]) -> tuple[int, ...]:
         """Output padding that gives this output size, with or without batch and channels in front."""

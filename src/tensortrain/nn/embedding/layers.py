@@ -4,19 +4,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tensortrain.contract import cost_model
+from tensortrain.contract import ChainShape, cost_model
+from tensortrain.contract.row_kernels import kept_groups, packed_tables, range_of, rows_of_packed, serve_rows
 from tensortrain.errors import DTypeError, KindError, ModeIndexError, NonFiniteError, ShapeError
 from tensortrain.formats import FactorSpec, Fit, Format, Rank, WeightShape, get_format
 from tensortrain.nn.base import FactorizedLayer, Implementation, Init, Self
 from tensortrain.nn.conv.plan import LookupPlan
+from tensortrain.nn.cores import held_cores
 from tensortrain.nn.inputs import check_plain_layout, map_nested, once, traceable
-from tensortrain.nn.runner import Runner, device_type_of, may_be_dense, trains
+from tensortrain.nn.runner import (
+    DENSE_LIMIT_BYTES,
+    SMALL_WEIGHT_BYTES,
+    Runner,
+    device_type_of,
+    may_be_dense,
+    trains,
+)
 from tensortrain.system.tracing import is_traced
 
 __all__ = ["Embedding"]
@@ -368,14 +378,34 @@ class Embedding(FactorizedLayer):
         if self._runs_dense():
             rows = F.embedding(ids, self.runner.dense_weight(self))
         else:
-            rows = self.format.lookup(ids, self.core_list(), self.spec)
+            kept = self._rows_of_kept(ids)
+            rows = self.format.lookup(ids, self.core_list(), self.spec) if kept is None else kept
         return rows.to(self.cores[0].dtype)  # autocast lowers products, torch's embedding keeps its dtype
+
+    def _rows_of_kept(self, ids: Tensor) -> Tensor | None:
+        """Rows from merged cores that are kept between calls, by the kernels; ``None`` where nothing may be kept."""
+        core = self.core_list()[0]
+        if trains(self) or not serve_rows(ids, core) or core.is_inference() or held_cores(self) is not None:
+            return None
+        chain = _row_chain(self.spec)
+        if chain is None or chain.order < 2:
+            return None
+        groups = kept_groups(chain, core.dtype, self.dense_limit_bytes, cost_model(core.device))
+        tables = self.runner.cached(self, ("rows", groups), lambda: packed_tables(self.plan_cores(), groups))
+        rows = rows_of_packed(ids.reshape(-1).long(), tables, chain, groups)
+        return None if rows is None else rows.reshape(*ids.shape, self.embedding_dim)
 
     def _runs_dense(self) -> bool:
         if self.implementation == "dense" or type(self.format).lookup is Format.lookup:
             return True
         # While training, every step would rebuild the whole table for the few rows of a batch.
         return may_be_dense(self) and not trains(self) and not is_traced()
+
+    @property
+    def kept_limit_bytes(self) -> int:
+        # A table is looked up in a few places of many: kept whole, it would take the memory that was saved.
+        limit = self.dense_limit_bytes
+        return SMALL_WEIGHT_BYTES if limit == DENSE_LIMIT_BYTES else limit
 
     def _check_ids(self, ids: Tensor) -> None:
         check_plain_layout(ids, type(self).__name__)
@@ -385,7 +415,7 @@ class Embedding(FactorizedLayer):
             )
         # On the CPU a look at the range is cheap and prevents rows of the padded vocabulary being read.
         if not is_traced() and ids.is_cpu and ids.numel():
-            low, high = int(ids.min()), int(ids.max())
+            low, high = range_of(ids) or (int(ids.min()), int(ids.max()))
             if low < 0 or high >= self.num_embeddings:
                 raise ModeIndexError(
                     f"ids must lie in the vocabulary: found {low} to {high}, expected 0 to "
@@ -415,6 +445,11 @@ class Embedding(FactorizedLayer):
         padding = "" if self.padding_idx is None else f", padding_idx={self.padding_idx}"
         hot = f", hot_rows={self.hot_rows}" if self.hot_rows else ""
         return f"{self.num_embeddings}, {self.embedding_dim}{padding}{hot}, {self._format_repr()}"
+
+
+@lru_cache(maxsize=1024)
+def _row_chain(spec: FactorSpec) -> ChainShape | None:
+    return get_format(spec.format).row_chain(spec)
 
 
 def check_sparse(sparse: bool) -> None:

@@ -15,7 +15,8 @@ from tensortrain.nn.base import Init
 from tensortrain.nn.composite import CompositeLayer, Map, is_watched, linear_of, weight_of
 from tensortrain.nn.inputs import check_plain_layout, traceable
 from tensortrain.nn.recurrent.maps import Apply, MapOptions, blocks_of, dense_at, refill, repeated, reset_map
-from tensortrain.system.tracing import sizes_of
+from tensortrain.nn.recurrent.ways import fused_step_is_faster, may_take_kernel
+from tensortrain.system.tracing import is_traced, sizes_of
 
 __all__ = ["Cell", "GRUCell", "LSTMCell", "RNNCell"]
 
@@ -117,15 +118,35 @@ class Cell(CompositeLayer):
                 f"{sizes}. Check the layer before, or pass one time step."
             )
         batched = x if x.ndim == 2 else x.unsqueeze(0)
-        gates = self.ih(batched)
-        if state is None:
-            state = self.zero_state(batched.shape[0], gates)
-        else:
+        if state is not None:
             check_state(state, [(*sizes[:-1], size) for size in self.state_sizes()], kind)
-            state = tuple(s.reshape(-1, s.shape[-1]).to(gates.dtype) for s in state)
-        # A single step calls the map as a module: it alone knows what it keeps between calls.
-        state = self.step(gates, state, *blocks_of(self.hh, self.blocks()))
+            state = tuple(s.reshape(-1, s.shape[-1]) for s in state)
+        state = self._fused_step(batched, state) if self.fits_fused_step(batched) else self._step_of(batched, state)
         return state if x.ndim == 2 else tuple(s.squeeze(0) for s in state)
+
+    def _step_of(self, x: Tensor, state: State | None) -> State:
+        gates = self.ih(x)
+        if state is None:
+            state = self.zero_state(x.shape[0], gates)
+        else:
+            state = tuple(s.to(gates.dtype) for s in state)
+        # A single step calls the map as a module: it alone knows what it keeps between calls.
+        return self.step(gates, state, *blocks_of(self.hh, self.blocks()))
+
+    def fits_fused_step(self, x: Tensor) -> bool:
+        """Whether torch's function for one step computes the same from dense maps, and sooner."""
+        if is_traced() or self.output_size != self.hidden_size or not may_take_kernel((self,), x):
+            return False
+        return fused_step_is_faster(self, x.shape[0], x.dtype)
+
+    def _fused_step(self, x: Tensor, state: State | None) -> State:
+        if state is None:
+            state = self.zero_state(x.shape[0], x)
+        state = tuple(s.to(x.dtype) for s in state)
+        step: Any = getattr(torch, f"{self.kernel}_cell")
+        weights = self._weights().values()
+        found = step(x, state if self.n_states > 1 else state[0], *weights)
+        return tuple(found) if self.n_states > 1 else (found,)
 
     # -- to and from torch's cells -------------------------------------------------------------------
 

@@ -1,7 +1,8 @@
 """Recurrent layers with factorized maps: ``torch.nn.RNN``, ``GRU`` and ``LSTM`` over cells of our own.
 
 The input map of a layer runs once, on all time steps together; the hidden map is made ready once and then
-applied at every step. Where both run dense anyway, torch's own kernel does the whole sequence.
+applied at every step. Where both run dense anyway, or torch's own kernel on dense weights is faster, it does the whole
+sequence.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -16,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from tensortrain.contract.grouped import can_group
 from tensortrain.errors import DTypeError, ShapeError
 from tensortrain.formats import Rank
 from tensortrain.nn.base import Init
@@ -33,6 +36,7 @@ from tensortrain.nn.recurrent.cells import (
     torch_weights,
 )
 from tensortrain.nn.recurrent.maps import MapOptions
+from tensortrain.nn.recurrent.ways import differentiable_twice, kernel_is_faster, may_take_kernel
 from tensortrain.system.tracing import is_traced, sizes_of
 
 __all__ = ["GRU", "LSTM", "RNN"]
@@ -189,18 +193,7 @@ class _Recurrent(CompositeLayer):
         # (under autocast on a CPU, oneDNN refuses an LSTM and a GRU comes out in float32)
         if not torch.is_autocast_enabled("cpu") and _fit_kernel(cells, x, layout):
             return _torch_kernel(cells, x, state, layout)
-        outputs, finals = [], []
-        for direction, cell in enumerate(cells):
-            gates = cell.ih(x)
-            if state is None:
-                initial = cell.zero_state(layout.batch, gates)
-            else:
-                initial = tuple(s[direction].to(gates.dtype) for s in state)
-            steps, final = _scan(cell, layout.split(gates), initial, reverse=direction == 1)
-            outputs.append(layout.join(steps))
-            finals.append(final)
-        output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
-        return output, tuple(torch.stack(parts) for parts in zip(*finals, strict=True))
+        return _step_by_step(cells, x, state, layout)
 
     # -- checks --------------------------------------------------------------------------------------
 
@@ -434,14 +427,15 @@ class LSTM(_Recurrent):
         return super().extra_repr() + f", proj_size={self.proj_size}" * bool(self.proj_size)
 
 
-def _scan(cell: Cell, steps: Sequence[Tensor], initial: State, *, reverse: bool) -> tuple[list[Tensor], State]:
+def _scan(
+    cell: Cell, steps: Sequence[Tensor], hidden: Sequence[Any], initial: State, *, reverse: bool
+) -> tuple[list[Tensor], State]:
     """Run a cell over the time steps, whose number of rows may shrink (packed sequences are sorted).
 
     Returns:
         tuple: Outputs in order of time, and the state of every row after its own last step.
     """
     order = range(len(steps))[:: -1 if reverse else 1]
-    hidden = cell.prepare(initial[0].shape[0])
     state = tuple(s[: steps[order[0]].shape[0]] for s in initial)
     outputs: list[Tensor] = [steps[0]] * len(steps)
     ended: list[State] = []
@@ -459,14 +453,49 @@ def _scan(cell: Cell, steps: Sequence[Tensor], initial: State, *, reverse: bool)
     return outputs, state
 
 
-def _fit_kernel(cells: Sequence[Cell], x: Tensor, layout: _Layout) -> bool:
+def _step_by_step(cells: list[Cell], x: Tensor, state: State | None, layout: _Layout) -> tuple[Tensor, State]:
+    """One layer, its input map on all steps at once; states ``(n_directions, b, size)``."""
+    gates = [cell.ih(x) for cell in cells]
+    hidden = [cell.prepare(layout.batch) for cell in cells]
+    return _scan_all(cells, gates, hidden, state, layout)
+
+
+def _scan_all(
+    cells: Sequence[Cell], gates: Sequence[Tensor], hidden: Sequence[Any], state: State | None, layout: _Layout
+) -> tuple[Tensor, State]:
+    outputs, finals = [], []
+    for direction, cell in enumerate(cells):
+        here = gates[direction]
+        if state is None:
+            initial = cell.zero_state(layout.batch, here)
+        else:
+            initial = tuple(s[direction].to(here.dtype) for s in state)
+        steps, final = _scan(cell, layout.split(here), hidden[direction], initial, reverse=direction == 1)
+        outputs.append(layout.join(steps))
+        finals.append(final)
+    output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
+    return output, tuple(torch.stack(parts) for parts in zip(*finals, strict=True))
+
+
+def _fit_kernel(cells: list[Cell], x: Tensor, layout: _Layout) -> bool:
     """Whether torch's own kernel takes the whole sequence."""
     if torch._C._get_tracing_state() is not None:  # a loop would be recorded for one length
         return all(cell.kernel is not None and not cell.is_watched() for cell in cells)
     if is_traced():
         return False
     rows = x.numel() // x.shape[-1]
-    return all(cell.fits_kernel(rows, layout.batch) for cell in cells)
+    if all(cell.fits_kernel(rows, layout.batch) for cell in cells):
+        return True
+    if not may_take_kernel(cells, x):
+        return False
+    return kernel_is_faster(
+        cells,
+        x,
+        layout.batch,
+        layout.n_steps,
+        by_kernel=lambda some, numbers: _torch_kernel(some, numbers, None, layout)[0],
+        by_steps=lambda some, numbers: _step_by_step(some, numbers, None, layout)[0],
+    )
 
 
 def _torch_kernel(cells: list[Cell], x: Tensor, state: State | None, layout: _Layout) -> tuple[Tensor, State]:
@@ -475,14 +504,45 @@ def _torch_kernel(cells: list[Cell], x: Tensor, state: State | None, layout: _La
     weights = [weight for cell in cells for weight in cell._weights().values()]
     if state is None:
         state = tuple(x.new_zeros(len(cells), layout.batch, size) for size in first.state_sizes())
-    hx: Any = state if first.n_states > 1 else state[0]
-    kernel: Callable[..., Any] = getattr(torch, str(first.kernel))
-    settings = (weights, first.bias, 1, 0.0, first.training, len(cells) == 2)
-    if layout.batch_sizes is None:
-        output, *final = kernel(x, hx, *settings, layout.axis == 1)
+    tensors = (x, *state, *weights)
+    fused = partial(_fused, cells, layout)
+    if not _is_differentiable_once(first, layout, tensors):
+        output, *final = fused(*tensors)
     else:
-        output, *final = kernel(x, layout.batch_sizes, hx, *settings)
+        output, *final = differentiable_twice(fused, partial(_recorded, cells, layout), *tensors)
     return output, tuple(final)
+
+
+def _fused(cells: Sequence[Cell], layout: _Layout, x: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+    first, n = cells[0], cells[0].n_states
+    hx: Any = tensors[:n] if n > 1 else tensors[0]
+    kernel: Callable[..., Any] = getattr(torch, str(first.kernel))
+    settings = (tensors[n:], first.bias, 1, 0.0, first.training, len(cells) == 2)
+    if layout.batch_sizes is None:
+        return tuple(kernel(x, hx, *settings, layout.axis == 1))
+    return tuple(kernel(x, layout.batch_sizes, hx, *settings))
+
+
+def _is_differentiable_once(cell: Cell, layout: _Layout, tensors: Sequence[Tensor]) -> bool:
+    """Whether gradients are wanted of oneDNN's kernel, whose gradients have none."""
+    if cell.kernel != "lstm" or layout.batch_sizes is not None or cell.output_size != cell.hidden_size:
+        return False
+    if not can_group() or not tensors[0].is_cpu or tensors[0].dtype != torch.float32:
+        return False
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+def _recorded(cells: Sequence[Cell], layout: _Layout, x: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """The same by operations of torch, all of which have gradients of any order."""
+    n, each = cells[0].n_states, 4 if cells[0].bias else 2
+    gates, hidden = [], []
+    for at in range(n, len(tensors), each):
+        weight_ih, weight_hh, *biases = tensors[at : at + each]
+        bias_ih, bias_hh = biases or (None, None)
+        gates.append(F.linear(x, weight_ih, bias_ih))
+        hidden.append((partial(F.linear, weight=weight_hh, bias=bias_hh),))
+    output, final = _scan_all(cells, gates, hidden, tensors[:n], layout)
+    return output, *final
 
 
 def _check_dropout(dropout: float, num_layers: int) -> float:

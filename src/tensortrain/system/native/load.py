@@ -83,11 +83,18 @@ def look_again() -> bool:
 @contextmanager
 def python_only() -> Iterator[None]:
     """Everything inside runs without the kernels, in all threads."""
-    before, _state.is_off = _state.is_off, True
+    before = _state.is_off
+    _switch(is_off=True)
     try:
         yield
     finally:
-        _state.is_off = before
+        _switch(is_off=before)
+
+
+def _switch(*, is_off: bool) -> None:
+    _state.is_off = is_off
+    if _state.found is not None:  # layers hold ways through it
+        _state.found.set_idle(is_off)
 
 
 class _State:

@@ -1,15 +1,13 @@
 // What Python sees of the kernels.
+#include "chain_python.h"
 #include "grouped.h"
-#include "short_way.h"
+#include "layer_call.h"
+#include "lookup_python.h"
 
-#include <torch/csrc/autograd/python_variable.h>
-#include <torch/csrc/utils/pybind.h>
 
 #include <map>
 #include <string>
 #include <tuple>
-
-namespace py = pybind11;
 
 namespace tensortrain {
 namespace {
@@ -44,9 +42,6 @@ c10::intrusive_ptr<Sweep> dense_sweep(int64_t in_features, int64_t out_features)
                     {{out_features, in_features}});
 }
 
-// Instances of subclasses, which may see operations without a dispatch key that shows it, are none.
-bool is_tensor(PyObject* object) { return THPVariable_CheckExact(object); }
-
 std::optional<Tensor> run(const c10::intrusive_ptr<Sweep>& sweep, const py::object& input, const py::list& given,
                           const py::object& added) {
   Tensors tensors;
@@ -60,44 +55,6 @@ std::optional<Tensor> run(const c10::intrusive_ptr<Sweep>& sweep, const py::obje
   if (!is_undisturbed() || !fits(*sweep, x, tensors, bias)) return std::nullopt;
   const py::gil_scoped_release unlocked;
   return multiply(sweep, x, tensors, bias);
-}
-
-// The tensors of a ParameterList in order; nothing where it holds something else. Pruning and weight norm leave other
-// names there than 0, 1, .., or these in another order.
-std::optional<Tensors> cores_of(const py::dict& dictionary) {
-  Tensors found;
-  found.reserve(dictionary.size());
-  PyObject *key = nullptr, *value = nullptr;
-  for (Py_ssize_t at = 0; PyDict_Next(dictionary.ptr(), &at, &key, &value);) {
-    const auto name = std::to_string(found.size());
-    if (!PyUnicode_Check(key) || PyUnicode_CompareWithASCIIString(key, name.c_str()) != 0) return std::nullopt;
-    if (!is_tensor(value)) return std::nullopt;
-    found.push_back(THPVariable_Unpack(value));
-  }
-  return found;
-}
-
-// The bias of a layer: none where it has none, no answer where it is kept elsewhere than among its parameters.
-std::optional<std::optional<Tensor>> bias_of(const py::dict& parameters) {
-  static PyObject* const name = PyUnicode_InternFromString("bias");
-  PyObject* const found = PyDict_GetItemWithError(parameters.ptr(), name);
-  if (found == nullptr) return std::nullopt;
-  if (found == Py_None) return std::optional<Tensor>();
-  if (!is_tensor(found)) return std::nullopt;
-  return std::optional<Tensor>(THPVariable_Unpack(found));
-}
-
-std::optional<Tensor> run_short(ShortWay& way, const py::object& input, const py::dict& cores,
-                                const py::dict& parameters) {
-  if (!is_tensor(input.ptr())) return std::nullopt;
-  const auto x = THPVariable_Unpack(input.ptr());
-  auto tensors = cores_of(cores);
-  const auto bias = bias_of(parameters);
-  if (!tensors || !bias) return std::nullopt;
-  const auto found = way.find(x, std::move(*tensors));
-  if (!found || !fits(*found->first, x, found->second, *bias)) return std::nullopt;
-  const py::gil_scoped_release unlocked;
-  return multiply(found->first, x, found->second, *bias);
 }
 
 // Whether grouped products of these tensors were done; out lies as it was made, so that its rows can be written to.
@@ -119,19 +76,24 @@ bool run_groups(const Tensor& states, const Tensor& other, const std::vector<int
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   using namespace tensortrain;
   py::class_<Sweep, c10::intrusive_ptr<Sweep>>(m, "Sweep");
-  py::class_<ShortWay>(m, "ShortWay")
-      .def(py::init<>())
+  py::class_<ShortWay>(m, "ShortWay", py::custom_type_setup([](PyHeapTypeObject* type) {
+                         type->ht_type.tp_call = &call_layer;
+                       }))
+      .def(py::init<py::list>())
       .def("keep_training", &ShortWay::keep_training)
       .def("keep_inference", &ShortWay::keep_inference)
       .def("forget_weights", &ShortWay::forget_weights)
       .def("note_cached", &ShortWay::note_cached)
-      .def("__call__", &run_short)
       // Part of no copy and no checkpoint: None takes its place.
       .def("__reduce__", [](const py::object&) { return py::make_tuple(py::type::of(py::none()), py::tuple()); });
+  m.def("know_core_lists", &know_core_lists);
+  m.def("set_idle", [](bool value) { is_idle = value; });
   m.def("make_sweep", &make_sweep);
   m.def("dense_sweep", &dense_sweep);
   m.def("run", &run);
   m.def("multiply_groups", &run_groups<multiply_groups>);
   m.def("multiply_groups_backward", &run_groups<multiply_groups_backward>);
+  chain::bind(m);
+  define_lookups(m);
   m.def("count_optimizer_step", [] { ++n_optimizer_steps; });
 }

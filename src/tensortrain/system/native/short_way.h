@@ -1,7 +1,7 @@
 // The shortest way through a layer: everything between Python's call and the products, in C++.
 #pragma once
 
-#include "sweep.h"
+#include "small.h"
 
 #include <ATen/Context.h>
 #include <ATen/PythonTorchFunctionTLS.h>
@@ -9,6 +9,8 @@
 #include <ATen/ops/linear.h>
 #include <c10/core/GradMode.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
+
+#include <pybind11/pytypes.h>
 
 #include <array>
 
@@ -42,8 +44,11 @@ inline Tensor multiply(const c10::intrusive_ptr<Sweep>& sweep, const Tensor& x, 
                               (x.requires_grad() || (bias && bias->requires_grad()) || any_requires_grad(tensors));
   // A ready weight is a layer of torch's: the long way takes it so, and checkpointing must find the same saved.
   if (differentiates && sweep->ready && sweep->is_one_product()) return at::linear(x, tensors[0], bias);
+  const auto layout = small_layout(*sweep, x);
+  if (differentiates && layout) return SmallSweepFunction::apply(sweep, x, bias, tensors);
   if (differentiates) return differentiable(sweep, x, tensors, bias);
   const at::AutoDispatchBelowADInplaceOrView below;
+  if (layout && !sweep->is_one_product()) return small_product(*sweep, *layout, x, tensors, bias);
   return sweep->forward(x, tensors, bias, nullptr);
 }
 
@@ -65,6 +70,11 @@ struct Stamp {
 // How one layer ran at the sizes it has met, rounded up to powers of two: plans, and weights that lie ready.
 class ShortWay {
  public:
+  // Settings of the layer that it holds for.
+  const pybind11::list options;
+
+  explicit ShortWay(pybind11::list given) : options(std::move(given)) {}
+
   void keep_training(int64_t rows, c10::intrusive_ptr<Sweep> sweep) { training_[bucket(rows)] = std::move(sweep); }
 
   void keep_inference(int64_t rows, c10::intrusive_ptr<Sweep> sweep, Tensors weights, const Tensors& cores) {

@@ -292,14 +292,8 @@ struct SweepFunction : torch::autograd::Function<SweepFunction> {
     Trace trace;
     const auto y = sweep->forward(x, tensors, bias, &trace);
     Course course(sweep.get(), bias.has_value(), std::move(trace.states));
-    Tensors saved{any_requires_grad(tensors) ? x : Tensor()};  // frozen cores: gradients do not depend on it
-    saved.insert(saved.end(), tensors.begin(), tensors.end());
-    for (size_t k = 0; k < sweep->steps.size(); ++k) {
-      auto& weight = trace.weights[k];
-      course.cores.push_back(std::move(weight.core));
-      saved.insert(saved.end(), {trace.operands[k], weight.matrix});
-      for (const auto& pair : weight.pairs) saved.insert(saved.end(), {pair.first, pair.second});
-    }
+    // frozen cores: gradients do not depend on x
+    auto saved = saved_of(course, any_requires_grad(tensors) ? x : Tensor(), tensors, trace);
     ctx->set_materialize_grads(false);
     ctx->save_for_backward(std::move(saved));
     ctx->saved_data["course"] = course.packed();
@@ -316,7 +310,8 @@ struct SweepFunction : torch::autograd::Function<SweepFunction> {
       needs.tensors.push_back(ctx->needs_input_grad(n_leading + k));
     Tensors found;
     if (c10::GradMode::is_enabled()) {
-      found = again(course, saved, grads[0], needs);
+      const at::TensorList tensors(saved.data() + 1, course.sweep->shapes.size());
+      found = again(*course.sweep, saved[0], tensors, grads[0], needs);
     } else {
       std::optional<at::AutoDispatchBelowADInplaceOrView> below;
       if (!grads[0]._fw_grad(0).defined()) below.emplace();  // else torch takes the derivative of the way back along
@@ -327,7 +322,6 @@ struct SweepFunction : torch::autograd::Function<SweepFunction> {
     return found;
   }
 
- private:
   struct Needs {
     bool x, bias;
     std::vector<bool> tensors;
@@ -371,8 +365,19 @@ struct SweepFunction : torch::autograd::Function<SweepFunction> {
     return result;
   }
 
-  // Under create_graph, by torch's own derivatives of the same products.
-  static Tensors again(const Course& course, const Tensors& saved, const Tensor& grad_y, const Needs& needs) {
+  // What the way back needs is made once more: nothing of it was kept.
+  static Tensors first_again(const Sweep& sweep, const Tensor& x, at::TensorList tensors, const Tensor& grad_y,
+                             const Needs& needs) {
+    Trace trace;
+    const auto input = x.defined() ? x : at::zeros(sizes_with(grad_y, sweep.in_features), grad_y.options());
+    sweep.forward(input, tensors, std::nullopt, &trace);
+    Course course(&sweep, needs.bias, std::move(trace.states));
+    return first(course, saved_of(course, x, tensors, trace), grad_y, needs);
+  }
+
+  // Under create_graph, by torch's own derivatives of the same products. Without an x, gradients do not depend on it.
+  static Tensors again(const Sweep& sweep, const Tensor& x, at::TensorList tensors, const Tensor& grad_y,
+                       const Needs& needs) {
     Tensors inputs, wanted;
     std::vector<bool> needed;
     const auto take = [&](const Tensor& tensor, bool need) {
@@ -382,12 +387,11 @@ struct SweepFunction : torch::autograd::Function<SweepFunction> {
       needed.push_back(need);
       if (need) wanted.push_back(inputs.back());
     };
-    const auto x_sizes = sizes_with(grad_y, course.sweep->in_features);
-    take(saved[0].defined() ? saved[0] : at::zeros(x_sizes, grad_y.options()).requires_grad_(), needs.x);
-    for (const bool need : needs.tensors) take(saved[inputs.size()], need);
+    take(x.defined() ? x : at::zeros(sizes_with(grad_y, sweep.in_features), grad_y.options()).requires_grad_(), needs.x);
+    for (size_t k = 0; k < tensors.size(); ++k) take(tensors[k], needs.tensors[k]);
     Tensors found;
     if (!wanted.empty()) {
-      const auto y = course.sweep->forward(inputs[0], at::TensorList(inputs).slice(1), std::nullopt, nullptr);
+      const auto y = sweep.forward(inputs[0], at::TensorList(inputs).slice(1), std::nullopt, nullptr);
       found = torch::autograd::grad({y}, wanted, {grad_y}, /*retain_graph=*/true, /*create_graph=*/true,
                                     /*allow_unused=*/true);
     }
@@ -395,6 +399,20 @@ struct SweepFunction : torch::autograd::Function<SweepFunction> {
     for (size_t k = 0, taken = 0; k < inputs.size(); ++k) result.push_back(needed[k] ? found[taken++] : Tensor());
     result.insert(result.begin() + 1, needs.bias ? summed_rows(grad_y) : Tensor());
     return result;
+  }
+
+ private:
+  // x, cores, then for every step its operand, its matrix and both sides of its merges.
+  static Tensors saved_of(Course& course, const Tensor& x, at::TensorList tensors, Trace& trace) {
+    Tensors saved{x};
+    saved.insert(saved.end(), tensors.begin(), tensors.end());
+    for (size_t k = 0; k < trace.weights.size(); ++k) {
+      auto& weight = trace.weights[k];
+      course.cores.push_back(std::move(weight.core));
+      saved.insert(saved.end(), {trace.operands[k], weight.matrix});
+      for (const auto& pair : weight.pairs) saved.insert(saved.end(), {pair.first, pair.second});
+    }
+    return saved;
   }
 };
 

@@ -1,0 +1,122 @@
+"""How long every candidate of a layer takes: found at a few ranks, and in between from these.
+
+Within a format and mode shape, time grows with the ranks about as the parameters do. Layers of one shape under one load
+share what was found.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from tensortrain.compression.choose.candidates import Candidate
+from tensortrain.compression.choose.cost import dense_cost, spec_cost
+from tensortrain.compression.choose.load import Load
+from tensortrain.compression.choose.trial import can_time, told, trial_seconds
+from tensortrain.compression.survey.layers import FoundLayer
+from tensortrain.formats import FactorSpec
+
+__all__ = ["Clock", "family_of"]
+
+_PREDICTED_AT = (0.0, 0.15, 0.4, 0.7, 1.0)  # places along a family's candidates by size
+_MEASURED_AT = (0.25, 0.8)
+
+Family = tuple[Any, ...]  # format and modes: within them, higher ranks are not faster
+Curve = list[tuple[float, float]]  # parameters and seconds
+
+
+def family_of(spec: FactorSpec) -> Family:
+    """What the ranks of a spec may vary within."""
+    return (spec.format, spec.out_modes, spec.in_modes)
+
+
+@dataclass
+class Clock:
+    """Seconds per batch, predicted or, for convolutions of some size, measured."""
+
+    _curves: dict[Any, Curve] = field(default_factory=dict)
+    _dense: dict[Any, float] = field(default_factory=dict)
+    _timed: dict[Any, bool] = field(default_factory=dict)
+    _exact: dict[Any, float] = field(default_factory=dict)
+    _told: dict[int, str] = field(default_factory=dict)
+
+    def dense(self, layer: FoundLayer, load: Load) -> float:
+        """Of the layer as it is."""
+        key = (self._name(layer), load)
+        if key not in self._dense:
+            predicted = dense_cost(layer, load).seconds
+            self._timed[key] = can_time(layer, load, predicted)
+            self._dense[key] = trial_seconds(layer, (), load)[0] if self._timed[key] else predicted
+        return self._dense[key]
+
+    def _is_timed(self, layer: FoundLayer, load: Load) -> bool:
+        self.dense(layer, load)
+        return self._timed[self._name(layer), load]
+
+    def exact(self, layer: FoundLayer, spec: FactorSpec, load: Load, family: Sequence[Candidate]) -> float:
+        """Of one spec; as predicted for it, or between those measured."""
+        if self._is_timed(layer, load):
+            return _between(self._curve(layer, load, family), spec.n_params)
+        key = (self._name(layer), spec, load)
+        if key not in self._exact:
+            self._exact[key] = spec_cost(layer, spec, load).seconds
+        return self._exact[key]
+
+    def all(self, layer: FoundLayer, load: Load, candidates: Sequence[Candidate]) -> list[float]:
+        """Of all candidates of a layer."""
+        families: dict[Family, list[Candidate]] = {}
+        for candidate in candidates:
+            families.setdefault(family_of(candidate.spec), []).append(candidate)
+        curves = {key: self._curve(layer, load, family) for key, family in families.items()}
+        return [_between(curves[family_of(one.spec)], one.point.n_params) for one in candidates]
+
+    def _curve(self, layer: FoundLayer, load: Load, family: Sequence[Candidate]) -> Curve:
+        key = (self._name(layer), load, family_of(family[0].spec))
+        if key not in self._curves:
+            timed = self._is_timed(layer, load)
+            knots = _spread(family, _MEASURED_AT if timed else _PREDICTED_AT)
+            if timed:
+                whole, *seconds = trial_seconds(layer, [knot.spec for knot in knots], load)
+                # As a share of the dense layer's at the same time: machines are not always equally fast.
+                seconds = [self.dense(layer, load) * one / whole for one in seconds]
+            else:
+                seconds = [spec_cost(layer, knot.spec, load).seconds for knot in knots]
+            self._curves[key] = [(knot.point.n_params, one) for knot, one in zip(knots, seconds, strict=True)]
+        return self._curves[key]
+
+    def _name(self, layer: FoundLayer) -> str:
+        if id(layer) not in self._told:
+            self._told[id(layer)] = told(layer)
+        return self._told[id(layer)]
+
+
+def _spread(family: Sequence[Candidate], places: Sequence[float]) -> list[Candidate]:
+    """Candidates at some shares of the way from the smallest to the largest in parameters, each once."""
+    ranked = sorted(family, key=lambda candidate: candidate.point.n_params)
+    low, high = ranked[0].point.n_params, ranked[-1].point.n_params
+    wanted = [low + place * (high - low) for place in places]
+    found = {
+        k: ranked[k]
+        for aim in wanted
+        for k in [min(range(len(ranked)), key=lambda k: abs(ranked[k].point.n_params - aim))]
+    }
+    return [found[k] for k in sorted(found)]
+
+
+def _between(curve: Curve, size: float) -> float:
+    """Linear between the knots, constant beyond them."""
+    if size <= curve[0][0]:
+        return curve[0][1]
+    for (a, left), (b, right) in itertools.pairwise(curve):
+        if size <= b:
+            return left + (right - left) * (size - a) / (b - a)
+    return curve[-1][1] if len(curve) < 2 else _beyond(curve, size)
+
+
+def _beyond(curve: Curve, size: float) -> float:
+    """Past the last knot, as steep as before it, and never falling."""
+    (a, left), (b, right) = curve[-2:]
+    return right + max(0.0, (right - left) / max(b - a, math.ulp(1.0))) * (size - b)

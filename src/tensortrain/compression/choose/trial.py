@@ -1,0 +1,123 @@
+"""How long convolutions take on this machine: run once for every kind and size, and remembered.
+
+Libraries of convolutions choose among algorithms whose times differ several fold and follow from no count, so that a
+prediction may be far off where that of a matrix product is not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from tensortrain.compression.choose.load import Load
+from tensortrain.compression.survey.layers import FoundLayer
+from tensortrain.contract.cost import is_measured
+from tensortrain.formats import FactorSpec
+from tensortrain.nn import ConvLayer
+from tensortrain.system.machine import device_key, known_file, read_json, write_json
+from tensortrain.system.native import library
+
+__all__ = ["can_time", "told", "trial_seconds"]
+
+_WORTH_S = 2e-4  # a dense layer that is predicted to take less is not tried
+_MOST_ENTRIES = 2**26  # of an input: a trial must not exhaust the memory
+_MOST_ROUNDS, _ENOUGH_S = 6, 0.12  # after two rounds, no new one begins later than this
+
+_KNOWN: dict[str, list[float]] = {}
+
+
+def can_time(layer: FoundLayer, load: Load, dense_s: float) -> bool:
+    """Whether the layer is of a kind whose times are measured, here and now."""
+    weight: Any = layer.module.weight
+    if not issubclass(layer.reader, ConvLayer) or weight.device.type != "cpu" or not load.seen:
+        return False
+    if not is_measured() or torch.are_deterministic_algorithms_enabled() or dense_s < _WORTH_S:
+        return False
+    n_inputs = _n_channels(layer) * math.prod(load.spatial)
+    return load.rows * n_inputs <= _MOST_ENTRIES
+
+
+def _n_channels(layer: FoundLayer) -> int:
+    channels: int = layer.module.in_channels  # type: ignore[assignment]
+    return channels
+
+
+def told(layer: FoundLayer) -> str:
+    """What the time of a layer depends on, its load and its format aside."""
+    weight: Any = layer.module.weight
+    arguments = layer.reader.arguments_of(layer.module)
+    return f"{layer.reader.__name__} {arguments} {weight.dtype} {layer.weight}"
+
+
+def trial_seconds(layer: FoundLayer, specs: Sequence[FactorSpec], load: Load) -> list[float]:
+    """Seconds of the dense layer, and of the layer at every spec, on one batch of the load.
+
+    They take turns on numbers of their own; the least of a few counts. Found once on a machine.
+    """
+    key = _digest(told(layer), specs, load, _kernels())
+    if key not in _KNOWN:
+        file = _file()
+        entries = read_json(file)
+        entries = entries if isinstance(entries, dict) else {}
+        seconds = entries.get(key)
+        if not _is_sound(seconds, 1 + len(specs)):
+            seconds = _measured(layer, specs, load)
+            write_json(file, {**entries, key: seconds})
+        _KNOWN[key] = seconds
+    return _KNOWN[key]
+
+
+def _file() -> Path:
+    return known_file("layers-1", device_key(torch.device("cpu")))
+
+
+def _measured(layer: FoundLayer, specs: Sequence[FactorSpec], load: Load) -> list[float]:
+    weight: Any = layer.module.weight
+    place: dict[str, Any] = {"device": "cpu", "dtype": weight.dtype}
+    with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.no_grad():
+        dense = layer.reader.dense_type(**layer.reader.arguments_of(layer.module), **place)
+        modules: list[nn.Module] = [dense, *(layer.reader.like(layer.module, spec, **place) for spec in specs)]
+        for parameter in (parameter for module in modules for parameter in module.parameters()):
+            parameter.fill_(0.01)
+        x = torch.full((load.rows, _n_channels(layer), *load.spatial), 0.5, dtype=weight.dtype)
+        with torch.autocast("cpu", enabled=False):
+            return _in_turns([_call(module.eval(), x) for module in modules])
+
+
+def _call(module: nn.Module, x: torch.Tensor) -> Callable[[], object]:
+    return lambda: module(x)
+
+
+def _in_turns(calls: Sequence[Callable[[], object]]) -> list[float]:
+    best = [math.inf] * len(calls)
+    for call in calls:
+        call()  # plans are made
+    start = time.perf_counter()
+    for turn in range(_MOST_ROUNDS):
+        for k, call in enumerate(calls):
+            began = time.perf_counter()
+            call()
+            best[k] = min(best[k], time.perf_counter() - began)
+        if turn > 0 and time.perf_counter() - start > _ENOUGH_S:
+            break
+    return best
+
+
+def _is_sound(seconds: object, count: int) -> bool:
+    return isinstance(seconds, list) and len(seconds) == count and all(isinstance(s, float) and s > 0 for s in seconds)
+
+
+def _kernels() -> str:
+    kernels = library()
+    return "" if kernels is None else Path(kernels.__file__).parent.name
+
+
+def _digest(*parts: object) -> str:
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:20]

@@ -1,0 +1,66 @@
+"""Walks along a whole chain in one call of the compiled kernels, where these are there and the cores are plain.
+
+Every function gives ``None`` where that is not so: for batches, on other devices, in other dtypes, where gradients are
+recorded or something looks on. Then the steps in Python do the same, core by core.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tensortrain.system.native import library
+from tensortrain.system.tracing import can_look
+
+__all__ = ["balanced_walk", "dot_walk", "norm_walk", "orthogonal_walk", "rounding_walk", "serves"]
+
+
+def _kernels(cores: Sequence[Tensor]) -> Any | None:
+    """The kernels, if they may serve these cores at all."""
+    first = cores[0]
+    if first.ndim != 3 or first.device.type != "cpu" or first.dtype not in (torch.float64, torch.float32):
+        return None
+    return library() if can_look(first) else None
+
+
+def serves(core: Tensor) -> bool:
+    """Whether walks there are for chains of such cores."""
+    return _kernels([core]) is not None
+
+
+def dot_walk(bra: Sequence[Tensor], ket: Sequence[Tensor]) -> tuple[Tensor, Tensor] | None:
+    """``(m, e)`` with ``<bra, ket> = m * 2**e``."""
+    kernels = _kernels(bra)
+    return None if kernels is None else kernels.chain_dot(list(bra), list(ket))
+
+
+def norm_walk(cores: Sequence[Tensor]) -> tuple[Tensor, Tensor] | None:
+    """``(m, e)`` with the Frobenius norm ``m * 2**e`` of these cores, by triangles."""
+    kernels = _kernels(cores)
+    return None if kernels is None else kernels.chain_norm(list(cores))
+
+
+def orthogonal_walk(cores: Sequence[Tensor], k: int) -> tuple[list[Tensor], Tensor] | None:
+    """The chain with all but core k orthonormal, the largest entry of that one near 1, and the power of two left."""
+    kernels = _kernels(cores)
+    return None if kernels is None else kernels.chain_orthogonal(list(cores), k)
+
+
+def balanced_walk(cores: Sequence[Tensor]) -> tuple[list[Tensor], Tensor] | None:
+    """The chain with bonds of like size and rows of about 1 in all cores but the first, and the power of two left."""
+    kernels = _kernels(cores)
+    return None if kernels is None else kernels.chain_balanced(list(cores))
+
+
+def rounding_walk(cores: Sequence[Tensor], hi: int) -> Any | None:
+    """What lies right of each bond of a chain in float64, whose cores after ``hi`` are right-orthogonal.
+
+    Its ``norm()`` is a pair of a number and a power of two. ``cut(share, caps, needs_values)`` gives cores, lists of
+    kept singular values, tails, the least values kept, and growth; ``None`` where a factorization failed. Without
+    ``needs_values`` a bond at which nothing is cut has no list, and a lower bound of its least value.
+    """
+    kernels = _kernels(cores)
+    return None if kernels is None else kernels.chain_rounding(list(cores), hi, 0.0)

@@ -1,0 +1,216 @@
+"""Which way a convolution runs: predicted, then timed once for each size on each machine.
+
+The time of the library's convolution at a shape depends on layouts and blockings that no formula of ours knows. So
+the first call at a size runs the likeliest ways on numbers of their own, in turns, and the fastest is kept. The way
+through the dense kernel as torch runs it is always among those tried, where the layer may build that kernel.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tensortrain.contract.trials import Notebook, best_seconds, can_time, timed, train_once
+from tensortrain.formats import FactorSpec
+from tensortrain.nn.conv.options import ConvOptions
+from tensortrain.nn.conv.ways import Maker, Way
+
+__all__ = ["Found", "Request", "bucket", "fastest_way"]
+
+_MOST_TRIED = 12
+_LIKELY = 4.0  # a prediction so many times longer than the best one is not tried
+_TOO_LONG_S = 0.4  # of one round as predicted: fewer examples are taken then
+_MOST_BYTES = 2**28  # of input, output and states: likewise
+_CLEARLY = 0.95  # what is not faster by so much than an earlier way is taken for level with it
+_MARGIN = 0.7  # untimed, a way has to be predicted so much faster than the dense kernel to run in its place
+_NOTES = Notebook("convolutions-1")
+_KNOWN: dict[Any, _Trial] = {}
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a way is looked for.
+
+    Args:
+        spec: Of all groups.
+        options: Of the convolution.
+        batch, spatial: Of the input.
+        out_features: Numbers of one example's output.
+        training: Whether gradients to the cores are wanted.
+        dtype, device: Of cores and input.
+        channels_last: Whether the input lies so.
+    """
+
+    spec: FactorSpec
+    options: ConvOptions
+    batch: int
+    spatial: tuple[int, ...]
+    out_features: int
+    training: bool
+    dtype: torch.dtype
+    device: torch.device
+    channels_last: bool = False
+
+    @property
+    def in_channels(self) -> int:
+        """Of all groups."""
+        return self.spec.weight.in_features * self.spec.weight.groups
+
+    @property
+    def n_positions(self) -> int:
+        """Of the inputs of all examples."""
+        return self.batch * math.prod(self.spatial)
+
+
+@dataclass(frozen=True)
+class Found:
+    """The way that was chosen, and the times of all that were looked at.
+
+    Args:
+        way: What runs.
+        seconds: By the names of the ways; for the size of the request.
+        is_measured: Whether they are measured, not predicted.
+    """
+
+    way: Way
+    seconds: dict[str, float]
+    is_measured: bool
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """The name of the fastest way, and seconds for each position of the input by the names of all that were run."""
+
+    name: str
+    seconds: dict[str, float]
+
+
+def fastest_way(request: Request, ways: Sequence[Way], maker: Maker, *, may_time: bool) -> Found:
+    """The way that ran fastest of those predicted to be fast.
+
+    Args:
+        request: The size.
+        ways: Candidates; the first is the one that the others have to beat.
+        maker: Of the layer that asks.
+        may_time: Whether ways may be run at all.
+
+    Cost: some 50 ms once for every size; what was found is kept with the constants of the machine.
+    """
+    if len(ways) == 1 or not may_time or request.n_positions == 0 or not can_time(request.device):
+        return predicted(ways)
+    key = _key(request, ways)
+    known = _KNOWN.get(key)
+    if known is None or all(way.name != known.name for way in ways):
+        known = _recalled(ways, request, key) or _tried(ways, request, maker, key)
+        if known is None:
+            return predicted(ways)
+        _KNOWN[key] = known
+    way = next(way for way in ways if way.name == known.name)
+    seconds = {name: each * request.n_positions for name, each in known.seconds.items()}
+    return Found(way, seconds, is_measured=True)
+
+
+def predicted(ways: Sequence[Way]) -> Found:
+    """The way of least predicted time; the dense kernel is left for one that is clearly faster only."""
+    plain = [way for way in ways if not way.packs] or list(ways)
+    best = min(plain, key=lambda way: way.predicted_s * (_MARGIN if way.uses_dense else 1.0))
+    return Found(best, {way.name: way.predicted_s for way in ways}, is_measured=False)
+
+
+def bucket(size: int) -> int:
+    """Sizes of one bucket run alike: they differ by less than an eighth."""
+    step = 1 << max(0, size.bit_length() - 4)
+    return -(-size // step) * step
+
+
+def _key(request: Request, ways: Sequence[Way]) -> tuple[Any, ...]:
+    size = (1 << max(0, request.batch - 1).bit_length(), *map(bucket, request.spatial))
+    rules = any(way.uses_dense for way in ways), any(way.packs for way in ways), all(way.uses_dense for way in ways)
+    where = str(request.device), request.channels_last, torch.get_num_threads(), str(request.dtype)
+    return request.spec.to_dict().__repr__(), repr(request.options), size, request.training, rules, where
+
+
+def _recalled(ways: Sequence[Way], request: Request, key: Any) -> _Trial | None:
+    """What an earlier process on this machine found."""
+    note = _NOTES.read(key, request.device)
+    try:
+        known = _Trial(note["way"], {str(name): float(each) for name, each in note["seconds"].items()})
+    except (TypeError, KeyError, ValueError, AttributeError):
+        return None
+    return known if known.name in known.seconds and any(way.name == known.name for way in ways) else None
+
+
+def _tried(ways: Sequence[Way], request: Request, maker: Maker, key: Any) -> _Trial | None:
+    """What a trial finds; None where it would take too much time or memory."""
+    tried = _likely(ways)
+    small = _smaller(request, tried)
+    if small is None:
+        return None
+    try:
+        with torch.autocast(request.device.type, enabled=False):
+            calls = [_call(way, small, maker) for way in tried]
+            best = best_seconds(calls, lambda call: timed(call, request.device), hurries=True)
+    except torch.OutOfMemoryError:
+        return None
+    earlier = _recalled(ways, request, key)  # another process was at it at the same time
+    if earlier is not None:
+        return earlier
+    found = 0
+    for k in range(1, len(tried)):
+        if best[k] < _CLEARLY * best[found]:
+            found = k
+    told = zip(tried, best, strict=True)
+    each = {way.name: seconds / small.n_positions for way, seconds in told if seconds < math.inf}
+    _NOTES.write(key, request.device, {"way": tried[found].name, "seconds": each})
+    return _Trial(tried[found].name, each)
+
+
+def _likely(ways: Sequence[Way]) -> list[Way]:
+    limit = _LIKELY * min(way.predicted_s for way in ways)
+    others = [way for way in ways[1:] if way.predicted_s <= limit]
+    dense = [way for way in others if way.uses_dense]
+    rest = sorted((way for way in others if not way.uses_dense), key=lambda way: way.predicted_s)
+    return [ways[0], *dense, *rest[:_MOST_TRIED]]
+
+
+def _smaller(request: Request, ways: Sequence[Way]) -> Request | None:
+    """The same with as many examples as can be tried; None where a single one is too much."""
+    seconds = sum(way.predicted_s for way in ways)
+    ends = request.batch * request.out_features + request.in_channels * request.n_positions
+    held = (ends * (2 if request.training else 1) + max(way.peak for way in ways)) * request.dtype.itemsize
+    share = max(seconds / _TOO_LONG_S, held / _MOST_BYTES)
+    if share <= 1.0:
+        return request
+    batch = int(request.batch / share)
+    return replace(request, batch=batch) if batch >= 1 else None
+
+
+def _call(way: Way, request: Request, maker: Maker) -> Callable[[], object]:
+    """One inference, or one training step, of a way on numbers of its own."""
+    options = request.options
+    with torch.inference_mode(False), torch.no_grad():
+        dtype, device = request.dtype, request.device
+        size = request.batch, request.in_channels, *request.spatial
+        x = torch.full(size, 0.1, dtype=dtype, device=device)
+        x = x.movedim(1, -1).contiguous().movedim(-1, 1) if request.channels_last else x
+        cores = [torch.full(shape, 0.1, dtype=dtype, device=device) for shape in request.spec.core_shapes]
+        if not request.training:
+            prepared = way.prepare(maker, cores, options)
+            return lambda: _infer(way, x, prepared, options, maker)
+        seed = torch.full_like(way.run(x, way.prepare(maker, cores, options), None, options, maker), 0.1)
+    leaves = [tensor.requires_grad_() for tensor in (x, *cores)]
+
+    def run() -> Tensor:
+        return way.run(leaves[0], way.prepare(maker, leaves[1:], options), None, options, maker)
+
+    return lambda: train_once(run, leaves, seed)
+
+
+def _infer(way: Way, x: Tensor, prepared: tuple[Tensor, ...], options: ConvOptions, maker: Maker) -> None:
+    with torch.no_grad():
+        way.run(x, prepared, None, options, maker)

@@ -1,0 +1,91 @@
+"""The short way through a small convolution: what an earlier input of the same shape left ready, after few checks."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from tensortrain.contract.cache import n_optimizer_steps
+from tensortrain.nn.cores import are_plain
+
+if TYPE_CHECKING:
+    from tensortrain.nn.conv.layers import ConvLayer
+
+__all__ = ["QuickCall", "quick"]
+
+_is_autocast = torch.is_autocast_enabled
+_functorch_level = torch._C._functorch.maybe_current_level
+_tracing_state = torch._C._get_tracing_state
+_n_modes = torch._C._len_torch_dispatch_stack
+
+
+class QuickCall:
+    """One inference at one shape, valid while cores and settings of the layer stay as they are.
+
+    Args:
+        layer: Who asks; it is not held.
+        x: The input that was just served.
+        call: ``call(x, bias)``, by weights that follow from the cores.
+        cores: Plain parameters, in order.
+    """
+
+    __slots__ = ("call", "dtype", "settings", "stamps", "steps")
+
+    def __init__(self, layer: ConvLayer, x: Tensor, call: Callable[[Tensor, Any], Tensor], cores: Sequence[Tensor]):
+        self.call, self.dtype, self.settings = call, x.dtype, _settings(layer)
+        self.stamps = [(weakref.ref(core), core._version, core.data_ptr()) for core in cores]
+        self.steps = n_optimizer_steps()
+
+    def is_valid(self, layer: ConvLayer, x: Tensor) -> bool:
+        """Whether nothing has changed that the call rests on."""
+        cores = layer._modules["cores"]
+        if (
+            x.dtype is not self.dtype
+            or "bias" not in layer._parameters
+            or self.settings != _settings(layer)
+            or self.steps != n_optimizer_steps()
+        ):
+            return False
+        if not are_plain(cores):  # type: ignore[arg-type]
+            return False
+        stored = cores._parameters  # type: ignore[union-attr]
+        if len(stored) != len(self.stamps):
+            return False
+        for (held, version, address), core in zip(self.stamps, stored.values(), strict=True):
+            if held() is not core or core._version != version or core.data_ptr() != address:  # type: ignore[union-attr]
+                return False
+        return True
+
+
+def _settings(layer: ConvLayer) -> tuple[Any, ...]:
+    """What a user may set on a layer at any time, and what plans depend on."""
+    return (
+        layer.implementation,
+        layer.dense_limit_bytes,
+        layer.may_time_plans,
+        layer.stand_ins is None,
+        torch.are_deterministic_algorithms_enabled(),
+        torch.get_num_threads(),
+    )
+
+
+def quick(layer: ConvLayer, x: Any) -> Tensor | None:
+    """The convolution by what lies ready for this shape; ``None`` where nothing does, or where somebody looks on."""
+    calls = layer.runner.quick_calls
+    if not calls or type(x) is not Tensor or torch.is_grad_enabled():
+        return None
+    found = calls.get((x.shape, x.is_contiguous()))
+    if found is None or _tracing_state() is not None or _n_modes() or _functorch_level() is not None:
+        return None
+    if forward_ad._current_level >= 0 or _is_autocast("cpu") or _is_autocast("cuda") or x.layout is not torch.strided:
+        return None
+    if x.device.type != "cpu" or not found.is_valid(layer, x):
+        return None
+    layer.__dict__["_seen_spatial"] = tuple(x.shape[2:])
+    y: Tensor = found.call(x, layer._parameters["bias"])
+    return y

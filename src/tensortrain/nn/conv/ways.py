@@ -1,0 +1,380 @@
+"""The ways in which one convolution can run: through its dense kernel, in stages, or by the format's own steps."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tensortrain.contract.stages import ConvNetwork, Stage
+from tensortrain.nn.conv.options import ConvOptions
+
+__all__ = ["DenseWay", "Layout", "Maker", "StagedWay", "StepsWay", "Way", "can_pack", "is_channels_last"]
+
+# Of the states: as torch lays them out; the same with 1x1 products as convolutions of the library; channels last;
+# channels last with kernels that the library has laid out for itself beforehand; the same for 1x1 products too.
+Layout = Literal["plain", "library", "last", "packed", "all packed"]
+_POINT = ConvOptions((1, 1), (1, 1), (0, 0), (1, 1))
+
+
+class Maker(Protocol):
+    """What a layer can do with cores that are handed to it: its own, or numbers for a trial."""
+
+    def dense_from(self, cores: Sequence[Tensor]) -> Tensor:
+        """The kernel in torch's layout."""
+
+    def steps_from(self, x: Tensor, cores: Sequence[Tensor], convolve: Callable[..., Tensor]) -> Tensor:
+        """The format's own steps on an input, without bias."""
+
+
+@dataclass(frozen=True)
+class Way(ABC):
+    """One way to run. ``run`` is differentiable, but where a kernel is packed.
+
+    Args:
+        groups: Of channels.
+        flops: Of one call.
+        peak: Numbers of the largest state between two steps.
+        predicted_s: Seconds of one call, of forward and backward in training.
+    """
+
+    groups: int
+    flops: int
+    peak: int
+    predicted_s: float
+
+    @property
+    def uses_dense(self) -> bool:
+        """Whether the dense kernel is built."""
+        return False
+
+    @property
+    def packs(self) -> bool:
+        """Whether a kernel is kept in the library's own layout, which only plain inference can use."""
+        return False
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """What tells ways of one layer apart, in every process."""
+
+    @property
+    @abstractmethod
+    def words(self) -> str:
+        """How the layer runs, in a few words."""
+
+    @abstractmethod
+    def prepare(self, maker: Maker, cores: Sequence[Tensor], options: ConvOptions) -> tuple[Tensor, ...]:
+        """What follows from the cores alone, differentiably unless it packs."""
+
+    @abstractmethod
+    def run(
+        self, x: Tensor, prepared: tuple[Tensor, ...], bias: Tensor | None, options: ConvOptions, maker: Maker
+    ) -> Tensor:
+        """Convolve ``(b, C, *positions)``."""
+
+    def ready(
+        self, x: Tensor, prepared: tuple[Tensor, ...], options: ConvOptions
+    ) -> Callable[[Tensor, Tensor | None], Tensor] | None:
+        """The same as ``run`` for inputs of the shape of ``x``, without the layer; None where it needs that."""
+        return lambda other, bias: self.run(other, prepared, bias, options, None)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class StepsWay(Way):
+    """The format's own steps, as in traced programs."""
+
+    @property
+    def name(self) -> str:
+        return "steps"
+
+    @property
+    def words(self) -> str:
+        return "core by core"
+
+    def prepare(self, maker: Maker, cores: Sequence[Tensor], options: ConvOptions) -> tuple[Tensor, ...]:
+        return tuple(cores)
+
+    def run(
+        self, x: Tensor, prepared: tuple[Tensor, ...], bias: Tensor | None, options: ConvOptions, maker: Maker
+    ) -> Tensor:
+        return _with_bias(maker.steps_from(x, prepared, options), bias)
+
+    def ready(
+        self, x: Tensor, prepared: tuple[Tensor, ...], options: ConvOptions
+    ) -> Callable[[Tensor, Tensor | None], Tensor] | None:
+        return None
+
+
+@dataclass(frozen=True)
+class DenseWay(Way):
+    """The dense kernel; ``layout`` ``"library"`` means a 1x1 kernel as a product of matrices."""
+
+    layout: Layout = "plain"
+
+    @property
+    def uses_dense(self) -> bool:
+        return True
+
+    @property
+    def packs(self) -> bool:
+        return self.layout == "packed"
+
+    @property
+    def name(self) -> str:
+        return f"dense {self.layout}"
+
+    @property
+    def words(self) -> str:
+        return "dense, kept"
+
+    def prepare(self, maker: Maker, cores: Sequence[Tensor], options: ConvOptions) -> tuple[Tensor, ...]:
+        weight = maker.dense_from(cores)
+        if self.layout == "library":
+            return (weight.flatten(1),)
+        return (weight if self.layout == "plain" else _laid_out(weight, options, self.groups, self.packs),)
+
+    def run(
+        self, x: Tensor, prepared: tuple[Tensor, ...], bias: Tensor | None, options: ConvOptions, maker: Maker
+    ) -> Tensor:
+        (weight,) = prepared
+        if self.layout == "plain":
+            return options(x, weight, bias, self.groups)
+        if self.layout == "library":
+            return _product(weight, x.flatten(2), bias).unflatten(2, x.shape[2:])
+        y = _last_convolved(x, weight, bias, options, self.groups, packed=self.packs)
+        return y if is_channels_last(x) else y.contiguous()
+
+    def ready(
+        self, x: Tensor, prepared: tuple[Tensor, ...], options: ConvOptions
+    ) -> Callable[[Tensor, Tensor | None], Tensor] | None:
+        if self.layout != "plain" or options.is_transposed or options.padding_mode != "zeros":
+            return super().ready(x, prepared, options)
+        convolve, weight, groups = options.function, prepared[0], self.groups
+        stride, padding, dilation = options.stride, options.padding, options.dilation
+        return lambda other, bias: convolve(other, weight, bias, stride, padding, dilation, groups)
+
+
+@dataclass(frozen=True)
+class StagedWay(Way):
+    """A few merged cores at a time; see ``tensortrain.contract.stages``."""
+
+    network: ConvNetwork
+    stages: tuple[Stage, ...]
+    layout: Layout = "plain"
+
+    @property
+    def packs(self) -> bool:
+        return self.layout in ("packed", "all packed")
+
+    @property
+    def name(self) -> str:
+        how = " ".join(f"{'.'.join(map(str, stage.cores))}>{','.join(stage.legs)}" for stage in self.stages)
+        return f"stages {how} {self.layout}"
+
+    @property
+    def words(self) -> str:
+        told = []
+        for stage in self.stages:
+            kernel = "x".join(map(str, self._kernel(stage))) if stage.along else "1x1"
+            told.append(f"{'depthwise ' if stage.along and stage.sizes[1] > 1 else ''}{kernel}")
+        return f"in stages: {', '.join(told)}"
+
+    def _kernel(self, stage: Stage) -> tuple[int, ...]:
+        known = dict(self.network.sizes)
+        axes = enumerate(self.network.axes)
+        return tuple(known.get(leg, 1) if axis in stage.along else 1 for axis, leg in axes)
+
+    def in_layout(self, layout: Layout) -> StagedWay:
+        """The same stages, laid out otherwise."""
+        return replace(self, layout=layout)
+
+    def can_be_last(self) -> bool:
+        """Whether every state is nothing but channels, as channels-last steps want it."""
+        return all(stage.is_plain and (stage.along or stage.sizes[1] == 1) for stage in self.stages)
+
+    def prepare(self, maker: Maker, cores: Sequence[Tensor], options: ConvOptions) -> tuple[Tensor, ...]:
+        views = self.network.views(cores)
+        return tuple(self._prepared(stage, stage.merge(self.network, views), options) for stage in self.stages)
+
+    def _prepared(self, stage: Stage, weight: Tensor, options: ConvOptions) -> Tensor:
+        groups, new, summed = stage.weight_sizes
+        if not stage.along:
+            if self.layout == "all packed":
+                return _laid_out(weight.reshape(groups * new, summed, 1, 1), _POINT, groups, packed=True)
+            if self.layout != "library":
+                return weight.reshape(*((groups,) if groups > 1 else ()), new, summed).contiguous()
+            return weight.reshape(groups * new, summed, 1, 1)
+        kernel = self._kernel(stage)
+        if options.is_transposed:
+            weight = weight.transpose(1, 2).reshape(groups * summed, new, *kernel)
+        else:
+            weight = weight.reshape(groups * new, summed, *kernel)
+        if self.layout in ("plain", "library"):
+            return weight.contiguous()
+        return _laid_out(weight, options.along(stage.along), groups, self.packs)
+
+    def run(
+        self, x: Tensor, prepared: tuple[Tensor, ...], bias: Tensor | None, options: ConvOptions, maker: Maker
+    ) -> Tensor:
+        return self._run(x, prepared, bias, self._parts(options))
+
+    def ready(
+        self, x: Tensor, prepared: tuple[Tensor, ...], options: ConvOptions
+    ) -> Callable[[Tensor, Tensor | None], Tensor] | None:
+        parts, run = self._parts(options), self._run
+        return lambda other, bias: run(other, prepared, bias, parts)
+
+    def _parts(self, options: ConvOptions) -> list[ConvOptions]:
+        """What every stage has of the options."""
+        return [options.along(stage.along) for stage in self.stages]
+
+    def _run(
+        self, x: Tensor, prepared: tuple[Tensor, ...], bias: Tensor | None, parts: Sequence[ConvOptions]
+    ) -> Tensor:
+        if self.layout in ("last", "packed", "all packed"):
+            return self._run_last(x, prepared, bias, parts)
+        batch, places, legs, n_last = x.shape[0], x.shape[2:], self.network.in_legs, len(self.stages) - 1
+        for number, (stage, weight) in enumerate(zip(self.stages, prepared, strict=True)):
+            if stage.permute:
+                x = x.reshape(batch, *self._sizes(legs), places.numel())
+                x = x.permute(0, *(1 + axis for axis in stage.permute), -1)
+            ends = number == n_last and stage.is_plain and stage.legs == self.network.out_legs
+            own, bias = (bias, None) if ends else (None, bias)
+            x, places = self._applied(stage, x, weight, own, batch, places, parts[number])
+            legs = stage.legs
+        if legs != self.network.out_legs:
+            x = x.reshape(batch, *self._sizes(legs), *places)
+            order = (legs.index(leg) for leg in self.network.out_legs)
+            x = x.permute(0, *(1 + axis for axis in order), *range(1 + len(legs), x.ndim))
+        return _with_bias(x.reshape(batch, self.network.size(self.network.out_legs), *places), bias)
+
+    def _sizes(self, legs: Sequence[str]) -> list[int]:
+        known = dict(self.network.sizes)
+        return [known[leg] for leg in legs]
+
+    def _applied(
+        self,
+        stage: Stage,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        batch: int,
+        places: torch.Size,
+        options: ConvOptions,
+    ) -> tuple[Tensor, torch.Size]:
+        before, groups, summed, after = stage.sizes
+        if stage.along:
+            x = x.reshape(batch * before, groups * summed, *places)
+            y = options(x, weight, bias, groups)
+            return y, y.shape[2:]
+        width = after * places.numel()
+        if self.layout == "library":
+            return F.conv2d(x.reshape(batch * before, groups * summed, width, 1), weight, bias, groups=groups), places
+        if groups > 1:
+            y = torch.matmul(weight, x.reshape(batch * before, groups, summed, width))
+            return _with_bias(y.reshape(batch * before, groups * stage.weight_sizes[1], width), bias), places
+        return _product(weight, x.reshape(batch * before, summed, width), bias), places
+
+    def _run_last(
+        self, x: Tensor, prepared: tuple[Tensor, ...], bias: Tensor | None, parts: Sequence[ConvOptions]
+    ) -> Tensor:
+        """States with the channels innermost, so that products and convolutions hand them on without a copy."""
+        keeps, n_last = is_channels_last(x), len(self.stages) - 1
+        for number, (stage, weight) in enumerate(zip(self.stages, prepared, strict=True)):
+            own = bias if number == n_last else None
+            if stage.along:
+                x = _last_convolved(x, weight, own, parts[number], stage.sizes[1], packed=self.packs)
+            elif self.layout == "all packed":
+                x = _last_convolved(x, weight, own, _POINT, stage.sizes[1], packed=True)
+            elif number == n_last and not keeps:
+                return _product(weight, x.flatten(2), own).unflatten(2, x.shape[2:])
+            else:
+                x = _rows_product(x, weight, own, is_given=number == 0)
+        return x if keeps else x.contiguous()
+
+
+# -- steps --------------------------------------------------------------------------------------------------------
+
+
+def _with_bias(y: Tensor, bias: Tensor | None) -> Tensor:
+    return y if bias is None else y + bias.to(y.dtype).reshape(-1, *[1] * (y.ndim - 2))
+
+
+def _product(weight: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
+    """``(b, C, p)`` times ``(S, C)``: ``(b, S, p)``, the bias within the product."""
+    if x.shape[0] == 1:
+        flat = x.squeeze(0)
+        return (torch.mm(weight, flat) if bias is None else torch.addmm(bias.unsqueeze(1), weight, flat)).unsqueeze(0)
+    wide = weight.expand(x.shape[0], -1, -1)
+    if bias is None:
+        return torch.bmm(wide, x)
+    return torch.baddbmm(bias.reshape(1, -1, 1), wide, x)
+
+
+def _rows_product(x: Tensor, weight: Tensor, bias: Tensor | None, *, is_given: bool) -> Tensor:
+    """The same with channels innermost in the result, and in ``x`` unless it is the input as it was given."""
+    rows = x.flatten(2).transpose(1, 2)  # b p c
+    if not is_given or is_channels_last(x):
+        y = F.linear(rows, weight, bias)
+    elif rows.shape[0] == 1:
+        y = F.linear(rows.squeeze(0), weight, bias).unsqueeze(0)
+    else:
+        y = torch.bmm(rows, weight.T.expand(rows.shape[0], -1, -1))
+        y = y if bias is None else y + bias
+    return y.transpose(1, 2).unflatten(2, x.shape[2:])
+
+
+def _format_of(n_axes: int) -> torch.memory_format:
+    return torch.channels_last_3d if n_axes == 3 else torch.channels_last
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """Whether an input lies with its channels innermost, and not as torch lays them out otherwise."""
+    if x.ndim == 3:
+        return not x.is_contiguous() and x.transpose(1, 2).is_contiguous()
+    return not x.is_contiguous() and x.is_contiguous(memory_format=_format_of(x.ndim - 2))
+
+
+def _last_convolved(
+    x: Tensor, weight: Tensor, bias: Tensor | None, options: ConvOptions, groups: int, *, packed: bool
+) -> Tensor:
+    """A convolution with channels innermost; one along a single axis as one of a plane."""
+    if x.ndim == 3:
+        plane = options if options.n_axes == 2 else options.as_plane()
+        return _last_convolved(x.unsqueeze(2), weight, bias, plane, groups, packed=packed).squeeze(2)
+    x = x.contiguous(memory_format=_format_of(options.n_axes))
+    if not packed:
+        return options(x, weight, bias, groups)
+    y: Tensor = torch.ops.mkldnn._convolution_pointwise.default(
+        x, weight, bias, options.padding, options.stride, options.dilation, groups, "none", [], ""
+    )
+    return y
+
+
+def _laid_out(weight: Tensor, options: ConvOptions, groups: int, packed: bool) -> Tensor:
+    """A kernel for ``_last_convolved``."""
+    if weight.ndim == 3:
+        return _laid_out(weight.unsqueeze(2), options.as_plane(), groups, packed)
+    if not packed:
+        return weight.contiguous(memory_format=_format_of(options.n_axes))
+    pack: Any = torch._C._nn.mkldnn_reorder_conv2d_weight
+    kernel: Tensor = pack(weight.contiguous().to_mkldnn(), options.padding, options.stride, options.dilation, groups)
+    return kernel
+
+
+def can_pack(options: ConvOptions, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the library keeps kernels of such a convolution in its own layout."""
+    if device.type != "cpu" or dtype != torch.float32 or options.is_transposed or options.n_axes == 3:
+        return False
+    if options.padding_mode != "zeros" or isinstance(options.padding, str):
+        return False
+    if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
+        return False
+    known = hasattr(torch._C._nn, "mkldnn_reorder_conv2d_weight")
+    return known and hasattr(torch.ops.mkldnn, "_convolution_pointwise")

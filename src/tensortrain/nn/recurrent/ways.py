@@ -1,0 +1,236 @@
+"""Which way a recurrent layer takes through a sequence: torch's own kernel on dense weights, or step by step.
+
+Torch's kernel does a whole sequence in one call, but needs dense maps: kept at inference, made anew from the cores in
+training. Step by step the input map runs factorized on all steps at once. The one with the shorter predicted time runs;
+where predictions lie close together, both are run once and the machine remembers which was faster.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import time
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+from tensortrain.contract import cost_model
+from tensortrain.contract.cost import is_measured
+from tensortrain.contract.grouped import can_group, is_batched
+from tensortrain.nn.composite import Map, is_plain
+from tensortrain.nn.linear import Linear
+from tensortrain.nn.runner import may_be_dense, power_of_two
+from tensortrain.system.machine import device_key, known_file, read_json, write_json
+
+if TYPE_CHECKING:
+    from tensortrain.nn.recurrent.cells import Cell
+
+__all__ = ["Way", "differentiable_twice", "fused_step_is_faster", "kernel_is_faster", "may_take_kernel"]
+
+Way = Callable[[list[Any], Tensor], Tensor]  # outputs of one layer, from its cells and an input
+
+_FAR_APART = 4.0  # predictions further apart than this decide without a trial
+_TOO_LONG_S = 0.4  # of a trial, as predicted
+_CALLS = {"lstm": 14, "gru": 10}  # operations of one step; four for the others
+_REBUILD_CALLS = 40  # operations, forward and backward
+_ROUNDS = 3
+_KNOWN: dict[Any, bool] = {}
+
+
+def may_take_kernel(cells: Sequence[Cell], x: Tensor) -> bool:
+    """Whether torch's kernel computes the same, may have its dense weights, and nobody looks on who it would escape."""
+    if not x.is_cpu or not can_group() or any(cell.kernel is None or cell.is_watched() for cell in cells):
+        return False
+    return all(_may_be_dense(one) for cell in cells for one in (cell.ih, cell.hh))
+
+
+def _may_be_dense(one: Map) -> bool:
+    return may_be_dense(one) if isinstance(one, Linear) else is_plain(one)
+
+
+def kernel_is_faster(cells: list[Cell], x: Tensor, batch: int, n_steps: int, *, by_kernel: Way, by_steps: Way) -> bool:
+    """Whether torch's kernel takes less time than the steps; see the module's docstring.
+
+    Args:
+        cells: Of one layer, one for each direction.
+        x: Input of the layer; only its sizes count.
+        batch, n_steps: Rows of a step, and steps.
+        by_kernel, by_steps: How the layer runs either way.
+    """
+    training = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in cells[0].parameters()))
+    sizes = power_of_two(x.numel() // max(1, x.shape[-1])), power_of_two(batch), power_of_two(n_steps)
+    key = (*(_told(cell) for cell in cells), x.dtype, *sizes, training, torch.get_num_threads())
+    if key not in _KNOWN:
+        kernel_s, steps_s = _predicted_s(cells, x, batch, n_steps, training)
+        apart = max(kernel_s, steps_s) / min(kernel_s, steps_s)
+        if apart > _FAR_APART or kernel_s + steps_s > _TOO_LONG_S / _ROUNDS or not _can_time():
+            return kernel_s <= steps_s
+        _KNOWN[key] = _remembered(key, lambda: _tried(cells, x, training, by_kernel, by_steps))
+    return _KNOWN[key]
+
+
+class Told(NamedTuple):
+    """What a map's times depend on; rank 0 of a dense one."""
+
+    in_features: int
+    out_features: int
+    rank: int
+    has_bias: bool
+    spec: Any
+    options: Any
+
+
+def _told(cell: Cell) -> str:
+    return repr((type(cell).__name__, cell.kernel, _told_map(cell.ih), _told_map(cell.hh)))
+
+
+def _told_map(one: Map) -> Told:
+    if not isinstance(one, Linear):
+        return Told(one.in_features, one.out_features, 0, one.bias is not None, None, None)
+    options = one.implementation, one.dense_limit_bytes, one.may_time_plans
+    rank = max(one.spec.ranks)
+    return Told(one.in_features, one.out_features, rank, one.bias is not None, one.spec, options)
+
+
+# -- predicted ------------------------------------------------------------------------------------------
+
+
+def _predicted_s(cells: Sequence[Cell], x: Tensor, batch: int, n_steps: int, training: bool) -> tuple[float, float]:
+    """Seconds by torch's kernel, and step by step."""
+    rows = x.numel() // max(1, x.shape[-1])
+    found = [
+        _times(_told_map(cell.ih), _told_map(cell.hh), str(cell.kernel), rows, batch, n_steps, x.dtype, training)
+        for cell in cells
+    ]
+    plans = [
+        cell.ih.plan(rows).predicted_s if isinstance(cell.ih, Linear) else one[2]
+        for cell, one in zip(cells, found, strict=True)
+    ]
+    return sum(one[0] for one in found), sum(one[1] for one in found) + sum(plans)
+
+
+def fused_step_is_faster(cell: Cell, rows: int, dtype: torch.dtype) -> bool:
+    """Whether one step by torch's function, on dense maps, is predicted to take less time than operation by operation.
+
+    Both maps may be dense; see ``may_take_kernel``.
+    """
+    training = torch.is_grad_enabled() and any(p.requires_grad for p in cell.parameters())
+    rows = power_of_two(rows)
+    fused_s, steps_s, dense_s = _times(
+        _told_map(cell.ih), _told_map(cell.hh), str(cell.kernel), rows, rows, 1, dtype, training
+    )
+    return fused_s <= steps_s + (cell.ih.plan(rows).predicted_s if isinstance(cell.ih, Linear) else dense_s)
+
+
+@lru_cache(maxsize=4096)
+def _times(
+    ih: Told, hh: Told, kernel: str, rows: int, batch: int, n_steps: int, dtype: torch.dtype, training: bool
+) -> tuple[float, float, float]:
+    """Seconds of torch's kernel on dense maps, of the steps without their input map, and of a dense input map."""
+    model, passes = cost_model("cpu"), 3 if training else 1
+    dense_s = passes * model.gemm_s(rows, ih.out_features, ih.in_features, dtype=dtype)
+    recurrent_s = passes * n_steps * model.gemm_s(batch, hh.out_features, hh.in_features, dtype=dtype)
+    rebuild_s = (_rebuild_s(ih, model, dtype) + _rebuild_s(hh, model, dtype)) if training else 0.0
+    n_calls = _CALLS.get(kernel, 4)
+    bytes_of_a_call = 2 * batch * ih.out_features * dtype.itemsize / n_calls
+    between_s = passes * n_steps * n_calls * model.stream_s(bytes_of_a_call)
+    return dense_s + recurrent_s + rebuild_s, recurrent_s + between_s, dense_s
+
+
+def _rebuild_s(one: Told, model: Any, dtype: torch.dtype) -> float:
+    """Make the dense weight from the cores, and its gradient's way back."""
+    if one.rank == 0:
+        return 0.0
+    m, n = one.out_features, one.in_features
+    calls_s = _REBUILD_CALLS * model.overhead_s
+    return float(calls_s + 3 * model.gemm_s(m, n, one.rank, dtype=dtype) + 4 * model.copy_s(2 * m * n * dtype.itemsize))
+
+
+# -- tried ----------------------------------------------------------------------------------------------
+
+
+def _can_time() -> bool:
+    return is_measured() and not torch.are_deterministic_algorithms_enabled() and _get_current_dispatch_mode() is None
+
+
+def _tried(cells: list[Cell], x: Tensor, training: bool, by_kernel: Way, by_steps: Way) -> bool:
+    """Run both ways on copies of the cells and numbers of their own."""
+    unseen = torch.autograd.graph.saved_tensors_hooks(_same, _same)
+    with torch.inference_mode(False), torch.set_grad_enabled(training), unseen:
+        copies = copy.deepcopy(cells)
+        numbers = torch.full(x.shape, 0.5, dtype=x.dtype, requires_grad=training)
+        best: dict[Way, float] = {}
+        for _ in range(_ROUNDS):  # the first calls make plans and weights
+            for way in (by_kernel, by_steps):
+                start = time.perf_counter()
+                y = way(copies, numbers)
+                if training:
+                    leaves = [numbers, *(p for cell in copies for p in cell.parameters() if p.requires_grad)]
+                    torch.autograd.grad(y, leaves, torch.ones_like(y), allow_unused=True)
+                seconds = time.perf_counter() - start
+                best[way] = min(best.get(way, seconds), seconds)
+    return best[by_kernel] <= best[by_steps]
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _remembered(key: Any, find: Callable[[], bool]) -> bool:
+    """What an earlier process on this machine found, else what is found now."""
+    file, name = known_file("recurrent-1", device_key(torch.device("cpu"))), _digest(key)
+    known = read_json(file)
+    entries = known if isinstance(known, dict) else {}
+    if not isinstance(entries.get(name), bool):
+        entries = {**entries, name: find()}
+        write_json(file, entries)
+    found: bool = entries[name]
+    return found
+
+
+def _digest(key: Any) -> str:
+    return hashlib.sha256(repr(key).encode()).hexdigest()[:20]
+
+
+# -- second derivatives ---------------------------------------------------------------------------------
+
+
+def differentiable_twice(fused: Callable[..., Any], recorded: Callable[..., Any], *tensors: Tensor) -> Any:
+    """Call a function whose gradients have none, with those of another one that computes the same.
+
+    Args:
+        fused, recorded: Both from the tensors to a tuple of tensors.
+        tensors: All that either depends on.
+    """
+    return _Fused.apply(fused, recorded, *tensors)
+
+
+class _Fused(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, fused: Callable[..., Any], recorded: Callable[..., Any], *tensors: Tensor) -> Any:
+        ctx.recorded = recorded
+        ctx.save_for_backward(*tensors)
+        with torch.enable_grad():
+            ctx.inputs = [t.detach().requires_grad_(t.requires_grad) for t in tensors]
+            ctx.outputs = fused(*ctx.inputs)
+        return tuple(y.detach() for y in ctx.outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        needed = ctx.needs_input_grad[2:]
+        again = torch.is_grad_enabled()
+        inputs, outputs = ctx.inputs, ctx.outputs
+        if again or any(map(is_batched, grads)):
+            saved = ctx.saved_tensors
+            with torch.enable_grad():
+                inputs = list(saved) if again else [t.detach().requires_grad_(t.requires_grad) for t in saved]
+                outputs = ctx.recorded(*inputs)
+        wanted = [one for one, want in zip(inputs, needed, strict=True) if want]
+        found = iter(
+            torch.autograd.grad(outputs, wanted, grads, retain_graph=True, create_graph=again, allow_unused=True)
+        )
+        return None, None, *(next(found) if want else None for want in needed)

@@ -1,0 +1,171 @@
+// Chains as Python hands them over: lists of plain tensors (r, n, s) of one dtype, none of them empty.
+#pragma once
+
+#include "rounding.h"
+#include "short_way.h"
+
+#include <ATen/ops/empty.h>
+#include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/utils/pybind.h>
+
+namespace tensortrain::chain {
+
+namespace py = pybind11;
+
+// The cores of a chain and the tensors that hold them; nothing where one of them is not plain or would be recorded.
+struct Given {
+  std::vector<Tensor> held;
+
+  static std::optional<Given> of(const py::list& list) {
+    Given given;
+    if (list.empty() || !lapack::has_lapack() || !is_undisturbed()) return std::nullopt;
+    const bool records = c10::GradMode::is_enabled() && !c10::InferenceMode::is_enabled();
+    for (const auto one : list) {
+      if (!THPVariable_CheckExact(one.ptr())) return std::nullopt;
+      const auto& core = THPVariable_Unpack(one.ptr());
+      if (!is_plain(core) || core.dim() != 3 || core.numel() == 0 || core.numel() > (1 << 30)) return std::nullopt;
+      if (core.is_conj() || core.is_neg() || (records && core.requires_grad())) return std::nullopt;
+      given.held.push_back(core.is_contiguous() ? core : core.contiguous());
+    }
+    const auto dtype = given.held[0].scalar_type();
+    if (dtype != at::kDouble && dtype != at::kFloat) return std::nullopt;
+    for (size_t k = 0; k < given.held.size(); ++k) {
+      if (given.held[k].scalar_type() != dtype) return std::nullopt;
+      if (k && given.held[k].size(0) != given.held[k - 1].size(2)) return std::nullopt;
+    }
+    return given;
+  }
+
+  bool is_double() const { return held[0].scalar_type() == at::kDouble; }
+
+  template <typename T>
+  Cores<T> cores() const {
+    Cores<T> found;
+    for (const auto& core : held)
+      found.push_back({core.const_data_ptr<T>(), core.size(0), core.size(1), core.size(2)});
+    return found;
+  }
+};
+
+template <typename T>
+Tensor tensor_of(const T* data, at::IntArrayRef sizes) {
+  auto out = at::detail::empty_cpu(sizes, c10::CppTypeToScalarType<T>::value);
+  std::copy(data, data + out.numel(), out.template mutable_data_ptr<T>());
+  return out;
+}
+
+template <typename T>
+std::vector<Tensor> tensors_of(const std::vector<Made<T>>& made) {
+  std::vector<Tensor> out;
+  for (const auto& core : made) out.push_back(tensor_of(core.data.data(), {core.r, core.n, core.s}));
+  return out;
+}
+
+inline Tensor tensor_of(const Buffer<double>& numbers) {
+  return tensor_of(numbers.data(), {static_cast<Int>(numbers.size())});
+}
+
+// Mantissa and exponent as tensors without axes, as Python has them.
+using Parts = std::optional<std::pair<Tensor, Tensor>>;
+
+template <typename T>
+Parts parts_of(const std::optional<Value<T>>& value) {
+  if (!value) return std::nullopt;
+  const int32_t exponent = static_cast<int32_t>(value->exponent);
+  return std::make_pair(tensor_of(&value->mantissa, {}), tensor_of(&exponent, {}));
+}
+
+inline Parts dot_parts(const py::list& bra, const py::list& ket) {
+  const auto left = Given::of(bra), right = Given::of(ket);
+  if (!left || !right || left->held.size() != right->held.size() || left->is_double() != right->is_double())
+    return std::nullopt;
+  for (size_t k = 0; k < left->held.size(); ++k)
+    if (left->held[k].size(1) != right->held[k].size(1)) return std::nullopt;
+  if (left->held[0].size(0) != 1 || right->held[0].size(0) != 1 || left->held.back().size(2) != 1 ||
+      right->held.back().size(2) != 1)
+    return std::nullopt;
+  const py::gil_scoped_release unlocked;
+  return left->is_double() ? parts_of(dot(left->cores<double>(), right->cores<double>()))
+                           : parts_of(dot(left->cores<float>(), right->cores<float>()));
+}
+
+inline Parts norm_parts(const py::list& cores) {
+  const auto given = Given::of(cores);
+  if (!given) return std::nullopt;
+  const py::gil_scoped_release unlocked;
+  return given->is_double() ? parts_of(norm(given->cores<double>())) : parts_of(norm(given->cores<float>()));
+}
+
+using Placed = std::optional<std::pair<std::vector<Tensor>, Tensor>>;
+
+template <typename T>
+Placed orthogonal_of(const Given& given, Int k) {
+  const auto found = orthogonal(given.cores<T>(), k);
+  if (!found) return std::nullopt;
+  const int32_t exponent = static_cast<int32_t>(found->exponent);
+  return std::make_pair(tensors_of(found->cores), tensor_of(&exponent, {}));
+}
+
+// These cores with all but core k orthonormal, and the exponent of the whole.
+inline Placed orthogonal_cores(const py::list& cores, Int k) {
+  const auto given = Given::of(cores);
+  if (!given) return std::nullopt;
+  const py::gil_scoped_release unlocked;
+  return given->is_double() ? orthogonal_of<double>(*given, k) : orthogonal_of<float>(*given, k);
+}
+
+// Cores with bonds of like size and rows of about 1, and the exponent of the whole.
+inline Placed balanced_cores(const py::list& cores) {
+  const auto given = Given::of(cores);
+  if (!given || !given->is_double()) return std::nullopt;
+  const py::gil_scoped_release unlocked;
+  if (!is_finite(given->cores<double>())) return std::nullopt;
+  auto made = balanced(given->cores<double>());
+  const int32_t exponent = static_cast<int32_t>(balance_rows(made));
+  return std::make_pair(tensors_of(made), tensor_of(&exponent, {}));
+}
+
+// A rounding of tensors: `cut` may be called for several tolerances.
+struct Walked {
+  Given given;
+  Rounding rounding;
+
+  using Made_ = std::tuple<std::vector<Tensor>, std::vector<Tensor>, Tensor, Tensor, Tensor>;
+
+  // Cores, kept singular values, tails, the least of the kept values, and growth; nothing where a step failed.
+  std::optional<Made_> cut(double share, const std::vector<Int>& caps, bool needs_values) {
+    const py::gil_scoped_release unlocked;
+    const auto found = rounding.cut(share, caps, needs_values);
+    if (!rounding.is_safe) return std::nullopt;
+    std::vector<Tensor> values;
+    for (const auto& one : found.values) values.push_back(tensor_of(one));
+    return Made_(tensors_of(found.cores), std::move(values), tensor_of(found.tails), tensor_of(found.smallest),
+                 tensor_of(found.growth));
+  }
+
+  std::pair<Tensor, Tensor> norm() const {
+    const int32_t exponent = static_cast<int32_t>(rounding.exponent);
+    return {tensor_of(&rounding.norm, {}), tensor_of(&exponent, {})};
+  }
+};
+
+inline std::unique_ptr<Walked> walk(const py::list& cores, Int hi, double tolerance) {
+  auto given = Given::of(cores);
+  if (!given || !given->is_double()) return nullptr;
+  const py::gil_scoped_release unlocked;
+  auto views = given->cores<double>();
+  auto walked = std::make_unique<Walked>(Walked{std::move(*given), Rounding(std::move(views), hi, tolerance)});
+  return walked->rounding.is_safe ? std::move(walked) : nullptr;
+}
+
+inline void bind(py::module_& m) {
+  py::class_<Walked>(m, "Rounding").def("cut", &Walked::cut).def("norm", &Walked::norm).def_property_readonly(
+      "before", [](const Walked& walked) { return walked.rounding.before; });
+  m.def("chain_dot", &dot_parts);
+  m.def("chain_norm", &norm_parts);
+  m.def("chain_orthogonal", &orthogonal_cores);
+  m.def("chain_balanced", &balanced_cores);
+  m.def("chain_rounding", &walk);
+}
+
+}  // namespace tensortrain::chain

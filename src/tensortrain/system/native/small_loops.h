@@ -1,0 +1,74 @@
+// Included once for every set of instructions, see small_products.h: in a namespace of its own, with TT_TARGET the
+// attribute of its functions. Therefore no "#pragma once".
+
+// rows x (vectors * lanes) of C, in registers while the terms and k run. A has any strides, B and C lie row by row.
+template <typename T, int rows, int vectors>
+TT_TARGET inline __attribute__((always_inline)) void tile(int64_t k, int64_t n_terms, const T* const* as, int64_t a_at,
+                                                          int64_t a_row, int64_t a_k, const T* const* bs, int64_t b_at,
+                                                          int64_t b_row, T* c, int64_t c_row, bool adds) {
+  typedef T Vector __attribute__((vector_size(32)));
+  constexpr int lanes = 32 / sizeof(T);
+  Vector sums[rows][vectors];
+  TT_UNROLL
+  for (int i = 0; i < rows; ++i)
+    TT_UNROLL
+    for (int v = 0; v < vectors; ++v) {
+      if (adds)
+        __builtin_memcpy(&sums[i][v], c + i * c_row + v * lanes, sizeof(Vector));
+      else
+        sums[i][v] = Vector{};
+    }
+  for (int64_t term = 0; term < n_terms; ++term) {
+    const T* const a = as[term] + a_at;
+    const T* const b = bs[term] + b_at;
+    for (int64_t l = 0; l < k; ++l) {
+      Vector right[vectors];
+      TT_UNROLL
+      for (int v = 0; v < vectors; ++v) __builtin_memcpy(&right[v], b + l * b_row + v * lanes, sizeof(Vector));
+      TT_UNROLL
+      for (int i = 0; i < rows; ++i) {
+        const T left = a[i * a_row + l * a_k];
+        TT_UNROLL
+        for (int v = 0; v < vectors; ++v) sums[i][v] += left * right[v];
+      }
+    }
+  }
+  TT_UNROLL
+  for (int i = 0; i < rows; ++i)
+    TT_UNROLL
+    for (int v = 0; v < vectors; ++v) __builtin_memcpy(c + i * c_row + v * lanes, &sums[i][v], sizeof(Vector));
+}
+
+// All rows of one or two columns of vectors. Eight to twelve sums keep both units for products busy.
+template <typename T, int vectors, int most>
+TT_TARGET inline void columns(int64_t m, int64_t k, int64_t n_terms, const T* const* as, int64_t a_row, int64_t a_k,
+                              const T* const* bs, int64_t b_at, int64_t b_row, T* c, int64_t c_row, bool adds) {
+  int64_t i = 0;
+  for (; i + most <= m; i += most)
+    tile<T, most, vectors>(k, n_terms, as, i * a_row, a_row, a_k, bs, b_at, b_row, c + i * c_row, c_row, adds);
+  if (i + 4 <= m) {
+    tile<T, 4, vectors>(k, n_terms, as, i * a_row, a_row, a_k, bs, b_at, b_row, c + i * c_row, c_row, adds);
+    i += 4;
+  }
+  switch (m - i) {
+    case 3:
+      return tile<T, 3, vectors>(k, n_terms, as, i * a_row, a_row, a_k, bs, b_at, b_row, c + i * c_row, c_row, adds);
+    case 2:
+      return tile<T, 2, vectors>(k, n_terms, as, i * a_row, a_row, a_k, bs, b_at, b_row, c + i * c_row, c_row, adds);
+    case 1:
+      return tile<T, 1, vectors>(k, n_terms, as, i * a_row, a_row, a_k, bs, b_at, b_row, c + i * c_row, c_row, adds);
+    default:
+      return;
+  }
+}
+
+// C (m x n) = or += the sum of all A (m x k) B (k x n), n a multiple of the lanes.
+template <typename T>
+TT_TARGET void product(int64_t m, int64_t n, int64_t k, int64_t n_terms, const T* const* as, int64_t a_row,
+                       int64_t a_k, const T* const* bs, int64_t b_row, T* c, int64_t c_row, bool adds) {
+  constexpr int64_t lanes = 32 / sizeof(T);
+  int64_t at = 0;
+  for (; at + 2 * lanes <= n; at += 2 * lanes)
+    columns<T, 2, 6>(m, k, n_terms, as, a_row, a_k, bs, at, b_row, c + at, c_row, adds);
+  if (at < n) columns<T, 1, 8>(m, k, n_terms, as, a_row, a_k, bs, at, b_row, c + at, c_row, adds);
+}

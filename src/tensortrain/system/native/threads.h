@@ -1,0 +1,42 @@
+// Loops on the threads that torch computes with. Compiled without OpenMP, at::parallel_for is a plain loop; torch's own
+// library has brought OpenMP's run time along, whichever it is, and GNU's entry is known to all of them.
+#pragma once
+
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+
+extern "C" {
+__attribute__((weak)) void GOMP_parallel(void (*work)(void*), void* data, unsigned n_threads, unsigned flags);
+__attribute__((weak)) int omp_in_parallel(void);
+}
+
+namespace tensortrain {
+
+// Calls work(first, last) for parts of 0 .. n that threads take as they come; a part is `grain` long.
+template <typename Work>
+void on_threads(int64_t n, int64_t grain, bool is_large, const Work& work) {
+  grain = std::max<int64_t>(grain, 1);
+  const auto n_threads = std::min<int64_t>(at::get_num_threads(), (n + grain - 1) / grain);
+  const bool can_share = GOMP_parallel != nullptr && omp_in_parallel != nullptr;
+  if (!is_large || n_threads < 2 || !can_share || omp_in_parallel() != 0) {
+    if (n > 0) work(int64_t{0}, n);
+    return;
+  }
+  struct Shared {
+    const Work& work;
+    std::atomic<int64_t> next;
+    int64_t n, grain;
+  } shared{work, {0}, n, grain};
+  GOMP_parallel(
+      [](void* data) {
+        auto& all = *static_cast<Shared*>(data);
+        for (auto first = all.next.fetch_add(all.grain); first < all.n; first = all.next.fetch_add(all.grain))
+          all.work(first, std::min(first + all.grain, all.n));
+      },
+      &shared, static_cast<unsigned>(n_threads), 0);
+}
+
+}  // namespace tensortrain

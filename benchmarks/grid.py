@@ -50,6 +50,7 @@ from tensortrain.system.provenance import provenance
 PARTS = ("linear", "conv", "embedding", "recurrent", "core", "plans")
 SIZES = {"linear": 24, "conv": 16, "embedding": 12, "recurrent": 10, "core": 25, "plans": 12}
 QUICK_SIZES = {"linear": 2, "conv": 2, "embedding": 2, "recurrent": 2, "core": 5, "plans": 2}
+OVERTIME_S = 120.0  # for the case that is at work when the time is up
 MOST_PLANS = 40  # of one layer; where it has more, they are drawn
 SHARES = {(2, "with"): 3.0, (1, "with"): 3.0, (2, "without"): 1.5, (1, "without"): 1.5}  # of the time
 Item = tuple[str, Callable[[], Iterator[dict[str, Any]]]]
@@ -107,7 +108,7 @@ def _run(args: argparse.Namespace, n_threads: int, with_kernels: str, seconds: f
         if with_kernels == "without":
             environment["TENSORTRAIN_KERNELS"] = "off"
         began = time.perf_counter()
-        status = subprocess.run(words, env=environment, check=False).returncode
+        status = _ended(words, environment, seconds + OVERTIME_S)
         found = [json.loads(line) for line in rows.read_text(encoding="utf-8").splitlines()] if rows.exists() else []
     run: dict[str, Any] = {"threads": n_threads, "kernels": with_kernels, "status": status}
     run.update(measured={}, n_left_out=None)
@@ -116,6 +117,14 @@ def _run(args: argparse.Namespace, n_threads: int, with_kernels: str, seconds: f
         run.update(row if "case" not in row else {})
     run["wall_s"] = round(time.perf_counter() - began, 1)
     return run
+
+
+def _ended(words: list[str], environment: dict[str, str], most_s: float) -> int | None:
+    """The exit status of a process; None of one that had to be ended."""
+    try:
+        return subprocess.run(words, env=environment, check=False, timeout=most_s).returncode
+    except subprocess.TimeoutExpired:
+        return None
 
 
 def _peers(peers: str) -> dict[str, str]:
@@ -265,7 +274,7 @@ def _name_of(model: CostModel) -> str:
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--part", action="append", choices=PARTS, help="only this part; may be repeated")
-    parser.add_argument("--minutes", type=float, default=28.0, help="time for all of it (default 28)")
+    parser.add_argument("--minutes", type=float, default=27.0, help="time for all of it (default 27)")
     parser.add_argument("--threads", type=_numbers, default=[2, 1], help="numbers of threads (default 2,1)")
     parser.add_argument("--kernels", choices=("both", "with", "without"), default="both")
     parser.add_argument("--seed", type=int, default=int(datetime.date.today().strftime("%Y%m%d")), help="the date")

@@ -12,30 +12,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import conv_cases
 import layer_cases
 
-__all__ = ["DRAWS", "ConvCase", "LookupCase", "RecurrentCase", "draw"]
+__all__ = ["LookupCase", "RecurrentCase", "draw"]
 
 TARGETS = {"inference": 0.9, "training step": 0.75}
-
-
-@dataclass(frozen=True)
-class ConvCase:
-    """A convolution with padding that keeps the size; every format gets the same share of the parameters."""
-
-    in_channels: int
-    out_channels: int
-    kernel: int
-    stride: int
-    size: int
-    batch: int
-    share: float
-
-    @property
-    def name(self) -> str:
-        text = f"{self.in_channels} -> {self.out_channels}, {self.kernel}x{self.kernel}"
-        text += f", stride {self.stride}" if self.stride > 1 else ""
-        return f"{text}, {self.size}x{self.size}, b {self.batch}, {self.share:.0%}"
 
 
 @dataclass(frozen=True)
@@ -70,8 +52,10 @@ class RecurrentCase:
 
 def draw(kind: str, seed: int, n: int) -> list[Any]:
     """The first ``n`` cases of a kind; more of them begin with the same ones."""
+    if kind == "conv":
+        return list(conv_cases.random_cases(seed, n))
     source = random.Random(f"{kind} {seed}")
-    return [DRAWS[kind](source) for _ in range(n)]
+    return [_DRAWS[kind](source) for _ in range(n)]
 
 
 def _modes(source: random.Random, least: float, most: float, order: int | None = None) -> tuple[int, ...]:
@@ -87,20 +71,6 @@ def _linear(source: random.Random) -> layer_cases.Case:
     in_modes, out_modes = _modes(source, 16, 8192, order), _modes(source, 16, 8192, order)
     rank, batch = source.randint(2, 64), source.choice((1, 1, source.randint(2, 64), 256, source.randint(65, 1024)))
     return layer_cases.Case(in_modes, out_modes, rank, batch, TARGETS)
-
-
-def _conv(source: random.Random) -> ConvCase:
-    size = source.choice((7, 14, 28, 56)) + source.randint(0, 3)
-    widest = 512 if size < 24 else 128  # as in networks: few channels where the image is large
-    return ConvCase(
-        in_channels=source.choice((3, source.randint(8, widest), source.randint(8, widest))),
-        out_channels=source.randint(16, widest),
-        kernel=source.choice((3, 3, 3, 5)),
-        stride=source.choice((1, 1, 2)),
-        size=size,
-        batch=source.choice((1, 4, 8)),
-        share=source.choice((0.05, 0.1, 0.2, 0.5)),
-    )
 
 
 def _embedding(source: random.Random) -> LookupCase:
@@ -120,9 +90,8 @@ def _recurrent(source: random.Random) -> RecurrentCase:
     )
 
 
-DRAWS: dict[str, Callable[[random.Random], Any]] = {
+_DRAWS: dict[str, Callable[[random.Random], Any]] = {
     "linear": _linear,
-    "conv": _conv,
     "embedding": _embedding,
     "recurrent": _recurrent,
 }

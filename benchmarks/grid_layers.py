@@ -12,14 +12,14 @@ from typing import Any
 
 import layers
 import torch
-from grid_cases import ConvCase, LookupCase, RecurrentCase
+from conv_cases import FORMATS, ConvCase, dense_of, layer_of
+from grid_cases import LookupCase, RecurrentCase
 from layer_extras import NaiveEmbedding
 from layer_peers import DENSE, OURS, Way
 from timing import Rates, take_turns
 from torch import Tensor, nn
 
 import tensortrain as tt
-from tensortrain.formats import format_names, get_format
 
 __all__ = ["time_grid_layer"]
 
@@ -174,71 +174,69 @@ def _named(name: str, build: Callable[[], nn.Module], wrap: Callable[[Any], Any]
 
 
 def _conv(case: ConvCase, training: bool) -> tuple[Any, ...]:
-    sizes = (case.in_channels, case.out_channels, case.kernel)
-    options = {"stride": case.stride, "padding": case.kernel // 2}
-    out = (case.size + 2 * (case.kernel // 2) - case.kernel) // case.stride + 1
-    out_shape = (case.batch, case.out_channels, out, out)
-    formats = [name for name in format_names() if "conv" in get_format(name).kinds]
+    options = case.arguments()
+    reach = options["padding"] * 2 - options["dilation"] * (case.kernel - 1) - 1
+    out = tuple((n + reach) // case.stride + 1 for n in case.spatial)
+    out_shape = (case.batch, case.outputs, *out)
 
     def builders() -> Iterator[Callable[[], Way]]:
-        yield _named(DENSE, lambda: nn.Conv2d(*sizes, **options))
-        for name in formats:
-            yield _named(f"{OURS}, {name}", partial(tt.nn.Conv2d, *sizes, format=name, rank=case.share, **options))
+        yield _named(DENSE, partial(dense_of, case))
+        for name in FORMATS:
+            yield _named(f"{OURS}, {name}", partial(layer_of, case, name))
+        if case.groups > 1:  # the libraries know none
+            return
         for factorization in ("tucker", "cp", "tt"):
             for implementation in ("factorized", "reconstructed"):
-                yield _named(
-                    f"TensorLy-Torch, {factorization} {implementation}",
-                    partial(_tensorly_conv, case, factorization, implementation, options),
-                )
-        yield _named("tednet, tt", partial(_tednet_conv, case, options))
+                name = f"TensorLy-Torch, {factorization} {implementation}"
+                yield _named(name, partial(_tensorly_conv, case, factorization, implementation))
+        if len(out) == 2 and case.dilation == 1:
+            yield _named("tednet, tt", partial(_tednet_conv, case))
 
-    def make_input() -> Tensor:
-        return torch.randn(case.batch, case.in_channels, case.size, case.size)
-
-    weight = case.share * math.prod(sizes) * case.kernel
-    flops = _conv_flops(case, out)
-    n_bytes = 4 * (case.batch * case.in_channels * case.size**2 + math.prod(out_shape) + weight)
-    factor = 2 if training else 1
-    return make_input, out_shape, builders(), (round(factor * n_bytes), (3 if training else 1) * flops)
+    numel = case.batch * (case.inputs * math.prod(case.spatial) + case.outputs * math.prod(out)) + case.n_params
+    floor = ((2 if training else 1) * 4 * numel, (3 if training else 1) * _conv_flops(case, math.prod(out)))
+    return case.input, out_shape, builders(), floor
 
 
-def _conv_flops(case: ConvCase, out: int) -> int:
+def _conv_flops(case: ConvCase, positions: int) -> int:
     """Of the leaner one of the dense kernel and a low-rank one of this share: filters of rank R, then a 1 x 1."""
-    taps = case.in_channels * case.kernel**2
-    rank = max(1, math.floor(case.share * taps * case.out_channels / (taps + case.out_channels)))
-    return 2 * case.batch * out**2 * min(taps * case.out_channels, rank * (taps + case.out_channels))
+    taps, outputs = case.inputs // case.groups * case.kernel ** len(case.spatial), case.outputs // case.groups
+    rank = max(1, math.floor(case.share * taps * outputs / (taps + outputs)))
+    return 2 * case.batch * positions * case.groups * min(taps * outputs, rank * (taps + outputs))
 
 
-def _tensorly_conv(case: ConvCase, factorization: str, implementation: str, options: dict[str, Any]) -> nn.Module:
+def _tensorly_conv(case: ConvCase, factorization: str, implementation: str) -> nn.Module:
     import tltorch
 
     layer = tltorch.FactorizedConv(
-        case.in_channels,
-        case.out_channels,
+        case.inputs,
+        case.outputs,
         case.kernel,
-        order=2,
+        order=len(case.spatial),
+        stride=case.stride,
+        padding=case.arguments()["padding"],
+        dilation=case.dilation,
         bias=True,
         has_bias=True,
         factorization=factorization,
         rank=case.share,
         implementation=implementation,
-        **options,
     )
     for parameter in layer.parameters():  # some begin as whatever lay in the memory
         nn.init.normal_(parameter, std=0.1)
     return layer
 
 
-def _tednet_conv(case: ConvCase, options: dict[str, Any]) -> nn.Module:
+def _tednet_conv(case: ConvCase) -> nn.Module:
     from tednet.tnn.tensor_train import TTConv2D
 
-    in_modes, out_modes = (list(tt.nn.suggest_modes(n, 2)) for n in (case.in_channels, case.out_channels))
-    wanted = case.share * case.in_channels * case.out_channels * case.kernel**2
+    in_modes, out_modes = (list(tt.nn.suggest_modes(n, 2)) for n in (case.inputs, case.outputs))
     a, c = in_modes[0] * out_modes[0], in_modes[1] * out_modes[1]
-    # r r a + r c + k^2 r = wanted, with one rank for both bonds
+    # r r a + r c + k^2 r = n_params, with one rank for both bonds
     b = c + case.kernel**2
-    rank = max(1, int((-b + math.sqrt(b * b + 4 * a * wanted)) / (2 * a)))
-    return TTConv2D(in_modes, out_modes, [rank, rank], case.kernel, **options)
+    rank = max(1, int((-b + math.sqrt(b * b + 4 * a * case.n_params)) / (2 * a)))
+    return TTConv2D(
+        in_modes, out_modes, [rank, rank], case.kernel, stride=case.stride, padding=case.arguments()["padding"]
+    )
 
 
 # -- embeddings ---------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -147,7 +147,7 @@ def cp_factors(
     long = [k for k, n in enumerate(tensor.shape) if n > 1]
     if len(long) < tensor.ndim:
         squeezed = tensor.reshape([tensor.shape[k] for k in long] or [1])
-        options = {"n_starts": n_starts, "enough": enough}
+        options: dict[str, Any] = {"n_starts": n_starts, "enough": enough}
         found, error = cp_factors(squeezed, rank, **options) if len(long) > 1 else _vector(squeezed, rank)
         ones = iter(found)
         factors = [next(ones) if k in long else tensor.new_ones(1, rank) for k in range(tensor.ndim)]

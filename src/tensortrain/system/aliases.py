@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,8 @@ __all__ = [
     "replace_aliases",
     "wraps_own_forward",
 ]
+
+Answer = TypeVar("Answer")
 
 Undo = list[Callable[[], None]]
 
@@ -180,25 +182,30 @@ class _Walk:
             self.seen.add(id(attributes))
             skipped = (*_SKIPPED, *_REGISTERED) if isinstance(place, _Module) else _SKIPPED
             self._queue(_Item(place, attributes, name, f".{name}") for name in attributes if name not in skipped)
-        self._queue(_Attribute(place, held, name) for name in _slots(type(held)))  # type: ignore[arg-type]
+        self._queue(_Attribute(place, held, name) for name in _slots(type(held)))
 
     def _queue(self, places: Any) -> None:
         self.todo.extend(place for place in places if not _is_atom(type(place.get())))
 
 
+def _once_per_type(function: Callable[[type], Answer]) -> Callable[[type], Answer]:
+    """Remember what follows from a type alone."""
+    return functools.lru_cache(maxsize=4096)(function)
+
+
 # Asked of the type alone, and once: isinstance of so many classes, some with checks of their own, would take most of
 # the walk. Proxies pass for what they stand for, their type does not.
-@functools.lru_cache(maxsize=4096)
+@_once_per_type
 def _is_atom(kind: type) -> bool:
     return issubclass(kind, _ATOMS) and kind not in _PROXIES
 
 
-@functools.lru_cache(maxsize=4096)
+@_once_per_type
 def _is_foreign(kind: type) -> bool:
     return kind.__module__.startswith(_FOREIGN) and not issubclass(kind, nn.Module)
 
 
-@functools.lru_cache(maxsize=4096)
+@_once_per_type
 def _opener(kind: type) -> Callable[[Any, _Place], Iterator[_Place]] | None:
     return next((open_one for base, open_one in _OPENERS if issubclass(kind, base)), None)
 
@@ -211,7 +218,7 @@ def _attributes(held: Any) -> dict[str, Any] | None:
     return attributes if isinstance(attributes, dict) else None
 
 
-@functools.lru_cache(maxsize=4096)
+@_once_per_type
 def _slots(kind: type) -> tuple[str, ...]:
     bases = [base for base in kind.__mro__ if base.__module__ not in ("builtins", "collections", "functools")]
     slots = ((name, slot) for base in bases for name, slot in vars(base).items())

@@ -71,11 +71,12 @@ class Family:
     below: float = math.inf
 
     def candidates(self, *, growth: float, wide: bool = False) -> list[Candidate]:
-        """The points of its rank paths that are smaller than the dense weight."""
+        """The points of its rank paths that are smaller than the dense weight; none is worse than no weight at all."""
         shown = tuple(_shown(values) for values in self.spectra)
         found = [point for point in self.points(growth=growth, wide=wide) if point.n_params < self.below]
         return [
-            Candidate(replace(point, rel_error=_interpolated(point.rel_error, self.marks)), shown) for point in found
+            Candidate(replace(point, rel_error=min(1.0, _interpolated(point.rel_error, self.marks))), shown)
+            for point in found
         ]
 
     def points(self, *, growth: float, wide: bool = False) -> list[RankPoint]:

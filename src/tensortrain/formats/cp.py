@@ -147,8 +147,10 @@ def cp_factors(
     long = [k for k, n in enumerate(tensor.shape) if n > 1]
     if len(long) < tensor.ndim:
         squeezed = tensor.reshape([tensor.shape[k] for k in long] or [1])
-        options = {"n_starts": n_starts, "enough": enough}
-        found, error = cp_factors(squeezed, rank, **options) if len(long) > 1 else _vector(squeezed, rank)
+        if len(long) > 1:
+            found, error = cp_factors(squeezed, rank, n_starts=n_starts, enough=enough)
+        else:
+            found, error = _vector(squeezed, rank)
         ones = iter(found)
         factors = [next(ones) if k in long else tensor.new_ones(1, rank) for k in range(tensor.ndim)]
         if not long:

@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -131,6 +131,14 @@ def replace_aliases(model: nn.Module, new: Mapping[int, tuple[nn.Module, nn.Modu
         reference.place.put(new[id(reference.target)][1], undo)
 
 
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def _of_types(function: _Function) -> _Function:
+    """Remember what a function says of each type."""
+    return cast(_Function, functools.lru_cache(maxsize=4096)(function))
+
+
 class _Walk:
     def __init__(self, layers: Mapping[int, nn.Module]) -> None:
         self.layers = layers
@@ -180,7 +188,7 @@ class _Walk:
             self.seen.add(id(attributes))
             skipped = (*_SKIPPED, *_REGISTERED) if isinstance(place, _Module) else _SKIPPED
             self._queue(_Item(place, attributes, name, f".{name}") for name in attributes if name not in skipped)
-        self._queue(_Attribute(place, held, name) for name in _slots(type(held)))  # type: ignore[arg-type]
+        self._queue(_Attribute(place, held, name) for name in _slots(type(held)))
 
     def _queue(self, places: Any) -> None:
         self.todo.extend(place for place in places if not _is_atom(type(place.get())))
@@ -188,17 +196,17 @@ class _Walk:
 
 # Asked of the type alone, and once: isinstance of so many classes, some with checks of their own, would take most of
 # the walk. Proxies pass for what they stand for, their type does not.
-@functools.lru_cache(maxsize=4096)
+@_of_types
 def _is_atom(kind: type) -> bool:
     return issubclass(kind, _ATOMS) and kind not in _PROXIES
 
 
-@functools.lru_cache(maxsize=4096)
+@_of_types
 def _is_foreign(kind: type) -> bool:
     return kind.__module__.startswith(_FOREIGN) and not issubclass(kind, nn.Module)
 
 
-@functools.lru_cache(maxsize=4096)
+@_of_types
 def _opener(kind: type) -> Callable[[Any, _Place], Iterator[_Place]] | None:
     return next((open_one for base, open_one in _OPENERS if issubclass(kind, base)), None)
 
@@ -211,7 +219,7 @@ def _attributes(held: Any) -> dict[str, Any] | None:
     return attributes if isinstance(attributes, dict) else None
 
 
-@functools.lru_cache(maxsize=4096)
+@_of_types
 def _slots(kind: type) -> tuple[str, ...]:
     bases = [base for base in kind.__mro__ if base.__module__ not in ("builtins", "collections", "functools")]
     slots = ((name, slot) for base in bases for name, slot in vars(base).items())

@@ -102,7 +102,9 @@ def check_compiled_gradients(name: str, implementation: str, backend: str) -> No
 
 def test_one_graph_for_every_batch() -> None:
     layer, inputs = make("linear tt", "factorized")
-    counter = torch._dynamo.testing.CompileCounter()
+    from torch._dynamo.testing import CompileCounter  # slow to import
+
+    counter = CompileCounter()
     compiled = torch.compile(layer, fullgraph=True, backend=counter, dynamic=True)
     for rows in (3, 5, 17, 64):
         x = inputs(rows)

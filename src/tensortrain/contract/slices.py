@@ -7,6 +7,7 @@ from the two halves of the chain, used at once, and overwritten by the next: the
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import torch
@@ -19,8 +20,9 @@ from tensortrain.system.tracing import is_traced, is_transformed, sizes_of
 
 __all__ = ["SLICE_BYTES", "dense_of_halves", "modes_at_a_time", "sliced_product"]
 
-SLICE_BYTES = 2**21  # of weight: it stays in the cache, and its products are large enough
-_LEAST_ROWS = 48  # of a slice
+SLICE_BYTES = 2**22  # of weight: it stays in the cache, and its products are large enough
+_MOST_KEPT_BYTES = 8 * SLICE_BYTES
+_LEAST_ROWS = 160  # of a slice, whatever its bytes: thinner ones make slow products
 
 
 def modes_at_a_time(rows_per_mode: int, columns: int, itemsize: int) -> int:
@@ -52,7 +54,7 @@ def sliced_product(x: Tensor, left: Tensor, right: Tensor, bias: Tensor | None) 
         bias: ``(M,)``.
 
     Cost: ``2 r M N`` flops beside those of the dense product, ``4 r M N`` more and as many again in the backward pass;
-        memory for two slices of 2 MiB.
+        memory for two slices of 4 MiB.
     """
     if not _can_slice(x, left, right):
         return F.linear(x, dense_of_halves(left, right), bias)
@@ -71,6 +73,25 @@ def _can_slice(x: Tensor, left: Tensor, right: Tensor) -> bool:
     return x.dtype == left.dtype == right.dtype and x.shape[0] > 0
 
 
+class _Kept(threading.local):
+    """Memory of one thread for its slices: to ask the system for it at every call would take as long as to fill it."""
+
+    room: Tensor | None = None
+
+
+_kept = _Kept()
+
+
+def _rooms(n: int, like: Tensor) -> Tensor:
+    """So many numbers that hold nothing yet, until the next call of this thread."""
+    n_bytes = n * like.element_size()
+    if n_bytes > _MOST_KEPT_BYTES or like.is_inference() or torch.is_inference_mode_enabled():
+        return like.new_empty(n)
+    if _kept.room is None or _kept.room.numel() < n_bytes:
+        _kept.room = torch.empty(n_bytes, dtype=torch.uint8)
+    return _kept.room[:n_bytes].view(like.dtype)
+
+
 class _Slices:
     """The slices of a weight, made one after the other in the same memory."""
 
@@ -81,8 +102,7 @@ class _Slices:
         self.right = right.reshape(r, self.i2 * self.j2)
         self.n_columns = self.j1 * self.j2
         self.step = min(self.i1, modes_at_a_time(self.i2, self.n_columns, left.element_size()))
-        size = self.step * self.i2 * self.n_columns
-        self._made, self._sorted = left.new_empty(size), left.new_empty(size)
+        self._made, self._sorted = _rooms(2 * self.step * self.i2 * self.n_columns, left).chunk(2)
 
     def spans(self) -> list[tuple[int, int]]:
         """Ranges of first output modes."""

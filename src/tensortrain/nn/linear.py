@@ -100,11 +100,11 @@ class Linear(FactorizedLayer):
         return self.runner.plan(self, batch, force=force)
 
     def forward(self, input: Tensor) -> Tensor:
-        way = self.runner.way
-        if way is not None and not is_dynamo_compiling():
-            y = way(self, input)
+        if not is_dynamo_compiling():  # first: a compiler would look at the way, and compile anew when there is one
+            way = self.runner.way
+            y = None if way is None else way(self, input)
             if y is not None:
-                return y
+                return y  # type: ignore[no-any-return]
         return self._run(input)
 
     @traceable

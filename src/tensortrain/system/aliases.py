@@ -133,14 +133,6 @@ def replace_aliases(model: nn.Module, new: Mapping[int, tuple[nn.Module, nn.Modu
         reference.place.put(new[id(reference.target)][1], undo)
 
 
-_Function = TypeVar("_Function", bound=Callable[..., Any])
-
-
-def _of_types(function: _Function) -> _Function:
-    """Remember what a function says of each type."""
-    return cast(_Function, functools.lru_cache(maxsize=4096)(function))
-
-
 class _Walk:
     def __init__(self, layers: Mapping[int, nn.Module]) -> None:
         self.layers = layers

@@ -104,7 +104,7 @@ class Linear(FactorizedLayer):
             way = self.runner.way
             y = None if way is None else way(self, input)
             if y is not None:
-                return y  # type: ignore[no-any-return]
+                return y
         return self._run(input)
 
     @traceable

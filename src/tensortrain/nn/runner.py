@@ -120,11 +120,13 @@ class Runner:
         plans: Those of ``shape`` found so far.
         layer_plans: Of a layer that does more than one product with ``shape``: its own, under keys of its own.
         cache: Weights that follow from the cores, kept while these do not change.
+        kept_under: Of an embedding: the settings under which its dense table was looked up last.
         way: A shorter way for inputs of sizes met before, ``way(layer, x)``; it gives ``None`` where there is none.
         quick_calls: Of a convolution: by the shape of the input, what an earlier one left ready.
     """
 
     way: Any = None
+    kept_under: Any = None
 
     def __init__(self, shape: Shape | None, sizes: tuple[int, int] | None = None, *, may_time: bool = True) -> None:
         self.shape, self.sizes, self.may_time = shape, sizes, may_time
@@ -137,7 +139,7 @@ class Runner:
         self.cache = WeightCache()
         self.plans: dict[PlanKey, Plan] = {}
         self.layer_plans: dict[Any, Any] = {}
-        self.way = None
+        self.way = self.kept_under = None
         self.quick_calls: dict[Any, Any] = _Uncopied()
         self._way_options: tuple[Any, ...] = ()
 

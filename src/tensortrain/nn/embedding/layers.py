@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
 
 from tensortrain.contract import ChainShape, cost_model
 from tensortrain.contract.row_kernels import kept_groups, packed_tables, range_of, rows_of_packed, serve_rows
@@ -17,7 +18,7 @@ from tensortrain.errors import DTypeError, KindError, ModeIndexError, NonFiniteE
 from tensortrain.formats import FactorSpec, Fit, Format, Rank, WeightShape, get_format
 from tensortrain.nn.base import FactorizedLayer, Implementation, Init, Self
 from tensortrain.nn.conv.plan import LookupPlan
-from tensortrain.nn.cores import held_cores
+from tensortrain.nn.cores import are_plain, held_cores, list_cores
 from tensortrain.nn.inputs import check_plain_layout, map_nested, once, traceable
 from tensortrain.nn.runner import (
     DENSE_LIMIT_BYTES,
@@ -337,13 +338,35 @@ class Embedding(FactorizedLayer):
 
     # -- lookup --------------------------------------------------------------------------------------
 
+    def forward(self, input: Tensor) -> Tensor:
+        if not is_dynamo_compiling():
+            rows = self._rows_of_kept_table(input)
+            if rows is not None:
+                return rows
+        return self._forward(input)
+
     @traceable
     @once
-    def forward(self, input: Tensor) -> Tensor:
+    def _forward(self, input: Tensor) -> Tensor:
         if input.is_nested:
             found: Tensor = map_nested(input, self._look_up, n_last=0)
             return found
         return self._look_up(input)
+
+    def _rows_of_kept_table(self, ids: Tensor) -> Tensor | None:
+        """Rows of the dense table where it is kept already: the short way of most calls at inference."""
+        if torch.is_grad_enabled() or type(ids) is not Tensor or self.padding_idx is not None:
+            return None
+        if self.max_norm is not None or self._parameters["hot_weight"] is not None or self.stand_ins is not None:
+            return None
+        options = (self.implementation, self.dense_limit_bytes)
+        if not ids.is_cpu or self.runner.kept_under != options or not are_plain(self.cores):
+            return None
+        table = self.runner.cache.peek(list_cores(self.cores), "dense")
+        try:
+            return None if table is None else F.embedding(ids, table)
+        except (IndexError, RuntimeError):  # the long way says what is wrong
+            return None
 
     def _look_up(self, ids: Tensor) -> Tensor:
         self._check_ids(ids)
@@ -377,6 +400,8 @@ class Embedding(FactorizedLayer):
     def _core_rows(self, ids: Tensor) -> Tensor:
         if self._runs_dense():
             rows = F.embedding(ids, self.runner.dense_weight(self))
+            if not is_traced():
+                self.runner.kept_under = (self.implementation, self.dense_limit_bytes)
         else:
             kept = self._rows_of_kept(ids)
             rows = self.format.lookup(ids, self.core_list(), self.spec) if kept is None else kept

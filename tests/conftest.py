@@ -67,12 +67,11 @@ def fixed_plans() -> Iterator[None]:
 @pytest.fixture(autouse=True, scope="session")
 def _plans_of_their_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """What earlier runs found out about plans would hide what happens at a first call."""
-    from tensortrain.contract import trials, tune
+    from tensortrain.contract import trials
 
     folder = tmp_path_factory.mktemp("plans")
     with pytest.MonkeyPatch.context() as patch:
-        for module in (tune, trials):
-            patch.setattr(module, "known_file", lambda name, key: folder / f"{name}.json")
+        patch.setattr(trials, "known_file", lambda name, key: folder / f"{name}.json")
         patch.setattr(trials, "_MOST_ROUNDS", 3)  # which of the fastest plans is taken matters to no test
         yield
 

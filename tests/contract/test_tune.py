@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import tensortrain as tt
-from tensortrain.contract import Chain, CostModel, fastest_plan, plan_chain, tune, use_cost_model
+from tensortrain.contract import Chain, CostModel, fastest_plan, plan_chain, trials, tune, use_cost_model
 from tensortrain.contract.choose import chain_candidates
 from tensortrain.nn.runner import PlanKey
 
@@ -16,8 +16,8 @@ OPTIONS = {"batch": 8, "dtype": torch.float64}
 def file(monkeypatch, tmp_path):
     """Nothing known, and a file of our own to keep what is found."""
     monkeypatch.setattr(tune, "_KNOWN", {})
-    monkeypatch.setattr(tune, "known_file", lambda name, key: tmp_path / "kept" / f"{name}.json")
-    return tmp_path / "kept" / "plans-1.json"
+    monkeypatch.setattr(trials, "known_file", lambda name, key: tmp_path / "kept" / f"{name}.json")
+    return tmp_path / "kept" / "plans-2.json"
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ that. So the first call of a layer at a size runs the best few of them, in turns
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from itertools import accumulate
 from pathlib import Path
@@ -17,9 +16,9 @@ from torch import Tensor
 
 from tensortrain.contract.choose import candidates
 from tensortrain.contract.plan import Plan, Shape
-from tensortrain.contract.trials import best_seconds, can_time, train_once
+from tensortrain.contract.trials import Notebook, best_seconds, can_time, digest, train_once
 from tensortrain.contract.trials import timed as _timed
-from tensortrain.system.machine import device_key, known_file, memory_bytes, read_json, write_json
+from tensortrain.system.machine import memory_bytes
 from tensortrain.system.native import library
 
 __all__ = ["fastest_plan"]
@@ -36,6 +35,7 @@ _MOST_BY_PARTS = 4
 _CLEARLY = 0.97  # what is not faster by so much than an earlier candidate is taken for level with it
 
 _KNOWN: dict[Any, Plan] = {}
+_NOTES = Notebook("plans-2")  # since plans may be sliced
 
 
 def fastest_plan(
@@ -94,30 +94,15 @@ def _found(plans: Sequence[Plan], device: torch.device, key: Any) -> Plan:
     earlier = _recalled(plans, device, key)  # another process was at it at the same time
     if earlier is not None:
         return earlier
-    file = _file(device)
-    write_json(file, {**_entries(file), _digest(key): _digest(found.course)})
+    _NOTES.write(key, device, digest(found.course))
     return found
 
 
 def _recalled(plans: Sequence[Plan], device: torch.device, key: Any) -> Plan | None:
     """The plan that an earlier process on this machine found."""
-    wanted = _entries(_file(device)).get(_digest(key))
+    wanted = _NOTES.read(key, device)
     known = [*plans, *_flipped(plans), *_by_parts(plans)]
-    return next((plan for plan in known if _digest(plan.course) == wanted), None)
-
-
-def _file(device: torch.device) -> Path:
-    return known_file("plans-1", device_key(device))
-
-
-def _entries(file: Path) -> dict[str, str]:
-    found = read_json(file)
-    return found if isinstance(found, dict) else {}
-
-
-def _digest(value: Any) -> str:
-    told = repr(value).replace("ChainShape(", "Chain(")  # its name when the first files were written
-    return hashlib.sha256(told.encode()).hexdigest()[:20]
+    return next((plan for plan in known if digest(plan.course) == wanted), None)
 
 
 def _likely(plans: Sequence[Plan]) -> list[Plan]:

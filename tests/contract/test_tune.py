@@ -184,7 +184,7 @@ def test_what_another_process_found_meanwhile_counts(monkeypatch, timed):
     def meanwhile(plans, device):
         options = {"batch": OPTIONS["batch"], "dtype": OPTIONS["dtype"], "training": False, "allow_dense": True}
         key = tune._key(CHAIN, device, {**options, "force": None})
-        tune.write_json(tune._file(device), {tune._digest(key): tune._digest(others.course)})
+        tune._NOTES.write(key, device, trials.digest(others.course))
         return found(plans, device)
 
     monkeypatch.setattr(tune, "_fastest", meanwhile)

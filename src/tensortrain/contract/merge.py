@@ -20,6 +20,7 @@ from tensortrain.system.tracing import constant_when_traced, sizes_of
 __all__ = ["Merge", "chain_to_dense", "merge_cores", "merge_order", "merge_steps"]
 
 CoreShape = tuple[int, int, int, int]
+_PLAIN = (Tensor, torch.nn.Parameter)  # subclasses see every operation
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,7 @@ def chain_to_dense(cores: Sequence[Tensor]) -> Tensor:
 
 
 def _merge_run(cores: Sequence[Tensor]) -> Tensor:
-    if len(cores) > 1 and can_group() and all(core.is_cpu for core in cores):
+    if len(cores) > 1 and can_group() and all(type(core) in _PLAIN and core.is_cpu for core in cores):
         merged = _merged_in_place(cores)
         if merged is not None:
             return merged

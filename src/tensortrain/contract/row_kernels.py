@@ -27,6 +27,7 @@ __all__ = [
 ]
 
 Groups = tuple[tuple[int, int], ...]
+_PLAIN = (Tensor, torch.nn.Parameter)  # subclasses see every operation
 
 _LANES_BYTES = 32  # of a vector: slices are filled up to whole ones
 _SMALL_RATE = 0.6  # of the rate of large products that the kernels' small ones reach
@@ -91,7 +92,7 @@ def kernel_rows(ids: Tensor, cores: Sequence[Tensor], chain: ChainShape, max_byt
 
     Nothing is merged: common leading digits are multiplied once, and slices that no id asks for are not looked at.
     """
-    if not serve_rows(ids, cores[0]) or chain.order < 2:
+    if not serve_rows(ids, cores[0]) or chain.order < 2 or not all(type(core) in _PLAIN for core in cores):
         return None
     rows: Tensor | None = library().look_up_cores(ids, list(cores), max_bytes)  # type: ignore[union-attr]
     return rows

@@ -23,6 +23,11 @@ __all__ = ["EmbeddingBag"]
 
 Mode = Literal["sum", "mean", "max"]
 _MAX_ROW_BYTES = 2**26  # of rows held at once; more, and the bags are taken in parts
+_REDUCED: dict[str, Any] = {  # rows (b, n, dim) of bags of one length
+    "sum": lambda rows: rows.sum(1),
+    "mean": lambda rows: rows.mean(1),
+    "max": lambda rows: rows.amax(1),
+}
 _FEW_BYTES = 2**20  # of rows that stay in the cache, so that equal ones do no harm
 
 
@@ -145,25 +150,26 @@ class EmbeddingBag(Embedding):
 
     def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
         if not is_dynamo_compiling() and offsets is None and per_sample_weights is None:
-            bags = self._bags_of_kept_table(input)
+            bags = self._bags_of_kept(input)
             if bags is not None:
                 return bags
         return self._forward_bags(input, offsets, per_sample_weights)
 
-    def _bags_of_kept_table(self, ids: Tensor) -> Tensor | None:
-        """Bags of one length from the dense table, where it is kept already: the short way at inference."""
+    def _bags_of_kept(self, ids: Tensor) -> Tensor | None:
+        """Bags of one length by what is kept already: the short way at inference."""
         if torch.is_grad_enabled() or self.runner.way is None or type(ids) is not Tensor or ids.is_nested:
             return None
         if not ids.is_cpu or ids.ndim != 2 or ids.dtype != torch.int64 or is_traced():
             return None
         if self.max_norm is not None or self._parameters["hot_weight"] is not None or self.stand_ins is not None:
             return None
+        if not self._runs_dense():
+            rows = self._rows_by_way(ids)
+            return None if rows is None else _REDUCED[self.mode](rows)
         extent = range_of(ids)
         if extent is None or extent[0] < 0 or extent[1] >= self.num_embeddings:  # the long way says what is wrong
             return None
-        if not are_plain(self.cores) or not self._runs_dense():
-            return None
-        table = self.runner.cache.peek(list_cores(self.cores), "dense")
+        table = self.runner.cache.peek(list_cores(self.cores), "dense") if are_plain(self.cores) else None
         return None if table is None else F.embedding_bag(ids, table, mode=self.mode, padding_idx=self.padding_idx)
 
     @traceable
@@ -205,9 +211,10 @@ class EmbeddingBag(Embedding):
             table = self.runner.dense_weight(self)
             self._keep_way("dense")
             return self._reduce(ids, table, offsets, weights, last, self.padding_idx)
-        if plain and self.padding_idx is None and not is_traced() and self._bytes_of(ids) <= _FEW_BYTES:
+        rows = self._rows_by_way(ids) if plain and not is_traced() else None
+        if rows is not None:
             places = torch.arange(ids.shape[0], device=ids.device)
-            return self._reduce(places, self._rows_by_way(ids), offsets, weights, last, None)
+            return self._reduce(places, rows, offsets, weights, last, None)
         places, distinct = self._distinct(ids)
         n_bags = offsets.shape[0] - int(last)
         row_bytes = self._bytes_of(distinct)
@@ -221,13 +228,15 @@ class EmbeddingBag(Embedding):
 
     def _bytes_of(self, ids: Tensor) -> int:
         """Of the rows of so many ids."""
-        return ids.shape[0] * self.embedding_dim * self.cores[0].element_size()
+        return ids.numel() * self.embedding_dim * self.cores[0].element_size()
 
-    def _rows_by_way(self, ids: Tensor) -> Tensor:
+    def _rows_by_way(self, ids: Tensor) -> Tensor | None:
         """Rows of few ids, equal ones too: the kernels find those sooner than they are told apart here."""
         way = self.runner.way
-        rows: Tensor | None = None if way is None else way(self, ids)
-        return self._rows(ids) if rows is None else rows
+        if way is None or self.padding_idx is not None or self._bytes_of(ids) > min(_FEW_BYTES, _MAX_ROW_BYTES):
+            return None
+        rows: Tensor | None = way(self, ids)
+        return rows
 
     def _counts(self, ids: Tensor, places: Tensor, distinct: Tensor) -> Tensor:
         """How often each distinct id occurs; at least once, although the place for padding may be unused."""

@@ -430,7 +430,7 @@ class Embedding(FactorizedLayer):
             runner.way = by_kept_table
             return
         way = runner.current_way(kernels.RowsWay, (self.implementation, self.dense_limit_bytes))
-        if self.format.looks_up_by_product:
+        if self.format.looks_up_by_product and self.implementation != "dense" and not may_be_dense(self):
             way.keep_product(self.num_embeddings)
         if kept is not None:
             found = runner.cache.peek(cores, kept)

@@ -16,6 +16,7 @@ from tensortrain.formats import Rank
 from tensortrain.nn.base import Init
 from tensortrain.nn.composite import CompositeLayer, Map, is_watched, linear_of, weight_of
 from tensortrain.nn.cores import are_plain, list_cores
+from tensortrain.nn.cores import is_watched as is_called
 from tensortrain.nn.inputs import check_plain_layout, is_plain_input, traceable
 from tensortrain.nn.linear import Linear
 from tensortrain.nn.recurrent.maps import Apply, MapOptions, blocks_of, dense_at, refill, repeated, reset_map
@@ -156,13 +157,13 @@ class Cell(CompositeLayer):
 
     def settings(self) -> tuple[Any, ...]:
         """What a user may set on the maps at any time."""
-        return *_settings_of(self.ih), *_settings_of(self.hh)
+        return *_settings_of(self._modules["ih"]), *_settings_of(self._modules["hh"])
 
     def kept_weights(self) -> list[Tensor] | None:
         """The dense weights in torch's order, where they lie ready and nobody waits for the maps to be called."""
         if self.output_size != self.hidden_size:
             return None
-        maps: tuple[Any, Any] = self.ih, self.hh
+        maps: list[Any] = [self._modules["ih"], self._modules["hh"]]  # past an attribute's longer way
         weights = [_kept_weight(one) for one in maps]
         if weights[0] is None or weights[1] is None:
             return None
@@ -457,21 +458,20 @@ def remembered(known: frozenset[Any], one: Any) -> frozenset[Any]:
     return known if one in known else frozenset({one} if len(known) >= _MOST_REMEMBERED else {*known, one})
 
 
-def _settings_of(one: Map) -> tuple[Any, ...]:
+def _settings_of(one: Any) -> tuple[Any, ...]:
     if isinstance(one, Linear):
         return one.implementation, one.dense_limit_bytes, one.may_time_plans
     return ()
 
 
 def _kept_weight(one: Any) -> Tensor | None:
-    if is_watched(one):
-        return None
     if not isinstance(one, Linear):
-        weight: Tensor | None = one._parameters.get("weight") if type(one) is nn.Linear else None
+        weight: Tensor | None = one._parameters.get("weight") if type(one) is nn.Linear and not is_called(one) else None
         return weight
-    if one.stand_ins is not None or not are_plain(one.cores):
+    cores = one._modules["cores"]
+    if one.stand_ins is not None or is_called(one) or cores is None or not are_plain(cores):
         return None
-    kept: Tensor | None = one.runner.cache.peek(list_cores(one.cores), "dense")
+    kept: Tensor | None = one.runner.cache.peek(list_cores(cores), "dense")
     return kept
 
 

@@ -38,6 +38,7 @@ struct SliceTable {
 struct TableShapes {
   std::vector<SliceTable> tables;
   std::vector<int64_t> leads;  // output modes before each table
+  std::vector<int64_t> places;  // in a row, of its numbers as the tables make them; empty where these are in order
 
   template <typename T>
   static TableShapes of(const std::vector<Sizes>& cores) {
@@ -57,6 +58,15 @@ struct TableShapes {
     int64_t n = 1;
     for (const auto& table : tables) n *= table.j;
     return n;
+  }
+  // Products for so many distinct ids, about.
+  double work(int64_t n) const {
+    double sum = 0, n_prefixes = 1;
+    for (size_t g = 0; g < this->n(); ++g) {
+      n_prefixes *= static_cast<double>(tables[g].j);
+      if (g > 0) sum += std::min(n_prefixes, static_cast<double>(n)) * static_cast<double>(products(g));
+    }
+    return sum;
   }
   // Numbers of a state after table g.
   int64_t state(size_t g) const { return leads[g] * tables[g].width; }
@@ -121,6 +131,23 @@ void unpack_slices(const T* table, const SliceTable& t, const Digits& digits, T*
           else
             std::memcpy(row + j * t.s, from, t.s * sizeof(T));
         }
+      }
+  });
+}
+
+// The same of a core whose ranks have changed places.
+template <typename T>
+void unpack_turned(const T* table, const SliceTable& t, const Digits& digits, T* out) {
+  const auto plane = t.i * t.j * t.r;  // of the core (s, i, j, r)
+  if (static_cast<int64_t>(digits.size()) != t.j) std::fill(out, out + t.s * plane, T(0));
+  const auto n = static_cast<int64_t>(digits.size());
+  on_threads(n, 1, is_large_work(n * t.slice()), [&](int64_t first, int64_t last) {
+    for (auto k = first; k < last; ++k)
+      for (int64_t i = 0; i < t.i; ++i) {
+        const T* const from = table + digits[k] * t.slice() + i * t.wide_s;
+        T* const to = out + (i * t.j + digits[k]) * t.r;
+        for (int64_t s = 0; s < t.s; ++s)
+          for (int64_t r = 0; r < t.r; ++r) to[s * plane + r] = from[r * t.width + s];
       }
   });
 }
@@ -286,12 +313,18 @@ struct RowMaker {
   int64_t lead = shapes.leads[shapes.n() - 1], wide_r = shapes.tables[shapes.n() - 2].wide_s;
 
   void operator()(const T* state, int64_t digit, T* row, T* scratch) const {
-    const bool fits = t.width == t.i;
+    const bool fits = t.width == t.i && shapes.places.empty();
     T* const out = fits ? row : scratch;
     const T* const slice = table + digit * t.slice();
     multiply(lead, t.width, t.r, 1, &state, wide_r, 1, &slice, out, t.width, false);
     if (fits) return;
-    for (int64_t l = 0; l < lead; ++l) std::memcpy(row + l * t.i, out + l * t.width, t.i * sizeof(T));
+    const auto* place = shapes.places.data();
+    for (int64_t l = 0; l < lead; ++l) {
+      if (shapes.places.empty())
+        std::memcpy(row + l * t.i, out + l * t.width, t.i * sizeof(T));
+      else
+        for (int64_t i = 0; i < t.i; ++i) row[*place++] = out[l * t.width + i];
+    }
   }
 };
 
@@ -365,7 +398,7 @@ std::vector<const T*> row_gradients(Room& room, const Tree& tree, const TableSha
   const auto& leaves = tree.levels[g];
   const auto& t = shapes.tables[g];
   const auto dim = shapes.dim(), lead = shapes.leads[g], size = shapes.state(g);
-  const bool is_padded = t.width != t.i, all_fit = !is_padded && leaves.n() == static_cast<int64_t>(tree.places.size());
+  const bool is_padded = t.width != t.i || !shapes.places.empty(), all_fit = !is_padded && leaves.n() == static_cast<int64_t>(tree.places.size());
   std::vector<const T*> at(leaves.n());
   T* const sums = all_fit ? nullptr : room.take<T>(leaves.n() * size);
   const auto add = row_adder<T>();
@@ -383,8 +416,12 @@ std::vector<const T*> row_gradients(Room& room, const Tree& tree, const TableSha
       at[k] = total;
       if (!is_padded) continue;
       T* const row = sums + k * size;
+      const auto* place = shapes.places.data();
       for (int64_t l = 0; l < lead; ++l) {
-        std::memcpy(row + l * t.width, total + l * t.i, t.i * sizeof(T));
+        if (shapes.places.empty())
+          std::memcpy(row + l * t.width, total + l * t.i, t.i * sizeof(T));
+        else
+          for (int64_t i = 0; i < t.i; ++i) row[l * t.width + i] = total[*place++];
         std::fill(row + l * t.width + t.i, row + (l + 1) * t.width, T(0));
       }
       at[k] = row;
@@ -487,28 +524,75 @@ inline std::vector<Digits> digits_of(const Pairs& pairs, const TableShapes& shap
   return digits;
 }
 
+// Chains from their last core, where that takes fewer products: ids and rows have their digits the other way round.
+template <typename T>
+struct Direction {
+  bool is_turned;
+  TableShapes shapes;
+
+  Direction(const std::vector<Tensor>& cores, int64_t n_ids) : is_turned(false) {
+    std::vector<Sizes> forth, back;
+    for (const auto& core : cores) forth.push_back(core.sizes().vec());
+    double turning = 0;  // slices are read and written across their rows: some 25 products for each number, twice
+    for (auto k = cores.size(); k-- > 0;) {
+      const auto& size = forth[k];
+      back.push_back({size[3], size[1], size[2], size[0]});
+      turning += 50.0 * static_cast<double>(size[0] * size[1] * size[3] * std::min(size[2], n_ids));
+    }
+    shapes = TableShapes::of<T>(forth);
+    auto turned = TableShapes::of<T>(back);
+    is_turned = 4 * turned.work(n_ids) + turning < 4 * shapes.work(n_ids);
+    if (!is_turned) return;
+    turned.places.resize(turned.dim());
+    for (int64_t at = 0; at < turned.dim(); ++at) {
+      int64_t rest = at, place = 0;
+      // The digits of `at` from its last one are those of the row from its first one.
+      for (auto g = turned.n(); g-- > 0; rest /= turned.tables[g].i)
+        place = place * turned.tables[g].i + rest % turned.tables[g].i;
+      turned.places[at] = place;
+    }
+    shapes = std::move(turned);
+  }
+
+  Grid<const T> grid(const std::vector<Tensor>& cores, size_t g) const {
+    if (!is_turned) return grid_of<T>(cores[g]);
+    const auto core = grid_of<T>(cores[cores.size() - 1 - g]);
+    return {core.data, core.s, core.a, core.b, core.r, core.at_s, core.at_a, core.at_b, core.at_r};
+  }
+
+  Pairs sorted(const Tensor& ids) const {
+    const auto* const given = ids.const_data_ptr<int64_t>();
+    const auto n = ids.numel();
+    if (!is_turned) return in_order(given, n, shapes.n_ids() - 1);
+    std::vector<int64_t> found(n);
+    for (int64_t k = 0; k < n; ++k) {
+      auto rest = given[k];
+      for (const auto& table : shapes.tables) {  // the first of which has an id's last digit
+        found[k] = found[k] * table.j + rest % table.j;
+        rest /= table.j;
+      }
+    }
+    return in_order(found.data(), n, shapes.n_ids() - 1);
+  }
+};
+
 // The tables of some ids, in memory of a room.
 template <typename T>
 struct CoreTables {
   Room room;
-  TableShapes shapes;
+  Direction<T> direction;
+  const TableShapes& shapes = direction.shapes;
   Pairs pairs;
   std::vector<Digits> digits;
   Tables<T> tables;
 
   CoreTables(const Tensor& ids, const std::vector<Tensor>& cores)
-      : shapes(TableShapes::of<T>(sizes_of_all(cores))),
-        pairs(in_order(ids.const_data_ptr<int64_t>(), ids.numel(), shapes.n_ids() - 1)), digits(digits_of(pairs, shapes)) {
+      : direction(cores, ids.numel()), pairs(direction.sorted(ids)), digits(digits_of(pairs, shapes)) {
     for (size_t g = 0; g < cores.size(); ++g) {
       T* const table = room.take<T>(shapes.tables[g].j * shapes.tables[g].slice());
-      pack_slices<T>(grid_of<T>(cores[g]), shapes.tables[g], digits[g], table);
+      pack_slices<T>(direction.grid(cores, g), shapes.tables[g], digits[g], table);
       tables.push_back(table);
     }
-  }
-  static std::vector<Sizes> sizes_of_all(const std::vector<Tensor>& cores) {
-    std::vector<Sizes> found;
-    for (const auto& core : cores) found.push_back(core.sizes().vec());
-    return found;
   }
 };
 
@@ -537,9 +621,11 @@ std::vector<Tensor> gradients_of_cores(const Tensor& ids, const std::vector<Tens
                      grad.const_data_ptr<T>(), sums);
   });
   std::vector<Tensor> found;
+  for (const auto& core : cores) found.push_back(reused(core.sizes(), grad.options().requires_grad(false)));
   for (size_t g = 0; g < shapes.n(); ++g) {
-    found.push_back(at::empty(cores[g].sizes(), grad.options().requires_grad(false)));
-    unpack_slices<T>(sums[g], shapes.tables[g], made.digits[g], found.back().template mutable_data_ptr<T>());
+    const auto& core = found[made.direction.is_turned ? shapes.n() - 1 - g : g];
+    (made.direction.is_turned ? &unpack_turned<T> : &unpack_slices<T>)(sums[g], shapes.tables[g], made.digits[g],
+                                                                   core.template mutable_data_ptr<T>());
   }
   return found;
 }

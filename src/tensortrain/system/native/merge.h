@@ -249,29 +249,25 @@ class Merged {
   std::vector<Node> nodes_;
 };
 
-// Memory of large weights that are made anew in every training step: given out again once nobody holds it.
+// Memory of weights and gradients that are made anew in every training step: given out again once nobody holds it.
 inline Tensor reused(at::IntArrayRef sizes, const at::TensorOptions& options) {
-  constexpr size_t most = 4, most_bytes = size_t{1} << 24;
-  const auto found = [&](c10::Storage storage) {
-    auto tensor = at::detail::make_tensor<c10::TensorImpl>(std::move(storage), at::empty({0}, options).key_set(),
-                                                           options.dtype());
-    tensor.unsafeGetTensorImpl()->set_sizes_contiguous(sizes);
-    return tensor;
-  };
+  constexpr size_t least = size_t{1} << 17, most = size_t{1} << 24, most_in_all = size_t{1} << 26;
   const auto n_bytes = static_cast<size_t>(c10::multiply_integers(sizes)) * options.dtype().itemsize();
-  if (n_bytes < (size_t{1} << 17) || n_bytes > most_bytes || c10::InferenceMode::is_enabled())
-    return at::empty(sizes, options);
+  if (n_bytes < least || n_bytes > most || c10::InferenceMode::is_enabled()) return at::empty(sizes, options);
   static std::mutex lock;
   static auto& kept = *new std::vector<c10::Storage>();  // never destroyed
   const std::lock_guard<std::mutex> locked(lock);
-  for (auto& one : kept)
-    if (one.use_count() == 1 && one.nbytes() == n_bytes && one.resizable()) return found(one);
-  auto made = at::empty(sizes, options);
-  if (kept.size() == most) {
-    const auto free = std::find_if(kept.begin(), kept.end(), [](const auto& one) { return one.use_count() == 1; });
-    if (free == kept.end()) return made;
-    kept.erase(free);
+  size_t total = n_bytes;
+  for (auto& one : kept) {
+    total += one.nbytes();
+    if (one.use_count() != 1 || one.nbytes() != n_bytes) continue;
+    auto found = at::detail::make_tensor<c10::TensorImpl>(c10::Storage(one), at::empty({0}, options).key_set(),
+                                                          options.dtype());
+    found.unsafeGetTensorImpl()->set_sizes_contiguous(sizes);
+    return found;
   }
+  auto made = at::empty(sizes, options);
+  if (total > most_in_all) kept.clear();  // what is held stays with those who hold it
   kept.push_back(made.storage());
   return made;
 }
@@ -292,7 +288,7 @@ std::vector<Tensor> merged_run_backward(const std::vector<Tensor>& cores, const 
   std::vector<Tensor> found;
   std::vector<T*> out;
   for (const auto& core : cores) {
-    found.push_back(at::empty(core.sizes(), core.options().requires_grad(false)));
+    found.push_back(reused(core.sizes(), core.options().requires_grad(false)));
     out.push_back(found.back().template mutable_data_ptr<T>());
   }
   Room room;

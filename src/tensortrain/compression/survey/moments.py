@@ -46,8 +46,20 @@ class LayerMoments:
 
     @property
     def weighting(self) -> Weighting:
-        """What an error of the layer's weight is weighed by."""
-        return PLAIN if self.gram is None else Weighting(self.gram, self.output_gram)
+        """What an error of the layer's weight is weighed by; the same object while the moments are the same."""
+        if self.gram is None:
+            return PLAIN
+        known: Weighting | None = self.__dict__.get("_weighting")
+        if known is None or known.inputs is not self.gram or known.outputs is not self.output_gram:
+            known = self.__dict__["_weighting"] = Weighting(self.gram, self.output_gram)
+        return known
+
+    def forget_derived(self) -> None:
+        """Drop what was computed from the moments on the way."""
+        self.__dict__.pop("_weighting", None)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_weighting"}
 
     def add(self, gram: Tensor, mean: Tensor | None, n_rows: int) -> None:
         """Take in the sums over the rows of one call."""

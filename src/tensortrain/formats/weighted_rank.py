@@ -77,9 +77,9 @@ class WeightedMatrix:
         outputs, inputs = outputs.double(), inputs.double()
         whole = max(self._energy(self.matrix, self.weighted), _TINY)
         difference = self.matrix - outputs @ inputs
-        lost = self._energy(difference, self.weighted - outputs @ self._times_moment(inputs))
+        lost = self._energy(difference, self.weighted - outputs @ self._times(inputs, self.inputs))
         if lost < _CANCELLED * whole:  # a difference of products that are nearly equal
-            lost = self._energy(difference, self._times_moment(difference))
+            lost = self._energy(difference, self._times(difference, self.inputs))
         return math.sqrt(lost / whole)
 
     @property
@@ -93,7 +93,7 @@ class WeightedMatrix:
             inner = self._damped() @ self.matrix.T
         else:
             factor = _Factor.of(self.inputs.double(), self.matrix)
-            inner = self.matrix.T @ _damped_product(self.outputs, self.matrix)
+            inner = self.matrix.T @ self._damped_outputs()
         gram = factor.transposed(factor.transposed(inner).T)
         return (gram + gram.T) / 2, factor
 
@@ -104,23 +104,21 @@ class WeightedMatrix:
             return self.matrix * (moment.clamp_min(0) + DAMPING * moment.mean())
         return self.weighted + DAMPING * float(moment.diagonal().mean()) * self.matrix
 
-    def _times_moment(self, matrix: Tensor) -> Tensor:
-        """A matrix that is known to the precision of the weight, times the moment of the inputs."""
-        return times_moment(matrix if self.dtype == torch.float64 else matrix.float(), self.inputs)
+    def _damped_outputs(self) -> Tensor:
+        """``(F + damping mean(F) 1) W``; the matrix where there is no moment."""
+        moment = self.outputs
+        if moment is None:
+            return self.matrix
+        if moment.ndim == 1:
+            return (moment.clamp_min(0) + DAMPING * moment.mean())[:, None] * self.matrix
+        return self._times(self.matrix.T, moment).T + DAMPING * moment.diagonal().mean() * self.matrix
+
+    def _times(self, matrix: Tensor, moment: Tensor | None) -> Tensor:
+        """A matrix that is known to the precision of the weight, times a moment."""
+        return times_moment(matrix if self.dtype == torch.float64 else matrix.float(), moment)
 
     def _energy(self, matrix: Tensor, weighted: Tensor) -> float:
-        if self.outputs is not None:
-            matrix = self.outputs[:, None] * matrix if self.outputs.ndim == 1 else self.outputs @ matrix
-        return max(0.0, float((weighted * matrix).sum()))
-
-
-def _damped_product(moment: Tensor | None, matrix: Tensor) -> Tensor:
-    """``(F + damping mean(F) 1) W``; the matrix where there is no moment."""
-    if moment is None:
-        return matrix
-    if moment.ndim == 1:
-        return (moment.clamp_min(0) + DAMPING * moment.mean())[:, None] * matrix
-    return moment @ matrix + DAMPING * moment.diagonal().mean() * matrix
+        return max(0.0, float((weighted * self._times(matrix.T, self.outputs).T).sum()))
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,11 @@ from tensortrain.formats import FactorSpec
 __all__ = ["Clock", "family_of"]
 
 _PREDICTED_AT = (0.0, 0.15, 0.4, 0.7, 1.0)  # places along a family's candidates by size
+_ROUGHLY_AT = (0.0, 1.0)
 _MEASURED_AT = (0.25, 0.8)
 _ENOUGH_S = 5e-3  # that a dense layer takes in a trial
+_MUCH_SMALLER = 0.6  # of an example: not worth it for less
+_FEWEST_POSITIONS = 16  # of a trial's input, times the kernel's
 
 Family = tuple[Any, ...]  # format and modes: within them, higher ranks are not faster
 Curve = list[tuple[float, float]]  # parameters and seconds
@@ -49,7 +52,9 @@ class Clock:
         key = (self._name(layer), load)
         if key not in self._dense:
             predicted = dense_cost(layer, load).seconds
-            tried = self._timed[key] = _enough_of(load, predicted) if can_time(layer, load, predicted) else None
+            tried = self._timed[key] = (
+                _enough_of(load, layer.weight.kernel, predicted) if can_time(layer, load, predicted) else None
+            )
             self._dense[key] = predicted if tried is None else trial_seconds(layer, (), tried)[0] * _times(load, tried)
         return self._dense[key]
 
@@ -66,22 +71,33 @@ class Clock:
             self._exact[key] = spec_cost(layer, spec, load).seconds
         return self._exact[key]
 
-    def all(self, layer: FoundLayer, load: Load, candidates: Sequence[Candidate]) -> list[float]:
-        """Of all candidates of a layer."""
+    def all(
+        self, layer: FoundLayer, load: Load, candidates: Sequence[Candidate], *, roughly: bool | None = False
+    ) -> list[float]:
+        """Of all candidates of a layer.
+
+        Args:
+            roughly: Whether times are predicted, as a share of the dense layer's, where else they would be measured;
+                None for those alone that are taken where nothing else fits, which are many and seldom taken.
+        """
         families: dict[Family, list[Candidate]] = {}
         for candidate in candidates:
             families.setdefault(family_of(candidate.spec), []).append(candidate)
-        curves = {key: self._rough_curve(layer, load, family) for key, family in families.items()}
+        curves = {
+            key: self._rough_curve(layer, load, family)
+            if roughly or (roughly is None and family[0].is_last_resort)
+            else self._curve(layer, load, family)
+            for key, family in families.items()
+        }
         return [_between(curves[family_of(one.spec)], one.point.n_params) for one in candidates]
 
     def _rough_curve(self, layer: FoundLayer, load: Load, family: Sequence[Candidate]) -> Curve:
-        """The same; predicted for those that are taken where nothing else fits, which are many and rarely taken."""
-        if self._tried(layer, load) is None or not family[0].is_last_resort:
+        if self._tried(layer, load) is None:
             return self._curve(layer, load, family)
         key = (self._name(layer), load, family_of(family[0].spec), "rough")
         if key not in self._curves:
             share = self.dense(layer, load) / dense_cost(layer, load).seconds
-            knots = _spread(family, _PREDICTED_AT)
+            knots = _spread(family, _ROUGHLY_AT)
             self._curves[key] = [
                 (knot.point.n_params, share * spec_cost(layer, knot.spec, load).seconds) for knot in knots
             ]
@@ -107,14 +123,19 @@ class Clock:
         return self._told[id(layer)]
 
 
-def _enough_of(load: Load, dense_s: float) -> Load:
-    """The load, with no more examples than a trial needs: beyond some milliseconds, time grows as their number."""
-    few = 1 << max(0, math.ceil(load.rows * _ENOUGH_S / dense_s) - 1).bit_length()
-    return replace(load, rows=min(load.rows, few))
+def _enough_of(load: Load, kernel: Sequence[int], dense_s: float) -> Load:
+    """As many examples, and as large ones, as a trial needs: beyond some milliseconds, time grows as the work does."""
+    few = min(load.rows, 1 << max(0, math.ceil(load.rows * _ENOUGH_S / dense_s) - 1).bit_length())
+    share = load.rows * _ENOUGH_S / (few * dense_s)
+    if few > 1 or share > _MUCH_SMALLER or not load.spatial:
+        return replace(load, rows=few)
+    side = share ** (1 / len(load.spatial))
+    smaller = (max(math.ceil(side * n), _FEWEST_POSITIONS * k) for n, k in zip(load.spatial, kernel, strict=True))
+    return replace(load, rows=1, spatial=tuple(map(min, load.spatial, smaller)))
 
 
 def _times(load: Load, tried: Load) -> float:
-    return load.rows / tried.rows
+    return load.rows * math.prod(load.spatial) / (tried.rows * math.prod(tried.spatial))
 
 
 def _spread(family: Sequence[Candidate], places: Sequence[float]) -> list[Candidate]:

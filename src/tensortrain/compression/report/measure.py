@@ -39,7 +39,6 @@ __all__ = [
 ]
 
 _RUNS_PER_TURN = 4
-_FEWEST_RUNS = 4  # of each model, however long they take
 _MAX_RUNS = 20_000
 _FEWEST_PAIRS = 5  # the least and the largest of five hold the median with 94 %
 
@@ -73,6 +72,7 @@ def measure_latency(
     repeats: int = 20,
     min_time_s: float = 0.2,
     max_time_s: float = 20.0,
+    fewest_runs: int = _RUNS_PER_TURN,
 ) -> list[Latency]:
     """Time the forward passes of several models, turn about.
 
@@ -88,6 +88,7 @@ def measure_latency(
         repeats: Least timed runs of each model and batch.
         min_time_s: Least seconds of timed runs over all models together.
         max_time_s: Seconds after which ``repeats`` is given up, warm-up and untimed runs included.
+        fewest_runs: Timed runs of each model, however long they take.
 
     Returns:
         list: One :class:`Latency` per batch and model, in that order; milliseconds.
@@ -96,7 +97,7 @@ def measure_latency(
     with evaluating(*models.values()):
         for batch in batches:
             x = _input(inputs, batch)
-            samples = _sample_in_turns(models, x, repeats, min_time_s, max_time_s)
+            samples = _sample_in_turns(models, x, repeats, min_time_s, max_time_s, fewest_runs)
             first = next(iter(models), "")
             for name, model in models.items():
                 times_ms = sorted(1e3 * seconds for turn in samples[name] for seconds in turn)
@@ -124,6 +125,7 @@ def latency_rows(
     repeats: int = 20,
     min_time_s: float = 0.2,
     max_time_s: float = 20.0,
+    fewest_runs: int = _RUNS_PER_TURN,
 ) -> list[LatencyRow]:
     """Time two models by :func:`measure_latency`, one report row per batch size."""
     measured = measure_latency(
@@ -133,6 +135,7 @@ def latency_rows(
         repeats=repeats,
         min_time_s=min_time_s,
         max_time_s=max_time_s,
+        fewest_runs=fewest_runs,
     )
     return [
         LatencyRow(
@@ -156,6 +159,7 @@ def memory_rows(
         have_run: Whether both ran at these sizes before, so that the caches built on first use are there.
     """
     rows = []
+    gc.collect()
     for batch in batches:
         x = _input(inputs, batch)
         # Peaks first: a run may build a cached dense weight, which then counts as resident.
@@ -184,7 +188,7 @@ def _peak(model: nn.Module, x: Any, *, warm_up: bool) -> int:
     with evaluating(model), torch.no_grad():
         if warm_up:
             _call(model, x)
-        gc.collect()  # garbage freed during the pass would hide as much new memory
+            gc.collect()  # garbage freed during the pass would hide as much new memory
         device = device_of(model)
         return _peak_cuda(model, x, device) if device.type == "cuda" else _peak_cpu(model, x)
 
@@ -251,7 +255,7 @@ def batch_of(example: Any, batch: int) -> Any:
 
 
 def _sample_in_turns(
-    models: Mapping[str, nn.Module], x: Any, repeats: int, min_time_s: float, max_time_s: float
+    models: Mapping[str, nn.Module], x: Any, repeats: int, min_time_s: float, max_time_s: float, fewest: int
 ) -> dict[str, list[list[float]]]:
     """Seconds of the timed runs of each turn, per model."""
     began = perf_counter()
@@ -264,7 +268,7 @@ def _sample_in_turns(
     samples: dict[str, list[list[float]]] = {name: [] for name in models}
     order = list(models)
     with torch.inference_mode():
-        while not _enough(samples, repeats, min_time_s, perf_counter() - began > max_time_s):
+        while _n_runs(samples) < fewest or not _enough(samples, repeats, min_time_s, began + max_time_s):
             for name in order:
                 samples[name].append(_one_turn(models[name], inputs[name], is_short=long_turns_s > max_time_s))
             order.reverse()
@@ -302,12 +306,15 @@ def _seconds(model: nn.Module, x: Parts) -> float:
     return perf_counter() - start
 
 
-def _enough(samples: Mapping[str, list[list[float]]], repeats: int, min_time_s: float, late: bool) -> bool:
-    n_runs = min((sum(map(len, turns)) for turns in samples.values()), default=_MAX_RUNS)
-    if n_runs < _FEWEST_RUNS:
-        return False
+def _n_runs(samples: Mapping[str, list[list[float]]]) -> int:
+    """Of every model."""
+    return min((sum(map(len, turns)) for turns in samples.values()), default=_MAX_RUNS)
+
+
+def _enough(samples: Mapping[str, list[list[float]]], repeats: int, min_time_s: float, end: float) -> bool:
+    n_runs = _n_runs(samples)
     timed_s = sum(sum(turn) for turns in samples.values() for turn in turns)
-    return late or n_runs >= _MAX_RUNS or (n_runs >= repeats and timed_s >= min_time_s)
+    return perf_counter() > end or n_runs >= _MAX_RUNS or (n_runs >= repeats and timed_s >= min_time_s)
 
 
 def _peak_cpu(model: nn.Module, x: Parts) -> int:

@@ -63,14 +63,14 @@ class LayerMoments:
 
     def add(self, gram: Tensor, mean: Tensor | None, n_rows: int) -> None:
         """Take in the sums over the rows of one call."""
-        self.gram = gram if self.gram is None else self.gram.add_(gram)  # sums are nobody else's
+        self.gram = _added(self.gram, gram)
         if mean is not None:
             self.mean = mean if self.mean is None else self.mean + mean
         self.n_rows = (self.n_rows or 0) + n_rows
 
     def add_gradients(self, moment: Tensor) -> None:
         """Take in the second moment of the gradients of one call."""
-        self.output_gram = moment if self.output_gram is None else self.output_gram.add_(moment)
+        self.output_gram = _added(self.output_gram, moment)
 
     def finish(self, *, centred: bool) -> None:
         """Sums to means; about the mean where a shift of the layer's mean output does no harm.
@@ -160,12 +160,17 @@ class Calibration:
         self.__dict__.update(state)
 
 
+def _added(total: Tensor | None, more: Tensor) -> Tensor:
+    """A sum in float64, which is nobody else's."""
+    return more.to(torch.float64, copy=True) if total is None else total.add_(more)
+
+
 def second_moment(rows: Tensor) -> Tensor:
-    """Sum over rows of the outer products in float64; of wide rows the squares alone."""
+    """Sum over rows of the outer products, in float32 or float64; of wide rows the squares alone."""
     if rows.shape[1] > LARGEST_FULL_GRAM:
         return rows.double().square().sum(dim=0)
     rows = rows.float() if rows.dtype in (torch.float16, torch.bfloat16) else rows
-    return (rows.T @ rows).double()  # a new tensor: what it is added to may be it
+    return rows.T @ rows
 
 
 def _trace(gram: Tensor) -> float:

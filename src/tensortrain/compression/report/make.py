@@ -114,7 +114,7 @@ def _measured(report: Report, work: Work, plan: CompressionPlan, notes: list[str
     for size, example in _examples(work.original, batch, work.options.batch_size, with_labels, notes):
         try:
             with preserved(work.original, as_user_runs_it=True):
-                how = {"max_time_s": _MOST_TIMING_S, "fewest_runs": _FEWEST_RUNS}
+                how: dict[str, Any] = {"max_time_s": _MOST_TIMING_S, "fewest_runs": _FEWEST_RUNS}
                 times = latency_rows(work.original, work.model, example, batches=[size], **how)
                 bytes_held = memory_rows(work.original, work.model, example, batches=[size], have_run=True)
         except Exception as error:

@@ -163,7 +163,7 @@ def memory_rows(
     for batch in batches:
         x = _input(inputs, batch)
         # Peaks first: a run may build a cached dense weight, which then counts as resident.
-        peaks = tuple(_peak(model, x, warm_up=not have_run) for model in (dense, compressed))
+        peaks = _peak(dense, x, warm_up=not have_run), _peak(compressed, x, warm_up=not have_run)
         rows.append(MemoryRow(batch, *peaks, resident_bytes(dense), resident_bytes(compressed)))
     return rows
 

@@ -108,3 +108,37 @@ def test_a_layer_of_another_kind_is_refused() -> None:
     spec = get_format("tt").spec(LINEAR, rank=2)
     with pytest.raises(KindError, match="from_dense takes"):
         tt.nn.Linear.from_spec(nn.Conv2d(3, 3, 3), spec)
+
+
+def test_products_with_the_moment_follow_the_weight() -> None:
+    weighting = Weighting(torch.eye(3).double() * 2)
+    weight = torch.nn.Parameter(torch.randn(4, 3))
+    view = weight.detach().flatten(1)
+    torch.testing.assert_close(weighting.times_inputs(view), 2 * weight.detach().double())
+    assert weighting.energy_of_weight(view) == pytest.approx(weighting.energy(view))
+    with torch.no_grad():
+        weight.add_(1.0)
+    torch.testing.assert_close(weighting.times_inputs(weight.detach().flatten(1)), 2 * weight.detach().double())
+    other = torch.randn(4, 3)
+    torch.testing.assert_close(weighting.times_inputs(other), 2 * other.double())
+    with torch.inference_mode():
+        made = torch.randn(4, 3)
+        torch.testing.assert_close(weighting.times_inputs(made), 2 * made.double())
+
+
+def test_moments_on_the_device_of_the_weight_stay_the_same_object() -> None:
+    weighting = Weighting(torch.eye(3).double(), torch.eye(4).double())
+    assert weighting.beside(torch.randn(4, 3)) is weighting
+    assert weighting.checked(WeightShape("linear", 4, 3)) is weighting
+
+
+def test_a_nearly_exact_low_rank_fit_tells_its_error() -> None:
+    x, weight = torch.randn(700, 600), torch.randn(20, 3) @ torch.randn(3, 600)
+    weight = weight + 1e-6 * torch.randn_like(weight)
+    weighting = Weighting((x.T @ x / 700).double())
+    shape = WeightShape("linear", 20, 600)
+    spec = get_format("low_rank").spec(shape, rank=3)
+    found = get_format("low_rank").fit(weight, spec, weighting=weighting)
+    kept = get_format("low_rank").to_dense([core.double() for core in found.cores], found.spec)
+    exact = weighting.rel_error(weight.double() - kept, weight.double())
+    assert found.rel_error == pytest.approx(exact, rel=0.01)

@@ -9,9 +9,9 @@ trains use a Kronecker fit ``H ~ H_1 x .. x H_d``, whose factors act on one mode
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Literal
 
 import torch
@@ -62,15 +62,24 @@ def factor_and_inverse(gram: Tensor, *, damping: float = DAMPING) -> tuple[Tenso
 
     For norms it is as good as the symmetric root, and costs a tenth.
     """
+    factor, inverse = _factor_of(gram, damping=damping)
+    return factor, _inverse_of(factor) if inverse is None else inverse
+
+
+def _factor_of(gram: Tensor, *, damping: float = DAMPING) -> tuple[Tensor, Tensor | None]:
+    """``C`` of ``factor_and_inverse``, and its inverse where that comes with it; where not, ``C`` is triangular."""
     if gram.ndim == 1:
         return root_and_inverse(gram, damping=damping)
     damped = (gram + gram.T) / 2
     damped.diagonal().add_(damping * gram.diagonal().mean().clamp_min(torch.finfo(gram.dtype).tiny))
     factor, failed = torch.linalg.cholesky_ex(damped)
-    if bool(failed):
-        return root_and_inverse(gram, damping=damping)
-    one = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    return factor, torch.linalg.solve_triangular(factor, one, upper=False)
+    return root_and_inverse(gram, damping=damping) if bool(failed) else (factor, None)
+
+
+def _inverse_of(factor: Tensor) -> Tensor:
+    """Of a lower triangle."""
+    one = torch.eye(len(factor), dtype=factor.dtype, device=factor.device)
+    return torch.linalg.solve_triangular(factor, one, upper=False)
 
 
 def kronecker_factors(gram: Tensor, modes: Sequence[int]) -> list[Tensor]:
@@ -131,8 +140,8 @@ class KroneckerNorm:
     """
 
     ordered: Callable[[], Weighting]
-    in_roots: list[tuple[Tensor, Tensor]]
-    out_roots: list[tuple[Tensor, Tensor]]
+    in_roots: list[_Root]
+    out_roots: list[_Root]
     in_modes: tuple[int, ...]
     out_modes: tuple[int, ...]
 
@@ -192,9 +201,9 @@ class KroneckerNorm:
     def whiten(self, matrix: Tensor, sides: Sequence[Side] = ("in", "out")) -> Tensor:
         """``C_F^T W C_H`` with factors of the fitted moments, or one side of it; singular as ``F^(1/2) W H^(1/2)``."""
         if "in" in sides:
-            matrix = _apply_by_mode(matrix, [root for root, _ in self.in_roots], self.in_modes)
+            matrix = _apply_by_mode(matrix, [root.factor for root in self.in_roots], self.in_modes)
         if "out" in sides and self.out_roots:
-            matrix = _apply_by_mode(matrix.T, [root for root, _ in self.out_roots], self.out_modes).T
+            matrix = _apply_by_mode(matrix.T, [root.factor for root in self.out_roots], self.out_modes).T
         return matrix
 
     def whitened(self, dense: Tensor, matrix: Tensor) -> Tensor:
@@ -208,15 +217,15 @@ class KroneckerNorm:
 
     def apply(self, core: Tensor, side: Side, k: int, axis: int) -> Tensor:
         """Put the root of one mode on: ``axis`` of ``core`` is mode ``k`` of that side."""
-        return self._multiplied(core, side, k, axis, 0)
+        return self._multiplied(core, side, k, axis, lambda root: root.factor)
 
     def undo(self, core: Tensor, side: Side, k: int, axis: int) -> Tensor:
         """Take the root of one mode off again."""
-        return self._multiplied(core, side, k, axis, 1)
+        return self._multiplied(core, side, k, axis, lambda root: root.inverse)
 
-    def _multiplied(self, core: Tensor, side: Side, k: int, axis: int, which: int) -> Tensor:
+    def _multiplied(self, core: Tensor, side: Side, k: int, axis: int, which: Callable[[_Root], Tensor]) -> Tensor:
         roots = self.in_roots if side == "in" else self.out_roots
-        return apply_root(core.movedim(axis, -1), roots[k][which]).movedim(-1, axis) if roots else core
+        return apply_root(core.movedim(axis, -1), which(roots[k])).movedim(-1, axis) if roots else core
 
     def error(self, difference: Tensor, matrix: Tensor) -> float:
         """Relative error in the true norm, not in the fitted one."""
@@ -243,29 +252,57 @@ def sketch(outputs: Tensor | None, matrix: Tensor) -> Tensor:
     return mix.to(torch.promote_types(matrix.dtype, torch.float32))
 
 
+class _Root:
+    """``C`` with ``C C^T`` a damped second moment times a square; its inverse is made when it is asked for."""
+
+    def __init__(self, unscaled: Tensor, inverse: Tensor | None, scale: float = 1.0) -> None:
+        self._unscaled, self._inverse, self._scale = unscaled, inverse, scale
+
+    @classmethod
+    def of(cls, gram: Tensor) -> _Root:
+        return cls(*_factor_of(gram))
+
+    def times(self, scale: float) -> _Root:
+        """The same moment times the square of a number."""
+        return _Root(self._unscaled, self._inverse, self._scale * scale)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """``C`` and its inverse."""
+        yield from (self.factor, self.inverse)
+
+    @cached_property
+    def factor(self) -> Tensor:
+        return self._unscaled if self._scale == 1.0 else self._unscaled * self._scale
+
+    @cached_property
+    def inverse(self) -> Tensor:
+        found = _inverse_of(self._unscaled) if self._inverse is None else self._inverse
+        return found / self._scale
+
+
 @dataclass(frozen=True)
 class _Roots:
     """Factors of partial traces: those of a moment's modes are found once, also for mode shapes that share them."""
 
     known: dict[Any, Any]
 
-    def of(self, parts: Sequence[tuple[str, Tensor, Modes]]) -> list[tuple[Tensor, Tensor]]:
-        """One ``(C, C^-1)`` per mode of moments whose Kronecker product is the whole, up to order.
+    def of(self, parts: Sequence[tuple[str, Tensor, Modes]]) -> list[_Root]:
+        """One per mode of moments whose Kronecker product is the whole, up to order.
 
         Scaled so that the product has the trace of the whole, as ``kronecker_factors``.
         """
         trace = _trace(parts[0][1])
         found = [self._one(name, gram, modes, k, trace > 0) for name, gram, modes in parts for k in range(len(modes))]
         scale = math.sqrt(trace ** (1 / len(found)) / trace) if trace > 0 else 1.0
-        return [(root * scale, inverse / scale) for root, inverse in found]
+        return [root.times(scale) for root in found]
 
-    def _one(self, name: str, gram: Tensor, modes: Modes, k: int, is_known: bool) -> tuple[Tensor, Tensor]:
+    def _one(self, name: str, gram: Tensor, modes: Modes, k: int, is_known: bool) -> _Root:
         key = ("root", name, len(gram), math.prod(modes[:k]), modes[k])
         if key not in self.known:
             factor = _partial_trace(gram, modes, k) if is_known else gram.new_ones(modes[k])
-            self.known[key] = factor_and_inverse(factor)
-        pair: tuple[Tensor, Tensor] = self.known[key]
-        return pair
+            self.known[key] = _Root.of(factor)
+        root: _Root = self.known[key]
+        return root
 
 
 def _apply_by_mode(matrix: Tensor, roots: Sequence[Tensor], modes: Sequence[int]) -> Tensor:

@@ -12,8 +12,8 @@ from torch import nn
 from tensortrain.compression import plan_compression
 from tensortrain.compression.choose import chooser, trial
 from tensortrain.compression.choose.candidates import candidates
-from tensortrain.compression.choose.clock import Clock, _between, _spread
-from tensortrain.compression.choose.cost import spec_cost
+from tensortrain.compression.choose.clock import Clock, _between, _enough_of, _spread, _times
+from tensortrain.compression.choose.cost import dense_cost, spec_cost
 from tensortrain.compression.choose.load import Load, load_of, loads_of
 from tensortrain.compression.survey.calibrate import calibrate
 from tensortrain.compression.survey.layers import find_layers
@@ -149,3 +149,24 @@ def test_a_hopeless_family_keeps_what_is_smaller_than_all_others() -> None:
     trains = [c.point.n_params for c in found if c.spec.format == "tt"]
     assert trains
     assert min(trains) < min(low)
+
+
+def test_a_trial_takes_no_more_than_it_needs() -> None:
+    load = Load(8, 8, (4096,), seen=True)
+    assert _enough_of(load, (3,), 1e-3) == load
+    assert _enough_of(load, (3,), 20e-3) == dataclasses.replace(load, rows=2)
+    small = _enough_of(load, (3,), 320e-3)  # 40 ms an example
+    assert (small.rows, small.spatial) == (1, (512,))
+    assert _times(load, small) == 64
+    assert _enough_of(dataclasses.replace(load, spatial=(64, 20)), (3, 1), 320e-3).spatial == (48, 16)
+
+
+def test_rough_times_are_predicted_shares_of_the_measured_dense_layer(timed: list[int]) -> None:
+    layer, clock = layer_of(nn.Conv2d(8, 8, 3)), Clock()
+    found = candidates(layer, formats=("low_rank",))
+    rough = clock.all(layer, LOAD, found, roughly=True)
+    assert timed == [0]
+    share = clock.dense(layer, LOAD) / dense_cost(layer, LOAD).seconds
+    assert rough[0] == pytest.approx(share * spec_cost(layer, found[0].spec, LOAD).seconds)
+    clock.all(layer, LOAD, found, roughly=None)  # none of them is a last resort
+    assert timed == [0, 2]

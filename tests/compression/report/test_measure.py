@@ -245,3 +245,23 @@ def test_peak_memory_on_cuda() -> None:
     assert expected <= peak_memory(model, x) < expected + 2**25  # cuBLAS takes a workspace beside it
     rows = latency_rows(model, model, x, batches=(1,), repeats=4, min_time_s=0.0)
     assert rows[0].dense_ms > 0
+
+
+def test_slow_models_take_turns_of_one_run(clock: Clock) -> None:
+    log: list[str] = []
+    models = {name: Timed(name, clock, [1.0], log) for name in "ab"}
+    rows = measure_latency(models, torch.zeros(1, 2), batches=(1,), max_time_s=7.0, fewest_runs=2)
+    assert log == ["a", "b", "a", "b", "b", "a", "a", "b"]  # the first two warm up
+    assert [row.n_runs for row in rows] == [3, 3]
+    (row,) = measure_latency({"a": models["a"]}, torch.zeros(1, 2), batches=(1,), max_time_s=0.1, fewest_runs=2)
+    assert row.n_runs == 2
+
+
+def test_models_that_have_run_are_not_warmed_up_again() -> None:
+    model, x = nn.Linear(3, 4), torch.zeros(2, 3)
+    calls: list[int] = []
+    model.register_forward_pre_hook(lambda *_: calls.append(1))
+    fresh = memory_rows(model, model, x, batches=(2,))
+    assert len(calls) == 4
+    assert memory_rows(model, model, x, batches=(2,), have_run=True) == fresh
+    assert len(calls) == 6

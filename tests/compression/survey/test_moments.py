@@ -55,3 +55,16 @@ def test_a_pickle_of_the_version_before_has_dicts_by_layer() -> None:
     again = pickle.loads(pickle.dumps(found))
     assert again.calls == found.calls
     assert torch.equal(again.of("a").gram, ROWS)
+
+
+def test_a_weighting_is_the_same_object_while_the_moments_are() -> None:
+    moments = LayerMoments(gram=torch.eye(2).double())
+    weighting = moments.weighting
+    assert moments.weighting is weighting
+    assert pickle.loads(pickle.dumps(moments)).weighting is not weighting
+    moments.forget_derived()
+    assert moments.weighting is not weighting
+    again = moments.weighting
+    moments.output_gram = torch.eye(3).double()
+    assert moments.weighting is not again
+    assert moments.weighting.outputs is moments.output_gram

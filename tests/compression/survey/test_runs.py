@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import cProfile
 import sys
 
 import pytest
@@ -58,3 +59,14 @@ def test_a_failing_run_leaves_nothing_behind() -> None:
 
 def test_a_bare_layer_has_the_empty_name() -> None:
     assert layers_that_run(nn.Linear(8, 8), [""], lambda m: m(X)) == {""}
+
+
+def test_a_profiler_of_the_caller_goes_on() -> None:
+    profiler, model = cProfile.Profile(), nn.Sequential(nn.Linear(2, 2))
+    profiler.enable()
+    try:
+        ran = layers_that_run(model, ["0"], lambda net: net(torch.zeros(1, 2)))
+        assert type(sys.getprofile()) is cProfile.Profile
+    finally:
+        profiler.disable()
+    assert ran == {"0"}

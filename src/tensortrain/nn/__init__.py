@@ -1,6 +1,12 @@
 """Factorized layers: ``tensortrain.nn.X`` stands wherever ``torch.nn.X`` stood."""
 
 from tensortrain.formats import search_modes, suggest_modes
+from tensortrain.nn.adaptive.evbmf import evbmf
+from tensortrain.nn.adaptive.gates import RankGates
+from tensortrain.nn.adaptive.growth import grow_ranks_
+from tensortrain.nn.adaptive.priors import RankPrior
+from tensortrain.nn.adaptive.prune import prune_ranks_
+from tensortrain.nn.adaptive.svgd import SVGD
 from tensortrain.nn.attention.multihead import MultiheadAttention
 from tensortrain.nn.attention.transformer import TransformerEncoderLayer
 from tensortrain.nn.conv.layers import Conv1d, Conv2d, Conv3d, ConvLayer
@@ -26,6 +32,7 @@ __all__ = [
     "GRU",
     "LSTM",
     "RNN",
+    "SVGD",
     "CompositeLayer",
     "CompositePlan",
     "Conv1d",
@@ -45,16 +52,21 @@ __all__ = [
     "LookupPlan",
     "MultiheadAttention",
     "RNNCell",
+    "RankGates",
+    "RankPrior",
     "TiedHead",
     "TransformerEncoderLayer",
     "balance_",
     "counterpart",
     "dense_norm",
     "dense_twin",
+    "evbmf",
     "functional",
+    "grow_ranks_",
     "is_transformers_conv1d",
     "orthogonal",
     "param_groups",
+    "prune_ranks_",
     "rank_lasso",
     "search_modes",
     "suggest_modes",

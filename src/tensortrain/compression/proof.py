@@ -9,7 +9,7 @@ from torch import nn
 
 from tensortrain.compression.choose.plan import CompressionPlan
 from tensortrain.compression.surgery import apply_plan_
-from tensortrain.compression.survey.runs import check_new_layers_run, layers_that_run
+from tensortrain.compression.survey.runs import layers_that_run
 from tensortrain.compression.words import in_short
 from tensortrain.errors import KindError
 from tensortrain.system.observer import Observer
@@ -36,17 +36,19 @@ def apply_proven(
     names = [layer.name for layer in plan.layers if layer.spec is not None]
     ran = _ran(model, plan, names)
     compressed = apply_plan_(model if inplace else checked_copy(model), plan, observer=observer)
-    error = _failure(compressed, plan)
+    seen, error = _seen(compressed, plan, names)
     if error is None:
-        return compressed, plan, _idle(compressed, plan, names, ran)
+        return compressed, plan, _idle(plan, names, ran, seen)
     culprits = [] if inplace else [name for name in names if _fails_alone(model, plan, name)]
     if not culprits or len(culprits) == len(names):
         raise _does_not_run(error, culprits)
     plan = _without(plan, culprits, error)
     compressed = apply_plan_(checked_copy(model), plan, observer=observer)
-    if (error := _failure(compressed, plan)) is not None:
+    names = [name for name in names if name not in culprits]
+    seen, error = _seen(compressed, plan, names)
+    if error is not None:
         raise _does_not_run(error, culprits)
-    return compressed, plan, _idle(compressed, plan, [name for name in names if name not in culprits], ran)
+    return compressed, plan, _idle(plan, names, ran, seen)
 
 
 def _once(model: nn.Module, plan: CompressionPlan) -> None:
@@ -64,19 +66,19 @@ def _ran(model: nn.Module, plan: CompressionPlan, names: Sequence[str]) -> set[s
     return layers_that_run(model, names, lambda net: _once(net, plan)) if _has_batch(plan) else set()
 
 
-def _failure(compressed: nn.Module, plan: CompressionPlan) -> Exception | None:
+def _seen(compressed: nn.Module, plan: CompressionPlan, names: Sequence[str]) -> tuple[set[str], Exception | None]:
+    """Which of the layers run on the first batch, and what keeps the model from running."""
     if not _has_batch(plan):
-        return None
+        return set(names), None
     try:
-        layers_that_run(compressed, [], lambda net: _once(net, plan))
+        return layers_that_run(compressed, names, lambda net: _once(net, plan)), None
     except Exception as error:
-        return error
-    return None
+        return set(), error
 
 
 def _fails_alone(model: nn.Module, plan: CompressionPlan, name: str) -> bool:
     alone = replace(plan, layers=tuple(layer for layer in plan.layers if layer.name == name))
-    return _failure(apply_plan_(checked_copy(model), alone), plan) is not None
+    return _seen(apply_plan_(checked_copy(model), alone), plan, [])[1] is not None
 
 
 def _without(plan: CompressionPlan, culprits: Sequence[str], error: Exception) -> CompressionPlan:
@@ -91,10 +93,9 @@ def _without(plan: CompressionPlan, culprits: Sequence[str], error: Exception) -
     return replace(plan, layers=tuple(layers), params_after=after, notes=(*plan.notes, note))
 
 
-def _idle(compressed: nn.Module, plan: CompressionPlan, names: Sequence[str], ran: set[str]) -> list[str]:
-    if not _has_batch(plan):
-        return []
-    idle = check_new_layers_run(compressed, names, lambda net: _once(net, plan), ran_before=ran)
+def _idle(plan: CompressionPlan, names: Sequence[str], ran: set[str], seen: set[str]) -> list[str]:
+    """A note on layers that ran before the swap and do not after it."""
+    idle = [name for name in names if name in ran and name not in seen]
     if not idle:
         return []
     shown = ", ".join(map(repr, idle[:8]))

@@ -55,6 +55,7 @@ def apply_plan_(model: nn.Module, plan: CompressionPlan, *, observer: Observer |
             moments = calibration.of(layer.name)
             new = _build(layer, entry, moments.weighting)
             statistics += _keep_moments(model, layer, new, moments)
+            moments.forget_derived()
             built.append((layer.names, layer.module, new))
             observer.on_step(k + 1)
     finally:
@@ -141,16 +142,17 @@ def _keep_moments(
     if norm is None or norm.running_mean is None:
         return []
     assert moments.gram is not None  # it is kept wherever a mean is
-    gram = moments.gram.to(old.device)
-    before, after = _variances(old, gram), _variances(kept, gram)
+    weighting = moments.weighting.beside(old)
+    before = _variances(old, weighting.times_inputs(old))
+    after = _variances(kept, times_moment(kept, weighting.inputs))
     share = torch.where(before > 0, after / before, 1.0)
     changes = [(norm.running_var, norm.running_var * share)]
     return changes if new.bias is not None else [*changes, (norm.running_mean, norm.running_mean - lost)]
 
 
-def _variances(matrix: Tensor, gram: Tensor) -> Tensor:
-    """Variance of every output of a linear map on inputs with this second moment about their mean."""
-    return (times_moment(matrix, gram) * matrix.double()).sum(dim=1).clamp_min(0)
+def _variances(matrix: Tensor, weighted: Tensor) -> Tensor:
+    """Variance of every output of a linear map, given its product with the inputs' second moment about their mean."""
+    return (weighted * matrix.double()).sum(dim=1).clamp_min(0)
 
 
 def _swap(model: nn.Module, built: list[_Built]) -> nn.Module:

@@ -234,9 +234,11 @@ class ChainFormat(Format):
     def spectra(self, dense: Tensor, spec: FactorSpec, *, weighting: Weighting = PLAIN) -> list[Tensor]:
         is_single = dense.dtype != torch.float64 and not dense.is_complex()
         is_rough = is_single and max(self.rank_caps(spec)) >= _LARGE_SIDE
-        matrix = self.to_matrix(dense.detach(), spec).to(torch.float32 if is_rough else compute_dtype(dense.dtype))
+        # Roots are put on in single precision where the weight has no more; squares are made in double.
+        matrix = self.to_matrix(dense.detach(), spec).to(torch.float32 if is_single else compute_dtype(dense.dtype))
         if not weighting.is_plain:
             matrix = self._norm(spec, weighting).whiten(matrix)
+        matrix = matrix.to(torch.float32 if is_rough else compute_dtype(dense.dtype))
         outs, ins = self.chain_modes(spec)
         d = len(outs)
         paired = matrix.reshape(*outs, *ins).permute([axis for k in range(d) for axis in (k, d + k)])

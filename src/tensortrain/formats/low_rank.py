@@ -106,8 +106,12 @@ class LowRank(ChainFormat):
         outputs, inputs = matrix.truncated(spec.ranks[1])
         inputs = self._in_chain_order(inputs, spec)
         found = self._fit(balance_chain([inputs.T[None, None], outputs.T[:, :, None, None]]), 0.0, spec, dense.dtype)
-        kept = self.to_dense(found.cores, found.spec).double()
-        return Fit(found.spec, found.cores, matrix.rel_error(kept))
+        return Fit(found.spec, found.cores, matrix.rel_error(*self._factors(found)))
+
+    def _factors(self, found: Fit) -> tuple[Tensor, Tensor]:
+        """``(M, r)`` and ``(r, N)``, inputs in torch's order, of what is stored."""
+        inputs, outputs = found.cores
+        return outputs, inputs.T if found.spec.weight.kind == "embedding" else inputs.flatten(1)
 
     def _in_chain_order(self, inputs: Tensor, spec: FactorSpec) -> Tensor:
         """Columns as the chain has them, positions of a kernel slowest, from torch's order."""

@@ -27,7 +27,7 @@ from .ranks import clips, resolve_rank_tuple
 from .registry import register
 from .spec import Bond, FactorSpec, Kind, Rank, WeightShape
 from .weighting import PLAIN, Weighting, apply_root
-from .whitening import keep_promise, root_and_inverse, same_traces, sketch
+from .whitening import factor_and_inverse, keep_promise, root_and_inverse, same_traces, sketch
 
 __all__ = ["Tucker2"]
 
@@ -187,20 +187,25 @@ def _whitened(
     found = weighting.checked(weight)
     if found.inputs is None:
         return kernel, None
-    outputs = len(kernel)
     of_channels, of_positions = same_traces(found.of_channels(weight))
-    c_root, c_inverse = _full_root_and_inverse(of_channels)
+    c_root, c_inverse = _known_roots(found, "channels", of_channels)
     x_root, x_inverse = root_and_inverse(of_positions)
     kernel = apply_root(torch.einsum("scx,cd->sdx", kernel, c_root), x_root)
     if found.outputs is None:
-        return kernel, (x_inverse, c_inverse, torch.eye(outputs, dtype=kernel.dtype, device=kernel.device))
-    o_root, o_inverse = _full_root_and_inverse(found.outputs)
-    return torch.einsum("so,ocx->scx", o_root, kernel), (x_inverse, c_inverse, o_inverse)
+        return kernel, (x_inverse, c_inverse, torch.eye(len(kernel), dtype=kernel.dtype, device=kernel.device))
+    o_root, o_inverse = _known_roots(found, "outputs", found.outputs)
+    return torch.einsum("os,ocx->scx", o_root, kernel), (x_inverse, c_inverse, o_inverse)
 
 
-def _full_root_and_inverse(gram: Tensor) -> tuple[Tensor, Tensor]:
-    root, inverse = root_and_inverse(gram)
-    return (torch.diag(root), torch.diag(inverse)) if root.ndim == 1 else (root, inverse)
+def _known_roots(weighting: Weighting, side: str, gram: Tensor) -> tuple[Tensor, Tensor]:
+    """``C`` with ``C C^T`` the damped moment of a side, and ``C^-T``; both full. Found once for a weighting."""
+    key = ("tucker2", side, len(gram))
+    if key not in weighting._derived:
+        root, inverse = factor_and_inverse(gram)
+        full = (torch.diag(root), torch.diag(inverse)) if root.ndim == 1 else (root, inverse.T)
+        weighting._derived[key] = full
+    found: tuple[Tensor, Tensor] = weighting._derived[key]
+    return found
 
 
 def _resolve(weight: WeightShape, rank: Rank, clip: bool) -> tuple[int, ...]:

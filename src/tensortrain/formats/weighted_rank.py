@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 from .spec import WeightShape
-from .weighting import Weighting
+from .weighting import Weighting, times_moment
 from .whitening import DAMPING, root_and_inverse
 
 __all__ = ["WeightedMatrix"]
 
-_LARGE = 512  # inputs from which products with their moment are of the weight's own precision
+_CANCELLED = 1e-7  # of a square: less is not known from products in float32
 _TINY = 1e-300
 
 
@@ -32,16 +32,18 @@ class WeightedMatrix:
 
     Attributes:
         matrix: ``(M, N)``, float64.
+        weighted: The matrix times the moment of the inputs, float64.
         inputs: ``(N, N)`` or ``(N,)``.
         outputs: ``(M, M)`` or ``(M,)``; None where all outputs count alike.
-        product_dtype: Of products with ``inputs``.
+        dtype: Of the weight.
         is_table: Whether torch's layout is ``(inputs, outputs)``.
     """
 
     matrix: Tensor
+    weighted: Tensor
     inputs: Tensor
     outputs: Tensor | None
-    product_dtype: torch.dtype
+    dtype: torch.dtype
     is_table: bool
 
     @classmethod
@@ -55,9 +57,8 @@ class WeightedMatrix:
         assert found.inputs is not None
         is_table = weight.kind == "embedding"
         matrix = dense.detach().T if is_table else dense.detach().flatten(1)
-        single = matrix.shape[1] >= _LARGE and dense.dtype != torch.float64
-        dtype = torch.float32 if single else torch.float64
-        return cls(matrix.double(), found.inputs.to(dtype), found.outputs, dtype, is_table)
+        weighted = found.times_inputs(matrix.to(torch.promote_types(matrix.dtype, torch.float32)))
+        return cls(matrix.double(), weighted, found.inputs, found.outputs, dense.dtype, is_table)
 
     def singular_values(self) -> Tensor:
         """Of the matrix between the roots of its damped moments; float64, descending."""
@@ -71,10 +72,15 @@ class WeightedMatrix:
             return factor.divide(leading), factor.multiply(leading).T @ self.matrix
         return self.matrix @ factor.multiply(leading), factor.divide(leading).T
 
-    def rel_error(self, kept: Tensor) -> float:
-        """Of a weight in torch's layout, in the moments as they are."""
-        kept = kept.T if self.is_table else kept.flatten(1)
-        return math.sqrt(self._energy(self.matrix - kept) / max(self._energy(self.matrix), _TINY))
+    def rel_error(self, outputs: Tensor, inputs: Tensor) -> float:
+        """Of the product of stored factors ``(M, r)`` and ``(r, N)``, in the moments as they are."""
+        outputs, inputs = outputs.double(), inputs.double()
+        whole = max(self._energy(self.matrix, self.weighted), _TINY)
+        difference = self.matrix - outputs @ inputs
+        lost = self._energy(difference, self.weighted - outputs @ self._times(inputs, self.inputs))
+        if lost < _CANCELLED * whole:  # a difference of products that are nearly equal
+            lost = self._energy(difference, self._times(difference, self.inputs))
+        return math.sqrt(lost / whole)
 
     @property
     def _is_wide(self) -> bool:
@@ -84,35 +90,35 @@ class WeightedMatrix:
         """The smaller Gram matrix of the weighted matrix, and the factor of the moment on its side."""
         if self._is_wide:
             factor = _Factor.of(self.outputs, self.matrix)
-            inner = self._times_inputs(self.matrix, damping=DAMPING) @ self.matrix.T
+            inner = self._damped() @ self.matrix.T
         else:
             factor = _Factor.of(self.inputs.double(), self.matrix)
-            inner = self.matrix.T @ _damped_product(self.outputs, self.matrix)
+            inner = self.matrix.T @ self._damped_outputs()
         gram = factor.transposed(factor.transposed(inner).T)
         return (gram + gram.T) / 2, factor
 
-    def _times_inputs(self, matrix: Tensor, *, damping: float) -> Tensor:
+    def _damped(self) -> Tensor:
         """``W (H + damping mean(H) 1)``."""
         moment = self.inputs
         if moment.ndim == 1:
-            return matrix * (moment.clamp_min(0) + damping * moment.mean()).double()
-        found = (matrix.to(self.product_dtype) @ moment).double()
-        return found + damping * float(moment.diagonal().mean()) * matrix if damping else found
+            return self.matrix * (moment.clamp_min(0) + DAMPING * moment.mean())
+        return self.weighted + DAMPING * float(moment.diagonal().mean()) * self.matrix
 
-    def _energy(self, matrix: Tensor) -> float:
-        weighted = self._times_inputs(matrix, damping=0.0)
-        if self.outputs is not None:
-            matrix = self.outputs[:, None] * matrix if self.outputs.ndim == 1 else self.outputs @ matrix
-        return max(0.0, float((weighted * matrix).sum()))
+    def _damped_outputs(self) -> Tensor:
+        """``(F + damping mean(F) 1) W``; the matrix where there is no moment."""
+        moment = self.outputs
+        if moment is None:
+            return self.matrix
+        if moment.ndim == 1:
+            return (moment.clamp_min(0) + DAMPING * moment.mean())[:, None] * self.matrix
+        return self._times(self.matrix.T, moment).T + DAMPING * moment.diagonal().mean() * self.matrix
 
+    def _times(self, matrix: Tensor, moment: Tensor | None) -> Tensor:
+        """A matrix that is known to the precision of the weight, times a moment."""
+        return times_moment(matrix if self.dtype == torch.float64 else matrix.float(), moment)
 
-def _damped_product(moment: Tensor | None, matrix: Tensor) -> Tensor:
-    """``(F + damping mean(F) 1) W``; the matrix where there is no moment."""
-    if moment is None:
-        return matrix
-    if moment.ndim == 1:
-        return (moment.clamp_min(0) + DAMPING * moment.mean())[:, None] * matrix
-    return moment @ matrix + DAMPING * moment.diagonal().mean() * matrix
+    def _energy(self, matrix: Tensor, weighted: Tensor) -> float:
+        return max(0.0, float((weighted * self._times(matrix.T, self.outputs).T).sum()))
 
 
 @dataclass(frozen=True)

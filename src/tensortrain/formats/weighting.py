@@ -64,7 +64,10 @@ class Weighting:
             raise DTypeError(
                 f"only real weights can be weighted by a second moment: found {dense.dtype}. Leave it out."
             )
-        return Weighting(self.inputs.to(dense.device), None if self.outputs is None else self.outputs.to(dense.device))
+        inputs = self.inputs.to(dense.device)
+        outputs = None if self.outputs is None else self.outputs.to(dense.device)
+        same = inputs is self.inputs and outputs is self.outputs
+        return self if same else Weighting(inputs, outputs)  # what follows from the moments stays known
 
     def checked(self, weight: WeightShape) -> Weighting:
         """The moments in float64.
@@ -82,6 +85,9 @@ class Weighting:
         if found is None:
             inputs = check_gram(self.inputs, weight.fan_in)
             outputs = None if self.outputs is None else check_gram(self.outputs, weight.out_features, "output")
+            if inputs is self.inputs and outputs is self.outputs:
+                self._derived["sizes"] = sizes
+                return self
             found = self._derived[sizes] = Weighting(inputs, outputs)
             found._derived["sizes"] = sizes
         return found
@@ -122,13 +128,36 @@ class Weighting:
         traces: tuple[Tensor, Tensor] = found._derived[key]
         return traces
 
-    def energy(self, matrix: Tensor) -> float:
-        """``tr(F W H W^T)`` of ``(outputs, inputs)``: the mean square of the outputs, weighted by ``F``."""
-        weighted = times_moment(matrix, self.inputs)
-        matrix = matrix.double()
-        if self.outputs is not None and self.inputs is not None:
-            matrix = self.outputs[:, None] * matrix if self.outputs.ndim == 1 else self.outputs @ matrix
-        return max(0.0, float((weighted * matrix).sum()))
+    def times_inputs(self, weight: Tensor) -> Tensor:
+        """``W H`` in float64, ``(outputs, inputs)`` in torch's order; kept until another weight is asked for."""
+        if self.inputs is None or self.inputs.ndim == 1 or weight.is_inference():
+            return times_moment(weight, self.inputs)
+        kept = self._kept.get("product")
+        if kept is None or not kept[0].is_of(weight):
+            product = times_moment(weight, self.inputs)
+            # In the weight's own precision, beyond which it is not known: half the memory.
+            kept = self._kept["product"] = _Seen.of(weight), product.to(_at_least_float32(weight))
+        found: Tensor = kept[1]
+        return found.double()
+
+    @cached_property
+    def _kept(self) -> dict[str, Any]:
+        """The weight that was last multiplied with the moment of the inputs, and the product."""
+        return {}
+
+    def energy(self, matrix: Tensor, *, weighted: Tensor | None = None) -> float:
+        """``tr(F W H W^T)`` of ``(outputs, inputs)``: the mean square of the outputs, weighted by ``F``.
+
+        Args:
+            weighted: ``W H``, where it is known.
+        """
+        weighted = times_moment(matrix, self.inputs) if weighted is None else weighted
+        outputs = None if self.inputs is None else self.outputs
+        return max(0.0, float((weighted * times_moment(matrix.T, outputs).T).sum()))
+
+    def energy_of_weight(self, weight: Tensor) -> float:
+        """The same of a weight that is asked for several times."""
+        return self.energy(weight, weighted=self.times_inputs(weight))
 
     def size(self, matrix: Tensor) -> float:
         """``||F^(1/2) W H^(1/2)||``."""
@@ -141,7 +170,35 @@ class Weighting:
         if self.inputs is None:
             size = torch.linalg.vector_norm(matrix).clamp_min(_TINY)
             return float(torch.linalg.vector_norm(difference) / size)
-        return math.sqrt(self.energy(difference) / max(self.energy(matrix), _TINY))
+        return math.sqrt(self.energy(difference) / max(self.energy_of_weight(matrix), _TINY))
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """A tensor as it was: held, so that its memory is nobody else's, with its version."""
+
+    tensor: Tensor
+    version: int
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> _Seen:
+        return cls(tensor, tensor._version)
+
+    def is_of(self, other: Tensor) -> bool:
+        """Whether another one has the same numbers, since it lies at the same place and neither was written to."""
+        one = self.tensor
+        if (one.data_ptr(), one.shape, one.stride(), one.dtype) != (
+            other.data_ptr(),
+            other.shape,
+            other.stride(),
+            other.dtype,
+        ):
+            return False
+        return not other.is_inference() and one._version == self.version == other._version
+
+
+def _at_least_float32(weight: Tensor) -> torch.dtype:
+    return torch.promote_types(weight.dtype, torch.float32)
 
 
 def times_moment(matrix: Tensor, moment: Tensor | None) -> Tensor:
@@ -179,7 +236,8 @@ def check_gram(gram: Tensor, size: int, side: str = "input") -> Tensor:
             f"an {side} second moment must be (N, N) or its diagonal (N,): found {tuple(gram.shape)}, expected "
             f"N = {size}. Sum {own}."
         )
-    if not bool(torch.isfinite(gram).all()):
+    # A sum is finite only where all of it is, unless it overflows; and takes half the time.
+    if not math.isfinite(float(gram.sum())) and not bool(torch.isfinite(gram).all()):
         raise NonFiniteError(f"an {side} second moment must be finite: found NaN or Inf. Check the calibration data.")
     return gram.double()
 

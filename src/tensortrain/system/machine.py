@@ -107,4 +107,4 @@ def read_json(path: Path) -> Any:
 def write_json(path: Path, data: Any) -> None:
     """Replace a file, whole or not at all. One that cannot be written costs a measurement at the next start."""
     with contextlib.suppress(OSError):
-        write_text_atomic(path, json.dumps(data, indent=1))
+        write_text_atomic(path, json.dumps(data))

@@ -44,10 +44,16 @@ def default_formats() -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Candidate:
-    """One way to store a layer: a point on the rank path of one format and mode shape."""
+    """One way to store a layer: a point on the rank path of one format and mode shape.
+
+    Attributes:
+        spectra: Singular values of every cut, the first relative to the largest.
+        is_last_resort: Whether it is of a family that another one beats wherever both are that large.
+    """
 
     point: RankPoint
     spectra: tuple[tuple[float, ...], ...]
+    is_last_resort: bool = False
 
     @property
     def spec(self) -> FactorSpec:
@@ -75,7 +81,11 @@ class Family:
         shown = tuple(_shown(values) for values in self.spectra)
         found = [point for point in self.points(growth=growth, wide=wide) if point.n_params < self.below]
         return [
-            Candidate(replace(point, rel_error=min(1.0, _interpolated(point.rel_error, self.marks))), shown)
+            Candidate(
+                replace(point, rel_error=min(1.0, _interpolated(point.rel_error, self.marks))),
+                shown,
+                self.below < math.inf,
+            )
             for point in found
         ]
 

@@ -36,6 +36,7 @@ _LIKE = 0.1
 _STEPS = 9  # of the search for how much time may count
 _CHEAPEST, _DEAREST = 1e-3, 1e2  # errors that all of the time is worth, between which it is sought
 _TINY = 1e-300
+_LIGHT = 0.035  # of all layers' time: which form such a layer takes hardly shows
 _SPENT = 0.95  # of the budget
 
 
@@ -240,11 +241,14 @@ class Chooser:
 
     def _shares_of(self, menu: Menu) -> Array:
         pairs = zip(menu.loads, self._whole, strict=True)
-        found: Array = np.mean([np.array(self._seconds(menu, load)) / whole for load, whole in pairs], axis=0)
+        found: Array = np.mean([np.array(self._seconds(menu, load, whole)) / whole for load, whole in pairs], axis=0)
         return found
 
-    def _seconds(self, menu: Menu, load: Load) -> list[float]:
-        return [self.clock.dense(menu.layer, load), *self.clock.all(menu.layer, load, menu.candidates)]
+    def _seconds(self, menu: Menu, load: Load, whole: float) -> list[float]:
+        """Of the dense layer and all candidates, close enough to compare plans by; picks are looked at again."""
+        dense = self.clock.dense(menu.layer, load)
+        is_light = dense < _LIGHT * whole
+        return [dense, *self.clock.all(menu.layer, load, menu.candidates, roughly=True if is_light else None)]
 
     @cached_property
     def _whole(self) -> list[float]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tensortrain.compression.choose.candidates import Candidate
@@ -22,7 +22,11 @@ from tensortrain.formats import FactorSpec
 __all__ = ["Clock", "family_of"]
 
 _PREDICTED_AT = (0.0, 0.15, 0.4, 0.7, 1.0)  # places along a family's candidates by size
+_ROUGHLY_AT = (0.0, 1.0)
 _MEASURED_AT = (0.25, 0.8)
+_ENOUGH_S = 5e-3  # that a dense layer takes in a trial
+_MUCH_SMALLER = 0.6  # of an example: not worth it for less
+_FEWEST_POSITIONS = 16  # of a trial's input, times the kernel's
 
 Family = tuple[Any, ...]  # format and modes: within them, higher ranks are not faster
 Curve = list[tuple[float, float]]  # parameters and seconds
@@ -39,7 +43,7 @@ class Clock:
 
     _curves: dict[Any, Curve] = field(default_factory=dict)
     _dense: dict[Any, float] = field(default_factory=dict)
-    _timed: dict[Any, bool] = field(default_factory=dict)
+    _timed: dict[Any, Load | None] = field(default_factory=dict)  # at what; None where times are predicted
     _exact: dict[Any, float] = field(default_factory=dict)
     _told: dict[int, str] = field(default_factory=dict)
 
@@ -48,38 +52,64 @@ class Clock:
         key = (self._name(layer), load)
         if key not in self._dense:
             predicted = dense_cost(layer, load).seconds
-            self._timed[key] = can_time(layer, load, predicted)
-            self._dense[key] = trial_seconds(layer, (), load)[0] if self._timed[key] else predicted
+            tried = self._timed[key] = (
+                _enough_of(load, layer.weight.kernel, predicted) if can_time(layer, load, predicted) else None
+            )
+            self._dense[key] = predicted if tried is None else trial_seconds(layer, (), tried)[0] * _times(load, tried)
         return self._dense[key]
 
-    def _is_timed(self, layer: FoundLayer, load: Load) -> bool:
+    def _tried(self, layer: FoundLayer, load: Load) -> Load | None:
         self.dense(layer, load)
         return self._timed[self._name(layer), load]
 
     def exact(self, layer: FoundLayer, spec: FactorSpec, load: Load, family: Sequence[Candidate]) -> float:
         """Of one spec; as predicted for it, or between those measured."""
-        if self._is_timed(layer, load):
+        if self._tried(layer, load) is not None:
             return _between(self._curve(layer, load, family), spec.n_params)
         key = (self._name(layer), spec, load)
         if key not in self._exact:
             self._exact[key] = spec_cost(layer, spec, load).seconds
         return self._exact[key]
 
-    def all(self, layer: FoundLayer, load: Load, candidates: Sequence[Candidate]) -> list[float]:
-        """Of all candidates of a layer."""
+    def all(
+        self, layer: FoundLayer, load: Load, candidates: Sequence[Candidate], *, roughly: bool | None = False
+    ) -> list[float]:
+        """Of all candidates of a layer.
+
+        Args:
+            roughly: Whether times are predicted, as a share of the dense layer's, where else they would be measured;
+                None for those alone that are taken where nothing else fits, which are many and seldom taken.
+        """
         families: dict[Family, list[Candidate]] = {}
         for candidate in candidates:
             families.setdefault(family_of(candidate.spec), []).append(candidate)
-        curves = {key: self._curve(layer, load, family) for key, family in families.items()}
+        curves = {
+            key: self._rough_curve(layer, load, family)
+            if roughly or (roughly is None and family[0].is_last_resort)
+            else self._curve(layer, load, family)
+            for key, family in families.items()
+        }
         return [_between(curves[family_of(one.spec)], one.point.n_params) for one in candidates]
+
+    def _rough_curve(self, layer: FoundLayer, load: Load, family: Sequence[Candidate]) -> Curve:
+        if self._tried(layer, load) is None:
+            return self._curve(layer, load, family)
+        key = (self._name(layer), load, family_of(family[0].spec), "rough")
+        if key not in self._curves:
+            share = self.dense(layer, load) / dense_cost(layer, load).seconds
+            knots = _spread(family, _ROUGHLY_AT)
+            self._curves[key] = [
+                (knot.point.n_params, share * spec_cost(layer, knot.spec, load).seconds) for knot in knots
+            ]
+        return self._curves[key]
 
     def _curve(self, layer: FoundLayer, load: Load, family: Sequence[Candidate]) -> Curve:
         key = (self._name(layer), load, family_of(family[0].spec))
         if key not in self._curves:
-            timed = self._is_timed(layer, load)
-            knots = _spread(family, _MEASURED_AT if timed else _PREDICTED_AT)
-            if timed:
-                whole, *seconds = trial_seconds(layer, [knot.spec for knot in knots], load)
+            tried = self._tried(layer, load)
+            knots = _spread(family, _PREDICTED_AT if tried is None else _MEASURED_AT)
+            if tried is not None:
+                whole, *seconds = trial_seconds(layer, [knot.spec for knot in knots], tried)
                 # As a share of the dense layer's at the same time: machines are not always equally fast.
                 seconds = [self.dense(layer, load) * one / whole for one in seconds]
             else:
@@ -91,6 +121,21 @@ class Clock:
         if id(layer) not in self._told:
             self._told[id(layer)] = told(layer)
         return self._told[id(layer)]
+
+
+def _enough_of(load: Load, kernel: Sequence[int], dense_s: float) -> Load:
+    """As many examples, and as large ones, as a trial needs: beyond some milliseconds, time grows as the work does."""
+    few = min(load.rows, 1 << max(0, math.ceil(load.rows * _ENOUGH_S / dense_s) - 1).bit_length())
+    share = load.rows * _ENOUGH_S / (few * dense_s)
+    if few > 1 or share > _MUCH_SMALLER or not load.spatial:
+        return replace(load, rows=few)
+    side = share ** (1 / len(load.spatial))
+    smaller = (max(math.ceil(side * n), _FEWEST_POSITIONS * k) for n, k in zip(load.spatial, kernel, strict=True))
+    return replace(load, rows=1, spatial=tuple(map(min, load.spatial, smaller)))
+
+
+def _times(load: Load, tried: Load) -> float:
+    return load.rows * math.prod(load.spatial) / (tried.rows * math.prod(tried.spatial))
 
 
 def _spread(family: Sequence[Candidate], places: Sequence[float]) -> list[Candidate]:

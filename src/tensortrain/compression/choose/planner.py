@@ -210,6 +210,7 @@ def _with_families(
             structure=moments.structure,
             wide=wide,
         )
+        moments.forget_derived()
         filled.append(replace(menu, families=found))
         options.observer.on_step(k + 1)
     options.observer.on_end()

@@ -50,7 +50,7 @@ def carried(layer: FoundLayer, calibration: Calibration) -> float:
         return 0.0
     matrix = layer.kernel.flatten(1)
     matrix = matrix.T if layer.weight.kind == "embedding" else matrix
-    return weighting.energy(matrix) / calibration.output_scale
+    return weighting.energy_of_weight(matrix) / calibration.output_scale
 
 
 def _unseen_notes(layers: Sequence[FoundLayer], found: Mapping[str, float], calibration: Calibration) -> list[str]:

@@ -26,7 +26,7 @@ from tensortrain.train.preserve import preserved
 
 __all__ = ["make_report"]
 
-_MOST_TIMING_S = 6.0  # of turns per batch size: the report must not take longer than the work
+_MOST_TIMING_S, _FEWEST_RUNS = 2.0, 3  # of turns per batch size: the report must not take longer than the work
 
 
 def make_report(work: Work, plan: CompressionPlan) -> Report:
@@ -114,8 +114,9 @@ def _measured(report: Report, work: Work, plan: CompressionPlan, notes: list[str
     for size, example in _examples(work.original, batch, work.options.batch_size, with_labels, notes):
         try:
             with preserved(work.original, as_user_runs_it=True):
-                times = latency_rows(work.original, work.model, example, batches=[size], max_time_s=_MOST_TIMING_S)
-                bytes_held = memory_rows(work.original, work.model, example, batches=[size])
+                how = {"max_time_s": _MOST_TIMING_S, "fewest_runs": _FEWEST_RUNS}
+                times = latency_rows(work.original, work.model, example, batches=[size], **how)
+                bytes_held = memory_rows(work.original, work.model, example, batches=[size], have_run=True)
         except Exception as error:
             notes.append(f"Not timed at batch size {size}: the model does not run there ({in_short(error)}).")
             continue

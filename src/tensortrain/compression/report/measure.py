@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import itertools
 import math
 import os
 import statistics
@@ -71,11 +72,13 @@ def measure_latency(
     repeats: int = 20,
     min_time_s: float = 0.2,
     max_time_s: float = 20.0,
+    fewest_runs: int = _RUNS_PER_TURN,
 ) -> list[Latency]:
     """Time the forward passes of several models, turn about.
 
     The models take turns in alternating order, so a machine that slows down slows all of them. A turn is
-    one untimed run, which brings the model's weights back into the caches, then four timed ones.
+    one untimed run, which brings the model's weights back into the caches, then four timed ones; where five such
+    turns of all models would take more than the time, it is one timed run.
 
     Args:
         models: Name -> model; all take the same input.
@@ -85,6 +88,7 @@ def measure_latency(
         repeats: Least timed runs of each model and batch.
         min_time_s: Least seconds of timed runs over all models together.
         max_time_s: Seconds after which ``repeats`` is given up, warm-up and untimed runs included.
+        fewest_runs: Timed runs of each model, however long they take.
 
     Returns:
         list: One :class:`Latency` per batch and model, in that order; milliseconds.
@@ -93,10 +97,10 @@ def measure_latency(
     with evaluating(*models.values()):
         for batch in batches:
             x = _input(inputs, batch)
-            samples = _sample_in_turns(models, x, repeats, min_time_s, max_time_s)
+            samples = _sample_in_turns(models, x, repeats, min_time_s, max_time_s, fewest_runs)
             first = next(iter(models), "")
             for name, model in models.items():
-                times_ms = sorted(1e3 * t for t in samples[name])
+                times_ms = sorted(1e3 * seconds for turn in samples[name] for seconds in turn)
                 results.append(
                     Latency(
                         name=name,
@@ -121,6 +125,7 @@ def latency_rows(
     repeats: int = 20,
     min_time_s: float = 0.2,
     max_time_s: float = 20.0,
+    fewest_runs: int = _RUNS_PER_TURN,
 ) -> list[LatencyRow]:
     """Time two models by :func:`measure_latency`, one report row per batch size."""
     measured = measure_latency(
@@ -130,6 +135,7 @@ def latency_rows(
         repeats=repeats,
         min_time_s=min_time_s,
         max_time_s=max_time_s,
+        fewest_runs=fewest_runs,
     )
     return [
         LatencyRow(
@@ -145,13 +151,19 @@ def memory_rows(
     inputs: Callable[[int], Any] | Any,
     *,
     batches: Sequence[int] = (1, 128),
+    have_run: bool = False,
 ) -> list[MemoryRow]:
-    """Measure peak and resident bytes of two models, one report row per batch size."""
+    """Measure peak and resident bytes of two models, one report row per batch size.
+
+    Args:
+        have_run: Whether both ran at these sizes before, so that the caches built on first use are there.
+    """
     rows = []
+    gc.collect()
     for batch in batches:
         x = _input(inputs, batch)
         # Peaks first: a run may build a cached dense weight, which then counts as resident.
-        peaks = peak_memory(dense, x), peak_memory(compressed, x)
+        peaks = tuple(_peak(model, x, warm_up=not have_run) for model in (dense, compressed))
         rows.append(MemoryRow(batch, *peaks, resident_bytes(dense), resident_bytes(compressed)))
     return rows
 
@@ -168,10 +180,15 @@ def peak_memory(model: nn.Module, x: Any) -> int:
     Returns:
         int: Bytes.
     """
+    return _peak(model, x, warm_up=True)
+
+
+def _peak(model: nn.Module, x: Any, *, warm_up: bool) -> int:
     x = _parts(model, x)
     with evaluating(model), torch.no_grad():
-        _call(model, x)
-        gc.collect()  # garbage freed during the pass would hide as much new memory
+        if warm_up:
+            _call(model, x)
+            gc.collect()  # garbage freed during the pass would hide as much new memory
         device = device_of(model)
         return _peak_cuda(model, x, device) if device.type == "cuda" else _peak_cpu(model, x)
 
@@ -238,59 +255,66 @@ def batch_of(example: Any, batch: int) -> Any:
 
 
 def _sample_in_turns(
-    models: Mapping[str, nn.Module], x: Any, repeats: int, min_time_s: float, max_time_s: float
-) -> dict[str, list[float]]:
-    """Seconds of each timed run, per model."""
+    models: Mapping[str, nn.Module], x: Any, repeats: int, min_time_s: float, max_time_s: float, fewest: int
+) -> dict[str, list[list[float]]]:
+    """Seconds of the timed runs of each turn, per model."""
     began = perf_counter()
     inputs = {name: _parts(model, x) for name, model in models.items()}
     # Warm up outside inference mode: a dense weight cached here must stay usable for training.
     with torch.no_grad():
-        for name, model in models.items():
-            _call(model, inputs[name])
-    samples: dict[str, list[float]] = {name: [] for name in models}
+        first = [_seconds(model, inputs[name]) for name, model in models.items()]
+    # A first run may find plans: the quickest tells how long one takes.
+    long_turns_s = _FEWEST_PAIRS * len(models) * (1 + _RUNS_PER_TURN) * min(first, default=0.0)
+    samples: dict[str, list[list[float]]] = {name: [] for name in models}
     order = list(models)
     with torch.inference_mode():
-        while not _enough(samples, repeats, min_time_s, perf_counter() - began > max_time_s):
+        while _n_runs(samples) < fewest or not _enough(samples, repeats, min_time_s, began + max_time_s):
             for name in order:
-                samples[name] += _one_turn(models[name], inputs[name])
+                samples[name].append(_one_turn(models[name], inputs[name], is_short=long_turns_s > max_time_s))
             order.reverse()
     return samples
 
 
-def _ratios_between(first: Sequence[float], other: Sequence[float]) -> tuple[float, float]:
+def _ratios_between(first: Sequence[Sequence[float]], other: Sequence[Sequence[float]]) -> tuple[float, float]:
     """Between which ratios of paired turns the median ratio lies, with 95 % confidence.
 
     Order statistics serve: of n pairs, each falls below the true median with a chance of one half, whatever the noise.
     Fewer than five pairs cannot tell; then every run of one model is set against every run of the other.
     """
-    turns = [slice(k, k + _RUNS_PER_TURN) for k in range(0, min(len(first), len(other)), _RUNS_PER_TURN)]
-    pairs = [(statistics.median(first[turn]), statistics.median(other[turn])) for turn in turns]
+    pairs = [(statistics.median(one), statistics.median(two)) for one, two in zip(first, other, strict=True)]
     if len(pairs) < _FEWEST_PAIRS:
-        pairs = [(min(first), max(other)), (max(first), min(other))]
+        ones, twos = list(itertools.chain(*first)), list(itertools.chain(*other))
+        pairs = [(min(ones), max(twos)), (max(ones), min(twos))]
     ratios = sorted(a / b if b > 0 else math.inf for a, b in pairs)
     cut = max(0, math.floor((len(ratios) - 1.96 * math.sqrt(len(ratios))) / 2))  # the binomial's 2.5 %, as a normal
     return ratios[cut], ratios[-1 - cut]
 
 
-def _one_turn(model: nn.Module, x: Parts) -> list[float]:
-    device = device_of(model)
+def _one_turn(model: nn.Module, x: Parts, *, is_short: bool) -> list[float]:
+    if is_short:
+        return [_seconds(model, x)]
     _call(model, x)
-    times = []
-    for _ in range(_RUNS_PER_TURN):
-        _synchronize(device)
-        start = perf_counter()
-        _call(model, x)
-        _synchronize(device)
-        times.append(perf_counter() - start)
-    return times
+    return [_seconds(model, x) for _ in range(_RUNS_PER_TURN)]
 
 
-def _enough(samples: Mapping[str, list[float]], repeats: int, min_time_s: float, late: bool) -> bool:
-    n_runs = min((len(times) for times in samples.values()), default=_MAX_RUNS)
-    if n_runs == 0:
-        return False
-    timed_s = sum(sum(times) for times in samples.values())
-    return late or n_runs >= _MAX_RUNS or (n_runs >= repeats and timed_s >= min_time_s)
+def _seconds(model: nn.Module, x: Parts) -> float:
+    device = device_of(model)
+    _synchronize(device)
+    start = perf_counter()
+    _call(model, x)
+    _synchronize(device)
+    return perf_counter() - start
+
+
+def _n_runs(samples: Mapping[str, list[list[float]]]) -> int:
+    """Of every model."""
+    return min((sum(map(len, turns)) for turns in samples.values()), default=_MAX_RUNS)
+
+
+def _enough(samples: Mapping[str, list[list[float]]], repeats: int, min_time_s: float, end: float) -> bool:
+    n_runs = _n_runs(samples)
+    timed_s = sum(sum(turn) for turns in samples.values() for turn in turns)
+    return perf_counter() > end or n_runs >= _MAX_RUNS or (n_runs >= repeats and timed_s >= min_time_s)
 
 
 def _peak_cpu(model: nn.Module, x: Parts) -> int:

@@ -46,19 +46,31 @@ class LayerMoments:
 
     @property
     def weighting(self) -> Weighting:
-        """What an error of the layer's weight is weighed by."""
-        return PLAIN if self.gram is None else Weighting(self.gram, self.output_gram)
+        """What an error of the layer's weight is weighed by; the same object while the moments are the same."""
+        if self.gram is None:
+            return PLAIN
+        known: Weighting | None = self.__dict__.get("_weighting")
+        if known is None or known.inputs is not self.gram or known.outputs is not self.output_gram:
+            known = self.__dict__["_weighting"] = Weighting(self.gram, self.output_gram)
+        return known
+
+    def forget_derived(self) -> None:
+        """Drop what was computed from the moments on the way."""
+        self.__dict__.pop("_weighting", None)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_weighting"}
 
     def add(self, gram: Tensor, mean: Tensor | None, n_rows: int) -> None:
         """Take in the sums over the rows of one call."""
-        self.gram = gram if self.gram is None else self.gram.add_(gram)  # sums are nobody else's
+        self.gram = _added(self.gram, gram)
         if mean is not None:
             self.mean = mean if self.mean is None else self.mean + mean
         self.n_rows = (self.n_rows or 0) + n_rows
 
     def add_gradients(self, moment: Tensor) -> None:
         """Take in the second moment of the gradients of one call."""
-        self.output_gram = moment if self.output_gram is None else self.output_gram.add_(moment)
+        self.output_gram = _added(self.output_gram, moment)
 
     def finish(self, *, centred: bool) -> None:
         """Sums to means; about the mean where a shift of the layer's mean output does no harm.
@@ -148,12 +160,17 @@ class Calibration:
         self.__dict__.update(state)
 
 
+def _added(total: Tensor | None, more: Tensor) -> Tensor:
+    """A sum in float64, which is nobody else's."""
+    return more.to(torch.float64, copy=True) if total is None else total.add_(more)
+
+
 def second_moment(rows: Tensor) -> Tensor:
-    """Sum over rows of the outer products in float64; of wide rows the squares alone."""
+    """Sum over rows of the outer products, in float32 or float64; of wide rows the squares alone."""
     if rows.shape[1] > LARGEST_FULL_GRAM:
         return rows.double().square().sum(dim=0)
     rows = rows.float() if rows.dtype in (torch.float16, torch.bfloat16) else rows
-    return (rows.T @ rows).double()  # a new tensor: what it is added to may be it
+    return rows.T @ rows
 
 
 def _trace(gram: Tensor) -> float:

@@ -35,10 +35,19 @@ def layers_that_run(model: nn.Module, names: Sequence[str], run: Run) -> set[str
             sys.setprofile(_watch(model, names, layers, ran))
             run(model)
     finally:
-        sys.setprofile(before)
+        _put_back(before)
         for handle in handles:
             handle.remove()
     return ran
+
+
+def _put_back(profiler: Any) -> None:
+    """Let a profiler go on; that of ``cProfile`` is an object that starts itself."""
+    sys.setprofile(None)
+    if profiler is None or callable(profiler):
+        sys.setprofile(profiler)
+    else:
+        profiler.enable()
 
 
 def check_new_layers_run(

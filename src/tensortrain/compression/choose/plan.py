@@ -16,7 +16,7 @@ from tensortrain.system.records import read_record, to_plain
 
 __all__ = ["CompressionPlan", "LayerPlan"]
 
-_VERSION = 2
+_VERSION = 3
 _KEPT = (
     "budget",
     "params_before",
@@ -26,6 +26,7 @@ _KEPT = (
     "task",
     "outputs",
     "notes",
+    "opened",
 )
 
 
@@ -93,6 +94,7 @@ class CompressionPlan:
         left_alone: What is not touched, and why.
         task, outputs: How the model is judged, in words, and the names of its outputs that count.
         notes: Sentences on what could not be done as asked.
+        opened: Layers of several maps (recurrent ones, attention) whose maps are changed one by one.
         calibration: The input statistics it was made with; not part of the text.
     """
 
@@ -105,6 +107,7 @@ class CompressionPlan:
     task: str = ""
     outputs: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    opened: tuple[str, ...] = ()
 
     @property
     def compression(self) -> float:
@@ -123,7 +126,9 @@ class CompressionPlan:
         try:
             data = json.loads(text)
             if data["version"] == 1:  # before plans told how a model is judged
-                data = {**data, "version": _VERSION, "task": "", "outputs": [], "notes": []}
+                data = {**data, "version": 2, "task": "", "outputs": [], "notes": []}
+            if data["version"] == 2:  # before plans reached the maps of recurrent layers
+                data = {**data, "version": _VERSION, "opened": []}
             if data.pop("version") != _VERSION or data.keys() != set(_KEPT):
                 raise ValueError("keys or a version that are not known")
             return read_record(cls, data, "plan")

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from tensortrain.compression.carry import HOOKS
-from tensortrain.compression.survey.layers import LeftAlone
+from tensortrain.compression.survey.layers import LeftAlone, check_module
 from tensortrain.compression.survey.reasons import Survey
 from tensortrain.compression.swap import Built, swap
 from tensortrain.compression.words import in_short
@@ -67,6 +67,7 @@ def open_layers(model: nn.Module, only: Collection[str] | None = None) -> Opened
     Args:
         only: Names of those; all if left out.
     """
+    check_module(model)
     found, aliases = Opened(model), _aliases(model)
     if not aliases:
         return found

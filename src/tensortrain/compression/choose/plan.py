@@ -113,8 +113,23 @@ class CompressionPlan:
     def compression(self) -> float:
         return self.params_before / max(1, self.params_after)
 
+    def with_opened(self, names: Sequence[str], refused: Sequence[LeftAlone]) -> CompressionPlan:
+        """The plan of a model that was planned with some layers taken apart.
+
+        Args:
+            names: Of these layers; those of which no map is changed are left as they are.
+            refused: Layers that could not be taken apart.
+        """
+        changed = [layer.name for layer in self.layers if layer.spec is not None]
+        reached = tuple(n for n in names if any(name.startswith(f"{n}." if n else "") for name in changed))
+        return replace(self, opened=reached, left_alone=(*self.left_alone, *refused))
+
     def to_json(self) -> str:
-        return json.dumps({"version": _VERSION, **{name: to_plain(getattr(self, name)) for name in _KEPT}}, indent=1)
+        kept = {name: to_plain(getattr(self, name)) for name in _KEPT}
+        if not self.opened:  # as before plans reached the maps of recurrent layers, for those who read no later version
+            del kept["opened"]
+            return json.dumps({"version": 2, **kept}, indent=1)
+        return json.dumps({"version": _VERSION, **kept}, indent=1)
 
     @classmethod
     def from_json(cls, text: str) -> CompressionPlan:

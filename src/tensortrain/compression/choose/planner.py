@@ -126,10 +126,7 @@ def make_plan(model: nn.Module, options: PlanOptions) -> CompressionPlan:
     """``plan_compression`` with its keywords as one record."""
     with opened_for_a_while(uncompiled(model)) as opened:
         plan = _plan_opened(opened.model, options)
-    changed = [layer.name for layer in plan.layers if layer.spec is not None]
-    reached = tuple(n for n in opened.names if any(name.startswith(f"{n}." if n else "") for name in changed))
-    left = (*plan.left_alone, *opened.refused)
-    return replace(plan, opened=reached, left_alone=left)
+    return plan.with_opened(opened.names, opened.refused)
 
 
 def _plan_opened(model: nn.Module, options: PlanOptions) -> CompressionPlan:

@@ -19,7 +19,7 @@ from tensortrain.compression import (
     to_dense_,
 )
 from tensortrain.compression import (
-    surgery as apply,
+    swap as swapping,
 )
 from tensortrain.compression.report.measure import resident_bytes
 from tensortrain.errors import NonFiniteError, ShapeError
@@ -72,7 +72,7 @@ def test_a_failed_decomposition_changes_nothing(monkeypatch, error) -> None:
 def test_a_failed_assignment_is_undone(monkeypatch, fails_at: int) -> None:
     model = decay_(TwoHeads())
     plan = plan_compression(model, budget="4x")  # three layers under four names
-    before, calls, real = snapshot(model), [], apply._assign
+    before, calls, real = snapshot(model), [], swapping._assign
 
     def fails_once(owner: nn.Module, child: str, module: nn.Module) -> None:
         calls.append(child)
@@ -80,7 +80,7 @@ def test_a_failed_assignment_is_undone(monkeypatch, fails_at: int) -> None:
             raise KeyboardInterrupt
         real(owner, child, module)
 
-    monkeypatch.setattr(apply, "_assign", fails_once)
+    monkeypatch.setattr(swapping, "_assign", fails_once)
     with pytest.raises(KeyboardInterrupt):
         apply_plan_(model, plan)
     assert_unchanged(model, before)

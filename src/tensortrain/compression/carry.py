@@ -13,7 +13,7 @@ from tensortrain.system.aliases import wraps_own_forward
 
 __all__ = ["cannot_carry", "carry", "own_names"]
 
-_HOOKS = (
+HOOKS = (
     "_forward_hooks",
     "_forward_pre_hooks",
     "_forward_hooks_with_kwargs",
@@ -63,7 +63,7 @@ def carry(old: nn.Module, new: nn.Module) -> None:
 
     The objects stay the same, so that handles still remove hooks, and what others hold is what the layer holds.
     """
-    for name in _HOOKS:
+    for name in HOOKS:
         if getattr(old, name, None):
             setattr(new, name, getattr(old, name))
     new._is_full_backward_hook = old._is_full_backward_hook

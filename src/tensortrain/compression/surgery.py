@@ -10,13 +10,14 @@ from torch import Tensor, nn
 
 from tensortrain.compression.carry import cannot_carry, carry
 from tensortrain.compression.choose.plan import CompressionPlan, LayerPlan
+from tensortrain.compression.opened import close_composites, open_layers
 from tensortrain.compression.survey.layers import FoundLayer, check_module, find_layers
 from tensortrain.compression.survey.moments import Calibration, LayerMoments
+from tensortrain.compression.swap import Built, swap
 from tensortrain.errors import ShapeError
 from tensortrain.formats import Weighting
 from tensortrain.formats.weighting import times_moment
 from tensortrain.nn import FactorizedLayer, dense_twin
-from tensortrain.system.aliases import Undo, replace_aliases
 from tensortrain.system.observer import Observer, Silent
 
 __all__ = ["apply_plan_", "to_dense_"]
@@ -43,11 +44,21 @@ def apply_plan_(model: nn.Module, plan: CompressionPlan, *, observer: Observer |
 
     Cost: one decomposition per layer.
     """
-    observer = observer or Silent()
+    opened = open_layers(model, plan.opened)
+    try:
+        changed = _apply(opened.model, plan, observer or Silent())
+    except BaseException:
+        opened.close()
+        raise
+    opened.model = changed
+    return opened.close(changed_too=False)
+
+
+def _apply(model: nn.Module, plan: CompressionPlan, observer: Observer) -> nn.Module:
     found = {layer.name: layer for layer in find_layers(model)[0]}
     work = [(_checked(entry, found), entry) for entry in plan.layers if entry.spec is not None]
     calibration = plan.calibration or Calibration()
-    built: list[_Built] = []
+    built: list[Built] = []
     statistics: list[tuple[Tensor, Tensor]] = []
     observer.on_start("decompose", len(work))
     try:
@@ -60,7 +71,7 @@ def apply_plan_(model: nn.Module, plan: CompressionPlan, *, observer: Observer |
             observer.on_step(k + 1)
     finally:
         observer.on_end()
-    changed = _swap(model, built)
+    changed = swap(model, built)
     for buffer, value in statistics:
         buffer.copy_(value)
     return changed
@@ -79,7 +90,7 @@ def to_dense_(model: nn.Module) -> nn.Module:
         if isinstance(module, FactorizedLayer):
             aliases.setdefault(id(module), []).append(name)
             modules[id(module)] = module
-    built: list[_Built] = []
+    built: list[Built] = []
     with torch.random.fork_rng(devices=[]):  # a fresh layer draws its first weights
         for key, module in modules.items():
             reason = cannot_carry(module, to=module.dense_type)
@@ -89,10 +100,8 @@ def to_dense_(model: nn.Module) -> nn.Module:
                 continue
             built.append((tuple(aliases[key]), module, dense_twin(module)))
             carry(module, built[-1][2])
-    return _swap(model, built)
-
-
-_Built = tuple[tuple[str, ...], nn.Module, Any]  # names, old layer, new layer
+        changed = swap(model, built)
+    return close_composites(changed)
 
 
 def _checked(entry: LayerPlan, found: dict[str, FoundLayer]) -> FoundLayer:
@@ -153,30 +162,3 @@ def _keep_moments(
 def _variances(matrix: Tensor, weighted: Tensor) -> Tensor:
     """Variance of every output of a linear map, given its product with the inputs' second moment about their mean."""
     return (weighted * matrix.double()).sum(dim=1).clamp_min(0)
-
-
-def _swap(model: nn.Module, built: list[_Built]) -> nn.Module:
-    """Put every new layer wherever the model holds the one it replaces; undo all if one assignment fails."""
-    replaced = {id(old): (old, new) for _, old, new in built}
-    root: nn.Module = replaced[id(model)][1] if id(model) in replaced else model
-    # Parents first: a layer may have others hung on it, which its successor has by then.
-    todo = sorted(((name, new) for names, _, new in built for name in names), key=lambda pair: pair[0].count("."))
-    undo: Undo = []
-    try:
-        for name, new in todo:
-            if name:
-                parent, _, child = name.rpartition(".")
-                owner = root.get_submodule(parent)
-                old = owner._modules[child]
-                undo.append(lambda owner=owner, child=child, old=old: _assign(owner, child, old))  # type: ignore[misc]
-                _assign(owner, child, new)
-        replace_aliases(root, replaced, undo)
-    except BaseException:
-        for restore in reversed(undo):
-            restore()
-        raise
-    return root
-
-
-def _assign(owner: nn.Module, child: str, module: nn.Module | None) -> None:
-    owner._modules[child] = module  # Sequential and ModuleList have no attribute of that name to set

@@ -25,6 +25,7 @@ __all__ = [
     "orthogonalize_cores",
     "right_qr",
     "singular_values_at",
+    "symmetric",
 ]
 
 Span = tuple[int, int]  # (lo, hi): cores before lo are left-orthogonal, cores after hi right-orthogonal
@@ -224,6 +225,36 @@ def singular_values_at(cores: Sequence[Tensor], center: Span, bond: int) -> tupl
     last = as_right(out[bond]).mH  # right of the core all is orthonormal
     small = torch.linalg.qr(last, mode="reduced" if last.requires_grad else "r").R
     return torch.linalg.svdvals(small), exponent
+
+
+def symmetric(cores: Sequence[Tensor]) -> list[Tensor]:
+    """The same train with singular directions as rank indices, largest first, each side with half of their weight.
+
+    Core k is ``l_{k-1}^{-1/2} U_k l_k^{1/2}``, with the left singular vectors ``U_k`` and singular values ``l_k`` of
+    the unfolding at bond k. Directions below rounding become zeros; ranks that the modes have no room for go.
+
+    Args:
+        cores: ``(r, n, s)`` each, of a dtype that LAPACK knows.
+
+    Source: Vidal, Phys. Rev. Lett. 91, 147902 (2003), with the weights divided evenly.
+    """
+    train, found = Gauged.of(cores), []
+    carried = torch.ones_like(cores[0].real[0, 0, :1])  # square roots of the singular values at the bond before
+    for k in range(len(cores) - 1):
+        here = train.cores[k]
+        u, s, vh = torch.linalg.svd(as_left(here), full_matrices=False)
+        rest = absorb_left(s.to(vh.dtype)[:, None] * vh, train.cores[k + 1])
+        train.put(k, [u.reshape(*here.shape[:-1], -1), rest], center=k + 1)
+        root = torch.where(s > 16 * torch.finfo(s.dtype).eps * s.max(), s.sqrt(), 0.0)
+        found.append(_over(train.cores[k], carried) * root)
+        carried = root
+    found.append(_over(train.cores[-1], carried))
+    return spread_pow2(found, train.exponent)
+
+
+def _over(core: Tensor, weights: Tensor) -> Tensor:
+    """Rows of a core over the weights of its left index; zeros where these are zero."""
+    return core * torch.where(weights > 0, 1 / weights, 0.0)[:, None, None]
 
 
 def norm_parts(cores: Sequence[Tensor], center: Span) -> tuple[Tensor, Tensor]:

@@ -158,6 +158,10 @@ class Format(ABC):
         """Stored cores as ``contraction`` takes them, those of a chain ``(r, i, j, s)``; views where possible."""
         return list(cores)
 
+    def from_chain(self, cores: Sequence[Tensor], spec: FactorSpec) -> tuple[Tensor, ...]:
+        """The cores of a chain ``(r, i, j, s)`` as they are stored."""
+        return tuple(cores)
+
     def stores_chain(self, spec: FactorSpec) -> bool:
         """Whether the stored cores are those of the chain."""
         chain = self.chain(spec.one_group())

@@ -63,10 +63,6 @@ class ChainFormat(Format):
         """How many leading cores carry kernel positions alone."""
         return 0
 
-    def from_chain(self, cores: Sequence[Tensor], spec: FactorSpec) -> tuple[Tensor, ...]:
-        """Order-4 cores as they are stored."""
-        return tuple(cores)
-
     # -- Format --------------------------------------------------------------------------------------
 
     def spec(

@@ -1,6 +1,12 @@
 """Factorized layers: ``tensortrain.nn.X`` stands wherever ``torch.nn.X`` stood."""
 
 from tensortrain.formats import search_modes, suggest_modes
+from tensortrain.nn.adaptive.evbmf import evbmf
+from tensortrain.nn.adaptive.gates import RankGates
+from tensortrain.nn.adaptive.growth import grow_ranks_
+from tensortrain.nn.adaptive.priors import RankPrior
+from tensortrain.nn.adaptive.prune import prune_ranks_
+from tensortrain.nn.adaptive.svgd import SVGD
 from tensortrain.nn.attention.multihead import MultiheadAttention
 from tensortrain.nn.attention.transformer import TransformerEncoderLayer
 from tensortrain.nn.conv.layers import Conv1d, Conv2d, Conv3d, ConvLayer
@@ -20,12 +26,14 @@ from .base import FactorizedLayer
 from .composite import CompositeLayer, CompositePlan
 from .counterparts import COUNTERPARTS, counterpart, dense_twin, is_transformers_conv1d
 from .linear import Linear
+from .opening import composite_of, fresh_twin, opened
 
 __all__ = [
     "COUNTERPARTS",
     "GRU",
     "LSTM",
     "RNN",
+    "SVGD",
     "CompositeLayer",
     "CompositePlan",
     "Conv1d",
@@ -45,16 +53,24 @@ __all__ = [
     "LookupPlan",
     "MultiheadAttention",
     "RNNCell",
+    "RankGates",
+    "RankPrior",
     "TiedHead",
     "TransformerEncoderLayer",
     "balance_",
+    "composite_of",
     "counterpart",
     "dense_norm",
     "dense_twin",
+    "evbmf",
+    "fresh_twin",
     "functional",
+    "grow_ranks_",
     "is_transformers_conv1d",
+    "opened",
     "orthogonal",
     "param_groups",
+    "prune_ranks_",
     "rank_lasso",
     "search_modes",
     "suggest_modes",

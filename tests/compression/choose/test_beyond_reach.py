@@ -16,7 +16,8 @@ from tensortrain.errors import BudgetError
 
 
 def mixed() -> nn.ModuleDict:
-    return nn.ModuleDict({"a": nn.GRU(32, 32), "b": nn.Linear(32, 32), "c": nn.Embedding(50, 32), "n": nn.LayerNorm(8)})
+    parts = {"a": nn.Bilinear(32, 32, 6), "b": nn.Linear(32, 32), "c": nn.Embedding(50, 32), "n": nn.LayerNorm(8)}
+    return nn.ModuleDict(parts)
 
 
 @pytest.mark.parametrize("budget", ["2000x", {"params": 1}, 1e-9, "100x"])
@@ -25,7 +26,7 @@ def test_a_missed_budget_names_what_holds_the_most(budget, example) -> None:
     with pytest.raises(BudgetError) as caught:
         plan_compression(mixed(), budget=budget, example_inputs=example)
     text = str(caught.value)
-    assert "'a' (GRU) with 6,336 (left alone: no plan reaches its weight_ih_l0" in text
+    assert "'a' (Bilinear) with 6,150 (left alone: no plan reaches its weight (6, 32, 32)" in text
     assert re.search(r"(?<![\w'])-\d", text) is None
     assert "Ask for " in text
 
@@ -54,12 +55,12 @@ def test_nothing_stands_in_the_way_of_plain_layers() -> None:
 
 
 def test_a_model_without_layers_says_what_it_holds() -> None:
-    model = nn.Sequential(nn.Linear(64, 64, device="meta"), nn.LSTM(64, 64))
+    model = nn.Sequential(nn.Linear(64, 64, device="meta"), nn.Bilinear(64, 64, 8))
     with pytest.raises(BudgetError) as caught:
         plan_compression(model, budget="2x")
-    head, lstm, linear = str(caught.value).splitlines()
-    assert head.startswith("a model must have layers to compress: of its 37,440 parameters in 3 modules none")
-    assert lstm.startswith("  left alone: 1 (LSTM, 33,280 parameters): no plan reaches")
+    head, bilinear, linear = str(caught.value).splitlines()
+    assert head.startswith("a model must have layers to compress: of its 36,936 parameters in 3 modules none")
+    assert bilinear.startswith("  left alone: 1 (Bilinear, 32,776 parameters): no plan reaches")
     assert linear.startswith("  left alone: 0 (Linear, 4,160 parameters): its weight lies on the meta device")
 
 

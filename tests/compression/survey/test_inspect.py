@@ -93,15 +93,12 @@ def test_lookups_cost_no_flops() -> None:
 
 
 def test_it_prints() -> None:
-    model = nn.Sequential(with_singular_values(nn.Linear(20, 30), [9.0, 3.1, 3.0, 0.5]), nn.MultiheadAttention(30, 2))
-    head, _, row, total, attention, left = str(inspect(model, None)).splitlines()
+    model = nn.Sequential(with_singular_values(nn.Linear(20, 30), [9.0, 3.1, 3.0, 0.5]), nn.Bilinear(30, 30, 3))
+    head, _, row, total, left = str(inspect(model, None)).splitlines()
     assert head.split() == ["layer", "kind", "shape", "params", "share", "flops", "rank", "90", "%", "99", "%", "gain"]
-    assert row.split() == ["0", "Linear", "30x20", "630", "14.5%", "20", "2", "3", "4.0x"]
-    assert total == "4,350 parameters, 630 in these layers"
-    assert attention.startswith(
-        "left alone: 1 (MultiheadAttention, 2,790 parameters): no plan reaches its in_proj_weight"
-    )
-    assert left.startswith("left alone: 1.out_proj ")
+    assert row.split() == ["0", "Linear", "30x20", "630", "18.9%", "20", "2", "3", "4.0x"]
+    assert total == "3,333 parameters, 630 in these layers"
+    assert left.startswith("left alone: 1 (Bilinear, 2,703 parameters): no plan reaches its weight (3, 30, 30)")
 
 
 def test_it_is_plain_data() -> None:

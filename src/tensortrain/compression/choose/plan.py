@@ -16,7 +16,7 @@ from tensortrain.system.records import read_record, to_plain
 
 __all__ = ["CompressionPlan", "LayerPlan"]
 
-_VERSION = 2
+_VERSION = 3
 _KEPT = (
     "budget",
     "params_before",
@@ -26,6 +26,7 @@ _KEPT = (
     "task",
     "outputs",
     "notes",
+    "opened",
 )
 
 
@@ -93,6 +94,7 @@ class CompressionPlan:
         left_alone: What is not touched, and why.
         task, outputs: How the model is judged, in words, and the names of its outputs that count.
         notes: Sentences on what could not be done as asked.
+        opened: Layers of several maps (recurrent ones, attention) whose maps are changed one by one.
         calibration: The input statistics it was made with; not part of the text.
     """
 
@@ -105,13 +107,29 @@ class CompressionPlan:
     task: str = ""
     outputs: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    opened: tuple[str, ...] = ()
 
     @property
     def compression(self) -> float:
         return self.params_before / max(1, self.params_after)
 
+    def with_opened(self, names: Sequence[str], refused: Sequence[LeftAlone]) -> CompressionPlan:
+        """The plan of a model that was planned with some layers taken apart.
+
+        Args:
+            names: Of these layers; those of which no map is changed are left as they are.
+            refused: Layers that could not be taken apart.
+        """
+        changed = [layer.name for layer in self.layers if layer.spec is not None]
+        reached = tuple(n for n in names if any(name.startswith(f"{n}." if n else "") for name in changed))
+        return replace(self, opened=reached, left_alone=(*self.left_alone, *refused))
+
     def to_json(self) -> str:
-        return json.dumps({"version": _VERSION, **{name: to_plain(getattr(self, name)) for name in _KEPT}}, indent=1)
+        kept = {name: to_plain(getattr(self, name)) for name in _KEPT}
+        if not self.opened:  # as before plans reached the maps of recurrent layers, for those who read no later version
+            del kept["opened"]
+            return json.dumps({"version": 2, **kept}, indent=1)
+        return json.dumps({"version": _VERSION, **kept}, indent=1)
 
     @classmethod
     def from_json(cls, text: str) -> CompressionPlan:
@@ -123,7 +141,9 @@ class CompressionPlan:
         try:
             data = json.loads(text)
             if data["version"] == 1:  # before plans told how a model is judged
-                data = {**data, "version": _VERSION, "task": "", "outputs": [], "notes": []}
+                data = {**data, "version": 2, "task": "", "outputs": [], "notes": []}
+            if data["version"] == 2:  # before plans reached the maps of recurrent layers
+                data = {**data, "version": _VERSION, "opened": []}
             if data.pop("version") != _VERSION or data.keys() != set(_KEPT):
                 raise ValueError("keys or a version that are not known")
             return read_record(cls, data, "plan")

@@ -24,6 +24,7 @@ from tensortrain.compression.choose.load import loads_of
 from tensortrain.compression.choose.options import PlanOptions
 from tensortrain.compression.choose.plan import CompressionPlan, LayerPlan
 from tensortrain.compression.choose.weights import weigh_layers
+from tensortrain.compression.opened import opened_for_a_while
 from tensortrain.compression.survey.calibrate import calibrate
 from tensortrain.compression.survey.layers import FoundLayer, LeftAlone, count_params, find_layers
 from tensortrain.compression.survey.moments import Calibration, LayerMoments
@@ -123,7 +124,13 @@ def plan_compression(
 
 def make_plan(model: nn.Module, options: PlanOptions) -> CompressionPlan:
     """``plan_compression`` with its keywords as one record."""
-    model = uncompiled(model)
+    with opened_for_a_while(uncompiled(model)) as opened:
+        plan = _plan_opened(opened.model, options)
+    return plan.with_opened(opened.names, opened.refused)
+
+
+def _plan_opened(model: nn.Module, options: PlanOptions) -> CompressionPlan:
+    """The plan of a model whose layers of several maps stand apart."""
     layers, left = _layers(model, options)
     task, data = _task(model, options)
     calibration = _calibration(model, layers, data, task, options)

@@ -8,6 +8,7 @@ from torch import nn
 
 from tensortrain.compression.choose.budget import BudgetLike, read_budget
 from tensortrain.compression.choose.plan import CompressionPlan, LayerPlan
+from tensortrain.compression.opened import opened_for_a_while
 from tensortrain.compression.survey.layers import FoundLayer, count_params, find_layers
 from tensortrain.errors import BudgetError
 from tensortrain.formats import FactorSpec, get_format
@@ -39,6 +40,18 @@ def plan_uniform(
         >>> [layer.spec.ranks for layer in plan_uniform(net, budget="2x").layers]
         [(1, 11, 1), (1, 8, 1)]
     """
+    with opened_for_a_while(model) as opened:
+        plan = _uniform(opened.model, budget, format, include, exclude)
+    return plan.with_opened(opened.names, opened.refused)
+
+
+def _uniform(
+    model: nn.Module,
+    budget: BudgetLike,
+    format: str,
+    include: Sequence[str] | str | None,
+    exclude: Sequence[str] | str | None,
+) -> CompressionPlan:
     layers, left = find_layers(model, include=include, exclude=exclude)
     total = count_params(model)
     limit = read_budget(budget, params=total)

@@ -18,6 +18,7 @@ from tensortrain.compression.report.report import (
 )
 from tensortrain.compression.stages.base import Work
 from tensortrain.compression.stages.points import Point
+from tensortrain.compression.survey.layers import part_of
 from tensortrain.compression.words import in_short
 from tensortrain.nn import FactorizedLayer
 from tensortrain.system.provenance import provenance
@@ -79,7 +80,7 @@ def _curve(points: tuple[Point, ...]) -> tuple[CurvePoint, ...]:
 
 
 def _layer_report(layer: LayerPlan, compressed: nn.Module) -> LayerReport:
-    module: Any = compressed.get_submodule(layer.name)
+    module: Any = part_of(compressed, layer.name)
     spec = module.spec if isinstance(module, FactorizedLayer) else None
     return LayerReport(
         name=layer.name,
@@ -95,7 +96,7 @@ def _layer_report(layer: LayerPlan, compressed: nn.Module) -> LayerReport:
         flops_after=layer.flops_after,
         rel_error=layer.rel_error,
         implementation=module.implementation if spec else "dense",
-        resident_bytes=resident_bytes(module),
+        resident_bytes=resident_bytes(module) if module is not None else 0,
         decision=layer.decision,
         spectra=layer.spectra,
     )
@@ -152,7 +153,7 @@ def _is_cut_by_axis(parts: Parts) -> bool:
 
 def _with_implementation(layer: LayerReport, compressed: nn.Module) -> LayerReport:
     """How the layer ran and what it keeps, after both batch sizes were run."""
-    module: Any = compressed.get_submodule(layer.name)
+    module: Any = part_of(compressed, layer.name)
     if not isinstance(module, FactorizedLayer):
-        return replace(layer, resident_bytes=resident_bytes(module))
+        return replace(layer, resident_bytes=resident_bytes(module) if module is not None else 0)
     return replace(layer, implementation=module.how_it_ran(), resident_bytes=resident_bytes(module))

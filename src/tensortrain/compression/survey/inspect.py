@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -11,11 +11,13 @@ from torch import Tensor, nn
 
 from tensortrain.compression.choose.cost import dense_cost
 from tensortrain.compression.choose.load import load_of
+from tensortrain.compression.opened import opened_for_a_while
 from tensortrain.compression.survey.calibrate import calibrate
 from tensortrain.compression.survey.layers import (
     FoundLayer,
     LeftAlone,
     check_finite,
+    check_module,
     count_params,
     find_layers,
 )
@@ -98,6 +100,13 @@ def inspect(model: nn.Module, example_inputs: Any = None) -> Inspection:
 
     Cost: one eigenvalue problem of the smaller side per layer, one forward pass.
     """
+    check_module(model)
+    with opened_for_a_while(model) as opened:
+        found = _inspect(opened.model, example_inputs)
+    return replace(found, left_alone=(*found.left_alone, *opened.refused))
+
+
+def _inspect(model: nn.Module, example_inputs: Any) -> Inspection:
     layers, left = find_layers(model)
     calibration = None
     if example_inputs is not None:

@@ -16,7 +16,7 @@ from tensortrain.nn import FactorizedLayer, counterpart
 from tensortrain.system.aliases import find_aliases
 from tensortrain.system.storage import count_numbers
 
-__all__ = ["FoundLayer", "LeftAlone", "check_finite", "check_module", "count_params", "find_layers"]
+__all__ = ["FoundLayer", "LeftAlone", "check_finite", "check_module", "count_params", "find_layers", "part_of"]
 
 
 @dataclass(frozen=True)
@@ -113,6 +113,14 @@ def _reasons(model: nn.Module, survey: Survey) -> dict[int, str]:
     reasons |= {key: survey.why_held(module) for key, module in fit.items()}
     others = (module for module in survey.modules if id(module) not in reasons)
     return reasons | {id(module): why_unknown(module, survey) for module in others}
+
+
+def part_of(model: nn.Module, name: str) -> nn.Module | None:
+    """A part of a model by its name; ``None`` where it has none, as the maps of a layer that was not taken apart."""
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        return None
 
 
 def check_module(model: object) -> None:

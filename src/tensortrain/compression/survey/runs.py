@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from tensortrain.compression.survey.layers import part_of
 from tensortrain.train.modes import evaluating
 
 __all__ = ["check_new_layers_run", "layers_that_run"]
@@ -26,6 +27,7 @@ def layers_that_run(model: nn.Module, names: Sequence[str], run: Run) -> set[str
         names: Dotted names of layers; ``""`` is the model.
         run: ``run(model)`` calls the model on one batch.
     """
+    names = [name for name in names if part_of(model, name) is not None]  # of a layer that stands whole, no maps
     layers = {id(layer): name for name in names for layer in [model.get_submodule(name)]}
     ran: set[str] = set()
     handles = [model.get_submodule(name).register_forward_pre_hook(_note(name, ran)) for name in names]

@@ -266,19 +266,37 @@ class MultiheadAttention(CompositeLayer):
             ShapeError, RankError, NonFiniteError: As for ``Linear.from_dense``.
         """
         cls._check_dense_type(dense)
-        arguments = {name: getattr(dense, name) for name in cls.torch_arguments}
-        arguments |= {"bias": dense.in_proj_bias is not None, "add_bias_kv": dense.bias_k is not None}
-        layer = cls(**arguments, format=format, rank=1, modes=modes, init=None, device="meta")
+        layer = cls._meta_twin(dense, format=format, modes=modes)
         for name, (weight, bias) in _projections_of(dense).items():
             old: Any = layer.get_submodule(name)
             laid_out: Any = {"format": format, "in_modes": old.in_modes, "out_modes": old.out_modes}
             how: Any = {"rank": rank, "eps": eps, "implementation": implementation}
             setattr(layer, name, Linear.from_dense(linear_of(weight, bias), **laid_out, **how))
+        return layer._take_rest(dense)
+
+    @classmethod
+    def _meta_twin(cls, dense: Any, **laid_out: Any) -> MultiheadAttention:
+        """A layer of the same arguments without memory."""
+        arguments = {name: getattr(dense, name) for name in cls.torch_arguments}
+        arguments |= {"bias": dense.in_proj_bias is not None, "add_bias_kv": dense.bias_k is not None}
+        return cls(**arguments, **laid_out, rank=1, init=None, device="meta")
+
+    def _take_rest(self, dense: Any) -> MultiheadAttention:
+        """What torch's layer has besides projections."""
         for name in ("bias_k", "bias_v"):
             value = getattr(dense, name)
             if value is not None:
-                setattr(layer, name, nn.Parameter(value.detach().clone(), requires_grad=value.requires_grad))
-        return layer.train(dense.training)
+                setattr(self, name, nn.Parameter(value.detach().clone(), requires_grad=value.requires_grad))
+        return self.train(dense.training)
+
+    @classmethod
+    def with_dense_maps(cls, dense: Any) -> MultiheadAttention:
+        """The same layer with plain linear layers for projections, on copies of the weights."""
+        cls._check_dense_type(dense)
+        layer = cls._meta_twin(dense, format="low_rank")
+        for name, (weight, bias) in _projections_of(dense).items():
+            setattr(layer, name, linear_of(weight, bias))
+        return layer._take_rest(dense)
 
     def to_dense(self) -> Any:
         """Torch's layer with the same weights."""

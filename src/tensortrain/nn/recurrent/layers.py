@@ -372,8 +372,8 @@ class GRU(_OneState):
         format: Name of a weight format that serves linear maps.
         rank: Of every factorized map: number, tuple, share of its dense parameters, or ``"same"``.
         compress: ``"input"`` factorizes the maps of the inputs, ``"hidden"`` those of the hidden state,
-            ``"both"`` both. The spectrum of the hidden map is the memory of the network; a small one is best
-            left dense.
+            ``"both"`` both, ``"none"`` neither. The spectrum of the hidden map is the memory of the network; a small
+            one is best left dense.
         in_modes: Factors of ``input_size``, for the first layer.
         out_modes: Factors of ``hidden_size``, that is, of one gate.
         init: Variance of the factorized weights: ``"match"`` (torch's), ``"glorot"``, ``"he"``, a number;

@@ -21,7 +21,7 @@ from tensortrain.system.tracing import is_traced
 
 __all__ = ["Apply", "Compress", "MapOptions", "blocks_of", "dense_at", "refill", "repeated", "reset_map"]
 
-Compress = Literal["input", "hidden", "both"]
+Compress = Literal["input", "hidden", "both", "none"]
 Apply = Callable[[Tensor], Tensor]
 
 
@@ -53,12 +53,12 @@ class MapOptions:
 
     def input_map(self, in_features: int, n_gates: int, hidden_size: int, bias: bool) -> Map:
         """The map from inputs to all gates."""
-        return self._map(in_features, n_gates, hidden_size, bias, self.in_modes, self.compress != "hidden")
+        return self._map(in_features, n_gates, hidden_size, bias, self.in_modes, self.compress in ("input", "both"))
 
     def hidden_map(self, in_features: int, n_gates: int, hidden_size: int, bias: bool) -> Map:
         """The map from the hidden state (or its projection) to all gates."""
         modes = self.out_modes if in_features == hidden_size else None
-        return self._map(in_features, n_gates, hidden_size, bias, modes, self.compress != "input")
+        return self._map(in_features, n_gates, hidden_size, bias, modes, self.compress in ("hidden", "both"))
 
     def _map(
         self,

@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 from tensortrain.errors import KindError
 from tensortrain.nn.base import FactorizedLayer
 
-__all__ = ["Handle", "check_has_factorized", "distinct_layers", "make_cores_once", "transform_cores"]
+__all__ = ["Handle", "check_has_factorized", "distinct_layers", "make_cores_once", "transform_cores", "transforms_of"]
 
 Transform = Callable[[FactorizedLayer, list[Tensor]], list[Tensor]]
 
@@ -44,6 +44,11 @@ def transform_cores(layer: FactorizedLayer, transform: Transform) -> Handle:
     """Let every forward pass of a layer use ``transform(layer, cores)`` instead of its cores."""
     before = layer.register_forward_pre_hook(_Replace(transform))
     return Handle([before, layer.register_forward_hook(_restore, always_call=True)])
+
+
+def transforms_of(layer: FactorizedLayer) -> list[Transform]:
+    """What ``transform_cores`` has put on a layer, first applied first."""
+    return [hook.transform for hook in layer._forward_pre_hooks.values() if isinstance(hook, _Replace)]
 
 
 def make_cores_once(layer: FactorizedLayer) -> None:

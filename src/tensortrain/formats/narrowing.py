@@ -1,0 +1,128 @@
+"""Which units between two layers to keep, and the layer after them fitted anew: one pass gives every width.
+
+The units' activations ``a`` feed ``y = W a``. Of a set S of them the best second layer is
+``W H_{:,S} H_{S,S}^{-1}`` with ``H = E[a a^T]``, and the output error ``1/2 tr(F D H D^T)``, ``D`` the change of
+``W``, weighs outputs by ``F``. Units are taken away one block after another, each time those that cost least beside
+what the others make up for (optimal brain surgeon).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tensortrain.cores.linalg import gram_root
+from tensortrain.errors import RankError
+
+__all__ = ["Narrowing", "narrowing", "refitted", "refitted_bias"]
+
+_BLOCK = 8  # units taken away at once: as good as one at a time, at the speed of matrix products
+
+
+@dataclass(frozen=True)
+class Narrowing:
+    """The order in which units go, and what every width costs.
+
+    Attributes:
+        order: Numbers of the units, the first to go first.
+        losses: ``losses[k]`` is the error once the first k are gone, ``1/2 tr(F D H D^T)``; n + 1 of them.
+    """
+
+    order: Tensor
+    losses: Tensor
+
+    def kept(self, width: int) -> Tensor:
+        """The units that remain at a width, in their old order."""
+        n = len(self.order)
+        if not 1 <= width <= n:
+            raise RankError(f"a width must lie between 1 and the number of units: found {width} of {n}. Choose one.")
+        return self.order[n - width :].sort().values
+
+    def loss(self, width: int) -> float:
+        """The error at a width."""
+        return float(self.losses[len(self.order) - width])
+
+
+def narrowing(
+    weight: Tensor, gram: Tensor, output_gram: Tensor | None = None, *, block: int = _BLOCK, protected: int = 1
+) -> Narrowing:
+    """Order the units of a hidden layer by what it costs to do without them.
+
+    Args:
+        weight: ``(m, n)`` of the layer after them, or ``(m, n, ..)`` of a convolution, whose positions count as
+            outputs of their own.
+        gram: ``E[a a^T]``, ``(n, n)``, shrunk so that it is positive definite (of deviations from the mean, where
+            the layer after has a bias to take up the rest).
+        output_gram: Weight of the outputs, ``(m, m)``; identity if left out.
+        block: How many go at once.
+        protected: How many remain in any case.
+
+    Cost: O(n^3 + m n^2) flops.
+    Source: Kurtic, Frantar and Alistarh, arXiv:2302.04089, equations 3 and 4; blocks: Frantar and Alistarh,
+    arXiv:2208.11580.
+
+    Example:
+        >>> w, h = torch.tensor([[1.0, 2.0, 0.1]]), torch.eye(3)
+        >>> narrowing(w, h, block=1).order.tolist()
+        [2, 0, 1]
+    """
+    n = gram.shape[0]
+    rows = _weighed_rows(weight, output_gram)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram.double()))
+    here = torch.arange(n, device=gram.device)
+    order, losses = [], [torch.zeros(1, dtype=torch.float64, device=gram.device)]
+    while len(here) > protected:
+        scores = 0.5 * rows.square().sum(dim=0) / inverse.diagonal()
+        n_going = min(block, len(here) - protected)
+        going = scores.topk(n_going, largest=False).indices
+        order.append(here[going])
+        losses.append(losses[-1][-1] + _costs(rows[:, going], inverse[going][:, going]))
+        stay = torch.ones(len(here), dtype=torch.bool, device=gram.device)
+        stay[going] = False
+        share = torch.linalg.solve(inverse[going][:, going], inverse[going][:, stay])  # what the others take over
+        rows = rows[:, stay] - rows[:, going] @ share
+        inverse = inverse[stay][:, stay] - inverse[stay][:, going] @ share
+        here = here[stay]
+    rest = _costs(rows, inverse)
+    return Narrowing(torch.cat([*order, here]), torch.cat([*losses, losses[-1][-1] + rest]))
+
+
+def _weighed_rows(weight: Tensor, output_gram: Tensor | None) -> Tensor:
+    """``C W`` with ``F = C^T C``: errors of outputs as plain squares, ``(rows, n)``."""
+    wide = weight.detach().double()
+    if output_gram is not None:
+        root = gram_root(output_gram.double()).mT  # F = root^T root
+        wide = torch.tensordot(root, wide, dims=1)
+    return wide.movedim(1, -1).reshape(-1, weight.shape[1])
+
+
+def _costs(rows: Tensor, inverse: Tensor) -> Tensor:
+    """Error of doing without some units, the first one, the first two, .., all of them."""
+    lower = torch.linalg.cholesky(inverse)
+    # Column k of the whitened rows is what unit k costs once those before it are gone.
+    whitened = torch.linalg.solve_triangular(lower, rows.mT, upper=False)
+    return 0.5 * whitened.square().sum(dim=1).cumsum(dim=0)
+
+
+def refitted(weight: Tensor, gram: Tensor, kept: Tensor) -> Tensor:
+    """The weight of the layer after, for the units that remain: the least squares of the old outputs.
+
+    Args:
+        weight: ``(m, n)``, or ``(m, n, ..)`` of a convolution (each position by itself).
+        gram: ``(n, n)``, positive definite.
+        kept: Units that remain, ``(k,)``.
+
+    Source: arXiv:2408.09632, the Nystroem form of type I.
+    """
+    lower = torch.linalg.cholesky(gram[kept][:, kept].double())
+    take_over = torch.cholesky_solve(gram[kept].double(), lower)  # (k, n)
+    moved = torch.tensordot(weight.double().movedim(1, -1), take_over, dims=([-1], [1])).movedim(-1, 1)
+    return moved.to(weight.dtype)
+
+
+def refitted_bias(weight: Tensor, mean: Tensor, narrow: Tensor, kept: Tensor) -> Tensor:
+    """What is to be added to the bias of the layer after, where ``gram`` was that of deviations from the mean."""
+    sums, narrow_sums = (w.double().flatten(2).sum(-1) if w.ndim > 2 else w.double() for w in (weight, narrow))
+    return (sums @ mean.double() - narrow_sums @ mean[kept].double()).to(weight.dtype)

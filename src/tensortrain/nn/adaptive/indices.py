@@ -1,0 +1,178 @@
+"""The rank indices of a layer: how large each one is, and the layer with more of them or fewer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from tensortrain.cores.canonical import symmetric
+from tensortrain.cores.tolerance import compute_dtype
+from tensortrain.errors import KindError
+from tensortrain.formats import Bond, FactorSpec
+from tensortrain.nn.base import FactorizedLayer
+from tensortrain.nn.cores import PLAIN_LISTS, Cores
+from tensortrain.nn.shaping.regularize import bonds
+from tensortrain.nn.shaping.stand_ins import check_has_factorized, distinct_layers
+
+__all__ = [
+    "CLEARLY",
+    "bond_ranks",
+    "bonds",
+    "check_can_resize",
+    "concentrate_",
+    "core_size",
+    "from_train",
+    "is_train",
+    "layers_with_bonds",
+    "present",
+    "scores",
+    "set_cores_",
+    "slice_squares",
+    "spec_with",
+    "take_indices",
+    "to_train",
+]
+
+CLEARLY = 1e-2  # a rank index whose size is below this share of the largest one of its bond is taken for dead
+
+
+def layers_with_bonds(model: nn.Module, what: str) -> list[tuple[str, FactorizedLayer]]:
+    """The factorized layers that own cores, by name, those that share all their cores only once.
+
+    Raises:
+        KindError: There is none, or the format of one does not tell where its ranks are.
+    """
+    check_has_factorized(model, what)
+    distinct = {id(layer) for layer in distinct_layers(model)}
+    found = [(name, one) for name, one in model.named_modules() if id(one) in distinct]
+    for _, layer in found:
+        bonds(layer.spec)
+    return found
+
+
+def bond_ranks(layer: FactorizedLayer) -> tuple[int, ...]:
+    """How many indices each bond has."""
+    shapes = layer.spec.core_shapes
+    return tuple(shapes[core][axis] for (core, axis), *_ in bonds(layer.spec))
+
+
+def slice_squares(core: Tensor, axis: int) -> Tensor:
+    """Sum of squares of the slice at every index of an axis, differentiable."""
+    wide = core.to(torch.promote_types(core.dtype, torch.float32))
+    squares = wide.real.square() + wide.imag.square() if wide.is_complex() else wide.square()
+    return squares.movedim(axis, 0).flatten(1).sum(dim=1)
+
+
+def scores(cores: Sequence[Tensor], bond: Bond) -> Tensor:
+    """Size of every index of a bond: the product of the norms of its slices, which no rescaling of cores changes."""
+    norms = torch.stack([slice_squares(cores[core], axis).sqrt() for core, axis in bond])
+    return norms.prod(dim=0)
+
+
+def present(cores: Sequence[Tensor], bond: Bond, share: float = CLEARLY) -> Tensor:
+    """Which indices of a bond are there: those above a share of the largest one; at least one."""
+    size = scores(cores, bond)
+    alive = size > share * size.max()
+    return alive if bool(alive.any()) else torch.arange(len(size), device=size.device) == 0
+
+
+def take_indices(cores: Sequence[Tensor], bond: Bond, kept: Tensor) -> list[Tensor]:
+    """The cores with some indices of one bond only."""
+    found = list(cores)
+    for core, axis in bond:
+        found[core] = found[core].index_select(axis, kept)
+    return found
+
+
+def spec_with(spec: FactorSpec, sizes: Sequence[int]) -> FactorSpec:
+    """The spec whose bonds have these sizes."""
+    ends = (len(spec.ranks) - len(sizes)) // 2  # a chain's ranks have a one at both ends
+    ones = spec.ranks[:ends]
+    return replace(spec, ranks=(*ones, *(int(n) for n in sizes), *ones))
+
+
+def core_size(sizes: Sequence[int], spec: FactorSpec) -> int:
+    """Entries of all cores with bonds of these sizes."""
+    return sum(math.prod(shape) for shape in spec_with(spec, sizes).core_shapes)
+
+
+@torch.no_grad()
+def set_cores_(model: nn.Module, layer: FactorizedLayer, spec: FactorSpec, cores: Sequence[Tensor]) -> None:
+    """Give a layer, and whoever shares its cores, new cores of another size."""
+    old = layer.cores
+    fresh = [nn.Parameter(core.contiguous(), requires_grad=was.requires_grad) for core, was in _paired(cores, layer)]
+    for one in _sharing(model, layer):
+        one.take_spec(spec)
+        one.cores = old if one is layer else layer.cores
+        if one is layer:
+            one.cores = Cores(fresh)
+        one.clear_cache()
+
+
+def _paired(cores: Sequence[Tensor], layer: FactorizedLayer) -> Iterator[tuple[Tensor, Tensor]]:
+    return zip(cores, layer.core_list(), strict=True)
+
+
+def _sharing(model: nn.Module, layer: FactorizedLayer) -> list[FactorizedLayer]:
+    """The layer, and then all others with the same cores."""
+    own = [id(core) for core in layer.cores.parameters()]
+    same = [
+        one
+        for one in model.modules()
+        if isinstance(one, FactorizedLayer)
+        and one is not layer
+        and [id(core) for core in one.cores.parameters()] == own
+    ]
+    return [layer, *same]
+
+
+def is_train(layer: FactorizedLayer) -> bool:
+    """Whether the cores of a layer are one chain, which can be turned and rounded."""
+    return layer.format.chain(layer.spec.one_group()) is not None and layer.spec.weight.groups == 1
+
+
+def to_train(layer: FactorizedLayer, spec: FactorSpec, cores: Sequence[Tensor]) -> list[Tensor]:
+    """Stored cores of a layer as a train ``(r, n, s)``, in a dtype that LAPACK knows."""
+    chain = layer.format.to_chain(list(cores), spec)
+    return [core.flatten(1, 2).to(compute_dtype(core.dtype)) for core in chain]
+
+
+def from_train(
+    layer: FactorizedLayer, spec: FactorSpec, train: Sequence[Tensor]
+) -> tuple[FactorSpec, tuple[Tensor, ...]]:
+    """A train of other ranks as a layer stores it, and the spec that says so."""
+    spec = spec_with(spec, [core.shape[-1] for core in train[:-1]])
+    chain = layer.format.chain(spec)
+    assert chain is not None
+    dtype = layer.core_list()[0].dtype
+    cores = [core.reshape(shape).to(dtype) for core, shape in zip(train, chain.core_shapes, strict=True)]
+    return spec, layer.format.from_chain(cores, spec)
+
+
+@torch.no_grad()
+def concentrate_(layer: FactorizedLayer) -> None:
+    """Turn the rank indices of a train, in place, to singular directions: what it does not need is small from then on.
+
+    The weight stays the same. Other formats have no such freedom, or none that is worth it.
+    """
+    if not is_train(layer) or type(layer.cores) not in PLAIN_LISTS:
+        return
+    train = to_train(layer, layer.spec, layer.core_list())
+    padded = [torch.zeros_like(core) for core in train]
+    for core, value in zip(padded, symmetric(train), strict=True):
+        core[: value.shape[0], :, : value.shape[2]] = value
+    for core, value in zip(layer.core_list(), from_train(layer, layer.spec, padded)[1], strict=True):
+        core.copy_(value)
+
+
+def check_can_resize(name: str, layer: FactorizedLayer) -> None:
+    """Raise ``KindError`` where the cores are not plain parameters."""
+    if type(layer.cores) not in PLAIN_LISTS:
+        raise KindError(
+            f"ranks can be changed where cores are plain parameters: {name or 'the layer'} holds "
+            f"{type(layer.cores).__name__}. Take the constraint off first (make a new layer from layer.to_dense())."
+        )

@@ -265,7 +265,7 @@ def test_sums_of_several_terms_are_rounded_by_their_blocks(ranks, eps, generator
         assert error <= found.bound <= eps
 
 
-def test_inner_products_mode_by_mode_agree(generator):
+def test_inner_products_of_large_cores_agree(generator):
     modes, inner = (9, 11, 8, 10), (9, 64, 10)
     x, y = chain(modes, inner, generator), chain(modes, inner, generator)
     wide = [chain((3, 60, 50), (90, 70), generator) for _ in range(2)]

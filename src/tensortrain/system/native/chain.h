@@ -7,7 +7,6 @@
 #pragma once
 
 #include "lapack.h"
-#include "threads.h"
 
 #include <limits>
 #include <optional>
@@ -254,52 +253,14 @@ void past_pair(Buffer<T>& env, const Core<T>& bra, const Core<T>& ket, Buffer<T>
   env.swap(next);
 }
 
-// The same mode by mode, on all threads: a product of each part is small enough for the cache, and the numbers are
-// looked at while they are there. Whether all of them are moderate.
-template <typename T>
-bool past_modes(Buffer<T>& env, const Core<T>& bra, const Core<T>& ket, double limit, Buffer<T>& next) {
-  const Int n = ket.n, t = bra.r, r = ket.r, u = bra.s, s = ket.s, size = u * s, n_parts = std::min<Int>(n, 8);
-  Buffer<T> sums(n_parts * size, T(0));
-  std::atomic<bool> is_good{true};
-  const T low = std::ldexp(T(1), -static_cast<int>(limit)), high = std::ldexp(T(1), static_cast<int>(limit));
-  const auto lies_well = [&](const Core<T>& core, Int j) {
-    for (Int i = 0; i < core.r; ++i)
-      if (!lies_between(core.data + (i * n + j) * core.s, core.s, low, high)) return false;
-    return true;
-  };
-  on_threads(n_parts, 1, true, [&](Int first, Int last) {
-    Buffer<T> half(t * s);
-    for (Int part = first; part < last; ++part)
-      for (Int j = part * n / n_parts; j < (part + 1) * n / n_parts; ++j) {
-        if (!lies_well(ket, j) || (bra.data != ket.data && !lies_well(bra, j))) is_good = false;
-        multiply_into(half.data(), s, {env.data(), r}, {ket.data + j * s, n * s}, t, s, r);
-        multiply_into(sums.data() + part * size, s, {bra.data + j * u, n * u, true}, {half.data(), s}, u, s, t, T(1));
-      }
-  });
-  next.assign(sums.begin(), sums.begin() + size);
-  for (Int part = 1; part < n_parts; ++part)
-    for (Int i = 0; i < size; ++i) next[i] += sums[part * size + i];
-  env.swap(next);
-  return is_good;
-}
-
-template <typename T>
-bool goes_by_modes(const Core<T>& bra, const Core<T>& ket) {
-  return ket.n >= 8 && std::min({bra.r, bra.s, ket.r, ket.s}) >= 48;
-}
-
 template <typename T>
 std::optional<Value<T>> dot_plainly(const Cores<T>& bra, const Cores<T>& ket) {
   const double limit = limit_of<T>(2);
   Buffer<T> env{T(1)}, half, next;
   int64_t exponent = 0;
   for (size_t k = 0; k < bra.size(); ++k) {
-    if (goes_by_modes(bra[k], ket[k])) {
-      if (!past_modes(env, bra[k], ket[k], limit, next)) return std::nullopt;
-    } else {
-      if (!is_moderate(bra[k], limit) || (bra[k].data != ket[k].data && !is_moderate(ket[k], limit))) return std::nullopt;
-      past_pair(env, bra[k], ket[k], half, next);
-    }
+    if (!is_moderate(bra[k], limit) || (bra[k].data != ket[k].data && !is_moderate(ket[k], limit))) return std::nullopt;
+    past_pair(env, bra[k], ket[k], half, next);
     if (!settle(env, bra[k].s * ket[k].s, limit, exponent)) return std::nullopt;
   }
   exponent += split_whole(env.data(), 1);

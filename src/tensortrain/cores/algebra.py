@@ -13,6 +13,7 @@ from tensortrain.cores.environments import value_parts
 from tensortrain.cores.scales import Exponents, Kept, Scale, common, guarded, plain_exponent
 from tensortrain.cores.scaling import split_pow2, spread_pow2, times_pow2, work_dtype
 from tensortrain.cores.unfold import absorb_left, absorb_right, as_left, over_core
+from tensortrain.cores.walks import product_walk
 
 __all__ = [
     "add_cores",
@@ -141,7 +142,7 @@ def pad_zeros(cores: Sequence[Tensor], k: int, width: tuple[int, int]) -> list[T
 
 def hadamard_cores(left: Sequence[Tensor], right: Sequence[Tensor]) -> list[Tensor]:
     """Cores of the elementwise product: ranks multiply."""
-    return [hadamard_core(a, b) for a, b in zip(left, right, strict=True)]
+    return product_walk(left, right) or [hadamard_core(a, b) for a, b in zip(left, right, strict=True)]
 
 
 def hadamard_core(a: Tensor, b: Tensor) -> Tensor:

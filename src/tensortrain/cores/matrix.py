@@ -10,13 +10,19 @@ from torch import Tensor
 
 from tensortrain.cores.scales import Exponents, Scale, guarded, plain_exponent
 from tensortrain.cores.scaling import times_pow2
+from tensortrain.cores.walks import product_walk
 
-__all__ = ["applied", "times_matrix_core", "times_train_core"]
+__all__ = ["applied", "times_matrix_core", "times_matrix_cores", "times_train_core"]
 
 
 def times_matrix_core(a: Tensor, b: Tensor) -> Tensor:
     """``(.., r, i, j, s)`` and ``(.., t, j, k, u)`` to ``(.., r t, i, k, s u)``."""
     return torch.einsum("...rijs,...tjku->...rtiksu", a, b).flatten(-2, -1).flatten(-5, -4)
+
+
+def times_matrix_cores(left: Sequence[Tensor], right: Sequence[Tensor]) -> list[Tensor]:
+    """``times_matrix_core`` of every pair."""
+    return product_walk(left, right, 4) or [times_matrix_core(a, b) for a, b in zip(left, right, strict=True)]
 
 
 def times_train_core(a: Tensor, x: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ from tensortrain.cores.unfold import absorb_left, absorb_right, as_left, as_righ
 from tensortrain.cores.walks import rounding_walk
 from tensortrain.errors import NonFiniteError, RankError
 
-__all__ = ["METHODS", "SQUARED_FLOOR", "round_cores"]
+__all__ = ["METHODS", "SQUARED_FLOOR", "SQUARED_UNIT", "round_cores"]
 
 Cut = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor, Tensor]]
 
@@ -40,6 +40,7 @@ Cut = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor, Tensor]]
 # rounding is 1e-16 of the square of the norm, hence 2e-8 of the norm, and sums of some hundred terms make it worse.
 SQUARED_FLOOR = 4e-7
 SQUARED_UNIT = SQUARED_FLOOR / 10
+_ROOM = 0.5  # of the tolerance: the cuts still get 0.87 of it
 
 
 def round_cores(
@@ -116,7 +117,17 @@ class _Problem:
     @cached_property
     def walk(self) -> Any | None:
         """What lies right of each bond, where kernels know it. Most trains need no scaling but one power of two."""
-        return None if self.scaled else rounding_walk(self.given, self.center[1])
+        return None if self.scaled else rounding_walk(self.given, self.center[1], squares=self.may_square)
+
+    @property
+    def least_unseen(self) -> float:
+        """What squares cannot show of a train whose roundings do not grow: two of them at every bond."""
+        return SQUARED_UNIT * math.sqrt(2.0 * max(1, len(self.given) - 1))
+
+    @property
+    def may_square(self) -> bool:
+        """Whether the tolerance leaves squares their room."""
+        return self.least_unseen <= _ROOM * self.eps
 
     @property
     def cores(self) -> list[Tensor]:
@@ -128,11 +139,25 @@ class _Problem:
 
 def _round_svd(problem: _Problem, caps: Sequence[int]) -> Finished:
     walk, exponent = problem.walk, torch.zeros((), dtype=torch.int32)
+    if walk is not None and problem.may_square:
+        found = _swept_by(partial(_cut_by_squares, problem, caps, walk), problem, caps, _Past())
+        if found.sweep is None or float(found.sweep.unseen) <= _ROOM * problem.eps:
+            return found
+        walk = rounding_walk(problem.given, problem.center[1])
     if walk is None:
         walk, exponent = rounding_walk(problem.cores, problem.train.center[1]), problem.train.exponent
     if walk is None:
         return _swept(problem, caps, triangles(problem.train), cut_basis)
     return _swept_by(partial(_cut_by_walk, problem, caps, walk, exponent), problem, caps, _Past())
+
+
+def _cut_by_squares(problem: _Problem, caps: Sequence[int], walk: Any, tolerance: Tensor | float) -> Sweep:
+    """``_cut_by_walk`` of a walk by Gram matrices: the cuts get what these leave."""
+    nothing = torch.zeros((), dtype=torch.int32)
+    left = math.sqrt(max(0.0, float(tolerance) ** 2 - problem.least_unseen**2))
+    sweep = _cut_by_walk(problem, caps, walk, nothing, left)
+    assert sweep.growth is not None
+    return replace(sweep, unseen=math.sqrt(2.0) * _unseen(sweep.growth))
 
 
 def _cut_by_walk(problem: _Problem, caps: Sequence[int], walk: Any, before: Tensor, tolerance: Tensor | float) -> Sweep:

@@ -15,13 +15,13 @@ from torch import Tensor
 from tensortrain.system.native import library
 from tensortrain.system.tracing import can_look
 
-__all__ = ["balanced_walk", "dot_walk", "norm_walk", "orthogonal_walk", "rounding_walk", "serves"]
+__all__ = ["balanced_walk", "dot_walk", "norm_walk", "orthogonal_walk", "product_walk", "rounding_walk", "serves"]
 
 
-def _kernels(cores: Sequence[Tensor]) -> Any | None:
+def _kernels(cores: Sequence[Tensor], n_axes: int = 3) -> Any | None:
     """The kernels, if they may serve these cores at all."""
     first = cores[0]
-    if first.ndim != 3 or first.device.type != "cpu" or first.dtype not in (torch.float64, torch.float32):
+    if first.ndim != n_axes or first.device.type != "cpu" or first.dtype not in (torch.float64, torch.float32):
         return None
     return library() if can_look(first) else None
 
@@ -55,12 +55,20 @@ def balanced_walk(cores: Sequence[Tensor]) -> tuple[list[Tensor], Tensor] | None
     return None if kernels is None else kernels.chain_balanced(list(cores))
 
 
-def rounding_walk(cores: Sequence[Tensor], hi: int) -> Any | None:
+def product_walk(left: Sequence[Tensor], right: Sequence[Tensor], n_axes: int = 3) -> list[Tensor] | None:
+    """Cores of the product: entry by entry of cores ``(r, n, s)``, of matrices of cores ``(r, i, j, s)``."""
+    kernels = _kernels(left, n_axes)
+    return None if kernels is None else kernels.chain_product(list(left), list(right), n_axes == 4)
+
+
+def rounding_walk(cores: Sequence[Tensor], hi: int, *, squares: bool = False) -> Any | None:
     """What lies right of each bond of a chain in float64, whose cores after ``hi`` are right-orthogonal.
+
+    With ``squares`` by Gram matrices, which show nothing below some 1e-8 of the whole.
 
     Its ``norm()`` is a pair of a number and a power of two. ``cut(share, caps, needs_values)`` gives cores, lists of
     kept singular values, tails, the least values kept, and growth; ``None`` where a factorization failed. Without
     ``needs_values`` a bond at which nothing is cut has no list, and a lower bound of its least value.
     """
     kernels = _kernels(cores)
-    return None if kernels is None else kernels.chain_rounding(list(cores), hi)
+    return None if kernels is None else kernels.chain_rounding(list(cores), hi, squares)

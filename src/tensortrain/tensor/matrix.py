@@ -13,7 +13,7 @@ from torch import Tensor
 from tensortrain.cores.algebra import contract, join_pieces
 from tensortrain.cores.dense import cores_of_dense
 from tensortrain.cores.environments import value_parts
-from tensortrain.cores.matrix import applied, times_matrix_core, times_train_core
+from tensortrain.cores.matrix import applied, times_matrix_core, times_matrix_cores, times_train_core
 from tensortrain.cores.ranks import RankLike
 from tensortrain.cores.regroup import dense_to_paired, paired_to_dense, reshaped_matrix
 from tensortrain.cores.scaling import times_pow2, work_dtype
@@ -267,8 +267,7 @@ class TTMatrix(CoreChain):
                 "expected one of these. Convert it with torch.as_tensor."
             )
         left, right = matched_factors("@", self, other)
-        pairs = zip(left.cores, right._paired(), strict=True)
-        return right._from_paired([times_matrix_core(a, b) for a, b in pairs])
+        return right._from_paired(times_matrix_cores(left.cores, right._paired()))
 
     def matmul(self, other: Any) -> TTMatrix | TensorTrain | Tensor:
         """``self @ other``, for code under ``torch.compile``, which does not trace ``@`` between objects."""

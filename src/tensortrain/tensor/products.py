@@ -188,12 +188,15 @@ def _is_best_formed(virtual: Virtual) -> bool:
     """Whether forming a product and rounding it is faster than a sketch."""
     if not serves(virtual.like):
         return max(virtual.ranks) < _LARGE
+    cheap = _CHEAP_ENTRIES if isinstance(virtual, Hadamard) else _CHEAP
     bonds = zip(virtual.modes, virtual.ranks, virtual.ranks[1:], strict=False)
-    return sum(n * r * s * max(r, s) for n, r, s in bonds) <= _CHEAP * len(virtual.modes)
+    return sum(n * r * s * max(r, s) for n, r, s in bonds) <= cheap * len(virtual.modes)
 
 
 _LARGE = 48  # ranks of a product from which a sketch beats forming it, on two CPU cores
-_CHEAP = 7e6  # n r^3 of a core up to which rounding in one walk takes less time than the steps of a sketch
+# n r^3 of a core up to which rounding in one walk takes less time than the steps of a sketch, which gain more where
+# both factors have ranks far below that of the product.
+_CHEAP, _CHEAP_ENTRIES = 2.5e7, 8e6
 
 
 def _wide(cores: Sequence[Tensor]) -> list[Tensor]:

@@ -116,22 +116,22 @@ bool settle(Buffer<T>& x, Int n, double limit, int64_t& exponent) {
 
 // Whether every entry is zero or of a modulus from `low` to `high`. Cores are read once before they are multiplied, and
 // at small ranks that must not take as long as the product.
-TENSORTRAIN_WIDE inline bool lies_between(const double* x, Int n, double low, double high) {
-  int64_t outside = 0;
+template <typename T, typename Bits>
+inline __attribute__((always_inline)) bool holds_within(const T* x, Int n, T low, T high) {
+  Bits outside = 0;
   for (Int i = 0; i < n; ++i) {
-    const double a = std::abs(x[i]);
-    outside |= int64_t(!(a <= high)) | (int64_t(a < low) & int64_t(a > 0));
+    const T a = std::abs(x[i]);
+    outside |= Bits(!(a <= high)) | (Bits(a < low) & Bits(a > 0));
   }
   return outside == 0;
 }
 
+TENSORTRAIN_WIDE inline bool lies_between(const double* x, Int n, double low, double high) {
+  return holds_within<double, int64_t>(x, n, low, high);
+}
+
 TENSORTRAIN_WIDE inline bool lies_between(const float* x, Int n, float low, float high) {
-  int32_t outside = 0;
-  for (Int i = 0; i < n; ++i) {
-    const float a = std::abs(x[i]);
-    outside |= int32_t(!(a <= high)) | (int32_t(a < low) & int32_t(a > 0));
-  }
-  return outside == 0;
+  return holds_within<float, int32_t>(x, n, low, high);
 }
 
 template <typename T>

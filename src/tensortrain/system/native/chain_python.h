@@ -1,6 +1,7 @@
 // Chains as Python hands them over: lists of plain tensors (r, n, s) of one dtype, none of them empty.
 #pragma once
 
+#include "chain_product.h"
 #include "rounding.h"
 #include "short_way.h"
 
@@ -16,14 +17,14 @@ namespace py = pybind11;
 struct Given {
   std::vector<Tensor> held;
 
-  static std::optional<Given> of(const py::list& list) {
+  static std::optional<Given> of(const py::list& list, Int n_axes = 3) {
     Given given;
     if (list.empty() || !lapack::has_lapack() || !is_undisturbed()) return std::nullopt;
     const bool records = c10::GradMode::is_enabled() && !c10::InferenceMode::is_enabled();
     for (const auto one : list) {
       if (!THPVariable_CheckExact(one.ptr())) return std::nullopt;
       const auto& core = THPVariable_Unpack(one.ptr());
-      if (!is_plain(core) || core.dim() != 3 || core.numel() == 0 || core.numel() > (1 << 30)) return std::nullopt;
+      if (!is_plain(core) || core.dim() != n_axes || core.numel() == 0 || core.numel() > (1 << 30)) return std::nullopt;
       if (core.is_conj() || core.is_neg() || (records && core.requires_grad())) return std::nullopt;
       given.held.push_back(core.is_contiguous() ? core : core.contiguous());
     }
@@ -31,12 +32,18 @@ struct Given {
     if (dtype != at::kDouble && dtype != at::kFloat) return std::nullopt;
     for (size_t k = 0; k < given.held.size(); ++k) {
       if (given.held[k].scalar_type() != dtype) return std::nullopt;
-      if (k && given.held[k].size(0) != given.held[k - 1].size(2)) return std::nullopt;
+      if (k && given.held[k].size(0) != given.held[k - 1].size(n_axes - 1)) return std::nullopt;
     }
     return given;
   }
 
   bool is_double() const { return held[0].scalar_type() == at::kDouble; }
+
+  template <typename T>
+  MatrixCore<T> matrix(size_t k) const {
+    const auto& core = held[k];
+    return {core.const_data_ptr<T>(), core.size(0), core.size(1), core.size(2), core.size(3)};
+  }
 
   template <typename T>
   Cores<T> cores() const {
@@ -96,6 +103,43 @@ inline Parts norm_parts(const py::list& cores) {
   return given->is_double() ? parts_of(norm(given->cores<double>())) : parts_of(norm(given->cores<float>()));
 }
 
+using Products = std::optional<std::vector<Tensor>>;
+
+template <typename T>
+std::vector<Tensor> entries_of(const Given& left, const Given& right) {
+  const auto a = left.cores<T>(), b = right.cores<T>();
+  std::vector<Tensor> out;
+  for (size_t k = 0; k < a.size(); ++k) {
+    out.push_back(at::empty({a[k].r * b[k].r, a[k].n, a[k].s * b[k].s}, left.held[k].options()));
+    times_entries(a[k], b[k], out.back().mutable_data_ptr<T>());
+  }
+  return out;
+}
+
+template <typename T>
+std::vector<Tensor> matrices_of(const Given& left, const Given& right) {
+  std::vector<Tensor> out;
+  Buffer<T> rows, made;
+  for (size_t k = 0; k < left.held.size(); ++k) {
+    const auto a = left.matrix<T>(k), b = right.matrix<T>(k);
+    out.push_back(at::empty({a.r * b.r, a.i, b.j, a.s * b.s}, left.held[k].options()));
+    times_matrix(a, b, out.back().mutable_data_ptr<T>(), rows, made);
+  }
+  return out;
+}
+
+// Cores of the product of two chains, entry by entry of cores (r, n, s), or of matrices (r, i, j, s).
+inline Products product_cores(const py::list& a, const py::list& b, bool of_matrices) {
+  const Int n_axes = of_matrices ? 4 : 3;
+  const auto left = Given::of(a, n_axes), right = Given::of(b, n_axes);
+  if (!left || !right || left->held.size() != right->held.size() || left->is_double() != right->is_double())
+    return std::nullopt;
+  for (size_t k = 0; k < left->held.size(); ++k)
+    if (left->held[k].size(n_axes - 2) != right->held[k].size(1)) return std::nullopt;
+  if (of_matrices) return left->is_double() ? matrices_of<double>(*left, *right) : matrices_of<float>(*left, *right);
+  return left->is_double() ? entries_of<double>(*left, *right) : entries_of<float>(*left, *right);
+}
+
 using Placed = std::optional<std::pair<std::vector<Tensor>, Tensor>>;
 
 template <typename T>
@@ -149,12 +193,12 @@ struct Walked {
   }
 };
 
-inline std::unique_ptr<Walked> walk(const py::list& cores, Int hi) {
+inline std::unique_ptr<Walked> walk(const py::list& cores, Int hi, bool squares) {
   auto given = Given::of(cores);
   if (!given || !given->is_double()) return nullptr;
   const py::gil_scoped_release unlocked;
   auto views = given->cores<double>();
-  auto walked = std::make_unique<Walked>(Walked{std::move(*given), Rounding(std::move(views), hi)});
+  auto walked = std::make_unique<Walked>(Walked{std::move(*given), Rounding(std::move(views), hi, squares)});
   return walked->rounding.is_safe ? std::move(walked) : nullptr;
 }
 
@@ -162,6 +206,7 @@ inline void bind(py::module_& m) {
   py::class_<Walked>(m, "Rounding").def("cut", &Walked::cut).def("norm", &Walked::norm);
   m.def("chain_dot", &dot_parts);
   m.def("chain_norm", &norm_parts);
+  m.def("chain_product", &product_cores);
   m.def("chain_orthogonal", &orthogonal_cores);
   m.def("chain_balanced", &balanced_cores);
   m.def("chain_rounding", &walk);

@@ -8,6 +8,9 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <memory>
+#include <new>
+#include <utility>
 #include <vector>
 
 // Loops over entries gain from vectors; at -O2 older compilers do not make them.
@@ -71,8 +74,26 @@ struct Of {
 namespace tensortrain::lapack {
 
 using Int = int64_t;
+
+// Leaves numbers as they are that nobody gave: what a product writes need not be zero before.
 template <typename T>
-using Buffer = std::vector<T>;
+struct Unwritten : std::allocator<T> {
+  template <typename U>
+  struct rebind {
+    using other = Unwritten<U>;
+  };
+  template <typename U>
+  void construct(U* at) {
+    ::new (static_cast<void*>(at)) U;
+  }
+  template <typename U, typename... Args>
+  void construct(U* at, Args&&... given) {
+    ::new (static_cast<void*>(at)) U(std::forward<Args>(given)...);
+  }
+};
+
+template <typename T>
+using Buffer = std::vector<T, Unwritten<T>>;
 
 inline bool has_lapack() { return Of<double>::is_there() && Of<float>::is_there(); }
 
@@ -115,11 +136,12 @@ struct Desk {
   }
 
   // a, columns one after the other (m each, n of them), becomes what LAPACK makes of it: R and reflections.
-  void qr(Int m, Int n, T* a) {
+  // The columns begin `apart` from each other, m if left out.
+  void qr(Int m, Int n, T* a, Int apart = 0) {
     if (static_cast<Int>(tau.size()) < std::min(m, n)) tau.resize(std::min(m, n));
-    const int rows = m, columns = n, most = std::max<Int>(64 * n, 64);
+    const int rows = m, columns = n, most = std::max<Int>(64 * n, 64), step = std::max(apart, m);
     int info = 0;
-    if (rows && columns) Of<T>::geqrf_of(&rows, &columns, a, &rows, tau.data(), room(most), &most, &info);
+    if (rows && columns) Of<T>::geqrf_of(&rows, &columns, a, &step, tau.data(), room(most), &most, &info);
   }
 
   // The orthonormal factor (m, k) in place of what `qr` left, k = min(m, n).

@@ -12,11 +12,11 @@ from torch import Tensor
 
 import tensortrain as tt
 from tensortrain.contract import CostModel
-from tensortrain.contract.stages import Load
+from tensortrain.contract.hops import Load
 from tensortrain.formats import format_names, get_format
 from tensortrain.nn.conv import choose
 from tensortrain.nn.conv.quick import quick
-from tensortrain.nn.conv.ways import StagedWay, Way
+from tensortrain.nn.conv.ways import HopsWay, Way
 from tensortrain.testing import rel_error
 
 FORMATS = [name for name in format_names() if "conv" in get_format(name).kinds]
@@ -118,17 +118,17 @@ def _curved(y: Tensor) -> Tensor:
 def test_the_two_halves_of_a_train_are_a_chain_of_two_convolutions() -> None:
     layer = tt.nn.Conv2d(16, 12, 3, padding=1, format="tt_separate", rank=3)
     with torch.no_grad():
-        staged = [way for way in ways_of(layer, torch.randn(1, 16, 8, 8)) if isinstance(way, StagedWay)]
-    assert any(len(way.stages) == 2 and all(stage.is_plain for stage in way.stages) for way in staged)
+        hopping = [way for way in ways_of(layer, torch.randn(1, 16, 8, 8)) if isinstance(way, HopsWay)]
+    assert any(len(way.hops) == 2 and all(hop.is_plain for hop in way.hops) for way in hopping)
 
 
-def test_a_stage_never_builds_the_whole_kernel() -> None:
+def test_a_hop_never_builds_the_whole_kernel() -> None:
     for format in FORMATS:
         layer = tt.nn.Conv2d(8, 6, 3, format=format, rank=2, implementation="factorized")
         with torch.no_grad():
             ways = ways_of(layer, torch.randn(1, 8, 5, 5))
         n_cores = len(layer.cores)
-        assert all(len(way.stages[0].cores) < n_cores for way in ways if isinstance(way, StagedWay))
+        assert all(len(way.hops[0].cores) < n_cores for way in ways if isinstance(way, HopsWay))
         assert not layer.plan(1, (5, 5)).uses_dense
 
 

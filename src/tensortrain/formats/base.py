@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tensortrain.contract import ChainShape, ContractionPlan, Network
-from tensortrain.contract.stages import ConvNetwork
+from tensortrain.contract.hops import ConvNetwork
 from tensortrain.cores.tolerance import compute_dtype
 from tensortrain.errors import KindError, ShapeError
 from tensortrain.tensor import Approximation, default_eps

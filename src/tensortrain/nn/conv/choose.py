@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tensortrain.contract.trials import Notebook, best_seconds, can_time, timed, train_once
+from tensortrain.contract.trials import Notebook, can_time, seconds_in_use, timed, train_once, trial_key
 from tensortrain.formats import FactorSpec
 from tensortrain.nn.conv.options import ConvOptions
 from tensortrain.nn.conv.ways import Maker, Way
@@ -28,7 +28,7 @@ _TOO_LONG_S = 0.4  # of one round as predicted: fewer examples are taken then
 _MOST_BYTES = 2**28  # of input, output and states: likewise
 _CLEARLY = 0.95  # what is not faster by so much than an earlier way is taken for level with it
 _MARGIN = 0.7  # untimed, a way has to be predicted so much faster than the dense kernel to run in its place
-_NOTES = Notebook("convolutions-1")
+_NOTES = Notebook("convolutions-2")  # since calls are timed after a rest
 _KNOWN: dict[Any, _Trial] = {}
 
 
@@ -101,7 +101,7 @@ def fastest_way(request: Request, ways: Sequence[Way], maker: Maker, *, may_time
         maker: Of the layer that asks.
         may_time: Whether ways may be run at all.
 
-    Cost: some 50 ms once for every size; what was found is kept with the constants of the machine.
+    Cost: some 200 ms once for every size; what was found is kept with the constants of the machine.
     """
     if len(ways) == 1 or not may_time or request.n_positions == 0 or not can_time(request.device):
         return predicted(ways)
@@ -133,8 +133,8 @@ def bucket(size: int) -> int:
 def _key(request: Request, ways: Sequence[Way]) -> tuple[Any, ...]:
     size = (1 << max(0, request.batch - 1).bit_length(), *map(bucket, request.spatial))
     rules = any(way.uses_dense for way in ways), any(way.packs for way in ways), all(way.uses_dense for way in ways)
-    where = str(request.device), request.channels_last, request.has_bias, torch.get_num_threads(), str(request.dtype)
-    return request.spec.to_dict().__repr__(), repr(request.options), size, request.training, rules, where
+    how = request.training, request.channels_last, request.has_bias, str(request.dtype)
+    return trial_key(request.device, repr(request.spec.to_dict()), repr(request.options), size, *how, rules)
 
 
 def _recalled(ways: Sequence[Way], request: Request, key: Any) -> _Trial | None:
@@ -156,7 +156,7 @@ def _tried(ways: Sequence[Way], request: Request, maker: Maker, key: Any) -> _Tr
     try:
         with torch.autocast(request.device.type, enabled=False):
             calls = [_call(way, small, maker) for way in tried]
-            best = best_seconds(calls, lambda call: timed(call, request.device), hurries=True)
+            best = seconds_in_use(calls, lambda call: timed(call, request.device))
     except torch.OutOfMemoryError:
         return None
     earlier = _recalled(ways, request, key)  # another process was at it at the same time
@@ -207,10 +207,10 @@ def _call(way: Way, request: Request, maker: Maker) -> Callable[[], object]:
             prepared = way.prepare(maker, cores, options)
             return lambda: _infer(way, x, prepared, bias, options, maker)
         seed = torch.full_like(way.run(x, way.prepare(maker, cores, options), bias, options, maker), 0.1)
-    leaves = [tensor.requires_grad_() for tensor in (x, *cores)]
+    leaves = [tensor.requires_grad_() for tensor in (x, *cores, *(() if bias is None else (bias,)))]
 
     def run() -> Tensor:
-        return way.run(leaves[0], way.prepare(maker, leaves[1:], options), bias, options, maker)
+        return way.run(x, way.prepare(maker, cores, options), bias, options, maker)
 
     return lambda: train_once(run, leaves, seed)
 

@@ -14,12 +14,15 @@ from torch.autograd import forward_ad
 
 from tensortrain.contract.hops import ConvNetwork, Hop
 from tensortrain.nn.conv.options import ConvOptions
+from tensortrain.system.native import library
 
-__all__ = ["DenseWay", "HopsWay", "Layout", "Maker", "StepsWay", "Way", "can_pack", "is_channels_last"]
+__all__ = ["DenseWay", "HopsWay", "Layout", "Maker", "StepsWay", "Way", "can_filter", "can_pack", "is_channels_last"]
 
-# Of the states: as torch lays them out; the same with 1x1 products as convolutions of the library; channels last;
-# channels last with kernels that the library has laid out for itself beforehand; the same for 1x1 products too.
-Layout = Literal["plain", "library", "last", "packed", "all packed"]
+# Of the states: as torch lays them out; the same with 1x1 products as convolutions of the library, or with our own
+# kernel for convolutions of few channels; channels last; channels last with kernels that the library has laid out for
+# itself beforehand; the same for 1x1 products too.
+Layout = Literal["plain", "library", "filters", "last", "packed", "all packed"]
+_FEW_CHANNELS = 4  # summed by each output of a convolution by our own kernel
 _POINT = ConvOptions((1, 1), (1, 1), (0, 0), (1, 1))
 
 
@@ -206,6 +209,10 @@ class HopsWay(Way):
         """The same hops, laid out otherwise."""
         return replace(self, layout=layout)
 
+    def can_filter(self) -> bool:
+        """Whether our own kernel may take one of its convolutions."""
+        return any(hop.along and hop.weight_sizes[2] <= _FEW_CHANNELS for hop in self.hops)
+
     def can_be_last(self) -> bool:
         """Whether every state is nothing but channels, as channels-last steps want it."""
         return all(hop.is_plain and (hop.along or hop.sizes[1] == 1) for hop in self.hops)
@@ -227,7 +234,7 @@ class HopsWay(Way):
             weight = weight.transpose(1, 2).reshape(groups * summed, new, *kernel)
         else:
             weight = weight.reshape(groups * new, summed, *kernel)
-        if self.layout in ("plain", "library"):
+        if self.layout in ("plain", "library", "filters"):
             return weight.contiguous()
         return _laid_out(weight, options.along(hop.along), groups, self.packs)
 
@@ -283,7 +290,8 @@ class HopsWay(Way):
         before, groups, summed, after = hop.sizes
         if hop.along:
             x = x.reshape(batch * before, groups * summed, *places)
-            y = options(x, weight, bias, groups)
+            filters = self.layout == "filters" and hop.weight_sizes[2] <= _FEW_CHANNELS
+            y = (_filtered if filters else _convolved)(x, weight, bias, options, groups)
             return y, y.shape[2:]
         width = after * places.numel()
         if self.layout == "library":
@@ -327,6 +335,27 @@ def _product(weight: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
     if bias is None:
         return torch.bmm(wide, x)
     return torch.baddbmm(bias.reshape(1, -1, 1), wide, x)
+
+
+def _convolved(x: Tensor, weight: Tensor, bias: Tensor | None, options: ConvOptions, groups: int) -> Tensor:
+    return options(x, weight, bias, groups)
+
+
+def _filtered(x: Tensor, weight: Tensor, bias: Tensor | None, options: ConvOptions, groups: int) -> Tensor:
+    """The same by our own kernel; by torch's where it is not built, or somebody looks on."""
+    kernels = library()
+    if kernels is not None and not options.is_transposed and options.padding_mode == "zeros":
+        y: Tensor | None = kernels.filter(x, weight, bias, options.stride, options.padding, options.dilation, groups)
+        if y is not None:
+            return y
+    return options(x, weight, bias, groups)
+
+
+def can_filter(options: ConvOptions, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether our own kernel takes such convolutions."""
+    if device.type != "cpu" or dtype not in (torch.float32, torch.float64) or options.is_transposed:
+        return False
+    return options.padding_mode == "zeros" and isinstance(options.padding, tuple) and library() is not None
 
 
 def _rows_product(x: Tensor, weight: Tensor, bias: Tensor | None, *, is_given: bool) -> Tensor:

@@ -359,4 +359,6 @@ class Format(ABC):
 
 def pointwise(x: Tensor, matrix: Tensor) -> Tensor:
     """A 1x1 convolution: ``(b, C, *positions)`` with ``(S, C)`` to ``(b, S, *positions)``."""
-    return torch.matmul(matrix, x.flatten(2)).reshape(x.shape[0], matrix.shape[0], *x.shape[2:])
+    # A compiler makes slow loops of torch.matmul with one matrix for all examples.
+    y = torch.bmm(matrix.expand(x.shape[0], -1, -1), x.flatten(2))
+    return y.reshape(x.shape[0], matrix.shape[0], *x.shape[2:])

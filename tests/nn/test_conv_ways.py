@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import time
 from typing import Any
 
 import pytest
@@ -241,6 +242,23 @@ def test_the_fastest_way_run_is_kept_and_its_time_is_told(timed: list[str]) -> N
         assert (again.way.name, again.predicted_s) == (plan.way.name, pytest.approx(plan.predicted_s))
         assert len(timed) == n_run
         assert rel_error(layer(x), layer.to_dense()(x)) <= 1e-5
+
+
+def test_a_trial_beside_other_programs_is_made_again(timed: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    now = time.time()
+    for alone, later, is_again in ((False, 10.0, False), (False, 1000.0, True), (True, 1000.0, False)):
+        monkeypatch.setattr(choose.Watch, "is_alone", lambda self, alone=alone: alone)
+        monkeypatch.setattr(choose.time, "time", lambda: now)
+        with torch.no_grad():
+            choose._NOTES.write("none", torch.device("cpu"), 0)
+            choose._NOTES._file(torch.device("cpu")).unlink()
+            make().plan(2, (8, 8))
+            n_run = len(timed)
+            choose._KNOWN.clear()
+            monkeypatch.setattr(choose.time, "time", lambda later=later: now + later)
+            make().plan(2, (8, 8))
+            choose._KNOWN.clear()
+        assert (len(timed) > n_run) == is_again
 
 
 def test_sizes_that_run_alike_share_a_trial(timed: list[str]) -> None:

@@ -8,6 +8,7 @@ through the dense kernel as torch runs it is always among those tried, where the
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -20,6 +21,7 @@ from tensortrain.contract.trials import Notebook, can_time, seconds_in_use, time
 from tensortrain.formats import FactorSpec
 from tensortrain.nn.conv.options import ConvOptions
 from tensortrain.nn.conv.ways import Maker, Way
+from tensortrain.system.machine import Watch
 
 __all__ = ["Found", "Request", "bucket", "fastest_way"]
 
@@ -31,6 +33,7 @@ _FAR_TOO_LONG_S = 0.5  # likewise, of those few: with fewer examples
 _MOST_BYTES = 2**28  # of input, output and states: likewise
 _CLEARLY = 0.92  # what is not faster by so much than the dense kernel as torch runs it is left
 _MARGIN = 0.7  # untimed, a way has to be predicted so much faster than the dense kernel to run in its place
+_DISTURBED_S = 600  # after so long a trial beside other programs is made again
 _NOTES = Notebook("convolutions-2")  # since calls are timed after a rest
 _KNOWN: dict[Any, _Trial] = {}
 
@@ -141,9 +144,11 @@ def _key(request: Request, ways: Sequence[Way]) -> tuple[Any, ...]:
 
 
 def _recalled(ways: Sequence[Way], request: Request, key: Any) -> _Trial | None:
-    """What an earlier process on this machine found."""
+    """What an earlier process on this machine found; not for long where other programs disturbed it."""
     note = _NOTES.read(key, request.device)
     try:
+        if not note["alone"] and time.time() - note["made"] > _DISTURBED_S:
+            return None
         known = _Trial(note["way"], {str(name): float(each) for name, each in note["seconds"].items()})
     except (TypeError, KeyError, ValueError, AttributeError):
         return None
@@ -156,6 +161,7 @@ def _tried(ways: Sequence[Way], request: Request, maker: Maker, key: Any) -> _Tr
     small = _smaller(request, tried)
     if small is None:
         return None
+    watch = Watch()
     try:
         with torch.autocast(request.device.type, enabled=False):
             calls = _calls(tried, small, maker)
@@ -169,7 +175,8 @@ def _tried(ways: Sequence[Way], request: Request, maker: Maker, key: Any) -> _Tr
     found = 0 if best[found] >= _CLEARLY * best[0] else found
     told = zip(tried, best, strict=True)
     each = {way.name: seconds / small.n_positions for way, seconds in told if seconds < math.inf}
-    _NOTES.write(key, request.device, {"way": tried[found].name, "seconds": each})
+    made = {"alone": watch.is_alone(), "made": time.time()}
+    _NOTES.write(key, request.device, {"way": tried[found].name, "seconds": each, **made})
     return _Trial(tried[found].name, each)
 
 

@@ -1,4 +1,4 @@
-"""Rows by the kernels are those of the dense table, for any merges, and so are their gradients."""
+"""Rows by the kernels are those of the dense table, and so are their gradients."""
 
 from __future__ import annotations
 
@@ -15,13 +15,12 @@ pytestmark = pytest.mark.skipif(kernels.library() is None, reason="the kernels a
 MODEL = CostModel.reference("cpu")
 
 
-def random_chain(seed: int) -> tuple[ChainShape, row_kernels.Groups]:
+def random_chain(seed: int) -> ChainShape:
     draw = random.Random(seed)
     order = draw.randint(2, 5)
     outs, ins = (tuple(draw.randint(1, 9) for _ in range(order)) for _ in range(2))
     ranks = (1, *(draw.randint(1, 20) for _ in range(order - 1)), 1)
-    cuts = sorted(draw.sample(range(1, order), draw.randint(1, order - 1)))
-    return ChainShape(outs, ins, ranks), tuple(zip([0, *cuts], [*cuts, order], strict=True))
+    return ChainShape(outs, ins, ranks)
 
 
 def cores_of(chain: ChainShape, dtype: torch.dtype = torch.float64) -> list[Tensor]:
@@ -30,12 +29,9 @@ def cores_of(chain: ChainShape, dtype: torch.dtype = torch.float64) -> list[Tens
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("seed", range(12))
-def test_any_merges_give_the_rows_and_gradients_of_the_table(
-    seed: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rows_and_gradients_are_those_of_the_table(seed: int, dtype: torch.dtype) -> None:
     torch.manual_seed(seed)
-    chain, groups = random_chain(seed)
-    monkeypatch.setattr(row_kernels, "row_groups", lambda *args: groups)
+    chain = random_chain(seed)
     cores = cores_of(chain, dtype)
     table = chain_to_dense([core.double() for core in cores]).T
     for n, max_bytes in ((1, 2**26), (300, 2**12), (700, 2**26)):
@@ -52,7 +48,7 @@ def test_any_merges_give_the_rows_and_gradients_of_the_table(
 @pytest.mark.parametrize("seed", range(6))
 def test_tables_that_are_kept_give_the_same_rows(seed: int) -> None:
     torch.manual_seed(seed)
-    chain, _ = random_chain(100 + seed)
+    chain = random_chain(100 + seed)
     cores, ids = [core.detach() for core in cores_of(chain)], torch.randint(chain.in_features, (400,))
     groups = row_kernels.kept_groups(chain, torch.float64, 2**20, MODEL)
     assert len(groups) >= 2

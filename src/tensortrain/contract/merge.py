@@ -6,16 +6,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
+from typing import Any
 
+import torch
 from torch import Tensor
 
+from tensortrain.contract.grouped import can_group, is_batched
 from tensortrain.contract.shape import ChainShape
 from tensortrain.errors import ShapeError
+from tensortrain.system.native import library
 from tensortrain.system.tracing import constant_when_traced, sizes_of
 
-__all__ = ["Merge", "chain_to_dense", "merge_cores", "merge_order"]
+__all__ = ["Merge", "chain_to_dense", "merge_cores", "merge_order", "merge_steps"]
 
 CoreShape = tuple[int, int, int, int]
+_PLAIN = (Tensor, torch.nn.Parameter)  # subclasses see every operation
 
 
 @dataclass(frozen=True)
@@ -117,6 +122,15 @@ def chain_to_dense(cores: Sequence[Tensor]) -> Tensor:
 
 
 def _merge_run(cores: Sequence[Tensor]) -> Tensor:
+    if len(cores) > 1 and can_group() and all(type(core) in _PLAIN and core.is_cpu for core in cores):
+        merged = _merged_in_place(cores)
+        if merged is not None:
+            return merged
+    return _recorded_run(cores)
+
+
+def _recorded_run(cores: Sequence[Tensor]) -> Tensor:
+    """A run by operations of torch."""
     shapes = tuple(_shape_of(core) for core in cores)
     runs: dict[tuple[int, int], Tensor] = {(k, k + 1): core for k, core in enumerate(cores)}
     for step in merge_order(shapes):
@@ -132,6 +146,61 @@ def _merge_pair(left: Tensor, right: Tensor) -> Tensor:
     both = left.reshape(r * i * j, t) @ right.reshape(t, i2 * j2 * s)
     both = both.reshape(r, i, j, i2, j2, s).permute(0, 1, 3, 2, 4, 5)  # r i i2 j j2 s
     return both.reshape(r, i * i2, j * j2, s)
+
+
+# -- by the kernels, which write a product where it shall lie -------------------------------------------
+
+
+@lru_cache(maxsize=4096)
+def merge_steps(shapes: tuple[CoreShape, ...]) -> list[int]:
+    """The same order as plain numbers: start, middle and stop of every product; not to be written to."""
+    return [at for step in _merge_order(shapes) for at in (step.start, step.middle, step.stop)]
+
+
+def _merged_in_place(cores: Sequence[Tensor]) -> Tensor | None:
+    """A run in one call; ``None`` where the kernels do not serve these cores."""
+    kernels = library()
+    if kernels is None:
+        return None
+    steps = merge_steps(tuple(_shape_of(core) for core in cores))
+    if torch.is_grad_enabled() and any(core.requires_grad for core in cores):
+        found: Tensor = _Merged.apply(steps, *cores)
+        return found
+    merged: Tensor | None = kernels.merge_run(list(cores), steps)
+    return merged
+
+
+class _Merged(torch.autograd.Function):
+    """A run merged by the kernels; gradients that have gradients go through torch's own operations."""
+
+    @staticmethod
+    def forward(ctx: Any, steps: list[int], *cores: Tensor) -> Tensor:
+        ctx.save_for_backward(*cores)
+        ctx.steps = steps
+        kernels = library()
+        merged: Tensor | None = None if kernels is None else kernels.merge_run(list(cores), steps)
+        return _recorded_run(cores) if merged is None else merged
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        cores, needed = ctx.saved_tensors, ctx.needs_input_grad[1:]
+        kernels, found = library(), None
+        if kernels is not None and not torch.is_grad_enabled() and not is_batched(grad):
+            found = kernels.merge_run_backward(cores, ctx.steps, grad)
+        if found is None:
+            found = _recorded_gradients(cores, needed, grad)
+        return None, *(one if want else None for one, want in zip(found, needed, strict=True))
+
+
+def _recorded_gradients(cores: Sequence[Tensor], needed: Sequence[bool], grad: Tensor) -> list[Tensor | None]:
+    again = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # aliases: the history of one may hold another one
+        inputs = [core.view_as(core) if again else core.detach().requires_grad_() for core in cores]
+        merged = _recorded_run(inputs)
+    wanted = [one for one, want in zip(inputs, needed, strict=True) if want]
+    found = iter(torch.autograd.grad(merged, wanted, grad, create_graph=again))
+    return [next(found) if want else None for want in needed]
 
 
 def _shape_of(core: Tensor) -> CoreShape:

@@ -57,6 +57,7 @@ class Format(ABC):
     name: ClassVar[str]
     kinds: ClassVar[frozenset[Kind]]
     description: ClassVar[str] = ""
+    looks_up_by_product: ClassVar[bool] = False  # rows of the first core, times the second one
 
     # -- what a subclass provides -------------------------------------------------------------------
 

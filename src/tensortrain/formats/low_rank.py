@@ -51,6 +51,7 @@ class LowRank(ChainFormat):
     name: ClassVar[str] = "low_rank"
     kinds: ClassVar[frozenset[Kind]] = frozenset({"linear", "conv", "embedding"})
     whitens_exactly: ClassVar[bool] = True
+    looks_up_by_product: ClassVar[bool] = True
     description: ClassVar[str] = "two thin matrices (truncated SVD)"
 
     def default_modes(

@@ -120,13 +120,11 @@ class Runner:
         plans: Those of ``shape`` found so far.
         layer_plans: Of a layer that does more than one product with ``shape``: its own, under keys of its own.
         cache: Weights that follow from the cores, kept while these do not change.
-        kept_under: Of an embedding: the settings under which its dense table was looked up last.
         way: A shorter way for inputs of sizes met before, ``way(layer, x)``; it gives ``None`` where there is none.
         quick_calls: Of a convolution: by the shape of the input, what an earlier one left ready.
     """
 
     way: Any = None
-    kept_under: Any = None
 
     def __init__(self, shape: Shape | None, sizes: tuple[int, int] | None = None, *, may_time: bool = True) -> None:
         self.shape, self.sizes, self.may_time = shape, sizes, may_time
@@ -139,7 +137,7 @@ class Runner:
         self.cache = WeightCache()
         self.plans: dict[PlanKey, Plan] = {}
         self.layer_plans: dict[Any, Any] = {}
-        self.way = self.kept_under = None
+        self.way = None
         self.quick_calls: dict[Any, Any] = _Uncopied()
         self._way_options: tuple[Any, ...] = ()
 
@@ -169,7 +167,7 @@ class Runner:
             return
         if layer.stand_ins is not None or not are_plain(layer.cores):
             return
-        way, training, cores = self._current_way(kernels, _options(layer)), trains(layer), layer.core_list()
+        way, training, cores = self.current_way(kernels.ShortWay, _options(layer)), trains(layer), layer.core_list()
         sweep = compiled(plan, ready=not training)
         if sweep is None:
             return
@@ -181,11 +179,12 @@ class Runner:
         if found is not None:
             way.keep_inference(_n_rows(x), sweep, [found] if plan.uses_dense else list(found), cores)
 
-    def _current_way(self, kernels: Any, options: tuple[Any, ...]) -> Any:
+    def current_way(self, kind: Any, options: tuple[Any, ...]) -> Any:
+        """The kernels' short way of this kind, a new one where settings of the layer have changed."""
         way = self.way
-        if not isinstance(way, kernels.ShortWay) or self._way_options != options:
-            kernels.know_core_lists(*PLAIN_LISTS)
-            way = kernels.ShortWay(list(options))
+        if not isinstance(way, kind) or self._way_options != options:
+            library().know_core_lists(*PLAIN_LISTS)  # type: ignore[union-attr]
+            way = kind(list(options))
             self.way, self._way_options, self.cache.holder = way, options, way
         return way
 

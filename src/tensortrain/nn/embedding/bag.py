@@ -8,10 +8,13 @@ from typing import Any, Literal, get_args
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
 
+from tensortrain.contract.row_kernels import range_of
 from tensortrain.errors import DTypeError, ShapeError
 from tensortrain.formats import Rank
 from tensortrain.nn.base import Implementation, Init, Self
+from tensortrain.nn.cores import are_plain, list_cores
 from tensortrain.nn.embedding.layers import Embedding, check_sparse, check_table, frequencies, scale_gradient
 from tensortrain.nn.inputs import check_plain_layout, once, traceable
 from tensortrain.system.tracing import is_traced, sizes_of
@@ -20,6 +23,12 @@ __all__ = ["EmbeddingBag"]
 
 Mode = Literal["sum", "mean", "max"]
 _MAX_ROW_BYTES = 2**26  # of rows held at once; more, and the bags are taken in parts
+_REDUCED: dict[str, Any] = {  # rows (b, n, dim) of bags of one length
+    "sum": lambda rows: rows.sum(1),
+    "mean": lambda rows: rows.mean(1),
+    "max": lambda rows: rows.amax(1),
+}
+_FEW_BYTES = 2**20  # of rows that stay in the cache, so that equal ones do no harm
 
 
 class EmbeddingBag(Embedding):
@@ -139,9 +148,33 @@ class EmbeddingBag(Embedding):
         )
         return cls.from_dense(dense, **options)
 
+    def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
+        if not is_dynamo_compiling() and offsets is None and per_sample_weights is None:
+            bags = self._bags_of_kept(input)
+            if bags is not None:
+                return bags
+        return self._forward_bags(input, offsets, per_sample_weights)
+
+    def _bags_of_kept(self, ids: Tensor) -> Tensor | None:
+        """Bags of one length by what is kept already: the short way at inference."""
+        if torch.is_grad_enabled() or self.runner.way is None or type(ids) is not Tensor or ids.is_nested:
+            return None
+        if not ids.is_cpu or ids.ndim != 2 or ids.dtype != torch.int64 or is_traced():
+            return None
+        if self.max_norm is not None or self._parameters["hot_weight"] is not None or self.stand_ins is not None:
+            return None
+        if not self._runs_dense():
+            rows = self._rows_by_way(ids)
+            return None if rows is None else _REDUCED[self.mode](rows)
+        extent = range_of(ids)
+        if extent is None or extent[0] < 0 or extent[1] >= self.num_embeddings:  # the long way says what is wrong
+            return None
+        table = self.runner.cache.peek(list_cores(self.cores), "dense") if are_plain(self.cores) else None
+        return None if table is None else F.embedding_bag(ids, table, mode=self.mode, padding_idx=self.padding_idx)
+
     @traceable
     @once
-    def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
+    def _forward_bags(self, input: Tensor, offsets: Tensor | None, per_sample_weights: Tensor | None) -> Tensor:
         ids, offsets, weights, last = self._as_bags(input, offsets, per_sample_weights)
         return self._pool(ids, offsets, weights, last)
 
@@ -149,7 +182,7 @@ class EmbeddingBag(Embedding):
         self, ids: Tensor, offsets: Tensor | None, weights: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor | None, bool]:
         """Flat ids, where each bag starts, flat weights, and whether the end of the last bag is among the starts."""
-        last = self.include_last_offset
+        last, is_known = self.include_last_offset, False
         if not ids.is_nested:
             check_plain_layout(ids, type(self).__name__)
         if weights is not None:
@@ -165,18 +198,26 @@ class EmbeddingBag(Embedding):
         elif ids.ndim == 2:
             offsets, last = torch.arange(ids.shape[0], device=ids.device) * ids.shape[1], False
             ids, weights = ids.reshape(-1), None if weights is None else weights.reshape(-1)
+            is_known = True
         self._check_ids(ids)
-        _check_offsets(ids, offsets, last)
+        if not is_known:
+            _check_offsets(ids, offsets, last)
         assert offsets is not None
         return ids.long(), offsets.long(), weights, last
 
     def _pool(self, ids: Tensor, offsets: Tensor, weights: Tensor | None, last: bool) -> Tensor:
         plain = self.max_norm is None and self.hot_weight is None and not self.scale_grad_by_freq
         if plain and self._runs_dense():
-            return self._reduce(ids, self.runner.dense_weight(self), offsets, weights, last, self.padding_idx)
+            table = self.runner.dense_weight(self)
+            self._keep_way("dense")
+            return self._reduce(ids, table, offsets, weights, last, self.padding_idx)
+        rows = self._rows_by_way(ids) if plain and not is_traced() else None
+        if rows is not None:
+            places = torch.arange(ids.shape[0], device=ids.device)
+            return self._reduce(places, rows, offsets, weights, last, None)
         places, distinct = self._distinct(ids)
         n_bags = offsets.shape[0] - int(last)
-        row_bytes = distinct.shape[0] * self.embedding_dim * self.cores[0].element_size()
+        row_bytes = self._bytes_of(distinct)
         # Frequencies are those of the whole batch, which its parts do not know.
         if not is_traced() and row_bytes > _MAX_ROW_BYTES and n_bags > 1 and not self.scale_grad_by_freq:
             return self._pool_by_halves(ids, offsets, weights, last, n_bags // 2)
@@ -184,6 +225,18 @@ class EmbeddingBag(Embedding):
         if self.scale_grad_by_freq:
             rows = scale_gradient(rows, self._counts(ids, places, distinct))
         return self._reduce(places, rows, offsets, weights, last, None if self.padding_idx is None else 0)
+
+    def _bytes_of(self, ids: Tensor) -> int:
+        """Of the rows of so many ids."""
+        return ids.numel() * self.embedding_dim * self.cores[0].element_size()
+
+    def _rows_by_way(self, ids: Tensor) -> Tensor | None:
+        """Rows of few ids, equal ones too: the kernels find those sooner than they are told apart here."""
+        way = self.runner.way
+        if way is None or self.padding_idx is not None or self._bytes_of(ids) > min(_FEW_BYTES, _MAX_ROW_BYTES):
+            return None
+        rows: Tensor | None = way(self, ids)
+        return rows
 
     def _counts(self, ids: Tensor, places: Tensor, distinct: Tensor) -> Tensor:
         """How often each distinct id occurs; at least once, although the place for padding may be unused."""
@@ -269,9 +322,15 @@ def _check_offsets(ids: Tensor, offsets: Tensor | None, last: bool) -> None:
             f"{tuple(ids.shape)} and offsets {found}. Pass where each bag starts."
         )
     if not is_traced() and offsets.is_cpu and offsets.shape[0]:  # cheap on the CPU
-        first, final = int(offsets[0]), int(offsets[-1])
-        if first != 0 or not bool((offsets.diff() >= 0).all()) or final > ids.shape[0]:
+        first, final = offsets[0].item(), offsets[-1].item()
+        if first != 0 or final > ids.shape[0] or not _rises(offsets):
             raise ShapeError(
                 f"offsets must rise from 0 to at most the number of ids: found {first} to {final} for {ids.shape[0]} "
                 "ids. Pass where each bag starts."
             )
+
+
+def _rises(offsets: Tensor) -> bool:
+    steps = offsets.diff()
+    extent = range_of(steps)
+    return extent[0] >= 0 if extent is not None else bool((steps >= 0).all())

@@ -13,7 +13,14 @@ from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 
 from tensortrain.contract import ChainShape, cost_model
-from tensortrain.contract.row_kernels import kept_groups, packed_tables, range_of, rows_of_packed, serve_rows
+from tensortrain.contract.row_kernels import (
+    kept_groups,
+    merged_shapes,
+    packed_tables,
+    range_of,
+    rows_of_packed,
+    serve_rows,
+)
 from tensortrain.errors import DTypeError, KindError, ModeIndexError, NonFiniteError, ShapeError
 from tensortrain.formats import FactorSpec, Fit, Format, Rank, WeightShape, get_format
 from tensortrain.nn.base import FactorizedLayer, Implementation, Init, Self
@@ -28,9 +35,12 @@ from tensortrain.nn.runner import (
     may_be_dense,
     trains,
 )
+from tensortrain.system.native import library
 from tensortrain.system.tracing import is_traced
 
 __all__ = ["Embedding"]
+
+_MAX_BYTES = 2**26  # between the steps of a lookup
 
 
 class Embedding(FactorizedLayer):
@@ -339,8 +349,9 @@ class Embedding(FactorizedLayer):
     # -- lookup --------------------------------------------------------------------------------------
 
     def forward(self, input: Tensor) -> Tensor:
-        if not is_dynamo_compiling():
-            rows = self._rows_of_kept_table(input)
+        if not is_dynamo_compiling():  # first: a compiler would look at the way, and compile anew when there is one
+            way = self.runner.way
+            rows = None if way is None else way(self, input)
             if rows is not None:
                 return rows
         return self._forward(input)
@@ -352,21 +363,6 @@ class Embedding(FactorizedLayer):
             found: Tensor = map_nested(input, self._look_up, n_last=0)
             return found
         return self._look_up(input)
-
-    def _rows_of_kept_table(self, ids: Tensor) -> Tensor | None:
-        """Rows of the dense table where it is kept already: the short way of most calls at inference."""
-        if torch.is_grad_enabled() or type(ids) is not Tensor or self.padding_idx is not None:
-            return None
-        if self.max_norm is not None or self._parameters["hot_weight"] is not None or self.stand_ins is not None:
-            return None
-        options = (self.implementation, self.dense_limit_bytes)
-        if not ids.is_cpu or self.runner.kept_under != options or not are_plain(self.cores):
-            return None
-        table = self.runner.cache.peek(list_cores(self.cores), "dense")
-        try:
-            return None if table is None else F.embedding(ids, table)
-        except (IndexError, RuntimeError):  # the long way says what is wrong
-            return None
 
     def _look_up(self, ids: Tensor) -> Tensor:
         self._check_ids(ids)
@@ -400,8 +396,7 @@ class Embedding(FactorizedLayer):
     def _core_rows(self, ids: Tensor) -> Tensor:
         if self._runs_dense():
             rows = F.embedding(ids, self.runner.dense_weight(self))
-            if not is_traced():
-                self.runner.kept_under = (self.implementation, self.dense_limit_bytes)
+            self._keep_way("dense")
         else:
             kept = self._rows_of_kept(ids)
             rows = self.format.lookup(ids, self.core_list(), self.spec) if kept is None else kept
@@ -410,15 +405,40 @@ class Embedding(FactorizedLayer):
     def _rows_of_kept(self, ids: Tensor) -> Tensor | None:
         """Rows from merged cores that are kept between calls, by the kernels; ``None`` where nothing may be kept."""
         core = self.core_list()[0]
-        if trains(self) or not serve_rows(ids, core) or core.is_inference() or held_cores(self) is not None:
+        if not serve_rows(ids, core) or core.is_inference() or held_cores(self) is not None:
             return None
         chain = _row_chain(self.spec)
         if chain is None or chain.order < 2:
+            if self.format.looks_up_by_product:
+                self._keep_way(None)
+            return None
+        if trains(self):
+            self._keep_way(None)
             return None
         groups = kept_groups(chain, core.dtype, self.kept_limit_bytes, cost_model(core.device))
         tables = self.runner.cached(self, ("rows", groups), lambda: packed_tables(self.plan_cores(), groups))
         rows = rows_of_packed(ids.reshape(-1).long(), tables, chain, groups)
+        self._keep_way(("rows", groups), merged_shapes(chain, groups))
         return None if rows is None else rows.reshape(*ids.shape, self.embedding_dim)
+
+    def _keep_way(self, kept: Any, shapes: Sequence[Sequence[int]] = ()) -> None:
+        """Let the next call read what is kept under this tag, or the cores where it is None, without a look around."""
+        runner, cores, kernels = self.runner, self.core_list(), library()
+        if is_traced() or not cores[0].is_cpu or not are_plain(self.cores) or self.stand_ins is not None:
+            return
+        if kernels is None:
+            runner.way = by_kept_table
+            return
+        way = runner.current_way(kernels.RowsWay, (self.implementation, self.dense_limit_bytes))
+        if self.format.looks_up_by_product and self.implementation != "dense" and not may_be_dense(self):
+            way.keep_product(self.num_embeddings)
+        if kept is not None:
+            found = runner.cache.peek(cores, kept)
+            if found is not None:
+                tables = [found] if isinstance(found, Tensor) else list(found)
+                way.keep_tables(tables, [list(shape) for shape in shapes], self.num_embeddings, _MAX_BYTES, cores)
+        elif all(one is other for one, other in zip(self.plan_cores(), cores, strict=True)):
+            way.keep_training(self.num_embeddings, _MAX_BYTES)
 
     def _runs_dense(self) -> bool:
         if self.implementation == "dense" or type(self.format).lookup is Format.lookup:
@@ -470,6 +490,21 @@ class Embedding(FactorizedLayer):
         padding = "" if self.padding_idx is None else f", padding_idx={self.padding_idx}"
         hot = f", hot_rows={self.hot_rows}" if self.hot_rows else ""
         return f"{self.num_embeddings}, {self.embedding_dim}{padding}{hot}, {self._format_repr()}"
+
+
+def by_kept_table(layer: Embedding, ids: Tensor) -> Tensor | None:
+    """Without kernels: rows of the dense table where it is kept already."""
+    if torch.is_grad_enabled() or type(ids) is not Tensor or layer.padding_idx is not None or not ids.is_cpu:
+        return None
+    if layer.max_norm is not None or layer._parameters["hot_weight"] is not None or layer.stand_ins is not None:
+        return None
+    if is_traced() or not are_plain(layer.cores) or not layer._runs_dense():
+        return None
+    table = layer.runner.cache.peek(list_cores(layer.cores), "dense")
+    try:
+        return None if table is None else F.embedding(ids, table)
+    except (IndexError, RuntimeError):  # the long way says what is wrong
+        return None
 
 
 @lru_cache(maxsize=1024)

@@ -8,12 +8,17 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
 
+from tensortrain.contract.grouped import can_group
 from tensortrain.errors import KindError, ShapeError
 from tensortrain.formats import Rank
 from tensortrain.nn.base import Init
 from tensortrain.nn.composite import CompositeLayer, Map, is_watched, linear_of, weight_of
-from tensortrain.nn.inputs import check_plain_layout, traceable
+from tensortrain.nn.cores import are_plain, list_cores
+from tensortrain.nn.cores import is_watched as is_called
+from tensortrain.nn.inputs import check_plain_layout, is_plain_input, traceable
+from tensortrain.nn.linear import Linear
 from tensortrain.nn.recurrent.maps import Apply, MapOptions, blocks_of, dense_at, refill, repeated, reset_map
 from tensortrain.nn.recurrent.ways import fused_step_is_faster, may_take_kernel
 from tensortrain.system.tracing import is_traced, sizes_of
@@ -38,6 +43,7 @@ class Cell(CompositeLayer):
 
     ih: Map
     hh: Map
+    _quick: frozenset[Any] = frozenset()  # rows and settings at which torch's function made a step of kept weights
 
     def __init__(self, input_size: int, hidden_size: int, bias: bool = True, **options: Any) -> None:
         super().__init__()
@@ -133,6 +139,36 @@ class Cell(CompositeLayer):
         # A single step calls the map as a module: it alone knows what it keeps between calls.
         return self.step(gates, state, *blocks_of(self.hh, self.blocks()))
 
+    def _quick_step(self, x: Tensor, state: Any) -> Any:
+        """A step by torch's function on weights that are kept: the short way at inference, where it ran before."""
+        if type(x) is not Tensor or x.ndim != 2 or not self._quick or not may_be_quick(x):
+            return None
+        if x.shape[1] != self.input_size or (x.shape[0], self.settings()) not in self._quick:
+            return None
+        weights, size = self.kept_weights(), (x.shape[0], self.hidden_size)
+        if weights is None or weights[0].dtype != x.dtype:
+            return None
+        if state is None:
+            state = x.new_zeros(size) if self.n_states == 1 else (x.new_zeros(size),) * self.n_states
+        parts = (state,) if self.n_states == 1 else state
+        if any(type(part) is not Tensor or part.shape != size or part.dtype != x.dtype for part in parts):
+            return None
+        return getattr(torch, f"{self.kernel}_cell")(x, state, *weights)
+
+    def settings(self) -> tuple[Any, ...]:
+        """What a user may set on the maps at any time."""
+        return *_settings_of(self._modules["ih"]), *_settings_of(self._modules["hh"])
+
+    def kept_weights(self) -> list[Tensor] | None:
+        """The dense weights in torch's order, where they lie ready and nobody waits for the maps to be called."""
+        if self.output_size != self.hidden_size:
+            return None
+        maps: list[Any] = [self._modules["ih"], self._modules["hh"]]  # past an attribute's longer way
+        weights = [_kept_weight(one) for one in maps]
+        if weights[0] is None or weights[1] is None:
+            return None
+        return weights + [one.bias for one in maps] if self.bias else weights  # type: ignore[return-value]
+
     def fits_fused_step(self, x: Tensor) -> bool:
         """Whether torch's function for one step computes the same from dense maps, and sooner."""
         if is_traced() or self.output_size != self.hidden_size or not may_take_kernel((self,), x):
@@ -145,6 +181,8 @@ class Cell(CompositeLayer):
         state = tuple(s.to(x.dtype) for s in state)
         step: Any = getattr(torch, f"{self.kernel}_cell")
         weights = self._weights().values()
+        if not torch.is_grad_enabled():
+            self._quick = remembered(self._quick, (x.shape[0], self.settings()))
         found = step(x, state if self.n_states > 1 else state[0], *weights)
         return tuple(found) if self.n_states > 1 else (found,)
 
@@ -216,7 +254,22 @@ class Cell(CompositeLayer):
         return f"{self.input_size}, {self.hidden_size}, bias={self.bias}, {self._size_repr()}"
 
 
-class RNNCell(Cell):
+class _OneState(Cell):
+    """Base of the cells whose output is their only state."""
+
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        if not is_dynamo_compiling():
+            found: Tensor | None = self._quick_step(input, hx)
+            if found is not None:
+                return found
+        return self._forward(input, hx)
+
+    @traceable
+    def _forward(self, x: Tensor, state: Tensor | None) -> Tensor:
+        return self._run(x, None if state is None else (state,))[0]
+
+
+class RNNCell(_OneState):
     """``torch.nn.RNNCell`` with factorized maps: ``h' = act(W x + b + U h + c)``.
 
     Args:
@@ -247,15 +300,11 @@ class RNNCell(Cell):
     def step(self, gates: Tensor, state: State, *hidden: Apply) -> State:
         return (_NONLINEARITIES[self.nonlinearity](gates + hidden[0](state[0])),)
 
-    @traceable
-    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
-        return self._run(input, None if hx is None else (hx,))[0]
-
     def extra_repr(self) -> str:
         return super().extra_repr() + f", nonlinearity={self.nonlinearity}" * (self.nonlinearity != "tanh")
 
 
-class GRUCell(Cell):
+class GRUCell(_OneState):
     r"""``torch.nn.GRUCell`` with factorized maps.
 
     With gates r, z, n stacked in this order,
@@ -302,10 +351,6 @@ class GRUCell(Cell):
             r, z = torch.sigmoid(x_rz + hidden[0](h)).chunk(2, dim=-1)
             n = torch.tanh(x_n + hidden[1](r * h))
         return (torch.lerp(n, h, z),)
-
-    @traceable
-    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
-        return self._run(input, None if hx is None else (hx,))[0]
 
     def check_torch_has_it(self) -> None:
         if not self.reset_after:
@@ -378,9 +423,16 @@ class LSTMCell(Cell):
         h = torch.sigmoid(o) * torch.tanh(c)
         return (self.hr(h) if self.proj_size else h), c
 
-    @traceable
     def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
-        h, c = self._run(input, hx)
+        if not is_dynamo_compiling():
+            found: tuple[Tensor, Tensor] | None = self._quick_step(input, hx)
+            if found is not None:
+                return found
+        return self._forward(input, hx)
+
+    @traceable
+    def _forward(self, x: Tensor, state: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+        h, c = self._run(x, state)
         return h, c
 
     def check_torch_has_it(self) -> None:
@@ -389,6 +441,38 @@ class LSTMCell(Cell):
                 f"torch's LSTMCell has no projection: this one has proj_size={self.proj_size}, expected 0. "
                 "Use tensortrain.nn.LSTM, whose to_dense() keeps it."
             )
+
+
+# -- the short way at inference -----------------------------------------------------------------------
+
+_MOST_REMEMBERED = 64
+
+
+def may_be_quick(x: Tensor) -> bool:
+    """Whether no gradients are recorded, and nothing looks on that would have to see every product."""
+    return not torch.is_grad_enabled() and x.is_cpu and is_plain_input(x) and can_group()
+
+
+def remembered(known: frozenset[Any], one: Any) -> frozenset[Any]:
+    """The same sizes and one more; few, whatever sizes come."""
+    return known if one in known else frozenset({one} if len(known) >= _MOST_REMEMBERED else {*known, one})
+
+
+def _settings_of(one: Any) -> tuple[Any, ...]:
+    if isinstance(one, Linear):
+        return one.implementation, one.dense_limit_bytes, one.may_time_plans
+    return ()
+
+
+def _kept_weight(one: Any) -> Tensor | None:
+    if not isinstance(one, Linear):
+        weight: Tensor | None = one._parameters.get("weight") if type(one) is nn.Linear and not is_called(one) else None
+        return weight
+    cores = one._modules["cores"]
+    if one.stand_ins is not None or is_called(one) or cores is None or not are_plain(cores):
+        return None
+    kept: Tensor | None = one.runner.cache.peek(list_cores(cores), "dense")
+    return kept
 
 
 _NONLINEARITIES = {"tanh": torch.tanh, "relu": torch.relu}

@@ -16,6 +16,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
 from torch.nn.utils.rnn import PackedSequence
 
 from tensortrain.contract.grouped import can_group
@@ -32,6 +33,8 @@ from tensortrain.nn.recurrent.cells import (
     State,
     check_sizes,
     check_state,
+    may_be_quick,
+    remembered,
     torch_arguments,
     torch_weights,
 )
@@ -71,6 +74,7 @@ class _Layout:
 class _Recurrent(CompositeLayer):
     cell_type: ClassVar[type[Cell]]
     proj_size: int = 0
+    _quick: frozenset[Any] = frozenset()  # sizes and settings at which torch's kernel did all layers
     torch_arguments: ClassVar[tuple[str, ...]] = (
         "input_size",
         "hidden_size",
@@ -178,22 +182,50 @@ class _Recurrent(CompositeLayer):
         if state is not None:
             batch = layout.batch if layout.batch_sizes is not None else sizes_of(x)[1 - layout.axis]
             self._check_states(state, (batch,))
-        n_directions, finals = 1 + self.bidirectional, []
+        n_directions, finals, sizes, are_fused = 1 + self.bidirectional, [], tuple(x.shape), True
         for index in range(self.num_layers):
-            cells = [self.get_submodule(name) for name in self._cell_names(index)]
+            cells: Any = [self.get_submodule(name) for name in self._cell_names(index)]
             here = None if state is None else tuple(s[index * n_directions :][:n_directions] for s in state)
-            x, final = self._run_layer(cells, x, here, layout)  # type: ignore[arg-type]
+            is_fused = self._takes_kernel(cells, x, layout)
+            are_fused = are_fused and is_fused
+            x, final = (_torch_kernel if is_fused else _step_by_step)(cells, x, here, layout)
             finals.append(final)
             if self.dropout and index < self.num_layers - 1:
                 x = F.dropout(x, self.dropout, self.training)
-        return x, tuple(torch.cat(parts) for parts in zip(*finals, strict=True))
+        if are_fused and layout.batch_sizes is None and not torch.is_grad_enabled() and not is_traced():
+            self._quick = remembered(self._quick, (sizes, self._settings()))
+        return x, tuple(torch.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(*finals, strict=True))
 
-    def _run_layer(self, cells: list[Cell], x: Tensor, state: State | None, layout: _Layout) -> tuple[Tensor, State]:
-        """One layer in one or both directions; states ``(n_directions, b, size)``."""
+    def _quick_sequence(self, x: Any, state: Any) -> Any:
+        """All layers by torch's kernel on weights that are kept: the short way at inference, where it ran before."""
+        if type(x) is not Tensor or x.ndim != 3 or not self._quick or not may_be_quick(x):
+            return None
+        if (self.dropout and self.training) or (tuple(x.shape), self._settings()) not in self._quick:
+            return None
+        weights: list[Tensor] = []
+        for cell in self.cells().values():
+            kept = cell.kept_weights()
+            if kept is None or kept[0].dtype != x.dtype:
+                return None
+            weights += kept
+        size = (self.num_layers * (1 + self.bidirectional), x.shape[1 - self.batch_first], self.hidden_size)
+        n_states = self.cell_type.n_states
+        if state is None:
+            state = x.new_zeros(size) if n_states == 1 else (x.new_zeros(size),) * n_states
+        parts = (state,) if n_states == 1 else state
+        if any(type(part) is not Tensor or part.shape != size or part.dtype != x.dtype for part in parts):
+            return None
+        kernel: Any = getattr(torch, str(self._first.kernel))
+        settings = (self.bias, self.num_layers, 0.0, False, self.bidirectional, self.batch_first)
+        return kernel(x, state, weights, *settings)
+
+    def _settings(self) -> tuple[Any, ...]:
+        return tuple(setting for cell in self.cells().values() for setting in cell.settings())
+
+    def _takes_kernel(self, cells: list[Cell], x: Tensor, layout: _Layout) -> bool:
+        """Whether torch's own kernel does one layer, in one or both directions."""
         # (under autocast on a CPU, oneDNN refuses an LSTM and a GRU comes out in float32)
-        if not torch.is_autocast_enabled("cpu") and _fit_kernel(cells, x, layout):
-            return _torch_kernel(cells, x, state, layout)
-        return _step_by_step(cells, x, state, layout)
+        return not torch.is_autocast_enabled("cpu") and _fit_kernel(cells, x, layout)
 
     # -- checks --------------------------------------------------------------------------------------
 
@@ -286,7 +318,25 @@ class _Recurrent(CompositeLayer):
         return ", ".join([*parts, self._size_repr()])
 
 
-class RNN(_Recurrent):
+class _OneState(_Recurrent):
+    """Base of the layers whose cells' output is their only state."""
+
+    def forward(
+        self, input: Tensor | PackedSequence, hx: Tensor | None = None
+    ) -> tuple[Tensor | PackedSequence, Tensor]:
+        if not is_dynamo_compiling():
+            found: tuple[Tensor, Tensor] | None = self._quick_sequence(input, hx)
+            if found is not None:
+                return found
+        return self._long_way(input, hx)
+
+    @traceable
+    def _long_way(self, x: Any, state: Tensor | None) -> tuple[Tensor | PackedSequence, Tensor]:
+        output, (h,) = self._forward(x, None if state is None else (state,))
+        return output, h
+
+
+class RNN(_OneState):
     """``torch.nn.RNN`` with factorized maps; see ``GRU`` for the keywords and shapes."""
 
     dense_type = nn.RNN
@@ -309,15 +359,8 @@ class RNN(_Recurrent):
         mine = {"nonlinearity": nonlinearity}
         super().__init__(input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, mine, options)
 
-    @traceable
-    def forward(
-        self, input: Tensor | PackedSequence, hx: Tensor | None = None
-    ) -> tuple[Tensor | PackedSequence, Tensor]:
-        output, (h,) = self._forward(input, None if hx is None else (hx,))
-        return output, h
 
-
-class GRU(_Recurrent):
+class GRU(_OneState):
     r"""``torch.nn.GRU`` with factorized maps, all gates in one weight.
 
     The weight of all gates has the output modes ``(3 m_1, m_2, .., m_d)``: the gates are blocks of the first
@@ -374,13 +417,6 @@ class GRU(_Recurrent):
         mine = {"reset_after": reset_after}
         super().__init__(input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, mine, options)
 
-    @traceable
-    def forward(
-        self, input: Tensor | PackedSequence, hx: Tensor | None = None
-    ) -> tuple[Tensor | PackedSequence, Tensor]:
-        output, (h,) = self._forward(input, None if hx is None else (hx,))
-        return output, h
-
 
 class LSTM(_Recurrent):
     """``torch.nn.LSTM`` with factorized maps; see ``GRU`` for the keywords and shapes.
@@ -413,11 +449,18 @@ class LSTM(_Recurrent):
         mine = {"proj_size": proj_size}
         super().__init__(input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, mine, options)
 
-    @traceable
     def forward(
         self, input: Tensor | PackedSequence, hx: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor | PackedSequence, tuple[Tensor, Tensor]]:
-        output, (h, c) = self._forward(input, hx)
+        if not is_dynamo_compiling():
+            found = self._quick_sequence(input, hx)
+            if found is not None:
+                return found[0], found[1:]
+        return self._long_way(input, hx)
+
+    @traceable
+    def _long_way(self, x: Any, state: Any) -> tuple[Tensor | PackedSequence, tuple[Tensor, Tensor]]:
+        output, (h, c) = self._forward(x, state)
         return output, (h, c)
 
     def _check_torch_has_it(self) -> None:

@@ -2,12 +2,13 @@
 // multiplied. Ids are put in order, so that equal ids and common leading digits are computed once.
 #pragma once
 
+#include "merge.h"
+#include "room.h"
 #include "small_products.h"
 #include "threads.h"
 
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/zeros.h>
 
 #include <cstring>
 #include <numeric>
@@ -16,11 +17,8 @@
 
 namespace tensortrain {
 
-using at::Tensor;
-using Sizes = std::vector<int64_t>;
-
 // A core (r, i, j, s) as a table of slices (j, r, i, s), where s, and i in the last core, is filled up with zeros to
-// whole vectors.
+// whole vectors; each slice (r, width) lies in panels.
 struct SliceTable {
   int64_t r, i, j, s;
   bool is_last;
@@ -40,6 +38,7 @@ struct SliceTable {
 struct TableShapes {
   std::vector<SliceTable> tables;
   std::vector<int64_t> leads;  // output modes before each table
+  std::vector<int64_t> places;  // in a row, of its numbers as the tables make them; empty where these are in order
 
   template <typename T>
   static TableShapes of(const std::vector<Sizes>& cores) {
@@ -60,6 +59,15 @@ struct TableShapes {
     for (const auto& table : tables) n *= table.j;
     return n;
   }
+  // Products for so many distinct ids, about.
+  double work(int64_t n) const {
+    double sum = 0, n_prefixes = 1;
+    for (size_t g = 0; g < this->n(); ++g) {
+      n_prefixes *= static_cast<double>(tables[g].j);
+      if (g > 0) sum += std::min(n_prefixes, static_cast<double>(n)) * static_cast<double>(products(g));
+    }
+    return sum;
+  }
   // Numbers of a state after table g.
   int64_t state(size_t g) const { return leads[g] * tables[g].width; }
   int64_t products(size_t g) const { return leads[g] * tables[g].slice(); }
@@ -69,59 +77,106 @@ inline bool is_large_work(int64_t n_products) { return n_products > 2000000; }
 
 // -- cores and tables ---------------------------------------------------------------------------------
 
+// Which slices of a table are asked for.
+using Digits = std::vector<int64_t>;
+
+inline Digits all_digits(int64_t n) {
+  Digits digits(n);
+  std::iota(digits.begin(), digits.end(), int64_t{0});
+  return digits;
+}
+
+template <typename T>
+void pack_slices(const Grid<const T>& core, const SliceTable& t, const Digits& digits, T* out) {
+  const auto n = static_cast<int64_t>(digits.size());
+  on_threads(n, 1, is_large_work(n * t.slice()), [&](int64_t first, int64_t last) {
+    std::vector<T> row(t.width);
+    for (auto k = first; k < last; ++k)
+      for (int64_t r = 0; r < t.r; ++r) {
+        const T* const from = core.data + digits[k] * core.at_b + r * core.at_r;
+        for (int64_t i = 0; i < t.i; ++i) {
+          T* const to = row.data() + i * t.wide_s;
+          const T* const numbers = from + i * core.at_a;
+          if (core.at_s == 1 || t.s == 1)
+            std::memcpy(to, numbers, t.s * sizeof(T));
+          else
+            for (int64_t s = 0; s < t.s; ++s) to[s] = numbers[s * core.at_s];
+        }
+        put_row(row.data(), r, t.r, t.width, out + digits[k] * t.slice());
+      }
+  });
+}
+
 template <typename T>
 Tensor pack_core(const Tensor& core, bool is_last) {
   const auto t = SliceTable::of<T>(core.sizes().vec(), is_last);
   const Tensor table = at::empty({t.j, t.r, t.width}, core.options());
-  T* const out = table.mutable_data_ptr<T>();
-  const T* const in = core.const_data_ptr<T>();
-  const auto sr = core.stride(0), si = core.stride(1), sj = core.stride(2), ss = core.stride(3);
-  on_threads(t.j, 1, is_large_work(t.j * t.slice()), [&](int64_t first, int64_t last) {
-    for (auto j = first; j < last; ++j)
-      for (int64_t r = 0; r < t.r; ++r) {
-        T* const row = out + (j * t.r + r) * t.width;
-        const T* const from = in + j * sj + r * sr;
-        if (is_last) {
-          for (int64_t i = 0; i < t.i; ++i) row[i] = from[i * si];
-          for (auto i = t.i; i < t.width; ++i) row[i] = 0;
-          continue;
-        }
-        for (int64_t i = 0; i < t.i; ++i) {
-          T* const to = row + i * t.wide_s;
-          if (ss == 1)
-            std::memcpy(to, from + i * si, t.s * sizeof(T));
-          else
-            for (int64_t s = 0; s < t.s; ++s) to[s] = from[i * si + s * ss];
-          for (auto s = t.s; s < t.wide_s; ++s) to[s] = 0;
-        }
-      }
-  });
+  pack_slices<T>(grid_of<T>(core), t, all_digits(t.j), table.mutable_data_ptr<T>());
   return table;
 }
 
-// The core's gradient from that of its table, laid out as the table's axes (j, r, i, s): a view (r, i, j, s) of it.
+// The core's gradient (r, i, j, s) from that of the slices asked for, the others being zero.
 template <typename T>
-Tensor unpack_core(const Tensor& table, const SliceTable& t) {
-  if (t.is_last) return table.narrow(2, 0, t.i).permute({1, 2, 0}).unsqueeze(3);
-  return table.view({t.j, t.r, t.i, t.wide_s}).narrow(3, 0, t.s).permute({1, 2, 0, 3});
-}
-
-// Slices (r, width) as (used width, r), with r filled up to whole vectors.
-template <typename T>
-Tensor transposed_table(const Tensor& given, const SliceTable& t) {
-  const auto wide_r = whole_lanes<T>(t.r), width = t.used_width();
-  const Tensor found = t.r == wide_r ? at::empty({t.j, width, wide_r}, given.options())
-                                     : at::zeros({t.j, width, wide_r}, given.options());
-  const T* const table = given.const_data_ptr<T>();
-  T* const out = found.mutable_data_ptr<T>();
-  on_threads(t.j, 1, is_large_work(t.j * t.slice()), [&](int64_t first, int64_t last) {
-    for (auto j = first; j < last; ++j)
-      for (int64_t r = 0; r < t.r; ++r) {
-        const T* const row = table + (j * t.r + r) * t.width;
-        for (int64_t w = 0; w < width; ++w) out[(j * width + w) * wide_r + r] = row[w];
+void unpack_slices(const T* table, const SliceTable& t, const Digits& digits, T* out) {
+  const bool is_full = static_cast<int64_t>(digits.size()) == t.j;
+  on_threads(t.r, 1, is_large_work(t.j * t.slice()), [&](int64_t first, int64_t last) {
+    for (auto r = first; r < last; ++r)
+      for (int64_t i = 0; i < t.i; ++i) {
+        T* const row = out + (r * t.i + i) * t.j * t.s;
+        if (!is_full) std::fill(row, row + t.j * t.s, T(0));
+        for (const auto j : digits) {
+          const T* const from = table + (j * t.r + r) * t.width + i * t.wide_s;
+          if (t.s == 1)
+            row[j] = *from;
+          else
+            std::memcpy(row + j * t.s, from, t.s * sizeof(T));
+        }
       }
   });
-  return found;
+}
+
+// The same of a core whose ranks have changed places.
+template <typename T>
+void unpack_turned(const T* table, const SliceTable& t, const Digits& digits, T* out) {
+  const auto plane = t.i * t.j * t.r;  // of the core (s, i, j, r)
+  if (static_cast<int64_t>(digits.size()) != t.j) std::fill(out, out + t.s * plane, T(0));
+  const auto n = static_cast<int64_t>(digits.size());
+  on_threads(n, 1, is_large_work(n * t.slice()), [&](int64_t first, int64_t last) {
+    for (auto k = first; k < last; ++k)
+      for (int64_t i = 0; i < t.i; ++i) {
+        const T* const from = table + digits[k] * t.slice() + i * t.wide_s;
+        T* const to = out + (i * t.j + digits[k]) * t.r;
+        for (int64_t s = 0; s < t.s; ++s)
+          for (int64_t r = 0; r < t.r; ++r) to[s * plane + r] = from[r * t.width + s];
+      }
+  });
+}
+
+// Slices (r, width) as (used width, r), in panels too, with r filled up to whole vectors.
+template <typename T>
+T* transposed_slices(Room& room, const T* table, const SliceTable& t, const Digits& digits) {
+  const auto wide_r = whole_lanes<T>(t.r), width = t.used_width();
+  T* const out = room.take<T>(t.j * width * wide_r);
+  const auto n = static_cast<int64_t>(digits.size());
+  constexpr int64_t side = 2 * lanes_of<T>;
+  on_threads(n, 1, is_large_work(n * t.slice()), [&](int64_t first, int64_t last) {
+    for (auto k = first; k < last; ++k) {
+      const T* const from = table + digits[k] * t.slice();
+      T* const to = out + digits[k] * width * wide_r;
+      if (wide_r != t.r) std::fill(to, to + width * wide_r, T(0));
+      for (int64_t r0 = 0; r0 < t.r; r0 += side)  // squares that lie in few lines of the cache on both sides
+        for (int64_t w0 = 0; w0 < width; w0 += side) {
+          const auto r1 = std::min(r0 + side, t.r), n_w = std::min(side, width - w0);
+          const auto lines = wide_r - r0 < side ? lanes_of<T> : side;
+          for (auto r = r0; r < r1; ++r) {
+            const T* const row = from + in_panels<T>(r, w0, t.r, t.width);
+            T* const column = to + in_panels<T>(w0, r, width, wide_r);
+            for (int64_t w = 0; w < n_w; ++w) column[w * lines] = row[w];
+          }
+        }
+    }
+  });
+  return out;
 }
 
 // -- ids in order -------------------------------------------------------------------------------------
@@ -184,8 +239,13 @@ struct Tree {
 };
 
 template <typename T>
-const T* data_of(const Tensor& tensor) {
-  return tensor.const_data_ptr<T>();
+using Tables = std::vector<const T*>;  // slices of each core, filled where they are asked for
+
+template <typename T>
+Tables<T> tables_of(const std::vector<Tensor>& tensors) {
+  Tables<T> tables;
+  for (const auto& tensor : tensors) tables.push_back(tensor.const_data_ptr<T>());
+  return tables;
 }
 
 // Calls work(first, n) for parts of ids in order, of which as much lies between the steps as the cache of a core holds:
@@ -211,13 +271,13 @@ void next_states(const Tree& tree, const TableShapes& shapes, size_t g, const T*
                  T* states) {
   const auto& t = shapes.tables[g];
   const auto& level = tree.levels[g];
-  const auto multiply = small_product<T>();
+  const auto multiply = panel_product<T>();
   const auto wide_r = shapes.tables[g - 1].wide_s, size = shapes.state(g);
   on_threads(level.n(), 8, is_large_work(level.n() * shapes.products(g)), [&](int64_t first, int64_t last) {
     for (auto k = first; k < last; ++k) {
       const T* const slice = table + level.digits[k] * t.slice();
-      multiply(shapes.leads[g], t.width, t.r, 1, &parents[level.parents[k]], wide_r, 1, &slice, t.width,
-               states + k * size, t.width, false);
+      multiply(shapes.leads[g], t.width, t.r, 1, &parents[level.parents[k]], wide_r, 1, &slice, states + k * size,
+               t.width, false);
     }
   });
 }
@@ -225,18 +285,18 @@ void next_states(const Tree& tree, const TableShapes& shapes, size_t g, const T*
 // Where the state of every node of all levels but the last lies. Those of the first are slices.
 template <typename T>
 struct States {
-  std::vector<Tensor> made;
   std::vector<std::vector<const T*>> at;
 
-  States(const Tree& tree, const TableShapes& shapes, const std::vector<Tensor>& tables) : at(shapes.n() - 1) {
+  States(Room& room, const Tree& tree, const TableShapes& shapes, const Tables<T>& tables) : at(shapes.n() - 1) {
     for (size_t g = 0; g + 1 < shapes.n(); ++g) {
       const auto& level = tree.levels[g];
       const auto size = shapes.state(g);
+      const T* start = tables[0];
       if (g > 0) {
-        made.push_back(at::empty({level.n(), size}, tables[0].options()));
-        next_states<T>(tree, shapes, g, at[g - 1].data(), data_of<T>(tables[g]), made.back().mutable_data_ptr<T>());
+        T* const made = room.take<T>(level.n() * size);
+        next_states<T>(tree, shapes, g, at[g - 1].data(), tables[g], made);
+        start = made;
       }
-      const T* const start = data_of<T>(g == 0 ? tables[0] : made[g - 1]);
       at[g].resize(level.n());
       for (int64_t k = 0; k < level.n(); ++k) at[g][k] = start + (g == 0 ? level.digits[k] : k) * size;
     }
@@ -248,26 +308,31 @@ template <typename T>
 struct RowMaker {
   const TableShapes& shapes;
   const T* table;
-  Product<T> multiply = small_product<T>();
+  PanelProduct<T> multiply = panel_product<T>();
   const SliceTable& t = shapes.tables.back();
   int64_t lead = shapes.leads[shapes.n() - 1], wide_r = shapes.tables[shapes.n() - 2].wide_s;
 
   void operator()(const T* state, int64_t digit, T* row, T* scratch) const {
-    const bool fits = t.width == t.i;
+    const bool fits = t.width == t.i && shapes.places.empty();
     T* const out = fits ? row : scratch;
     const T* const slice = table + digit * t.slice();
-    multiply(lead, t.width, t.r, 1, &state, wide_r, 1, &slice, t.width, out, t.width, false);
+    multiply(lead, t.width, t.r, 1, &state, wide_r, 1, &slice, out, t.width, false);
     if (fits) return;
-    for (int64_t l = 0; l < lead; ++l)
-      for (int64_t i = 0; i < t.i; ++i) row[l * t.i + i] = out[l * t.width + i];
+    const auto* place = shapes.places.data();
+    for (int64_t l = 0; l < lead; ++l) {
+      if (shapes.places.empty())
+        std::memcpy(row + l * t.i, out + l * t.width, t.i * sizeof(T));
+      else
+        for (int64_t i = 0; i < t.i; ++i) row[*place++] = out[l * t.width + i];
+    }
   }
 };
 
 // Ids as they come: nothing is shared but the tables.
 template <typename T>
-void rows_of_pairs(const int64_t* ids, int64_t n, const TableShapes& shapes, const std::vector<Tensor>& tables, T* out) {
-  const RowMaker<T> make{shapes, data_of<T>(tables[1])};
-  const T* const states = data_of<T>(tables[0]);
+void rows_of_pairs(const int64_t* ids, int64_t n, const TableShapes& shapes, const Tables<T>& tables, T* out) {
+  const RowMaker<T> make{shapes, tables[1]};
+  const T* const states = tables[0];
   const auto j = shapes.tables[1].j, slice = shapes.tables[0].slice(), dim = shapes.dim();
   on_threads(n, 16, is_large_work(n * shapes.products(1)), [&](int64_t first, int64_t last) {
     std::vector<T> scratch(shapes.state(1));
@@ -277,11 +342,12 @@ void rows_of_pairs(const int64_t* ids, int64_t n, const TableShapes& shapes, con
 }
 
 template <typename T>
-void rows_in_order(const Tree& tree, const TableShapes& shapes, const std::vector<Tensor>& tables, T* out) {
+void rows_in_order(const Tree& tree, const TableShapes& shapes, const Tables<T>& tables, T* out) {
   const auto g = shapes.n() - 1;
-  const States<T> states(tree, shapes, tables);
+  Room room;
+  const States<T> states(room, tree, shapes, tables);
   const auto& leaves = tree.levels[g];
-  const RowMaker<T> make{shapes, data_of<T>(tables[g])};
+  const RowMaker<T> make{shapes, tables[g]};
   const auto dim = shapes.dim();
   on_threads(leaves.n(), 16, is_large_work(leaves.n() * shapes.products(g)), [&](int64_t first, int64_t last) {
     std::vector<T> scratch(shapes.state(g));
@@ -301,6 +367,13 @@ inline bool pays_to_sort(const TableShapes& shapes, int64_t n, int64_t item) {
 }
 
 template <typename T>
+void all_rows(const Pairs& pairs, const TableShapes& shapes, const Tables<T>& tables, int64_t max_bytes, T* rows) {
+  in_parts(shapes, static_cast<int64_t>(pairs.size()), sizeof(T), max_bytes, [&](int64_t first, int64_t n_part) {
+    rows_in_order(Tree(pairs.data() + first, n_part, shapes), shapes, tables, rows);
+  });
+}
+
+template <typename T>
 Tensor looked_up(const Tensor& ids, const std::vector<Tensor>& tables, const std::vector<Sizes>& cores,
                  int64_t max_bytes) {
   const auto shapes = TableShapes::of<T>(cores);
@@ -309,13 +382,10 @@ Tensor looked_up(const Tensor& ids, const std::vector<Tensor>& tables, const std
   const auto* const first_id = ids.const_data_ptr<int64_t>();
   T* const rows = out.mutable_data_ptr<T>();
   if (!pays_to_sort(shapes, n, sizeof(T))) {
-    rows_of_pairs(first_id, n, shapes, tables, rows);
+    rows_of_pairs(first_id, n, shapes, tables_of<T>(tables), rows);
     return out;
   }
-  const auto pairs = in_order(first_id, n, shapes.n_ids() - 1);
-  in_parts(shapes, n, sizeof(T), max_bytes, [&](int64_t first, int64_t n_part) {
-    rows_in_order(Tree(pairs.data() + first, n_part, shapes), shapes, tables, rows);
-  });
+  all_rows(in_order(first_id, n, shapes.n_ids() - 1), shapes, tables_of<T>(tables), max_bytes, rows);
   return out;
 }
 
@@ -323,40 +393,42 @@ Tensor looked_up(const Tensor& ids, const std::vector<Tensor>& tables, const std
 
 // The gradient of each distinct row, (lead, width): summed over equal ids, filled up to whole vectors.
 template <typename T>
-struct RowGradients {
-  Tensor made;
-  std::vector<const T*> at;
-
-  RowGradients(const Tree& tree, const TableShapes& shapes, const T* grad, const at::TensorOptions& options) {
-    const auto g = shapes.n() - 1;
-    const auto& leaves = tree.levels[g];
-    const auto& t = shapes.tables[g];
-    const auto dim = shapes.dim(), lead = shapes.leads[g], size = shapes.state(g);
-    const bool all_fit = t.width == t.i && leaves.n() == static_cast<int64_t>(tree.places.size());
-    at.resize(leaves.n());
-    if (!all_fit) made = at::empty({leaves.n(), size}, options);
-    T* const sums = all_fit ? nullptr : made.mutable_data_ptr<T>();
-    on_threads(leaves.n(), 64, !all_fit && is_large_work(8 * leaves.n() * size), [&](int64_t first, int64_t last) {
-      for (auto k = first; k < last; ++k) {
-        const auto start = leaves.first_child[k], stop = leaves.first_child[k + 1];
-        const T* const row = grad + tree.places[start] * dim;
-        at[k] = row;
-        if (t.width == t.i && stop == start + 1) continue;
-        T* const sum = sums + k * size;
-        for (int64_t l = 0; l < lead; ++l) {
-          std::memcpy(sum + l * t.width, row + l * t.i, t.i * sizeof(T));
-          std::fill(sum + l * t.width + t.i, sum + (l + 1) * t.width, T(0));
-        }
-        for (auto place = start + 1; place < stop; ++place) {
-          const T* const more = grad + tree.places[place] * dim;
-          for (int64_t l = 0; l < lead; ++l)
-            for (int64_t i = 0; i < t.i; ++i) sum[l * t.width + i] += more[l * t.i + i];
-        }
-        at[k] = sum;
+std::vector<const T*> row_gradients(Room& room, const Tree& tree, const TableShapes& shapes, const T* grad) {
+  const auto g = shapes.n() - 1;
+  const auto& leaves = tree.levels[g];
+  const auto& t = shapes.tables[g];
+  const auto dim = shapes.dim(), lead = shapes.leads[g], size = shapes.state(g);
+  const bool is_padded = t.width != t.i || !shapes.places.empty(), all_fit = !is_padded && leaves.n() == static_cast<int64_t>(tree.places.size());
+  std::vector<const T*> at(leaves.n());
+  T* const sums = all_fit ? nullptr : room.take<T>(leaves.n() * size);
+  const auto add = row_adder<T>();
+  on_threads(leaves.n(), 64, !all_fit && is_large_work(8 * leaves.n() * size), [&](int64_t first, int64_t last) {
+    std::vector<T> scratch(dim);
+    for (auto k = first; k < last; ++k) {
+      const auto start = leaves.first_child[k], stop = leaves.first_child[k + 1];
+      const T* total = grad + tree.places[start] * dim;
+      if (stop > start + 1) {
+        T* const sum = is_padded ? scratch.data() : sums + k * size;
+        std::memcpy(sum, total, dim * sizeof(T));
+        for (auto place = start + 1; place < stop; ++place) add(sum, grad + tree.places[place] * dim, dim);
+        total = sum;
       }
-    });
-  }
-};
+      at[k] = total;
+      if (!is_padded) continue;
+      T* const row = sums + k * size;
+      const auto* place = shapes.places.data();
+      for (int64_t l = 0; l < lead; ++l) {
+        if (shapes.places.empty())
+          std::memcpy(row + l * t.width, total + l * t.i, t.i * sizeof(T));
+        else
+          for (int64_t i = 0; i < t.i; ++i) row[l * t.width + i] = total[*place++];
+        std::fill(row + l * t.width + t.i, row + (l + 1) * t.width, T(0));
+      }
+      at[k] = row;
+    }
+  });
+  return at;
+}
 
 // Nodes of a level by digit: starts, and the nodes.
 struct ByDigit {
@@ -402,7 +474,7 @@ void add_state_gradient(const Tree& tree, const TableShapes& shapes, size_t g, c
   const auto& t = shapes.tables[g];
   const auto& parents = tree.levels[g - 1];
   const auto& level = tree.levels[g];
-  const auto multiply = small_product<T>();
+  const auto multiply = panel_product<T>();
   const auto wide_r = shapes.tables[g - 1].wide_s, used = t.used_width();
   on_threads(parents.n(), 4, is_large_work(level.n() * shapes.products(g)), [&](int64_t first, int64_t last) {
     std::vector<const T*> slices;
@@ -410,51 +482,151 @@ void add_state_gradient(const Tree& tree, const TableShapes& shapes, size_t g, c
       const auto start = parents.first_child[p], stop = parents.first_child[p + 1];
       slices.clear();
       for (auto k = start; k < stop; ++k) slices.push_back(transposed + level.digits[k] * used * wide_r);
-      multiply(shapes.leads[g], wide_r, used, stop - start, grads.data() + start, t.width, 1, slices.data(), wide_r,
-               out[p], wide_r, adds);
+      multiply(shapes.leads[g], wide_r, used, stop - start, grads.data() + start, t.width, 1, slices.data(), out[p],
+               wide_r, adds);
     }
   });
 }
 
 template <typename T>
-void add_gradients(const Tree& tree, const TableShapes& shapes, const std::vector<Tensor>& tables,
-                   const std::vector<Tensor>& transposed, const T* grad, const std::vector<T*>& out) {
-  const States<T> states(tree, shapes, tables);
-  const auto options = tables[0].options();
-  const RowGradients<T> rows(tree, shapes, grad, options);
-  auto grads = rows.at;
-  Tensor made, before;  // of the level at hand, and the one that it is made from
+void add_gradients(const Tree& tree, const TableShapes& shapes, const Tables<T>& tables, const Tables<T>& transposed,
+                   const T* grad, const std::vector<T*>& out) {
+  Room room;
+  const States<T> states(room, tree, shapes, tables);
+  auto grads = row_gradients(room, tree, shapes, grad);
   for (auto g = shapes.n() - 1; g > 0; --g) {
     add_table_gradient(tree, shapes, g, states.at[g - 1], grads, out[g]);
     const auto& level = tree.levels[g - 1];
     const auto size = shapes.state(g - 1);
-    before = std::exchange(made, g > 1 ? at::empty({level.n(), size}, options) : Tensor());
-    T* const start = g > 1 ? made.mutable_data_ptr<T>() : out[0];
+    T* const start = g > 1 ? room.take<T>(level.n() * size) : out[0];
     std::vector<T*> into(level.n());
     for (int64_t k = 0; k < level.n(); ++k) into[k] = start + (g > 1 ? k : level.digits[k]) * size;
-    add_state_gradient(tree, shapes, g, grads, data_of<T>(transposed[g]), into, g == 1);
+    add_state_gradient(tree, shapes, g, grads, transposed[g], into, g == 1);
     grads.assign(into.begin(), into.end());
   }
 }
 
-template <typename T>
-std::vector<Tensor> lookup_gradients(const Tensor& ids, const std::vector<Tensor>& tables,
-                                     const std::vector<Sizes>& cores, const Tensor& grad, int64_t max_bytes) {
-  const auto shapes = TableShapes::of<T>(cores);
-  std::vector<Tensor> transposed(shapes.n()), found;
-  std::vector<T*> out;
-  for (size_t g = 0; g < shapes.n(); ++g) {
-    if (g > 0) transposed[g] = transposed_table<T>(tables[g], shapes.tables[g]);
-    found.push_back(at::zeros(tables[g].sizes(), tables[g].options()));
-    out.push_back(found.back().mutable_data_ptr<T>());
+// -- rows of cores, from their digits to their gradients ----------------------------------------------
+
+// The digits of each table that ids ask for.
+inline std::vector<Digits> digits_of(const Pairs& pairs, const TableShapes& shapes) {
+  std::vector<std::vector<char>> is_met;
+  for (const auto& table : shapes.tables) is_met.emplace_back(table.j, 0);
+  for (size_t k = 0; k < pairs.size(); ++k) {
+    auto id = pairs[k].first;
+    if (k > 0 && id == pairs[k - 1].first) continue;
+    for (auto g = shapes.n(); g-- > 0; id /= shapes.tables[g].j) is_met[g][id % shapes.tables[g].j] = 1;
   }
-  const auto n = ids.numel();
-  const auto pairs = in_order(ids.const_data_ptr<int64_t>(), n, shapes.n_ids() - 1);
-  const auto* const rows = grad.const_data_ptr<T>();
-  in_parts(shapes, n, sizeof(T), max_bytes, [&](int64_t first, int64_t n_part) {
-    add_gradients<T>(Tree(pairs.data() + first, n_part, shapes), shapes, tables, transposed, rows, out);
+  std::vector<Digits> digits(shapes.n());
+  for (size_t g = 0; g < shapes.n(); ++g)
+    for (int64_t j = 0; j < shapes.tables[g].j; ++j)
+      if (is_met[g][j]) digits[g].push_back(j);
+  return digits;
+}
+
+// Chains from their last core, where that takes fewer products: ids and rows have their digits the other way round.
+template <typename T>
+struct Direction {
+  bool is_turned;
+  TableShapes shapes;
+
+  Direction(const std::vector<Tensor>& cores, int64_t n_ids) : is_turned(false) {
+    std::vector<Sizes> forth, back;
+    for (const auto& core : cores) forth.push_back(core.sizes().vec());
+    double turning = 0;  // slices are read and written across their rows: some 25 products for each number, twice
+    for (auto k = cores.size(); k-- > 0;) {
+      const auto& size = forth[k];
+      back.push_back({size[3], size[1], size[2], size[0]});
+      turning += 50.0 * static_cast<double>(size[0] * size[1] * size[3] * std::min(size[2], n_ids));
+    }
+    shapes = TableShapes::of<T>(forth);
+    auto turned = TableShapes::of<T>(back);
+    is_turned = 4 * turned.work(n_ids) + turning < 4 * shapes.work(n_ids);
+    if (!is_turned) return;
+    turned.places.resize(turned.dim());
+    for (int64_t at = 0; at < turned.dim(); ++at) {
+      int64_t rest = at, place = 0;
+      // The digits of `at` from its last one are those of the row from its first one.
+      for (auto g = turned.n(); g-- > 0; rest /= turned.tables[g].i)
+        place = place * turned.tables[g].i + rest % turned.tables[g].i;
+      turned.places[at] = place;
+    }
+    shapes = std::move(turned);
+  }
+
+  Grid<const T> grid(const std::vector<Tensor>& cores, size_t g) const {
+    if (!is_turned) return grid_of<T>(cores[g]);
+    const auto core = grid_of<T>(cores[cores.size() - 1 - g]);
+    return {core.data, core.s, core.a, core.b, core.r, core.at_s, core.at_a, core.at_b, core.at_r};
+  }
+
+  Pairs sorted(const Tensor& ids) const {
+    const auto* const given = ids.const_data_ptr<int64_t>();
+    const auto n = ids.numel();
+    if (!is_turned) return in_order(given, n, shapes.n_ids() - 1);
+    std::vector<int64_t> found(n);
+    for (int64_t k = 0; k < n; ++k) {
+      auto rest = given[k];
+      for (const auto& table : shapes.tables) {  // the first of which has an id's last digit
+        found[k] = found[k] * table.j + rest % table.j;
+        rest /= table.j;
+      }
+    }
+    return in_order(found.data(), n, shapes.n_ids() - 1);
+  }
+};
+
+// The tables of some ids, in memory of a room.
+template <typename T>
+struct CoreTables {
+  Room room;
+  Direction<T> direction;
+  const TableShapes& shapes = direction.shapes;
+  Pairs pairs;
+  std::vector<Digits> digits;
+  Tables<T> tables;
+
+  CoreTables(const Tensor& ids, const std::vector<Tensor>& cores)
+      : direction(cores, ids.numel()), pairs(direction.sorted(ids)), digits(digits_of(pairs, shapes)) {
+    for (size_t g = 0; g < cores.size(); ++g) {
+      T* const table = room.take<T>(shapes.tables[g].j * shapes.tables[g].slice());
+      pack_slices<T>(direction.grid(cores, g), shapes.tables[g], digits[g], table);
+      tables.push_back(table);
+    }
+  }
+};
+
+// Into `out` (ids, dim).
+template <typename T>
+void rows_of_cores(const Tensor& ids, const std::vector<Tensor>& cores, int64_t max_bytes, const Tensor& out) {
+  const CoreTables<T> made(ids, cores);
+  all_rows(made.pairs, made.shapes, made.tables, max_bytes, out.template mutable_data_ptr<T>());
+}
+
+template <typename T>
+std::vector<Tensor> gradients_of_cores(const Tensor& ids, const std::vector<Tensor>& cores, const Tensor& grad,
+                                       int64_t max_bytes) {
+  CoreTables<T> made(ids, cores);
+  const auto& shapes = made.shapes;
+  Tables<T> transposed(shapes.n());
+  std::vector<T*> sums;
+  for (size_t g = 0; g < shapes.n(); ++g) {
+    const auto& t = shapes.tables[g];
+    if (g > 0) transposed[g] = transposed_slices(made.room, made.tables[g], t, made.digits[g]);
+    sums.push_back(made.room.template take<T>(t.j * t.slice()));
+    for (const auto j : made.digits[g]) std::fill(sums[g] + j * t.slice(), sums[g] + (j + 1) * t.slice(), T(0));
+  }
+  in_parts(shapes, ids.numel(), sizeof(T), max_bytes, [&](int64_t first, int64_t n_part) {
+    add_gradients<T>(Tree(made.pairs.data() + first, n_part, shapes), shapes, made.tables, transposed,
+                     grad.const_data_ptr<T>(), sums);
   });
-  for (size_t g = 0; g < shapes.n(); ++g) found[g] = unpack_core<T>(found[g], shapes.tables[g]);
+  std::vector<Tensor> found;
+  for (const auto& core : cores) found.push_back(reused(core.sizes(), grad.options().requires_grad(false)));
+  for (size_t g = 0; g < shapes.n(); ++g) {
+    const auto& core = found[made.direction.is_turned ? shapes.n() - 1 - g : g];
+    (made.direction.is_turned ? &unpack_turned<T> : &unpack_slices<T>)(sums[g], shapes.tables[g], made.digits[g],
+                                                                   core.template mutable_data_ptr<T>());
+  }
   return found;
 }
 

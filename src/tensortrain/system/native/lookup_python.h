@@ -1,8 +1,7 @@
 // What Python sees of lookups: calls that answer None where the tensors at hand are not what the loops take.
 #pragma once
 
-#include "lookup.h"
-#include "short_way.h"
+#include "rows.h"
 
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
@@ -11,31 +10,10 @@ namespace tensortrain {
 
 namespace py = pybind11;
 
-inline bool is_looked_up(const Tensor& tensor, at::ScalarType dtype) {
-  return is_plain(tensor) && tensor.scalar_type() == dtype;
-}
-
-inline bool are_looked_up(const std::vector<Tensor>& tensors) {
-  if (tensors.size() < 2 || !is_undisturbed()) return false;
-  const auto dtype = tensors[0].scalar_type();
-  if (dtype != at::kFloat && dtype != at::kDouble) return false;
-  for (const auto& tensor : tensors)
-    if (!is_looked_up(tensor, dtype)) return false;
-  return true;
-}
-
-inline bool are_ids(const Tensor& ids) { return is_looked_up(ids, at::kLong) && ids.is_contiguous(); }
-
 // Least and greatest id; none where they are no plain whole numbers.
 inline std::optional<std::pair<int64_t, int64_t>> range_of_ids(const Tensor& ids) {
   if (!is_undisturbed() || !are_ids(ids) || ids.numel() == 0) return std::nullopt;
-  const auto* const at = ids.const_data_ptr<int64_t>();
-  int64_t low = at[0], high = at[0];
-  for (int64_t k = 1, n = ids.numel(); k < n; ++k) {
-    low = std::min(low, at[k]);
-    high = std::max(high, at[k]);
-  }
-  return std::make_pair(low, high);
+  return extent_of(ids);
 }
 
 inline std::optional<std::vector<Tensor>> pack_cores(const std::vector<Tensor>& cores) {
@@ -59,21 +37,46 @@ inline std::optional<Tensor> look_up(const Tensor& ids, const std::vector<Tensor
   return run(ids, tables, cores, max_bytes);
 }
 
-inline std::optional<std::vector<Tensor>> look_up_backward(const Tensor& ids, const std::vector<Tensor>& tables,
-                                                           const std::vector<Sizes>& cores, const Tensor& grad,
-                                                           int64_t max_bytes) {
-  if (!are_ids(ids) || !are_looked_up(tables) || !is_looked_up(grad, tables[0].scalar_type())) return std::nullopt;
+inline std::optional<Tensor> look_up_cores(const Tensor& ids, const std::vector<Tensor>& cores, int64_t max_bytes) {
+  const py::gil_scoped_release unlocked;
+  return rows_of(ids, cores, max_bytes);
+}
+
+// A run of cores as one, merged by the given steps.
+inline std::optional<Tensor> merge_run(const std::vector<Tensor>& cores, const Sizes& steps) {
+  if (!are_looked_up(cores)) return std::nullopt;
   const py::gil_scoped_release unlocked;
   const at::AutoDispatchBelowADInplaceOrView below;
-  const auto run = grad.scalar_type() == at::kFloat ? &lookup_gradients<float> : &lookup_gradients<double>;
-  return run(ids, tables, cores, grad.contiguous(), max_bytes);
+  return cores[0].scalar_type() == at::kFloat ? merged_run<float>(cores, steps) : merged_run<double>(cores, steps);
+}
+
+inline std::optional<std::vector<Tensor>> merge_run_backward(const std::vector<Tensor>& cores, const Sizes& steps,
+                                                             const Tensor& grad) {
+  if (!are_looked_up(cores) || !is_looked_up(grad, cores[0].scalar_type())) return std::nullopt;
+  const py::gil_scoped_release unlocked;
+  const at::AutoDispatchBelowADInplaceOrView below;
+  const auto run = grad.scalar_type() == at::kFloat ? &merged_run_backward<float> : &merged_run_backward<double>;
+  return run(cores, steps, grad.contiguous());
 }
 
 inline void define_lookups(py::module_& m) {
+  py::class_<RowsWay>(m, "RowsWay", py::custom_type_setup([](PyHeapTypeObject* type) {
+                        type->ht_type.tp_call = &call_rows;
+                      }))
+      .def(py::init<py::list>())
+      .def("keep_training", &RowsWay::keep_training)
+      .def("keep_product", &RowsWay::keep_product)
+      .def("keep_tables", &RowsWay::keep_tables)
+      .def("forget_weights", &RowsWay::forget_weights)
+      .def("note_cached", &RowsWay::note_cached)
+      // Part of no copy and no checkpoint: None takes its place.
+      .def("__reduce__", [](const py::object&) { return py::make_tuple(py::type::of(py::none()), py::tuple()); });
   m.def("range_of_ids", &range_of_ids);
   m.def("pack_cores", &pack_cores);
   m.def("look_up", &look_up);
-  m.def("look_up_backward", &look_up_backward);
+  m.def("look_up_cores", &look_up_cores);
+  m.def("merge_run", &merge_run);
+  m.def("merge_run_backward", &merge_run_backward);
 }
 
 }  // namespace tensortrain

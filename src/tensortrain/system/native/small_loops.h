@@ -44,12 +44,11 @@ template <typename T, int vectors, int most>
 TT_TARGET inline void columns(int64_t m, int64_t k, int64_t n_terms, const T* const* as, int64_t a_row, int64_t a_k,
                               const T* const* bs, int64_t b_at, int64_t b_row, T* c, int64_t c_row, bool adds) {
   int64_t i = 0;
-  for (; i + most <= m; i += most)
+  // Two sums of one or two rows keep no unit busy: seven or eight rows are taken as four and the others.
+  for (; i + most <= m && !(most == 6 && (m - i == 7 || m - i == 8)); i += most)
     tile<T, most, vectors>(k, n_terms, as, i * a_row, a_row, a_k, bs, b_at, b_row, c + i * c_row, c_row, adds);
-  if (i + 4 <= m) {
+  for (; i + 4 <= m; i += 4)
     tile<T, 4, vectors>(k, n_terms, as, i * a_row, a_row, a_k, bs, b_at, b_row, c + i * c_row, c_row, adds);
-    i += 4;
-  }
   switch (m - i) {
     case 3:
       return tile<T, 3, vectors>(k, n_terms, as, i * a_row, a_row, a_k, bs, b_at, b_row, c + i * c_row, c_row, adds);
@@ -71,4 +70,32 @@ TT_TARGET void product(int64_t m, int64_t n, int64_t k, int64_t n_terms, const T
   for (; at + 2 * lanes <= n; at += 2 * lanes)
     columns<T, 2, 6>(m, k, n_terms, as, a_row, a_k, bs, at, b_row, c + at, c_row, adds);
   if (at < n) columns<T, 1, 8>(m, k, n_terms, as, a_row, a_k, bs, at, b_row, c + at, c_row, adds);
+}
+
+// The same where each B lies in panels: two vectors of each of its rows, one row after the other, then the next two.
+// Columns of wide matrices lie on few lines of the cache otherwise.
+template <typename T>
+TT_TARGET void panel_product(int64_t m, int64_t n, int64_t k, int64_t n_terms, const T* const* as, int64_t a_row,
+                             int64_t a_k, const T* const* bs, T* c, int64_t c_row, bool adds) {
+  constexpr int64_t lanes = 32 / sizeof(T);
+  int64_t at = 0;
+  for (; at + 2 * lanes <= n; at += 2 * lanes)
+    columns<T, 2, 6>(m, k, n_terms, as, a_row, a_k, bs, at * k, 2 * lanes, c + at, c_row, adds);
+  if (at < n) columns<T, 1, 8>(m, k, n_terms, as, a_row, a_k, bs, at * k, lanes, c + at, c_row, adds);
+}
+
+// c += a, n numbers.
+template <typename T>
+TT_TARGET void add_row(T* c, const T* a, int64_t n) {
+  typedef T Vector __attribute__((vector_size(32)));
+  constexpr int64_t lanes = 32 / sizeof(T);
+  int64_t at = 0;
+  for (; at + lanes <= n; at += lanes) {
+    Vector sum, more;
+    __builtin_memcpy(&sum, c + at, sizeof(Vector));
+    __builtin_memcpy(&more, a + at, sizeof(Vector));
+    sum += more;
+    __builtin_memcpy(c + at, &sum, sizeof(Vector));
+  }
+  for (; at < n; ++at) c[at] += a[at];
 }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 
 namespace tensortrain {
 
@@ -47,6 +48,47 @@ inline Product<T> small_product() {
   if (has_avx2) return &loops_avx2::product<T>;
 #endif
   return &loops_plain::product<T>;
+}
+
+template <typename T>
+using PanelProduct = void (*)(int64_t m, int64_t n, int64_t k, int64_t n_terms, const T* const* as, int64_t a_row,
+                              int64_t a_k, const T* const* bs, T* c, int64_t c_row, bool adds);
+
+template <typename T>
+inline PanelProduct<T> panel_product() {
+#if defined(__x86_64__)
+  static const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  if (has_avx2) return &loops_avx2::panel_product<T>;
+#endif
+  return &loops_plain::panel_product<T>;
+}
+
+// Where column `at` of row `k` lies in a matrix (n_rows, width) in panels; up to the panel's end a row goes on from there.
+template <typename T>
+inline int64_t in_panels(int64_t k, int64_t at, int64_t n_rows, int64_t width) {
+  constexpr int64_t wide = 2 * lanes_of<T>;
+  const auto start = at / wide * wide, here = width - start < wide ? lanes_of<T> : wide;
+  return start * n_rows + k * here + (at - start);
+}
+
+// A row of a matrix in panels.
+template <typename T>
+inline void put_row(const T* row, int64_t k, int64_t n_rows, int64_t width, T* panels) {
+  constexpr int64_t wide = 2 * lanes_of<T>;
+  for (int64_t at = 0; at < width; at += wide)
+    std::memcpy(panels + in_panels<T>(k, at, n_rows, width), row + at, (width - at < wide ? width - at : wide) * sizeof(T));
+}
+
+template <typename T>
+using Adder = void (*)(T* c, const T* a, int64_t n);
+
+template <typename T>
+inline Adder<T> row_adder() {
+#if defined(__x86_64__)
+  static const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  if (has_avx2) return &loops_avx2::add_row<T>;
+#endif
+  return &loops_plain::add_row<T>;
 }
 
 }  // namespace tensortrain

@@ -1,0 +1,92 @@
+"""A run of cores that the kernels merge where it shall lie is the one that operations of torch make."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from torch import Tensor
+
+from tensortrain.contract import chain_to_dense, kernels, merge_cores
+from tensortrain.contract.merge import merge_order, merge_steps
+
+pytestmark = pytest.mark.skipif(kernels.library() is None, reason="the kernels are not built")
+
+
+def random_run(seed: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    draw = random.Random(seed)
+    order = draw.randint(2, 5)
+    ends = (draw.choice([1, 3]), draw.choice([1, 2]))
+    ranks = (ends[0], *(draw.choice([1, 3, 8, 21]) for _ in range(order - 1)), ends[1])
+    cores = [
+        torch.randn(ranks[k], draw.randint(1, 9), draw.randint(1, 9), ranks[k + 1], dtype=dtype) for k in range(order)
+    ]
+    if seed % 3 == 0:  # laid out otherwise
+        cores = [core.permute(3, 1, 2, 0).contiguous().permute(3, 1, 2, 0) for core in cores]
+    return [core.requires_grad_() for core in cores]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("seed", range(16))
+def test_a_run_and_its_gradients_are_those_of_torch(seed: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(seed)
+    cores = random_run(seed, dtype)
+    merged = merge_cores(cores, [(0, len(cores))])[0]
+    with kernels.python_only():
+        expected = merge_cores(cores, [(0, len(cores))])[0]
+    grad = torch.randn_like(expected)
+    pairs = [(merged, expected)]
+    found, wanted = torch.autograd.grad(merged, cores, grad), torch.autograd.grad(expected, cores, grad)
+    tolerance = 1e-13 if dtype == torch.float64 else 1e-5
+    for a, b in [*pairs, *zip(found, wanted, strict=True)]:
+        assert float((a - b).detach().norm()) <= tolerance * float(b.detach().norm()) + 1e-12
+
+
+def test_large_products_are_left_to_blas_and_are_the_same() -> None:
+    torch.manual_seed(0)
+    cores = [torch.randn(1, 12, 40, 33), torch.randn(33, 5, 41, 1)]
+    cores = [core.double().requires_grad_() for core in cores]
+    expected = torch.einsum("aijr,rklb->ikjl", *cores).reshape(60, 1640)
+    found, grad = chain_to_dense(cores), torch.randn(60, 1640, dtype=torch.float64)
+    torch.testing.assert_close(found, expected)
+    for a, b in zip(torch.autograd.grad(found, cores, grad), torch.autograd.grad(expected, cores, grad), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_weight_that_is_held_is_not_written_over() -> None:
+    """Memory of large weights is given out again, but only when nobody holds it."""
+    cores = [torch.randn(1, 40, 40, 3), torch.randn(3, 10, 10, 1)]
+    held = [chain_to_dense([core * k for core in cores]) for k in range(1, 8)]
+    view, copies = held[0][:1], [one.clone() for one in held]
+    held[0] = view
+    copies[0] = copies[0][:1]
+    for _ in range(4):
+        chain_to_dense(cores)
+    for one, copy in zip(held, copies, strict=True):
+        assert torch.equal(one, copy)
+
+
+def test_second_derivatives_and_many_gradients_at_once() -> None:
+    torch.manual_seed(0)
+    cores = [torch.randn(size, dtype=torch.float64, requires_grad=True) for size in ((1, 2, 2, 2), (2, 2, 3, 1))]
+    assert torch.autograd.gradcheck(lambda *given: chain_to_dense(given), cores)
+    assert torch.autograd.gradgradcheck(lambda *given: chain_to_dense(given), cores)
+    weight, grads = chain_to_dense(cores), torch.randn(3, 4, 6, dtype=torch.float64)
+    at_once = torch.autograd.grad(weight, cores, grads, is_grads_batched=True, retain_graph=True)
+    one_by_one = [torch.autograd.grad(weight, cores, grad, retain_graph=True) for grad in grads]
+    for k, found in enumerate(at_once):
+        torch.testing.assert_close(found, torch.stack([one[k] for one in one_by_one]))
+
+
+def test_transforms_see_every_product() -> None:
+    cores = [torch.randn(1, 2, 3, 2), torch.randn(2, 2, 2, 1)]
+    found = torch.func.jacrev(lambda *given: chain_to_dense(given))(*cores)
+    assert found.shape == (4, 6, 1, 2, 3, 2)
+    many = torch.func.vmap(lambda first: chain_to_dense([first, cores[1]]))(torch.stack([cores[0], 2 * cores[0]]))
+    torch.testing.assert_close(many[1], 2 * many[0])
+
+
+def test_steps_are_those_of_the_order() -> None:
+    shapes = ((1, 4, 4, 2), (2, 4, 4, 2), (2, 4, 4, 1))
+    assert merge_steps(shapes) == [at for step in merge_order(shapes) for at in (step.start, step.middle, step.stop)]

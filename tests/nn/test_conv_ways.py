@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import time
 from typing import Any
 
 import pytest
@@ -12,11 +13,13 @@ from torch import Tensor
 
 import tensortrain as tt
 from tensortrain.contract import CostModel
-from tensortrain.contract.stages import Load
+from tensortrain.contract.hops import Load
 from tensortrain.formats import format_names, get_format
-from tensortrain.nn.conv import choose
-from tensortrain.nn.conv.quick import quick
-from tensortrain.nn.conv.ways import StagedWay, Way
+from tensortrain.nn.conv import choose, ways
+from tensortrain.nn.conv import quick as short
+from tensortrain.nn.conv.options import ConvOptions
+from tensortrain.nn.conv.ways import HopsWay, Way
+from tensortrain.system.native import library
 from tensortrain.testing import rel_error
 
 FORMATS = [name for name in format_names() if "conv" in get_format(name).kinds]
@@ -115,20 +118,85 @@ def _curved(y: Tensor) -> Tensor:
     return (y * torch.arange(y.numel(), dtype=y.dtype).reshape(y.shape).cos()).sum() + y.square().sum()
 
 
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("format", FORMATS)
+def test_gradients_of_every_transposed_way(format: str, groups: int) -> None:
+    options: dict[str, Any] = {"stride": 2, "groups": groups, "format": format, "rank": 2}
+    layer = tt.nn.ConvTranspose2d(4 * groups, 6 * groups, (3, 2), padding=1, **options)
+    x = torch.randn(2, 4 * groups, 3, 4, requires_grad=True)
+    exact = torch.autograd.grad(_curved(layer.to_dense()(x)), [x])[0]
+    found = [torch.autograd.grad(_curved(by_way(layer, way, x)), [x])[0] for way in ways_of(layer, x, training=True)]
+    assert all(rel_error(one, exact) <= 1e-10 for one in found)
+
+
+# -- filters ------------------------------------------------------------------------------------------------------
+
+FILTERS: list[tuple[tuple[int, ...], int, int, int, dict[str, Any]]] = [
+    ((33,), 1, 1, 2, {"kernel": (5,), "stride": (1,), "padding": (2,), "dilation": (1,)}),
+    ((40,), 2, 3, 1, {"kernel": (3,), "stride": (3,), "padding": (0,), "dilation": (2,)}),
+    ((7, 70), 1, 1, 9, {"kernel": (3, 3), "stride": (1, 1), "padding": (1, 1), "dilation": (1, 1)}),
+    ((6, 5), 3, 1, 1, {"kernel": (3, 2), "stride": (2, 1), "padding": (1, 2), "dilation": (1, 2)}),
+    ((9, 20), 2, 2, 3, {"kernel": (1, 3), "stride": (1, 2), "padding": (0, 4), "dilation": (1, 2)}),
+    ((4, 3, 19), 1, 2, 5, {"kernel": (2, 3, 3), "stride": (1, 2, 2), "padding": (1, 0, 1), "dilation": (1, 1, 1)}),
+]
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.float64, 1e-14)])
+@pytest.mark.parametrize("spatial, groups, inputs, outputs, how", FILTERS)
+def test_our_own_kernel_for_few_channels(spatial, groups, inputs, outputs, how, dtype, tolerance) -> None:
+    if library() is None:
+        pytest.skip("the kernels are not built")
+    options = ConvOptions(**how)
+    assert ways.can_filter(options, dtype, torch.device("cpu"))
+    x = torch.randn(3, groups * inputs, *spatial, dtype=dtype, requires_grad=True)
+    weight = torch.randn(groups * outputs, inputs, *options.kernel, dtype=dtype, requires_grad=True)
+    for bias in (None, torch.randn(groups * outputs, dtype=dtype, requires_grad=True)):
+        leaves = [x, weight] if bias is None else [x, weight, bias]
+        found, exact = (run(x, weight, bias, options, groups) for run in (ways._filtered, ways._convolved))
+        assert found.shape == exact.shape
+        assert rel_error(found, exact) <= tolerance
+        grads = (torch.autograd.grad(_curved(y), leaves) for y in (found, exact))
+        assert all(rel_error(one, other) <= 20 * tolerance for one, other in zip(*grads, strict=True))
+
+
+def test_second_derivatives_of_filters() -> None:
+    if library() is None:
+        pytest.skip("the kernels are not built")
+    options = ConvOptions((3, 2), (2, 1), (1, 0), (1, 2))
+    leaves = [torch.randn(*shape, requires_grad=True) for shape in ((2, 2, 5, 4), (4, 1, 3, 2), (4,))]
+    assert torch.autograd.gradgradcheck(lambda x, w, b: ways._filtered(x, w, b, options, 2), leaves)
+
+
+def test_filters_leave_to_torch_what_others_look_on() -> None:
+    options = ConvOptions((3,), (1,), (1,), (1,))
+    x, weight = torch.randn(4, 1, 6), torch.randn(2, 1, 3)
+    exact = ways._convolved(x, weight, None, options, 1)
+    mapped = torch.vmap(lambda one: ways._filtered(one.unsqueeze(0), weight, None, options, 1).squeeze(0))(x)
+    assert rel_error(mapped, exact) <= 1e-12
+    _, tangent = torch.func.jvp(lambda one: ways._filtered(one, weight, None, options, 1), (x,), (x,))
+    assert rel_error(tangent, exact) <= 1e-12
+    with torch.autocast("cpu", torch.bfloat16):
+        assert ways._filtered(x.float(), weight.float(), None, options, 1).dtype == torch.bfloat16
+    assert ways._filtered(x.half(), weight.half(), None, options, 1).dtype == torch.float16
+    same = ConvOptions((3,), (1,), "same", (1,), "reflect")
+    assert not ways.can_filter(same, torch.float32, torch.device("cpu"))
+    assert ways._filtered(x, weight, None, same, 1).shape == exact.shape
+
+
 def test_the_two_halves_of_a_train_are_a_chain_of_two_convolutions() -> None:
     layer = tt.nn.Conv2d(16, 12, 3, padding=1, format="tt_separate", rank=3)
     with torch.no_grad():
-        staged = [way for way in ways_of(layer, torch.randn(1, 16, 8, 8)) if isinstance(way, StagedWay)]
-    assert any(len(way.stages) == 2 and all(stage.is_plain for stage in way.stages) for way in staged)
+        hopping = [way for way in ways_of(layer, torch.randn(1, 16, 8, 8)) if isinstance(way, HopsWay)]
+    assert any(len(way.hops) == 2 and all(hop.is_plain for hop in way.hops) for way in hopping)
 
 
-def test_a_stage_never_builds_the_whole_kernel() -> None:
+def test_a_hop_never_builds_the_whole_kernel() -> None:
     for format in FORMATS:
         layer = tt.nn.Conv2d(8, 6, 3, format=format, rank=2, implementation="factorized")
         with torch.no_grad():
             ways = ways_of(layer, torch.randn(1, 8, 5, 5))
         n_cores = len(layer.cores)
-        assert all(len(way.stages[0].cores) < n_cores for way in ways if isinstance(way, StagedWay))
+        assert all(len(way.hops[0].cores) < n_cores for way in ways if isinstance(way, HopsWay))
         assert not layer.plan(1, (5, 5)).uses_dense
 
 
@@ -140,12 +208,14 @@ def timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> list[str]:
     """Names of ways that were run; the one that comes last is the fastest by a clock of our own."""
     seen: list[str] = []
 
-    def call(way: Way, request: Any, maker: Any) -> int:
-        seen.append(way.name)
-        return len(seen)
+    def calls(ways: list[Way], request: Any, maker: Any) -> list[int]:
+        numbers = range(len(seen) + 1, len(seen) + len(ways) + 1)
+        seen.extend(way.name for way in ways)
+        return list(numbers)
 
     monkeypatch.setattr(choose, "_KNOWN", {})
-    monkeypatch.setattr(choose, "_call", call)
+    monkeypatch.setattr(choose, "_calls", calls)
+    monkeypatch.setattr(choose, "_CLEARLY", 1.0)
     monkeypatch.setattr(choose, "can_time", lambda device: True)
     monkeypatch.setattr(choose, "timed", lambda number, device: 1.0 / number)
     monkeypatch.setattr(choose._NOTES, "_file", lambda device: tmp_path / "kept" / "convolutions.json")
@@ -174,6 +244,23 @@ def test_the_fastest_way_run_is_kept_and_its_time_is_told(timed: list[str]) -> N
         assert rel_error(layer(x), layer.to_dense()(x)) <= 1e-5
 
 
+def test_a_trial_beside_other_programs_is_made_again(timed: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    now = time.time()
+    for alone, later, is_again in ((False, 10.0, False), (False, 1000.0, True), (True, 1000.0, False)):
+        monkeypatch.setattr(choose.Watch, "is_alone", lambda self, alone=alone: alone)
+        monkeypatch.setattr(choose.time, "time", lambda: now)
+        with torch.no_grad():
+            choose._NOTES.write("none", torch.device("cpu"), 0)
+            choose._NOTES._file(torch.device("cpu")).unlink()
+            make().plan(2, (8, 8))
+            n_run = len(timed)
+            choose._KNOWN.clear()
+            monkeypatch.setattr(choose.time, "time", lambda later=later: now + later)
+            make().plan(2, (8, 8))
+            choose._KNOWN.clear()
+        assert (len(timed) > n_run) == is_again
+
+
 def test_sizes_that_run_alike_share_a_trial(timed: list[str]) -> None:
     with torch.no_grad():
         first = make().plan(8, (100, 100))
@@ -186,13 +273,24 @@ def test_sizes_that_run_alike_share_a_trial(timed: list[str]) -> None:
     assert [choose.bucket(n) for n in (1, 7, 15, 16, 17, 31, 33, 224)] == [1, 7, 15, 16, 18, 32, 36, 224]
 
 
-def test_long_trials_take_fewer_examples(timed: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_trials_are_of_few_ways(timed: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choose, "_TOO_LONG_S", 1e-9)
+    with torch.no_grad():
+        assert make().plan(4, (8, 8)).is_measured
+        assert len(timed) == 1 + choose._LEAST_TRIED
+        assert timed[0] == "dense plain"
+        monkeypatch.setattr(choose, "_TOO_LONG_S", 1.0)
+        make().plan(4, (9, 9))
+        assert len(timed) > 2 * (1 + choose._LEAST_TRIED)
+
+
+def test_long_trials_take_fewer_examples(timed: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choose, "_FAR_TOO_LONG_S", 1e-9)
     with torch.no_grad():
         plan = make().plan(4, (8, 8))
         assert not plan.is_measured
         assert timed == []
-        monkeypatch.setattr(choose, "_TOO_LONG_S", 1e-2)
+        monkeypatch.setattr(choose, "_FAR_TOO_LONG_S", 1e-2)
         monkeypatch.setattr(choose, "_LIKELY", 1e9)
         plan = make().plan(2**14, (8, 8))
     assert plan.is_measured
@@ -264,17 +362,46 @@ def test_a_packed_kernel_follows_the_cores_and_counts_as_memory() -> None:
     assert x.grad is not None
 
 
-def test_the_short_way_sees_every_change() -> None:
-    layer, x = make(), torch.randn(2, 32, 6, 6, dtype=torch.float32)
+@pytest.fixture(params=["with kernels", "without kernels"])
+def _kernels_or_none(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "without kernels":
+        monkeypatch.setattr(short, "library", lambda: None)
+    elif library() is None:
+        pytest.skip("the kernels are not built")
+
+
+def quick(layer: Any, x: Tensor) -> Tensor | None:
+    """What the short way gives, where it is taken."""
+    way = layer.runner.way
+    return None if way is None else way(layer, x)
+
+
+@pytest.mark.usefixtures("_kernels_or_none")
+@pytest.mark.parametrize("implementation", ["auto", "dense"])
+def test_the_short_way_sees_every_change(implementation: Any) -> None:
+    layer, x = make(implementation=implementation), torch.randn(2, 32, 6, 6, dtype=torch.float32)
     dense = layer.to_dense()
     last = x.contiguous(memory_format=torch.channels_last)
     with torch.no_grad():
         for _ in range(3):
             assert rel_error(layer(x), dense(x)) <= 1e-5
             assert rel_error(layer(last), dense(x)) <= 1e-5
-        assert len(layer.runner.quick_calls) == 2
-        assert quick(layer, x) is not None
+            assert rel_error(layer(x[:1]), dense(x[:1])) <= 1e-5
+        for some in (x, last, x[:1]):
+            found = quick(layer, some)
+            assert found is not None
+            assert rel_error(found, dense(some)) <= 1e-5
+        assert layer.plan(2).spatial == (6, 6)
         assert quick(layer, x.double()) is None
+        assert quick(layer, x[:, :, 1:]) is None
+        assert quick(layer, x.to(torch.bfloat16)) is None
+        with torch.autocast("cpu", torch.bfloat16):
+            assert quick(layer, x) is None
+        torch.use_deterministic_algorithms(True)
+        try:
+            assert quick(layer, x) is None
+        finally:
+            torch.use_deterministic_algorithms(False)
         layer.cores[0].mul_(2.0)
         assert quick(layer, x) is None
         assert rel_error(layer(x), layer.to_dense()(x)) <= 1e-5
@@ -284,7 +411,7 @@ def test_the_short_way_sees_every_change() -> None:
         layer.implementation = "factorized"
         assert quick(layer, x) is None
         assert rel_error(layer(x), layer.to_dense()(x)) <= 1e-5
-        layer.implementation = "auto"
+        layer.implementation = implementation
         layer.cores[1] = torch.nn.Parameter(torch.randn_like(layer.cores[1]))
         assert rel_error(layer(x), layer.to_dense()(x)) <= 1e-5
         assert quick(layer, x) is not None
@@ -300,12 +427,13 @@ def test_the_short_way_sees_every_change() -> None:
         assert layer.plan(2).spatial == (6, 6)
 
 
+@pytest.mark.usefixtures("_kernels_or_none")
 def test_copies_and_files_of_a_layer_that_has_run() -> None:
     layer, x = make(), torch.randn(2, 32, 6, 6, dtype=torch.float32)
     with torch.no_grad():
         exact = layer(x)
         for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
-            assert not other.runner.quick_calls
+            assert quick(other, x) is None
             assert rel_error(other(x), exact) <= 1e-6
             other.cores[0].zero_()
             assert rel_error(layer(x), exact) == 0

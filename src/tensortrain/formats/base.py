@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tensortrain.contract import ChainShape, ContractionPlan, Network
-from tensortrain.contract.stages import ConvNetwork
+from tensortrain.contract.hops import ConvNetwork
 from tensortrain.cores.tolerance import compute_dtype
 from tensortrain.errors import KindError, ShapeError
 from tensortrain.tensor import Approximation, default_eps
@@ -364,4 +364,6 @@ class Format(ABC):
 
 def pointwise(x: Tensor, matrix: Tensor) -> Tensor:
     """A 1x1 convolution: ``(b, C, *positions)`` with ``(S, C)`` to ``(b, S, *positions)``."""
-    return torch.matmul(matrix, x.flatten(2)).reshape(x.shape[0], matrix.shape[0], *x.shape[2:])
+    # A compiler makes slow loops of torch.matmul with one matrix for all examples.
+    y = torch.bmm(matrix.expand(x.shape[0], -1, -1), x.flatten(2))
+    return y.reshape(x.shape[0], matrix.shape[0], *x.shape[2:])

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from tensortrain.contract import ChainShape, ContractionPlan, chain_lookup, chain_to_dense, merge_cores
-from tensortrain.contract.stages import ConvNetwork
+from tensortrain.contract.hops import ConvNetwork
 from tensortrain.cores.environments import value_parts
 from tensortrain.cores.gram import chain_squared_norm
 from tensortrain.cores.linalg import gram_singular_values

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tensortrain.contract.stages import ConvNetwork
+from tensortrain.contract.hops import ConvNetwork
 from tensortrain.errors import ShapeError
 
 from .checks import check_modes

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tensortrain.contract import ChainShape, ContractionPlan
-from tensortrain.contract.stages import ConvNetwork
+from tensortrain.contract.hops import ConvNetwork
 
 from .base import Spatial, pointwise
 from .chain import ChainFormat, Modes, balance_chain

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from tensortrain.contract import ContractionPlan, CostModel, Network, plan_network
+from tensortrain.contract.hops import ConvNetwork
 from tensortrain.contract.products import Product, contraction, contraction_flops, run
-from tensortrain.contract.stages import ConvNetwork
 from tensortrain.cores.linalg import singular_values
 from tensortrain.cores.tolerance import checked_eps, compute_dtype
 from tensortrain.errors import DTypeError, ModeIndexError

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tensortrain.contract import ContractionPlan
-from tensortrain.contract.stages import ConvNetwork
+from tensortrain.contract.hops import ConvNetwork
 from tensortrain.cores.tolerance import checked_eps
 from tensortrain.errors import DTypeError
 

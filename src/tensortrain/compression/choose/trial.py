@@ -6,11 +6,9 @@ prediction may be far off where that of a matrix product is not.
 
 from __future__ import annotations
 
-import hashlib
 import math
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,10 +17,9 @@ from torch import nn
 from tensortrain.compression.choose.load import Load
 from tensortrain.compression.survey.layers import FoundLayer
 from tensortrain.contract.cost import is_measured
+from tensortrain.contract.trials import Notebook, trial_key
 from tensortrain.formats import FactorSpec
 from tensortrain.nn import ConvLayer
-from tensortrain.system.machine import device_key, known_file, read_json, write_json
-from tensortrain.system.native import library
 
 __all__ = ["can_time", "told", "trial_seconds"]
 
@@ -31,7 +28,9 @@ _WORTH_S = 2e-4  # a dense layer that is predicted to take less is not tried
 _MOST_ENTRIES = 2**26  # of an input: a trial must not exhaust the memory
 _MOST_ROUNDS, _ENOUGH_S = 6, 0.12  # after two rounds, no new one begins later than this
 
-_KNOWN: dict[str, list[float]] = {}
+_CPU = torch.device("cpu")
+_NOTES = Notebook("layers-1")
+_KNOWN: dict[Any, list[float]] = {}
 
 
 def can_time(layer: FoundLayer, load: Load, dense_s: float) -> bool:
@@ -64,32 +63,23 @@ def trial_seconds(layer: FoundLayer, specs: Sequence[FactorSpec], load: Load) ->
 
     They take turns on numbers of their own; the least of a few counts. Found once on a machine.
     """
-    key = _digest(told(layer), specs, load, _kernels())
+    key = trial_key(_CPU, told(layer), tuple(specs), load)
     if key not in _KNOWN:
-        _KNOWN[key] = _recalled(key, 1 + len(specs)) or _stored(key, _measured(layer, specs, load))
+        _KNOWN[key] = _recalled(key, 1 + len(specs)) or _noted(key, _measured(layer, specs, load))
     return _KNOWN[key]
 
 
-def _recalled(key: str, count: int) -> list[float] | None:
+def _recalled(key: Any, count: int) -> list[float] | None:
     """What an earlier process on this machine found."""
-    seconds = _entries().get(key)
+    seconds = _NOTES.read(key, _CPU)
     if not isinstance(seconds, list) or len(seconds) != count:
         return None
     return seconds if all(isinstance(one, float) and one > 0 for one in seconds) else None
 
 
-def _stored(key: str, seconds: list[float]) -> list[float]:
-    write_json(_file(), {**_entries(), key: seconds})
+def _noted(key: Any, seconds: list[float]) -> list[float]:
+    _NOTES.write(key, _CPU, seconds)
     return seconds
-
-
-def _entries() -> dict[str, Any]:
-    found = read_json(_file())
-    return found if isinstance(found, dict) else {}
-
-
-def _file() -> Path:
-    return known_file("layers-1", device_key(torch.device("cpu")))
 
 
 def _measured(layer: FoundLayer, specs: Sequence[FactorSpec], load: Load) -> list[float]:
@@ -122,12 +112,3 @@ def _in_turns(calls: Sequence[Callable[[], object]]) -> list[float]:
         if turn > 0 and time.perf_counter() - start > _ENOUGH_S:
             break
     return best
-
-
-def _kernels() -> str:
-    kernels = library()
-    return "" if kernels is None else Path(kernels.__file__).parent.name
-
-
-def _digest(*parts: object) -> str:
-    return hashlib.sha256(repr(parts).encode()).hexdigest()[:20]

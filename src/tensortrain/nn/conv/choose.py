@@ -8,27 +8,33 @@ through the dense kernel as torch runs it is always among those tried, where the
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tensortrain.contract.trials import Notebook, best_seconds, can_time, timed, train_once
+from tensortrain.contract.trials import Notebook, can_time, seconds_in_use, timed, train_once, trial_key
 from tensortrain.formats import FactorSpec
 from tensortrain.nn.conv.options import ConvOptions
 from tensortrain.nn.conv.ways import Maker, Way
+from tensortrain.system.machine import Watch
 
 __all__ = ["Found", "Request", "bucket", "fastest_way"]
 
 _MOST_TRIED = 12
 _LIKELY = 4.0  # a prediction so many times longer than the best one is not tried
-_TOO_LONG_S = 0.4  # of one round as predicted: fewer examples are taken then
+_LEAST_TRIED = 3  # beside the dense kernel
+_TOO_LONG_S = 0.25  # of one round as predicted: fewer ways are tried then
+_FAR_TOO_LONG_S = 0.5  # likewise, of those few: with fewer examples
 _MOST_BYTES = 2**28  # of input, output and states: likewise
-_CLEARLY = 0.95  # what is not faster by so much than an earlier way is taken for level with it
+_CLEARLY = 0.92  # what is not faster by so much than the dense kernel as torch runs it is left
 _MARGIN = 0.7  # untimed, a way has to be predicted so much faster than the dense kernel to run in its place
-_NOTES = Notebook("convolutions-1")
+_DISTURBED_S = 600  # after so long a trial beside other programs is made again
+_NOTES = Notebook("convolutions-2")  # since calls are timed after a rest
 _KNOWN: dict[Any, _Trial] = {}
 
 
@@ -101,7 +107,7 @@ def fastest_way(request: Request, ways: Sequence[Way], maker: Maker, *, may_time
         maker: Of the layer that asks.
         may_time: Whether ways may be run at all.
 
-    Cost: some 50 ms once for every size; what was found is kept with the constants of the machine.
+    Cost: some 200 ms once for every size; what was found is kept with the constants of the machine.
     """
     if len(ways) == 1 or not may_time or request.n_positions == 0 or not can_time(request.device):
         return predicted(ways)
@@ -133,14 +139,16 @@ def bucket(size: int) -> int:
 def _key(request: Request, ways: Sequence[Way]) -> tuple[Any, ...]:
     size = (1 << max(0, request.batch - 1).bit_length(), *map(bucket, request.spatial))
     rules = any(way.uses_dense for way in ways), any(way.packs for way in ways), all(way.uses_dense for way in ways)
-    where = str(request.device), request.channels_last, request.has_bias, torch.get_num_threads(), str(request.dtype)
-    return request.spec.to_dict().__repr__(), repr(request.options), size, request.training, rules, where
+    how = request.training, request.channels_last, request.has_bias, str(request.dtype)
+    return trial_key(request.device, repr(request.spec.to_dict()), repr(request.options), size, *how, rules)
 
 
 def _recalled(ways: Sequence[Way], request: Request, key: Any) -> _Trial | None:
-    """What an earlier process on this machine found."""
+    """What an earlier process on this machine found; not for long where other programs disturbed it."""
     note = _NOTES.read(key, request.device)
     try:
+        if not note["alone"] and time.time() - note["made"] > _DISTURBED_S:
+            return None
         known = _Trial(note["way"], {str(name): float(each) for name, each in note["seconds"].items()})
     except (TypeError, KeyError, ValueError, AttributeError):
         return None
@@ -149,26 +157,26 @@ def _recalled(ways: Sequence[Way], request: Request, key: Any) -> _Trial | None:
 
 def _tried(ways: Sequence[Way], request: Request, maker: Maker, key: Any) -> _Trial | None:
     """What a trial finds; None where it would take too much time or memory."""
-    tried = _likely(ways)
+    tried = _in_time(_likely(ways))
     small = _smaller(request, tried)
     if small is None:
         return None
+    watch = Watch()
     try:
         with torch.autocast(request.device.type, enabled=False):
-            calls = [_call(way, small, maker) for way in tried]
-            best = best_seconds(calls, lambda call: timed(call, request.device), hurries=True)
+            calls = _calls(tried, small, maker)
+            best = seconds_in_use(calls, lambda call: timed(call, request.device))
     except torch.OutOfMemoryError:
         return None
     earlier = _recalled(ways, request, key)  # another process was at it at the same time
     if earlier is not None:
         return earlier
-    found = 0
-    for k in range(1, len(tried)):
-        if best[k] < _CLEARLY * best[found]:
-            found = k
+    found = min(range(len(tried)), key=lambda k: best[k])
+    found = 0 if best[found] >= _CLEARLY * best[0] else found
     told = zip(tried, best, strict=True)
     each = {way.name: seconds / small.n_positions for way, seconds in told if seconds < math.inf}
-    _NOTES.write(key, request.device, {"way": tried[found].name, "seconds": each})
+    made = {"alone": watch.is_alone(), "made": time.time()}
+    _NOTES.write(key, request.device, {"way": tried[found].name, "seconds": each, **made})
     return _Trial(tried[found].name, each)
 
 
@@ -180,43 +188,72 @@ def _likely(ways: Sequence[Way]) -> list[Way]:
     return [ways[0], *dense, *rest[:_MOST_TRIED]]
 
 
+def _in_time(ways: Sequence[Way]) -> list[Way]:
+    """The dense kernel and the likeliest others; fewer of them where a round of all takes long."""
+    likely = sorted(ways[1:], key=lambda way: way.predicted_s)
+    spent = list(accumulate([ways[0].predicted_s, *(way.predicted_s for way in likely)]))
+    kept = [way for way, seconds in zip(likely, spent[1:], strict=True) if seconds <= _TOO_LONG_S]
+    kept = max(kept, likely[:_LEAST_TRIED], key=len)
+    return [way for way in ways if way is ways[0] or way in kept]
+
+
 def _smaller(request: Request, ways: Sequence[Way]) -> Request | None:
     """The same with as many examples as can be tried; None where a single one is too much."""
     seconds = sum(way.predicted_s for way in ways)
     ends = request.batch * request.out_features + request.in_channels * request.n_positions
     held = (ends * (2 if request.training else 1) + max(way.peak for way in ways)) * request.dtype.itemsize
-    share = max(seconds / _TOO_LONG_S, held / _MOST_BYTES)
+    share = max(seconds / _FAR_TOO_LONG_S, held / _MOST_BYTES)
     if share <= 1.0:
         return request
     batch = int(request.batch / share)
     return replace(request, batch=batch) if batch >= 1 else None
 
 
-def _call(way: Way, request: Request, maker: Maker) -> Callable[[], object]:
-    """One inference, or one training step, of a way on numbers of its own."""
-    options = request.options
+class _Numbers:
+    """What every way of a trial runs on, as a layer's input is the same whichever way it takes."""
+
+    def __init__(self, request: Request) -> None:
+        place: dict[str, Any] = {"dtype": request.dtype, "device": request.device}
+        x = torch.full((request.batch, request.in_channels, *request.spatial), 0.1, **place)
+        self.x = x.movedim(1, -1).contiguous().movedim(-1, 1) if request.channels_last else x
+        self.cores = [torch.full(shape, 0.1, **place) for shape in request.spec.core_shapes]
+        n_outputs = request.spec.weight.out_features
+        self.bias = torch.full((n_outputs,), 0.1, **place) if request.has_bias else None
+
+    @property
+    def leaves(self) -> list[Tensor]:
+        """All of them, with gradients recorded from now on."""
+        own = () if self.bias is None else (self.bias,)
+        return [tensor.requires_grad_() for tensor in (self.x, *self.cores, *own)]
+
+
+def _calls(ways: Sequence[Way], request: Request, maker: Maker) -> list[Callable[[], object]]:
+    """One inference, or one training step, by each way."""
     with torch.inference_mode(False), torch.no_grad():
-        dtype, device = request.dtype, request.device
-        size = request.batch, request.in_channels, *request.spatial
-        x = torch.full(size, 0.1, dtype=dtype, device=device)
-        x = x.movedim(1, -1).contiguous().movedim(-1, 1) if request.channels_last else x
-        cores = [torch.full(shape, 0.1, dtype=dtype, device=device) for shape in request.spec.core_shapes]
-        outputs = request.spec.weight.out_features
-        bias = torch.full((outputs,), 0.1, dtype=dtype, device=device) if request.has_bias else None
+        numbers = _Numbers(request)
         if not request.training:
-            prepared = way.prepare(maker, cores, options)
-            return lambda: _infer(way, x, prepared, bias, options, maker)
-        seed = torch.full_like(way.run(x, way.prepare(maker, cores, options), bias, options, maker), 0.1)
-    leaves = [tensor.requires_grad_() for tensor in (x, *cores)]
+            return [_inference(way, numbers, request.options, maker) for way in ways]
+        first = ways[0].prepare(maker, numbers.cores, request.options)
+        seed = torch.full_like(ways[0].run(numbers.x, first, numbers.bias, request.options, maker), 0.1)
+    return [_training_step(way, numbers, numbers.leaves, seed, request.options, maker) for way in ways]
+
+
+def _inference(way: Way, numbers: _Numbers, options: ConvOptions, maker: Maker) -> Callable[[], object]:
+    x, bias, prepared = numbers.x, numbers.bias, way.prepare(maker, numbers.cores, options)
+
+    def run() -> None:
+        with torch.no_grad():
+            way.run(x, prepared, bias, options, maker)
+
+    return run
+
+
+def _training_step(
+    way: Way, numbers: _Numbers, leaves: Sequence[Tensor], seed: Tensor, options: ConvOptions, maker: Maker
+) -> Callable[[], object]:
+    x, cores, bias = numbers.x, numbers.cores, numbers.bias
 
     def run() -> Tensor:
-        return way.run(leaves[0], way.prepare(maker, leaves[1:], options), bias, options, maker)
+        return way.run(x, way.prepare(maker, cores, options), bias, options, maker)
 
     return lambda: train_once(run, leaves, seed)
-
-
-def _infer(
-    way: Way, x: Tensor, prepared: tuple[Tensor, ...], bias: Tensor | None, options: ConvOptions, maker: Maker
-) -> None:
-    with torch.no_grad():
-        way.run(x, prepared, bias, options, maker)

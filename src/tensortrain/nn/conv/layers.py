@@ -9,18 +9,19 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.compiler import is_dynamo_compiling
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from tensortrain.contract import CostModel, Plan, cost_model
-from tensortrain.contract.stages import ConvNetwork, Load, Stage, stage_candidates
+from tensortrain.contract.hops import ConvNetwork, Hop, Load, hop_candidates
 from tensortrain.errors import ShapeError
 from tensortrain.formats import FactorSpec, Format, Rank, WeightShape, get_format
 from tensortrain.nn.base import FactorizedLayer, Implementation, Init, as_tuple
 from tensortrain.nn.conv.choose import Found, Request, fastest_way, predicted
 from tensortrain.nn.conv.options import ConvOptions
 from tensortrain.nn.conv.plan import ConvPlan, out_size
-from tensortrain.nn.conv.quick import QuickCall, quick
-from tensortrain.nn.conv.ways import DenseWay, Layout, StagedWay, StepsWay, Way, can_pack, is_channels_last
+from tensortrain.nn.conv.quick import keep_quick
+from tensortrain.nn.conv.ways import DenseWay, HopsWay, Layout, StepsWay, Way, can_filter, can_pack, is_channels_last
 from tensortrain.nn.cores import are_plain
 from tensortrain.nn.inputs import check_plain_layout, once, traceable
 from tensortrain.nn.runner import FEW_WHEN_TRACED, Runner, device_type_of, may_be_dense, trains
@@ -32,7 +33,6 @@ Size = int | Sequence[int]
 Convolve = Callable[..., Tensor]  # (x, weight in torch's layout, bias=None, groups=1) -> y
 _STEPS_OVERHEAD_S = 40e-6  # of the calls between the steps, which no flop count shows; seen on a CPU
 _FEW = 4  # inputs of a traced program that is planned for one
-_MOST_QUICK = 64  # shapes of inputs that find something ready
 _PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 
 
@@ -160,6 +160,7 @@ class ConvLayer(FactorizedLayer):
         if plan.key.training:
             self.runner.cache.clear()  # the cores are about to change
             self.runner.quick_calls.clear()
+            self.runner.way = None
             prepared = way.prepare(self, self.core_list(), options)
         elif way.name == "dense plain":
             prepared = (self.runner.dense_weight(self),)
@@ -172,18 +173,13 @@ class ConvLayer(FactorizedLayer):
 
     def _keep_quick(self, x: Tensor, plan: ConvPlan, prepared: tuple[Tensor, ...]) -> None:
         """Let the next input of this shape take the short way, where layer and input are ordinary ones."""
-        calls = self.runner.quick_calls
         if not _is_ordinary(x, any_dtype=True) or self.stand_ins is not None or not are_plain(self.cores):
             return
         cores = self.core_list()
         if any(core.is_inference() or type(core) not in (Tensor, nn.Parameter) for core in cores):
             return
-        call = plan.way.ready(x, prepared, plan.options)  # type: ignore[union-attr, arg-type]
-        if call is None or x.device.type != "cpu" or self.cores[0].device.type != "cpu":
-            return
-        if len(calls) >= _MOST_QUICK:
-            calls.clear()
-        calls[x.shape, x.is_contiguous()] = QuickCall(self, x, call, cores)
+        if x.device.type == "cpu" and cores[0].device.type == "cpu":
+            keep_quick(self, x, plan, prepared, cores)
 
     def _run_traced(self, x: Tensor, more: tuple[int, ...] | None) -> Tensor:
         options = self.conv_options(more)
@@ -321,34 +317,40 @@ class ConvLayer(FactorizedLayer):
             layouts += ["packed"] if key.may_pack and can_pack(self.conv_options(), *self._place) else []
         if key is not None and len(load.still) == self.n_axes and self.groups == 1:
             layouts += [] if self.conv_options().is_transposed else ["library"]
-        return [DenseWay(self.groups, flops, 0, seconds, layout) for layout in layouts]
+        ways: list[Way] = [DenseWay(self.groups, flops, 0, seconds, layout) for layout in layouts]
+        network = self._network if key is not None and load.training else None
+        return ways if network is None else [*ways, DenseWay(self.groups, flops, 0, seconds, "plain", network)]
+
+    @property
+    def _network(self) -> ConvNetwork | None:
+        """The cores of all groups by the names of their legs, where they are a network."""
+        network = self.format.conv_network(self._group_spec)
+        return None if network is None else network.in_groups(self.groups)
 
     @property
     def _place(self) -> tuple[torch.dtype, torch.device]:
         return self.cores[0].dtype, self.cores[0].device
 
     def _other_ways(self, load: Load, model: CostModel, key: _ConvKey | None) -> list[Way]:
-        """Through the cores: in stages, and by the format's own steps."""
+        """Through the cores: in hops, and by the format's own steps."""
         if not self._has_steps:
             return []
-        network = self.format.conv_network(self._group_spec)
+        network = self._network
         steps = self._steps_way(load, model, traced=key is None)
         if key is None or network is None:
             return [steps]
-        network = network.in_groups(self.groups)
         found: list[Way] = []
-        for stages in stage_candidates(network, load, model):
-            found += self._in_layouts(network, stages, load, key)
+        for hops in hop_candidates(network, load, model):
+            found += self._in_layouts(network, hops, load, key)
         return [*found, steps] if found else [steps]
 
-    def _in_layouts(
-        self, network: ConvNetwork, stages: tuple[Stage, ...], load: Load, key: _ConvKey
-    ) -> list[StagedWay]:
-        flops = sum(stage.flops for stage in stages)
-        peak = max(stage.moved for stage in stages)
-        seconds = sum(stage.seconds for stage in stages)
-        way = StagedWay(self.groups, flops, peak, seconds, network, stages)
+    def _in_layouts(self, network: ConvNetwork, hops: tuple[Hop, ...], load: Load, key: _ConvKey) -> list[HopsWay]:
+        flops = sum(hop.flops for hop in hops)
+        peak = max(hop.moved for hop in hops)
+        seconds = sum(hop.seconds for hop in hops)
+        way = HopsWay(self.groups, flops, peak, seconds, network, hops)
         layouts: list[Layout] = ["plain", "library"]
+        layouts += ["filters"] if way.can_filter() and can_filter(self.conv_options(), *self._place) else []
         if way.can_be_last() and self.n_axes < 3:
             layouts += ["last"]
             if key.may_pack and not load.training and can_pack(self.conv_options(), *self._place):
@@ -435,10 +437,11 @@ class _ConvNd(ConvLayer):
         )
 
     def forward(self, input: Tensor) -> Tensor:
-        if not torch.compiler.is_compiling():
-            found = quick(self, input)
-            if found is not None:
-                return found
+        if not is_dynamo_compiling():  # first: a compiler would look at the way, and compile anew when there is one
+            way = self.runner.way
+            y = None if way is None else way(self, input)
+            if y is not None:
+                return y
         return self._forward(input)
 
     @traceable

@@ -11,12 +11,17 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from tensortrain.contract.cache import n_optimizer_steps
-from tensortrain.nn.cores import are_plain
+from tensortrain.nn.conv.ways import DenseWay
+from tensortrain.nn.cores import PLAIN_LISTS, are_plain
+from tensortrain.system.native import library
 
 if TYPE_CHECKING:
     from tensortrain.nn.conv.layers import ConvLayer
+    from tensortrain.nn.conv.plan import ConvPlan
 
-__all__ = ["QuickCall", "quick"]
+__all__ = ["keep_quick", "quick"]
+
+_MOST_KEPT = 64  # shapes of inputs that find something ready
 
 _is_autocast = torch.is_autocast_enabled
 _functorch_level = torch._C._functorch.maybe_current_level
@@ -72,6 +77,41 @@ def _settings(layer: ConvLayer) -> tuple[Any, ...]:
         torch.are_deterministic_algorithms_enabled(),
         torch.get_num_threads(),
     )
+
+
+def keep_quick(layer: ConvLayer, x: Tensor, plan: ConvPlan, prepared: tuple[Tensor, ...], cores: list[Tensor]) -> None:
+    """Let the next input of this shape take the short way: through the kernels where they are built.
+
+    Args:
+        layer: On the CPU; its cores are plain parameters.
+        x: The input that was just served.
+        plan: By which.
+        prepared: What its way made of the cores.
+        cores: In order.
+    """
+    way, options = plan.way, plan.options
+    assert way is not None
+    assert options is not None
+    call, kernels, runner = way.ready(x, prepared, options), library(), layer.runner
+    if call is None:
+        return
+    if kernels is None:
+        if len(runner.quick_calls) >= _MOST_KEPT:
+            runner.quick_calls.clear()
+        runner.quick_calls[x.shape, x.is_contiguous()] = QuickCall(layer, x, call, cores)
+        runner.way = quick
+        return
+    n_optimizer_steps()  # counted from now on
+    settings = [layer.implementation, layer.dense_limit_bytes, layer.may_time_plans]
+    if not isinstance(runner.way, kernels.ConvWay) or runner.way.options != settings:
+        kernels.know_core_lists(*PLAIN_LISTS)
+        runner.way = kernels.ConvWay(settings)
+    is_torchs_own = isinstance(way, DenseWay) and way.layout == "plain" and options.padding_mode == "zeros"
+    if is_torchs_own and isinstance(options.padding, tuple) and not options.is_transposed:
+        numbers = options.stride, options.padding, options.dilation
+        runner.way.keep_dense(x, cores, prepared[0], *numbers, layer.groups)
+    else:
+        runner.way.keep_call(x, cores, call)
 
 
 def quick(layer: ConvLayer, x: Any) -> Tensor | None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
 
 from tensortrain.contract import ChainShape
 from tensortrain.errors import ShapeError
@@ -21,7 +22,6 @@ from tensortrain.nn.base import Implementation, Init, as_tuple
 from tensortrain.nn.conv.layers import ConvLayer, Convolve, Size
 from tensortrain.nn.conv.options import ConvOptions
 from tensortrain.nn.conv.plan import transposed_out_size
-from tensortrain.nn.conv.quick import quick
 from tensortrain.nn.inputs import once, traceable
 from tensortrain.nn.runner import Runner
 from tensortrain.system.tracing import sizes_of
@@ -138,10 +138,11 @@ class _ConvTransposeNd(ConvLayer):
     # -- how it runs ---------------------------------------------------------------------------------
 
     def forward(self, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
-        if output_size is None and not torch.compiler.is_compiling():
-            found = quick(self, input)
-            if found is not None:
-                return found
+        if output_size is None and not is_dynamo_compiling():
+            way = self.runner.way
+            y = None if way is None else way(self, input)
+            if y is not None:
+                return y
         return self._forward(input, output_size)
 
     @traceable

@@ -1,4 +1,4 @@
-"""The ways in which one convolution can run: through its dense kernel, in stages, or by the format's own steps."""
+"""The ways in which one convolution can run: through its dense kernel, in hops, or by the format's own steps."""
 
 from __future__ import annotations
 
@@ -12,14 +12,17 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from tensortrain.contract.stages import ConvNetwork, Stage
+from tensortrain.contract.hops import ConvNetwork, Hop
 from tensortrain.nn.conv.options import ConvOptions
+from tensortrain.system.native import library
 
-__all__ = ["DenseWay", "Layout", "Maker", "StagedWay", "StepsWay", "Way", "can_pack", "is_channels_last"]
+__all__ = ["DenseWay", "HopsWay", "Layout", "Maker", "StepsWay", "Way", "can_filter", "can_pack", "is_channels_last"]
 
-# Of the states: as torch lays them out; the same with 1x1 products as convolutions of the library; channels last;
-# channels last with kernels that the library has laid out for itself beforehand; the same for 1x1 products too.
-Layout = Literal["plain", "library", "last", "packed", "all packed"]
+# Of the states: as torch lays them out; the same with 1x1 products as convolutions of the library, or with our own
+# kernel for convolutions of few channels; channels last; channels last with kernels that the library has laid out for
+# itself beforehand; the same for 1x1 products too.
+Layout = Literal["plain", "library", "filters", "last", "packed", "all packed"]
+_FEW_CHANNELS = 4  # summed by each output of a convolution by our own kernel
 _POINT = ConvOptions((1, 1), (1, 1), (0, 0), (1, 1))
 
 
@@ -117,9 +120,13 @@ class StepsWay(Way):
 
 @dataclass(frozen=True)
 class DenseWay(Way):
-    """The dense kernel; ``layout`` ``"library"`` means a 1x1 kernel as a product of matrices."""
+    """The dense kernel; ``layout`` ``"library"`` means a 1x1 kernel as a product of matrices.
+
+    With a ``network`` all cores are merged at once into torch's layout, which copies less than the format's own way.
+    """
 
     layout: Layout = "plain"
+    network: ConvNetwork | None = None
 
     @property
     def uses_dense(self) -> bool:
@@ -131,17 +138,21 @@ class DenseWay(Way):
 
     @property
     def name(self) -> str:
-        return f"dense {self.layout}"
+        return f"dense {self.layout}" if self.network is None else f"dense {self.layout} merged"
 
     @property
     def words(self) -> str:
         return "dense, kept"
 
     def prepare(self, maker: Maker, cores: Sequence[Tensor], options: ConvOptions) -> tuple[Tensor, ...]:
-        weight = maker.dense_from(cores)
+        weight = maker.dense_from(cores) if self.network is None else self._merged(self.network, cores, options)
         if self.layout == "library":
             return (weight.flatten(1),)
         return (weight if self.layout == "plain" else _laid_out(weight, options, self.groups, self.packs),)
+
+    def _merged(self, network: ConvNetwork, cores: Sequence[Tensor], options: ConvOptions) -> Tensor:
+        matrix = network.merged(cores, transposed=options.is_transposed)
+        return matrix.reshape(matrix.shape[0], -1, *options.kernel)
 
     def run(
         self, x: Tensor, prepared: tuple[Tensor, ...], bias: Tensor | None, options: ConvOptions, maker: Maker
@@ -165,11 +176,11 @@ class DenseWay(Way):
 
 
 @dataclass(frozen=True)
-class StagedWay(Way):
-    """A few merged cores at a time; see ``tensortrain.contract.stages``."""
+class HopsWay(Way):
+    """A few merged cores at a time; see ``tensortrain.contract.hops``."""
 
     network: ConvNetwork
-    stages: tuple[Stage, ...]
+    hops: tuple[Hop, ...]
     layout: Layout = "plain"
 
     @property
@@ -178,50 +189,54 @@ class StagedWay(Way):
 
     @property
     def name(self) -> str:
-        how = " ".join(f"{'.'.join(map(str, stage.cores))}>{','.join(stage.legs)}" for stage in self.stages)
-        return f"stages {how} {self.layout}"
+        how = " ".join(f"{'.'.join(map(str, hop.cores))}>{','.join(hop.legs)}" for hop in self.hops)
+        return f"hops {how} {self.layout}"
 
     @property
     def words(self) -> str:
         told = []
-        for stage in self.stages:
-            kernel = "x".join(map(str, self._kernel(stage))) if stage.along else "1x1"
-            told.append(f"{'depthwise ' if stage.along and stage.sizes[1] > 1 else ''}{kernel}")
-        return f"in stages: {', '.join(told)}"
+        for hop in self.hops:
+            kernel = "x".join(map(str, self._kernel(hop))) if hop.along else "1x1"
+            told.append(f"{'depthwise ' if hop.along and hop.sizes[1] > 1 else ''}{kernel}")
+        return f"in hops: {', '.join(told)}"
 
-    def _kernel(self, stage: Stage) -> tuple[int, ...]:
+    def _kernel(self, hop: Hop) -> tuple[int, ...]:
         known = dict(self.network.sizes)
         axes = enumerate(self.network.axes)
-        return tuple(known.get(leg, 1) if axis in stage.along else 1 for axis, leg in axes)
+        return tuple(known.get(leg, 1) if axis in hop.along else 1 for axis, leg in axes)
 
-    def in_layout(self, layout: Layout) -> StagedWay:
-        """The same stages, laid out otherwise."""
+    def in_layout(self, layout: Layout) -> HopsWay:
+        """The same hops, laid out otherwise."""
         return replace(self, layout=layout)
+
+    def can_filter(self) -> bool:
+        """Whether our own kernel may take one of its convolutions."""
+        return any(hop.along and hop.weight_sizes[2] <= _FEW_CHANNELS for hop in self.hops)
 
     def can_be_last(self) -> bool:
         """Whether every state is nothing but channels, as channels-last steps want it."""
-        return all(stage.is_plain and (stage.along or stage.sizes[1] == 1) for stage in self.stages)
+        return all(hop.is_plain and (hop.along or hop.sizes[1] == 1) for hop in self.hops)
 
     def prepare(self, maker: Maker, cores: Sequence[Tensor], options: ConvOptions) -> tuple[Tensor, ...]:
         views = self.network.views(cores)
-        return tuple(self._prepared(stage, stage.merge(self.network, views), options) for stage in self.stages)
+        return tuple(self._prepared(hop, hop.merge(self.network, views), options) for hop in self.hops)
 
-    def _prepared(self, stage: Stage, weight: Tensor, options: ConvOptions) -> Tensor:
-        groups, new, summed = stage.weight_sizes
-        if not stage.along:
+    def _prepared(self, hop: Hop, weight: Tensor, options: ConvOptions) -> Tensor:
+        groups, new, summed = hop.weight_sizes
+        if not hop.along:
             if self.layout == "all packed":
                 return _laid_out(weight.reshape(groups * new, summed, 1, 1), _POINT, groups, packed=True)
             if self.layout != "library":
                 return weight.reshape(*((groups,) if groups > 1 else ()), new, summed).contiguous()
             return weight.reshape(groups * new, summed, 1, 1)
-        kernel = self._kernel(stage)
+        kernel = self._kernel(hop)
         if options.is_transposed:
             weight = weight.transpose(1, 2).reshape(groups * summed, new, *kernel)
         else:
             weight = weight.reshape(groups * new, summed, *kernel)
-        if self.layout in ("plain", "library"):
+        if self.layout in ("plain", "library", "filters"):
             return weight.contiguous()
-        return _laid_out(weight, options.along(stage.along), groups, self.packs)
+        return _laid_out(weight, options.along(hop.along), groups, self.packs)
 
     def run(
         self, x: Tensor, prepared: tuple[Tensor, ...], bias: Tensor | None, options: ConvOptions, maker: Maker
@@ -235,23 +250,23 @@ class StagedWay(Way):
         return lambda other, bias: run(other, prepared, bias, parts)
 
     def _parts(self, options: ConvOptions) -> list[ConvOptions]:
-        """What every stage has of the options."""
-        return [options.along(stage.along) for stage in self.stages]
+        """What every hop has of the options."""
+        return [options.along(hop.along) for hop in self.hops]
 
     def _run(
         self, x: Tensor, prepared: tuple[Tensor, ...], bias: Tensor | None, parts: Sequence[ConvOptions]
     ) -> Tensor:
         if self.layout in ("last", "packed", "all packed"):
             return self._run_last(x, prepared, bias, parts)
-        batch, places, legs, n_last = x.shape[0], x.shape[2:], self.network.in_legs, len(self.stages) - 1
-        for number, (stage, weight) in enumerate(zip(self.stages, prepared, strict=True)):
-            if stage.permute:
+        batch, places, legs, n_last = x.shape[0], x.shape[2:], self.network.in_legs, len(self.hops) - 1
+        for number, (hop, weight) in enumerate(zip(self.hops, prepared, strict=True)):
+            if hop.permute:
                 x = x.reshape(batch, *self._sizes(legs), places.numel())
-                x = x.permute(0, *(1 + axis for axis in stage.permute), -1)
-            ends = number == n_last and stage.is_plain and stage.legs == self.network.out_legs
+                x = x.permute(0, *(1 + axis for axis in hop.permute), -1)
+            ends = number == n_last and hop.is_plain and hop.legs == self.network.out_legs
             own, bias = (bias, None) if ends else (None, bias)
-            x, places = self._applied(stage, x, weight, own, batch, places, parts[number])
-            legs = stage.legs
+            x, places = self._applied(hop, x, weight, own, batch, places, parts[number])
+            legs = hop.legs
         if legs != self.network.out_legs:
             x = x.reshape(batch, *self._sizes(legs), *places)
             order = (legs.index(leg) for leg in self.network.out_legs)
@@ -264,7 +279,7 @@ class StagedWay(Way):
 
     def _applied(
         self,
-        stage: Stage,
+        hop: Hop,
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
@@ -272,30 +287,31 @@ class StagedWay(Way):
         places: torch.Size,
         options: ConvOptions,
     ) -> tuple[Tensor, torch.Size]:
-        before, groups, summed, after = stage.sizes
-        if stage.along:
+        before, groups, summed, after = hop.sizes
+        if hop.along:
             x = x.reshape(batch * before, groups * summed, *places)
-            y = options(x, weight, bias, groups)
+            filters = self.layout == "filters" and hop.weight_sizes[2] <= _FEW_CHANNELS
+            y = (_filtered if filters else _convolved)(x, weight, bias, options, groups)
             return y, y.shape[2:]
         width = after * places.numel()
         if self.layout == "library":
             return F.conv2d(x.reshape(batch * before, groups * summed, width, 1), weight, bias, groups=groups), places
         if groups > 1:
             y = torch.matmul(weight, x.reshape(batch * before, groups, summed, width))
-            return _with_bias(y.reshape(batch * before, groups * stage.weight_sizes[1], width), bias), places
+            return _with_bias(y.reshape(batch * before, groups * hop.weight_sizes[1], width), bias), places
         return _product(weight, x.reshape(batch * before, summed, width), bias), places
 
     def _run_last(
         self, x: Tensor, prepared: tuple[Tensor, ...], bias: Tensor | None, parts: Sequence[ConvOptions]
     ) -> Tensor:
         """States with the channels innermost, so that products and convolutions hand them on without a copy."""
-        keeps, n_last = is_channels_last(x), len(self.stages) - 1
-        for number, (stage, weight) in enumerate(zip(self.stages, prepared, strict=True)):
+        keeps, n_last = is_channels_last(x), len(self.hops) - 1
+        for number, (hop, weight) in enumerate(zip(self.hops, prepared, strict=True)):
             own = bias if number == n_last else None
-            if stage.along:
-                x = _last_convolved(x, weight, own, parts[number], stage.sizes[1], packed=self.packs)
+            if hop.along:
+                x = _last_convolved(x, weight, own, parts[number], hop.sizes[1], packed=self.packs)
             elif self.layout == "all packed":
-                x = _last_convolved(x, weight, own, _POINT, stage.sizes[1], packed=True)
+                x = _last_convolved(x, weight, own, _POINT, hop.sizes[1], packed=True)
             elif number == n_last and not keeps:
                 return _product(weight, x.flatten(2), own).unflatten(2, x.shape[2:])
             else:
@@ -319,6 +335,27 @@ def _product(weight: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
     if bias is None:
         return torch.bmm(wide, x)
     return torch.baddbmm(bias.reshape(1, -1, 1), wide, x)
+
+
+def _convolved(x: Tensor, weight: Tensor, bias: Tensor | None, options: ConvOptions, groups: int) -> Tensor:
+    return options(x, weight, bias, groups)
+
+
+def _filtered(x: Tensor, weight: Tensor, bias: Tensor | None, options: ConvOptions, groups: int) -> Tensor:
+    """The same by our own kernel; by torch's where it is not built, or somebody looks on."""
+    kernels = library()
+    if kernels is not None and not options.is_transposed and options.padding_mode == "zeros":
+        y: Tensor | None = kernels.filter(x, weight, bias, options.stride, options.padding, options.dilation, groups)
+        if y is not None:
+            return y
+    return options(x, weight, bias, groups)
+
+
+def can_filter(options: ConvOptions, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether our own kernel takes such convolutions."""
+    if device.type != "cpu" or dtype not in (torch.float32, torch.float64) or options.is_transposed:
+        return False
+    return options.padding_mode == "zeros" and isinstance(options.padding, tuple) and library() is not None
 
 
 def _rows_product(x: Tensor, weight: Tensor, bias: Tensor | None, *, is_given: bool) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tensortrain.contract import cost_model
 from tensortrain.contract.grouped import can_group, is_batched
-from tensortrain.contract.trials import Notebook, best_seconds, can_time, timed, train_once
+from tensortrain.contract.trials import Notebook, best_seconds, can_time, timed, train_once, trial_key
 from tensortrain.nn.composite import Map, is_plain
 from tensortrain.nn.linear import Linear
 from tensortrain.nn.runner import may_be_dense, power_of_two
@@ -59,7 +59,7 @@ def kernel_is_faster(cells: list[Cell], x: Tensor, batch: int, n_steps: int, *, 
     """
     training = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in cells[0].parameters()))
     sizes = power_of_two(x.numel() // max(1, x.shape[-1])), power_of_two(batch), power_of_two(n_steps)
-    key = (*(_told(cell) for cell in cells), x.dtype, *sizes, training, torch.get_num_threads())
+    key = trial_key(x.device, *(_told(cell) for cell in cells), x.dtype, *sizes, training)
     if key not in _KNOWN:
         kernel_s, steps_s = _predicted_s(cells, x, batch, n_steps, training)
         apart = max(kernel_s, steps_s) / min(kernel_s, steps_s)

@@ -96,7 +96,8 @@ inline std::optional<Bias> bias_of(PyObject* layer_state) {
 }
 
 // What a user may set on a layer at any time is as it was when the way was found.
-inline bool has_options(PyObject* layer, const ShortWay& way) {
+template <typename AnyWay>
+bool has_options(PyObject* layer, const AnyWay& way) {
   static const Name names[] = {Name("implementation"), Name("dense_limit_bytes"), Name("may_time_plans")};
   static const Name stand_ins("stand_ins");
   for (size_t k = 0; k < 3; ++k) {

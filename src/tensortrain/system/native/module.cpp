@@ -1,5 +1,7 @@
 // What Python sees of the kernels.
 #include "chain_python.h"
+#include "conv_call.h"
+#include "filters.h"
 #include "grouped.h"
 #include "layer_call.h"
 #include "lookup_python.h"
@@ -86,6 +88,15 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def("note_cached", &ShortWay::note_cached)
       // Part of no copy and no checkpoint: None takes its place.
       .def("__reduce__", [](const py::object&) { return py::make_tuple(py::type::of(py::none()), py::tuple()); });
+  py::class_<ConvWay>(m, "ConvWay", py::custom_type_setup([](PyHeapTypeObject* type) {
+                        type->ht_type.tp_call = &call_convolution;
+                      }))
+      .def(py::init<py::list>())
+      .def_readonly("options", &ConvWay::options)
+      .def("keep_dense", &ConvWay::keep_dense)
+      .def("keep_call", &ConvWay::keep_call)
+      .def("__reduce__", [](const py::object&) { return py::make_tuple(py::type::of(py::none()), py::tuple()); });
+  m.def("filter", &filters::run);
   m.def("know_core_lists", &know_core_lists);
   m.def("set_idle", [](bool value) { is_idle = value; });
   m.def("make_sweep", &make_sweep);

@@ -1,11 +1,11 @@
-"""A convolution in stages: which cores are applied together, before, with or after the kernel's positions.
+"""A convolution in hops: which cores are applied together, before, with or after the kernel's positions.
 
 The cores of a kernel are a network: legs of output channels, of input channels, of the axes of the kernel, and
-bonds. A stage merges some of the cores into one weight and applies it to what the stages before it left: cores that
+bonds. A hop merges some of the cores into one weight and applies it to what the hops before it left: cores that
 bear no axis are a product of channels at every position (a 1x1 convolution), the others a convolution along their
-axes. A state leg that a stage's cores do not bear is carried along; one that they bear and that is wanted later still
-is a group (as CP's rank, whose middle stage is depthwise). Channels first, space first, space in the middle and all
-that lies in between are the ways to cut the cores into stages, and the cheapest are found by dynamic programming.
+axes. A state leg that a hop's cores do not bear is carried along; one that they bear and that is wanted later still
+is a group (as CP's rank, whose middle hop is depthwise). Channels first, space first, space in the middle and all
+that lies in between are the ways to cut the cores into hops, and the cheapest are found by dynamic programming.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from torch import Tensor
 from tensortrain.contract.cost import CostModel
 from tensortrain.contract.products import Legs, Product, Sizes, contraction, contraction_flops, run
 
-__all__ = ["ConvNetwork", "Load", "Stage", "stage_candidates"]
+__all__ = ["ConvNetwork", "Hop", "Load", "hop_candidates"]
 
-_ALL_SUBSETS = 4  # up to so many cores any of them may make a stage, beyond only those next to each other
+_ALL_SUBSETS = 4  # up to so many cores any of them may make a hop, beyond only those next to each other
 _KEPT = 4  # partial ways kept for each set of cores that have been applied
-_MOST_GROWTH = 2  # times the dense kernel: largest merged weight of a stage
-_STAGE_S = 4  # calls of small operations around a stage
+_MOST_GROWTH = 2  # times the dense kernel: largest merged weight of a hop
+_HOP_S = 4  # calls of small operations around a hop
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,19 @@ class ConvNetwork:
         known = dict(self.sizes)
         return [core.reshape([known[leg] for leg in legs]) for core, legs in zip(cores, self.cores, strict=True)]
 
+    def merged(self, cores: Sequence[Tensor], *, transposed: bool = False) -> Tensor:
+        """All cores together, differentiably: the dense kernel as torch's convolutions take it, as a matrix.
+
+        Its rows are the first channels of torch's layout, of all groups.
+        """
+        groups = tuple(leg for leg in self.out_legs if leg in self.in_legs)
+        outs, ins = (tuple(leg for leg in legs if leg not in groups) for legs in (self.out_legs, self.in_legs))
+        first, second = (ins, outs) if transposed else (outs, ins)
+        known = dict(self.sizes)
+        legs = (*groups, *first, *second, *(leg for leg in self.axes if leg in known))
+        weight = run(contraction(self.cores, legs, self.sizes), self.views(cores))
+        return weight.reshape(self.size((*groups, *first)), -1)
+
 
 @dataclass(frozen=True)
 class Load:
@@ -87,7 +100,7 @@ class Load:
 
 
 @dataclass(frozen=True)
-class Stage:
+class Hop:
     """Some cores, merged into one weight and applied.
 
     Args:
@@ -132,8 +145,8 @@ def _merging(network: ConvNetwork, which: tuple[int, ...], legs: Legs) -> tuple[
 
 
 @lru_cache(maxsize=1024)
-def stage_candidates(network: ConvNetwork, load: Load, model: CostModel) -> tuple[tuple[Stage, ...], ...]:
-    """The likeliest ways to cut the cores into stages, best first; the whole kernel in one stage is not among them.
+def hop_candidates(network: ConvNetwork, load: Load, model: CostModel) -> tuple[tuple[Hop, ...], ...]:
+    """The likeliest ways to cut the cores into hops, best first; the whole kernel in one hop is not among them.
 
     Cost: milliseconds; remembered.
     """
@@ -144,7 +157,7 @@ def stage_candidates(network: ConvNetwork, load: Load, model: CostModel) -> tupl
     for done in order:
         partials = sorted(best.pop(done, []), key=lambda partial: partial.seconds)[:_KEPT]
         if done == everything:
-            return tuple(partial.stages for partial in partials)
+            return tuple(partial.hops for partial in partials)
         for partial, which in product(partials, _moves(done, len(everything))):
             if not done and len(which) == len(everything) > 1:
                 continue
@@ -155,7 +168,7 @@ def stage_candidates(network: ConvNetwork, load: Load, model: CostModel) -> tupl
 
 @dataclass(frozen=True)
 class _Partial:
-    stages: tuple[Stage, ...]
+    hops: tuple[Hop, ...]
     legs: Legs
     seconds: float
 
@@ -192,7 +205,7 @@ def _as_run(left: list[int], n: int) -> list[int]:
 
 
 class _Planner:
-    """Prices stages of one network under one load."""
+    """Prices hops of one network under one load."""
 
     def __init__(self, network: ConvNetwork, load: Load, model: CostModel) -> None:
         self.network, self.load, self.model = network, load, model
@@ -209,8 +222,8 @@ class _Planner:
         return prod([sizes[leg] for leg in legs])
 
     def extended(self, partial: _Partial, which: frozenset[int]) -> list[_Partial]:
-        """A partial way with these cores as its next stage; new legs may come in either order."""
-        done = {k for stage in partial.stages for k in stage.cores}
+        """A partial way with these cores as its next hop; new legs may come in either order."""
+        done = {k for hop in partial.hops for k in hop.cores}
         later = set(range(len(self.network.cores))) - done - which
         borne = dict.fromkeys(leg for k in sorted(which) for leg in self.network.cores[k])
         wanted = {leg for leg in borne if self.bearers[leg] & later or leg in self.network.out_legs}
@@ -224,13 +237,13 @@ class _Planner:
         bonds = [leg for leg in new if leg not in self.network.out_legs]
         outs = self._ordered([leg for leg in new if leg in self.network.out_legs])
         orders = [(*outs, *bonds), (*bonds, *outs)] if bonds and outs else [tuple(new if bonds else outs)]
-        made = [self._stage(partial, which, groups, summed, order, axes, last=not later) for order in orders]
-        return [_Partial((*partial.stages, stage), stage.legs, partial.seconds + stage.seconds) for stage in made]
+        made = [self._hop(partial, which, groups, summed, order, axes, last=not later) for order in orders]
+        return [_Partial((*partial.hops, hop), hop.legs, partial.seconds + hop.seconds) for hop in made]
 
     def _ordered(self, outs: list[str]) -> list[str]:
         return [leg for leg in self.network.out_legs if leg in outs]
 
-    def _stage(
+    def _hop(
         self,
         partial: _Partial,
         which: frozenset[int],
@@ -240,7 +253,7 @@ class _Planner:
         axes: list[str],
         *,
         last: bool,
-    ) -> Stage:
+    ) -> Hop:
         along = self._along(partial, which, axes)
         state = partial.legs
         before, after, permute = self._arranged(state, groups, summed, keeps_after=not along)
@@ -260,29 +273,29 @@ class _Planner:
         cores = tuple(sorted(which))
         if self.load.training:
             seconds += self._merge_s(cores, weight_legs, g * n * i)
-        return Stage(cores, permute, (a, g, i, b), weight_legs, (g, n, i), along, legs, flops, moved, seconds)
+        return Hop(cores, permute, (a, g, i, b), weight_legs, (g, n, i), along, legs, flops, moved, seconds)
 
     def _is_borne(self, axis: int) -> bool:
         return self.network.axes[axis] in self.spatial
 
     def _along(self, partial: _Partial, which: frozenset[int], axes: list[str]) -> tuple[int, ...]:
-        """Axes that a stage convolves along; those without a leg go with the first stage that convolves at all."""
+        """Axes that a hop convolves along; those without a leg go with the first hop that convolves at all."""
         free = [
             axis for axis in range(len(self.network.axes)) if not self._is_borne(axis) and axis not in self.load.still
         ]
         if not self.spatial:  # strides and padding of a 1x1 kernel: at the narrow end
-            first = not partial.stages
+            first = not partial.hops
             return tuple(free) if first else ()
         if not axes:
             return ()
         own = [axis for axis, leg in enumerate(self.network.axes) if leg in axes]
-        taken = any(stage.along for stage in partial.stages)
+        taken = any(hop.along for hop in partial.hops)
         return tuple(sorted(own if taken else own + free))
 
     def _arranged(
         self, state: Legs, groups: list[str], summed: list[str], *, keeps_after: bool
     ) -> tuple[Legs, Legs, tuple[int, ...]]:
-        """Legs carried before and after those that the stage takes, and the order to bring the state into."""
+        """Legs carried before and after those that the hop takes, and the order to bring the state into."""
         taken = (*groups, *summed)
         places = [state.index(leg) for leg in taken]
         if not taken:
@@ -295,7 +308,7 @@ class _Planner:
         return carried, (), tuple(state.index(leg) for leg in (*carried, *taken))
 
     def _positions(self, partial: _Partial, along: tuple[int, ...]) -> tuple[int, int]:
-        passed = {axis for stage in partial.stages for axis in stage.along}
+        passed = {axis for hop in partial.hops for axis in hop.along}
         now = [self.load.outs[k] if k in passed else n for k, n in enumerate(self.load.ins)]
         then = [self.load.outs[k] if k in passed or k in along else n for k, n in enumerate(self.load.ins)]
         return prod(now), prod(then)
@@ -303,7 +316,7 @@ class _Planner:
     def _seconds(
         self, sizes: tuple[int, int, int, int], new: int, flops: int, ins: int, outs: int, k: int, *, convolves: bool
     ) -> float:
-        """Seconds of the product or the convolution of a stage."""
+        """Seconds of the product or the convolution of a hop."""
         before, groups, summed, after = sizes
         rows, model = self.load.batch * before, self.model
         if convolves:
@@ -311,7 +324,7 @@ class _Planner:
             work = model.convolution_s(flops, channels, k, ins, outs, itemsize=self.load.itemsize)
         else:
             work = model.gemm_s(new, after * ins, summed, batch=rows * groups)
-        return (3 if self.load.training else 1) * (work + _STAGE_S * model.overhead_s)
+        return (3 if self.load.training else 1) * (work + _HOP_S * model.overhead_s)
 
     def _copy_s(self, numel: int) -> float:
         return self.model.copy_s(2.0 * numel * self.load.itemsize)
@@ -321,5 +334,5 @@ class _Planner:
         steps = _merging(self.network, cores, legs)
         flops = contraction_flops(steps) if len(cores) > 1 else 0
         copied = numel * self.load.itemsize
-        calls = 3 * len(steps) * _STAGE_S * self.model.overhead_s
+        calls = 3 * len(steps) * _HOP_S * self.model.overhead_s
         return 3 * (flops / self.model.gemm_flops_s + copied / self.model.permute_bytes_s) + calls

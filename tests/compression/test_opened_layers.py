@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import tensortrain as tt
 from tensortrain.compression.opened import open_layers, opened_for_a_while
-from tensortrain.nn import composite_of, opened
+from tensortrain.nn.opening import composite_of, opened
 
 LAYERS = {
     "lstm": lambda: nn.LSTM(12, 16, num_layers=2, bidirectional=True, batch_first=True),

@@ -21,6 +21,7 @@ from gallery_case import Case
 from torch import Tensor, nn
 
 import tensortrain as tt
+from tensortrain.compression.opened import opened_for_a_while
 from tensortrain.compression.survey.layers import find_layers
 from tensortrain.formats import energy
 
@@ -204,9 +205,15 @@ def predicted_error(plan: tt.CompressionPlan, model: nn.Module) -> float:
     is its weight measured in the two second moments that the plan was made with. Errors of different layers are
     taken to be independent, so that their squares add up.
     """
-    found = {layer.name: layer for layer in find_layers(model)[0]}
+    found = planned_layers(model)
     carried = [_carried(plan, found[layer.name]) * (layer.rel_error or 0.0) ** 2 for layer in plan.layers]
     return math.sqrt(sum(carried))
+
+
+def planned_layers(model: nn.Module) -> dict[str, Any]:
+    """The layers that plans reach, with the maps of recurrent layers and attention as layers of their own."""
+    with opened_for_a_while(model) as opened:
+        return {layer.name: layer for layer in find_layers(opened.model)[0]}
 
 
 def _carried(plan: tt.CompressionPlan, layer: Any) -> float:
@@ -298,7 +305,7 @@ def layers_cut_without_data_stay_within_their_error(run: Run) -> None:
 
 
 def _check_weights(run: Run, result: tt.CompressionResult, names: list[str]) -> None:
-    old = {layer.name: layer.kernel.detach().double() for layer in find_layers(run.original)[0]}
+    old = {name: layer.kernel.detach().double() for name, layer in planned_layers(run.original).items()}
     said = {layer.name: layer.rel_error or 0.0 for layer in result.plan.layers}
     for name in names:
         new: Any = result.model.get_submodule(name)
@@ -333,9 +340,14 @@ def traits_of_the_model_are_kept(run: Run) -> None:
         for name, module in run.model.named_modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm) and run.model.training and not module.training:
                 assert same_bits(dict(module.named_buffers()), dict(modules[name].named_buffers())), f"{name}: frozen"
+        before, after = planned_layers(run.model), planned_layers(result.model)
         for layer in result.plan.layers:
-            weight: Any = run.model.get_submodule(layer.name).weight
-            new = list(result.model.get_submodule(layer.name).parameters())
+            weight: Any = before[layer.name].module.weight
+            new = list(
+                (
+                    after[layer.name].module if layer.spec is None else result.model.get_submodule(layer.name)
+                ).parameters()
+            )
             assert all(p.dtype == weight.dtype for p in new), f"{layer.name}: dtype"
             assert any(p.requires_grad for p in new) == weight.requires_grad, f"{layer.name}: requires_grad"
 

@@ -436,7 +436,7 @@ def test_surgery_goes_through_the_maps() -> None:
     tt.to_dense_(model)
     assert not any(isinstance(module, tt.nn.Linear) for module in model.modules())
     assert rel_error(model(ids), before) <= 1e-12
-    assert rel_error(model.rnn.to_dense()(model.table(ids))[0], model.rnn(model.table(ids))[0]) <= 1e-12
+    assert type(model.rnn) is nn.GRU  # of which all maps are dense by now
     plan = tt.plan_compression(model, budget="2x", data=[ids], allow_slower=True)
     assert "rnn.l0.hh" in {entry.name for entry in plan.layers}  # seen by its hooks at every step
     tt.apply_plan_(model, plan)

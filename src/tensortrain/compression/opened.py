@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 
 from tensortrain.compression.carry import HOOKS
@@ -15,7 +16,8 @@ from tensortrain.compression.survey.reasons import Survey
 from tensortrain.compression.swap import Built, swap
 from tensortrain.compression.words import in_short
 from tensortrain.errors import KindError
-from tensortrain.nn import CompositeLayer, FactorizedLayer, composite_of, fresh_twin, opened
+from tensortrain.nn import CompositeLayer, FactorizedLayer
+from tensortrain.nn.opening import composite_of, fresh_twin, opened
 
 __all__ = ["Opened", "close_composites", "open_layers", "opened_for_a_while"]
 
@@ -106,7 +108,8 @@ def close_composites(model: nn.Module) -> nn.Module:
 def _dense_twin(layer: Any) -> nn.Module | None:
     """Torch's layer with the weights of one of ours; ``None`` where torch has none that computes the same."""
     try:
-        dense: nn.Module = layer.to_dense()
+        with torch.random.fork_rng(devices=[]):  # a fresh layer draws its first weights
+            dense: nn.Module = layer.to_dense()
     except KindError:
         return None
     _move_hooks(layer, dense)

@@ -20,6 +20,8 @@ def swap(model: nn.Module, built: Sequence[Built]) -> nn.Module:
     Returns:
         Module: The model, or the new layer where the model itself is replaced.
     """
+    if not built:
+        return model
     replaced = {id(old): (old, new) for _, old, new in built}
     root: nn.Module = replaced[id(model)][1] if id(model) in replaced else model
     # Parents first: a layer may have others hung on it, which its successor has by then.

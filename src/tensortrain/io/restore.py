@@ -21,6 +21,7 @@ from tensortrain.io.composites import build_composite, dense_twin
 from tensortrain.io.layers import check_counterpart, has_config
 from tensortrain.nn import CompositeLayer, FactorizedLayer
 from tensortrain.nn.counterparts import is_transformers_conv1d
+from tensortrain.nn.opening import composite_of, fresh_twin
 from tensortrain.system.store.recipe import (
     LayerEntry,
     Recipe,
@@ -77,11 +78,15 @@ class Become(Change):
     def __init__(self, module: nn.Module, new: nn.Module) -> None:
         self.module, self.new = module, new
         self.old_class, self.old_parts = type(module), dict(vars(module))
+        # What torch's constructor sets and ours has on the class would hide that.
+        self.stale = set(vars(fresh_twin(module))) - set(vars(new)) if composite_of(module) is not None else set()
 
     def make(self) -> None:
         module: Any = self.module
         kept = {name: _kept(value, vars(self.new).get(name)) for name, value in self.old_parts.items() if name in _KEPT}
         module.__class__ = type(self.new)
+        for name in self.stale:
+            vars(module).pop(name, None)
         if issubclass(self.old_class, (FactorizedLayer, CompositeLayer)) and self.old_class is not type(self.new):
             vars(module).clear()  # plans, caches and the like
         vars(module).update({**vars(self.new), **kept})

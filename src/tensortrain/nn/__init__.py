@@ -26,7 +26,6 @@ from .base import FactorizedLayer
 from .composite import CompositeLayer, CompositePlan
 from .counterparts import COUNTERPARTS, counterpart, dense_twin, is_transformers_conv1d
 from .linear import Linear
-from .opening import composite_of, fresh_twin, opened
 
 __all__ = [
     "COUNTERPARTS",
@@ -58,16 +57,13 @@ __all__ = [
     "TiedHead",
     "TransformerEncoderLayer",
     "balance_",
-    "composite_of",
     "counterpart",
     "dense_norm",
     "dense_twin",
     "evbmf",
-    "fresh_twin",
     "functional",
     "grow_ranks_",
     "is_transformers_conv1d",
-    "opened",
     "orthogonal",
     "param_groups",
     "prune_ranks_",

@@ -111,7 +111,7 @@ class RankPrior(nn.Module):
         self._move(self.damping)
 
     def ranks(self) -> dict[str, tuple[int, ...]]:
-        """By layer, the ranks that count indices above a hundredth of the largest one of their bond."""
+        """By layer, the ranks that ``prune_ranks_`` would leave."""
         return {name: effective_ranks(layer) for name, layer in self._layers}
 
     def scales(self) -> dict[str, tuple[Tensor, ...]]:

@@ -86,11 +86,10 @@ def prune_ranks_(model: Model, rel_error: float | None = None, ranks: Ranks | No
     return model
 
 
-def effective_ranks(layer: FactorizedLayer, share: float = CLEARLY) -> tuple[int, ...]:
-    """The ranks of a layer, counting the indices above a share of the largest one of their bond."""
-    cores = [core.detach() for core in layer.core_list()]
-    sizes = [int(present(cores, bond, share).sum()) for bond in bonds(layer.spec)]
-    return spec_with(layer.spec, sizes).ranks
+@torch.no_grad()
+def effective_ranks(layer: FactorizedLayer) -> tuple[int, ...]:
+    """The ranks that ``prune_ranks_`` would leave a layer."""
+    return _without_dead(layer)[0].ranks
 
 
 # -- ways to cut -------------------------------------------------------------------------------------------

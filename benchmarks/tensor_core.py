@@ -45,7 +45,7 @@ import tensor_report  # noqa: E402
 import torch  # noqa: E402
 from peers import PEER_NAMES, Call, Job, Library, default_dtype, libraries  # noqa: E402
 from tensor_cases import CASES, Case, Problem, drawn_cases  # noqa: E402
-from timing import BARE_ALLOCATOR, Rates, measured, p90, rest  # noqa: E402
+from timing import BARE_ALLOCATOR, MOST_REST_S, Rates, measured, p90, rest  # noqa: E402
 
 from tensortrain.errors import TTError  # noqa: E402
 from tensortrain.system.files import write_text_atomic  # noqa: E402
@@ -238,7 +238,7 @@ def _interleave(
             entry = times[name]
             if turn < entry.n_rounds:
                 gc.collect()
-                rest()
+                rest(MOST_REST_S)
                 start = time.perf_counter()
                 entry.run()
                 entry.seconds.append(time.perf_counter() - start)

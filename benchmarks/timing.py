@@ -17,11 +17,16 @@ from typing import Any
 
 import torch
 
-__all__ = ["BARE_ALLOCATOR", "Rates", "Turns", "measured", "p90", "rest", "take_turns"]
+from tensortrain.contract.trials import rest
+
+__all__ = ["BARE_ALLOCATOR", "MOST_REST_S", "Rates", "Turns", "measured", "p90", "rest", "take_turns"]
 
 # Every large block comes from the system and goes back to it, so that what a call needs shows in the resident set;
 # MKL keeps no buffers of its own. This costs time, so memory is measured in a process of its own.
 BARE_ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0", "MKL_DISABLE_FAST_MM": "1"}
+
+
+MOST_REST_S = 0.5  # until the pools of whoever came before have fallen asleep
 
 
 @dataclass
@@ -60,7 +65,7 @@ class Turns:
         """
         if self.enter is not None:
             self.enter()
-        rest()
+        rest(MOST_REST_S)
         self.run()
         start = time.perf_counter()
         for _ in range(self.n_in_a_row):
@@ -82,16 +87,6 @@ def take_turns(contestants: Mapping[str, Turns], seed: int = 0) -> None:
                     entry.seconds.append(entry.take_one())
     finally:
         gc.enable()
-
-
-def rest(most_s: float = 0.5) -> None:
-    """Sleep until this process is idle: pools of threads spin after their work, and would slow down the next call."""
-    start = time.perf_counter()
-    while time.perf_counter() - start < most_s:
-        used = time.process_time()  # of all threads
-        time.sleep(5e-3)
-        if time.process_time() - used < 5e-4:
-            return
 
 
 def p90(seconds: Sequence[float]) -> float:

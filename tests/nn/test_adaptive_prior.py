@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from planted import RANKS, Planted
 
 import tensortrain as tt
 from tensortrain.errors import KindError, RankError
@@ -146,31 +147,11 @@ def test_bad_requests_name_what_is_wrong() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_planted_ranks_are_recovered(kind: str) -> None:
-    torch.manual_seed(3)
-    modes = {"in_modes": (3, 3, 4), "out_modes": (3, 4, 3)}
-    teacher = tt.nn.Linear(36, 36, bias=False, rank=(1, 2, 3, 1), **modes)
-    weight = teacher.to_dense().weight.detach()
-    weight = weight / weight.norm() * 6
-    x = torch.randn(4000, 36)
-    y = x @ weight.T + 1e-2 * torch.randn(4000, 36)
-    layer = tt.nn.Linear(36, 36, bias=False, rank=7, **modes)
-    prior: tt.nn.RankPrior | None = None
-    for epoch in range(20):
-        if epoch == 3:
-            prior = tt.nn.RankPrior(layer, kind)
-        if epoch in (0, 3):
-            optimizer = torch.optim.Adam(layer.parameters(), lr=1e-2 if epoch == 0 else 3e-3)
-        for rows in torch.randperm(len(x)).split(200):
-            loss = (layer(x[rows]) - y[rows]).square().mean()
-            if prior is not None:
-                loss = loss + prior.loss() / len(x)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            if prior is not None:
-                prior.update_()
-    assert prior is not None
-    assert prior.ranks()[""] == (1, 2, 3, 1)
-    tt.nn.prune_ranks_(layer)
-    assert layer.ranks == (1, 2, 3, 1)
-    assert float((layer.to_dense().weight - weight).norm() / weight.norm()) < 0.1
+    planted = Planted(seed=3)
+    layer = planted.layer(rank=7)
+    planted.train(layer, 3, 1e-2)
+    prior = tt.nn.RankPrior(layer, kind)
+    planted.train(layer, 17, 3e-3, penalty=lambda: prior.loss() / len(planted.x), after=prior.update_)
+    assert prior.ranks()[""] == RANKS
+    assert tt.nn.prune_ranks_(layer).ranks == RANKS
+    assert planted.error(layer) < 0.1

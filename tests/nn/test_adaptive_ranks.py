@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from planted import RANKS, Planted
 
 import tensortrain as tt
 from tensortrain.errors import KindError, RankError, ShapeError
@@ -76,20 +77,17 @@ def test_growing_stops_where_the_modes_have_no_room() -> None:
 
 
 def test_pairs_trained_together_find_the_ranks() -> None:
-    torch.manual_seed(0)
-    modes = {"in_modes": (3, 3, 4), "out_modes": (3, 4, 3)}
-    weight = tt.nn.Linear(36, 36, rank=(1, 2, 3, 1), bias=False, **modes).to_dense().weight.detach()
-    weight = weight / weight.norm() * 6
-    layer = tt.nn.Linear(36, 36, rank=1, bias=False, **modes)
+    planted = Planted(seed=0)
+    layer = planted.layer(rank=1)
 
     def loss() -> torch.Tensor:
         x = torch.randn(300, 36)
-        return (layer(x) - x @ weight.T).square().mean()
+        return (layer(x) - x @ planted.weight.T).square().mean()
 
     for sweep in range(5):
         tt.nn.grow_ranks_(layer, loss=loss, n_steps=40, lr=2e-2 if sweep < 3 else 5e-3, rel_error=3e-2)
-    assert layer.ranks == (1, 2, 3, 1)
-    assert float((layer.to_dense().weight - weight).norm() / weight.norm()) < 0.05
+    assert layer.ranks == RANKS
+    assert planted.error(layer) < 0.05
 
 
 def test_growth_of_pairs_needs_trains() -> None:
@@ -280,30 +278,14 @@ def test_gates_can_be_taken_off() -> None:
 
 @pytest.mark.parametrize("kind", ["concrete", "l1"])
 def test_gates_recover_planted_ranks(kind: str) -> None:
-    torch.manual_seed(4)
-    modes = {"in_modes": (3, 3, 4), "out_modes": (3, 4, 3)}
-    weight = tt.nn.Linear(36, 36, rank=(1, 2, 3, 1), bias=False, **modes).to_dense().weight.detach()
-    weight = weight / weight.norm() * 6
-    x = torch.randn(4000, 36)
-    y = x @ weight.T + 1e-2 * torch.randn(4000, 36)
-    layer = tt.nn.Linear(36, 36, bias=False, rank=7, **modes)
-    gates: tt.nn.RankGates | None = None
-    for epoch in range(26):
-        if epoch == 6:
-            gates = tt.nn.RankGates(layer, kind)
-        if epoch in (0, 6, 20):
-            own = [] if gates is None else list(gates.parameters())
-            optimizer = torch.optim.Adam([*layer.parameters(), *own], lr=1e-2 if epoch < 20 else 1e-3)
-        for rows in torch.randperm(len(x)).split(200):
-            loss = (layer(x[rows]) - y[rows]).square().mean()
-            if gates is not None:
-                loss = loss + gates.loss()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-    assert gates is not None
-    assert gates.ranks()[""] == (1, 2, 3, 1)
-    assert tt.nn.prune_ranks_(layer).ranks == (1, 2, 3, 1)
+    planted = Planted(seed=4)
+    layer = planted.layer(rank=7)
+    planted.train(layer, 6, 1e-2)
+    gates = tt.nn.RankGates(layer, kind)
+    for epochs, lr in ((14, 1e-2), (6, 1e-3)):
+        planted.train(layer, epochs, lr, more=gates.parameters(), penalty=gates.loss)
+    assert gates.ranks()[""] == RANKS
+    assert tt.nn.prune_ranks_(layer).ranks == RANKS
 
 
 @pytest.mark.parametrize("name", ["tt", "bare", "conv", "separate", "low_rank"])

@@ -132,10 +132,10 @@ def _after_rests(calls: dict[int, Any], timer: Callable[[Any], float]) -> dict[i
     return {k: statistics.median_low(some) for k, some in seconds.items()}
 
 
-def rest() -> None:
+def rest(most_s: float = _MOST_REST_S) -> None:
     """Sleep until this process is idle: its pools of threads spin for a while after their work."""
     start = time.perf_counter()
-    while time.perf_counter() - start < _MOST_REST_S:
+    while time.perf_counter() - start < most_s:
         used = time.process_time()  # of all threads
         time.sleep(4e-3)
         if time.process_time() - used < 4e-4:

@@ -54,19 +54,6 @@ def test_large_products_are_left_to_blas_and_are_the_same() -> None:
         torch.testing.assert_close(a, b)
 
 
-def test_a_weight_that_is_held_is_not_written_over() -> None:
-    """Memory of large weights is given out again, but only when nobody holds it."""
-    cores = [torch.randn(1, 40, 40, 3), torch.randn(3, 10, 10, 1)]
-    held = [chain_to_dense([core * k for core in cores]) for k in range(1, 8)]
-    view, copies = held[0][:1], [one.clone() for one in held]
-    held[0] = view
-    copies[0] = copies[0][:1]
-    for _ in range(4):
-        chain_to_dense(cores)
-    for one, copy in zip(held, copies, strict=True):
-        assert torch.equal(one, copy)
-
-
 def test_second_derivatives_and_many_gradients_at_once() -> None:
     torch.manual_seed(0)
     cores = [torch.randn(size, dtype=torch.float64, requires_grad=True) for size in ((1, 2, 2, 2), (2, 2, 3, 1))]

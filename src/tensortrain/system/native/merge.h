@@ -9,11 +9,9 @@
 
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
-#include <c10/core/InferenceMode.h>
 
 #include <algorithm>
 #include <cstring>
-#include <mutex>
 #include <vector>
 
 namespace tensortrain {
@@ -249,35 +247,12 @@ class Merged {
   std::vector<Node> nodes_;
 };
 
-// Memory of weights and gradients that are made anew in every training step: given out again once nobody holds it.
-inline Tensor reused(at::IntArrayRef sizes, const at::TensorOptions& options) {
-  constexpr size_t least = size_t{1} << 17, most = size_t{1} << 24, most_in_all = size_t{1} << 26;
-  const auto n_bytes = static_cast<size_t>(c10::multiply_integers(sizes)) * options.dtype().itemsize();
-  if (n_bytes < least || n_bytes > most || c10::InferenceMode::is_enabled()) return at::empty(sizes, options);
-  static std::mutex lock;
-  static auto& kept = *new std::vector<c10::Storage>();  // never destroyed
-  const std::lock_guard<std::mutex> locked(lock);
-  size_t total = n_bytes;
-  for (auto& one : kept) {
-    total += one.nbytes();
-    if (one.use_count() != 1 || one.nbytes() != n_bytes) continue;
-    auto found = at::detail::make_tensor<c10::TensorImpl>(c10::Storage(one), at::empty({0}, options).key_set(),
-                                                          options.dtype());
-    found.unsafeGetTensorImpl()->set_sizes_contiguous(sizes);
-    return found;
-  }
-  auto made = at::empty(sizes, options);
-  if (total > most_in_all) kept.clear();  // what is held stays with those who hold it
-  kept.push_back(made.storage());
-  return made;
-}
-
 template <typename T>
 Tensor merged_run(const std::vector<Tensor>& cores, const Sizes& steps) {
   int64_t i = 1, j = 1;
   for (const auto& core : cores) i *= core.size(1), j *= core.size(2);
   const auto r = cores.front().size(0), s = cores.back().size(3);
-  const auto found = reused({r, i, j, s}, cores[0].options().requires_grad(false));
+  const auto found = at::empty({r, i, j, s}, cores[0].options().requires_grad(false));
   Room room;
   Merged<T>(room, cores, steps).run(Grid<T>::natural(found.template mutable_data_ptr<T>(), r, i, j, s));
   return found;
@@ -288,7 +263,7 @@ std::vector<Tensor> merged_run_backward(const std::vector<Tensor>& cores, const 
   std::vector<Tensor> found;
   std::vector<T*> out;
   for (const auto& core : cores) {
-    found.push_back(reused(core.sizes(), core.options().requires_grad(false)));
+    found.push_back(at::empty(core.sizes(), core.options().requires_grad(false)));
     out.push_back(found.back().template mutable_data_ptr<T>());
   }
   Room room;

@@ -81,6 +81,18 @@ class Leaky(nn.Module):
         return self.b(hidden), hidden
 
 
+class ReadByKeyword(nn.Module):
+    """A second reader, called by keyword."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(6, 8), nn.Linear(8, 6), nn.Linear(8, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.a(x).relu()
+        return self.b(hidden) + self.c(input=hidden)
+
+
 class Twice(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -112,6 +124,7 @@ def test_plain_gated_and_convolutional_units_are_found() -> None:
         (Scaled(), (4, 6)),
         (Leaky(), (4, 6)),
         (Twice(), (4, 6)),
+        (ReadByKeyword(), (4, 6)),
     ],
 )
 def test_units_that_others_see_or_mix_are_left_alone(model: nn.Module, shape: tuple[int, ...]) -> None:

@@ -11,7 +11,7 @@ from small_models import assert_unchanged, snapshot
 from torch import Tensor, nn
 
 import tensortrain as tt
-from tensortrain.compression.opened import open_layers, opened_for_a_while
+from tensortrain.compression.opened import close_composites, open_layers, opened_for_a_while
 from tensortrain.nn.opening import composite_of, opened
 
 LAYERS = {
@@ -155,12 +155,61 @@ def test_shared_layers_stay_shared() -> None:
 def test_what_cannot_be_taken_apart_is_listed_with_its_reason() -> None:
     tied, odd = nn.ModuleList([nn.GRU(64, 64), nn.GRU(64, 64)]), nn.ModuleDict({"a": nn.GRU(64, 64)})
     tied[1].weight_hh_l0 = tied[0].weight_hh_l0
-    odd["a"].note = "mine"
-    for model, why in ((tied, "is tied"), (odd, "carries a 'note'")):
+    odd["a"].register_buffer("note", torch.ones(3))
+    hooked = nn.ModuleDict({"a": nn.GRU(64, 64)})
+    hooked["a"].weight_hh_l0.register_hook(lambda grad: grad)
+    for model, why in ((tied, "is tied"), (odd, "carries a 'note'"), (hooked, "hooks hang on its parameters")):
         with opened_for_a_while(model) as found:
-            assert found.names == [] or len(found.names) < len(model)
-        assert any(why in layer.reason for layer in found.refused)
-        assert any(why in str(layer) for layer in tt.inspect(model).left_alone)
+            assert found.names == []
+        assert all(why in layer.reason for layer in found.refused)
+        told = tt.inspect(model).left_alone
+        assert len(told) == len(model)
+        assert all(why in str(layer) for layer in told)
+
+
+def test_notes_on_a_layer_go_with_it() -> None:
+    model = nn.ModuleDict({"a": nn.GRU(8, 8)})
+    model["a"].note = "mine"
+    with opened_for_a_while(model) as found:
+        assert found.names == ["a"]
+        assert model["a"].note == "mine"
+    assert model["a"].note == "mine"
+
+
+def test_full_backward_hooks_stay_what_they_are() -> None:
+    model, seen = Tagger().eval(), []
+    model.mix.register_full_backward_hook(lambda module, before, after: seen.append(len(before)))
+    model(data()[0][0]).sum().backward()
+    with opened_for_a_while(model) as found:
+        found.model(data()[0][0]).sum().backward()
+    assert len(seen) == 2
+    assert seen[0] == seen[1]
+
+
+def test_an_interrupt_while_opening_puts_everything_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Tagger().eval()
+    before, real, calls = snapshot(model), opened, []
+
+    def interrupted(layer: nn.Module) -> nn.Module:
+        calls.append(layer)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(layer)
+
+    monkeypatch.setattr("tensortrain.compression.opened.opened", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        open_layers(model)
+    assert_unchanged(model, before)
+
+
+def test_cells_of_a_layer_that_stays_are_not_closed() -> None:
+    torch.manual_seed(0)
+    layer = tt.nn.LSTM(8, 8, num_layers=2, compress="none")
+    layer.l1.hh = tt.nn.Linear.from_dense(layer.l1.hh)
+    model = nn.Sequential(layer)
+    close_composites(model)
+    assert model[0] is layer
+    assert isinstance(layer.l0, tt.nn.LSTMCell)
 
 
 class Subclass(nn.LSTM):

@@ -69,13 +69,25 @@ def test_a_step_lowers_the_loss_and_leaves_the_model_in_place() -> None:
     def loss(one: torch.nn.Module) -> torch.Tensor:
         return torch.nn.functional.cross_entropy(one(x), y)
 
+    before = [parameter.clone() for parameter in model.parameters()]
     losses = [posterior.step(loss, n_examples=200) for _ in range(60)]
     assert losses[-1] < 0.6 * losses[0]
-    before = [parameter.clone() for parameter in model.parameters()]
     log_prob = posterior.log_prob(lambda one: one(x))
     torch.testing.assert_close(log_prob.exp().sum(dim=1), torch.ones(200))
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     assert posterior.outputs(lambda one: one(x)).std(dim=0).max() > 0
+
+
+def test_a_log_uniform_scale_is_flat_in_its_logarithm() -> None:
+    torch.manual_seed(0)
+    layer = tt.nn.Linear(8, 8, format="low_rank", rank=2, bias=False)
+    with torch.no_grad():
+        for core in layer.cores:
+            core.fill_(1e-12)  # the cores say nothing but how many they are
+    posterior = tt.nn.SVGD(layer, tt.nn.RankPrior(layer, "log-uniform", floor=1e-2), 2)
+    _, slope = posterior._slope(lambda model: model.cores[0].sum() * 0, n_examples=1)
+    # Of the log density only the entries' normal densities are left, 16 to each of two scales.
+    torch.testing.assert_close(slope[-2:], torch.full((2,), -8.0))
 
 
 def test_one_particle_is_refused() -> None:

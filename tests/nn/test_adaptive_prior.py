@@ -127,13 +127,34 @@ def test_scales_are_saved_and_never_vanish() -> None:
     assert torch.equal(restored.scales()[""][0], prior.scales()[""][0])
 
 
-def test_half_precision_and_devices_of_layers_are_followed() -> None:
-    layer = made("tt", torch.bfloat16)
-    prior = tt.nn.RankPrior(layer)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_small_entries_of_half_precision_count(dtype: torch.dtype) -> None:
+    layer = made("tt", dtype)
+    with torch.no_grad():
+        for core in layer.cores:
+            core.fill_(1e-4)
+    prior, exact = tt.nn.RankPrior(layer), tt.nn.RankPrior(copy.deepcopy(layer).double())
     prior.loss().backward()
-    prior.update_()
     assert prior.scales()[""][0].dtype == torch.float32
-    assert layer.cores[0].grad.dtype == torch.bfloat16
+    assert layer.cores[0].grad.dtype == dtype
+    torch.testing.assert_close(prior.scales()[""][0].double(), exact.scales()[""][0], rtol=0.05, atol=0)
+    assert float(prior.loss().detach()) == pytest.approx(float(exact.loss().detach()), rel=0.05)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_complex_cores_count_with_both_parts(kind: str) -> None:
+    torch.manual_seed(0)
+    layer = tt.nn.Linear(12, 18, format="cp", rank=3, dtype=torch.complex128, init=None)
+    with torch.no_grad():
+        for core in layer.cores:
+            core.copy_(1j * torch.randn(core.shape, dtype=torch.float64))
+    real = tt.nn.Linear(12, 18, format="cp", rank=3, dtype=torch.float64)
+    with torch.no_grad():
+        for core, value in zip(real.cores, layer.cores, strict=True):
+            core.copy_(value.imag)
+    found, exact = tt.nn.RankPrior(layer, kind), tt.nn.RankPrior(real, kind)
+    torch.testing.assert_close(found.scales()[""][0], exact.scales()[""][0])
+    torch.testing.assert_close(found.loss(), exact.loss())
 
 
 def test_bad_requests_name_what_is_wrong() -> None:

@@ -276,6 +276,77 @@ def test_gates_can_be_taken_off() -> None:
     torch.testing.assert_close(model(x).detach(), before, rtol=1e-12, atol=1e-12)
 
 
+def half_shut(gates: tt.nn.RankGates) -> None:
+    with torch.no_grad():
+        for gate in gates.gates:
+            gate[0] = -1.0
+
+
+@pytest.mark.parametrize("act", ["prune a part", "prune by name", "grow", "fold"])
+def test_gates_of_several_layers_act_to_the_end(act: str) -> None:
+    torch.manual_seed(0)
+    first, second, third = (tt.nn.Linear(16, 16, rank=4).double() for _ in range(3))
+    third.cores = second.cores  # shared
+    model = torch.nn.Sequential(first, second, third).eval()
+    gates = tt.nn.RankGates(model, "concrete")
+    half_shut(gates)
+    x = torch.randn(3, 16, dtype=torch.float64)
+    before = model(x).detach()
+    if act == "prune a part":
+        tt.nn.prune_ranks_(first)
+    elif act == "prune by name":
+        tt.nn.prune_ranks_(model, ranks={"1": 4})
+    elif act == "grow":
+        tt.nn.grow_ranks_(model, by=1)
+    else:
+        gates.fold_()
+    torch.testing.assert_close(model(x).detach(), before, rtol=1e-8, atol=1e-9)
+    assert second.cores is third.cores
+
+
+def test_gates_refuse_what_they_cannot_finish() -> None:
+    embedding = tt.nn.Embedding(60, 16, rank=4)
+    with pytest.raises(KindError, match="tied head"):
+        tt.nn.RankGates(torch.nn.ModuleList([embedding, tt.nn.tied_head(embedding)]))
+    with pytest.raises(KindError, match="plain parameters"):
+        tt.nn.RankGates(tt.nn.orthogonal(tt.nn.Linear(16, 16, rank=4), kind="left"))
+    gated, _ = made("tt")
+    tt.nn.RankGates(gated)
+    with pytest.raises(KindError, match="one set of gates"):
+        tt.nn.RankGates(gated)
+
+
+def test_layers_that_share_some_cores_are_not_turned_and_not_cut() -> None:
+    torch.manual_seed(0)
+    first, second = (tt.nn.Linear(16, 16, rank=4).double() for _ in range(2))
+    second.cores[0] = first.cores[0]
+    model = torch.nn.Sequential(first, second)
+    x = torch.randn(3, 16, dtype=torch.float64)
+    before = model(x).detach()
+    tt.nn.RankPrior(model)
+    torch.testing.assert_close(model(x).detach(), before, rtol=0, atol=0)
+    with pytest.raises(KindError, match="shares some"):
+        tt.nn.prune_ranks_(model, ranks=2)
+
+
+def test_layers_without_ranks_are_passed_over() -> None:
+    model = torch.nn.Sequential(tt.nn.Linear(4, 4, in_modes=(4,), out_modes=(4,)), tt.nn.Linear(16, 16, rank=4))
+    prior = tt.nn.RankPrior(model)
+    assert prior.loss().isfinite()
+    assert list(prior.ranks()) == ["1"]
+    alone = tt.nn.RankPrior(model[0])
+    assert float(alone.loss()) == 0
+    assert float(tt.nn.RankGates(model[0], "l1").loss()) == 0
+
+
+def test_growth_passes_over_frozen_layers() -> None:
+    layer = tt.nn.Linear(16, 16, rank=2)
+    layer.cores.requires_grad_(False)
+    cores = list(layer.cores)
+    tt.nn.grow_ranks_(layer, loss=lambda: layer(torch.ones(1, 16)).sum())
+    assert all(a is b for a, b in zip(cores, layer.cores, strict=True))
+
+
 @pytest.mark.parametrize("kind", ["concrete", "l1"])
 def test_gates_recover_planted_ranks(kind: str) -> None:
     planted = Planted(seed=4)
@@ -292,7 +363,7 @@ def test_gates_recover_planted_ranks(kind: str) -> None:
 def test_turning_indices_keeps_the_weight(name: str) -> None:
     model, x = made(name)
     before = outputs(model, x).detach()
-    concentrate_(model)
+    concentrate_(model, model)
     torch.testing.assert_close(outputs(model, x).detach(), before, rtol=1e-9, atol=1e-10)
     sizes = scores(model.core_list(), bonds(model.spec)[0])
     assert (sizes[:-1] >= sizes[1:] - 1e-9).all()

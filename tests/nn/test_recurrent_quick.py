@@ -81,9 +81,10 @@ def test_layers_follow_their_cores(kind: str) -> None:
         for cell in layer.cells().values():
             cell.hh.cores[-1].mul_(1.5)
     agree(layer, x)
-    torch.optim.SGD(layer.parameters(), lr=0.1).step()
     for parameter in layer.parameters():
         parameter.grad = torch.ones_like(parameter)
+    torch.optim.SGD(layer.parameters(), lr=0.1).step()
+    agree(layer, x)
     torch.optim.SGD(layer.parameters(), lr=0.1, fused=True).step()
     agree(layer, x)
     with torch.no_grad(), pytest.raises(ShapeError):

@@ -13,7 +13,7 @@ from tensortrain.system.aliases import wraps_own_forward
 
 __all__ = ["cannot_carry", "carry", "own_names"]
 
-HOOKS = (
+_HOOKS = (
     "_forward_hooks",
     "_forward_pre_hooks",
     "_forward_hooks_with_kwargs",
@@ -63,10 +63,7 @@ def carry(old: nn.Module, new: nn.Module) -> None:
 
     The objects stay the same, so that handles still remove hooks, and what others hold is what the layer holds.
     """
-    for name in HOOKS:
-        if getattr(old, name, None):
-            setattr(new, name, getattr(old, name))
-    new._is_full_backward_hook = old._is_full_backward_hook
+    move_hooks(old, new)
     hung = _hung(old)
     for registry in _REGISTERED:
         entries, target = getattr(old, registry), getattr(new, registry)
@@ -77,6 +74,14 @@ def carry(old: nn.Module, new: nn.Module) -> None:
     if "forward" in vars(old):  # one that wraps the layer's own
         vars(new)["forward"] = vars(old)["forward"]
     _carry_marks(old, new)
+
+
+def move_hooks(old: nn.Module, new: nn.Module) -> None:
+    """Give a new layer the hooks of an old one, in the dicts that their handles know."""
+    for name in _HOOKS:
+        if getattr(old, name, None):
+            setattr(new, name, getattr(old, name))
+    new._is_full_backward_hook = old._is_full_backward_hook
 
 
 def own_names(layer: nn.Module) -> frozenset[str]:

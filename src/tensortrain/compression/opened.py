@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tensortrain.compression.carry import HOOKS
+from tensortrain.compression.carry import gradient_hooks, move_hooks
 from tensortrain.compression.survey.layers import LeftAlone, check_module
 from tensortrain.compression.survey.reasons import Survey
 from tensortrain.compression.swap import Built, swap
@@ -38,6 +38,11 @@ class Opened:
     names: list[str] = field(default_factory=list)
     refused: list[LeftAlone] = field(default_factory=list)
 
+    def left_alone(self, left: Sequence[LeftAlone]) -> tuple[LeftAlone, ...]:
+        """What else is left alone, and the layers that could not be opened, each once."""
+        told = {layer.name for layer in self.refused}
+        return (*(layer for layer in left if layer.name not in told), *self.refused)
+
     def close(self, *, changed_too: bool = True) -> nn.Module:
         """Put torch's layers back; those of which a map was factorized only if asked to.
 
@@ -46,7 +51,7 @@ class Opened:
         """
         back = [(names, new, old) for names, old, new in self.layers if changed_too or not _is_changed(new)]
         for _, new, old in back:
-            _move_hooks(new, old)
+            move_hooks(new, old)
             old.train(new.training)
         self.model = swap(self.model, back)
         self.layers = [one for one in self.layers if not changed_too and _is_changed(one[2])]
@@ -74,13 +79,17 @@ def open_layers(model: nn.Module, only: Collection[str] | None = None) -> Opened
     if not aliases:
         return found
     survey = Survey.of(model)
-    for names, layer in aliases:
-        if only is not None and not set(names) & set(only):
-            continue
-        reason = _why_not(layer, survey) or _open(found, names, layer)
-        if reason:
-            n = sum(p.numel() for p in layer.parameters())
-            found.refused.append(LeftAlone(names[0], type(layer).__name__, reason, n))
+    try:
+        for names, layer in aliases:
+            if only is not None and not set(names) & set(only):
+                continue
+            reason = _why_not(layer, survey) or _open(found, names, layer)
+            if reason:
+                n = sum(p.numel() for p in layer.parameters())
+                found.refused.append(LeftAlone(names[0], type(layer).__name__, reason, n))
+    except BaseException:
+        found.close()
+        raise
     return found
 
 
@@ -101,7 +110,7 @@ def close_composites(model: nn.Module) -> nn.Module:
                 built[id(module)] = ([], module, dense)
         if id(module) in built:
             built[id(module)][0].append(name)
-            taken.append(f"{name}." if name else "")
+        taken.append(f"{name}." if name else "")  # of one that stays, the cells stay too
     return swap(model, [(tuple(names), old, new) for names, old, new in built.values()])
 
 
@@ -112,7 +121,7 @@ def _dense_twin(layer: Any) -> nn.Module | None:
             dense: nn.Module = layer.to_dense()
     except KindError:
         return None
-    _move_hooks(layer, dense)
+    move_hooks(layer, dense)
     return dense
 
 
@@ -131,7 +140,8 @@ def _open(found: Opened, names: tuple[str, ...], layer: nn.Module) -> str:
     """Put the opened layer in place; why that fails, or ``""``."""
     try:
         new = opened(layer)
-        _move_hooks(layer, new)
+        move_hooks(layer, new)
+        vars(new).update({name: vars(layer)[name] for name in _hung(layer, (vars(layer),))})
         found.model = swap(found.model, [(names, layer, new)])
     except Exception as error:  # held where nothing can be put, or of a dtype that our layers refuse
         return f"it cannot be taken apart ({in_short(error)})"
@@ -141,20 +151,22 @@ def _open(found: Opened, names: tuple[str, ...], layer: nn.Module) -> str:
 
 
 def _why_not(layer: nn.Module, survey: Survey) -> str:
-    usual = fresh_twin(layer)
-    own = {*vars(usual), *usual._parameters, *usual._buffers, *usual._modules}
-    hung = [name for name in (*vars(layer), *layer._parameters, *layer._buffers, *layer._modules) if name not in own]
+    hung = _hung(layer, (layer._parameters, layer._buffers, layer._modules))
+    hung += [name for name in _hung(layer, (vars(layer),)) if hasattr(type(layer), name)]  # a forward, for instance
     if hung:
         return f"it carries a {hung[0]!r} of its own"
+    if any(gradient_hooks(p) for p in layer.parameters()):
+        return "hooks hang on its parameters themselves"
     if any(p.is_meta for p in layer.parameters()):
         return "its weights lie on the meta device, which holds no numbers"
     return next((why for part in layer.modules() if (why := survey.why_tied(part))), "")
 
 
-def _move_hooks(old: nn.Module, new: nn.Module) -> None:
-    for name in HOOKS:
-        if getattr(old, name, None):
-            setattr(new, name, getattr(old, name))
+def _hung(layer: nn.Module, registries: tuple[Any, ...]) -> list[str]:
+    """Names on a layer that its constructor does not set."""
+    usual = fresh_twin(layer)
+    own = {*vars(usual), *usual._parameters, *usual._buffers, *usual._modules}
+    return [name for registry in registries for name in registry if name not in own]
 
 
 def _is_changed(layer: CompositeLayer) -> bool:

@@ -122,11 +122,16 @@ def chain_to_dense(cores: Sequence[Tensor]) -> Tensor:
 
 
 def _merge_run(cores: Sequence[Tensor]) -> Tensor:
-    if len(cores) > 1 and can_group() and all(type(core) in _PLAIN and core.is_cpu for core in cores):
+    if len(cores) > 1 and can_group() and all(map(_is_served, cores)):
         merged = _merged_in_place(cores)
         if merged is not None:
             return merged
     return _recorded_run(cores)
+
+
+def _is_served(core: Tensor) -> bool:
+    """Whether the kernels merge such a core: what they leave to torch is better recorded there."""
+    return type(core) in _PLAIN and core.is_cpu and core.dtype in (torch.float32, torch.float64)
 
 
 def _recorded_run(cores: Sequence[Tensor]) -> Tensor:

@@ -85,10 +85,10 @@ _kept = _Kept()
 def _rooms(n: int, like: Tensor) -> Tensor:
     """So many numbers that hold nothing yet, until the next call of this thread."""
     n_bytes = n * like.element_size()
-    if n_bytes > _MOST_KEPT_BYTES or like.is_inference() or torch.is_inference_mode_enabled():
+    if n_bytes > _MOST_KEPT_BYTES or not like.is_cpu or like.is_inference() or torch.is_inference_mode_enabled():
         return like.new_empty(n)
     if _kept.room is None or _kept.room.numel() < n_bytes:
-        _kept.room = torch.empty(n_bytes, dtype=torch.uint8)
+        _kept.room = torch.empty(n_bytes, dtype=torch.uint8, device="cpu")
     return _kept.room[:n_bytes].view(like.dtype)
 
 

@@ -91,7 +91,7 @@ def seconds_in_use(calls: Sequence[Any], timer: Callable[[Any], float]) -> list[
         list: Medians of a few calls after a rest. Those clearly behind are told by their calls in a row, and what
         waking up costs the others; those far behind are infinite.
 
-    Cost: a few calls of each, and some 10 ms for each of at most 20 rests.
+    Cost: a few calls of each, and some 10 ms for each of at most 25 rests.
     """
     best = _in_a_row(calls, timer)
     limit = _BEHIND * min(best)

@@ -113,16 +113,16 @@ class CompressionPlan:
     def compression(self) -> float:
         return self.params_before / max(1, self.params_after)
 
-    def with_opened(self, names: Sequence[str], refused: Sequence[LeftAlone]) -> CompressionPlan:
+    def with_opened(self, names: Sequence[str], left_alone: Sequence[LeftAlone]) -> CompressionPlan:
         """The plan of a model that was planned with some layers taken apart.
 
         Args:
             names: Of these layers; those of which no map is changed are left as they are.
-            refused: Layers that could not be taken apart.
+            left_alone: What is left alone, layers that could not be taken apart among them.
         """
         changed = [layer.name for layer in self.layers if layer.spec is not None]
         reached = tuple(n for n in names if any(name.startswith(f"{n}." if n else "") for name in changed))
-        return replace(self, opened=reached, left_alone=(*self.left_alone, *refused))
+        return replace(self, opened=reached, left_alone=tuple(left_alone))
 
     def to_json(self) -> str:
         kept = {name: to_plain(getattr(self, name)) for name in _KEPT}

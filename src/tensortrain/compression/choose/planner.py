@@ -126,7 +126,7 @@ def make_plan(model: nn.Module, options: PlanOptions) -> CompressionPlan:
     """``plan_compression`` with its keywords as one record."""
     with opened_for_a_while(uncompiled(model)) as opened:
         plan = _plan_opened(opened.model, options)
-    return plan.with_opened(opened.names, opened.refused)
+    return plan.with_opened(opened.names, opened.left_alone(plan.left_alone))
 
 
 def _plan_opened(model: nn.Module, options: PlanOptions) -> CompressionPlan:

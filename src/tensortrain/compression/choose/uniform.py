@@ -42,7 +42,7 @@ def plan_uniform(
     """
     with opened_for_a_while(model) as opened:
         plan = _uniform(opened.model, budget, format, include, exclude)
-    return plan.with_opened(opened.names, opened.refused)
+    return plan.with_opened(opened.names, opened.left_alone(plan.left_alone))
 
 
 def _uniform(

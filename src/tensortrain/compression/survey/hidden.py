@@ -99,17 +99,18 @@ class _Trace:
         self.ends: list[Tensor] = []
         self.channelwise = {name: one for name, one in model.named_modules() if _is_channelwise(one)}
         for name, part in parts.items():
-            handle = part.register_forward_hook(self._cut(name))
+            handle = part.register_forward_hook(self._cut(name), with_kwargs=True)
             stack.callback(handle.remove)
 
     def _cut(self, name: str) -> Callable[..., Tensor]:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-            if name in self.inputs or len(args) != 1 or not isinstance(output, Tensor):
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+            given = (*args, *kwargs.values())
+            if name in self.inputs or len(given) != 1 or not isinstance(output, Tensor):
                 self.twice.add(name)
-                self.ends.extend(x for x in args if isinstance(x, Tensor))
+                self.ends.extend(x for x in given if isinstance(x, Tensor))
                 return output.detach()
             self.order.append(name)
-            self.inputs[name] = args[0]
+            self.inputs[name] = given[0]
             self.leaves[name] = output.detach().requires_grad_()
             return self.leaves[name]
 

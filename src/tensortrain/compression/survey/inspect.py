@@ -103,7 +103,7 @@ def inspect(model: nn.Module, example_inputs: Any = None) -> Inspection:
     check_module(model)
     with opened_for_a_while(model) as opened:
         found = _inspect(opened.model, example_inputs)
-    return replace(found, left_alone=(*found.left_alone, *opened.refused))
+    return replace(found, left_alone=opened.left_alone(found.left_alone))
 
 
 def _inspect(model: nn.Module, example_inputs: Any) -> Inspection:

@@ -9,18 +9,21 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from tensortrain.errors import RankError, ShapeError
+from tensortrain.errors import KindError, RankError, ShapeError
 from tensortrain.formats import Bond
 from tensortrain.nn.adaptive.indices import (
     bond_ranks,
     bonds,
+    check_can_resize,
     concentrate_,
     core_size,
     layers_with_bonds,
+    sharing,
     slice_squares,
     spec_with,
 )
 from tensortrain.nn.base import FactorizedLayer
+from tensortrain.nn.embedding.tied import TiedHead
 from tensortrain.nn.shaping.stand_ins import Handle, transform_cores, transforms_of
 
 __all__ = ["GateKind", "RankGates", "fold_gates_"]
@@ -53,7 +56,8 @@ class RankGates(nn.Module):
         temperature: Of "concrete" gates; set the attribute lower while training goes on.
 
     Raises:
-        KindError: The model has no factorized layer, or one whose format does not tell where its ranks are.
+        KindError: The model has no factorized layer, or one whose format does not tell where its ranks are, whose
+            cores are constrained, shared in part or read by a tied head, or that has gates already.
         RankError: A budget or a temperature that is not positive.
 
     Source: "concrete": Kodryan, Kropotov and Vetrov, arXiv:2006.10859; "l1" and its late stage: Yang et al.,
@@ -83,18 +87,21 @@ class RankGates(nn.Module):
                 raise RankError(f"{name} must be positive: found {value!r}. Leave it out for its default.")
         self.kind, self.weight, self.temperature = kind, weight, temperature
         self._layers = layers_with_bonds(model, "RankGates")
+        for name, layer in self._layers:
+            _check_can_gate(model, name, layer)
         self.gates = nn.ParameterList()
         self._first: list[int] = []
         for _, layer in self._layers:
-            self._add_layer(layer)
+            self._add_layer(model, layer)
         self._full = sum(core_size(bond_ranks(layer), layer.spec) for _, layer in self._layers)
         self.budget = None if budget is None else budget * self._full if budget < 1 else float(budget)
-        self._handle = Handle.join(transform_cores(layer, _Gated(self, k)) for k, (_, layer) in enumerate(self._layers))
+        users = [(k, one) for k, (_, layer) in enumerate(self._layers) for one in sharing(model, layer)]
+        self._handle = Handle.join(transform_cores(one, _Gated(self, k)) for k, one in users)
 
-    def _add_layer(self, layer: FactorizedLayer) -> None:
+    def _add_layer(self, model: nn.Module, layer: FactorizedLayer) -> None:
         """Gates for every bond of a layer, and what passed them at first."""
         self._first.append(len(self.gates))
-        concentrate_(layer)
+        concentrate_(model, layer)
         cores = [core.detach() for core in layer.core_list()]
         for bond in bonds(layer.spec):
             size = torch.ones(cores[bond[0][0]].shape[bond[0][1]], device=cores[0].device)
@@ -153,6 +160,15 @@ class RankGates(nn.Module):
                 for index, (name, layer) in enumerate(self._layers)
             }
 
+    @torch.no_grad()
+    def fold_(self) -> None:
+        """Multiply the gates into the cores, those that are shut as zeros, and take them off."""
+        for index, (_, layer) in enumerate(self._layers):
+            cores = layer.core_list()
+            for core, value in zip(cores, self.gated(index, cores, decided=True), strict=True):
+                core.copy_(value)
+        self.remove()
+
     def remove(self) -> None:
         """Take the gates off again; the cores are what they are without them."""
         self._handle.remove()
@@ -185,7 +201,7 @@ class RankGates(nn.Module):
             for (gate, start), bond, keep in zip(self._of(index), bonds(layer.spec), kept, strict=True):
                 parts.append((_passing(cores, bond, gate) / start * keep).sum().to(self.gates[0].device))
                 n_open += len(gate)
-        return torch.stack(parts).sum() / max(1, n_open)
+        return torch.stack(parts).sum() / n_open if parts else torch.zeros(())
 
     def gated(self, index: int, cores: Sequence[Tensor], *, decided: bool = False) -> list[Tensor]:
         """The cores of a layer behind its gates.
@@ -224,17 +240,25 @@ class _Gated:
 
 @torch.no_grad()
 def fold_gates_(model: nn.Module) -> None:
-    """Multiply the gates of all layers into their cores, those that are shut as zeros, and take them off."""
-    found: dict[int, RankGates] = {}
-    for _, layer in layers_with_bonds(model, "fold_gates_"):
-        for gate in transforms_of(layer):
-            if isinstance(gate, _Gated):
-                cores = layer.core_list()
-                for core, value in zip(cores, gate.gates.gated(gate.index, cores, decided=True), strict=True):
-                    core.copy_(value)
-                found[id(gate.gates)] = gate.gates
-    for gates in found.values():
-        gates.remove()
+    """Multiply the gates of all layers into their cores, those that are shut as zeros, and take them off.
+
+    Where gates reach beyond the model, so does this: their other layers would be without gates.
+    """
+    gated = (hook for _, layer in layers_with_bonds(model, "fold_gates_") for hook in transforms_of(layer))
+    for gates in {id(hook.gates): hook.gates for hook in gated if isinstance(hook, _Gated)}.values():
+        gates.fold_()
+
+
+def _check_can_gate(model: nn.Module, name: str, layer: FactorizedLayer) -> None:
+    """Raise ``KindError`` where gates could not be multiplied into the cores, or would not reach all who use them."""
+    check_can_resize(model, name, layer)
+    if any(isinstance(one, _Gated) for one in transforms_of(layer)):
+        raise KindError(f"a layer takes one set of gates: {name or 'the layer'} has some. Call prune_ranks_ first.")
+    if any(isinstance(one, TiedHead) and one.embedding is layer for one in model.modules()):
+        raise KindError(
+            f"gates act where a layer is called: the cores of {name or 'the layer'} are read by a tied head, too. Use "
+            "a RankPrior instead."
+        )
 
 
 def _passing(cores: Sequence[Tensor], bond: Bond, gate: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tensortrain.cores.rounding import round_cores
 from tensortrain.errors import KindError, RankError
 from tensortrain.formats import FactorSpec
+from tensortrain.nn.adaptive.gates import fold_gates_
 from tensortrain.nn.adaptive.indices import (
     bond_ranks,
     bonds,
@@ -48,7 +49,8 @@ def grow_ranks_(
 
     With a ``loss`` each pair of neighbouring cores of every train becomes one core, takes ``n_steps`` of Adam on the
     loss, all else held, and is split again: the bond keeps as many indices as the weight needs to ``rel_error``. One
-    call is one sweep over the bonds; the ranks find themselves, up or down.
+    call is one sweep over the bonds; the ranks find themselves, up or down. Layers with frozen cores are passed over.
+    Gates are multiplied into the cores first, and taken off.
 
     Args:
         model: Any module with factorized layers, or one of them.
@@ -81,16 +83,17 @@ def grow_ranks_(
     if by < 0 or int(by) != by:
         raise RankError(f"by must be a whole number of at least 0: found {by!r}. Pass how many indices each bond gets.")
     for name, layer in named:
-        check_can_resize(name, layer)
+        check_can_resize(model, name, layer)
         if loss is not None and not is_train(layer):
             raise KindError(
                 f"pairs of cores can be trained in trains of one group: {name or 'the layer'} is of format "
                 f"{layer.spec.format!r}. Leave loss out, which grows every format."
             )
+    fold_gates_(model)
     for _, layer in named:
         if loss is None:
             _widen_(model, layer, by, max_rank, generator)
-        else:
+        elif all(core.requires_grad for core in layer.core_list()):
             for bond in range(len(bond_ranks(layer))):
                 try:
                     _train_pair_(model, layer, bond, loss, n_steps, lr)
@@ -146,7 +149,7 @@ def _train_pair_(
     optimizer = torch.optim.Adam([core], lr=lr)
     for _ in range(n_steps):
         with torch.enable_grad():
-            (grad,) = torch.autograd.grad(loss(), [core])
+            (grad,) = torch.autograd.grad(loss(), [core], allow_unused=True, materialize_grads=True)
         core.grad = grad
         optimizer.step()
     core.grad = None

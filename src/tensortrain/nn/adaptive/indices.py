@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -16,7 +16,7 @@ from tensortrain.formats import Bond, FactorSpec
 from tensortrain.nn.base import FactorizedLayer
 from tensortrain.nn.cores import PLAIN_LISTS, Cores
 from tensortrain.nn.shaping.regularize import bonds
-from tensortrain.nn.shaping.stand_ins import check_has_factorized, distinct_layers
+from tensortrain.nn.shaping.stand_ins import check_has_factorized, distinct_layers, transforms_of
 
 __all__ = [
     "CLEARLY",
@@ -31,6 +31,7 @@ __all__ = [
     "present",
     "scores",
     "set_cores_",
+    "sharing",
     "slice_squares",
     "spec_with",
     "take_indices",
@@ -41,7 +42,7 @@ CLEARLY = 1e-2  # a rank index whose size is below this share of the largest one
 
 
 def layers_with_bonds(model: nn.Module, what: str) -> list[tuple[str, FactorizedLayer]]:
-    """The factorized layers that own cores, by name, those that share all their cores only once.
+    """The factorized layers that have ranks, by name, those that share all their cores only once.
 
     Raises:
         KindError: There is none, or the format of one does not tell where its ranks are.
@@ -49,9 +50,7 @@ def layers_with_bonds(model: nn.Module, what: str) -> list[tuple[str, Factorized
     check_has_factorized(model, what)
     distinct = {id(layer) for layer in distinct_layers(model)}
     found = [(name, one) for name, one in model.named_modules() if id(one) in distinct]
-    for _, layer in found:
-        bonds(layer.spec)
-    return found
+    return [(name, layer) for name, layer in found if bonds(layer.spec)]
 
 
 def bond_ranks(layer: FactorizedLayer) -> tuple[int, ...]:
@@ -73,10 +72,10 @@ def scores(cores: Sequence[Tensor], bond: Bond) -> Tensor:
     return norms.prod(dim=0)
 
 
-def present(cores: Sequence[Tensor], bond: Bond, share: float = CLEARLY) -> Tensor:
-    """Which indices of a bond are there: those above a share of the largest one; at least one."""
+def present(cores: Sequence[Tensor], bond: Bond) -> Tensor:
+    """Which indices of a bond are there: those above a hundredth of the largest one; at least one."""
     size = scores(cores, bond)
-    alive = size > share * size.max()
+    alive = size > CLEARLY * size.max()
     return alive if bool(alive.any()) else torch.arange(len(size), device=size.device) == 0
 
 
@@ -103,21 +102,15 @@ def core_size(sizes: Sequence[int], spec: FactorSpec) -> int:
 @torch.no_grad()
 def set_cores_(model: nn.Module, layer: FactorizedLayer, spec: FactorSpec, cores: Sequence[Tensor]) -> None:
     """Give a layer, and whoever shares its cores, new cores of another size."""
-    old = layer.cores
-    fresh = [nn.Parameter(core.contiguous(), requires_grad=was.requires_grad) for core, was in _paired(cores, layer)]
-    for one in _sharing(model, layer):
+    pairs = zip(cores, layer.core_list(), strict=True)
+    fresh = Cores(nn.Parameter(core.contiguous(), requires_grad=was.requires_grad) for core, was in pairs)
+    for one in sharing(model, layer):
         one.take_spec(spec)
-        one.cores = old if one is layer else layer.cores
-        if one is layer:
-            one.cores = Cores(fresh)
+        one.cores = fresh
         one.clear_cache()
 
 
-def _paired(cores: Sequence[Tensor], layer: FactorizedLayer) -> Iterator[tuple[Tensor, Tensor]]:
-    return zip(cores, layer.core_list(), strict=True)
-
-
-def _sharing(model: nn.Module, layer: FactorizedLayer) -> list[FactorizedLayer]:
+def sharing(model: nn.Module, layer: FactorizedLayer) -> list[FactorizedLayer]:
     """The layer, and then all others with the same cores."""
     own = [id(core) for core in layer.cores.parameters()]
     same = [
@@ -154,12 +147,14 @@ def from_train(
 
 
 @torch.no_grad()
-def concentrate_(layer: FactorizedLayer) -> None:
+def concentrate_(model: nn.Module, layer: FactorizedLayer) -> None:
     """Turn the rank indices of a train, in place, to singular directions: what it does not need is small from then on.
 
-    The weight stays the same. Other formats have no such freedom, or none that is worth it.
+    The weight stays the same. Other formats have no such freedom, or none that is worth it. Left alone are layers that
+    share some of their cores, but not all, with another one, and those whose cores something stands in for.
     """
-    if not is_train(layer) or type(layer.cores) not in PLAIN_LISTS:
+    is_plain = type(layer.cores) in PLAIN_LISTS and not transforms_of(layer)
+    if not is_train(layer) or not is_plain or _shares_some(model, layer):
         return
     train = to_train(layer, layer.spec, layer.core_list())
     padded = [torch.zeros_like(core) for core in train]
@@ -169,8 +164,20 @@ def concentrate_(layer: FactorizedLayer) -> None:
         core.copy_(value)
 
 
-def check_can_resize(name: str, layer: FactorizedLayer) -> None:
-    """Raise ``KindError`` where the cores are not plain parameters."""
+def _shares_some(model: nn.Module, layer: FactorizedLayer) -> bool:
+    """Whether another layer has some of the cores, but not all."""
+    own, same = {id(core) for core in layer.cores.parameters()}, sharing(model, layer)
+    others = (one for one in model.modules() if isinstance(one, FactorizedLayer) and one not in same)
+    return any(own & {id(core) for core in one.cores.parameters()} for one in others)
+
+
+def check_can_resize(model: nn.Module, name: str, layer: FactorizedLayer) -> None:
+    """Raise ``KindError`` where the cores are not plain parameters of this layer and of those that share all."""
+    if _shares_some(model, layer):
+        raise KindError(
+            f"ranks can be changed where layers share all their cores or none: {name or 'the layer'} shares some. Give "
+            "it cores of its own."
+        )
     if type(layer.cores) not in PLAIN_LISTS:
         raise KindError(
             f"ranks can be changed where cores are plain parameters: {name or 'the layer'} holds "

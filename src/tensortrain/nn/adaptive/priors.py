@@ -81,7 +81,7 @@ class RankPrior(nn.Module):
         self.kind, self.a, self.b, self.eta, self.damping, self.floor = kind, a, b, eta, damping, floor
         self._layers = layers_with_bonds(model, "RankPrior")
         for index, (_, layer) in enumerate(self._layers):
-            concentrate_(layer)
+            concentrate_(model, layer)
             like = layer.core_list()[0]
             for number, rank in enumerate(bond_ranks(layer)):
                 dtype = torch.promote_types(like.real.dtype if like.is_complex() else like.dtype, torch.float32)
@@ -99,16 +99,21 @@ class RankPrior(nn.Module):
 
         It is a sum over entries, not a mean: beside a mean loss over examples divide it by their number.
         """
-        parts = [self._layer_loss(layer, self._scales(index)) for index, (_, layer) in enumerate(self._layers)]
-        total = parts[0]
-        for part in parts[1:]:
-            total = total + part.to(total.device)
+        total = torch.zeros(())
+        for index, (_, layer) in enumerate(self._layers):
+            part = self._layer_loss(layer, self._scales(index))
+            total = part + total.to(part)
         return total
 
     @torch.no_grad()
     def update_(self) -> None:
         """Move every scale to where the prior, with the cores as they are, has its mode."""
         self._move(self.damping)
+
+    @property
+    def scale_power(self) -> float:
+        """The power of a scale that the prior is a density of: of itself, or of its root."""
+        return 1.0 if self.kind == "gamma" else 0.5
 
     def ranks(self) -> dict[str, tuple[int, ...]]:
         """By layer, the ranks that ``prune_ranks_`` would leave."""
@@ -132,7 +137,7 @@ class RankPrior(nn.Module):
             if not over:
                 continue
             variance = _variance(core, [(axis, scales[bond]) for bond, axis in over])
-            squares = core.abs().square().to(variance.dtype)
+            squares = core.to(torch.promote_types(core.dtype, variance.dtype)).abs().square()
             n_repeated = core.numel() // variance.numel()
             total = total + 0.5 * ((squares / variance).sum() + n_repeated * variance.log().sum())
         return total + sum((self._scale_loss(scale) for scale in scales), total.new_zeros(()))
@@ -176,7 +181,7 @@ class RankPrior(nn.Module):
             own = [axis for bond, axis in over if bond == number]
             if own:
                 others = _variance(core, [(axis, scales[bond]) for bond, axis in over if bond != number])
-                size += slice_squares(core.to(size.dtype) / others.sqrt(), own[0])
+                size += slice_squares(core / others.sqrt(), own[0])
                 count += core.numel() // core.shape[own[0]]
         return size, count
 

@@ -47,9 +47,10 @@ def prune_ranks_(model: Model, rel_error: float | None = None, ranks: Ranks | No
 
     Args:
         model: Any module with factorized layers, or one of them.
-        rel_error: Round every layer to this relative Frobenius error of its weight instead.
+        rel_error: Round every layer to this relative Frobenius error instead: of its weight, or, where modes are padded
+            or rows kept exactly beside the cores, of the train that holds it.
         ranks: Cut to these ranks instead: one number for all, a tuple, or a mapping from layer names to either
-            (layers it does not name stay as they are).
+            (layers it does not name keep their ranks).
 
     Returns:
         The same model. The cores are new parameters: an optimizer must be made anew.
@@ -72,7 +73,7 @@ def prune_ranks_(model: Model, rel_error: float | None = None, ranks: Ranks | No
     _check(rel_error, ranks, [name for name, _ in named])
     asked = {name: _asked(name, layer, ranks) for name, layer in named}
     for name, layer in named:
-        check_can_resize(name, layer)
+        check_can_resize(model, name, layer)
     fold_gates_(model)
     for name, layer in named:
         wanted = asked[name]

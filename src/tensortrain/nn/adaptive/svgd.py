@@ -81,14 +81,17 @@ class SVGD:
             n_examples: Size of the whole training set, which the log likelihood counts.
 
         Returns:
-            float: The mean of ``loss`` over the particles before the step.
+            float: The mean of ``loss`` over the particles before the step; the model is as before afterwards.
         """
-        losses, slopes = [], []
-        for particle in self.particles.detach():
-            self._take(particle)
-            value, slope = self._slope(loss, n_examples)
-            losses.append(value)
-            slopes.append(slope)
+        before, losses, slopes = self._gather(), [], []
+        try:
+            for particle in self.particles.detach():
+                self._take(particle)
+                value, slope = self._slope(loss, n_examples)
+                losses.append(value)
+                slopes.append(slope)
+        finally:
+            self._take(before)
         # Over the number of examples, as the loss is.
         self.particles.grad = -_direction(self.particles.detach(), torch.stack(slopes)) / n_examples
         self._optimizer.step()
@@ -136,8 +139,9 @@ class SVGD:
         try:
             with torch.enable_grad():
                 value = loss(self.model)
-                # The density of a logarithm: that of the scale times the scale.
-                negative = n_examples * value + self.prior.loss() - sum(scale.log().sum() for scale in scales)
+                # The density of a logarithm: that of a power of the scale, times that power.
+                logs = sum(scale.log().sum() for scale in scales)
+                negative = n_examples * value + self.prior.loss() - self.prior.scale_power * logs
                 wanted = [*self._parameters, *scales]
                 grads = torch.autograd.grad(negative, wanted, allow_unused=True, materialize_grads=True)
         finally:

@@ -136,6 +136,7 @@ inline Products product_cores(const py::list& a, const py::list& b, bool of_matr
     return std::nullopt;
   for (size_t k = 0; k < left->held.size(); ++k)
     if (left->held[k].size(n_axes - 2) != right->held[k].size(1)) return std::nullopt;
+  const py::gil_scoped_release unlocked;
   if (of_matrices) return left->is_double() ? matrices_of<double>(*left, *right) : matrices_of<float>(*left, *right);
   return left->is_double() ? entries_of<double>(*left, *right) : entries_of<float>(*left, *right);
 }

@@ -65,11 +65,12 @@ class ConvWay {
 
   void keep(const Tensor& x, const Tensors& cores, Ready ready) {
     std::vector<Ready> gone;
-    if (!is_current(cores) || kept_.size() >= most) {
+    if (!is_current(cores) || kept_.size() >= most || n_threads_ != at::get_num_threads()) {
       std::swap(gone, kept_);
       stamps_.clear();
       for (const auto& core : cores) stamps_.emplace_back(core);
       n_steps_ = n_optimizer_steps;
+      n_threads_ = at::get_num_threads();
     }
     const auto same = std::find_if(kept_.begin(), kept_.end(), [&](const Ready& one) { return one.key.is_of(x); });
     if (same == kept_.end())
@@ -107,7 +108,7 @@ class ConvWay {
     return py::reinterpret_steal<py::object>(THPVariable_Wrap(std::move(y)));
   }
 
-  const int n_threads_;
+  int n_threads_;
   std::vector<Ready> kept_;
   std::vector<Stamp> stamps_;
   int64_t n_steps_ = 0;

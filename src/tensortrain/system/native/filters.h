@@ -215,6 +215,7 @@ inline std::optional<Tensor> run(const Tensor& x, const Tensor& weight, const Bi
   if (!is_undisturbed() || !is_fit(x, weight, bias, options)) return std::nullopt;
   const bool differentiates = c10::GradMode::is_enabled() && !c10::InferenceMode::is_enabled() &&
                               (x.requires_grad() || weight.requires_grad() || (bias && bias->requires_grad()));
+  const pybind11::gil_scoped_release unlocked;
   if (differentiates) return Function::apply(x, weight, bias, options);
   const at::AutoDispatchBelowADInplaceOrView below;
   return forward(x, weight, bias, options);

@@ -621,7 +621,7 @@ std::vector<Tensor> gradients_of_cores(const Tensor& ids, const std::vector<Tens
                      grad.const_data_ptr<T>(), sums);
   });
   std::vector<Tensor> found;
-  for (const auto& core : cores) found.push_back(at::empty(core.sizes(), grad.options().requires_grad(false)));
+  for (const auto& core : cores) found.push_back(at::empty(core.sizes(), grad.options()));
   for (size_t g = 0; g < shapes.n(); ++g) {
     const auto& core = found[made.direction.is_turned ? shapes.n() - 1 - g : g];
     (made.direction.is_turned ? &unpack_turned<T> : &unpack_slices<T>)(sums[g], shapes.tables[g], made.digits[g],

@@ -252,7 +252,7 @@ Tensor merged_run(const std::vector<Tensor>& cores, const Sizes& steps) {
   int64_t i = 1, j = 1;
   for (const auto& core : cores) i *= core.size(1), j *= core.size(2);
   const auto r = cores.front().size(0), s = cores.back().size(3);
-  const auto found = at::empty({r, i, j, s}, cores[0].options().requires_grad(false));
+  const auto found = at::empty({r, i, j, s}, cores[0].options());
   Room room;
   Merged<T>(room, cores, steps).run(Grid<T>::natural(found.template mutable_data_ptr<T>(), r, i, j, s));
   return found;
@@ -263,7 +263,7 @@ std::vector<Tensor> merged_run_backward(const std::vector<Tensor>& cores, const 
   std::vector<Tensor> found;
   std::vector<T*> out;
   for (const auto& core : cores) {
-    found.push_back(at::empty(core.sizes(), core.options().requires_grad(false)));
+    found.push_back(at::empty(core.sizes(), core.options()));
     out.push_back(found.back().template mutable_data_ptr<T>());
   }
   Room room;

@@ -40,7 +40,7 @@ inline Tensor plain_rows(const Tensor& ids, const Tensors& cores, int64_t max_by
   auto sizes = ids.sizes().vec();
   sizes.push_back(1);
   for (const auto& core : cores) sizes.back() *= core.size(1);
-  const auto out = at::empty(sizes, cores[0].options().requires_grad(false));
+  const auto out = at::empty(sizes, cores[0].options());
   const auto run = out.scalar_type() == at::kFloat ? &rows_of_cores<float> : &rows_of_cores<double>;
   run(ids, cores, max_bytes, out);
   return out;
@@ -54,7 +54,7 @@ inline Tensor recorded_rows(const Tensor& ids, const Tensors& cores) {
     digits[k] = rest.remainder(cores[k].size(2));
     rest = rest.div(cores[k].size(2), "floor");
   }
-  auto state = at::ones({ids.numel(), 1, 1}, cores[0].options().requires_grad(false));
+  auto state = at::ones({ids.numel(), 1, 1}, cores[0].options());
   for (size_t k = 0; k < cores.size(); ++k) {
     const auto r = cores[k].size(0), i = cores[k].size(1), s = cores[k].size(3);
     const auto picked = cores[k].permute({2, 0, 1, 3}).index_select(0, digits[k]).reshape({-1, r, i * s});

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <exception>
 
 extern "C" {
 __attribute__((weak)) void GOMP_parallel(void (*work)(void*), void* data, unsigned n_threads, unsigned flags);
@@ -29,14 +30,22 @@ void on_threads(int64_t n, int64_t grain, bool is_large, const Work& work) {
     const Work& work;
     std::atomic<int64_t> next;
     int64_t n, grain;
-  } shared{work, {0}, n, grain};
+    std::atomic<bool> has_failed;
+    std::exception_ptr error;
+  } shared{work, {0}, n, grain, {false}, nullptr};
   GOMP_parallel(
       [](void* data) {
         auto& all = *static_cast<Shared*>(data);
-        for (auto first = all.next.fetch_add(all.grain); first < all.n; first = all.next.fetch_add(all.grain))
-          all.work(first, std::min(first + all.grain, all.n));
+        try {
+          for (auto first = all.next.fetch_add(all.grain); first < all.n; first = all.next.fetch_add(all.grain))
+            all.work(first, std::min(first + all.grain, all.n));
+        } catch (...) {  // must not leave a region of C
+          if (!all.has_failed.exchange(true)) all.error = std::current_exception();
+          all.next = all.n;
+        }
       },
       &shared, static_cast<unsigned>(n_threads), 0);
+  if (shared.has_failed) std::rethrow_exception(shared.error);
 }
 
 }  // namespace tensortrain

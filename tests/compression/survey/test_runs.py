@@ -11,7 +11,7 @@ from small_models import assert_unchanged, mlp, snapshot
 from torch import Tensor, nn
 
 import tensortrain as tt
-from tensortrain.compression.survey.runs import layers_that_run
+from tensortrain.compression.survey.runs import check_new_layers_run, layers_that_run
 
 X = torch.ones(2, 8)
 
@@ -37,6 +37,15 @@ def test_calls_and_bound_forwards_count(kind) -> None:
     assert layers_that_run(model, ["called", "bound", "idle"], lambda m: m(X)) == {"called", "bound"}
     assert_unchanged(model, before)
     assert sys.getprofile() is None
+
+
+def test_only_what_ran_before_is_missed() -> None:
+    model = Net(tt.nn.Linear)
+    names = ["called", "bound", "idle"]
+    assert check_new_layers_run(model, names, lambda m: m(X)) == ["idle"]
+    assert check_new_layers_run(model, names, lambda m: m(X), ran_before={"called", "bound"}) == []
+    model.short = nn.Identity()
+    assert check_new_layers_run(model, names, lambda m: m(X), ran_before={"called", "bound"}) == ["bound"]
 
 
 def test_a_failing_run_leaves_nothing_behind() -> None:

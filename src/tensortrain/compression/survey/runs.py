@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import nn
 from tensortrain.compression.survey.layers import part_of
 from tensortrain.train.modes import evaluating
 
-__all__ = ["layers_that_run"]
+__all__ = ["check_new_layers_run", "layers_that_run"]
 
 Run = Callable[[nn.Module], object]
 
@@ -50,6 +50,21 @@ def _put_back(profiler: Any) -> None:
         sys.setprofile(profiler)
     else:
         profiler.enable()
+
+
+def check_new_layers_run(
+    model: nn.Module, names: Sequence[str], run: Run, *, ran_before: Collection[str] | None = None
+) -> list[str]:
+    """Names of replaced layers that do not run, though those that they replaced did.
+
+    Args:
+        model: After the swap.
+        names: Of its replaced layers.
+        run: ``run(model)`` calls the model on one batch.
+        ran_before: What ``layers_that_run`` gave for the model before the swap; all names when left out.
+    """
+    ran = layers_that_run(model, names, run)
+    return [name for name in names if name not in ran and (ran_before is None or name in ran_before)]
 
 
 def _note(name: str, ran: set[str]) -> Callable[..., None]:

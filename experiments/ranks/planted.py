@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,8 +14,9 @@ import tensortrain as tt
 __all__ = ["run"]
 
 
-def run(method: dict[str, Any], given: dict[str, Any], seed: int) -> dict[str, Any]:
+def run(name: str, given: dict[str, Any], seed: int, folder: Path) -> dict[str, Any]:
     """The ranks that a method finds from one teacher, and the error on fresh inputs."""
+    method = given["methods"][name]
     torch.manual_seed(seed)
     weight = teacher(given)
     task, test = (_task(weight, given, n) for n in (given["n_train"], given["n_test"]))

@@ -11,24 +11,33 @@ import argparse
 import json
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
+import convolutions  # noqa: E402
+import images  # noqa: E402
+import particles  # noqa: E402
 import planted  # noqa: E402
 from study import file_name, once  # noqa: E402
 
 from tensortrain.compression import provenance  # noqa: E402
 
-PARTS = {"planted": planted.run}
+PARTS = {
+    "planted": planted.run,
+    "fashion": images.run_mlp,
+    "svgd": particles.run_particles,
+    "conv": convolutions.run_convolutions,
+}
 
 
-def timed(part: str, name: str, given: dict[str, Any], seed: int) -> dict[str, Any]:
+def timed(part: str, name: str, given: dict[str, Any], seed: int, folder: Path) -> dict[str, Any]:
     """One run, with the seconds of this process that it took."""
     start = time.process_time()
-    found = PARTS[part](given["methods"][name], given, seed)
+    found = PARTS[part](name, given, seed, folder)
     seconds = round(time.process_time() - start, 1)
     return {
         "part": part,
@@ -53,9 +62,10 @@ def main() -> None:
         settings = config[part]
         for seed in given.seed or settings["seeds"]:
             for name in given.method or settings["methods"]:
-                path = given.out / part / f"{file_name(name)}-{seed}.json"
-                path.parent.mkdir(parents=True, exist_ok=True)
-                found = once(path, lambda part=part, name=name, s=settings, seed=seed: timed(part, name, s, seed))
+                folder = given.out / part
+                folder.mkdir(parents=True, exist_ok=True)
+                path = folder / f"{file_name(name)}-{seed}.json"
+                found = once(path, partial(timed, part, name, settings, seed, folder))
                 shown = {key: value for key, value in found.items() if key not in ("provenance", "part", "method")}
                 print(part, name, shown, flush=True)
 

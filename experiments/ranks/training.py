@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import tensortrain as tt
 
-__all__ = ["Task", "find_ranks_", "is_grown"]
+__all__ = ["Task", "find_ranks_", "is_grown", "search_", "start_"]
 
 
 def _nothing() -> float:
@@ -60,51 +60,17 @@ class Task:
 
 
 def find_ranks_(model: nn.Module, task: Task, method: dict[str, Any], stages: dict[str, dict[str, Any]]) -> None:
-    """Train a model and find its ranks: the stages are "start", "search" and "finish", each ``epochs`` and ``lr``.
-
-    Every method sees the training set equally often: "start" without a thought of ranks, "search" with them, and
-    "finish" with the ranks that were found.
-    """
-    _HOW[method["how"]](model, task, method, stages)
+    """Train a model and find its ranks: the stages are "start", "search" and "finish", each ``epochs`` and ``lr``."""
+    start_(model, task, method, stages)
+    search_(model, task, method, stages)
     task.train(model, **stages["finish"])
 
 
-def is_grown(method: dict[str, Any]) -> bool:
-    """Whether a method starts at rank one."""
-    return method["how"] == "grow"
-
-
-def _options(method: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in method.items() if key not in ("how", "rank")}
-
-
-def _fixed(model: nn.Module, task: Task, method: dict[str, Any], stages: dict[str, Any]) -> None:
-    task.train(model, **stages["start"])
-    task.train(model, **stages["search"])
-
-
-def _prior(model: nn.Module, task: Task, method: dict[str, Any], stages: dict[str, Any]) -> None:
-    task.train(model, **stages["start"])
-    prior = tt.nn.RankPrior(model, **_options(method))
-    n = len(task.x)
-    task.train(model, **stages["search"], penalty=lambda: prior.loss() / n, after=prior.update_)
-    tt.nn.prune_ranks_(model)
-
-
-def _gates(model: nn.Module, task: Task, method: dict[str, Any], stages: dict[str, Any]) -> None:
-    task.train(model, **stages["start"])
-    gates = tt.nn.RankGates(model, **_options(method))
-    task.train(model, **stages["search"], more=gates.parameters(), penalty=gates.loss)
-    tt.nn.prune_ranks_(model)
-
-
-def _rounded(model: nn.Module, task: Task, method: dict[str, Any], stages: dict[str, Any]) -> None:
-    _fixed(model, task, method, stages)
-    tt.nn.prune_ranks_(model, **_options(method))
-
-
-def _grow(model: nn.Module, task: Task, method: dict[str, Any], stages: dict[str, Any]) -> None:
-    """Sweeps over pairs of cores in place of "start" and "search"."""
+def start_(model: nn.Module, task: Task, method: dict[str, Any], stages: dict[str, dict[str, Any]]) -> None:
+    """First steps without a thought of ranks; where these grow, sweeps over pairs of cores."""
+    if not is_grown(method):
+        task.train(model, **stages["start"])
+        return
     batches = itertools.chain.from_iterable(task.batches() for _ in itertools.count())
 
     def loss() -> Tensor:
@@ -115,4 +81,21 @@ def _grow(model: nn.Module, task: Task, method: dict[str, Any], stages: dict[str
         tt.nn.grow_ranks_(model, loss=loss, **sweep)
 
 
-_HOW = {"fixed": _fixed, "prior": _prior, "gates": _gates, "grow": _grow, "rounded": _rounded}
+def search_(model: nn.Module, task: Task, method: dict[str, Any], stages: dict[str, dict[str, Any]]) -> None:
+    """Steps under a prior or behind gates, and the cut of what is dead then; for others more steps."""
+    options = {key: value for key, value in method.items() if key in ("kind", "weight", "budget")}
+    if method["how"] == "prior":
+        n, prior = len(task.x), tt.nn.RankPrior(model, method["kind"])
+        task.train(model, **stages["search"], penalty=lambda: prior.loss() / n, after=prior.update_)
+    elif method["how"] == "gates":
+        gates = tt.nn.RankGates(model, **options)
+        task.train(model, **stages["search"], more=gates.parameters(), penalty=gates.loss)
+    else:
+        task.train(model, **stages["search"])
+        return
+    tt.nn.prune_ranks_(model)
+
+
+def is_grown(method: dict[str, Any]) -> bool:
+    """Whether a method starts at rank one."""
+    return method["how"] == "grow"

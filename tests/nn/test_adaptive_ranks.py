@@ -130,6 +130,32 @@ def test_ranks_that_are_named_are_taken(name: str) -> None:
     assert outputs(model, x).isfinite().all()
 
 
+@pytest.mark.parametrize("name", ["tt", "cp", "conv", "low_rank"])
+@pytest.mark.parametrize("budget", [0.5, 0.8])
+def test_a_budget_is_met_and_not_undercut_by_much(name: str, budget: float) -> None:
+    model = torch.nn.Sequential(made(name)[0], tt.nn.Linear(64, 64, rank=6))
+    full = sum(core.numel() for layer in tt.nn.prune_ranks_(model) for core in layer.core_list())
+    tt.nn.prune_ranks_(model, budget=budget)
+    left = sum(core.numel() for layer in model for core in layer.core_list())
+    smallest = max(core.numel() // max(core.shape) for layer in model for core in layer.core_list())
+    assert budget * full - 2 * smallest * 8 < left <= budget * full
+
+
+def test_a_budget_takes_from_the_layer_that_needs_it_least() -> None:
+    torch.manual_seed(0)
+    poor = torch.randn(64, 2) @ torch.randn(2, 64) + 0.05 * torch.randn(64, 64)
+    dense = {"needs": torch.randn(64, 64), "wastes": poor}
+    model = torch.nn.ModuleDict({name: torch.nn.Linear(64, 64, bias=False) for name in dense})
+    for name, weight in dense.items():
+        model[name].weight.data = weight
+    model = torch.nn.ModuleDict(
+        {name: tt.nn.Linear.from_dense(layer, format="low_rank", rank=12) for name, layer in model.items()}
+    )
+    tt.nn.prune_ranks_(model, budget=0.6)
+    assert model["wastes"].ranks[1:-1] == (2,)
+    assert model["needs"].ranks[1:-1] == (12,)
+
+
 def test_a_train_is_cut_as_well_as_it_can_be() -> None:
     layer, _ = made("tt")
     weight = layer.to_dense().weight.detach()
@@ -176,6 +202,9 @@ def test_frozen_cores_stay_frozen_and_biases_stay() -> None:
     [
         ({"rel_error": 1.0}, RankError, "rel_error"),
         ({"rel_error": 0.1, "ranks": 2}, ShapeError, "not both"),
+        ({"budget": 0.5, "ranks": 2}, ShapeError, "not both"),
+        ({"budget": 0}, RankError, "positive"),
+        ({"budget": 3}, RankError, "cores of rank 1"),
         ({"ranks": 0}, RankError, "at least 1"),
         ({"ranks": (1, 2, 3, 4, 5)}, RankError, "whole numbers"),
         ({"ranks": {"nobody": 2}}, ShapeError, "nobody"),

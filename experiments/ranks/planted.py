@@ -21,7 +21,14 @@ def run(name: str, given: dict[str, Any], seed: int, folder: Path) -> dict[str, 
     weight = teacher(given)
     task, test = (_task(weight, given, n) for n in (given["n_train"], given["n_test"]))
     layer = student(method, given)
-    find_ranks_(layer, task, method, given["stages"])
+    if method.get("rank") == "true":  # from the teacher itself: at the true ranks training may get stuck elsewhere
+        dense = nn.Linear(*weight.shape, bias=False)
+        dense.weight.data = weight
+        modes = {"in_modes": given["modes"], "out_modes": given["modes"]}
+        layer = tt.nn.Linear.from_dense(dense, rank=(1, *given["ranks"], 1), **modes)
+        task.train(layer, **given["stages"]["finish"])
+    else:
+        find_ranks_(layer, task, method, given["stages"])
     with torch.no_grad():
         test_error = float(task.loss(layer(test.x), test.y))
     found = list(layer.ranks)

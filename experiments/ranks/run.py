@@ -23,6 +23,7 @@ import images  # noqa: E402
 import particles  # noqa: E402
 import planted  # noqa: E402
 from study import file_name, once  # noqa: E402
+from summary import summarize  # noqa: E402
 
 from tensortrain.compression import provenance  # noqa: E402
 
@@ -55,9 +56,13 @@ def main() -> None:
     parser.add_argument("--config", type=Path, default=HERE / "config.json")
     parser.add_argument("--part", action="append", choices=list(PARTS), help="only these parts")
     parser.add_argument("--method", action="append", help="only these methods")
+    parser.add_argument("--summary", action="store_true", help="tables and figure of what is there")
     parser.add_argument("--seed", type=int, action="append", help="only these seeds")
     given = parser.parse_args()
     config = json.loads(given.config.read_text())
+    if given.summary:
+        summarize(given.out, config, HERE)
+        return
     for part in given.part or PARTS:
         settings = config[part]
         for seed in given.seed or settings["seeds"]:

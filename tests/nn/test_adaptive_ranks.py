@@ -388,7 +388,9 @@ def test_gates_recover_planted_ranks(kind: str) -> None:
     assert tt.nn.prune_ranks_(layer).ranks == RANKS
 
 
-@pytest.mark.parametrize("name", ["tt", "bare", "conv", "separate", "low_rank"])
+@pytest.mark.parametrize(
+    "name", ["tt", "bare", "conv", "separate", "low_rank", "tucker", "tucker2", "grouped", "grouped tt"]
+)
 def test_turning_indices_keeps_the_weight(name: str) -> None:
     model, x = made(name)
     before = outputs(model, x).detach()
@@ -396,3 +398,23 @@ def test_turning_indices_keeps_the_weight(name: str) -> None:
     torch.testing.assert_close(outputs(model, x).detach(), before, rtol=1e-9, atol=1e-10)
     sizes = scores(model.core_list(), bonds(model.spec)[0])
     assert (sizes[:-1] >= sizes[1:] - 1e-9).all()
+
+
+@pytest.mark.parametrize("name", ["tucker", "tucker2", "grouped"])
+def test_mixed_indices_of_cores_on_one_core_are_told_apart(name: str) -> None:
+    model, x = made(name)
+    tt.nn.prune_ranks_(model, ranks=2)
+    before = outputs(model, x).detach()
+    tt.nn.grow_ranks_(model, by=2)
+    grown = max(model.ranks)
+    with torch.no_grad():  # the same weight by other bases, in which every index looks alike
+        cores = list(model.core_list())
+        for first, second in bonds(model.spec):
+            (core, axis), (other, other_axis) = first, second
+            turn = torch.linalg.qr(torch.randn(cores[core].shape[axis], cores[core].shape[axis]).double()).Q
+            cores[core].copy_(torch.tensordot(turn, cores[core], ([1], [axis])).movedim(0, axis))
+            cores[other].copy_(torch.tensordot(turn, cores[other], ([1], [other_axis])).movedim(0, other_axis))
+    torch.testing.assert_close(outputs(model, x).detach(), before, rtol=1e-9, atol=1e-10)
+    tt.nn.prune_ranks_(model)
+    assert max(model.ranks) == 2 < grown
+    torch.testing.assert_close(outputs(model, x).detach(), before, rtol=1e-9, atol=1e-10)

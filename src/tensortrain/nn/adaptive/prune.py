@@ -28,6 +28,7 @@ from tensortrain.nn.adaptive.indices import (
     spec_with,
     take_indices,
     to_train,
+    turned,
 )
 from tensortrain.nn.base import FactorizedLayer
 
@@ -108,7 +109,8 @@ def effective_ranks(layer: FactorizedLayer) -> tuple[int, ...]:
 
 
 def _without_dead(layer: FactorizedLayer) -> tuple[FactorSpec, Sequence[Tensor]]:
-    cores, found = list(layer.core_list()), bonds(layer.spec)
+    found = bonds(layer.spec)
+    cores = list(layer.core_list() if is_train(layer) else turned(layer))
     for bond in found:
         cores = take_indices(cores, bond, present(cores, bond).nonzero()[:, 0])
     spec = spec_with(layer.spec, [cores[core].shape[axis] for (core, axis), *_ in found])

@@ -49,9 +49,10 @@ def grow_ranks_(
     no output changes, and the next steps of training can use them.
 
     With a ``loss`` each pair of neighbouring cores of every train becomes one core, takes ``n_steps`` of Adam on the
-    loss, all else held, and is split again: the bond keeps as many indices as the weight needs to ``rel_error``. One
-    call is one sweep over the bonds; the ranks find themselves, up or down. Layers with frozen cores are passed over.
-    Gates are multiplied into the cores first, and taken off.
+    loss, all else held (orthonormal, so that the pair holds the norm of the weight), and is split again: the bond keeps
+    as many indices as the weight needs to ``rel_error``. One call is one sweep over the bonds; the ranks find
+    themselves, up or down. Layers with frozen cores are passed over. Gates are multiplied into the cores first, and
+    taken off.
 
     Args:
         model: Any module with factorized layers, or one of them.
@@ -59,7 +60,7 @@ def grow_ranks_(
         loss: Called without arguments: the loss of the model as it is, such as that of the next batch.
         rel_error: Relative Frobenius error of a layer's weight in each split.
         max_rank: Cap of every bond.
-        n_steps, lr: Of Adam, for each pair.
+        n_steps, lr: Of Adam, for each pair; the step size falls to zero along a cosine.
         generator: Of the random slices.
 
     Returns:

@@ -107,7 +107,11 @@ class RankPrior(nn.Module):
 
     @torch.no_grad()
     def update_(self) -> None:
-        """Move every scale to where the prior, with the cores as they are, has its mode."""
+        """Move every scale to where the prior, with the cores as they are, has its mode.
+
+        For an index that lives the entries at indices of other bonds that have died do not count, as if they were cut
+        already.
+        """
         self._move(self.damping)
 
     @property

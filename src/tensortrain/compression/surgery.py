@@ -6,17 +6,18 @@ import warnings
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from tensortrain.compression.carry import cannot_carry, carry
 from tensortrain.compression.choose.plan import CompressionPlan, LayerPlan
+from tensortrain.compression.made_up import Statistic, make_up
+from tensortrain.compression.narrow import all_or_none, fitted, narrow_
 from tensortrain.compression.opened import close_composites, open_layers
 from tensortrain.compression.survey.layers import FoundLayer, check_module, find_layers
 from tensortrain.compression.survey.moments import Calibration, LayerMoments
 from tensortrain.compression.swap import Built, swap
 from tensortrain.errors import ShapeError
 from tensortrain.formats import Weighting
-from tensortrain.formats.weighting import times_moment
 from tensortrain.nn import FactorizedLayer, dense_twin
 from tensortrain.system.observer import Observer, Silent
 
@@ -59,8 +60,8 @@ def _apply(model: nn.Module, plan: CompressionPlan, observer: Observer) -> nn.Mo
     work = [(_checked(entry, found), entry) for entry in plan.layers if entry.spec is not None]
     calibration = plan.calibration or Calibration()
     built: list[Built] = []
-    statistics: list[tuple[Tensor, Tensor]] = []
-    observer.on_start("decompose", len(work))
+    statistics: list[Statistic] = []
+    observer.on_start("decompose", len(work) + len(plan.narrowed))
     try:
         for k, (layer, entry) in enumerate(work):
             moments = calibration.of(layer.name)
@@ -69,10 +70,17 @@ def _apply(model: nn.Module, plan: CompressionPlan, observer: Observer) -> nn.Mo
             moments.forget_derived()
             built.append((layer.names, layer.module, new))
             observer.on_step(k + 1)
+        narrow = []
+        for k, one in enumerate(plan.narrowed):
+            narrow.append(fitted(model, one.units, one.kept, found, calibration.of(one.units.reader)))
+            observer.on_step(len(work) + k + 1)
     finally:
         observer.on_end()
-    changed = swap(model, built)
-    for buffer, value in statistics:
+    with all_or_none() as undo:
+        for fit in narrow:
+            undo.append(narrow_(model, fit.units, fit.kept, fit.weight, fit.bias_shift))
+        changed = swap(model, built)
+    for buffer, value in [*statistics, *(one for fit in narrow for one in fit.statistics)]:
         buffer.copy_(value)
     return changed
 
@@ -129,36 +137,16 @@ def _build(layer: FoundLayer, entry: LayerPlan, weighting: Weighting) -> Factori
 
 
 @torch.no_grad()
-def _keep_moments(
-    model: nn.Module, layer: FoundLayer, new: FactorizedLayer, moments: LayerMoments
-) -> list[tuple[Tensor, Tensor]]:
+def _keep_moments(model: nn.Module, layer: FoundLayer, new: FactorizedLayer, moments: LayerMoments) -> list[Statistic]:
     """Make up for what the truncation took from the mean and the variance of a layer's output.
-
-    The mean goes into the bias, or into the running mean of the batch norm that follows; that norm's running
-    variance shrinks as the output's does.
 
     Returns:
         list: Statistics that are still to be changed, with their new values.
     """
     if moments.mean is None or "forward" in vars(layer.module):  # its input may not be what was seen
         return []
-    old = layer.kernel.flatten(1)
     kept = new.format.to_dense(list(new.cores), new.spec).flatten(1)  # new.weight would stay in a cache
-    lost = (old.double() - kept.double()) @ moments.mean.to(old.device)
+    shift, statistics = make_up(model, layer.kernel.flatten(1), kept, moments, has_bias=new.bias is not None)
     if new.bias is not None:
-        new.bias.add_(lost.to(new.bias.dtype))
-    norm: Any = model.get_submodule(moments.norm) if moments.norm is not None else None
-    if norm is None or norm.running_mean is None:
-        return []
-    assert moments.gram is not None  # it is kept wherever a mean is
-    weighting = moments.weighting.beside(old)
-    before = _variances(old, weighting.times_inputs(old))
-    after = _variances(kept, times_moment(kept, weighting.inputs))
-    share = torch.where(before > 0, after / before, 1.0)
-    changes = [(norm.running_var, norm.running_var * share)]
-    return changes if new.bias is not None else [*changes, (norm.running_mean, norm.running_mean - lost)]
-
-
-def _variances(matrix: Tensor, weighted: Tensor) -> Tensor:
-    """Variance of every output of a linear map, given its product with the inputs' second moment about their mean."""
-    return (weighted * matrix.double()).sum(dim=1).clamp_min(0)
+        new.bias.add_(shift.to(new.bias.dtype))
+    return statistics

@@ -16,8 +16,9 @@ from torch import Tensor
 from tensortrain.cores.linalg import gram_root
 from tensortrain.errors import RankError
 
-__all__ = ["Narrowing", "narrowing", "refitted", "refitted_bias"]
+__all__ = ["Narrowing", "narrowing", "refitted", "refitted_bias", "shrunk"]
 
+SHRINKAGE = 1e-2  # of the mean diagonal: what few rows of data say about rare directions is not to be believed
 _BLOCK = 8  # units taken away at once: as good as one at a time, at the speed of matrix products
 
 
@@ -87,6 +88,12 @@ def narrowing(
         here = here[stay]
     rest = _costs(rows, inverse)
     return Narrowing(torch.cat([*order, here]), torch.cat([*losses, losses[-1][-1] + rest]))
+
+
+def shrunk(gram: Tensor, share: float = SHRINKAGE) -> Tensor:
+    """A second moment with a little of the identity, so that directions without data cost something too."""
+    mean = gram.diagonal().mean()
+    return gram + share * mean * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
 
 
 def _weighed_rows(weight: Tensor, output_gram: Tensor | None) -> Tensor:

@@ -24,9 +24,10 @@ from tensortrain.formats import (
     suggest_padded_modes,
 )
 
-__all__ = ["Candidate", "Family", "candidates", "default_formats", "families", "least_params"]
+__all__ = ["NARROW", "Candidate", "Family", "candidates", "default_formats", "factoring", "families", "least_params"]
 
-DEFAULT_FORMATS = ("low_rank", "tucker2", "tt")
+NARROW = "narrow"  # beside the formats: fewer hidden units, of layers that stay dense
+DEFAULT_FORMATS = ("low_rank", "tucker2", "tt", NARROW)
 _MOST_SPECTRUM_POINTS = 64
 _PROBES = (0.6, 0.25)  # predicted errors at which a path is checked by real decompositions
 _COARSE = 0.08  # steps of the ranks at which families are compared
@@ -40,6 +41,18 @@ _LARGEST_UNFOLDING = 2600
 
 def default_formats() -> tuple[str, ...]:
     return DEFAULT_FORMATS
+
+
+def factoring(formats: Sequence[str]) -> tuple[str, ...]:
+    """The formats among what a plan may choose from.
+
+    Raises:
+        KindError: One is not known.
+    """
+    names = tuple(name for name in formats if name != NARROW)
+    for name in names:
+        get_format(name)
+    return names
 
 
 @dataclass(frozen=True)
@@ -144,7 +157,7 @@ def families(
     check_finite(layer.name, dense)
     found: list[Family] = []
     best = _Best()
-    for name in formats:
+    for name in factoring(formats):
         fmt = get_format(name)
         if weight.kind not in fmt.kinds:
             continue
@@ -212,6 +225,9 @@ def least_params(weight: WeightShape, formats: Sequence[str]) -> int:
     Mode shapes that follow the structure of the inputs need data; prime factors are as small as those get.
     """
     least = weight.n_params
+    if NARROW in formats and weight.kind != "embedding":
+        least //= max(weight.out_features, weight.in_features)  # one unit is left of those that it makes or reads
+    formats = factoring(formats)
     if weight.kind == "linear" and "tt" in formats:
         n_out = min(weight.out_features, sum(suggest_modes(weight.out_features, 2)))
         least = min(least, sum(_prime_factors(weight.in_features)) + n_out)

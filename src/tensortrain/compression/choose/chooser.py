@@ -10,19 +10,20 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from tensortrain.compression.choose.allocate import Option, allocate
+from tensortrain.compression.choose.allocate import Option, allocate, summed
 from tensortrain.compression.choose.budget import Budget
 from tensortrain.compression.choose.candidates import Candidate
 from tensortrain.compression.choose.candidates import Family as Forms
 from tensortrain.compression.choose.clock import Clock, Family, family_of
 from tensortrain.compression.choose.cost import LayerCost, spec_cost
 from tensortrain.compression.choose.load import Load
-from tensortrain.compression.choose.plan import LayerPlan
+from tensortrain.compression.choose.plan import LayerPlan, Narrowed, n_saved
+from tensortrain.compression.choose.widths import Width, Widths
 from tensortrain.compression.survey.layers import FoundLayer
 from tensortrain.errors import BudgetError
 from tensortrain.formats import FactorSpec, get_format
 
-__all__ = ["Chooser", "Menu"]
+__all__ = ["Choice", "Chooser", "Menu"]
 
 _SLACK = 0.01  # of the whole model's time: what a layer, or all together, may lose before they count as slower
 # What counts of a squared error where the healing is long, for a weight of full matrix rank: this share of that of the
@@ -41,6 +42,15 @@ _SPENT = 0.95  # of the budget
 
 
 Array: TypeAlias = "np.ndarray[Any, Any]"
+Pick: TypeAlias = "Candidate | Width | None"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What becomes of the layers, and of the hidden units between some of them."""
+
+    layers: Sequence[LayerPlan]
+    narrowed: Sequence[Narrowed] = ()
 
 
 @dataclass(frozen=True)
@@ -53,6 +63,7 @@ class Menu:
         weight: What losing it wholly would change of the model's output.
         families: What its smaller forms are made of.
         candidates: The smaller forms.
+        widths: What it can be narrowed to, together with other layers.
     """
 
     layer: FoundLayer
@@ -61,6 +72,12 @@ class Menu:
     weight: float
     families: Sequence[Forms] = ()
     candidates: Sequence[Candidate] = ()
+    widths: Sequence[Width] = ()
+
+    @property
+    def choices(self) -> tuple[Pick, ...]:
+        """All that it can become; None is the layer as it is."""
+        return (None, *self.candidates, *self.widths)
 
     def with_candidates(self, *, growth: float, wide: bool) -> Menu:
         """The menu filled in, ranks growing by such steps."""
@@ -88,6 +105,7 @@ class Chooser:
     Attributes:
         total_params: Of the whole model.
         beyond_reach: Tells who holds the parameters that no plan reaches, for a message.
+        hidden: Units that several layers are narrowed at together; their widths stand on the menus.
         banned: Per layer, the families that are too slow from so many parameters on.
     """
 
@@ -97,6 +115,7 @@ class Chooser:
     allow_slower: bool
     long_healing: bool
     beyond_reach: Callable[[], str]
+    hidden: Sequence[Widths] = ()
     banned: dict[str, dict[Family, int]] = field(init=False)
     clock: Clock = field(default_factory=Clock)
     known: dict[tuple[str, FactorSpec], LayerCost] = field(default_factory=dict)
@@ -104,8 +123,8 @@ class Chooser:
     def __post_init__(self) -> None:
         self.banned = {menu.layer.name: {} for menu in self.menus}
 
-    def choose(self) -> list[LayerPlan]:
-        """One entry a layer, within the budget.
+    def choose(self) -> Choice:
+        """What fits the budget.
 
         Raises:
             BudgetError: Even the smallest forms exceed it.
@@ -115,9 +134,15 @@ class Chooser:
             if self._may_quicken:
                 picks = self._quickened(picks)
             if not self._struck_off(picks):
-                return [self._plan(menu, pick) for menu, pick in zip(self.menus, picks, strict=True)]
+                layers = [self._plan(menu, pick) for menu, pick in zip(self.menus, picks, strict=True)]
+                return Choice(layers, self._narrowed(picks))
 
-    def _struck_off(self, picks: Sequence[Candidate | None]) -> bool:
+    def _narrowed(self, picks: Sequence[Pick]) -> list[Narrowed]:
+        by_name = {menu.layer.name: pick for menu, pick in zip(self.menus, picks, strict=True)}
+        chosen = [(one, by_name[one.units.reader]) for one in self.hidden]
+        return [Narrowed.of(one, pick.n_units) for one, pick in chosen if isinstance(pick, Width)]
+
+    def _struck_off(self, picks: Sequence[Pick]) -> bool:
         """Whether some picks are too slow, which are then banned with all larger ones of their family."""
         slower = [] if self.allow_slower else self._slower(picks)
         for menu, candidate in slower:
@@ -143,11 +168,11 @@ class Chooser:
             for load, whole in zip(menu.loads, self._whole, strict=True)
         ]
 
-    def spent(self, plans: Sequence[LayerPlan]) -> int:
-        """What of the budget the plans use."""
+    def spent(self, choice: Choice) -> int:
+        """What of the budget a choice uses."""
         if self.budget.measure == "flops":
-            return sum(plan.flops_after or 0 for plan in plans)
-        return self.total_params - sum(plan.params_before - plan.params_after for plan in plans)
+            return sum(plan.flops_after or 0 for plan in choice.layers)
+        return self.total_params - n_saved(choice.layers, choice.narrowed)
 
     @property
     def slower(self) -> list[str]:
@@ -156,13 +181,39 @@ class Chooser:
 
     # -- allocation ----------------------------------------------------------------------------------
 
-    def _allocate(self, price_of_time: float = 0.0) -> list[Candidate | None]:
-        options = [self._options(k, menu, price_of_time) for k, menu in enumerate(self.menus)]
+    def _allocate(self, price_of_time: float = 0.0) -> list[Pick]:
+        options = [self._joint(group, price_of_time) for group in self._groups]
         try:
-            picks = allocate(options, self.budget.limit - self._fixed())
+            found = allocate(options, self.budget.limit - self._fixed())
         except BudgetError as error:
             raise self._unreachable(options) from error
-        return [pick.choice for pick in picks]
+        picks: list[Pick] = [None] * len(self.menus)
+        for group, option in zip(self._groups, found, strict=True):
+            for k, pick in zip(group, option.choice, strict=True):
+                picks[k] = pick
+        return picks
+
+    @cached_property
+    def _groups(self) -> list[tuple[int, ...]]:
+        """Places of the menus that are chosen from together."""
+        places = {menu.layer.name: k for k, menu in enumerate(self.menus)}
+        together = [tuple(places[name] for name in one.names) for one in self.hidden]
+        taken = {k for group in together for k in group}
+        return [*together, *((k,) for k in range(len(self.menus)) if k not in taken)]
+
+    def _joint(self, group: Sequence[int], price_of_time: float) -> list[Option]:
+        """What can become of some layers: a form for each, or one width for all."""
+        menus = [self.menus[k] for k in group]
+        apart = [self._options(k, menu, price_of_time) for k, menu in zip(group, menus, strict=True)]
+        if len(group) == 1:
+            return [Option(option.cost, option.loss, (option.choice,)) for option in apart[0]]
+        costs, losses = (
+            sum(column[k][-len(menus[0].widths) :] for k in group) for column in (self._costs, self._losses)
+        )
+        if price_of_time:
+            losses = losses + price_of_time * sum(self._times[k][-len(menus[0].widths) :] for k in group)
+        at_widths = zip(costs, losses, zip(*(menu.widths for menu in menus), strict=True), strict=True)
+        return [*summed(apart), *(Option(int(cost), float(loss), widths) for cost, loss, widths in at_widths)]
 
     def _options(self, k: int, menu: Menu, price_of_time: float) -> list[Option]:
         """The forms of a layer that are not banned, by rising cost, without those that cost more and lose no less."""
@@ -174,7 +225,7 @@ class Chooser:
         falling = losses[order]
         least = np.minimum.accumulate(falling)
         order = order[np.concatenate([[True], falling[1:] < least[:-1]])]
-        choices = (None, *menu.candidates)
+        choices = menu.choices
         return [Option(int(costs[n]), float(losses[n]), choices[n]) for n in order]
 
     def _allowed(self, k: int, menu: Menu) -> Array:
@@ -189,13 +240,16 @@ class Chooser:
     @cached_property
     def _costs(self) -> list[Array]:
         """Of every form in the budget's unit, by menu and place."""
-        return [np.array([self._price(menu, each) for each in (None, *menu.candidates)]) for menu in self.menus]
+        return [np.array([self._price(menu, each) for each in menu.choices]) for menu in self.menus]
 
     @cached_property
     def _losses(self) -> list[Array]:
         """What every form is predicted to cost in quality, by menu and place."""
-        long = self.long_healing
-        return [menu.weight * np.array([0.0, *menu.expected_errors(long_healing=long)]) for menu in self.menus]
+        return [menu.weight * np.array(self._errors(menu)) for menu in self.menus]
+
+    def _errors(self, menu: Menu) -> list[float]:
+        expected = menu.expected_errors(long_healing=self.long_healing)
+        return [0.0, *expected, *(width.error for width in menu.widths)]
 
     # -- speed ---------------------------------------------------------------------------------------
 
@@ -205,7 +259,7 @@ class Chooser:
         known = all(load.seen for menu in self.menus for load in menu.loads)
         return self.budget.measure == "params" and not self.allow_slower and not self.long_healing and known
 
-    def _quickened(self, picks: list[Candidate | None]) -> list[Candidate | None]:
+    def _quickened(self, picks: list[Pick]) -> list[Pick]:
         """The fastest picks found that spend about as much and whose predicted error is about that of these."""
         most, least = (1 + _LIKE) * self._loss(picks), min(self._spent(picks), _SPENT * self.budget.limit)
         low, high = math.log(_CHEAPEST * most + _TINY), math.log(_DEAREST * most + _TINY)  # of what time is worth
@@ -219,20 +273,19 @@ class Chooser:
                 high = middle
         return picks
 
-    def _spent(self, picks: Sequence[Candidate | None]) -> int:
+    def _spent(self, picks: Sequence[Pick]) -> int:
         return self._fixed() + sum(self._price(menu, pick) for menu, pick in zip(self.menus, picks, strict=True))
 
-    def _loss(self, picks: Sequence[Candidate | None]) -> float:
+    def _loss(self, picks: Sequence[Pick]) -> float:
         return sum(float(self._losses[k][self._places[id(pick)]]) for k, pick in enumerate(picks))
 
-    def _share(self, picks: Sequence[Candidate | None]) -> float:
+    def _share(self, picks: Sequence[Pick]) -> float:
         """Of the time of all layers as they are, the mean over the batch sizes."""
         return sum(float(self._times[k][self._places[id(pick)]]) for k, pick in enumerate(picks))
 
     @cached_property
     def _places(self) -> dict[int, int]:
-        places = {id(candidate): 1 + n for menu in self.menus for n, candidate in enumerate(menu.candidates)}
-        return {**places, id(None): 0}
+        return {id(choice): n for menu in self.menus for n, choice in enumerate(menu.choices)}
 
     @cached_property
     def _times(self) -> list[Array]:
@@ -248,7 +301,8 @@ class Chooser:
         """Of the dense layer and all candidates, close enough to compare plans by; picks are looked at again."""
         dense = self.clock.dense(menu.layer, load)
         is_light = dense < _LIGHT * whole
-        return [dense, *self.clock.all(menu.layer, load, menu.candidates, roughly=True if is_light else None)]
+        timed = self.clock.all(menu.layer, load, menu.candidates, roughly=True if is_light else None)
+        return [dense, *timed, *(dense * width.share for width in menu.widths)]
 
     @cached_property
     def _whole(self) -> list[float]:
@@ -258,9 +312,9 @@ class Chooser:
             for n in range(min((len(menu.loads) for menu in self.menus), default=0))
         ]
 
-    def _slower(self, picks: Sequence[Candidate | None]) -> list[tuple[Menu, Candidate]]:
+    def _slower(self, picks: Sequence[Pick]) -> list[tuple[Menu, Candidate]]:
         """Picks that lose more than a little of the model's time; where only all together do, the worst of them."""
-        chosen = [(menu, pick) for menu, pick in zip(self.menus, picks, strict=True) if pick is not None]
+        chosen = [(menu, pick) for menu, pick in zip(self.menus, picks, strict=True) if isinstance(pick, Candidate)]
         losses = [self._lost_s(menu, pick) for menu, pick in chosen]
         whole = self._whole
         slower = [
@@ -291,10 +345,18 @@ class Chooser:
             return 0
         return self.total_params - sum(menu.layer.weight.n_params for menu in self.menus)
 
-    def _price(self, menu: Menu, candidate: Candidate | None) -> int:
-        if self.budget.measure == "params":
-            return menu.layer.weight.n_params if candidate is None else candidate.point.n_params
-        return (menu.dense if candidate is None else self._cost(menu, candidate)).flops or 0
+    def _price(self, menu: Menu, pick: Pick) -> int:
+        if self.budget.measure == "flops":
+            return self._flops(menu, pick) or 0
+        if pick is None:
+            return menu.layer.weight.n_params
+        return pick.n_params if isinstance(pick, Width) else pick.point.n_params
+
+    def _flops(self, menu: Menu, pick: Pick) -> int | None:
+        if isinstance(pick, Candidate):
+            return self._cost(menu, pick).flops
+        share = 1.0 if pick is None else pick.share
+        return None if menu.dense.flops is None else round(share * menu.dense.flops)
 
     def _cost(self, menu: Menu, candidate: Candidate) -> LayerCost:
         """Milliseconds to predict, so each is predicted once."""
@@ -315,17 +377,19 @@ class Chooser:
             f"Ask for at least {least:,}."
         )
 
-    def _plan(self, menu: Menu, pick: Candidate | None) -> LayerPlan:
+    def _plan(self, menu: Menu, pick: Pick) -> LayerPlan:
         slow = "every form that fits is predicted slower at this batch size; allow_slower=True admits them"
         why = slow if self.banned[menu.layer.name] else "worth its parameters"
         dense = LayerPlan.of(menu.layer, flops=menu.dense.flops, why=why)
         if pick is None:
             return dense
+        if isinstance(pick, Width):
+            return dense.narrowed(pick, flops=self._flops(menu, pick))
         # A budget in flops is only kept if the layer really runs core by core.
         implementation = "factorized" if self.budget.measure == "flops" else "auto"
         return dense.compressed(
             pick.spec,
-            flops=self._cost(menu, pick).flops,
+            flops=self._flops(menu, pick),
             rel_error=pick.point.rel_error,
             implementation=implementation,
             spectra=pick.spectra,

@@ -16,21 +16,22 @@ from tensortrain.compression.choose.beyond_reach import (
     what_stands_in_the_way,
 )
 from tensortrain.compression.choose.budget import Budget, BudgetLike, read_budget
-from tensortrain.compression.choose.candidates import DEFAULT_FORMATS, families, least_params
-from tensortrain.compression.choose.chooser import Chooser, Menu
+from tensortrain.compression.choose.candidates import DEFAULT_FORMATS, NARROW, factoring, families, least_params
+from tensortrain.compression.choose.chooser import Choice, Chooser, Menu
 from tensortrain.compression.choose.clock import Clock
 from tensortrain.compression.choose.cost import dense_cost
 from tensortrain.compression.choose.load import loads_of
 from tensortrain.compression.choose.options import PlanOptions
-from tensortrain.compression.choose.plan import CompressionPlan, LayerPlan
+from tensortrain.compression.choose.plan import CompressionPlan, n_saved
 from tensortrain.compression.choose.weights import weigh_layers
+from tensortrain.compression.choose.widths import Width, Widths, disjoint, widths_of
 from tensortrain.compression.opened import opened_for_a_while
 from tensortrain.compression.survey.calibrate import calibrate
 from tensortrain.compression.survey.layers import FoundLayer, LeftAlone, count_params, find_layers
 from tensortrain.compression.survey.moments import Calibration, LayerMoments
+from tensortrain.compression.survey.proven import proven_units
 from tensortrain.compression.survey.task import FIRST, first_with_example, task_on_batch
 from tensortrain.errors import BudgetError
-from tensortrain.formats import get_format
 from tensortrain.system.observer import Observer, Silent
 from tensortrain.train.batches import take
 from tensortrain.train.outputs import Output
@@ -78,7 +79,7 @@ def plan_compression(
             counts, shared ones once.
         data: Calibration batches, as for training (labels are not used).
         example_inputs: A batch to take shapes from, when there is no ``data``.
-        formats: Names to choose among.
+        formats: Names to choose among; ``"narrow"`` is fewer hidden units, of layers that stay dense.
         include, exclude: Layer names or fnmatch patterns.
         allow_slower: Take candidates that are slower than the dense layer. Without it a layer, and all together, may
             lose at most 1 % of the whole model's time, and of plans of like error (within 5 %) the fastest is taken.
@@ -135,21 +136,23 @@ def _plan_opened(model: nn.Module, options: PlanOptions) -> CompressionPlan:
     task, data = _task(model, options)
     calibration = _calibration(model, layers, data, task, options)
     menus, unseen = _menus(layers, calibration, options)
+    hidden = _hidden(model, layers, calibration, options)
     flops = sum(menu.dense.flops or 0 for menu in menus) if calibration is not None else None
     total = count_params(model)
     budget = read_budget(options.budget, params=total, flops=flops)
     beyond_reach = partial(what_stands_in_the_way, model, layers, left)
-    plans, unspent = _spend(menus, calibration, budget, total, options, beyond_reach)
+    choice, unspent = _spend(menus, hidden, calibration, budget, total, options, beyond_reach)
     return CompressionPlan(
-        tuple(plans),
+        tuple(choice.layers),
         budget.text,
         total,
-        total - sum(layer.params_before - layer.params_after for layer in plans),
+        total - n_saved(choice.layers, choice.narrowed),
         tuple(left),
         calibration,
         str(task) if task else "",
         task.outputs if task else (),
         (*(task.notes if task else ()), *(calibration.notes if calibration else ()), *unseen, *unspent),
+        narrowed=tuple(choice.narrowed),
     )
 
 
@@ -177,42 +180,67 @@ def _menus(
     ], unseen
 
 
+def _hidden(
+    model: nn.Module, layers: Sequence[FoundLayer], calibration: Calibration | None, options: PlanOptions
+) -> list[Widths]:
+    """Units that can be narrowed at, where that is asked for and what comes to their readers is known.
+
+    Before a long healing they are left whole: training finds other uses for them.
+    """
+    if NARROW not in options.formats or calibration is None or not calibration.grams or options.will_heal == "long":
+        return []
+    by_name = {layer.name: layer for layer in layers}
+    found = disjoint(proven_units(model, calibration), by_name, calibration.layers)
+    options.observer.on_start("widths", len(found))
+    widths = []
+    for k, units in enumerate(found):
+        widths.append(widths_of(model, units, by_name, calibration.of(units.reader)))
+        options.observer.on_step(k + 1)
+    options.observer.on_end()
+    return widths
+
+
 def _spend(
     menus: Sequence[Menu],
+    hidden: Sequence[Widths],
     calibration: Calibration | None,
     budget: Budget,
     total: int,
     options: PlanOptions,
     beyond_reach: Callable[[], str],
-) -> tuple[list[LayerPlan], list[str]]:
+) -> tuple[Choice, list[str]]:
     """Choose, in finer steps of the ranks where coarse ones leave much; and a note where even these do."""
     long = options.will_heal == "long"
     offered = _with_families(menus, calibration, options, wide=long)
+    offered = [replace(menu, widths=_widths_on(menu, hidden)) for menu in offered]
     clock = Clock()
     for growth in _GROWTHS:
         filled = [menu.with_candidates(growth=growth, wide=long) for menu in offered]
-        chooser = Chooser(filled, budget, total, options.allow_slower, long, beyond_reach, clock)
-        plans = chooser.choose()
-        spent = chooser.spent(plans)
+        chooser = Chooser(filled, budget, total, options.allow_slower, long, beyond_reach, hidden, clock=clock)
+        choice = chooser.choose()
+        spent = chooser.spent(choice)
         if spent >= _SPENT * budget.limit:
             break
     full = total if budget.measure == "params" else sum(menu.dense.flops or 0 for menu in menus)
     note = unspent_note(budget, spent, full=full, slower=chooser.slower)
-    return plans, [note] if note else []
+    return choice, [note] if note else []
+
+
+def _widths_on(menu: Menu, hidden: Sequence[Widths]) -> Sequence[Width]:
+    return next((one.menus[menu.layer.name] for one in hidden if menu.layer.name in one.menus), ())
 
 
 def _with_families(
     menus: Sequence[Menu], calibration: Calibration | None, options: PlanOptions, *, wide: bool
 ) -> list[Menu]:
-    for name in options.formats:
-        get_format(name)  # an unknown name is an error before the work starts
+    formats = factoring(options.formats)  # an unknown name is an error before the work starts
     filled = []
     options.observer.on_start("candidates", len(menus))
     for k, menu in enumerate(menus):
         moments = calibration.of(menu.layer.name) if calibration is not None else LayerMoments()
         found = families(
             menu.layer,
-            formats=options.formats,
+            formats=formats,
             weighting=moments.weighting,
             structure=moments.structure,
             wide=wide,

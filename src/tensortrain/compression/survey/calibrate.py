@@ -77,7 +77,8 @@ def calibrate(
     for layer in layers:
         moments = found.layers[layer.name]
         has_bias = getattr(layer.module, "bias", None) is not None
-        moments.finish(centred=has_bias or moments.norm is not None)
+        is_table = layer.weight.kind == "embedding"
+        moments.finish(centred=has_bias or moments.norm is not None, counts=is_table)
     if grams:
         _note_missing(layers, found)
     return found

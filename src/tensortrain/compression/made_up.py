@@ -31,7 +31,8 @@ def make_up(
     Returns:
         The shift of the bias, and statistics that are still to be changed, with their new values.
     """
-    assert moments.mean is not None and moments.gram is not None
+    assert moments.mean is not None
+    assert moments.gram is not None
     lost = (old.double() - kept.double()) @ moments.mean.to(old.device)
     norm: Any = model.get_submodule(moments.norm) if moments.norm is not None else None
     if norm is None or norm.running_mean is None:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from tensortrain.compression.carry import cannot_carry, carry
+from tensortrain.compression.choose.candidates import cold_weighting
 from tensortrain.compression.choose.plan import CompressionPlan, LayerPlan
 from tensortrain.compression.made_up import Statistic, make_up
 from tensortrain.compression.narrow import all_or_none, fitted, narrow_
@@ -131,7 +132,11 @@ def _checked(entry: LayerPlan, found: dict[str, FoundLayer]) -> FoundLayer:
 def _build(layer: FoundLayer, entry: LayerPlan, weighting: Weighting) -> FactorizedLayer:
     assert entry.spec is not None
     how: Any = entry.implementation  # checked where the plan was read
-    new = layer.reader.from_spec(layer.module, entry.spec, weighting=weighting, implementation=how)
+    more: dict[str, Any] = {}
+    if entry.hot_ids:
+        more["hot_ids"] = entry.hot_ids
+        weighting = weighting if weighting.is_plain else cold_weighting(weighting, entry.hot_ids)
+    new = layer.reader.from_spec(layer.module, entry.spec, weighting=weighting, implementation=how, **more)
     carry(layer.module, new)
     return new
 

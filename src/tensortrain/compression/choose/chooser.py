@@ -393,6 +393,7 @@ class Chooser:
             rel_error=pick.point.rel_error,
             implementation=implementation,
             spectra=pick.spectra,
+            hot_ids=pick.hot_ids,
         )
 
 

@@ -39,7 +39,12 @@ _ADDED = ("opened", "narrowed")  # by versions 3 and 4: maps of recurrent layers
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """What becomes of one layer; ``spec`` is ``None`` where it stays dense."""
+    """What becomes of one layer.
+
+    Attributes:
+        spec: None where it stays dense.
+        hot_ids: Rows of a table that stay as they are, beside the cores.
+    """
 
     names: tuple[str, ...]
     kind: str
@@ -53,6 +58,7 @@ class LayerPlan:
     decision: str
     implementation: Implementation = "auto"
     spectra: tuple[tuple[float, ...], ...] = ()
+    hot_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.names:
@@ -79,7 +85,8 @@ class LayerPlan:
 
     def compressed(self, spec: FactorSpec, *, flops: int | None = None, **more: Any) -> LayerPlan:
         """The same layer in a smaller form; ``more`` are further fields."""
-        n = self.params_before - spec.weight.n_params + spec.n_params
+        n_hot = len(more.get("hot_ids", ())) * spec.weight.out_features
+        n = self.params_before - spec.weight.n_params + spec.n_params + n_hot
         return replace(self, spec=spec, params_after=n, flops_after=flops, decision="compressed", **more)
 
     def narrowed(self, width: Width, *, flops: int | None) -> LayerPlan:
@@ -170,6 +177,9 @@ class CompressionPlan:
 
     def to_json(self) -> str:
         kept = {name: to_plain(getattr(self, name)) for name in _KEPT}
+        for layer in kept["layers"]:
+            if not layer["hot_ids"]:
+                del layer["hot_ids"]
         version = _VERSION
         for name in reversed(_ADDED):  # as before plans knew of these, for those who read no later version
             if kept[name]:
@@ -218,6 +228,7 @@ def _row(layer: LayerPlan, width: int) -> str:
     spec = layer.spec
     modes = "" if spec is None else f"{_by(spec.out_modes)} x {_by(spec.in_modes)}"
     ranks = "" if spec is None else ",".join(map(str, get_format(spec.format).inner_ranks(spec)))
+    ranks += f" + {len(layer.hot_ids):,} rows" if layer.hot_ids else ""
     error = "" if layer.rel_error is None else f"{layer.rel_error:.3f}"
     params = f"{layer.params_before:,} -> {layer.params_after:,}"
     return f"{layer.name:<{width}}  {layer.format:<9} {modes:<28} {ranks:<22} {params:>23} {error:>7}"

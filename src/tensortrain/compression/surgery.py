@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tensortrain.compression.carry import cannot_carry, carry
+from tensortrain.compression.carry import cannot_carry, carry, move_hooks
 from tensortrain.compression.choose.candidates import cold_weighting
 from tensortrain.compression.choose.plan import CompressionPlan, LayerPlan
 from tensortrain.compression.made_up import Statistic, make_up
@@ -19,7 +19,7 @@ from tensortrain.compression.survey.moments import Calibration, LayerMoments
 from tensortrain.compression.swap import Built, swap
 from tensortrain.errors import ShapeError
 from tensortrain.formats import Weighting
-from tensortrain.nn import FactorizedLayer, dense_twin
+from tensortrain.nn import FactorizedLayer, TiedHead, dense_twin
 from tensortrain.system.observer import Observer, Silent
 
 __all__ = ["apply_plan_", "to_dense_"]
@@ -70,6 +70,8 @@ def _apply(model: nn.Module, plan: CompressionPlan, observer: Observer) -> nn.Mo
             statistics += _keep_moments(model, layer, new, moments)
             moments.forget_derived()
             built.append((layer.names, layer.module, new))
+            if layer.head is not None:
+                built.append((layer.head.names, layer.head.module, _tied(layer.head.module, new)))
             observer.on_step(k + 1)
         narrow = []
         for k, one in enumerate(plan.narrowed):
@@ -110,7 +112,25 @@ def to_dense_(model: nn.Module) -> nn.Module:
             built.append((tuple(aliases[key]), module, dense_twin(module)))
             carry(module, built[-1][2])
         changed = swap(model, built)
-    return close_composites(changed)
+    return close_composites(_untied_heads(changed))
+
+
+def _untied_heads(model: nn.Module) -> nn.Module:
+    """Plain output layers in the place of tied heads whose table is torch's again; they share its weight."""
+    names: dict[int, list[str]] = {}
+    heads: dict[int, TiedHead] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, TiedHead) and type(module.embedding) is nn.Embedding:
+            names.setdefault(id(module), []).append(name)
+            heads[id(module)] = module
+    return swap(model, [(tuple(names[key]), head, _plain_head(head)) for key, head in heads.items()])
+
+
+def _plain_head(head: TiedHead) -> nn.Linear:
+    new = nn.Linear(head.in_features, head.out_features, bias=False, device="meta")
+    new.weight, new.bias = head.embedding.weight, head.bias  # type: ignore[assignment]
+    move_hooks(head, new)
+    return new.train(head.training)
 
 
 def _checked(entry: LayerPlan, found: dict[str, FoundLayer]) -> FoundLayer:
@@ -139,6 +159,14 @@ def _build(layer: FoundLayer, entry: LayerPlan, weighting: Weighting) -> Factori
     new = layer.reader.from_spec(layer.module, entry.spec, weighting=weighting, implementation=how, **more)
     carry(layer.module, new)
     return new
+
+
+def _tied(head: nn.Linear, table: FactorizedLayer) -> TiedHead:
+    """The output layer that goes on sharing a table."""
+    new = TiedHead(table)
+    new.bias = head.bias
+    move_hooks(head, new)
+    return new.train(head.training)
 
 
 @torch.no_grad()

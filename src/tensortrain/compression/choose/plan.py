@@ -121,6 +121,11 @@ class Narrowed:
     kept: tuple[int, ...]
     n_between: int
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the layers that make and read the units."""
+        return (*self.units.makers, self.units.reader)
+
     @classmethod
     def of(cls, widths: Widths, n_units: int) -> Narrowed:
         """Those that are best kept at a width."""

@@ -16,6 +16,7 @@ from tensortrain.compression.survey.moments import Calibration
 from tensortrain.nn import is_transformers_conv1d
 from tensortrain.train.batches import map_tensors, n_examples, run
 from tensortrain.train.modes import evaluating
+from tensortrain.train.preserve import preserved
 
 __all__ = ["proven_units"]
 
@@ -40,6 +41,11 @@ def proven_units(model: nn.Module, calibration: Calibration) -> list[HiddenUnits
     def on_batch(net: nn.Module) -> Any:
         return run(net, batch, with_labels=calibration.with_labels)
 
+    with preserved(model):
+        return _proven(model, on_batch)
+
+
+def _proven(model: nn.Module, on_batch: Run) -> list[HiddenUnits]:
     try:
         found = find_hidden_units(model, on_batch)
     except Exception:  # a part without gradients, or one that two examples do not serve: nothing is known

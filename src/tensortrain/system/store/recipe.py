@@ -99,6 +99,7 @@ class Recipe:
         sha256: Of the safetensors file.
         composites: Layers made of several maps, outer ones first.
         narrowed: Dense layers of which hidden units were taken, with their sizes; written where there are some.
+        heads: Output layers that share a factorized table, with its name; written where there are some.
     """
 
     source: dict[str, Any] | None
@@ -107,6 +108,7 @@ class Recipe:
     sha256: str
     composites: tuple[LayerEntry, ...] = ()
     narrowed: tuple[LayerEntry, ...] = ()
+    heads: tuple[LayerEntry, ...] = ()
 
     def to_json(self) -> str:
         """Return the recipe as JSON text.
@@ -114,7 +116,7 @@ class Recipe:
         Raises:
             CheckpointError: The source or a layer's arguments hold what JSON cannot.
         """
-        kept = {name: value for name, value in asdict(self).items() if value or name != "narrowed"}
+        kept = {name: value for name, value in asdict(self).items() if value or name not in ("narrowed", "heads")}
         try:
             text = _dumps({"format": _FORMAT, "version": _VERSION, **kept}, indent=1)
         except (TypeError, ValueError, RecursionError) as error:
@@ -147,6 +149,7 @@ class Recipe:
                 sha256=typed(data["sha256"], str),
                 composites=_layers(data.get("composites", []), bare=True),
                 narrowed=_layers(data.get("narrowed", [])),
+                heads=_layers(data.get("heads", [])),
             )
         except KeyError as error:
             raise _unreadable(where, f"no entry {error}") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -77,8 +78,11 @@ def _apply(model: nn.Module, plan: CompressionPlan, observer: Observer) -> nn.Mo
     return changed
 
 
-def to_dense_(model: nn.Module) -> nn.Module:
+def to_dense_(model: nn.Module, *, only: Collection[str] | None = None) -> nn.Module:
     """Put plain torch layers back in place of factorized ones.
+
+    Args:
+        only: Names of those; all if left out.
 
     Returns:
         Module: The model, or the dense layer where the model is a bare factorized layer.
@@ -87,7 +91,7 @@ def to_dense_(model: nn.Module) -> nn.Module:
     aliases: dict[int, list[str]] = {}
     modules: dict[int, FactorizedLayer] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, FactorizedLayer):
+        if isinstance(module, FactorizedLayer) and (only is None or name in only):
             aliases.setdefault(id(module), []).append(name)
             modules[id(module)] = module
     built: list[Built] = []

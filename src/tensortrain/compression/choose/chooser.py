@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, TypeAlias
 
 import numpy as np
 
 from tensortrain.compression.choose.allocate import Option, allocate
-from tensortrain.compression.choose.budget import Budget
+from tensortrain.compression.choose.budget import Budget, Measure
 from tensortrain.compression.choose.candidates import Candidate
 from tensortrain.compression.choose.candidates import Family as Forms
 from tensortrain.compression.choose.clock import Clock, Family, family_of
@@ -50,7 +50,10 @@ class Menu:
     Attributes:
         loads: What comes to it with one batch, at every batch size that speed is judged at.
         dense: Its cost as it is.
-        weight: What losing it wholly would change of the model's output.
+        weight: What losing it wholly counts.
+        reach: What losing it wholly would change of the model's output, a share; None where that is not known.
+        item_bytes: Of one number of its weight.
+        kept_bytes: What any smaller form holds beside its parameters.
         families: What its smaller forms are made of.
         candidates: The smaller forms.
     """
@@ -61,6 +64,9 @@ class Menu:
     weight: float
     families: Sequence[Forms] = ()
     candidates: Sequence[Candidate] = ()
+    reach: float | None = None
+    item_bytes: int = 4
+    kept_bytes: int = 0
 
     def with_candidates(self, *, growth: float, wide: bool) -> Menu:
         """The menu filled in, ranks growing by such steps."""
@@ -100,6 +106,8 @@ class Chooser:
     banned: dict[str, dict[Family, int]] = field(init=False)
     clock: Clock = field(default_factory=Clock)
     known: dict[tuple[str, FactorSpec], LayerCost] = field(default_factory=dict)
+    total_bytes: int = 0
+    picks: list[Candidate | None] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.banned = {menu.layer.name: {} for menu in self.menus}
@@ -115,6 +123,7 @@ class Chooser:
             if self._may_quicken:
                 picks = self._quickened(picks)
             if not self._struck_off(picks):
+                self.picks = picks
                 return [self._plan(menu, pick) for menu, pick in zip(self.menus, picks, strict=True)]
 
     def _struck_off(self, picks: Sequence[Candidate | None]) -> bool:
@@ -143,11 +152,25 @@ class Chooser:
             for load, whole in zip(menu.loads, self._whole, strict=True)
         ]
 
-    def spent(self, plans: Sequence[LayerPlan]) -> int:
-        """What of the budget the plans use."""
-        if self.budget.measure == "flops":
-            return sum(plan.flops_after or 0 for plan in plans)
-        return self.total_params - sum(plan.params_before - plan.params_after for plan in plans)
+    def spent(self) -> int:
+        """What of the budget is used by what was chosen."""
+        return self._spent(self.picks)
+
+    def spent_of(self, measure: Measure) -> int:
+        """What was chosen uses of a measure, which need not be that of the budget."""
+        pairs = zip(self.menus, self.picks, strict=True)
+        return self._fixed_in(measure) + sum(self._price_in(menu, pick, measure) for menu, pick in pairs)
+
+    def range_of(self, measure: Measure) -> tuple[int, int]:
+        """The least of a measure that any choice spends, speed left aside, and what the model spends as it is."""
+        prices = [[self._price_in(menu, each, measure) for each in (None, *menu.candidates)] for menu in self.menus]
+        fixed = self._fixed_in(measure)
+        return fixed + sum(map(min, prices)), fixed + sum(each[0] for each in prices)
+
+    @property
+    def loss(self) -> float:
+        """What was chosen is predicted to cost in quality."""
+        return self._loss(self.picks)
 
     @property
     def slower(self) -> list[str]:
@@ -201,9 +224,10 @@ class Chooser:
 
     @property
     def _may_quicken(self) -> bool:
-        """Whether speed decides between plans of like error: for a budget in parameters, where the inputs are known."""
+        """Whether speed decides between plans of like error: for a budget in size alone, where the inputs are known."""
         known = all(load.seen for menu in self.menus for load in menu.loads)
-        return self.budget.measure == "params" and not self.allow_slower and not self.long_healing and known
+        of_size = {"params", "bytes"}.issuperset(self.budget.measures)
+        return of_size and not self.allow_slower and not self.long_healing and known
 
     def _quickened(self, picks: list[Candidate | None]) -> list[Candidate | None]:
         """The fastest picks found that spend about as much and whose predicted error is about that of these."""
@@ -287,14 +311,40 @@ class Chooser:
 
     def _fixed(self) -> int:
         """What the model costs outside the weights that can be chosen."""
-        if self.budget.measure == "flops":
+        return self.budget.total(self._fixed_in)
+
+    def _fixed_in(self, measure: Measure) -> int:
+        if measure in ("flops", "time"):
             return 0
-        return self.total_params - sum(menu.layer.weight.n_params for menu in self.menus)
+        total = self.total_params if measure == "params" else self.total_bytes
+        return total - sum(self._price_in(menu, None, measure) for menu in self.menus)
 
     def _price(self, menu: Menu, candidate: Candidate | None) -> int:
-        if self.budget.measure == "params":
-            return menu.layer.weight.n_params if candidate is None else candidate.point.n_params
-        return (menu.dense if candidate is None else self._cost(menu, candidate)).flops or 0
+        return self.budget.total(partial(self._price_in, menu, candidate))
+
+    def _price_in(self, menu: Menu, candidate: Candidate | None, measure: Measure) -> int:
+        if measure == "flops":
+            return (menu.dense if candidate is None else self._cost(menu, candidate)).flops or 0
+        if measure == "time":
+            return self._nanoseconds(menu)[id(candidate)]
+        n_params = menu.layer.weight.n_params if candidate is None else candidate.point.n_params
+        if measure == "params":
+            return n_params
+        return n_params * menu.item_bytes + (0 if candidate is None else menu.kept_bytes)
+
+    def _nanoseconds(self, menu: Menu) -> dict[int, int]:
+        """Of every form of a layer, by its id, for one batch of the first size that speed is judged at."""
+        if menu.layer.name not in self._known_ns:
+            seconds = self._seconds(menu, menu.loads[0], self._whole[0])
+            forms = (None, *menu.candidates)
+            self._known_ns[menu.layer.name] = {
+                id(form): math.ceil(1e9 * one) for form, one in zip(forms, seconds, strict=True)
+            }
+        return self._known_ns[menu.layer.name]
+
+    @cached_property
+    def _known_ns(self) -> dict[str, dict[int, int]]:
+        return {}
 
     def _cost(self, menu: Menu, candidate: Candidate) -> LayerCost:
         """Milliseconds to predict, so each is predicted once."""
@@ -322,13 +372,14 @@ class Chooser:
         if pick is None:
             return dense
         # A budget in flops is only kept if the layer really runs core by core.
-        implementation = "factorized" if self.budget.measure == "flops" else "auto"
+        implementation = "factorized" if "flops" in self.budget.measures else "auto"
         return dense.compressed(
             pick.spec,
             flops=self._cost(menu, pick).flops,
             rel_error=pick.point.rel_error,
             implementation=implementation,
             spectra=pick.spectra,
+            loss=menu.reach * pick.point.rel_error**2 if menu.reach is not None else None,
         )
 
 

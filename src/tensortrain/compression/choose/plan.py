@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -32,7 +33,11 @@ _KEPT = (
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """What becomes of one layer; ``spec`` is ``None`` where it stays dense."""
+    """What becomes of one layer; ``spec`` is ``None`` where it stays dense.
+
+    ``loss`` is the share of the model's output that the choice is predicted to spoil, as far as calibration data tells;
+    losses of layers add up.
+    """
 
     names: tuple[str, ...]
     kind: str
@@ -46,6 +51,7 @@ class LayerPlan:
     decision: str
     implementation: Implementation = "auto"
     spectra: tuple[tuple[float, ...], ...] = ()
+    loss: float | None = None
 
     def __post_init__(self) -> None:
         if not self.names:
@@ -67,6 +73,7 @@ class LayerPlan:
             params_after=self.params_before,
             flops_after=self.flops_before,
             rel_error=None,
+            loss=None,
             decision=f"left dense: {why}",
         )
 
@@ -112,6 +119,12 @@ class CompressionPlan:
     @property
     def compression(self) -> float:
         return self.params_before / max(1, self.params_after)
+
+    @property
+    def loss(self) -> float | None:
+        """What all choices together are predicted to spoil; ``None`` where that is not known of those that change."""
+        losses = [layer.loss for layer in self.layers if layer.spec is not None]
+        return None if None in losses else math.fsum(loss for loss in losses if loss is not None)
 
     def with_opened(self, names: Sequence[str], left_alone: Sequence[LeftAlone]) -> CompressionPlan:
         """The plan of a model that was planned with some layers taken apart.

@@ -14,9 +14,10 @@ from torch import nn
 
 from tensortrain.compression.choose.plan import CompressionPlan
 from tensortrain.compression.options import CompressOptions
-from tensortrain.compression.stages.points import Point, evaluate_metric, point_of
+from tensortrain.compression.stages.points import Point, point_of
 from tensortrain.compression.words import in_short
 from tensortrain.errors import KindError
+from tensortrain.train.evaluation import evaluate_metric
 from tensortrain.train.preserve import checked_copy
 from tensortrain.train.task import Task
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from torch import nn
+
 from tensortrain.compression.choose.plan import CompressionPlan
 from tensortrain.compression.choose.planner import make_plan
 from tensortrain.compression.proof import apply_proven
 from tensortrain.compression.stages.base import Work, stage
+from tensortrain.compression.surgery import to_dense_
 
 __all__ = ["Factorize"]
 
@@ -16,17 +19,34 @@ __all__ = ["Factorize"]
 class Factorize:
     """Replace layers by factorized ones, so that the model fits its budget.
 
+    What an earlier ``Factorize`` of the same work replaced is planned again, from the dense weights that its layers
+    stand for by then: these hold all that was learnt, a form of the same format and smaller ranks is on their menu (the
+    decomposition of a train's dense weight is the truncation of the train), and so is every other format.
+
     Attributes:
         plan: A plan made before, in place of a new one.
+        way: How much of the way to the budget is gone, in equal ratios: with 0.5 of a budget of 16x, 4x.
     """
 
     plan: CompressionPlan | None = None
+    way: float = 1.0
 
 
 @stage(Factorize, outcome="before healing", copies=True)
 def _factorize(work: Work, settings: Factorize) -> Work:
     options, plan = work.options, settings.plan
     if plan is None:
-        plan = make_plan(work.model, replace(options, will_heal=work.will_heal, task=work.task or options.task))
+        work = replace(work, model=_dense_again(work))
+        asked = replace(options, will_heal=work.will_heal, task=work.task or options.task, way=settings.way)
+        plan = make_plan(work.model, asked)
     model, plan, notes = apply_proven(work.model, plan, inplace=options.inplace, observer=options.observer)
+    if settings.way < 1:
+        notes = [*notes, f"On the way: {plan.params_after:,} parameters ({plan.budget})."]
     return replace(work, model=model, plan=plan, is_own=True).noted(*notes)
+
+
+def _dense_again(work: Work) -> nn.Module:
+    """The model with torch's layers where an earlier stage put others; what the user had factorized stays."""
+    if work.plan is None:
+        return work.model
+    return to_dense_(work.model, only=[name for layer in work.plan.layers if layer.spec for name in layer.names])

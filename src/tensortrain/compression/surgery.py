@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,7 +22,10 @@ from tensortrain.formats.weighting import times_moment
 from tensortrain.nn import FactorizedLayer, dense_twin
 from tensortrain.system.observer import Observer, Silent
 
-__all__ = ["apply_plan_", "to_dense_"]
+__all__ = ["apply_plan_", "apply_shapes_", "to_dense_"]
+
+Build = Callable[[FoundLayer, LayerPlan, Weighting], FactorizedLayer]
+_ANY_VALUE = 0.01  # of cores that are only run
 
 
 def apply_plan_(model: nn.Module, plan: CompressionPlan, *, observer: Observer | None = None) -> nn.Module:
@@ -45,9 +49,21 @@ def apply_plan_(model: nn.Module, plan: CompressionPlan, *, observer: Observer |
 
     Cost: one decomposition per layer.
     """
+    return _applied(model, plan, lambda net: _apply(net, plan, observer or Silent()))
+
+
+def apply_shapes_(model: nn.Module, plan: CompressionPlan) -> nn.Module:
+    """The same with cores of the right shapes that hold any numbers: for a model that is only timed.
+
+    Cost: none of the decompositions.
+    """
+    return _applied(model, plan, lambda net: _apply(net, replace(plan, calibration=None), Silent(), _unfitted))
+
+
+def _applied(model: nn.Module, plan: CompressionPlan, apply: Callable[[nn.Module], nn.Module]) -> nn.Module:
     opened = open_layers(model, plan.opened)
     try:
-        changed = _apply(opened.model, plan, observer or Silent())
+        changed = apply(opened.model)
     except BaseException:
         opened.close()
         raise
@@ -55,7 +71,7 @@ def apply_plan_(model: nn.Module, plan: CompressionPlan, *, observer: Observer |
     return opened.close(changed_too=False)
 
 
-def _apply(model: nn.Module, plan: CompressionPlan, observer: Observer) -> nn.Module:
+def _apply(model: nn.Module, plan: CompressionPlan, observer: Observer, build: Build | None = None) -> nn.Module:
     found = {layer.name: layer for layer in find_layers(model)[0]}
     work = [(_checked(entry, found), entry) for entry in plan.layers if entry.spec is not None]
     calibration = plan.calibration or Calibration()
@@ -65,7 +81,7 @@ def _apply(model: nn.Module, plan: CompressionPlan, observer: Observer) -> nn.Mo
     try:
         for k, (layer, entry) in enumerate(work):
             moments = calibration.of(layer.name)
-            new = _build(layer, entry, moments.weighting)
+            new = (build or _build)(layer, entry, moments.weighting)
             statistics += _keep_moments(model, layer, new, moments)
             moments.forget_derived()
             built.append((layer.names, layer.module, new))
@@ -128,6 +144,18 @@ def _build(layer: FoundLayer, entry: LayerPlan, weighting: Weighting) -> Factori
     assert entry.spec is not None
     how: Any = entry.implementation  # checked where the plan was read
     new = layer.reader.from_spec(layer.module, entry.spec, weighting=weighting, implementation=how)
+    carry(layer.module, new)
+    return new
+
+
+@torch.no_grad()
+def _unfitted(layer: FoundLayer, entry: LayerPlan, weighting: Weighting) -> FactorizedLayer:
+    assert entry.spec is not None
+    weight: Any = layer.module.weight
+    how: dict[str, Any] = {"implementation": entry.implementation, "device": weight.device, "dtype": weight.dtype}
+    new = layer.reader.like(layer.module, entry.spec, **how)
+    for parameter in new.parameters():
+        parameter.fill_(_ANY_VALUE)
     carry(layer.module, new)
     return new
 

@@ -367,7 +367,7 @@ def in_time(model: nn.Module, ms: float, **more: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize("share", [0.8, 0.5])
 def test_a_time_is_kept_as_measured(stopwatch: list[Parts], share: float) -> None:
-    model, data = slow(1024, 1024, 512)
+    model, data = slow(768, 768, 256)
     limit = share * clock_ms(model)
     plan = plan_compression(model, budget=in_time(model, limit), data=data)
     reached = clock_ms(apply_plan_(copy.deepcopy(model), plan))
@@ -384,7 +384,7 @@ def test_a_time_that_the_model_keeps_as_it_is_takes_nothing_away(stopwatch: list
 
 
 def test_a_time_that_nothing_keeps_says_what_was_reached(stopwatch: list[Parts]) -> None:
-    model, data = slow(1024, 1024)
+    model, data = slow(768, 768)
     with pytest.raises(
         BudgetError, match=r"allows 0\.05 ms at batch size 64, but the fastest of 2 plans takes 0\."
     ) as e:
@@ -394,7 +394,7 @@ def test_a_time_that_nothing_keeps_says_what_was_reached(stopwatch: list[Parts])
 
 
 def test_a_time_and_a_size_both_hold(stopwatch: list[Parts]) -> None:
-    model, data = slow(1024, 1024, 512)
+    model, data = slow(768, 768, 256)
     total, whole = count_params(model), clock_ms(model)
     for limits in (in_time(model, 0.5 * whole, params="1.3x"), in_time(model, 0.8 * whole, params="6x")):
         plan = plan_compression(model, budget=limits, data=data)
@@ -405,7 +405,7 @@ def test_a_time_and_a_size_both_hold(stopwatch: list[Parts]) -> None:
 
 
 def test_a_time_and_a_drop_both_hold_or_say_so(stopwatch: list[Parts]) -> None:
-    model, data = slow(1024, 512)
+    model, data = slow(768, 384)
     judge = Judge(model, data[0][0])
     limits = in_time(model, 0.4 * clock_ms(model), max_metric_drop=1e-3)
     with pytest.raises(BudgetError, match="makes the figure fall by"):
@@ -439,7 +439,7 @@ def test_a_real_clock_gives_a_time() -> None:
 
 
 def test_compress_takes_a_time_and_times_the_result(stopwatch: list[Parts]) -> None:
-    model, data = slow(1024, 512)
+    model, data = slow(768, 384)
     result = tt.compress(model, budget=in_time(model, 0.5 * clock_ms(model)), data=data, heal=False, measure=False)
     assert clock_ms(result.model) <= 0.5 * clock_ms(model)
     assert result.report.params_after == result.plan.params_after < count_params(model)

@@ -13,13 +13,14 @@ from torch import nn
 from tensortrain.compression.choose.plan import CompressionPlan
 from tensortrain.compression.proof import apply_proven
 from tensortrain.compression.report.measure import batch_of, call_of, shares_batch_axis
+from tensortrain.compression.surgery import apply_shapes_
 from tensortrain.contract.trials import seconds_in_use, timed
 from tensortrain.errors import BudgetError, KindError
 from tensortrain.system.observer import Observer, Silent
 from tensortrain.train.batches import Parts, device_of, n_examples
 from tensortrain.train.evaluation import Evaluate, evaluate_metric
 from tensortrain.train.modes import evaluating
-from tensortrain.train.preserve import preserved
+from tensortrain.train.preserve import checked_copy, preserved
 
 __all__ = ["Proving", "time_ms"]
 
@@ -43,6 +44,7 @@ class Proving:
     with_labels: bool
     observer: Observer
     _times: dict[CompressionPlan, float] = field(default_factory=dict)
+    _sketched: dict[CompressionPlan, float] = field(default_factory=dict)
     _figures: dict[CompressionPlan, float] = field(default_factory=dict)
     _last: tuple[CompressionPlan, nn.Module] | None = None
     n_built: int = 0
@@ -53,6 +55,20 @@ class Proving:
         if key not in self._times:
             self._times[key] = time_ms(self._built(plan), self._call)
         return self._times[key]
+
+    def sketched_ms(self, plan: CompressionPlan) -> float:
+        """The same of a model whose new layers hold any numbers, which spares the decompositions."""
+        key = _what_it_does(plan)
+        if key not in self._sketched:
+            self._sketched[key] = self._time_of_shapes(plan)
+        return self._sketched[key]
+
+    def _time_of_shapes(self, plan: CompressionPlan) -> float:
+        try:
+            self.n_built += 1
+            return time_ms(apply_shapes_(checked_copy(self.model), plan), self._call)
+        except (KindError, RuntimeError):  # it may choose by the numbers what to do
+            return self.latency_ms(plan)
 
     def figure(self, plan: CompressionPlan) -> float:
         """What ``evaluate`` gives for the compressed model."""

@@ -24,6 +24,8 @@ _SCALE = 10**9  # of a limit on several measures weighed against each other
 _ROUNDS, _NEARLY = 12, 0.98  # of weighing; the share of every limit at which it is at its end
 _LITTLE = 1e-6  # of a limit: no weight is nothing
 _STEPS, _CLOSE = 8, 1.02  # plans that are built beside the two ends, and the ratio of two limits that is close enough
+_TIMINGS, _LEEWAY = 3, 0.97  # of what a search found; how much less is asked for after one that took too long
+_ROOM = 1.02
 
 Verdict = Literal["holds", "too large", "too small"]
 
@@ -40,7 +42,8 @@ class Planned:
 class Planner(Protocol):
     """What makes plans of one model, from one calibration."""
 
-    observer: Observer
+    @property
+    def observer(self) -> Observer: ...
 
     def plan(self, budget: Budget) -> Planned:
         """The best plan within a budget.
@@ -122,40 +125,57 @@ def _least_loss(found: Sequence[Planned]) -> Planned:
 
 
 def _fast_enough(planner: Planner, goals: Goals, proving: Proving) -> CompressionPlan:
-    """The plan of the least predicted loss whose measured time is short enough."""
+    """The plan of the least predicted loss whose measured time is short enough.
+
+    The search times models of the right shapes, without decompositions; what it finds is then built and timed.
+    """
     assert goals.latency_ms is not None
+    for budget in goals.counted:
+        planner.plan(budget)  # what cannot be kept without the time is said without it
+    aim = goals.latency_ms
+    for _ in range(_TIMINGS):
+        found = _fast_enough_by_shapes(planner, goals, proving, aim)
+        reached = proving.latency_ms(found)
+        if reached <= goals.latency_ms:
+            break
+        aim *= _LEEWAY * goals.latency_ms / reached
+    else:
+        raise _too_slow(goals, proving, [reached])
+    note = (
+        f"Measured: {reached:.4g} ms at batch size {goals.batch_size}, {proving.original_ms:.4g} ms before "
+        f"({proving.n_built} plans were built)."
+    )
+    found = replace(found, notes=(*found.notes, note))
+    return found if goals.metric_drop is None else _good_enough(found, goals, proving)
+
+
+def _fast_enough_by_shapes(planner: Planner, goals: Goals, proving: Proving, aim: float) -> CompressionPlan:
     least, most = planner.range_of("time")
-    tried: list[tuple[float, CompressionPlan]] = []
+    tried: list[float] = []
 
     def attempt(limit: float) -> tuple[Verdict, CompressionPlan | None]:
         try:
             budget = Budget("time", math.floor(limit), goals.text)
             plan = _plan_within(planner, [*goals.counted, budget]).plan
         except BudgetError:
-            if not goals.counted:
-                raise
             return "too small", None
-        reached = proving.latency_ms(plan)
-        tried.append((reached, plan))
-        return ("holds" if reached <= goals.latency_ms else "too large"), plan  # type: ignore[operator]
+        tried.append(proving.sketched_ms(plan))
+        return ("holds" if tried[-1] <= aim else "too large"), plan
 
-    for budget in goals.counted:
-        planner.plan(budget)  # what cannot be kept without the time is said without it
-    found = _search(attempt, 1.02 * least + 1, 1.02 * most + 1, wanted="large", observer=planner.observer)
+    # Times are rounded up layer by layer, so that the ends leave a little.
+    ends = _ROOM * least + 1, _ROOM * most + 1
+    found = _search(attempt, *ends, wanted="large", observer=planner.observer)
     if found is None:
         raise _too_slow(goals, proving, tried)
-    reached = f"{proving.latency_ms(found):.4g} ms at batch size {goals.batch_size}"
-    note = f"Measured: {reached} ({proving.n_built} plans were built), {proving.original_ms:.4g} ms before."
-    found = replace(found, notes=(*found.notes, note))
-    return found if goals.metric_drop is None else _good_enough(found, goals, proving)
+    return found
 
 
-def _too_slow(goals: Goals, proving: Proving, tried: Sequence[tuple[float, CompressionPlan]]) -> BudgetError:
-    best = f"the fastest of {len(tried)} plans takes {min(tried, key=lambda one: one[0])[0]:.4g} ms" if tried else ""
+def _too_slow(goals: Goals, proving: Proving, tried: Sequence[float]) -> BudgetError:
+    best = f"the fastest of {len(tried)} plans takes {min(tried):.4g} ms" if tried else ""
     best = best or "no plan keeps the other limits as well"
     return BudgetError(
         f"a budget must be reachable: {goals.text} allows {goals.latency_ms:g} ms at batch size {goals.batch_size}, "
-        f"but {best}, where the model as it is takes {proving.original_ms:.4g} ms. Allow more time, or more of the layers."
+        f"but {best}, where the model as it is takes {proving.original_ms:.4g} ms. Allow more time."
     )
 
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Pareto", "ParetoRow", "pareto"]
 
-_NOT_TAKEN = ("budget", "plan", "stages", "n_stages", "inplace")  # of the keywords of compress
+_NOT_TAKEN: dict[str, Any] = {"budget": None, "plan": None, "stages": None, "n_stages": 1, "inplace": False}
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,8 @@ class Pareto:
         axes.minorticks_off()
         axes.set_xlabel("compression (parameters before / after)")
         axes.set_ylabel(name)
-        axes.legend()
+        if axes.lines:
+            axes.legend()
         if path is not None:
             figure.savefig(path)
         return figure
@@ -164,7 +165,7 @@ def pareto(model: nn.Module, budgets: Sequence[BudgetLike], **keywords: Any) -> 
 def _check(budgets: Sequence[BudgetLike], keywords: Mapping[str, Any]) -> None:
     if isinstance(budgets, (str, Mapping)) or not isinstance(budgets, Sequence) or not budgets:
         raise BudgetError(f"budgets must be a list of them: found {budgets!r}. Pass such as ['1.5x', '2x', '4x'].")
-    taken = next((name for name in _NOT_TAKEN if keywords.get(name) not in (None, False, 1)), None)
+    taken = next((name for name, usual in _NOT_TAKEN.items() if keywords.get(name, usual) != usual), None)
     if taken is not None:
         raise KindError(f"budgets of one calibration are each compressed once: {taken} is given. Leave it out.")
 

@@ -109,9 +109,8 @@ def read_goals(
 def _check_names(asked: Mapping[str, Any]) -> None:
     unknown = [name for name in asked if name not in (*_COUNTED, *_MEASURED)]
     if unknown or not asked:
-        raise BudgetError(
-            f"a budget must name what it bounds: found {unknown[0] if unknown else dict(asked)!r}. {_HOW}."
-        )
+        found = unknown[0] if unknown else dict(asked)
+        raise BudgetError(f"a budget must name 'params' or 'flops' or what else it bounds: found {found!r}. {_HOW}.")
     if "batch_size" in asked and "latency_ms" not in asked:
         raise BudgetError(
             "a batch size in a budget must belong to a time: found 'batch_size' without 'latency_ms'. Add latency_ms, "

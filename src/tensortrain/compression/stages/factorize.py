@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from torch import nn
@@ -11,6 +12,7 @@ from tensortrain.compression.choose.planner import make_plan
 from tensortrain.compression.proof import apply_proven
 from tensortrain.compression.stages.base import Work, stage
 from tensortrain.compression.surgery import to_dense_
+from tensortrain.compression.words import named
 
 __all__ = ["Factorize"]
 
@@ -34,15 +36,37 @@ class Factorize:
 
 @stage(Factorize, outcome="before healing", copies=True)
 def _factorize(work: Work, settings: Factorize) -> Work:
-    options, plan = work.options, settings.plan
-    if plan is None:
-        work = replace(work, model=_dense_again(work))
-        asked = replace(options, will_heal=work.will_heal, task=work.task or options.task, way=settings.way)
-        plan = make_plan(work.model, asked)
-    model, plan, notes = apply_proven(work.model, plan, inplace=options.inplace, observer=options.observer)
+    if settings.plan is not None:
+        return _applied(work, settings.plan)
+    work = replace(work, model=_dense_again(work))
+    options = replace(work.options, will_heal=work.will_heal, task=work.task or work.options.task, way=settings.way)
+    plan = make_plan(work.model, options)
+    done = _applied(work, plan)
+    refused = _left_dense(plan, done.plan)
+    if refused:  # their share is spent on the others, or the budget is found to be out of reach
+        plan = make_plan(work.model, replace(options, exclude=[*_patterns(options.exclude), *refused]))
+        work = work.noted(f"The model does not run without its own {named(refused)}: left dense.")
+        done = _applied(work, plan)
     if settings.way < 1:
-        notes = [*notes, f"On the way: {plan.params_after:,} parameters ({plan.budget})."]
+        done = done.noted(f"On the way: {plan.params_after:,} parameters ({plan.budget}).")
+    return done
+
+
+def _applied(work: Work, plan: CompressionPlan) -> Work:
+    options = work.options
+    model, plan, notes = apply_proven(work.model, plan, inplace=options.inplace, observer=options.observer)
     return replace(work, model=model, plan=plan, is_own=True).noted(*notes)
+
+
+def _left_dense(plan: CompressionPlan, applied: CompressionPlan | None) -> list[str]:
+    """Layers of a plan that the model turned out to need as they are."""
+    assert applied is not None
+    pairs = zip(plan.layers, applied.layers, strict=True)
+    return [before.name for before, after in pairs if before.spec is not None and after.spec is None]
+
+
+def _patterns(given: Sequence[str] | str | None) -> list[str]:
+    return [given] if isinstance(given, str) else list(given or ())
 
 
 def _dense_again(work: Work) -> nn.Module:

@@ -56,7 +56,7 @@ def make_report(work: Work, plan: CompressionPlan) -> Report:
         metric_before=before.metric,
         metric_compressed=_before_healing(work.points).metric,
         metric_after=after.metric,
-        layers=tuple(_layer_report(layer, work.model) for layer in plan.layers),
+        layers=tuple(_layer_report(layer, work) for layer in plan.layers),
         healing=tuple(dict(row) for row in work.healing),
         curve=_curve(work.points),
         provenance=provenance(seed=options.seed),
@@ -87,8 +87,8 @@ def _curve(points: tuple[Point, ...]) -> tuple[CurvePoint, ...]:
     )
 
 
-def _layer_report(layer: LayerPlan, compressed: nn.Module) -> LayerReport:
-    module: Any = part_of(compressed, layer.name)
+def _layer_report(layer: LayerPlan, work: Work) -> LayerReport:
+    module: Any = part_of(work.model, layer.name)
     spec = module.spec if isinstance(module, FactorizedLayer) else None
     return LayerReport(
         name=layer.name,
@@ -107,6 +107,8 @@ def _layer_report(layer: LayerPlan, compressed: nn.Module) -> LayerReport:
         resident_bytes=resident_bytes(module) if module is not None else 0,
         decision=layer.decision,
         spectra=layer.spectra,
+        predicted_loss=layer.loss,
+        measured_loss=work.losses.get(layer.name),
     )
 
 

@@ -10,6 +10,7 @@ from torch import nn
 from tensortrain.compression.choose.plan import CompressionPlan
 from tensortrain.compression.choose.planner import make_plan
 from tensortrain.compression.proof import apply_proven
+from tensortrain.compression.report.alone import losses_alone
 from tensortrain.compression.stages.base import Work, stage
 from tensortrain.compression.surgery import to_dense_
 from tensortrain.compression.words import named
@@ -54,8 +55,11 @@ def _factorize(work: Work, settings: Factorize) -> Work:
 
 def _applied(work: Work, plan: CompressionPlan) -> Work:
     options = work.options
+    before = work.original if options.inplace else work.model
     model, plan, notes = apply_proven(work.model, plan, inplace=options.inplace, observer=options.observer)
-    return replace(work, model=model, plan=plan, is_own=True).noted(*notes)
+    is_first = work.plan is None or not options.inplace  # else what was cut is gone
+    losses = losses_alone(before, model, plan, options.output) if options.measure and is_first else {}
+    return replace(work, model=model, plan=plan, is_own=True, losses=losses).noted(*notes)
 
 
 def _left_dense(plan: CompressionPlan, applied: CompressionPlan | None) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from typing import Any
 
 import pytest
@@ -97,9 +98,12 @@ def test_the_report_holds_both(inplace: bool, tmp_path: Any) -> None:
         assert layer.predicted_loss is not None
         assert layer.measured_loss is not None
         assert 0 < layer.measured_loss < 1
+        assert re.search(r"\d more parameters would spoil .* % of the output less", layer.why)
     assert tt.Report.from_json(result.report.to_json()) == result.report
     write_html(result.report, tmp_path / "page.html")
-    assert "Loss predicted" in (tmp_path / "page.html").read_text()
+    page = (tmp_path / "page.html").read_text()
+    assert "Loss predicted" in page
+    assert f"compressed: {layers[0].why}" in page
 
 
 def test_without_data_or_without_measuring_there_is_none() -> None:

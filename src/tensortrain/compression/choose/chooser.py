@@ -18,6 +18,7 @@ from tensortrain.compression.choose.clock import Clock, Family, family_of
 from tensortrain.compression.choose.cost import LayerCost, spec_cost
 from tensortrain.compression.choose.load import Load
 from tensortrain.compression.choose.plan import LayerPlan
+from tensortrain.compression.choose.why import why_not_other
 from tensortrain.compression.survey.layers import FoundLayer
 from tensortrain.errors import BudgetError
 from tensortrain.formats import FactorSpec, get_format
@@ -380,6 +381,7 @@ class Chooser:
             implementation=implementation,
             spectra=pick.spectra,
             loss=menu.reach * pick.point.rel_error**2 if menu.reach is not None else None,
+            why=why_not_other(pick, menu.candidates, dense_params=menu.layer.weight.n_params, reach=menu.reach),
         )
 
 

@@ -36,7 +36,7 @@ class LayerPlan:
     """What becomes of one layer; ``spec`` is ``None`` where it stays dense.
 
     ``loss`` is the share of the model's output that the choice is predicted to spoil, as far as calibration data tells;
-    losses of layers add up.
+    losses of layers add up. ``why`` says what the next forms on the menu would have changed.
     """
 
     names: tuple[str, ...]
@@ -52,6 +52,7 @@ class LayerPlan:
     implementation: Implementation = "auto"
     spectra: tuple[tuple[float, ...], ...] = ()
     loss: float | None = None
+    why: str = ""
 
     def __post_init__(self) -> None:
         if not self.names:
@@ -74,6 +75,7 @@ class LayerPlan:
             flops_after=self.flops_before,
             rel_error=None,
             loss=None,
+            why="",
             decision=f"left dense: {why}",
         )
 

@@ -136,5 +136,5 @@ def time_ms(model: nn.Module, call: Parts) -> float:
 
 def _what_it_does(plan: CompressionPlan) -> CompressionPlan:
     """A plan without what is only told about it: two that change the same are equal then."""
-    layers = tuple(replace(layer, decision="", rel_error=None, loss=None, spectra=()) for layer in plan.layers)
+    layers = tuple(replace(layer, decision="", rel_error=None, loss=None, spectra=(), why="") for layer in plan.layers)
     return replace(plan, layers=layers, budget="", notes=(), left_alone=(), calibration=None)

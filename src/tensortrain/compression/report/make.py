@@ -108,6 +108,7 @@ def _layer_report(layer: LayerPlan, work: Work) -> LayerReport:
         decision=layer.decision,
         spectra=layer.spectra,
         predicted_loss=layer.loss,
+        why=layer.why,
         measured_loss=work.losses.get(layer.name),
     )
 

@@ -9,7 +9,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tensortrain.compression.report.report import LatencyRow, Report
+from tensortrain.compression.report.report import LatencyRow, LayerReport, Report
 from tensortrain.system.files import write_text_atomic
 from tensortrain.viz.report import figures, text
 from tensortrain.viz.report.page import PAGE, STYLE
@@ -313,15 +313,17 @@ def _healing(report: Report) -> str:
     return _section("Healing", _figure(figure, "healing", alt, ""))
 
 
+def _why(layer: LayerReport) -> str:
+    return f"{layer.decision}: {layer.why}" if layer.why else layer.decision
+
+
 def _share(loss: float | None) -> str:
     """A share of the output, which may be a millionth."""
     return text.MISSING if loss is None else f"{100 * loss:.2g} %"
 
 
 def _decisions(report: Report) -> str:
-    rows = [
-        [_name(layer.name), escape(layer.format), escape(layer.decision)] for layer in report.layers if layer.decision
-    ]
+    rows = [[_name(layer.name), escape(layer.format), escape(_why(layer))] for layer in report.layers if layer.decision]
     return _section("Decisions", _table(["Layer", "Format", "Why"], rows, numeric_from=3)) if rows else ""
 
 

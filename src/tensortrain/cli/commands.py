@@ -29,7 +29,7 @@ from tensortrain.cli.texts import TEXT_SETS, load_snippets
 from tensortrain.compression.api import CompressionResult
 from tensortrain.compression.api import compress as compress_model
 from tensortrain.compression.choose.candidates import DEFAULT_FORMATS
-from tensortrain.compression.pareto import Pareto, pareto
+from tensortrain.compression.curve import Pareto, pareto
 from tensortrain.compression.report.measure import Latency, measure_latency
 from tensortrain.compression.stages.heal import Heal
 from tensortrain.compression.survey.inspect import LayerRow

@@ -5,7 +5,7 @@ from tensortrain.compression.choose.budget import Budget, read_budget
 from tensortrain.compression.choose.plan import CompressionPlan, LayerPlan
 from tensortrain.compression.choose.planner import plan_compression
 from tensortrain.compression.choose.uniform import plan_uniform
-from tensortrain.compression.pareto import Pareto, ParetoRow, pareto
+from tensortrain.compression.curve import Pareto, ParetoRow, pareto
 from tensortrain.compression.report.report import (
     CurvePoint,
     LatencyRow,

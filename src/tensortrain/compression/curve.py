@@ -148,8 +148,8 @@ def pareto(model: nn.Module, budgets: Sequence[BudgetLike], **keywords: Any) -> 
 
     Example:
         >>> net = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
-        >>> [row.params for row in pareto(net, ["1.5x", "3x"], measure=False).rows]
-        [3146, 1538]
+        >>> [row.compression > 1.4 for row in pareto(net, ["1.5x", "3x"], measure=False).rows]
+        [True, True]
     """
     _check(budgets, keywords)
     judged = _judged_once(model, keywords)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from collections.abc import Callable, Collection
+from dataclasses import replace
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -19,10 +21,13 @@ from tensortrain.compression.survey.moments import Calibration, LayerMoments
 from tensortrain.compression.swap import Built, swap
 from tensortrain.errors import ShapeError
 from tensortrain.formats import Weighting
-from tensortrain.nn import FactorizedLayer, TiedHead, dense_twin
+from tensortrain.nn import Embedding, FactorizedLayer, TiedHead, dense_twin
 from tensortrain.system.observer import Observer, Silent
 
-__all__ = ["apply_plan_", "to_dense_"]
+__all__ = ["apply_plan_", "apply_shapes_", "to_dense_"]
+
+Build = Callable[[FoundLayer, LayerPlan, Weighting], FactorizedLayer]
+_ANY_VALUE = 0.01  # of cores that are only run
 
 
 def apply_plan_(model: nn.Module, plan: CompressionPlan, *, observer: Observer | None = None) -> nn.Module:
@@ -46,9 +51,21 @@ def apply_plan_(model: nn.Module, plan: CompressionPlan, *, observer: Observer |
 
     Cost: one decomposition per layer.
     """
+    return _applied(model, plan, lambda net: _apply(net, plan, observer or Silent()))
+
+
+def apply_shapes_(model: nn.Module, plan: CompressionPlan) -> nn.Module:
+    """The same with cores of the right shapes that hold any numbers: for a model that is only timed.
+
+    Cost: none of the decompositions.
+    """
+    return _applied(model, plan, lambda net: _apply(net, replace(plan, calibration=None), Silent(), _unfitted))
+
+
+def _applied(model: nn.Module, plan: CompressionPlan, apply: Callable[[nn.Module], nn.Module]) -> nn.Module:
     opened = open_layers(model, plan.opened)
     try:
-        changed = _apply(opened.model, plan, observer or Silent())
+        changed = apply(opened.model)
     except BaseException:
         opened.close()
         raise
@@ -56,7 +73,7 @@ def apply_plan_(model: nn.Module, plan: CompressionPlan, *, observer: Observer |
     return opened.close(changed_too=False)
 
 
-def _apply(model: nn.Module, plan: CompressionPlan, observer: Observer) -> nn.Module:
+def _apply(model: nn.Module, plan: CompressionPlan, observer: Observer, build: Build | None = None) -> nn.Module:
     found = {layer.name: layer for layer in find_layers(model)[0]}
     work = [(_checked(entry, found), entry) for entry in plan.layers if entry.spec is not None]
     calibration = plan.calibration or Calibration()
@@ -66,7 +83,7 @@ def _apply(model: nn.Module, plan: CompressionPlan, observer: Observer) -> nn.Mo
     try:
         for k, (layer, entry) in enumerate(work):
             moments = calibration.of(layer.name)
-            new = _build(layer, entry, moments.weighting)
+            new = (build or _build)(layer, entry, moments.weighting)
             statistics += _keep_moments(model, layer, new, moments)
             moments.forget_derived()
             built.append((layer.names, layer.module, new))
@@ -88,8 +105,11 @@ def _apply(model: nn.Module, plan: CompressionPlan, observer: Observer) -> nn.Mo
     return changed
 
 
-def to_dense_(model: nn.Module) -> nn.Module:
+def to_dense_(model: nn.Module, *, only: Collection[str] | None = None) -> nn.Module:
     """Put plain torch layers back in place of factorized ones.
+
+    Args:
+        only: Names of those; all if left out.
 
     Returns:
         Module: The model, or the dense layer where the model is a bare factorized layer.
@@ -98,7 +118,7 @@ def to_dense_(model: nn.Module) -> nn.Module:
     aliases: dict[int, list[str]] = {}
     modules: dict[int, FactorizedLayer] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, FactorizedLayer):
+        if isinstance(module, FactorizedLayer) and (only is None or name in only):
             aliases.setdefault(id(module), []).append(name)
             modules[id(module)] = module
     built: list[Built] = []
@@ -167,6 +187,20 @@ def _tied(head: nn.Linear, table: FactorizedLayer) -> TiedHead:
     new.bias = head.bias
     move_hooks(head, new)
     return new.train(head.training)
+
+
+@torch.no_grad()
+def _unfitted(layer: FoundLayer, entry: LayerPlan, weighting: Weighting) -> FactorizedLayer:
+    assert entry.spec is not None
+    weight: Any = layer.module.weight
+    how: dict[str, Any] = {"implementation": entry.implementation, "device": weight.device, "dtype": weight.dtype}
+    new = layer.reader.like(layer.module, entry.spec, **how)
+    if entry.hot_ids:
+        cast(Embedding, new).keep_rows_(entry.hot_ids, layer.kernel)
+    for parameter in new.parameters():
+        parameter.fill_(_ANY_VALUE)
+    carry(layer.module, new)
+    return new
 
 
 @torch.no_grad()

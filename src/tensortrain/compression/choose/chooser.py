@@ -5,19 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, TypeAlias
 
 import numpy as np
 
 from tensortrain.compression.choose.allocate import Option, allocate, summed
-from tensortrain.compression.choose.budget import Budget
+from tensortrain.compression.choose.budget import Budget, Measure
 from tensortrain.compression.choose.candidates import Candidate
 from tensortrain.compression.choose.candidates import Family as Forms
 from tensortrain.compression.choose.clock import Clock, Family, family_of
 from tensortrain.compression.choose.cost import LayerCost, spec_cost
 from tensortrain.compression.choose.load import Load
-from tensortrain.compression.choose.plan import LayerPlan, Narrowed, n_saved
+from tensortrain.compression.choose.plan import LayerPlan, Narrowed
+from tensortrain.compression.choose.why import why_not_other
 from tensortrain.compression.choose.widths import Width, Widths
 from tensortrain.compression.survey.layers import FoundLayer
 from tensortrain.errors import BudgetError
@@ -60,7 +61,10 @@ class Menu:
     Attributes:
         loads: What comes to it with one batch, at every batch size that speed is judged at.
         dense: Its cost as it is.
-        weight: What losing it wholly would change of the model's output.
+        weight: What losing it wholly counts.
+        reach: What losing it wholly would change of the model's output, a share; None where that is not known.
+        item_bytes: Of one number of its weight.
+        kept_bytes: What any smaller form holds beside its parameters.
         families: What its smaller forms are made of.
         candidates: The smaller forms.
         widths: What it can be narrowed to, together with other layers.
@@ -73,6 +77,9 @@ class Menu:
     families: Sequence[Forms] = ()
     candidates: Sequence[Candidate] = ()
     widths: Sequence[Width] = ()
+    reach: float | None = None
+    item_bytes: int = 4
+    kept_bytes: int = 0
 
     @property
     def choices(self) -> tuple[Pick, ...]:
@@ -119,6 +126,8 @@ class Chooser:
     banned: dict[str, dict[Family, int]] = field(init=False)
     clock: Clock = field(default_factory=Clock)
     known: dict[tuple[str, FactorSpec], LayerCost] = field(default_factory=dict)
+    total_bytes: int = 0
+    picks: list[Pick] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.banned = {menu.layer.name: {} for menu in self.menus}
@@ -134,6 +143,7 @@ class Chooser:
             if self._may_quicken:
                 picks = self._quickened(picks)
             if not self._struck_off(picks):
+                self.picks = picks
                 layers = [self._plan(menu, pick) for menu, pick in zip(self.menus, picks, strict=True)]
                 return Choice(layers, self._narrowed(picks))
 
@@ -168,11 +178,25 @@ class Chooser:
             for load, whole in zip(menu.loads, self._whole, strict=True)
         ]
 
-    def spent(self, choice: Choice) -> int:
-        """What of the budget a choice uses."""
-        if self.budget.measure == "flops":
-            return sum(plan.flops_after or 0 for plan in choice.layers)
-        return self.total_params - n_saved(choice.layers, choice.narrowed)
+    def spent(self) -> int:
+        """What of the budget is used by what was chosen."""
+        return self._spent(self.picks)
+
+    def spent_of(self, measure: Measure) -> int:
+        """What was chosen uses of a measure, which need not be that of the budget."""
+        pairs = zip(self.menus, self.picks, strict=True)
+        return self._fixed_in(measure) + sum(self._price_in(menu, pick, measure) for menu, pick in pairs)
+
+    def range_of(self, measure: Measure) -> tuple[int, int]:
+        """The least of a measure that any choice spends, speed left aside, and what the model spends as it is."""
+        prices = [[self._price_in(menu, each, measure) for each in menu.choices] for menu in self.menus]
+        fixed = self._fixed_in(measure)
+        return fixed + sum(map(min, prices)), fixed + sum(each[0] for each in prices)
+
+    @property
+    def loss(self) -> float:
+        """What was chosen is predicted to cost in quality."""
+        return self._loss(self.picks)
 
     @property
     def slower(self) -> list[str]:
@@ -255,9 +279,10 @@ class Chooser:
 
     @property
     def _may_quicken(self) -> bool:
-        """Whether speed decides between plans of like error: for a budget in parameters, where the inputs are known."""
+        """Whether speed decides between plans of like error: for a budget in size alone, where the inputs are known."""
         known = all(load.seen for menu in self.menus for load in menu.loads)
-        return self.budget.measure == "params" and not self.allow_slower and not self.long_healing and known
+        of_size = {"params", "bytes"}.issuperset(self.budget.measures)
+        return of_size and not self.allow_slower and not self.long_healing and known
 
     def _quickened(self, picks: list[Pick]) -> list[Pick]:
         """The fastest picks found that spend about as much and whose predicted error is about that of these."""
@@ -341,22 +366,45 @@ class Chooser:
 
     def _fixed(self) -> int:
         """What the model costs outside the weights that can be chosen."""
-        if self.budget.measure == "flops":
+        return self.budget.total(self._fixed_in)
+
+    def _fixed_in(self, measure: Measure) -> int:
+        if measure in ("flops", "time"):
             return 0
-        return self.total_params - sum(menu.layer.weight.n_params for menu in self.menus)
+        total = self.total_params if measure == "params" else self.total_bytes
+        return total - sum(self._price_in(menu, None, measure) for menu in self.menus)
 
     def _price(self, menu: Menu, pick: Pick) -> int:
-        if self.budget.measure == "flops":
+        return self.budget.total(partial(self._price_in, menu, pick))
+
+    def _price_in(self, menu: Menu, pick: Pick, measure: Measure) -> int:
+        if measure == "flops":
             return self._flops(menu, pick) or 0
-        if pick is None:
-            return menu.layer.weight.n_params
-        return pick.n_params if isinstance(pick, Width) else pick.point.n_params
+        if measure == "time":
+            return self._nanoseconds(menu)[id(pick)]
+        n_params = _n_params(menu, pick)
+        if measure == "params":
+            return n_params
+        return n_params * menu.item_bytes + (menu.kept_bytes if isinstance(pick, Candidate) else 0)
 
     def _flops(self, menu: Menu, pick: Pick) -> int | None:
         if isinstance(pick, Candidate):
             return self._cost(menu, pick).flops
         share = 1.0 if pick is None else pick.share
         return None if menu.dense.flops is None else round(share * menu.dense.flops)
+
+    def _nanoseconds(self, menu: Menu) -> dict[int, int]:
+        """Of every form of a layer, by its id, for one batch of the first size that speed is judged at."""
+        if menu.layer.name not in self._known_ns:
+            seconds = self._seconds(menu, menu.loads[0], self._whole[0])
+            self._known_ns[menu.layer.name] = {
+                id(form): math.ceil(1e9 * one) for form, one in zip(menu.choices, seconds, strict=True)
+            }
+        return self._known_ns[menu.layer.name]
+
+    @cached_property
+    def _known_ns(self) -> dict[str, dict[int, int]]:
+        return {}
 
     def _cost(self, menu: Menu, candidate: Candidate) -> LayerCost:
         """Milliseconds to predict, so each is predicted once."""
@@ -384,9 +432,10 @@ class Chooser:
         if pick is None:
             return dense
         if isinstance(pick, Width):
-            return dense.narrowed(pick, flops=self._flops(menu, pick))
+            loss = menu.reach * pick.error if menu.reach is not None and pick.reads else None
+            return dense.narrowed(pick, flops=self._flops(menu, pick), loss=loss)
         # A budget in flops is only kept if the layer really runs core by core.
-        implementation = "factorized" if self.budget.measure == "flops" else "auto"
+        implementation = "factorized" if "flops" in self.budget.measures else "auto"
         return dense.compressed(
             pick.spec,
             flops=self._flops(menu, pick),
@@ -394,6 +443,8 @@ class Chooser:
             implementation=implementation,
             spectra=pick.spectra,
             hot_ids=pick.hot_ids,
+            loss=menu.reach * pick.point.rel_error**2 if menu.reach is not None else None,
+            why=why_not_other(pick, menu.candidates, dense_params=menu.layer.weight.n_params, reach=menu.reach),
         )
 
 
@@ -404,6 +455,12 @@ def _running_best(sizes: Sequence[int], errors: Sequence[float]) -> list[float]:
         least = min(least, errors[k])
         best[k] = least
     return best
+
+
+def _n_params(menu: Menu, pick: Pick) -> int:
+    if pick is None:
+        return menu.layer.weight.n_params
+    return pick.n_params if isinstance(pick, Width) else pick.point.n_params
 
 
 def _family(menu: Menu, pick: Candidate) -> list[Candidate]:

@@ -44,6 +44,9 @@ class LayerPlan:
     Attributes:
         spec: None where it stays dense.
         hot_ids: Rows of a table that stay as they are, beside the cores.
+        loss: The share of the model's output that the choice is predicted to spoil, as far as calibration data tells;
+            losses of layers add up.
+        why: What the next forms on the menu would have changed.
     """
 
     names: tuple[str, ...]
@@ -59,6 +62,8 @@ class LayerPlan:
     implementation: Implementation = "auto"
     spectra: tuple[tuple[float, ...], ...] = ()
     hot_ids: tuple[int, ...] = ()
+    loss: float | None = None
+    why: str = ""
 
     def __post_init__(self) -> None:
         if not self.names:
@@ -80,6 +85,8 @@ class LayerPlan:
             params_after=self.params_before,
             flops_after=self.flops_before,
             rel_error=None,
+            loss=None,
+            why="",
             decision=f"left dense: {why}",
         )
 
@@ -89,13 +96,14 @@ class LayerPlan:
         n = self.params_before - spec.weight.n_params + spec.n_params + n_hot
         return replace(self, spec=spec, params_after=n, flops_after=flops, decision="compressed", **more)
 
-    def narrowed(self, width: Width, *, flops: int | None) -> LayerPlan:
+    def narrowed(self, width: Width, *, flops: int | None, loss: float | None) -> LayerPlan:
         """The same layer with fewer of the hidden units that it makes or reads."""
         fixed = self.params_before - math.prod(self.shape) if width.reads else 0  # the bias of the reader stays
         n = round(width.share * (self.params_before - fixed)) + fixed
         error = math.sqrt(width.error) if width.reads else None
         what = f"{width.n_units:,} units ({width.share:.0%})"
-        return replace(self, params_after=n, flops_after=flops, rel_error=error, decision=f"{_NARROWED}: {what}")
+        said = f"{_NARROWED}: {what}"
+        return replace(self, params_after=n, flops_after=flops, rel_error=error, loss=loss, decision=said)
 
     @property
     def name(self) -> str:
@@ -168,6 +176,12 @@ class CompressionPlan:
     @property
     def compression(self) -> float:
         return self.params_before / max(1, self.params_after)
+
+    @property
+    def loss(self) -> float | None:
+        """What all choices together are predicted to spoil; ``None`` where that is not known of those that change."""
+        losses = [layer.loss for layer in self.layers if layer.spec is not None or layer.loss is not None]
+        return None if None in losses else math.fsum(loss for loss in losses if loss is not None)
 
     def with_opened(self, names: Sequence[str], left_alone: Sequence[LeftAlone]) -> CompressionPlan:
         """The plan of a model that was planned with some layers taken apart.

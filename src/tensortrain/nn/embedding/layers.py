@@ -193,10 +193,16 @@ class Embedding(FactorizedLayer):
         """
         layer: Any = super().from_spec(dense, spec, **options)
         if hot_ids:
-            layer._add_hot_rows(len(hot_ids))
-            layer._set_hot_rows(torch.tensor(sorted(hot_ids)), dense.weight)
+            layer.keep_rows_(hot_ids, dense.weight)
             layer.hot_weight.requires_grad_(dense.weight.requires_grad)
         return layer
+
+    def keep_rows_(self: Self, ids: Sequence[int], table: Tensor) -> Self:
+        """Give some ids a row of their own, that of a dense table; no other id has one then."""
+        layer: Any = self
+        layer._add_hot_rows(len(ids))
+        layer._set_hot_rows(torch.tensor(sorted(ids)), table)
+        return self
 
     @classmethod
     def from_pretrained(

@@ -101,7 +101,8 @@ def fitted(
         new = old[:, places].clone()
     else:
         new = refitted(old, shrunk(gram.to(old.device)), places)
-    shift, statistics = None, []
+    shift: Tensor | None = None
+    statistics: list[Statistic] = []
     if moments.mean is not None:
         wide = torch.zeros_like(old).index_copy_(1, places, new)
         has_bias = reader.module._parameters.get("bias") is not None

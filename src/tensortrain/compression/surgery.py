@@ -148,7 +148,8 @@ def _untied_heads(model: nn.Module) -> nn.Module:
 
 def _plain_head(head: TiedHead) -> nn.Linear:
     new = nn.Linear(head.in_features, head.out_features, bias=False, device="meta")
-    new.weight, new.bias = head.embedding.weight, head.bias  # type: ignore[assignment]
+    new.weight = cast(nn.Embedding, head.embedding).weight
+    new.bias = head.bias
     move_hooks(head, new)
     return new.train(head.training)
 

@@ -45,15 +45,14 @@ def tied_to(old: Any, entry: LayerEntry, modules: Mapping[str, nn.Module], folde
     table = modules.get(str(entry.config.get("table")))
     if type(old) is TiedHead and old.embedding is table:
         return None
-    bias = bool(entry.config.get("bias"))
-    sizes = None if not isinstance(table, Embedding) else (table.embedding_dim, table.num_embeddings)
-    if type(old) not in (nn.Linear, TiedHead) or (old.in_features, old.out_features) != sizes:
+    sizes = (table.embedding_dim, table.num_embeddings) if isinstance(table, Embedding) else None
+    if type(old) not in (nn.Linear, TiedHead) or sizes is None or (old.in_features, old.out_features) != sizes:
         raise CheckpointError(
             f"a tied head must stand where its model has an output layer: {entry.names[0]!r:.80} in {folder} reads a "
             f"table of {sizes}, and the model has a {type(old).__name__} there. Pass the model that was saved."
         )
+    assert isinstance(table, Embedding)
     head = TiedHead(table)
-    if bias:
-        like = next(table.parameters())  # type: ignore[union-attr]
-        head.bias = nn.Parameter(torch.zeros(sizes[1], device="meta", dtype=like.dtype))  # type: ignore[index]
+    if entry.config.get("bias"):
+        head.bias = nn.Parameter(torch.zeros(sizes[1], device="meta", dtype=next(table.parameters()).dtype))
     return head

@@ -56,7 +56,8 @@ def narrowed_twin(old: Any, entry: LayerEntry, stored: StoredTensors, folder: Pa
         )
     if before == sizes:
         return None
-    new: nn.Module = type(old).__new__(type(old))
+    kind: Any = type(old)
+    new: nn.Module = kind.__new__(kind)
     vars(new).update(vars(old))
     vars(new).update({**sizes, "narrowed_from": before})
     for kind in ("_parameters", "_buffers"):

@@ -231,11 +231,10 @@ class Chooser:
         apart = [self._options(k, menu, price_of_time) for k, menu in zip(group, menus, strict=True)]
         if len(group) == 1:
             return [Option(option.cost, option.loss, (option.choice,)) for option in apart[0]]
-        costs, losses = (
-            sum(column[k][-len(menus[0].widths) :] for k in group) for column in (self._costs, self._losses)
-        )
+        n = len(menus[0].widths)
+        costs, losses = _summed(self._costs, group, n), _summed(self._losses, group, n)
         if price_of_time:
-            losses = losses + price_of_time * sum(self._times[k][-len(menus[0].widths) :] for k in group)
+            losses = losses + price_of_time * _summed(self._times, group, n)
         at_widths = zip(costs, losses, zip(*(menu.widths for menu in menus), strict=True), strict=True)
         return [*summed(apart), *(Option(int(cost), float(loss), widths) for cost, loss, widths in at_widths)]
 
@@ -455,6 +454,12 @@ def _running_best(sizes: Sequence[int], errors: Sequence[float]) -> list[float]:
         least = min(least, errors[k])
         best[k] = least
     return best
+
+
+def _summed(columns: Sequence[Array], group: Sequence[int], n: int) -> Array:
+    """Of the last n entries, which stand for widths."""
+    found: Array = np.sum([columns[k][-n:] for k in group], axis=0)
+    return found
 
 
 def _n_params(menu: Menu, pick: Pick) -> int:

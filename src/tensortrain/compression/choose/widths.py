@@ -76,7 +76,8 @@ def disjoint(found: Sequence[HiddenUnits], layers: Members, moments: Mapping[str
     fit = [
         units
         for units in found
-        if all(name in layers for name in (*units.makers, units.reader))
+        if units.n_units > 1
+        and all(name in layers for name in (*units.makers, units.reader))
         and units.reader in moments
         and moments[units.reader].gram is not None
     ]

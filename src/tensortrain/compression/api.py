@@ -36,6 +36,8 @@ from tensortrain.train.task import Task, TaskName
 
 __all__ = ["CompressionResult", "compress", "evaluate_metric", "plans_for"]
 
+_HELD = ("_modules", "_parameters", "_buffers")  # of a module, in dicts that may be changed in place
+
 
 @dataclass(frozen=True)
 class CompressionResult:
@@ -285,16 +287,17 @@ def _whole_or_as_before(model: nn.Module, inplace: bool) -> Iterator[None]:
     if not inplace:
         yield
         return
-    before = [(module, dict(module.__dict__), dict(module._modules)) for module in model.modules()]
+    before = [(module, dict(vars(module)), [dict(vars(module)[kind]) for kind in _HELD]) for module in model.modules()]
     tensors = {id(t): (t, t.detach().clone()) for t in (*model.parameters(), *model.buffers())}
     try:
         yield
     except BaseException:
-        for module, attributes, children in before:
-            module.__dict__.clear()
-            module.__dict__.update(attributes)
-            module._modules.clear()
-            module._modules.update(children)
+        for module, attributes, held in before:
+            vars(module).clear()
+            vars(module).update(attributes)
+            for kind, entries in zip(_HELD, held, strict=True):
+                vars(module)[kind].clear()
+                vars(module)[kind].update(entries)
         with torch.no_grad():
             for tensor, value in tensors.values():
                 tensor.copy_(value)

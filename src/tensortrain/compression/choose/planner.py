@@ -16,24 +16,25 @@ from tensortrain.compression.choose.beyond_reach import (
     what_stands_in_the_way,
 )
 from tensortrain.compression.choose.budget import Budget, BudgetLike, Measure, read_budget
-from tensortrain.compression.choose.candidates import DEFAULT_FORMATS, families, least_params
-from tensortrain.compression.choose.chooser import Chooser, Menu
+from tensortrain.compression.choose.candidates import DEFAULT_FORMATS, NARROW, factoring, families, least_params
+from tensortrain.compression.choose.chooser import Choice, Chooser, Menu
 from tensortrain.compression.choose.clock import Clock
 from tensortrain.compression.choose.cost import dense_cost
 from tensortrain.compression.choose.goals import Goals, Sizes, read_goals
 from tensortrain.compression.choose.load import loads_of
 from tensortrain.compression.choose.options import PlanOptions
-from tensortrain.compression.choose.plan import CompressionPlan, LayerPlan
+from tensortrain.compression.choose.plan import CompressionPlan, n_saved
 from tensortrain.compression.choose.proving import Proving
 from tensortrain.compression.choose.weights import weigh_layers
+from tensortrain.compression.choose.widths import Width, Widths, disjoint, widths_of
 from tensortrain.compression.choose.within import Planned, find_plan
 from tensortrain.compression.opened import opened_for_a_while
 from tensortrain.compression.survey.calibrate import calibrate
 from tensortrain.compression.survey.layers import FoundLayer, LeftAlone, check_module, count_params, find_layers
 from tensortrain.compression.survey.moments import Calibration, LayerMoments
+from tensortrain.compression.survey.proven import proven_units
 from tensortrain.compression.survey.task import FIRST, first_with_example, task_on_batch
 from tensortrain.errors import BudgetError
-from tensortrain.formats import get_format
 from tensortrain.system.observer import Observer, Silent
 from tensortrain.system.storage import count_bytes
 from tensortrain.train.batches import take
@@ -93,7 +94,7 @@ def plan_compression(
               Alone, it asks for the smallest model; beside other limits it has to hold as well.
         data: Calibration batches, as for training (labels are not used).
         example_inputs: A batch to take shapes from, when there is no ``data``.
-        formats: Names to choose among.
+        formats: Names to choose among; ``"narrow"`` is fewer hidden units, of layers that stay dense.
         include, exclude: Layer names or fnmatch patterns.
         allow_slower: Take candidates that are slower than the dense layer. Without it a layer, and all together, may
             lose at most 1 % of the whole model's time, and of plans of like error (within 5 %) the fastest is taken.
@@ -197,6 +198,7 @@ def _surveyed(model: nn.Module, options: PlanOptions, budgets: Sequence[BudgetLi
     task, data = _task(model, options)
     calibration = _calibration(model, layers, data, task, options)
     menus, unseen = _menus(layers, calibration, options)
+    hidden = _hidden(model, layers, calibration, options)
     flops = sum(menu.dense.flops or 0 for menu in menus) if calibration is not None else None
     now = replace(_sizes(model), flops=flops)
     for each in budgets:
@@ -204,7 +206,8 @@ def _surveyed(model: nn.Module, options: PlanOptions, budgets: Sequence[BudgetLi
     return Planning(
         options,
         now,
-        _with_families(menus, calibration, options, wide=options.will_heal == "long"),
+        _with_families(menus, hidden, calibration, options, wide=options.will_heal == "long"),
+        hidden,
         calibration,
         task,
         partial(what_stands_in_the_way, model, layers, left),
@@ -220,6 +223,7 @@ class Planning:
     Attributes:
         now: What the model has.
         menus: With their families.
+        hidden: Units that can be narrowed at.
         task: How the model is judged.
         beyond_reach: Tells who holds the parameters that no plan reaches.
         opened, left: Layers of several maps, and what is left alone.
@@ -230,6 +234,7 @@ class Planning:
     options: PlanOptions
     now: Sizes
     menus: Sequence[Menu]
+    hidden: Sequence[Widths]
     calibration: Calibration | None
     task: Task | None
     beyond_reach: Callable[[], str]
@@ -267,8 +272,8 @@ class Planning:
             BudgetError: There is none.
         """
         if budget not in self.made:
-            chooser, layers = self._spend(budget)
-            self.made[budget] = Planned(self._as_plan(budget, layers), chooser.loss, chooser.spent_of)
+            chooser, choice = self._spend(budget)
+            self.made[budget] = Planned(self._as_plan(budget, choice), chooser.loss, chooser.spent_of)
             self.slower[budget] = chooser.slower
         return self.made[budget]
 
@@ -276,14 +281,14 @@ class Planning:
         """The least that any plan spends of a measure, and what the model spends as it is."""
         return self._chooser(_GROWTHS[0], Budget(measure, 0, "")).range_of(measure)
 
-    def _spend(self, budget: Budget) -> tuple[Chooser, list[LayerPlan]]:
+    def _spend(self, budget: Budget) -> tuple[Chooser, Choice]:
         """Choose, in finer steps of the ranks where coarse ones leave much of one size."""
         for growth in _GROWTHS:
             chooser = self._chooser(growth, budget)
-            layers = chooser.choose()
+            choice = chooser.choose()
             if chooser.spent() >= _SPENT * budget.limit or budget.rates or budget.measure == "time":
                 break
-        return chooser, layers
+        return chooser, choice
 
     def _chooser(self, growth: float, budget: Budget) -> Chooser:
         long = self.options.will_heal == "long"
@@ -296,22 +301,24 @@ class Planning:
             self.options.allow_slower,
             long,
             self.beyond_reach,
-            self.clock,
+            self.hidden,
+            clock=self.clock,
             total_bytes=self.now.n_bytes,
         )
 
-    def _as_plan(self, budget: Budget, layers: Sequence[LayerPlan]) -> CompressionPlan:
+    def _as_plan(self, budget: Budget, choice: Choice) -> CompressionPlan:
         task, total = self.task, self.now.params
         plan = CompressionPlan(
-            tuple(layers),
+            tuple(choice.layers),
             budget.text,
             total,
-            total - sum(layer.params_before - layer.params_after for layer in layers),
+            total - n_saved(choice.layers, choice.narrowed),
             tuple(self.left),
             self.calibration,
             str(task) if task else "",
             task.outputs if task else (),
             self.notes,
+            narrowed=tuple(choice.narrowed),
         )
         return plan.with_opened(self.opened, self.left)
 
@@ -359,6 +366,30 @@ def _menus(
     ], unseen
 
 
+def _hidden(
+    model: nn.Module, layers: Sequence[FoundLayer], calibration: Calibration | None, options: PlanOptions
+) -> list[Widths]:
+    """Units that can be narrowed at, where that is asked for and what comes to their readers is known.
+
+    Before a long healing they are left whole: training finds other uses for them.
+    """
+    if NARROW not in options.formats or calibration is None or not calibration.grams or options.will_heal == "long":
+        return []
+    by_name = {layer.name: layer for layer in layers}
+    found = disjoint(proven_units(model, calibration), by_name, calibration.layers)
+    options.observer.on_start("widths", len(found))
+    widths = []
+    for k, units in enumerate(found):
+        widths.append(widths_of(model, units, by_name, calibration.of(units.reader)))
+        options.observer.on_step(k + 1)
+    options.observer.on_end()
+    return widths
+
+
+def _widths_on(menu: Menu, hidden: Sequence[Widths]) -> Sequence[Width]:
+    return next((one.menus[menu.layer.name] for one in hidden if menu.layer.name in one.menus), ())
+
+
 def _item_bytes(layer: FoundLayer) -> int:
     weight: Any = layer.module.weight
     size: int = weight.element_size()
@@ -375,23 +406,27 @@ def _kept_bytes(layer: FoundLayer) -> int:
 
 
 def _with_families(
-    menus: Sequence[Menu], calibration: Calibration | None, options: PlanOptions, *, wide: bool
+    menus: Sequence[Menu],
+    hidden: Sequence[Widths],
+    calibration: Calibration | None,
+    options: PlanOptions,
+    *,
+    wide: bool,
 ) -> list[Menu]:
-    for name in options.formats:
-        get_format(name)  # an unknown name is an error before the work starts
+    formats = factoring(options.formats)  # an unknown name is an error before the work starts
     filled = []
     options.observer.on_start("candidates", len(menus))
     for k, menu in enumerate(menus):
         moments = calibration.of(menu.layer.name) if calibration is not None else LayerMoments()
         found = families(
             menu.layer,
-            formats=options.formats,
+            formats=formats,
             weighting=moments.weighting,
             structure=moments.structure,
             wide=wide,
         )
         moments.forget_derived()
-        filled.append(replace(menu, families=found))
+        filled.append(replace(menu, families=found, widths=_widths_on(menu, hidden)))
         options.observer.on_step(k + 1)
     options.observer.on_end()
     return filled

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
+from tensortrain.compression.choose.candidates import NARROW
 from tensortrain.compression.choose.plan import CompressionPlan
 from tensortrain.compression.choose.planner import make_plan
 from tensortrain.compression.proof import apply_proven
@@ -28,7 +29,8 @@ class Factorize:
 
     Attributes:
         plan: A plan made before, in place of a new one.
-        way: How much of the way to the budget is gone, in equal ratios: with 0.5 of a budget of 16x, 4x.
+        way: How much of the way to the budget is gone, in equal ratios: with 0.5 of a budget of 16x, 4x. Before its
+            end no hidden units are taken out.
     """
 
     plan: CompressionPlan | None = None
@@ -41,6 +43,8 @@ def _factorize(work: Work, settings: Factorize) -> Work:
         return _applied(work, settings.plan)
     work = replace(work, model=_dense_again(work))
     options = replace(work.options, will_heal=work.will_heal, task=work.task or work.options.task, way=settings.way)
+    if settings.way < 1:  # the last stage is to find a model of the sizes that its budget is told by
+        options = replace(options, formats=[name for name in options.formats if name != NARROW])
     plan = make_plan(work.model, options)
     done = _applied(work, plan)
     refused = _left_dense(plan, done.plan)
@@ -66,7 +70,7 @@ def _left_dense(plan: CompressionPlan, applied: CompressionPlan | None) -> list[
     """Layers of a plan that the model turned out to need as they are."""
     assert applied is not None
     pairs = zip(plan.layers, applied.layers, strict=True)
-    return [before.name for before, after in pairs if before.spec is not None and after.spec is None]
+    return [before.name for before, after in pairs if before.format != "dense" and after.format == "dense"]
 
 
 def _patterns(given: Sequence[str] | str | None) -> list[str]:

@@ -26,7 +26,7 @@ from tensortrain.networks import build
 from tensortrain.networks.conv_fc import DENSE_RECIPE
 
 HERE = Path(__file__).parent
-N_TRAIN, DENSE_EPOCHS, HEAL_EPOCHS, LR = 20_000, 5, 6, 3e-3
+N_TRAIN, DENSE_EPOCHS, LR = 20_000, 5, 3e-3
 
 
 class Experiment:
@@ -56,16 +56,16 @@ class Experiment:
         checkpoint.unlink(missing_ok=True)
         return model
 
-    def run(self, budget: str, n_stages: int, seed: int) -> dict[str, Any]:
+    def run(self, budget: str, epochs: int, n_stages: int, seed: int) -> dict[str, Any]:
         """One compression, recorded."""
-        record = self.out / f"{budget}-{n_stages}-{seed}.json"
+        record = self.out / f"{budget}-{epochs}-{n_stages}-{seed}.json"
         if record.exists():
             return json.loads(record.read_text())
         result = tt.compress(
             self.dense(seed),
             budget=budget,
             data=self.train_data(seed),
-            heal={"epochs": HEAL_EPOCHS // n_stages, "lr": LR},
+            heal={"epochs": epochs // n_stages, "lr": LR},
             n_stages=n_stages,
             evaluate=self.accuracy,
             metric_name="accuracy",
@@ -83,7 +83,7 @@ class Experiment:
             "accuracy_after": report.metric_after,
             "loss_points": round(100 * (report.metric_before - report.metric_after), 3),
             "curve": [[point.method, round(point.compression, 2), point.metric] for point in report.curve],
-            "epochs_in_all": HEAL_EPOCHS,
+            "epochs_in_all": epochs,
             "steps_in_all": max(row["step"] for row in report.healing),
             "layers": [[layer.name, layer.format, list(layer.ranks)] for layer in report.layers],
             "notes": list(report.notes),
@@ -98,19 +98,20 @@ class Experiment:
 def summarize(out: Path, target: Path) -> None:
     """Mean and spread over seeds, as JSON and on the terminal."""
     runs = [json.loads(path.read_text()) for path in sorted(out.glob("*x-*.json"))]
-    groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    groups: dict[tuple[str, int, int], list[dict[str, Any]]] = {}
     for run in runs:
-        groups.setdefault((run["budget"], run["n_stages"]), []).append(run)
+        groups.setdefault((run["budget"], run["epochs_in_all"], run["n_stages"]), []).append(run)
     rows = [
         {
             "budget": budget,
+            "epochs_in_all": epochs,
             "n_stages": n_stages,
             "n": len(found),
             "accuracy_mean": statistics.mean(run["accuracy_after"] for run in found),
             "loss_points_mean": statistics.mean(run["loss_points"] for run in found),
             "loss_points_std": statistics.stdev(run["loss_points"] for run in found) if len(found) > 1 else None,
         }
-        for (budget, n_stages), found in groups.items()
+        for (budget, epochs, n_stages), found in groups.items()
     ]
     summary = {"n_train": N_TRAIN, "dense_epochs": DENSE_EPOCHS, "rows": rows, "runs": runs, "provenance": provenance()}
     write_text_atomic(target / "stages.json", json.dumps(summary, indent=1) + "\n")
@@ -123,6 +124,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/conv_fc_stages"))
     parser.add_argument("--data", help="folder with the four idx files")
     parser.add_argument("--budget", action="append", help="default: 160x")
+    parser.add_argument("--epochs", type=int, default=6, help="of healing, over all stages")
     parser.add_argument("--seed", type=int, action="append", help="default: 0")
     parser.add_argument("--record", type=Path, default=HERE, help="where stages.json goes")
     given = parser.parse_args()
@@ -131,7 +133,7 @@ def main() -> None:
     for seed in given.seed or [0]:
         for budget in given.budget or ["160x"]:
             for n_stages in (1, 2):
-                found = experiment.run(budget, n_stages, seed)
+                found = experiment.run(budget, given.epochs, n_stages, seed)
                 print(f"seed {seed} {budget} in {n_stages}: {found['curve']}", flush=True)
                 summarize(given.out, given.record)
 

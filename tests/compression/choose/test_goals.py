@@ -231,6 +231,7 @@ def test_the_smallest_model_within_a_drop(build: Any, shape: tuple[int, ...], dr
     )
     assert 1 - judge(apply_plan_(copy.deepcopy(model), tighter)) > drop
     assert any(note.startswith("Measured before healing: the figure is") for note in plan.notes)
+    assert not any("of its budget" in note for note in plan.notes)  # a limit of the search is nobody's budget
 
 
 def test_a_larger_drop_gives_a_smaller_model() -> None:

@@ -40,6 +40,9 @@ CASES: dict[str, Any] = {
 }
 
 
+FACTORED: dict[str, Any] = {"allow_slower": True, "formats": ("low_rank", "tt")}
+
+
 def planned(name: str, budget: str = "2x") -> tuple[nn.Module, Any, tt.CompressionPlan]:
     torch.manual_seed(2)
     build, data = CASES[name]
@@ -91,8 +94,7 @@ def test_the_statistics_of_a_norm_come_with_its_layer() -> None:
 @pytest.mark.parametrize("inplace", [False, True])
 def test_the_report_holds_both(inplace: bool, tmp_path: Any) -> None:
     model, data, _ = planned("mlp")
-    how: dict[str, Any] = {"heal": {"steps": 2}, "allow_slower": True, "formats": ("low_rank", "tt")}
-    result = tt.compress(model, budget="2x", data=data, inplace=inplace, **how)
+    result = tt.compress(model, budget="2x", data=data, heal={"steps": 2}, inplace=inplace, **FACTORED)
     layers = [layer for layer in result.report.layers if layer.format != "dense"]
     assert layers
     for layer in layers:

@@ -40,6 +40,7 @@ _CHEAPEST, _DEAREST = 1e-3, 1e2  # errors that all of the time is worth, between
 _TINY = 1e-300
 _LIGHT = 0.035  # of all layers' time: which form such a layer takes hardly shows
 _SPENT = 0.95  # of the budget
+_ID_BYTES = 8  # of the number of a row that is kept
 
 
 Array: TypeAlias = "np.ndarray[Any, Any]"
@@ -384,7 +385,8 @@ class Chooser:
         n_params = _n_params(menu, pick)
         if measure == "params":
             return n_params
-        return n_params * menu.item_bytes + (menu.kept_bytes if isinstance(pick, Candidate) else 0)
+        beside = menu.kept_bytes + _ID_BYTES * len(pick.hot_ids) if isinstance(pick, Candidate) else 0
+        return n_params * menu.item_bytes + beside
 
     def _flops(self, menu: Menu, pick: Pick) -> int | None:
         if isinstance(pick, Candidate):

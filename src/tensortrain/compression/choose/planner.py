@@ -228,6 +228,7 @@ class Planning:
         beyond_reach: Tells who holds the parameters that no plan reaches.
         opened, left: Layers of several maps, and what is left alone.
         notes: On what was not seen.
+        made: Plans by their limits; ``slower`` names the layers whose larger forms were struck off for each.
     """
 
     options: PlanOptions
@@ -243,6 +244,7 @@ class Planning:
     clock: Clock = field(default_factory=Clock)
     filled: dict[float, list[Menu]] = field(default_factory=dict)
     made: dict[Budget, Planned] = field(default_factory=dict)
+    slower: dict[Budget, list[str]] = field(default_factory=dict)
 
     @property
     def observer(self) -> Observer:
@@ -253,7 +255,15 @@ class Planning:
         goals = _goals(budget, self.now, self.options)
         if goals.is_measured or len(goals.counted) > 1:
             return replace(find_plan(self, goals, self._proving(model, goals)), budget=goals.text)
-        return self.plan(goals.counted[0]).plan
+        (limit,) = goals.counted
+        found, full = self.plan(limit), {"params": self.now.params, "bytes": self.now.n_bytes}
+        note = unspent_note(
+            limit,
+            found.spent(limit.measure),
+            full=full.get(limit.measure, self.now.flops or 0),
+            slower=self.slower[limit],
+        )
+        return replace(found.plan, notes=(*found.plan.notes, note)) if note else found.plan
 
     def plan(self, budget: Budget) -> Planned:
         """The best plan within one limit.
@@ -262,27 +272,23 @@ class Planning:
             BudgetError: There is none.
         """
         if budget not in self.made:
-            chooser, choice, notes = self._spend(budget)
-            self.made[budget] = Planned(self._as_plan(budget, choice, notes), chooser.loss, chooser.spent_of)
+            chooser, choice = self._spend(budget)
+            self.made[budget] = Planned(self._as_plan(budget, choice), chooser.loss, chooser.spent_of)
+            self.slower[budget] = chooser.slower
         return self.made[budget]
 
     def range_of(self, measure: Measure) -> tuple[int, int]:
         """The least that any plan spends of a measure, and what the model spends as it is."""
         return self._chooser(_GROWTHS[0], Budget(measure, 0, "")).range_of(measure)
 
-    def _spend(self, budget: Budget) -> tuple[Chooser, Choice, list[str]]:
-        """Choose, in finer steps of the ranks where coarse ones leave much; and a note where even these do."""
+    def _spend(self, budget: Budget) -> tuple[Chooser, Choice]:
+        """Choose, in finer steps of the ranks where coarse ones leave much of one size."""
         for growth in _GROWTHS:
             chooser = self._chooser(growth, budget)
             choice = chooser.choose()
-            spent = chooser.spent()
-            if spent >= _SPENT * budget.limit or budget.rates or budget.measure == "time":
+            if chooser.spent() >= _SPENT * budget.limit or budget.rates or budget.measure == "time":
                 break
-        full = {"params": self.now.params, "bytes": self.now.n_bytes, "flops": self.now.flops or 0}
-        if budget.rates or budget.measure not in full:
-            return chooser, choice, []
-        note = unspent_note(budget, spent, full=full[budget.measure], slower=chooser.slower)
-        return chooser, choice, [note] if note else []
+        return chooser, choice
 
     def _chooser(self, growth: float, budget: Budget) -> Chooser:
         long = self.options.will_heal == "long"
@@ -300,7 +306,7 @@ class Planning:
             total_bytes=self.now.n_bytes,
         )
 
-    def _as_plan(self, budget: Budget, choice: Choice, notes: Sequence[str]) -> CompressionPlan:
+    def _as_plan(self, budget: Budget, choice: Choice) -> CompressionPlan:
         task, total = self.task, self.now.params
         plan = CompressionPlan(
             tuple(choice.layers),
@@ -311,7 +317,7 @@ class Planning:
             self.calibration,
             str(task) if task else "",
             task.outputs if task else (),
-            (*self.notes, *notes),
+            self.notes,
             narrowed=tuple(choice.narrowed),
         )
         return plan.with_opened(self.opened, self.left)

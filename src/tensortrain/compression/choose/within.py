@@ -21,7 +21,8 @@ from tensortrain.system.observer import Observer
 __all__ = ["Planned", "Planner", "find_plan"]
 
 _SCALE = 10**9  # of a limit on several measures weighed against each other
-_ROUNDS, _NEARLY = 12, 0.98  # of weighing; the share of every limit at which it is at its end
+_ROUNDS, _WEIGHINGS = 12, 6  # plans that are looked at; how many of them move the weights
+_NEARLY = 0.98  # of the limit that binds: no better plan is looked for
 _LITTLE = 1e-6  # of a limit: no weight is nothing
 _STEPS, _CLOSE = 8, 1.02  # plans that are built beside the two ends, and the ratio of two limits that is close enough
 _TIMINGS, _LEEWAY = 3, 0.97  # of what a search found; how much less is asked for after one that took too long
@@ -87,25 +88,34 @@ def _weighed(planner: Planner, limits: Sequence[Budget]) -> Planned:
     Whoever keeps all limits keeps every such sum, so that no plan is lost; the best weights are those at which the
     best plan for the sum keeps the limits one by one.
     """
-    weights, room, kept, shares = [1.0 / len(limits)] * len(limits), 1.0, [], [math.inf]
+    weights, room, tried = [1.0 / len(limits)] * len(limits), 1.0, list[Planned]()
     for n in range(_ROUNDS):
-        found = planner.plan(_blend(limits, weights, room))
-        shares = [found.spent(each.measure) / each.limit for each in limits]
-        if max(shares) <= 1:
-            kept.append(found)
+        try:
+            tried.append(planner.plan(_blend(limits, weights, room)))
+        except BudgetError:  # less than the smallest forms have
+            break
+        shares = [tried[-1].spent(each.measure) / each.limit for each in limits]
         if _NEARLY <= max(shares) <= 1:
             break
-        if not kept and n >= _ROUNDS // 2:
-            room /= max(shares)  # weights alone do not do it: less to spend
-        raised = [weight * max(share, _LITTLE) ** 2 for weight, share in zip(weights, shares, strict=True)]
+        if n >= _WEIGHINGS:
+            room /= max(shares)  # so much less, or more, to spend at these weights
+            continue
+        raised = [weight * max(share, _LITTLE) for weight, share in zip(weights, shares, strict=True)]
         weights = [weight / sum(raised) for weight in raised]
+    kept = [one for one in tried if not _over(one, limits)]
     if not kept:
-        reached = " and ".join(f"{found.spent(each.measure):,} {each.measure}" for each in limits)
-        raise BudgetError(
-            f"a budget must be reachable: no plan keeps {' and '.join(each.text for each in limits)} at once; the last "
-            f"one tried has {reached}. Allow more of one of them."
-        )
+        raise _not_together(limits, tried)
     return _least_loss(kept)
+
+
+def _not_together(limits: Sequence[Budget], tried: Sequence[Planned]) -> BudgetError:
+    asked, reached = " and ".join(each.text for each in limits), ""
+    if tried:
+        amounts = " and ".join(f"{tried[-1].spent(each.measure):,} {each.measure}" for each in limits)
+        reached = f" The last plan tried has {amounts}."
+    return BudgetError(
+        f"a budget must be reachable: no plan was found that keeps {asked} at once.{reached} Allow more of one of them."
+    )
 
 
 def _blend(limits: Sequence[Budget], weights: Sequence[float], room: float = 1.0) -> Budget:

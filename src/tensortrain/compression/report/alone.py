@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tensortrain.compression.choose.plan import CompressionPlan
 from tensortrain.compression.opened import opened_for_a_while
 from tensortrain.compression.survey.layers import part_of
-from tensortrain.nn import FactorizedLayer
+from tensortrain.nn import FactorizedLayer, TiedHead
 from tensortrain.train.batches import device_of, to_device
 from tensortrain.train.outputs import Output, judged_outputs, relative_distance
 from tensortrain.train.preserve import preserved
@@ -57,13 +57,29 @@ def losses_alone(
             if perf_counter() - start > _MOST_S:
                 break
             if layer.spec is not None and old is not None and isinstance(new, FactorizedLayer):
-                with _in_place_of(old, new), _statistics_of(net, compressed, calibration.of(layer.name).norm):
+                with (
+                    _all_in_place(net, compressed, old, new),
+                    _statistics_of(net, compressed, calibration.of(layer.name).norm),
+                ):
                     found[layer.name] = _distance(outputs(), wanted)
     return found
 
 
 def _distance(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> float:
     return sum(float(relative_distance(given[name], y)) for name, y in wanted.items() if name in given)
+
+
+@contextlib.contextmanager
+def _all_in_place(net: nn.Module, compressed: nn.Module, old: nn.Module, new: FactorizedLayer) -> Iterator[None]:
+    """A new layer answers for the old one, and where it is a table, its output layer for that of the old one."""
+    heads = [name for name, part in compressed.named_modules() if isinstance(part, TiedHead) and part.embedding is new]
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_in_place_of(old, new))
+        for name in heads:
+            head, own = compressed.get_submodule(name), part_of(net, name)
+            if own is not None:
+                stack.enter_context(_in_place_of(own, head))
+        yield
 
 
 @contextlib.contextmanager

@@ -10,7 +10,6 @@ from torch import nn
 from tensortrain.compression.choose.candidates import factoring
 from tensortrain.compression.choose.plan import CompressionPlan
 from tensortrain.compression.choose.planner import make_plan
-from tensortrain.compression.options import CompressOptions
 from tensortrain.compression.proof import apply_proven
 from tensortrain.compression.report.alone import losses_alone
 from tensortrain.compression.stages.base import Work, stage
@@ -30,7 +29,8 @@ class Factorize:
 
     Attributes:
         plan: A plan made before, in place of a new one.
-        way: How much of the way to the budget is gone, in equal ratios: with 0.5 of a budget of 16x, 4x.
+        way: How much of the way to the budget is gone, in equal ratios: with 0.5 of a budget of 16x, 4x. Before its
+            end no hidden units are taken out.
     """
 
     plan: CompressionPlan | None = None
@@ -41,10 +41,10 @@ class Factorize:
 def _factorize(work: Work, settings: Factorize) -> Work:
     if settings.plan is not None:
         return _applied(work, settings.plan)
-    is_turn = settings.way < 1 or work.plan is not None
     work = replace(work, model=_dense_again(work))
-    options = _without_narrowing(work.options) if is_turn else work.options
-    options = replace(options, will_heal=work.will_heal, task=work.task or options.task, way=settings.way)
+    options = replace(work.options, will_heal=work.will_heal, task=work.task or work.options.task, way=settings.way)
+    if settings.way < 1:  # the last stage is to find a model of the sizes that its budget is told by
+        options = replace(options, formats=factoring(options.formats))
     plan = make_plan(work.model, options)
     done = _applied(work, plan)
     refused = _left_dense(plan, done.plan)
@@ -55,11 +55,6 @@ def _factorize(work: Work, settings: Factorize) -> Work:
     if settings.way < 1:
         done = done.noted(f"On the way: {plan.params_after:,} parameters ({plan.budget}).")
     return done
-
-
-def _without_narrowing(options: CompressOptions) -> CompressOptions:
-    """Units that are gone cannot be planned with again, and a budget counts from the size that the model had."""
-    return replace(options, formats=factoring(options.formats))
 
 
 def _applied(work: Work, plan: CompressionPlan) -> Work:

@@ -20,7 +20,7 @@ Cell = dict[str, Any]
 LOSSES = {
     "decoder": ("nats", None),
     "encoder": ("cosine", 1.0),
-    "listener": ("cosine", 1.0),
+    "listener": ("hidden_cosine", 1.0),
     "phonemes": ("error", None),
     "photos": ("top1", 1.0),
     "voice": ("agreement", 1.0),

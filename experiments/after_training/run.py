@@ -27,6 +27,7 @@ from torch import nn
 
 import tensortrain as tt
 from tensortrain.compression import CompressionPlan, count_params, provenance, stages
+from tensortrain.compression.choose.candidates import DEFAULT_FORMATS
 from tensortrain.errors import TTError
 
 HERE = Path(__file__).parent
@@ -73,6 +74,8 @@ def cell(subject: Subject, name: str, ratio: float, method: str, settings: Mappi
 
 def _ours(subject: Subject, limit: int, settings: Mapping[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
     options = {**subject.options, **settings.get("options", {})}
+    if "without" in settings:
+        options["formats"] = [name for name in DEFAULT_FORMATS if name not in settings["without"]]
     if "stages" in settings:
         options["stages"] = [getattr(stages, name)(**given) for name, given in settings["stages"].items()]
     else:
@@ -129,7 +132,8 @@ def _fits(settings: Mapping[str, Any], step: str) -> bool:
     """The rival does not change with the library: it has one line. Of ours, what this library has not yet waits."""
     if settings["kind"] == "rival":
         return step == "first"
-    return all(hasattr(stages, name) for name in settings.get("stages", ()))
+    known = all(hasattr(stages, name) for name in settings.get("stages", ()))
+    return known and set(settings.get("without", ())) <= set(DEFAULT_FORMATS)
 
 
 def _clean(settings: Mapping[str, Any]) -> dict[str, Any]:

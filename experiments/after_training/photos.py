@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from subject import Subject, divergence, in_batches
 from torch import Tensor, nn
 
@@ -99,6 +98,8 @@ def photos(config: Mapping[str, Any]) -> Subject:
 
 def _crops(n: int, size: int, *, seed: int) -> Tensor:
     """Squares of random place and size out of the photos, half of them mirrored: n 3 size size."""
+    from PIL import Image
+
     folder = package_folder("skimage", "scikit-image") / "data"
     pictures = [Image.open(folder / name).convert("RGB") for name in _PHOTOS]
     draw = np.random.RandomState(seed)

@@ -145,7 +145,7 @@ def shown(found: Mapping[str, Any]) -> str:
         return f"refused: {found['refused'][:150]}"
     numbers = {k: v for k, v in found.items() if isinstance(v, float) and k not in ("ratio", "cpu_s")}
     size = f"{found['params_after']:,} of {found['limit']:,}, " if "limit" in found else ""
-    return size + ", ".join(f"{key} {value:.4f}" for key, value in numbers.items())
+    return size + ", ".join(f"{key} {value:.6f}" for key, value in numbers.items())
 
 
 def main() -> None:

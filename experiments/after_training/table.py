@@ -101,7 +101,7 @@ def _line(row: Cell) -> str:
         return f"{name} refused: {str(row['refused'])[:60]}"
     share = "" if row["of_rival"] is None else f"{row['of_rival']:>7.2f} of the rival"
     second = next((f"{k} {row[k]:.4f}" for k in ("kl_other", "cosine_other", "agreement_other") if k in row), "")
-    return f"{name} {row['params_after']:>10,} loss {row['loss']:>8.4f} {share:<20} {second} {row['cpu_s']} s"
+    return f"{name} {row['params_after']:>10,} loss {row['loss']:>9.2g} {share:<20} {second} {row['cpu_s']} s"
 
 
 def _picture(rows: Sequence[Cell]) -> Figure:
@@ -114,7 +114,7 @@ def _picture(rows: Sequence[Cell]) -> Figure:
             style = "--" if group[0]["kind"] != "ours" else "-"
             label = method if step == "first" else f"{method}, {step}"
             axes.plot(
-                [row["ratio"] for row in group], [max(row["loss"], 1e-4) for row in group], f"o{style}", label=label
+                [row["ratio"] for row in group], [max(row["loss"], 1e-6) for row in group], f"o{style}", label=label
             )
         axes.set(title=subject, xlabel="times smaller", yscale="log")
         axes.legend(fontsize=6)

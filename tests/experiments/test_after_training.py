@@ -224,3 +224,34 @@ def test_the_replica_of_the_voice_detector_agrees_with_the_published_script() ->
     with torch.no_grad():
         expected = torch.cat([script(part, 16000) for part in waves.split(512, dim=1)], dim=1)
         assert torch.allclose(model(waves), expected, atol=1e-5)
+
+
+def test_a_cell_is_judged_and_a_refusal_is_recorded() -> None:
+    import run as experiment
+    from subject import Subject
+
+    model, x = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 16)).eval(), torch.randn(256, 64)
+
+    def judge(changed: nn.Module) -> dict[str, float]:
+        return {"nats": float((changed(x) - model(x)).detach().square().mean())}
+
+    settled: list[nn.Module] = []
+    subject = Subject(model, list(x.split(32)), judge, options={"n_batches": 8}, settle=settled.append)
+    for kind in ("ours", "rival"):
+        found = experiment.cell(subject, "decoder", 1.5, kind, {"kind": kind})
+        assert found["params_after"] <= found["limit"] < count_params(model)
+        assert found["nats"] > 0
+        assert sum(found["formats"].values()) in (1, 2)
+    assert len(settled) == 2
+    assert judge(model) == {"nats": 0.0}
+    assert "equal shares" in experiment.cell(subject, "decoder", 500.0, "rival", {"kind": "rival"})["refused"]
+
+
+def test_lines_wait_for_what_the_library_has_not() -> None:
+    import run as experiment
+
+    assert experiment._fits({"kind": "rival"}, "first")
+    assert not experiment._fits({"kind": "rival"}, "narrowing")
+    assert experiment._fits({"kind": "ours", "stages": {"Factorize": {}}, "without": ["tt"]}, "narrowing")
+    assert not experiment._fits({"kind": "ours", "stages": {"NoSuchStage": {}}}, "narrowing")
+    assert not experiment._fits({"kind": "ours", "without": ["no-such-format"]}, "narrowing")

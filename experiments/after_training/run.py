@@ -132,12 +132,12 @@ def _fits(settings: Mapping[str, Any], step: str) -> bool:
     """The rival does not change with the library: it has one line. Of ours, what this library has not yet waits."""
     if settings["kind"] == "rival":
         return step == "first"
-    known = all(hasattr(stages, name) for name in settings.get("stages", ()))
+    known = all(hasattr(stages, name) for name in (*settings.get("stages", ()), *settings.get("needs", ())))
     return known and set(settings.get("without", ())) <= set(DEFAULT_FORMATS)
 
 
 def _clean(settings: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in settings.items() if key != "subjects"}
+    return {key: value for key, value in settings.items() if key not in ("subjects", "needs")}
 
 
 def shown(found: Mapping[str, Any]) -> str:

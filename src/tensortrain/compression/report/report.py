@@ -44,6 +44,10 @@ class LayerReport(Record):
         resident_bytes: Parameters, buffers and any cached dense weight.
         decision: One sentence: "compressed", or why the layer was left dense.
         spectra: Per bond, leading singular values over the largest one, at most 64.
+        predicted_loss: Share of the model's output (of its mean square about its mean) that the layer was predicted
+            to spoil.
+        why: What the next larger and smaller forms would have changed.
+        measured_loss: The same as measured on a batch, with this layer alone replaced and nothing healed.
     """
 
     name: str
@@ -62,6 +66,9 @@ class LayerReport(Record):
     resident_bytes: int | None = None
     decision: str = ""
     spectra: tuple[tuple[float, ...], ...] = ()
+    predicted_loss: float | None = None
+    measured_loss: float | None = None
+    why: str = ""
 
     @property
     def compression(self) -> float:

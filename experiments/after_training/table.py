@@ -116,6 +116,6 @@ def _picture(rows: Sequence[Cell]) -> Figure:
             axes.plot(
                 [row["ratio"] for row in group], [max(row["loss"], 1e-6) for row in group], f"o{style}", label=label
             )
-        axes.set(title=subject, xlabel="times smaller", yscale="log")
+        axes.set(title=subject, xlabel="times smaller", ylabel="loss", yscale="log")
         axes.legend(fontsize=6)
     return figure

@@ -163,13 +163,14 @@ def test_several_sizes_hold_at_once() -> None:
     """Convolutions have the flops, the head has the parameters."""
     torch.manual_seed(0)
     model, data = decay_(ConvNet(16), 0.3), batches(2, 8, 3, 8, 8)
-    full = plan_compression(model, budget=1.0, data=data, allow_slower=True)
+    how: dict[str, Any] = {"data": data, "allow_slower": True, "formats": ("low_rank", "tucker2", "tt")}
+    full = plan_compression(model, budget=1.0, **how)
     before = spent(full)
-    few = plan_compression(model, budget={"params": "3x"}, data=data, allow_slower=True)
-    light = plan_compression(model, budget={"flops": "3x"}, data=data, allow_slower=True)
+    few = plan_compression(model, budget={"params": "3x"}, **how)
+    light = plan_compression(model, budget={"flops": "3x"}, **how)
     assert spent(few)["flops"] > before["flops"] / 3
     assert spent(light)["params"] > before["params"] / 3
-    both = plan_compression(model, budget={"params": "3x", "flops": "3x"}, data=data, allow_slower=True)
+    both = plan_compression(model, budget={"params": "3x", "flops": "3x"}, **how)
     for measure, amount in spent(both).items():
         assert 0.85 * before[measure] / 3 <= amount <= before[measure] / 3
     assert all(layer.implementation == "factorized" for layer in both.layers if layer.spec is not None)

@@ -91,7 +91,8 @@ def test_the_statistics_of_a_norm_come_with_its_layer() -> None:
 @pytest.mark.parametrize("inplace", [False, True])
 def test_the_report_holds_both(inplace: bool, tmp_path: Any) -> None:
     model, data, _ = planned("mlp")
-    result = tt.compress(model, budget="2x", data=data, heal={"steps": 2}, allow_slower=True, inplace=inplace)
+    how: dict[str, Any] = {"heal": {"steps": 2}, "allow_slower": True, "formats": ("low_rank", "tt")}
+    result = tt.compress(model, budget="2x", data=data, inplace=inplace, **how)
     layers = [layer for layer in result.report.layers if layer.format != "dense"]
     assert layers
     for layer in layers:

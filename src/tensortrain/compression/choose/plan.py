@@ -34,6 +34,7 @@ _KEPT = (
     "opened",
     "narrowed",
 )
+_NEW_OF_LAYERS = ("hot_ids", "loss", "why")  # written where they say something
 _ADDED = ("opened", "narrowed")  # by versions 3 and 4: maps of recurrent layers, and hidden units
 
 
@@ -197,8 +198,9 @@ class CompressionPlan:
     def to_json(self) -> str:
         kept = {name: to_plain(getattr(self, name)) for name in _KEPT}
         for layer in kept["layers"]:
-            if not layer["hot_ids"]:
-                del layer["hot_ids"]
+            for name in _NEW_OF_LAYERS:
+                if layer[name] in (None, "", []):
+                    del layer[name]
         version = _VERSION
         for name in reversed(_ADDED):  # as before plans knew of these, for those who read no later version
             if kept[name]:

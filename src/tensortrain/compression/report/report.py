@@ -27,6 +27,9 @@ __all__ = [
 ]
 
 
+_NEW_OF_LAYERS = ("predicted_loss", "measured_loss", "why")  # written where they say something
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LayerReport(Record):
     """One layer before and after.
@@ -209,7 +212,12 @@ class Report(Record):
 
     def to_json(self) -> str:
         """Return the report as JSON text; numbers that are not finite become null."""
-        return json.dumps(to_plain(self), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+        plain = to_plain(self)
+        for layer in plain["layers"]:
+            for name in _NEW_OF_LAYERS:
+                if layer[name] in (None, ""):
+                    del layer[name]
+        return json.dumps(plain, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the JSON to ``path``; the file appears whole or not at all."""

@@ -7,8 +7,10 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
+from tensortrain.compression.choose.candidates import factoring
 from tensortrain.compression.choose.plan import CompressionPlan
 from tensortrain.compression.choose.planner import make_plan
+from tensortrain.compression.options import CompressOptions
 from tensortrain.compression.proof import apply_proven
 from tensortrain.compression.report.alone import losses_alone
 from tensortrain.compression.stages.base import Work, stage
@@ -39,8 +41,10 @@ class Factorize:
 def _factorize(work: Work, settings: Factorize) -> Work:
     if settings.plan is not None:
         return _applied(work, settings.plan)
+    is_turn = settings.way < 1 or work.plan is not None
     work = replace(work, model=_dense_again(work))
-    options = replace(work.options, will_heal=work.will_heal, task=work.task or work.options.task, way=settings.way)
+    options = _without_narrowing(work.options) if is_turn else work.options
+    options = replace(options, will_heal=work.will_heal, task=work.task or options.task, way=settings.way)
     plan = make_plan(work.model, options)
     done = _applied(work, plan)
     refused = _left_dense(plan, done.plan)
@@ -51,6 +55,11 @@ def _factorize(work: Work, settings: Factorize) -> Work:
     if settings.way < 1:
         done = done.noted(f"On the way: {plan.params_after:,} parameters ({plan.budget}).")
     return done
+
+
+def _without_narrowing(options: CompressOptions) -> CompressOptions:
+    """Units that are gone cannot be planned with again, and a budget counts from the size that the model had."""
+    return replace(options, formats=factoring(options.formats))
 
 
 def _applied(work: Work, plan: CompressionPlan) -> Work:

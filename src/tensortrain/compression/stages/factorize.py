@@ -41,9 +41,10 @@ class Factorize:
 def _factorize(work: Work, settings: Factorize) -> Work:
     if settings.plan is not None:
         return _applied(work, settings.plan)
+    is_turn = settings.way < 1 or work.plan is not None
     work = replace(work, model=_dense_again(work))
     options = replace(work.options, will_heal=work.will_heal, task=work.task or work.options.task, way=settings.way)
-    if settings.way < 1:  # the last stage is to find a model of the sizes that its budget is told by
+    if is_turn:  # every turn is to find a model of the sizes that its budget is told by
         options = replace(options, formats=factoring(options.formats))
     plan = make_plan(work.model, options)
     done = _applied(work, plan)

@@ -35,6 +35,7 @@ __all__ = [
     "forward",
     "labels_of",
     "logits_of",
+    "output_distance",
     "positions",
     "unmasked",
 ]
@@ -241,6 +242,13 @@ def _drawing(state: Tensor | None) -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         torch.set_rng_state(state)
         yield
+
+
+def output_distance(
+    task: Task, student: dict[str, Tensor], teacher: dict[str, Tensor], batch: Any, labels: Any
+) -> Tensor | None:
+    """How far outputs lie from a teacher's, as the loss of healing without labels has it, at temperature one."""
+    return _soft_loss(task, student, teacher, batch, labels, 1.0)
 
 
 def _soft_loss(

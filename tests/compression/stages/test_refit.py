@@ -290,3 +290,52 @@ def test_the_reader_of_fewer_units_is_fitted() -> None:
     outcome = refit_(Material(model, small, data[:10], held), Refit(), Silent())
     assert outcome.kept == ["2"]
     assert distance(small, model, data[10:]) < 0.5 * before
+
+
+class Caching(nn.Module):
+    """Remembers what it saw in a list that the caller hands on, as a cache of keys and values."""
+
+    def __init__(self, needs_cache: bool) -> None:
+        super().__init__()
+        self.layer, self.needs_cache = nn.Linear(8, 8), needs_cache
+
+    def forward(self, x: Tensor, cache: dict[str, list[Tensor]] | None) -> Tensor:
+        y = torch.tanh(self.layer(x))
+        if cache is not None:
+            cache.setdefault("seen", []).append(y)
+            y = torch.stack(cache["seen"]).sum(dim=0) if self.needs_cache else y
+        return y
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("needs_cache", [False, True])
+def test_a_cache_is_left_out_and_blocks_that_need_one_are_no_chain(needs_cache: bool) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(Caching(needs_cache) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            cache: dict[str, list[Tensor]] = {}
+            for block in self.blocks:
+                x = block(x, cache)
+            return x
+
+    model, x = Net(), torch.randn(4, 8)
+    streams = Streams.of(model, copy.deepcopy(model), [x], run_plain)
+    assert bool(streams.chain) != needs_cache
+    part = streams.part_of("blocks.2.layer")
+    for _ in range(2):
+        assert torch.allclose(part.run_small(0), model(x))
+
+
+def test_a_decoder_with_a_cache_is_refitted() -> None:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(vocab_size=40, n_embd=16, n_layer=3, n_head=2, bos_token_id=0, eos_token_id=0)
+    model = transformers.GPT2LMHeadModel(config).eval()
+    generator = torch.Generator().manual_seed(0)
+    data = [{"input_ids": torch.randint(40, (6, 7), generator=generator)} for _ in range(10)]
+    found = compress(model, budget="1.3x", data=data, measure=False, n_batches=4, heal=False)
+    assert any("refitted on the compressed" in note for note in found.report.notes)
+    assert not any("no solution" in note for note in found.report.notes)

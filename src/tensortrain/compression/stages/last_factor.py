@@ -39,7 +39,7 @@ def why_no_last_factor(layer: nn.Module) -> str:
         wide = plain and (math.prod(_weight_of(layer).shape[1:]) > _MOST_FEATURES or getattr(layer, "groups", 1) > 1)
         return "" if plain and not wide else "it is of a kind whose weight is not fitted"
     if type(layer) not in (Linear, Conv1d, Conv2d) or layer.spec.weight.groups > 1:
-        return f"a {type(layer).__name__} of this kind is not fitted"
+        return f"layers of its kind ({type(layer).__name__}) are not fitted"
     fmt, spec = layer.format, layer.spec
     if isinstance(fmt, Tucker2):
         return ""

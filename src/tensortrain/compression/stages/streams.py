@@ -35,13 +35,23 @@ class _Call:
             return block(*args, **self.kwargs)
         return block(*self.args, **{**self.kwargs, self.place: x})
 
+    def without_state(self) -> _Call:
+        """The same call without what may remember earlier ones, such as a cache of keys and values."""
+        args = tuple(x if k == self.place or _is_plain(x) else None for k, x in enumerate(self.args))
+        kwargs = {name: x if name == self.place or _is_plain(x) else None for name, x in self.kwargs.items()}
+        return _Call(args, kwargs, self.place)
+
+    def input(self) -> Tensor:
+        """What the block before returned."""
+        found: Tensor = self.args[self.place] if isinstance(self.place, int) else self.kwargs[self.place]
+        return found
+
     def taken_out(self) -> Tensor:
         """The input itself, which is then held no longer."""
+        found = self.input()
         if isinstance(self.place, int):
-            found: Tensor = self.args[self.place]
             self.args = (*self.args[: self.place], None, *self.args[self.place + 1 :])
         else:
-            found = self.kwargs[self.place]
             self.kwargs = {**self.kwargs, self.place: None}
         return found
 
@@ -122,11 +132,30 @@ class Streams:
                 if places is None:
                     return
                 for k, name in enumerate(chain):
-                    args, kwargs, _ = seen[name][0]
-                    calls[k].append(_Call(args, kwargs, places[k]))
+                    args, kwargs, output = seen[name][0]
+                    call = _Call(args, kwargs, places[k]).without_state()
+                    if batch is self.batches[0] and not _gives(call, net.get_submodule(name), main_output(output)):
+                        return
+                    calls[k].append(call)
             self._calls[id(net)] = calls
             self._values[id(net)] = [[call.taken_out() for call in block] for block in reversed(calls)][-1]
         self.chain = chain
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether an argument is the same at every call: a tensor, a number, or a tuple of some."""
+    if isinstance(value, (tuple, list)):
+        return all(_is_plain(one) for one in value)
+    return value is None or isinstance(value, (Tensor, bool, int, float, str, torch.dtype, torch.device))
+
+
+def _gives(call: _Call, block: nn.Module, output: Any) -> bool:
+    """Whether a block gives what it gave in the model when it is called by itself."""
+    try:
+        again = main_output(call(block, call.input().clone()))
+    except Exception:  # it needs what was left out
+        return False
+    return isinstance(again, Tensor) and again.shape == output.shape and torch.allclose(again, output, equal_nan=True)
 
 
 _Seen = dict[str, list[tuple[tuple[Any, ...], dict[str, Any], Any]]]

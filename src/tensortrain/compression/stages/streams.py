@@ -10,6 +10,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -105,11 +106,13 @@ class Streams:
         """The part of the models that a layer lies in; the streams go on to it, for there is no way back."""
         block = next((k for k, name in enumerate(self.chain) if f"{layer}.".startswith(f"{name}.")), None)
         if block is None or block < self._here:
-            whole = [lambda k, net=net: self.run(net, self.batches[k]) for net in (self.original, self.small)]
-            return Part("", *whole)
+            return Part("", partial(self._whole, self.original), partial(self._whole, self.small))
         while self._here < block:
             self._step()
         return Part(self.chain[block], *(self._runner(net) for net in (self.original, self.small)))
+
+    def _whole(self, net: nn.Module, k: int) -> Any:
+        return self.run(net, self.batches[k])
 
     def _runner(self, net: nn.Module) -> Callable[[int], Any]:
         block, calls = net.get_submodule(self.chain[self._here]), self._calls[id(net)][self._here]
@@ -127,7 +130,7 @@ class Streams:
         for net in (self.original, self.small):
             calls: list[list[_Call]] = [[] for _ in chain]
             for batch in self.batches:
-                seen = _watched(net, chain, lambda net=net, batch=batch: self.run(net, batch))
+                seen = _watched(net, chain, partial(self.run, net, batch))
                 places = _places(seen, chain)
                 if places is None:
                     return
@@ -187,7 +190,8 @@ def _places(seen: _Seen, chain: Sequence[str]) -> list[_Place] | None:
     for before, name in itertools.pairwise(chain):
         given = main_output(seen[before][0][2])
         args, kwargs, _ = seen[name][0]
-        place = next((key for key, value in (*enumerate(args), *kwargs.items()) if value is given), None)
+        keys: list[tuple[_Place, Any]] = [*enumerate(args), *kwargs.items()]
+        place = next((key for key, value in keys if value is given), None)
         if place is None or not isinstance(given, Tensor):
             return None
         places.append(place)

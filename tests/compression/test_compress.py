@@ -345,7 +345,7 @@ def test_the_report_says_which_layers_would_have_become_slower(monkeypatch) -> N
     model, data = decay_(mlp(48, 48, 48)), batches(2, 8, 48)
     with use_cost_model(starts_slowly):
         with pytest.raises(BudgetError, match="2 layers would become slower"):
-            compress(model, budget="2x", data=data)
+            compress(model, budget="2x", data=data, formats=("low_rank", "tt"))
         kept = compress(model, budget={"params": count_params(model)}, data=data, heal=False, measure=False)
         forced = compress(model, budget="2x", data=data, heal=False, measure=False, allow_slower=True)
     assert factorized(kept.model) == []

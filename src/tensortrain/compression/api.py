@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -22,7 +22,9 @@ from tensortrain.compression.report.report import Report
 from tensortrain.compression.stages.base import Work, prepare_stages, run_stages, stage_of
 from tensortrain.compression.stages.factorize import Factorize
 from tensortrain.compression.stages.heal import Heal
+from tensortrain.compression.stages.local import HealLocally
 from tensortrain.compression.stages.points import point_of
+from tensortrain.compression.stages.refit import Refit
 from tensortrain.compression.survey.layers import check_module, count_params
 from tensortrain.errors import KindError, RankError
 from tensortrain.system.observer import Observer, Silent
@@ -53,7 +55,7 @@ def compress(
     *,
     budget: BudgetLike | None,
     data: Iterable[Any] | None = None,
-    heal: Heal | Mapping[str, Any] | bool | None = None,
+    heal: Heal | HealLocally | Mapping[str, Any] | Literal["local"] | bool | None = None,
     evaluate: Evaluate | None = None,
     metric_name: str = "metric",
     example_inputs: Any = None,
@@ -83,7 +85,10 @@ def compress(
             ``"latency_ms"`` (with ``"batch_size"``) and ``"max_metric_drop"`` (with ``evaluate``), which all hold then;
             see ``plan_compression``. One that is missed is an error before healing begins.
         data: Batches as for training. They weigh errors by what the layers really see, and heal.
-        heal: Settings, a mapping of them, ``False`` for none, ``None`` for one pass over ``data``.
+        heal: Settings, a mapping of them, ``False`` for none, ``None`` for one pass over ``data``; ``"local"`` trains
+            block by block towards the original's outputs, without labels (see ``stages.HealLocally``). With ``False``
+            and ``"local"`` layers are fitted anew by least squares on ``data`` (see ``stages.Refit``), unless
+            ``inplace``: that takes a copy of the original.
         evaluate: ``model -> figure``, measured before, after compression and after healing.
         metric_name: What the figure is called in the report; ``"accuracy"`` is shown in per cent.
         example_inputs: A batch for shapes and measurements when there is no ``data``.
@@ -113,7 +118,9 @@ def compress(
     start = perf_counter()
     own_commit()  # now, not after an hour of healing
     check_module(model)
-    todo = _stages(stages, plan, heal, data) if n_stages == 1 else _in_turns(n_stages, stages, plan, heal, data)
+    fits = data is not None and not inplace
+    one = n_stages == 1
+    todo = _stages(stages, plan, heal, data, fits=fits) if one else _in_turns(n_stages, stages, plan, heal, data)
     options = CompressOptions(
         budget=budget,  # type: ignore[arg-type]  # None is read by a stage that needs it
         data=data,
@@ -174,14 +181,17 @@ def _same_batches(options: CompressOptions) -> Iterator[None]:
 def _stages(
     stages: Sequence[Any] | None,
     plan: CompressionPlan | None,
-    heal: Heal | Mapping[str, Any] | bool | None,
+    heal: Heal | HealLocally | Mapping[str, Any] | str | bool | None,
     data: object,
+    *,
+    fits: bool,
 ) -> Sequence[Any]:
     """What is done, checked."""
     if stages is None:
         settings = _heal_settings(heal)
-        healing = settings is not None and (data is not None or heal)
-        return [Factorize(plan), settings] if healing else [Factorize(plan)]
+        trains = isinstance(settings, Heal) and (data is not None or bool(heal))
+        first = [Factorize(plan), Refit()] if fits and not isinstance(settings, Heal) else [Factorize(plan)]
+        return [*first, settings] if trains or isinstance(settings, HealLocally) else first
     if heal or plan is not None:
         given = "heal" if heal else "plan"
         raise KindError(
@@ -198,7 +208,7 @@ def _in_turns(
     n_stages: int,
     stages: Sequence[Any] | None,
     plan: CompressionPlan | None,
-    heal: Heal | Mapping[str, Any] | bool | None,
+    heal: Heal | HealLocally | Mapping[str, Any] | str | bool | None,
     data: object,
 ) -> Sequence[Any]:
     """Factorize and heal, several times up to the budget."""
@@ -220,17 +230,19 @@ def _in_turns(
     return [each for n in range(1, n_stages + 1) for each in (Factorize(way=n / n_stages), settings)]
 
 
-def _heal_settings(heal: Heal | Mapping[str, Any] | bool | None) -> Heal | None:
+def _heal_settings(heal: Heal | HealLocally | Mapping[str, Any] | str | bool | None) -> Heal | HealLocally | None:
     if heal is False:
         return None
+    if heal == "local":
+        return HealLocally()
     if heal is None or heal is True:
         return Heal()
     if isinstance(heal, Mapping):
         return Heal.read(heal)
-    if not isinstance(heal, Heal):
+    if not isinstance(heal, (Heal, HealLocally)):
         raise KindError(
-            f"healing must have known settings: heal has {heal!r}, expected a dict, a Heal, False or None. Pass "
-            "heal={'epochs': 1}."
+            f"healing must have known settings: heal has {heal!r}, expected a dict, a Heal, 'local', False or None. "
+            "Pass heal={'epochs': 1}."
         )
     return heal
 

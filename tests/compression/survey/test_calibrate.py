@@ -325,7 +325,7 @@ def test_the_change_of_the_output_follows_from_the_moments(name: str, fmt: str, 
     # The allocation reckons with decompositions; least squares afterwards does better (see the next test).
     monkeypatch.setattr(ChainFormat, "refine_flops", 0)
     model, data = three_layers(), batches(6, 1000, 24, mean=0.5)
-    plan = plan_compression(model, budget=0.8, data=data, include=name, formats=(fmt,))
+    plan = plan_compression(model, budget=0.8, data=data, include=name, formats=(fmt,), task="regress")
     calibration, entry = plan.calibration, plan.layers[0]
     assert calibration is not None
     assert entry.rel_error is not None

@@ -490,6 +490,7 @@ def _calibration(
             n_batches=options.n_batches,
             output=options.output,
             with_labels=task is not None and task.with_labels,
+            task=task,
             observer=options.observer,
         )
     if options.example_inputs is not None:

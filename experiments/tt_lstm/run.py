@@ -29,34 +29,14 @@ from tensortrain.viz.report.figures import accuracy_curve, save_figure
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
+from installed import Listener  # noqa: E402
 from study import by, once, record, spread  # noqa: E402
-
-STEP = (8, 129)  # frames, frequencies
-
-
-class Listener(nn.Module):
-    """Spectrograms, normalised per frequency, to languages."""
-
-    mean: Tensor
-    std: Tensor
-
-    def __init__(self, rnn: nn.Module, hidden: int, n_languages: int, dropout: float, heard: Tensor) -> None:
-        super().__init__()
-        frames = heard.reshape(-1, STEP[1])
-        self.register_buffer("mean", frames.mean(0).repeat(STEP[0]))
-        self.register_buffer("std", frames.std(0).repeat(STEP[0]))
-        self.rnn, self.dropout, self.head = rnn, nn.Dropout(dropout), nn.Linear(hidden, n_languages)
-
-    def forward(self, x: Tensor) -> Tensor:  # b 23 1032
-        output, _ = self.rnn((x - self.mean) / self.std)
-        return self.head(self.dropout(output[:, -1]))
 
 
 def network(name: str, config: dict[str, Any], data: SpeechData) -> Listener:
     options, sizes = config["nets"][name], (data.features.shape[-1], config["hidden"])
     rnn = nn.LSTM(*sizes, batch_first=True) if options is None else tt.nn.LSTM(*sizes, batch_first=True, **options)
-    heard = data.features[data.train_index]
-    return Listener(rnn, config["hidden"], len(data.languages), config["dropout"], heard)
+    return Listener(rnn, config["hidden"], config["dropout"], data)
 
 
 def batches(data: SpeechData, index: Tensor, size: int, *, shuffle: bool) -> DataLoader[Any]:

@@ -16,7 +16,7 @@ import tensortrain as tt
 from tensortrain import networks as models
 from tensortrain.cli import main
 from tensortrain.cli.app import run
-from tensortrain.cli.commands import read_budget_text
+from tensortrain.cli.commands import read_budget_text, read_budgets_text
 from tensortrain.cli.datasets import load_images, train_batches
 from tensortrain.compression import Silent, cross_entropy_loss, fit
 from tensortrain.compression.report.report import Report
@@ -180,6 +180,28 @@ def test_compress_without_data_heals_nothing(tmp_path: Path, capsys: Captured) -
     assert load_pretrained(tmp_path / "out" / "model", own_network)(torch.zeros(1, 784)).shape == (1, 10)
 
 
+def test_compress_to_several_budgets_writes_a_model_each_and_one_curve(tmp_path: Path, capsys: Captured) -> None:
+    out = tmp_path / "out"
+    line = f"compress mlp --budget 4x,0.1 --dataset digits --steps 2 --allow-slower --formats low_rank --out {out}"
+    found = json_of(line, capsys)
+    assert [row["budget"] for row in found["budgets"]] == ["4x", "0.1"]
+    for folder, row in zip(("4x", "0.1"), found["budgets"], strict=True):
+        plan = tt.CompressionPlan.from_json((out / folder / "plan.json").read_text())
+        assert plan.params_after == row["params"]
+        assert json_of(f"evaluate {out / folder / 'model'} --dataset digits", capsys)["accuracy"] == row["metric"]
+    report = Report.from_json((out / "report.json").read_text())
+    assert [point.label for point in report.curve][1:] == ["4x", "4x", "0.1", "0.1"]
+    assert all((out / name).exists() for name in ("report.html", "curve.png"))
+
+
+def test_several_budgets_print_a_table(tmp_path: Path, capsys: Captured) -> None:
+    line = f"compress test_commands:own_network --budget 2x,3x --allow-slower --out {tmp_path / 'out'}"
+    assert call(line) == 0
+    out = capsys.readouterr().out
+    assert "predicted loss" in out
+    assert "3x model:" in out
+
+
 # -- bench -------------------------------------------------------------------------------------------
 
 
@@ -283,10 +305,21 @@ def test_main_exits_with_the_code(capsys: Captured) -> None:
         ("params=100_000", {"params": 100_000}),
         ("params=0.25", {"params": 0.25}),
         ("flops=4x", {"flops": "4x"}),
+        ("bytes=100,000", {"bytes": 100_000}),
+        ("params=4x+latency_ms=2.5+batch_size=8", {"params": "4x", "latency_ms": 2.5, "batch_size": 8}),
+        ("max_metric_drop=0.01", {"max_metric_drop": 0.01}),
     ],
 )
 def test_budgets_on_the_command_line(text: str, budget: Any) -> None:
     assert read_budget_text(text) == budget
+
+
+def test_several_budgets_on_the_command_line() -> None:
+    assert [each for _, each in read_budgets_text("1.5x, 2x,0.1")] == ["1.5x", "2x", 0.1]
+    assert read_budgets_text("params=10,000") == [("params=10,000", {"params": 10_000})]
+    assert read_budgets_text(",") == [(",", ",")]
+    with pytest.raises(BudgetError, match="must differ"):
+        read_budgets_text("2x,3x,2x")
 
 
 def test_budget_without_number() -> None:

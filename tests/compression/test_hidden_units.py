@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tensortrain.compression.stages.narrow import narrow_
+from tensortrain.compression.narrow import narrow_
 from tensortrain.compression.survey.hidden import HiddenUnits, find_hidden_units
 from tensortrain.errors import ShapeError
 from tensortrain.formats.narrowing import refitted

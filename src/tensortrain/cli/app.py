@@ -58,7 +58,13 @@ def inspect(
 @app.command()
 def compress(
     model: Model,
-    budget: Annotated[str, typer.Option(help="20x, a share such as 0.05, params=N or flops=4x.")],
+    budget: Annotated[
+        str,
+        typer.Option(
+            help="20x, a share such as 0.05, or some of params=N, flops=4x, bytes=N, latency_ms=T, batch_size=N and "
+            "max_metric_drop=P with + between; several with commas, such as 1.5x,2x,3x."
+        ),
+    ],
     out: Annotated[Path, typer.Option(help="Folder for model/, report.json, report.html, plan.json.")],
     weights: Weights = None,
     data: Data = None,

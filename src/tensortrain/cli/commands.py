@@ -6,6 +6,7 @@ import json as json_module
 import math
 import re
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,8 @@ from tensortrain.cli.resolve import ResolvedModel, check_memory, example_inputs,
 from tensortrain.cli.texts import TEXT_SETS, load_snippets
 from tensortrain.compression.api import CompressionResult
 from tensortrain.compression.api import compress as compress_model
-from tensortrain.compression.choose.budget import BudgetLike
 from tensortrain.compression.choose.candidates import DEFAULT_FORMATS
+from tensortrain.compression.curve import Pareto, pareto
 from tensortrain.compression.report.measure import Latency, measure_latency
 from tensortrain.compression.stages.heal import Heal
 from tensortrain.compression.survey.inspect import LayerRow
@@ -51,6 +52,7 @@ __all__ = [
     "evaluate",
     "inspect",
     "read_budget_text",
+    "read_budgets_text",
 ]
 
 
@@ -218,7 +220,7 @@ def compress(
     json: bool,
 ) -> None:
     """Compress, write checkpoint and report, and print the latter."""
-    budget = read_budget_text(options.budget)
+    budgets = read_budgets_text(options.budget)
     if options.epochs < 0 or (options.steps or 0) < 0 or not (options.lr is None or 0 < options.lr < math.inf):
         raise RankError(
             f"healing must have a length and a rate: --epochs has {options.epochs}, --steps {options.steps} and --lr "
@@ -230,35 +232,52 @@ def compress(
         material = gather(
             found, data=data, dataset=dataset, tokenizer=tokenizer, shape=shape, seed=options.seed, observer=observer
         )
-        result = _compressed(found, material, budget, options, observer)
-        files = _write(result, options.out, material)
+        keywords = _keywords(found, material, options, observer)
+        if len(budgets) == 1:
+            result = _annotated(compress_model(found.model, budget=budgets[0][1], **keywords), found, material)
+            files = _write(result, options.out, material)
+            told, shown = _told_of_one(result), report_table(result.report)
+        else:
+            results = pareto(found.model, [budget for _, budget in budgets], **keywords).results
+            curve = Pareto(tuple(_annotated(each, found, material) for each in results))
+            files = _write_all(curve, budgets, options.out, material)
+            told, shown = _told_of_all(curve), str(curve)
     if json:
-        print_json({**json_module.loads(result.report.to_json()), "files": files})
+        print_json({**told, "files": files})
     else:
-        print_rich(report_table(result.report), *(f"{what}: {path}" for what, path in files.items()))
+        print_rich(shown, *(f"{what}: {path}" for what, path in files.items()))
 
 
-def _compressed(
-    found: ResolvedModel, material: Material, budget: BudgetLike, options: CompressOptions, observer: Observer
-) -> CompressionResult:
-    result = compress_model(
-        found.model,
-        budget=budget,
-        data=material.batches,
-        heal=_healing(material, options),
-        evaluate=material.evaluate,
-        metric_name=material.metric_name,
-        example_inputs=material.example,
-        formats=options.formats or DEFAULT_FORMATS,
-        include=options.include,
-        exclude=options.exclude,
-        allow_slower=options.allow_slower,
-        output=material.output,
-        checkpoint=options.out / "heal.ckpt",
-        seed=options.seed,
-        name=found.name,
-        observer=observer,
-    )
+def _told_of_one(result: CompressionResult) -> dict[str, Any]:
+    told: dict[str, Any] = json_module.loads(result.report.to_json())
+    return told
+
+
+def _told_of_all(curve: Pareto) -> dict[str, Any]:
+    return {"budgets": [asdict(row) for row in curve.rows]}
+
+
+def _keywords(found: ResolvedModel, material: Material, options: CompressOptions, observer: Observer) -> dict[str, Any]:
+    """What the library is called with, beside model and budget."""
+    return {
+        "data": material.batches,
+        "heal": _healing(material, options),
+        "evaluate": material.evaluate,
+        "metric_name": material.metric_name,
+        "example_inputs": material.example,
+        "formats": options.formats or DEFAULT_FORMATS,
+        "include": options.include,
+        "exclude": options.exclude,
+        "allow_slower": options.allow_slower,
+        "output": material.output,
+        "checkpoint": options.out / "heal.ckpt",
+        "seed": options.seed,
+        "name": found.name,
+        "observer": observer,
+    }
+
+
+def _annotated(result: CompressionResult, found: ResolvedModel, material: Material) -> CompressionResult:
     notes = [] if found.trained else ["The weights before compression were random or set by the model's function."]
     notes += [material.note] if material.note else []
     return replace(result, report=replace(result.report, notes=(*result.report.notes, *notes)))
@@ -285,6 +304,20 @@ def _write(result: CompressionResult, out: Path, material: Material) -> dict[str
         "report": str(out / "report.json"),
         "page": str(out / "report.html"),
     }
+
+
+def _write_all(curve: Pareto, budgets: Sequence[tuple[str, Any]], out: Path, material: Material) -> dict[str, str]:
+    """A folder for every budget, and one report with the curve over them."""
+    files: dict[str, str] = {}
+    for (text, _), result in zip(budgets, curve.results, strict=True):
+        written = _write(result, out / re.sub(r"[^0-9A-Za-z.]", "", text), material)
+        files |= {f"{text} {what}": path for what, path in written.items()}
+    report = curve.report
+    report.save(out / "report.json")
+    write_html(report, out / "report.html")
+    curve.plot(out / "curve.png")
+    beside = {"report": "report.json", "page": "report.html", "curve": "curve.png"}
+    return files | {what: str(out / name) for what, name in beside.items()}
 
 
 def demo(
@@ -332,15 +365,29 @@ def build_kernels(*, force: bool, json: bool) -> None:
         print(f"The kernels are ready ({seconds:g} s): {path}")
 
 
+def read_budgets_text(text: str) -> list[tuple[str, Any]]:
+    """One budget, or several with commas between them as in ``1.5x,2x,3x``; each with its text.
+
+    Raises:
+        BudgetError: One of them cannot be read, or stands there twice.
+    """
+    if "=" in text:  # there, commas stand between the digits of a number
+        return [(text, read_budget_text(text))]
+    parts = [part.strip() for part in text.split(",") if part.strip()] or [text]
+    if len(set(parts)) < len(parts):
+        raise BudgetError(f"budgets must differ: --budget has {text!r}. Leave out what stands there twice.")
+    return [(part, read_budget_text(part)) for part in parts]
+
+
 def read_budget_text(text: str) -> str | float | dict[str, Any]:
-    """A budget from the command line: ``20x``, ``0.05``, ``params=10000``, ``flops=4x``.
+    """A budget from the command line: ``20x``, ``0.05``, ``params=10000``, ``flops=4x``, ``bytes=2x+latency_ms=5``.
 
     Raises:
         BudgetError: It cannot be read.
     """
-    measure, equals, value = text.partition("=")
-    if equals:
-        return {measure.strip(): _budget_value(value.strip(), text)}
+    if "=" in text:
+        pairs = [part.partition("=") for part in text.split("+")]
+        return {measure.strip(): _budget_value(value.strip(), text) for measure, _, value in pairs}
     if re.fullmatch(r"0?\.\d+|1(\.0*)?", text.strip()):
         return float(text)
     return text
@@ -349,7 +396,7 @@ def read_budget_text(text: str) -> str | float | dict[str, Any]:
 def _budget_value(value: str, text: str) -> int | float | str:
     if re.fullmatch(r"[0-9_,]{1,30}", value):
         return int(re.sub("[_,]", "", value) or 0)
-    if re.fullmatch(r"0?\.\d+", value):
+    if re.fullmatch(r"\d*\.\d+", value):
         return float(value)
     if re.fullmatch(r"\d+(\.\d+)?[xX]", value):
         return value

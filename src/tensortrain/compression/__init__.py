@@ -5,6 +5,7 @@ from tensortrain.compression.choose.budget import Budget, read_budget
 from tensortrain.compression.choose.plan import CompressionPlan, LayerPlan
 from tensortrain.compression.choose.planner import plan_compression
 from tensortrain.compression.choose.uniform import plan_uniform
+from tensortrain.compression.curve import Pareto, ParetoRow, pareto
 from tensortrain.compression.report.report import (
     CurvePoint,
     LatencyRow,
@@ -41,6 +42,8 @@ __all__ = [
     "LayerReport",
     "MemoryRow",
     "Observer",
+    "Pareto",
+    "ParetoRow",
     "Report",
     "Silent",
     "apply_plan_",
@@ -55,6 +58,7 @@ __all__ = [
     "fit",
     "heal_",
     "inspect",
+    "pareto",
     "plan_compression",
     "plan_uniform",
     "provenance",

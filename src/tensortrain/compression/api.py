@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -15,25 +15,30 @@ from torch import nn
 from tensortrain.compression.choose.budget import BudgetLike
 from tensortrain.compression.choose.candidates import DEFAULT_FORMATS
 from tensortrain.compression.choose.plan import CompressionPlan
+from tensortrain.compression.choose.planner import make_plans
 from tensortrain.compression.options import CompressOptions
 from tensortrain.compression.report.make import make_report
 from tensortrain.compression.report.report import Report
 from tensortrain.compression.stages.base import Work, prepare_stages, run_stages, stage_of
 from tensortrain.compression.stages.factorize import Factorize
 from tensortrain.compression.stages.heal import Heal
-from tensortrain.compression.stages.points import evaluate_metric, point_of
+from tensortrain.compression.stages.local import HealLocally
+from tensortrain.compression.stages.points import point_of
+from tensortrain.compression.stages.refit import Refit
 from tensortrain.compression.survey.layers import check_module, count_params
-from tensortrain.errors import KindError
+from tensortrain.errors import KindError, RankError
 from tensortrain.system.observer import Observer, Silent
 from tensortrain.system.provenance import own_commit
 from tensortrain.system.seeds import seed_all
-from tensortrain.train.evaluation import Evaluate
+from tensortrain.train.evaluation import Evaluate, evaluate_metric
 from tensortrain.train.outputs import Output
 from tensortrain.train.preserve import checked_copy, uncompiled
 from tensortrain.train.state import loader_generators
 from tensortrain.train.task import Task, TaskName
 
-__all__ = ["CompressionResult", "compress", "evaluate_metric"]
+__all__ = ["CompressionResult", "compress", "evaluate_metric", "plans_for"]
+
+_HELD = ("_modules", "_parameters", "_buffers")  # of a module, in dicts that may be changed in place
 
 
 @dataclass(frozen=True)
@@ -50,7 +55,7 @@ def compress(
     *,
     budget: BudgetLike | None,
     data: Iterable[Any] | None = None,
-    heal: Heal | Mapping[str, Any] | bool | None = None,
+    heal: Heal | HealLocally | Mapping[str, Any] | Literal["local"] | bool | None = None,
     evaluate: Evaluate | None = None,
     metric_name: str = "metric",
     example_inputs: Any = None,
@@ -69,15 +74,21 @@ def compress(
     seed: int | None = 0,
     name: str | None = None,
     stages: Sequence[Any] | None = None,
+    n_stages: int = 1,
     observer: Observer | None = None,
 ) -> CompressionResult:
     """Make a trained model smaller, heal it, and report what was gained.
 
     Args:
         model: Trained; not changed unless ``inplace=True``.
-        budget: ``"20x"``, a share such as 0.05, ``{"params": n}`` or ``{"flops": n}``.
+        budget: ``"20x"``, a share such as 0.05, or a dict with some of ``"params"``, ``"flops"``, ``"bytes"``,
+            ``"latency_ms"`` (with ``"batch_size"``) and ``"max_metric_drop"`` (with ``evaluate``), which all hold then;
+            see ``plan_compression``. One that is missed is an error before healing begins.
         data: Batches as for training. They weigh errors by what the layers really see, and heal.
-        heal: Settings, a mapping of them, ``False`` for none, ``None`` for one pass over ``data``.
+        heal: Settings, a mapping of them, ``False`` for none, ``None`` for one pass over ``data``; ``"local"`` trains
+            block by block towards the original's outputs, without labels (see ``stages.HealLocally``). With ``False``
+            and ``"local"`` layers are fitted anew by least squares on ``data`` (see ``stages.Refit``), unless
+            ``inplace``: that takes a copy of the original.
         evaluate: ``model -> figure``, measured before, after compression and after healing.
         metric_name: What the figure is called in the report; ``"accuracy"`` is shown in per cent.
         example_inputs: A batch for shapes and measurements when there is no ``data``.
@@ -90,6 +101,8 @@ def compress(
         stages: What is done, one after another, in place of ``plan`` and ``heal``: a list of settings such as
             ``[Factorize(), Heal(epochs=1)]`` of ``tensortrain.compression.stages``. Without ``Factorize`` the budget
             may be None.
+        n_stages: In how many turns the model is compressed and healed, by equal ratios up to the budget. ``heal`` says
+            how long each is healed. What earlier turns factorized is planned again in the later ones.
 
     Returns:
         CompressionResult: ``model``, ``plan`` and ``report``. A bare layer comes back as the new layer.
@@ -105,7 +118,9 @@ def compress(
     start = perf_counter()
     own_commit()  # now, not after an hour of healing
     check_module(model)
-    todo = _stages(stages, plan, heal, data)
+    fits = data is not None and not inplace
+    one = n_stages == 1
+    todo = _stages(stages, plan, heal, data, fits=fits) if one else _in_turns(n_stages, stages, plan, heal, data)
     options = CompressOptions(
         budget=budget,  # type: ignore[arg-type]  # None is read by a stage that needs it
         data=data,
@@ -127,9 +142,7 @@ def compress(
         seed=seed,
         name=name,
     )
-    with torch.inference_mode(False), torch.random.fork_rng(devices=[]), _generators_kept(data):
-        if seed is not None:
-            seed_all(seed)  # loaders that shuffle give the same batches
+    with _same_batches(options):
         work = _carried_out(model, options, todo)
         applied = work.plan or _no_plan(work)
         report = make_report(work, applied)
@@ -137,17 +150,48 @@ def compress(
     return CompressionResult(work.model, applied, report)
 
 
+def plans_for(
+    model: nn.Module,
+    budgets: Sequence[BudgetLike],
+    *,
+    heal: Heal | Mapping[str, Any] | bool | None = None,
+    observer: Observer | None = None,
+    **keywords: Any,
+) -> list[CompressionPlan]:
+    """The plans that ``compress`` makes with these keywords for each of several budgets, from one calibration."""
+    check_module(model)
+    options = CompressOptions(budget=budgets[0], observer=observer or Silent(), **keywords)
+    with _same_batches(options):
+        model = uncompiled(model)
+        work = Work(model, model, options, task=options.known_task)
+        work = prepare_stages(work, _stages(None, None, heal, options.data))
+        asked = replace(options, will_heal=work.will_heal, task=work.task or options.task)
+        return make_plans(model, asked, budgets)
+
+
+@contextlib.contextmanager
+def _same_batches(options: CompressOptions) -> Iterator[None]:
+    """The same random numbers for the same call, those of loaders that shuffle among them; the user's are put back."""
+    with torch.inference_mode(False), torch.random.fork_rng(devices=[]), _generators_kept(options.data):
+        if options.seed is not None:
+            seed_all(options.seed)
+        yield
+
+
 def _stages(
     stages: Sequence[Any] | None,
     plan: CompressionPlan | None,
-    heal: Heal | Mapping[str, Any] | bool | None,
+    heal: Heal | HealLocally | Mapping[str, Any] | str | bool | None,
     data: object,
+    *,
+    fits: bool,
 ) -> Sequence[Any]:
     """What is done, checked."""
     if stages is None:
         settings = _heal_settings(heal)
-        healing = settings is not None and (data is not None or heal)
-        return [Factorize(plan), settings] if healing else [Factorize(plan)]
+        trains = isinstance(settings, Heal) and (data is not None or bool(heal))
+        first = [Factorize(plan), Refit()] if fits and not isinstance(settings, Heal) else [Factorize(plan)]
+        return [*first, settings] if trains or isinstance(settings, HealLocally) else first
     if heal or plan is not None:
         given = "heal" if heal else "plan"
         raise KindError(
@@ -160,17 +204,45 @@ def _stages(
     return todo
 
 
-def _heal_settings(heal: Heal | Mapping[str, Any] | bool | None) -> Heal | None:
+def _in_turns(
+    n_stages: int,
+    stages: Sequence[Any] | None,
+    plan: CompressionPlan | None,
+    heal: Heal | HealLocally | Mapping[str, Any] | str | bool | None,
+    data: object,
+) -> Sequence[Any]:
+    """Factorize and heal, several times up to the budget."""
+    if not isinstance(n_stages, int) or isinstance(n_stages, bool) or n_stages < 1:
+        raise RankError(f"a number of stages must be positive: n_stages has {n_stages!r}. Pass 1 or more.")
+    settings = _heal_settings(heal)
+    if stages is not None or plan is not None:
+        given = "stages" if stages is not None else "plan"
+        raise KindError(
+            f"turns must be left to compress: {given} is given beside n_stages={n_stages}, expected neither. Write the "
+            "turns into stages= as Factorize(way=0.5), Heal(), Factorize(), Heal(), or leave it out."
+        )
+    if settings is None or data is None:
+        missing = "heal=False" if settings is None else "no data"
+        raise KindError(
+            f"between its stages a model must be healed: n_stages has {n_stages} with {missing}. Pass data and leave "
+            "heal= out, or n_stages=1."
+        )
+    return [each for n in range(1, n_stages + 1) for each in (Factorize(way=n / n_stages), settings)]
+
+
+def _heal_settings(heal: Heal | HealLocally | Mapping[str, Any] | str | bool | None) -> Heal | HealLocally | None:
     if heal is False:
         return None
+    if heal == "local":
+        return HealLocally()
     if heal is None or heal is True:
         return Heal()
     if isinstance(heal, Mapping):
         return Heal.read(heal)
-    if not isinstance(heal, Heal):
+    if not isinstance(heal, (Heal, HealLocally)):
         raise KindError(
-            f"healing must have known settings: heal has {heal!r}, expected a dict, a Heal, False or None. Pass "
-            "heal={'epochs': 1}."
+            f"healing must have known settings: heal has {heal!r}, expected a dict, a Heal, 'local', False or None. "
+            "Pass heal={'epochs': 1}."
         )
     return heal
 
@@ -227,16 +299,17 @@ def _whole_or_as_before(model: nn.Module, inplace: bool) -> Iterator[None]:
     if not inplace:
         yield
         return
-    before = [(module, dict(module.__dict__), dict(module._modules)) for module in model.modules()]
+    before = [(module, dict(vars(module)), [dict(vars(module)[kind]) for kind in _HELD]) for module in model.modules()]
     tensors = {id(t): (t, t.detach().clone()) for t in (*model.parameters(), *model.buffers())}
     try:
         yield
     except BaseException:
-        for module, attributes, children in before:
-            module.__dict__.clear()
-            module.__dict__.update(attributes)
-            module._modules.clear()
-            module._modules.update(children)
+        for module, attributes, held in before:
+            vars(module).clear()
+            vars(module).update(attributes)
+            for kind, entries in zip(_HELD, held, strict=True):
+                vars(module)[kind].clear()
+                vars(module)[kind].update(entries)
         with torch.no_grad():
             for tensor, value in tensors.values():
                 tensor.copy_(value)

@@ -59,9 +59,9 @@ class Opened:
 
 
 @contextmanager
-def opened_for_a_while(model: nn.Module) -> Iterator[Opened]:
-    """All layers of several maps taken apart inside; the model is as before afterwards."""
-    found = open_layers(model)
+def opened_for_a_while(model: nn.Module, only: Collection[str] | None = None) -> Iterator[Opened]:
+    """Layers of several maps, or those named, taken apart inside; the model is as before afterwards."""
+    found = open_layers(model, only)
     try:
         yield found
     finally:

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from tensortrain.compression.choose.options import PlanOptions
 from tensortrain.errors import CheckpointError, DataError, KindError
-from tensortrain.train.evaluation import Evaluate
 
 __all__ = ["CompressOptions"]
 
@@ -17,7 +16,6 @@ __all__ = ["CompressOptions"]
 class CompressOptions(PlanOptions):
     """The keywords of ``compress``, which explains them, but for those that say what the stages are."""
 
-    evaluate: Evaluate | None = None
     metric_name: str = "metric"
     inplace: bool = False
     checkpoint: str | Path | None = None
@@ -27,11 +25,6 @@ class CompressOptions(PlanOptions):
 
     def __post_init__(self) -> None:
         _check_data(self.data)
-        if self.evaluate is not None and not callable(self.evaluate):
-            raise KindError(
-                f"evaluate must be a function: found {type(self.evaluate).__name__}, expected model -> figure. Pass "
-                "one."
-            )
         _check_checkpoint(self.checkpoint)
         if self.seed is not None and (not isinstance(self.seed, int) or isinstance(self.seed, bool)):
             raise KindError(f"a seed must be a whole number: found {self.seed!r}, expected an int or None. Pass 0.")

@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from collections.abc import Callable, Collection
+from dataclasses import replace
+from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from tensortrain.compression.carry import cannot_carry, carry
+from tensortrain.compression.carry import cannot_carry, carry, move_hooks
+from tensortrain.compression.choose.candidates import cold_weighting
 from tensortrain.compression.choose.plan import CompressionPlan, LayerPlan
+from tensortrain.compression.made_up import Statistic, make_up
+from tensortrain.compression.narrow import all_or_none, fitted, narrow_
 from tensortrain.compression.opened import close_composites, open_layers
 from tensortrain.compression.survey.layers import FoundLayer, check_module, find_layers
 from tensortrain.compression.survey.moments import Calibration, LayerMoments
 from tensortrain.compression.swap import Built, swap
 from tensortrain.errors import ShapeError
 from tensortrain.formats import Weighting
-from tensortrain.formats.weighting import times_moment
-from tensortrain.nn import FactorizedLayer, dense_twin
+from tensortrain.nn import Embedding, FactorizedLayer, TiedHead, dense_twin
 from tensortrain.system.observer import Observer, Silent
 
-__all__ = ["apply_plan_", "to_dense_"]
+__all__ = ["apply_plan_", "apply_shapes_", "to_dense_"]
+
+Build = Callable[[FoundLayer, LayerPlan, Weighting], FactorizedLayer]
+_ANY_VALUE = 0.01  # of cores that are only run
 
 
 def apply_plan_(model: nn.Module, plan: CompressionPlan, *, observer: Observer | None = None) -> nn.Module:
@@ -44,9 +51,21 @@ def apply_plan_(model: nn.Module, plan: CompressionPlan, *, observer: Observer |
 
     Cost: one decomposition per layer.
     """
+    return _applied(model, plan, lambda net: _apply(net, plan, observer or Silent()))
+
+
+def apply_shapes_(model: nn.Module, plan: CompressionPlan) -> nn.Module:
+    """The same with cores of the right shapes that hold any numbers: for a model that is only timed.
+
+    Cost: none of the decompositions.
+    """
+    return _applied(model, plan, lambda net: _apply(net, replace(plan, calibration=None), Silent(), _unfitted))
+
+
+def _applied(model: nn.Module, plan: CompressionPlan, apply: Callable[[nn.Module], nn.Module]) -> nn.Module:
     opened = open_layers(model, plan.opened)
     try:
-        changed = _apply(opened.model, plan, observer or Silent())
+        changed = apply(opened.model)
     except BaseException:
         opened.close()
         raise
@@ -54,31 +73,43 @@ def apply_plan_(model: nn.Module, plan: CompressionPlan, *, observer: Observer |
     return opened.close(changed_too=False)
 
 
-def _apply(model: nn.Module, plan: CompressionPlan, observer: Observer) -> nn.Module:
+def _apply(model: nn.Module, plan: CompressionPlan, observer: Observer, build: Build | None = None) -> nn.Module:
     found = {layer.name: layer for layer in find_layers(model)[0]}
     work = [(_checked(entry, found), entry) for entry in plan.layers if entry.spec is not None]
     calibration = plan.calibration or Calibration()
     built: list[Built] = []
-    statistics: list[tuple[Tensor, Tensor]] = []
-    observer.on_start("decompose", len(work))
+    statistics: list[Statistic] = []
+    observer.on_start("decompose", len(work) + len(plan.narrowed))
     try:
         for k, (layer, entry) in enumerate(work):
             moments = calibration.of(layer.name)
-            new = _build(layer, entry, moments.weighting)
+            new = (build or _build)(layer, entry, moments.weighting)
             statistics += _keep_moments(model, layer, new, moments)
             moments.forget_derived()
             built.append((layer.names, layer.module, new))
+            if layer.head is not None:
+                built.append((layer.head.names, layer.head.module, _tied(layer.head.module, new)))
             observer.on_step(k + 1)
+        narrow = []
+        for k, one in enumerate(plan.narrowed):
+            narrow.append(fitted(model, one.units, one.kept, found, calibration.of(one.units.reader)))
+            observer.on_step(len(work) + k + 1)
     finally:
         observer.on_end()
-    changed = swap(model, built)
-    for buffer, value in statistics:
+    with all_or_none() as undo:
+        for fit in narrow:
+            undo.append(narrow_(model, fit.units, fit.kept, fit.weight, fit.bias_shift))
+        changed = swap(model, built)
+    for buffer, value in [*statistics, *(one for fit in narrow for one in fit.statistics)]:
         buffer.copy_(value)
     return changed
 
 
-def to_dense_(model: nn.Module) -> nn.Module:
+def to_dense_(model: nn.Module, *, only: Collection[str] | None = None) -> nn.Module:
     """Put plain torch layers back in place of factorized ones.
+
+    Args:
+        only: Names of those; all if left out.
 
     Returns:
         Module: The model, or the dense layer where the model is a bare factorized layer.
@@ -87,7 +118,7 @@ def to_dense_(model: nn.Module) -> nn.Module:
     aliases: dict[int, list[str]] = {}
     modules: dict[int, FactorizedLayer] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, FactorizedLayer):
+        if isinstance(module, FactorizedLayer) and (only is None or name in only):
             aliases.setdefault(id(module), []).append(name)
             modules[id(module)] = module
     built: list[Built] = []
@@ -101,7 +132,26 @@ def to_dense_(model: nn.Module) -> nn.Module:
             built.append((tuple(aliases[key]), module, dense_twin(module)))
             carry(module, built[-1][2])
         changed = swap(model, built)
-    return close_composites(changed)
+    return close_composites(_untied_heads(changed))
+
+
+def _untied_heads(model: nn.Module) -> nn.Module:
+    """Plain output layers in the place of tied heads whose table is torch's again; they share its weight."""
+    names: dict[int, list[str]] = {}
+    heads: dict[int, TiedHead] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, TiedHead) and type(module.embedding) is nn.Embedding:
+            names.setdefault(id(module), []).append(name)
+            heads[id(module)] = module
+    return swap(model, [(tuple(names[key]), head, _plain_head(head)) for key, head in heads.items()])
+
+
+def _plain_head(head: TiedHead) -> nn.Linear:
+    new = nn.Linear(head.in_features, head.out_features, bias=False, device="meta")
+    new.weight = cast(nn.Embedding, head.embedding).weight
+    new.bias = head.bias
+    move_hooks(head, new)
+    return new.train(head.training)
 
 
 def _checked(entry: LayerPlan, found: dict[str, FoundLayer]) -> FoundLayer:
@@ -123,42 +173,48 @@ def _checked(entry: LayerPlan, found: dict[str, FoundLayer]) -> FoundLayer:
 def _build(layer: FoundLayer, entry: LayerPlan, weighting: Weighting) -> FactorizedLayer:
     assert entry.spec is not None
     how: Any = entry.implementation  # checked where the plan was read
-    new = layer.reader.from_spec(layer.module, entry.spec, weighting=weighting, implementation=how)
+    more: dict[str, Any] = {}
+    if entry.hot_ids:
+        more["hot_ids"] = entry.hot_ids
+        weighting = weighting if weighting.is_plain else cold_weighting(weighting, entry.hot_ids)
+    new = layer.reader.from_spec(layer.module, entry.spec, weighting=weighting, implementation=how, **more)
+    carry(layer.module, new)
+    return new
+
+
+def _tied(head: nn.Linear, table: FactorizedLayer) -> TiedHead:
+    """The output layer that goes on sharing a table."""
+    new = TiedHead(table)
+    new.bias = head.bias
+    move_hooks(head, new)
+    return new.train(head.training)
+
+
+@torch.no_grad()
+def _unfitted(layer: FoundLayer, entry: LayerPlan, weighting: Weighting) -> FactorizedLayer:
+    assert entry.spec is not None
+    weight: Any = layer.module.weight
+    how: dict[str, Any] = {"implementation": entry.implementation, "device": weight.device, "dtype": weight.dtype}
+    new = layer.reader.like(layer.module, entry.spec, **how)
+    if entry.hot_ids:
+        cast(Embedding, new).keep_rows_(entry.hot_ids, layer.kernel)
+    for parameter in new.parameters():
+        parameter.fill_(_ANY_VALUE)
     carry(layer.module, new)
     return new
 
 
 @torch.no_grad()
-def _keep_moments(
-    model: nn.Module, layer: FoundLayer, new: FactorizedLayer, moments: LayerMoments
-) -> list[tuple[Tensor, Tensor]]:
+def _keep_moments(model: nn.Module, layer: FoundLayer, new: FactorizedLayer, moments: LayerMoments) -> list[Statistic]:
     """Make up for what the truncation took from the mean and the variance of a layer's output.
-
-    The mean goes into the bias, or into the running mean of the batch norm that follows; that norm's running
-    variance shrinks as the output's does.
 
     Returns:
         list: Statistics that are still to be changed, with their new values.
     """
     if moments.mean is None or "forward" in vars(layer.module):  # its input may not be what was seen
         return []
-    old = layer.kernel.flatten(1)
     kept = new.format.to_dense(list(new.cores), new.spec).flatten(1)  # new.weight would stay in a cache
-    lost = (old.double() - kept.double()) @ moments.mean.to(old.device)
+    shift, statistics = make_up(model, layer.kernel.flatten(1), kept, moments, has_bias=new.bias is not None)
     if new.bias is not None:
-        new.bias.add_(lost.to(new.bias.dtype))
-    norm: Any = model.get_submodule(moments.norm) if moments.norm is not None else None
-    if norm is None or norm.running_mean is None:
-        return []
-    assert moments.gram is not None  # it is kept wherever a mean is
-    weighting = moments.weighting.beside(old)
-    before = _variances(old, weighting.times_inputs(old))
-    after = _variances(kept, times_moment(kept, weighting.inputs))
-    share = torch.where(before > 0, after / before, 1.0)
-    changes = [(norm.running_var, norm.running_var * share)]
-    return changes if new.bias is not None else [*changes, (norm.running_mean, norm.running_mean - lost)]
-
-
-def _variances(matrix: Tensor, weighted: Tensor) -> Tensor:
-    """Variance of every output of a linear map, given its product with the inputs' second moment about their mean."""
-    return (weighted * matrix.double()).sum(dim=1).clamp_min(0)
+        new.bias.add_(shift.to(new.bias.dtype))
+    return statistics

@@ -14,7 +14,7 @@ from torch import nn
 from tensortrain.compression.carry import cannot_carry
 from tensortrain.errors import CheckpointError, TTError
 from tensortrain.formats.registry import current_name
-from tensortrain.nn import COUNTERPARTS, FactorizedLayer
+from tensortrain.nn import COUNTERPARTS, FactorizedLayer, TiedHead
 from tensortrain.system.store.folder import RECIPE
 from tensortrain.system.store.recipe import LayerEntry, as_json, same_json
 from tensortrain.system.store.storable import has_plain_cores
@@ -55,7 +55,15 @@ def layer_entries(model: nn.Module) -> tuple[LayerEntry, ...]:
         if isinstance(module, FactorizedLayer):
             names.setdefault(id(module), []).append(name)
             layers[id(module)] = module
+    for key, listed_names in names.items():
+        names[key] = [name for name in listed_names if not _is_of_head(model, name)] or listed_names
     return tuple(_layer_entry(tuple(names[key]), layer) for key, layer in layers.items())
+
+
+def _is_of_head(model: nn.Module, name: str) -> bool:
+    """Whether it is the name that a tied head has for its table."""
+    parent, _, child = name.rpartition(".")
+    return child == "embedding" and type(model.get_submodule(parent)) is TiedHead
 
 
 def _layer_entry(names: tuple[str, ...], layer: FactorizedLayer) -> LayerEntry:

@@ -13,8 +13,10 @@ from torch import nn
 
 from tensortrain.errors import CheckpointError, KindError
 from tensortrain.io.composites import composite_entries
+from tensortrain.io.heads import head_entries
 from tensortrain.io.hidden import check_no_meta
 from tensortrain.io.layers import build_layer, check_counterpart, check_shapes, layer_entries
+from tensortrain.io.narrowed import narrowed_entries
 from tensortrain.io.restore import changes, commit
 from tensortrain.io.sources import build_empty, build_from_source, describe_source
 from tensortrain.nn import FactorizedLayer
@@ -129,7 +131,8 @@ def _inner(model: Any) -> Any:
 def _recipe_of(model: nn.Module, stored: StoredTensors, folder: Path) -> Recipe:
     """The recipe without checksum, after a look whether it will be read and its layers built."""
     layers, composites = layer_entries(model), composite_entries(model)
-    recipe = Recipe(describe_source(model), layers, dict(stored.entries), "", composites)
+    more = {"composites": composites, "narrowed": narrowed_entries(model), "heads": head_entries(model)}
+    recipe = Recipe(describe_source(model), layers, dict(stored.entries), "", **more)
     read = Recipe.from_json(recipe.to_json(), where=str(folder / RECIPE))
     for entry in read.layers:
         layer = build_layer(entry, stored, folder)

@@ -18,8 +18,10 @@ from torch import Tensor, nn
 from tensortrain.compression.carry import carry
 from tensortrain.errors import CheckpointError
 from tensortrain.io.composites import build_composite, dense_twin
+from tensortrain.io.heads import tied_to
 from tensortrain.io.layers import check_counterpart, has_config
-from tensortrain.nn import CompositeLayer, FactorizedLayer
+from tensortrain.io.narrowed import narrowed_twin
+from tensortrain.nn import CompositeLayer, FactorizedLayer, TiedHead
 from tensortrain.nn.counterparts import is_transformers_conv1d
 from tensortrain.nn.opening import composite_of, fresh_twin
 from tensortrain.system.store.recipe import (
@@ -176,6 +178,9 @@ def _swaps(
     modules = dict(skeleton.named_modules(remove_duplicate=False))
     maps = {name: (entry, layer) for entry, layer in layers for name in entry.names}
     swaps: dict[str, nn.Module] = {}
+    for entry in recipe.narrowed:  # some of which were factorized after that
+        old = modules.get(entry.names[0])
+        _swap_all(entry, narrowed_twin(old, entry, stored, folder), swaps, modules)
     for entry in recipe.composites:
         new = build_composite(modules.get(entry.names[0]), entry, maps, folder)
         _swap_all(entry, new, swaps, modules)
@@ -187,7 +192,10 @@ def _swaps(
         if not isinstance(modules[entry.names[0]], FactorizedLayer):
             _take_over(modules[entry.names[0]], layer)
         _swap_all(entry, None if _is_like(modules[entry.names[0]], entry) else layer, swaps, modules)
-    known = {name for entry in (*recipe.composites, *recipe.layers) for name in entry.names}
+    for entry in recipe.heads:
+        _swap_all(entry, tied_to(modules.get(entry.names[0]), entry, modules, folder), swaps, modules)
+    listed_entries = (*recipe.composites, *recipe.layers, *recipe.narrowed, *recipe.heads)
+    known = {name for entry in listed_entries for name in entry.names}
     for name, module in list(modules.items()):
         if name not in known and name in modules and _is_dense_in(name, module, stored):
             _swap(name, dense_twin(module), swaps, modules)
@@ -256,6 +264,10 @@ def _surgery(skeleton: nn.Module, swaps: Mapping[str, nn.Module]) -> list[Change
         if name:
             parent, _, child = name.rpartition(".")
             todo.append(Put(skeleton.get_submodule(parent), child, module))
+    for new in {id(new): new for new in swaps.values()}.values():
+        if isinstance(new, TiedHead):
+            table = new.embedding
+            todo.append(Put(becomes[id(new)], "embedding", becomes.get(id(table), table)))
     return todo
 
 

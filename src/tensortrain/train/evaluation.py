@@ -1,4 +1,4 @@
-"""How good a model is: the share of right answers."""
+"""How good a model is: the share of right answers, or what a function of the user's says."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tensortrain.errors import DataError
+from tensortrain.errors import DataError, KindError
 from tensortrain.train.batches import device_of, opened, read_batch, to_device
 from tensortrain.train.modes import evaluating
 from tensortrain.train.outputs import judged_outputs
+from tensortrain.train.preserve import preserved
 from tensortrain.train.task import IGNORED, task_of_outputs
 
-__all__ = ["Evaluate", "evaluate_accuracy"]
+__all__ = ["Evaluate", "evaluate_accuracy", "evaluate_metric"]
 
 Evaluate = Callable[[nn.Module], "float | Mapping[str, float]"]
 
@@ -56,3 +57,20 @@ def _hits(model: nn.Module, batch: Any, labels: Tensor) -> Tensor:
     found = y.argmax(task.class_axis if task.labels != "none" else -1)
     labels = labels.reshape(found.shape)
     return found[labels != IGNORED] == labels[labels != IGNORED]
+
+
+def evaluate_metric(evaluate: Evaluate | None, model: nn.Module) -> float | None:
+    """The first figure that ``evaluate`` gives."""
+    if evaluate is None:
+        return None
+    with torch.no_grad(), preserved(model, as_user_runs_it=True):
+        model.eval()
+        figures = evaluate(model)
+    figure = next(iter(figures.values()), None) if isinstance(figures, Mapping) else figures
+    try:
+        return float(figure)  # type: ignore[arg-type]
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise KindError(
+            f"evaluate must give a number: it gives {type(figure).__name__}, expected a float or a dict of floats. "
+            "Return the figure that the model is judged by."
+        ) from error

@@ -35,6 +35,9 @@ __all__ = [
     "forward",
     "labels_of",
     "logits_of",
+    "output_distance",
+    "positions",
+    "unmasked",
 ]
 
 Loss = Callable[[nn.Module, Any], "Tensor | None"]
@@ -241,6 +244,13 @@ def _drawing(state: Tensor | None) -> Iterator[None]:
         yield
 
 
+def output_distance(
+    task: Task, student: dict[str, Tensor], teacher: dict[str, Tensor], batch: Any, labels: Any
+) -> Tensor | None:
+    """How far outputs lie from a teacher's, as the loss of healing without labels has it, at temperature one."""
+    return _soft_loss(task, student, teacher, batch, labels, 1.0)
+
+
 def _soft_loss(
     task: Task, student: dict[str, Tensor], teacher: dict[str, Tensor], batch: Any, labels: Any, temperature: float
 ) -> Tensor | None:
@@ -253,7 +263,7 @@ def _soft_loss(
         if own is None:
             raise _missing_output(name)
         _same_shape(own, target)
-        mask = _positions(task, name, target, batch, labels)
+        mask = positions(task, name, target, batch, labels)
         if mask is not None and not bool(mask.any()):
             continue
         if name == task.main and task.softmax:
@@ -282,7 +292,7 @@ def _hard_loss(task: Task, y: Tensor, labels: Any, result: Any) -> Tensor | None
     return label_loss(task, y, labels)
 
 
-def _positions(task: Task, name: str, y: Tensor, batch: Any, labels: Any) -> Tensor | None:
+def positions(task: Task, name: str, y: Tensor, batch: Any, labels: Any) -> Tensor | None:
     """Which positions (b, t, ..) of an output count: those that no label and no attention mask takes out."""
     masks = []
     if name == task.main and task.softmax and task.labels != "none" and isinstance(labels, Tensor):
@@ -312,14 +322,15 @@ def _labelled(task: Task, y: Tensor, labels: Tensor) -> Tensor | None:
 def _kl(task: Task, student: Tensor, teacher: Tensor, mask: Tensor | None, temperature: float) -> Tensor:
     """T^2 times the divergence of the student's class probabilities, mean over the positions that count."""
     counts = counted(as_logits(task, teacher))
-    rows = [_unmasked(as_logits(task, y), counts) for y in (student, teacher)]
+    rows = [unmasked(as_logits(task, y), counts) for y in (student, teacher)]
     if mask is not None:
         rows = [each[mask.reshape(-1)] for each in rows]
     log_p, log_q = (F.log_softmax(each / temperature, dim=-1) for each in rows)
     return temperature**2 * F.kl_div(log_p, log_q, log_target=True, reduction="batchmean")
 
 
-def _unmasked(logits: Tensor, counts: Tensor) -> Tensor:
+def unmasked(logits: Tensor, counts: Tensor) -> Tensor:
+    """Logits in float32 at least, the entries that do not count far below all others."""
     logits = logits if logits.dtype == torch.float64 else logits.float()
     return torch.where(counts & torch.isfinite(logits.detach()), logits, _MASKED_LOGIT)
 

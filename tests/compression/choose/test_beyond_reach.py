@@ -41,7 +41,8 @@ def test_what_a_filter_takes_out_stands_in_the_way_too() -> None:
 
 def test_a_tied_table_counts_once() -> None:
     model = nn.ModuleDict({"e": nn.Embedding(50, 32), "h": nn.Linear(32, 50, bias=False), "o": nn.Linear(32, 32)})
-    model["h"].weight = model["e"].weight
+    model["f"] = nn.Embedding(50, 32)  # an encoder's and a decoder's, with the head
+    model["h"].weight = model["f"].weight = model["e"].weight
     text = what_stands_in_the_way(model, find_layers(model)[0])
     assert text == (
         " Beyond reach are 60% of the parameters: 'e' (Embedding) with 1,600 (left alone: its weight is tied: it "

@@ -66,12 +66,10 @@ def test_a_shared_module_is_one_layer_with_all_its_names() -> None:
 
 
 def test_tied_weights_are_left_alone() -> None:
-    model = nn.ModuleDict(
-        {"embed": nn.Embedding(20, 8), "head": nn.Linear(8, 20, bias=False), "other": nn.Linear(8, 8)}
-    )
-    model["head"].weight = model["embed"].weight
+    model = nn.ModuleDict({"a": nn.Linear(8, 20), "b": nn.Linear(8, 20, bias=False), "other": nn.Linear(8, 8)})
+    model["b"].weight = model["a"].weight
     assert names(model) == ["other"]
-    assert set(reasons(model)) == {"embed", "head"}
+    assert set(reasons(model)) == {"a", "b"}
     assert all("tied" in reason for reason in reasons(model).values())
 
 

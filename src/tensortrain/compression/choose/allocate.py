@@ -16,7 +16,7 @@ from typing import Any
 
 from tensortrain.errors import BudgetError
 
-__all__ = ["Option", "allocate"]
+__all__ = ["Option", "allocate", "summed"]
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,31 @@ def allocate(menus: Sequence[Sequence[Option]], budget: int) -> list[Option]:
             "Allow a larger budget or more formats, or exclude fewer layers."
         )
     return _descend(cleaned, budget - smallest)
+
+
+def summed(menus: Sequence[Sequence[Option]]) -> list[Option]:
+    """One menu of several layers that are chosen together: ``choice`` is a tuple of theirs.
+
+    Of all sums those that walking down the menus together comes by, which hold the corners of their lower convex hull.
+
+    Cost: a sort of all options.
+    """
+    cleaned = [_efficient(menu) for menu in menus]
+    picks = [menu[0] for menu in cleaned]
+    steps = [_steepest_steps(menu) for menu in cleaned]
+    found = [_sum_of(picks)]
+    while True:
+        ways = [(_slope(picks[k], step), k, step) for k in range(len(picks)) if (step := steps[k].get(picks[k].cost))]
+        if not ways:
+            return found
+        _, k, step = min(ways, key=lambda way: way[:2])
+        picks[k] = step
+        found.append(_sum_of(picks))
+
+
+def _sum_of(picks: Sequence[Option]) -> Option:
+    cost, loss = sum(pick.cost for pick in picks), sum(pick.loss for pick in picks)
+    return Option(cost, loss, tuple(pick.choice for pick in picks))
 
 
 def _efficient(menu: Sequence[Option]) -> list[Option]:

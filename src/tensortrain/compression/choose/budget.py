@@ -4,27 +4,44 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any, Literal
 
 from tensortrain.errors import BudgetError
 
-__all__ = ["Budget", "BudgetLike", "read_budget"]
+__all__ = ["Budget", "BudgetLike", "Measure", "read_amount", "read_budget"]
 
 BudgetLike = str | float | Mapping[str, Any]
-Measure = Literal["params", "flops"]
+Measure = Literal["params", "flops", "bytes", "time"]
 _HOW = "Pass '20x', a share such as 0.05, {'params': n} or {'flops': n}"
 
 
 @dataclass(frozen=True)
 class Budget:
-    """At most ``limit`` (parameters of the whole model, or flops per example)."""
+    """At most ``limit``: parameters or bytes of the whole model, flops per example, or predicted nanoseconds per batch.
+
+    Attributes:
+        rates: Where several measures are weighed against each other, what a unit of each costs; ``measure`` is then the
+            first of them, and ``limit`` on the sum of these costs.
+    """
 
     measure: Measure
     limit: int
     text: str
+    rates: tuple[tuple[Measure, float], ...] = ()
+
+    @property
+    def measures(self) -> tuple[Measure, ...]:
+        """All that it bounds."""
+        return tuple(measure for measure, _ in self.rates) or (self.measure,)
+
+    def total(self, amount: Callable[[Measure], int]) -> int:
+        """What amounts come to in the unit of the limit."""
+        if not self.rates:
+            return amount(self.measure)
+        return math.ceil(sum(rate * amount(measure) for measure, rate in self.rates))
 
 
 def read_budget(budget: BudgetLike, *, params: int, flops: int | None = None) -> Budget:
@@ -57,6 +74,15 @@ def _measured(measure: str, value: Any, *, params: int, flops: int | None) -> Bu
             )
         return Budget("flops", _limit(value, flops, "flops", absolute=True), text)
     raise BudgetError(f"a budget must name 'params' or 'flops': found {measure!r}. {_HOW}.")
+
+
+def read_amount(value: Any, now: int, unit: str) -> int:
+    """The limit that a number, a share or a ratio stands for, where there are ``now``.
+
+    Raises:
+        BudgetError: It cannot be read, or asks for growth.
+    """
+    return _limit(value, now, unit, absolute=True)
 
 
 def _limit(value: Any, now: int, unit: str, *, absolute: bool = False) -> int:

@@ -23,11 +23,24 @@ from tensortrain.formats import (
     suggest_modes,
     suggest_padded_modes,
 )
+from tensortrain.nn.embedding.layers import hottest
 
-__all__ = ["Candidate", "Family", "candidates", "default_formats", "families", "least_params"]
+__all__ = [
+    "NARROW",
+    "Candidate",
+    "Family",
+    "candidates",
+    "cold_weighting",
+    "default_formats",
+    "factoring",
+    "families",
+    "least_params",
+]
 
-DEFAULT_FORMATS = ("low_rank", "tucker2", "tt")
+NARROW = "narrow"  # beside the formats: fewer hidden units, of layers that stay dense
+DEFAULT_FORMATS = ("low_rank", "tucker2", "tt", NARROW)
 _MOST_SPECTRUM_POINTS = 64
+_HOT_SHIFTS = (7, 6, 5, 4)  # of a table's rows 1 in 2^7 stay as they are, 1 in 2^6, ..
 _PROBES = (0.6, 0.25)  # predicted errors at which a path is checked by real decompositions
 _COARSE = 0.08  # steps of the ranks at which families are compared
 # A family that is predicted to have so many times the error of the best at every size cannot win. Predictions are
@@ -42,6 +55,18 @@ def default_formats() -> tuple[str, ...]:
     return DEFAULT_FORMATS
 
 
+def factoring(formats: Sequence[str]) -> tuple[str, ...]:
+    """The formats among what a plan may choose from.
+
+    Raises:
+        KindError: One is not known.
+    """
+    names = tuple(name for name in formats if name != NARROW)
+    for name in names:
+        get_format(name)
+    return names
+
+
 @dataclass(frozen=True)
 class Candidate:
     """One way to store a layer: a point on the rank path of one format and mode shape.
@@ -49,11 +74,13 @@ class Candidate:
     Attributes:
         spectra: Singular values of every cut, the first relative to the largest.
         is_last_resort: Whether it is of a family that another one beats wherever both are that large.
+        hot_ids: Rows of a table that stay as they are, beside the cores; counted by ``point``.
     """
 
     point: RankPoint
     spectra: tuple[tuple[float, ...], ...]
     is_last_resort: bool = False
+    hot_ids: tuple[int, ...] = ()
 
     @property
     def spec(self) -> FactorSpec:
@@ -69,12 +96,16 @@ class Family:
         spectra: Singular values of every cut.
         marks: Predicted errors, and what decompositions there really reached.
         below: Points of so many parameters and more cannot win against other families.
+        hot_ids: Rows of a table that stay as they are.
+        share: Size of what the cores stand for, of the whole weight.
     """
 
     spec: FactorSpec
     spectra: tuple[Tensor, ...]
     marks: tuple[tuple[float, float], ...] = ()
     below: float = math.inf
+    hot_ids: tuple[int, ...] = ()
+    share: float = 1.0
 
     def candidates(self, *, growth: float, wide: bool = False) -> list[Candidate]:
         """The points of its rank paths that are smaller than the dense weight; none is worse than no weight at all."""
@@ -85,17 +116,21 @@ class Family:
                 replace(point, rel_error=min(1.0, _interpolated(point.rel_error, self.marks))),
                 shown,
                 self.below < math.inf,
+                self.hot_ids,
             )
             for point in found
         ]
 
     def points(self, *, growth: float, wide: bool = False) -> list[RankPoint]:
         """The same with errors as predicted from the spectra alone."""
-        most = self.spec.weight.n_params - 1
+        n_hot = len(self.hot_ids) * self.spec.weight.out_features
+        most = self.spec.weight.n_params - n_hot - 1
         points = rank_path(self.spec, self.spectra, max_params=most, growth=growth)
         if wide and len(self.spectra) > 1:
             points += even_path(self.spec, self.spectra, max_params=most, growth=growth)
-        return points
+        if not n_hot:
+            return points
+        return [RankPoint(one.spec, one.n_params + n_hot, one.rel_error * self.share) for one in points]
 
 
 def candidates(
@@ -144,7 +179,7 @@ def families(
     check_finite(layer.name, dense)
     found: list[Family] = []
     best = _Best()
-    for name in formats:
+    for name in factoring(formats):
         fmt = get_format(name)
         if weight.kind not in fmt.kinds:
             continue
@@ -162,7 +197,37 @@ def families(
                 family = replace(family, marks=_marks(points, dense, weighting))
                 best.add(points, family.marks)
             found.append(family)
+            found += _with_hot_rows(family, layer, dense, weighting)
     return found
+
+
+def _with_hot_rows(family: Family, layer: FoundLayer, dense: Tensor, weighting: Weighting) -> list[Family]:
+    """The same where the rows of the most frequent ids stay as they are, a few of them or some more.
+
+    Source: Chen et al., "GroupReduce", arXiv:1806.06950, in its simplest form.
+    """
+    counts = weighting.inputs
+    if family.spec.format != "low_rank" or layer.weight.kind != "embedding" or counts is None:
+        return []
+    whole = weighting.energy(dense.T)
+    met = int((counts > counts.min()).sum())
+    found = []
+    for n in (len(counts) >> shift for shift in _HOT_SHIFTS):
+        hot = hottest(counts, n, layer.module.padding_idx)  # type: ignore[arg-type]
+        ids = tuple(hot[hot >= 0].tolist())
+        if 0 < len(ids) <= met and whole > 0:
+            cold = cold_weighting(weighting, ids)
+            share = math.sqrt(cold.energy(dense.T) / whole)
+            spectra = tuple(_group_spectra(dense, family.spec, cold))
+            found.append(replace(family, spectra=spectra, hot_ids=ids, share=share))
+    return found
+
+
+def cold_weighting(weighting: Weighting, hot_ids: Sequence[int]) -> Weighting:
+    """What errors of a table weigh where some rows stay as they are."""
+    counts = weighting.inputs
+    assert counts is not None
+    return Weighting(counts.index_fill(0, torch.tensor(hot_ids, device=counts.device), 0.0), weighting.outputs)
 
 
 class _Best:
@@ -212,6 +277,9 @@ def least_params(weight: WeightShape, formats: Sequence[str]) -> int:
     Mode shapes that follow the structure of the inputs need data; prime factors are as small as those get.
     """
     least = weight.n_params
+    if NARROW in formats and weight.kind != "embedding":
+        least //= max(weight.out_features, weight.in_features)  # one unit is left of those that it makes or reads
+    formats = factoring(formats)
     if weight.kind == "linear" and "tt" in formats:
         n_out = min(weight.out_features, sum(suggest_modes(weight.out_features, 2)))
         least = min(least, sum(_prime_factors(weight.in_features)) + n_out)

@@ -5,24 +5,26 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, TypeAlias
 
 import numpy as np
 
-from tensortrain.compression.choose.allocate import Option, allocate
-from tensortrain.compression.choose.budget import Budget
+from tensortrain.compression.choose.allocate import Option, allocate, summed
+from tensortrain.compression.choose.budget import Budget, Measure
 from tensortrain.compression.choose.candidates import Candidate
 from tensortrain.compression.choose.candidates import Family as Forms
 from tensortrain.compression.choose.clock import Clock, Family, family_of
 from tensortrain.compression.choose.cost import LayerCost, spec_cost
 from tensortrain.compression.choose.load import Load
-from tensortrain.compression.choose.plan import LayerPlan
+from tensortrain.compression.choose.plan import LayerPlan, Narrowed
+from tensortrain.compression.choose.why import why_not_other
+from tensortrain.compression.choose.widths import Width, Widths
 from tensortrain.compression.survey.layers import FoundLayer
 from tensortrain.errors import BudgetError
 from tensortrain.formats import FactorSpec, get_format
 
-__all__ = ["Chooser", "Menu"]
+__all__ = ["Choice", "Chooser", "Menu"]
 
 _SLACK = 0.01  # of the whole model's time: what a layer, or all together, may lose before they count as slower
 # What counts of a squared error where the healing is long, for a weight of full matrix rank: this share of that of the
@@ -38,9 +40,19 @@ _CHEAPEST, _DEAREST = 1e-3, 1e2  # errors that all of the time is worth, between
 _TINY = 1e-300
 _LIGHT = 0.035  # of all layers' time: which form such a layer takes hardly shows
 _SPENT = 0.95  # of the budget
+_ID_BYTES = 8  # of the number of a row that is kept
 
 
 Array: TypeAlias = "np.ndarray[Any, Any]"
+Pick: TypeAlias = "Candidate | Width | None"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What becomes of the layers, and of the hidden units between some of them."""
+
+    layers: Sequence[LayerPlan]
+    narrowed: Sequence[Narrowed] = ()
 
 
 @dataclass(frozen=True)
@@ -50,9 +62,13 @@ class Menu:
     Attributes:
         loads: What comes to it with one batch, at every batch size that speed is judged at.
         dense: Its cost as it is.
-        weight: What losing it wholly would change of the model's output.
+        weight: What losing it wholly counts.
+        reach: What losing it wholly would change of the model's output, a share; None where that is not known.
+        item_bytes: Of one number of its weight.
+        kept_bytes: What any smaller form holds beside its parameters.
         families: What its smaller forms are made of.
         candidates: The smaller forms.
+        widths: What it can be narrowed to, together with other layers.
     """
 
     layer: FoundLayer
@@ -61,6 +77,15 @@ class Menu:
     weight: float
     families: Sequence[Forms] = ()
     candidates: Sequence[Candidate] = ()
+    widths: Sequence[Width] = ()
+    reach: float | None = None
+    item_bytes: int = 4
+    kept_bytes: int = 0
+
+    @property
+    def choices(self) -> tuple[Pick, ...]:
+        """All that it can become; None is the layer as it is."""
+        return (None, *self.candidates, *self.widths)
 
     def with_candidates(self, *, growth: float, wide: bool) -> Menu:
         """The menu filled in, ranks growing by such steps."""
@@ -88,6 +113,7 @@ class Chooser:
     Attributes:
         total_params: Of the whole model.
         beyond_reach: Tells who holds the parameters that no plan reaches, for a message.
+        hidden: Units that several layers are narrowed at together; their widths stand on the menus.
         banned: Per layer, the families that are too slow from so many parameters on.
     """
 
@@ -97,15 +123,18 @@ class Chooser:
     allow_slower: bool
     long_healing: bool
     beyond_reach: Callable[[], str]
+    hidden: Sequence[Widths] = ()
     banned: dict[str, dict[Family, int]] = field(init=False)
     clock: Clock = field(default_factory=Clock)
     known: dict[tuple[str, FactorSpec], LayerCost] = field(default_factory=dict)
+    total_bytes: int = 0
+    picks: list[Pick] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.banned = {menu.layer.name: {} for menu in self.menus}
 
-    def choose(self) -> list[LayerPlan]:
-        """One entry a layer, within the budget.
+    def choose(self) -> Choice:
+        """What fits the budget.
 
         Raises:
             BudgetError: Even the smallest forms exceed it.
@@ -115,9 +144,16 @@ class Chooser:
             if self._may_quicken:
                 picks = self._quickened(picks)
             if not self._struck_off(picks):
-                return [self._plan(menu, pick) for menu, pick in zip(self.menus, picks, strict=True)]
+                self.picks = picks
+                layers = [self._plan(menu, pick) for menu, pick in zip(self.menus, picks, strict=True)]
+                return Choice(layers, self._narrowed(picks))
 
-    def _struck_off(self, picks: Sequence[Candidate | None]) -> bool:
+    def _narrowed(self, picks: Sequence[Pick]) -> list[Narrowed]:
+        by_name = {menu.layer.name: pick for menu, pick in zip(self.menus, picks, strict=True)}
+        chosen = [(one, by_name[one.units.reader]) for one in self.hidden]
+        return [Narrowed.of(one, pick.n_units) for one, pick in chosen if isinstance(pick, Width)]
+
+    def _struck_off(self, picks: Sequence[Pick]) -> bool:
         """Whether some picks are too slow, which are then banned with all larger ones of their family."""
         slower = [] if self.allow_slower else self._slower(picks)
         for menu, candidate in slower:
@@ -143,11 +179,25 @@ class Chooser:
             for load, whole in zip(menu.loads, self._whole, strict=True)
         ]
 
-    def spent(self, plans: Sequence[LayerPlan]) -> int:
-        """What of the budget the plans use."""
-        if self.budget.measure == "flops":
-            return sum(plan.flops_after or 0 for plan in plans)
-        return self.total_params - sum(plan.params_before - plan.params_after for plan in plans)
+    def spent(self) -> int:
+        """What of the budget is used by what was chosen."""
+        return self._spent(self.picks)
+
+    def spent_of(self, measure: Measure) -> int:
+        """What was chosen uses of a measure, which need not be that of the budget."""
+        pairs = zip(self.menus, self.picks, strict=True)
+        return self._fixed_in(measure) + sum(self._price_in(menu, pick, measure) for menu, pick in pairs)
+
+    def range_of(self, measure: Measure) -> tuple[int, int]:
+        """The least of a measure that any choice spends, speed left aside, and what the model spends as it is."""
+        prices = [[self._price_in(menu, each, measure) for each in menu.choices] for menu in self.menus]
+        fixed = self._fixed_in(measure)
+        return fixed + sum(map(min, prices)), fixed + sum(each[0] for each in prices)
+
+    @property
+    def loss(self) -> float:
+        """What was chosen is predicted to cost in quality."""
+        return self._loss(self.picks)
 
     @property
     def slower(self) -> list[str]:
@@ -156,13 +206,38 @@ class Chooser:
 
     # -- allocation ----------------------------------------------------------------------------------
 
-    def _allocate(self, price_of_time: float = 0.0) -> list[Candidate | None]:
-        options = [self._options(k, menu, price_of_time) for k, menu in enumerate(self.menus)]
+    def _allocate(self, price_of_time: float = 0.0) -> list[Pick]:
+        options = [self._joint(group, price_of_time) for group in self._groups]
         try:
-            picks = allocate(options, self.budget.limit - self._fixed())
+            found = allocate(options, self.budget.limit - self._fixed())
         except BudgetError as error:
             raise self._unreachable(options) from error
-        return [pick.choice for pick in picks]
+        picks: list[Pick] = [None] * len(self.menus)
+        for group, option in zip(self._groups, found, strict=True):
+            for k, pick in zip(group, option.choice, strict=True):
+                picks[k] = pick
+        return picks
+
+    @cached_property
+    def _groups(self) -> list[tuple[int, ...]]:
+        """Places of the menus that are chosen from together."""
+        places = {menu.layer.name: k for k, menu in enumerate(self.menus)}
+        together = [tuple(places[name] for name in one.names) for one in self.hidden]
+        taken = {k for group in together for k in group}
+        return [*together, *((k,) for k in range(len(self.menus)) if k not in taken)]
+
+    def _joint(self, group: Sequence[int], price_of_time: float) -> list[Option]:
+        """What can become of some layers: a form for each, or one width for all."""
+        menus = [self.menus[k] for k in group]
+        apart = [self._options(k, menu, price_of_time) for k, menu in zip(group, menus, strict=True)]
+        if len(group) == 1:
+            return [Option(option.cost, option.loss, (option.choice,)) for option in apart[0]]
+        n = len(menus[0].widths)
+        costs, losses = _summed(self._costs, group, n), _summed(self._losses, group, n)
+        if price_of_time:
+            losses = losses + price_of_time * _summed(self._times, group, n)
+        at_widths = zip(costs, losses, zip(*(menu.widths for menu in menus), strict=True), strict=True)
+        return [*summed(apart), *(Option(int(cost), float(loss), widths) for cost, loss, widths in at_widths)]
 
     def _options(self, k: int, menu: Menu, price_of_time: float) -> list[Option]:
         """The forms of a layer that are not banned, by rising cost, without those that cost more and lose no less."""
@@ -174,7 +249,7 @@ class Chooser:
         falling = losses[order]
         least = np.minimum.accumulate(falling)
         order = order[np.concatenate([[True], falling[1:] < least[:-1]])]
-        choices = (None, *menu.candidates)
+        choices = menu.choices
         return [Option(int(costs[n]), float(losses[n]), choices[n]) for n in order]
 
     def _allowed(self, k: int, menu: Menu) -> Array:
@@ -189,23 +264,27 @@ class Chooser:
     @cached_property
     def _costs(self) -> list[Array]:
         """Of every form in the budget's unit, by menu and place."""
-        return [np.array([self._price(menu, each) for each in (None, *menu.candidates)]) for menu in self.menus]
+        return [np.array([self._price(menu, each) for each in menu.choices]) for menu in self.menus]
 
     @cached_property
     def _losses(self) -> list[Array]:
         """What every form is predicted to cost in quality, by menu and place."""
-        long = self.long_healing
-        return [menu.weight * np.array([0.0, *menu.expected_errors(long_healing=long)]) for menu in self.menus]
+        return [menu.weight * np.array(self._errors(menu)) for menu in self.menus]
+
+    def _errors(self, menu: Menu) -> list[float]:
+        expected = menu.expected_errors(long_healing=self.long_healing)
+        return [0.0, *expected, *(width.error for width in menu.widths)]
 
     # -- speed ---------------------------------------------------------------------------------------
 
     @property
     def _may_quicken(self) -> bool:
-        """Whether speed decides between plans of like error: for a budget in parameters, where the inputs are known."""
+        """Whether speed decides between plans of like error: for a budget in size alone, where the inputs are known."""
         known = all(load.seen for menu in self.menus for load in menu.loads)
-        return self.budget.measure == "params" and not self.allow_slower and not self.long_healing and known
+        of_size = {"params", "bytes"}.issuperset(self.budget.measures)
+        return of_size and not self.allow_slower and not self.long_healing and known
 
-    def _quickened(self, picks: list[Candidate | None]) -> list[Candidate | None]:
+    def _quickened(self, picks: list[Pick]) -> list[Pick]:
         """The fastest picks found that spend about as much and whose predicted error is about that of these."""
         most, least = (1 + _LIKE) * self._loss(picks), min(self._spent(picks), _SPENT * self.budget.limit)
         low, high = math.log(_CHEAPEST * most + _TINY), math.log(_DEAREST * most + _TINY)  # of what time is worth
@@ -219,20 +298,19 @@ class Chooser:
                 high = middle
         return picks
 
-    def _spent(self, picks: Sequence[Candidate | None]) -> int:
+    def _spent(self, picks: Sequence[Pick]) -> int:
         return self._fixed() + sum(self._price(menu, pick) for menu, pick in zip(self.menus, picks, strict=True))
 
-    def _loss(self, picks: Sequence[Candidate | None]) -> float:
+    def _loss(self, picks: Sequence[Pick]) -> float:
         return sum(float(self._losses[k][self._places[id(pick)]]) for k, pick in enumerate(picks))
 
-    def _share(self, picks: Sequence[Candidate | None]) -> float:
+    def _share(self, picks: Sequence[Pick]) -> float:
         """Of the time of all layers as they are, the mean over the batch sizes."""
         return sum(float(self._times[k][self._places[id(pick)]]) for k, pick in enumerate(picks))
 
     @cached_property
     def _places(self) -> dict[int, int]:
-        places = {id(candidate): 1 + n for menu in self.menus for n, candidate in enumerate(menu.candidates)}
-        return {**places, id(None): 0}
+        return {id(choice): n for menu in self.menus for n, choice in enumerate(menu.choices)}
 
     @cached_property
     def _times(self) -> list[Array]:
@@ -248,7 +326,8 @@ class Chooser:
         """Of the dense layer and all candidates, close enough to compare plans by; picks are looked at again."""
         dense = self.clock.dense(menu.layer, load)
         is_light = dense < _LIGHT * whole
-        return [dense, *self.clock.all(menu.layer, load, menu.candidates, roughly=True if is_light else None)]
+        timed = self.clock.all(menu.layer, load, menu.candidates, roughly=True if is_light else None)
+        return [dense, *timed, *(dense * width.share for width in menu.widths)]
 
     @cached_property
     def _whole(self) -> list[float]:
@@ -258,9 +337,9 @@ class Chooser:
             for n in range(min((len(menu.loads) for menu in self.menus), default=0))
         ]
 
-    def _slower(self, picks: Sequence[Candidate | None]) -> list[tuple[Menu, Candidate]]:
+    def _slower(self, picks: Sequence[Pick]) -> list[tuple[Menu, Candidate]]:
         """Picks that lose more than a little of the model's time; where only all together do, the worst of them."""
-        chosen = [(menu, pick) for menu, pick in zip(self.menus, picks, strict=True) if pick is not None]
+        chosen = [(menu, pick) for menu, pick in zip(self.menus, picks, strict=True) if isinstance(pick, Candidate)]
         losses = [self._lost_s(menu, pick) for menu, pick in chosen]
         whole = self._whole
         slower = [
@@ -287,14 +366,46 @@ class Chooser:
 
     def _fixed(self) -> int:
         """What the model costs outside the weights that can be chosen."""
-        if self.budget.measure == "flops":
-            return 0
-        return self.total_params - sum(menu.layer.weight.n_params for menu in self.menus)
+        return self.budget.total(self._fixed_in)
 
-    def _price(self, menu: Menu, candidate: Candidate | None) -> int:
-        if self.budget.measure == "params":
-            return menu.layer.weight.n_params if candidate is None else candidate.point.n_params
-        return (menu.dense if candidate is None else self._cost(menu, candidate)).flops or 0
+    def _fixed_in(self, measure: Measure) -> int:
+        if measure in ("flops", "time"):
+            return 0
+        total = self.total_params if measure == "params" else self.total_bytes
+        return total - sum(self._price_in(menu, None, measure) for menu in self.menus)
+
+    def _price(self, menu: Menu, pick: Pick) -> int:
+        return self.budget.total(partial(self._price_in, menu, pick))
+
+    def _price_in(self, menu: Menu, pick: Pick, measure: Measure) -> int:
+        if measure == "flops":
+            return self._flops(menu, pick) or 0
+        if measure == "time":
+            return self._nanoseconds(menu)[id(pick)]
+        n_params = _n_params(menu, pick)
+        if measure == "params":
+            return n_params
+        beside = menu.kept_bytes + _ID_BYTES * len(pick.hot_ids) if isinstance(pick, Candidate) else 0
+        return n_params * menu.item_bytes + beside
+
+    def _flops(self, menu: Menu, pick: Pick) -> int | None:
+        if isinstance(pick, Candidate):
+            return self._cost(menu, pick).flops
+        share = 1.0 if pick is None else pick.share
+        return None if menu.dense.flops is None else round(share * menu.dense.flops)
+
+    def _nanoseconds(self, menu: Menu) -> dict[int, int]:
+        """Of every form of a layer, by its id, for one batch of the first size that speed is judged at."""
+        if menu.layer.name not in self._known_ns:
+            seconds = self._seconds(menu, menu.loads[0], self._whole[0])
+            self._known_ns[menu.layer.name] = {
+                id(form): math.ceil(1e9 * one) for form, one in zip(menu.choices, seconds, strict=True)
+            }
+        return self._known_ns[menu.layer.name]
+
+    @cached_property
+    def _known_ns(self) -> dict[str, dict[int, int]]:
+        return {}
 
     def _cost(self, menu: Menu, candidate: Candidate) -> LayerCost:
         """Milliseconds to predict, so each is predicted once."""
@@ -315,20 +426,26 @@ class Chooser:
             f"Ask for at least {least:,}."
         )
 
-    def _plan(self, menu: Menu, pick: Candidate | None) -> LayerPlan:
+    def _plan(self, menu: Menu, pick: Pick) -> LayerPlan:
         slow = "every form that fits is predicted slower at this batch size; allow_slower=True admits them"
         why = slow if self.banned[menu.layer.name] else "worth its parameters"
         dense = LayerPlan.of(menu.layer, flops=menu.dense.flops, why=why)
         if pick is None:
             return dense
+        if isinstance(pick, Width):
+            loss = menu.reach * pick.error if menu.reach is not None and pick.reads else None
+            return dense.narrowed(pick, flops=self._flops(menu, pick), loss=loss)
         # A budget in flops is only kept if the layer really runs core by core.
-        implementation = "factorized" if self.budget.measure == "flops" else "auto"
+        implementation = "factorized" if "flops" in self.budget.measures else "auto"
         return dense.compressed(
             pick.spec,
-            flops=self._cost(menu, pick).flops,
+            flops=self._flops(menu, pick),
             rel_error=pick.point.rel_error,
             implementation=implementation,
             spectra=pick.spectra,
+            hot_ids=pick.hot_ids,
+            loss=menu.reach * pick.point.rel_error**2 if menu.reach is not None else None,
+            why=why_not_other(pick, menu.candidates, dense_params=menu.layer.weight.n_params, reach=menu.reach),
         )
 
 
@@ -339,6 +456,18 @@ def _running_best(sizes: Sequence[int], errors: Sequence[float]) -> list[float]:
         least = min(least, errors[k])
         best[k] = least
     return best
+
+
+def _summed(columns: Sequence[Array], group: Sequence[int], n: int) -> Array:
+    """Of the last n entries, which stand for widths."""
+    found: Array = np.sum([columns[k][-n:] for k in group], axis=0)
+    return found
+
+
+def _n_params(menu: Menu, pick: Pick) -> int:
+    if pick is None:
+        return menu.layer.weight.n_params
+    return pick.n_params if isinstance(pick, Width) else pick.point.n_params
 
 
 def _family(menu: Menu, pick: Candidate) -> list[Candidate]:

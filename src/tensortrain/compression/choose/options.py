@@ -8,7 +8,9 @@ from typing import Any, Literal
 
 from tensortrain.compression.choose.budget import BudgetLike
 from tensortrain.compression.choose.candidates import DEFAULT_FORMATS
+from tensortrain.errors import KindError
 from tensortrain.system.observer import Observer, Silent
+from tensortrain.train.evaluation import Evaluate
 from tensortrain.train.outputs import Output, check_output
 from tensortrain.train.task import Task, TaskName, check_task_name
 
@@ -17,7 +19,10 @@ __all__ = ["PlanOptions"]
 
 @dataclass(frozen=True, kw_only=True)
 class PlanOptions:
-    """The keywords of ``plan_compression``, which explains them; names are checked when it is made."""
+    """The keywords of ``plan_compression``, which explains them; names are checked when it is made.
+
+    ``way`` is how much of the way to the budget is gone, in equal ratios: less than all for a stage before the last.
+    """
 
     budget: BudgetLike
     data: Iterable[Any] | None = None
@@ -32,8 +37,15 @@ class PlanOptions:
     task: TaskName | Task | None = None
     output: Output | None = None
     observer: Observer = field(default_factory=Silent)
+    evaluate: Evaluate | None = None
+    way: float = 1.0
 
     def __post_init__(self) -> None:
+        if self.evaluate is not None and not callable(self.evaluate):
+            raise KindError(
+                f"evaluate must be a function: found {type(self.evaluate).__name__}, expected model -> figure. Pass "
+                "one."
+            )
         check_output(self.output)
         check_task_name(self.task.kind if isinstance(self.task, Task) else self.task)
 

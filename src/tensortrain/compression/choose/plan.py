@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from tensortrain.compression.choose.candidates import NARROW
+from tensortrain.compression.choose.widths import Width, Widths
+from tensortrain.compression.survey.hidden import HiddenUnits
 from tensortrain.compression.survey.layers import FoundLayer, LeftAlone
 from tensortrain.compression.survey.moments import Calibration
 from tensortrain.errors import CheckpointError
@@ -14,9 +18,10 @@ from tensortrain.formats import FactorSpec, get_format
 from tensortrain.nn.base import Implementation
 from tensortrain.system.records import read_record, to_plain
 
-__all__ = ["CompressionPlan", "LayerPlan"]
+__all__ = ["CompressionPlan", "LayerPlan", "Narrowed", "n_saved"]
 
-_VERSION = 3
+_VERSION = 4
+_NARROWED = "narrowed"
 _KEPT = (
     "budget",
     "params_before",
@@ -27,12 +32,23 @@ _KEPT = (
     "outputs",
     "notes",
     "opened",
+    "narrowed",
 )
+_NEW_OF_LAYERS = ("hot_ids", "loss", "why")  # written where they say something
+_ADDED = ("opened", "narrowed")  # by versions 3 and 4: maps of recurrent layers, and hidden units
 
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """What becomes of one layer; ``spec`` is ``None`` where it stays dense."""
+    """What becomes of one layer.
+
+    Attributes:
+        spec: None where it stays dense.
+        hot_ids: Rows of a table that stay as they are, beside the cores.
+        loss: The share of the model's output that the choice is predicted to spoil, as far as calibration data tells;
+            losses of layers add up.
+        why: What the next forms on the menu would have changed.
+    """
 
     names: tuple[str, ...]
     kind: str
@@ -46,6 +62,9 @@ class LayerPlan:
     decision: str
     implementation: Implementation = "auto"
     spectra: tuple[tuple[float, ...], ...] = ()
+    hot_ids: tuple[int, ...] = ()
+    loss: float | None = None
+    why: str = ""
 
     def __post_init__(self) -> None:
         if not self.names:
@@ -67,13 +86,25 @@ class LayerPlan:
             params_after=self.params_before,
             flops_after=self.flops_before,
             rel_error=None,
+            loss=None,
+            why="",
             decision=f"left dense: {why}",
         )
 
     def compressed(self, spec: FactorSpec, *, flops: int | None = None, **more: Any) -> LayerPlan:
         """The same layer in a smaller form; ``more`` are further fields."""
-        n = self.params_before - spec.weight.n_params + spec.n_params
+        n_hot = len(more.get("hot_ids", ())) * spec.weight.out_features
+        n = self.params_before - spec.weight.n_params + spec.n_params + n_hot
         return replace(self, spec=spec, params_after=n, flops_after=flops, decision="compressed", **more)
+
+    def narrowed(self, width: Width, *, flops: int | None, loss: float | None) -> LayerPlan:
+        """The same layer with fewer of the hidden units that it makes or reads."""
+        fixed = self.params_before - math.prod(self.shape) if width.reads else 0  # the bias of the reader stays
+        n = round(width.share * (self.params_before - fixed)) + fixed
+        error = math.sqrt(width.error) if width.reads else None
+        what = f"{width.n_units:,} units ({width.share:.0%})"
+        said = f"{_NARROWED}: {what}"
+        return replace(self, params_after=n, flops_after=flops, rel_error=error, loss=loss, decision=said)
 
     @property
     def name(self) -> str:
@@ -81,7 +112,39 @@ class LayerPlan:
 
     @property
     def format(self) -> str:
-        return "dense" if self.spec is None else self.spec.format
+        if self.spec is not None:
+            return self.spec.format
+        return NARROW if self.decision.startswith(_NARROWED) else "dense"
+
+
+@dataclass(frozen=True)
+class Narrowed:
+    """Hidden units of which some go, from all layers around them.
+
+    Attributes:
+        kept: Numbers of those that remain.
+        n_between: Parameters that the layers between lose.
+    """
+
+    units: HiddenUnits
+    kept: tuple[int, ...]
+    n_between: int
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the layers that make and read the units."""
+        return (*self.units.makers, self.units.reader)
+
+    @classmethod
+    def of(cls, widths: Widths, n_units: int) -> Narrowed:
+        """Those that are best kept at a width."""
+        n = widths.units.n_units
+        return cls(widths.units, tuple(widths.order.kept(n_units).tolist()), widths.n_between * (n - n_units) // n)
+
+
+def n_saved(layers: Sequence[LayerPlan], narrowed: Sequence[Narrowed]) -> int:
+    """Parameters that a plan takes away."""
+    return sum(one.params_before - one.params_after for one in layers) + sum(one.n_between for one in narrowed)
 
 
 @dataclass(frozen=True)
@@ -95,6 +158,7 @@ class CompressionPlan:
         task, outputs: How the model is judged, in words, and the names of its outputs that count.
         notes: Sentences on what could not be done as asked.
         opened: Layers of several maps (recurrent ones, attention) whose maps are changed one by one.
+        narrowed: Hidden units of which some go.
         calibration: The input statistics it was made with; not part of the text.
     """
 
@@ -108,10 +172,17 @@ class CompressionPlan:
     outputs: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     opened: tuple[str, ...] = ()
+    narrowed: tuple[Narrowed, ...] = ()
 
     @property
     def compression(self) -> float:
         return self.params_before / max(1, self.params_after)
+
+    @property
+    def loss(self) -> float | None:
+        """What all choices together are predicted to spoil; ``None`` where that is not known of those that change."""
+        losses = [layer.loss for layer in self.layers if layer.spec is not None or layer.loss is not None]
+        return None if None in losses else math.fsum(loss for loss in losses if loss is not None)
 
     def with_opened(self, names: Sequence[str], left_alone: Sequence[LeftAlone]) -> CompressionPlan:
         """The plan of a model that was planned with some layers taken apart.
@@ -126,10 +197,17 @@ class CompressionPlan:
 
     def to_json(self) -> str:
         kept = {name: to_plain(getattr(self, name)) for name in _KEPT}
-        if not self.opened:  # as before plans reached the maps of recurrent layers, for those who read no later version
-            del kept["opened"]
-            return json.dumps({"version": 2, **kept}, indent=1)
-        return json.dumps({"version": _VERSION, **kept}, indent=1)
+        for layer in kept["layers"]:
+            for name in _NEW_OF_LAYERS:
+                if layer[name] in (None, "", []):
+                    del layer[name]
+        version = _VERSION
+        for name in reversed(_ADDED):  # as before plans knew of these, for those who read no later version
+            if kept[name]:
+                break
+            del kept[name]
+            version -= 1
+        return json.dumps({"version": version, **kept}, indent=1)
 
     @classmethod
     def from_json(cls, text: str) -> CompressionPlan:
@@ -142,8 +220,9 @@ class CompressionPlan:
             data = json.loads(text)
             if data["version"] == 1:  # before plans told how a model is judged
                 data = {**data, "version": 2, "task": "", "outputs": [], "notes": []}
-            if data["version"] == 2:  # before plans reached the maps of recurrent layers
-                data = {**data, "version": _VERSION, "opened": []}
+            for k, name in enumerate(_ADDED):
+                if data["version"] == 2 + k:
+                    data = {**data, "version": 3 + k, name: []}
             if data.pop("version") != _VERSION or data.keys() != set(_KEPT):
                 raise ValueError("keys or a version that are not known")
             return read_record(cls, data, "plan")
@@ -170,6 +249,7 @@ def _row(layer: LayerPlan, width: int) -> str:
     spec = layer.spec
     modes = "" if spec is None else f"{_by(spec.out_modes)} x {_by(spec.in_modes)}"
     ranks = "" if spec is None else ",".join(map(str, get_format(spec.format).inner_ranks(spec)))
+    ranks += f" + {len(layer.hot_ids):,} rows" if layer.hot_ids else ""
     error = "" if layer.rel_error is None else f"{layer.rel_error:.3f}"
     params = f"{layer.params_before:,} -> {layer.params_after:,}"
     return f"{layer.name:<{width}}  {layer.format:<9} {modes:<28} {ranks:<22} {params:>23} {error:>7}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -15,29 +15,35 @@ from tensortrain.compression.choose.beyond_reach import (
     unspent_note,
     what_stands_in_the_way,
 )
-from tensortrain.compression.choose.budget import Budget, BudgetLike, read_budget
-from tensortrain.compression.choose.candidates import DEFAULT_FORMATS, families, least_params
-from tensortrain.compression.choose.chooser import Chooser, Menu
+from tensortrain.compression.choose.budget import Budget, BudgetLike, Measure, read_budget
+from tensortrain.compression.choose.candidates import DEFAULT_FORMATS, NARROW, factoring, families, least_params
+from tensortrain.compression.choose.chooser import Choice, Chooser, Menu
 from tensortrain.compression.choose.clock import Clock
 from tensortrain.compression.choose.cost import dense_cost
+from tensortrain.compression.choose.goals import Goals, Sizes, read_goals
 from tensortrain.compression.choose.load import loads_of
 from tensortrain.compression.choose.options import PlanOptions
-from tensortrain.compression.choose.plan import CompressionPlan, LayerPlan
+from tensortrain.compression.choose.plan import CompressionPlan, n_saved
+from tensortrain.compression.choose.proving import Proving
 from tensortrain.compression.choose.weights import weigh_layers
+from tensortrain.compression.choose.widths import Width, Widths, disjoint, widths_of
+from tensortrain.compression.choose.within import Planned, find_plan
 from tensortrain.compression.opened import opened_for_a_while
 from tensortrain.compression.survey.calibrate import calibrate
-from tensortrain.compression.survey.layers import FoundLayer, LeftAlone, count_params, find_layers
+from tensortrain.compression.survey.layers import FoundLayer, LeftAlone, check_module, count_params, find_layers
 from tensortrain.compression.survey.moments import Calibration, LayerMoments
+from tensortrain.compression.survey.proven import proven_units
 from tensortrain.compression.survey.task import FIRST, first_with_example, task_on_batch
 from tensortrain.errors import BudgetError
-from tensortrain.formats import get_format
 from tensortrain.system.observer import Observer, Silent
+from tensortrain.system.storage import count_bytes
 from tensortrain.train.batches import take
+from tensortrain.train.evaluation import Evaluate
 from tensortrain.train.outputs import Output
 from tensortrain.train.preserve import uncompiled
 from tensortrain.train.task import Task, TaskName
 
-__all__ = ["check_reachable", "make_plan", "plan_compression"]
+__all__ = ["check_reachable", "make_plan", "make_plans", "plan_compression"]
 
 # Exponent on a layer's weight when the model is healed: at 80x on Fashion-MNIST, after one epoch, 0.5 gave 90.5 %,
 # 1 gave 88.8 % and 0 gave 90.0 %.
@@ -64,6 +70,7 @@ def plan_compression(
     will_heal: bool | Literal["long"] = False,
     task: TaskName | Task | None = None,
     output: Output | None = None,
+    evaluate: Evaluate | None = None,
     observer: Observer | None = None,
 ) -> CompressionPlan:
     """Choose format, modes and ranks of every layer so that the model fits a budget. Changes nothing.
@@ -74,11 +81,20 @@ def plan_compression(
 
     Args:
         model: Any module; a bare layer too.
-        budget: ``"20x"``, a share, ``{"params": n}`` or ``{"flops": n}``; every parameter of the model
-            counts, shared ones once.
+        budget: ``"20x"``, a share, or a dict with one or several of these, which then all hold:
+
+            - ``"params"``: every parameter of the model counts, shared ones once.
+            - ``"flops"``: per example, of the layers that can be factorized.
+            - ``"bytes"``: parameters and buffers at the size of their dtype, what shares memory once. Weights keep
+              their dtype.
+            - ``"latency_ms"`` with ``"batch_size"`` (1): measured. Plans are built and timed until the one of least
+              predicted loss is found that takes no longer; time is spent where it lowers the error most.
+            - ``"max_metric_drop"``: by how much the figure of ``evaluate`` may fall, in its own unit (0.01 of an
+              accuracy in [0, 1] is a point). It is measured before any healing, once for every plan that is tried.
+              Alone, it asks for the smallest model; beside other limits it has to hold as well.
         data: Calibration batches, as for training (labels are not used).
         example_inputs: A batch to take shapes from, when there is no ``data``.
-        formats: Names to choose among.
+        formats: Names to choose among; ``"narrow"`` is fewer hidden units, of layers that stay dense.
         include, exclude: Layer names or fnmatch patterns.
         allow_slower: Take candidates that are slower than the dense layer. Without it a layer, and all together, may
             lose at most 1 % of the whole model's time, and of plans of like error (within 5 %) the fastest is taken.
@@ -91,12 +107,13 @@ def plan_compression(
             ``"embed"``; found out from the data when None. The plan says which.
         output: What the model is judged by: the name or number of one of its outputs, a callable on what it returns, or
             one on ``(model, batch)``; all tensors that it returns when None.
+        evaluate: ``model -> figure``, larger for better models; for ``"max_metric_drop"``.
 
     Returns:
         CompressionPlan: Print it, save it as JSON, or hand it to ``apply_plan_``.
 
     Raises:
-        BudgetError: The budget cannot be read or not be reached.
+        BudgetError: The budget cannot be read or not be reached; the message says what was.
         FilterError: A pattern matches no layer.
         NonFiniteError: A weight holds NaN or Inf.
 
@@ -117,6 +134,7 @@ def plan_compression(
             will_heal=will_heal,
             task=task,
             output=output,
+            evaluate=evaluate,
             observer=observer or Silent(),
         ),
     )
@@ -124,42 +142,204 @@ def plan_compression(
 
 def make_plan(model: nn.Module, options: PlanOptions) -> CompressionPlan:
     """``plan_compression`` with its keywords as one record."""
-    with opened_for_a_while(uncompiled(model)) as opened:
-        plan = _plan_opened(opened.model, options)
-    return plan.with_opened(opened.names, opened.left_alone(plan.left_alone))
+    return make_plans(model, options, [options.budget])[0]
 
 
-def _plan_opened(model: nn.Module, options: PlanOptions) -> CompressionPlan:
-    """The plan of a model whose layers of several maps stand apart."""
-    layers, left = _layers(model, options)
+def make_plans(model: nn.Module, options: PlanOptions, budgets: Sequence[BudgetLike]) -> list[CompressionPlan]:
+    """A plan for each of several budgets, from one calibration; ``options.budget`` is not looked at.
+
+    Raises:
+        BudgetError: One of them cannot be read or reached.
+    """
+    check_module(model)
+    model = uncompiled(model)
+    asked = [_read(model, each, options) for each in budgets]  # before anything that takes long
+    options = _adapted(options, asked)
+    with opened_for_a_while(model) as opened:
+        planning = _surveyed(opened.model, options, budgets)
+    planning.opened, planning.left = opened.names, opened.left_alone(planning.left)
+    return [planning.find(model, each) for each in budgets]
+
+
+def _read(model: nn.Module, budget: BudgetLike, options: PlanOptions) -> Goals:
+    """What shapes alone tell about a budget, the flops aside."""
+    can_run = options.data is not None or options.example_inputs is not None
+    now = replace(_sizes(model), flops=_FLOPS_NOT_KNOWN_YET if can_run else None)
+    return _goals(budget, now, options)
+
+
+def _goals(budget: BudgetLike, now: Sizes, options: PlanOptions) -> Goals:
+    can_run = options.data is not None or options.example_inputs is not None
+    goals = read_goals(
+        budget, now, can_evaluate=options.evaluate is not None, can_run=can_run, batch_size=options.batch_size
+    )
+    return goals.on_the_way(options.way, now)
+
+
+def _sizes(model: nn.Module) -> Sizes:
+    return Sizes(count_params(model), count_bytes((*model.parameters(), *model.buffers())))
+
+
+def _adapted(options: PlanOptions, asked: Sequence[Goals]) -> PlanOptions:
+    """Speed is judged at the batch size of the budget; what is measured before healing is not planned for after it."""
+    sizes = {goals.batch_size for goals in asked if goals.latency_ms is not None}
+    if len(sizes) > 1:
+        raise BudgetError(
+            f"budgets of one calibration must be timed at one batch size: found {sorted(sizes)}. Plan each by itself."
+        )
+    judged = any(goals.metric_drop is not None for goals in asked)
+    batch_size = next(iter(sizes), options.batch_size)
+    return replace(options, batch_size=batch_size, will_heal=False if judged else options.will_heal)
+
+
+def _surveyed(model: nn.Module, options: PlanOptions, budgets: Sequence[BudgetLike]) -> Planning:
+    """What all plans of a model have in common; its layers of several maps stand apart."""
+    layers, left = _layers(model, options, budgets)
     task, data = _task(model, options)
     calibration = _calibration(model, layers, data, task, options)
     menus, unseen = _menus(layers, calibration, options)
+    hidden = _hidden(model, layers, calibration, options)
     flops = sum(menu.dense.flops or 0 for menu in menus) if calibration is not None else None
-    total = count_params(model)
-    budget = read_budget(options.budget, params=total, flops=flops)
-    beyond_reach = partial(what_stands_in_the_way, model, layers, left)
-    plans, unspent = _spend(menus, calibration, budget, total, options, beyond_reach)
-    return CompressionPlan(
-        tuple(plans),
-        budget.text,
-        total,
-        total - sum(layer.params_before - layer.params_after for layer in plans),
-        tuple(left),
+    now = replace(_sizes(model), flops=flops)
+    for each in budgets:
+        _goals(each, now, options)  # flops are known by now
+    return Planning(
+        options,
+        now,
+        _with_families(menus, hidden, calibration, options, wide=options.will_heal == "long"),
+        hidden,
         calibration,
-        str(task) if task else "",
-        task.outputs if task else (),
-        (*(task.notes if task else ()), *(calibration.notes if calibration else ()), *unseen, *unspent),
+        task,
+        partial(what_stands_in_the_way, model, layers, left),
+        left=tuple(left),
+        notes=(*(task.notes if task else ()), *(calibration.notes if calibration else ()), *unseen),
     )
 
 
-def _layers(model: nn.Module, options: PlanOptions) -> tuple[list[FoundLayer], list[LeftAlone]]:
-    """What can be compressed and what is left alone; what shapes alone tell against the budget is raised."""
+@dataclass
+class Planning:
+    """What plans of one model are made from, whatever their budget.
+
+    Attributes:
+        now: What the model has.
+        menus: With their families.
+        hidden: Units that can be narrowed at.
+        task: How the model is judged.
+        beyond_reach: Tells who holds the parameters that no plan reaches.
+        opened, left: Layers of several maps, and what is left alone.
+        notes: On what was not seen.
+        made: Plans by their limits; ``slower`` names the layers whose larger forms were struck off for each.
+    """
+
+    options: PlanOptions
+    now: Sizes
+    menus: Sequence[Menu]
+    hidden: Sequence[Widths]
+    calibration: Calibration | None
+    task: Task | None
+    beyond_reach: Callable[[], str]
+    opened: Sequence[str] = ()
+    left: Sequence[LeftAlone] = ()
+    notes: tuple[str, ...] = ()
+    clock: Clock = field(default_factory=Clock)
+    filled: dict[float, list[Menu]] = field(default_factory=dict)
+    made: dict[Budget, Planned] = field(default_factory=dict)
+    slower: dict[Budget, list[str]] = field(default_factory=dict)
+
+    @property
+    def observer(self) -> Observer:
+        return self.options.observer
+
+    def find(self, model: nn.Module, budget: BudgetLike) -> CompressionPlan:
+        """A plan that holds a budget; the model is built where it takes measuring."""
+        goals = _goals(budget, self.now, self.options)
+        if goals.is_measured or len(goals.counted) > 1:
+            return replace(find_plan(self, goals, self._proving(model, goals)), budget=goals.text)
+        (limit,) = goals.counted
+        found, full = self.plan(limit), {"params": self.now.params, "bytes": self.now.n_bytes}
+        note = unspent_note(
+            limit,
+            found.spent(limit.measure),
+            full=full.get(limit.measure, self.now.flops or 0),
+            slower=self.slower[limit],
+        )
+        return replace(found.plan, notes=(*found.plan.notes, note)) if note else found.plan
+
+    def plan(self, budget: Budget) -> Planned:
+        """The best plan within one limit.
+
+        Raises:
+            BudgetError: There is none.
+        """
+        if budget not in self.made:
+            chooser, choice = self._spend(budget)
+            self.made[budget] = Planned(self._as_plan(budget, choice), chooser.loss, chooser.spent_of)
+            self.slower[budget] = chooser.slower
+        return self.made[budget]
+
+    def range_of(self, measure: Measure) -> tuple[int, int]:
+        """The least that any plan spends of a measure, and what the model spends as it is."""
+        return self._chooser(_GROWTHS[0], Budget(measure, 0, "")).range_of(measure)
+
+    def _spend(self, budget: Budget) -> tuple[Chooser, Choice]:
+        """Choose, in finer steps of the ranks where coarse ones leave much of one size."""
+        for growth in _GROWTHS:
+            chooser = self._chooser(growth, budget)
+            choice = chooser.choose()
+            if chooser.spent() >= _SPENT * budget.limit or budget.rates or budget.measure == "time":
+                break
+        return chooser, choice
+
+    def _chooser(self, growth: float, budget: Budget) -> Chooser:
+        long = self.options.will_heal == "long"
+        if growth not in self.filled:
+            self.filled[growth] = [menu.with_candidates(growth=growth, wide=long) for menu in self.menus]
+        return Chooser(
+            self.filled[growth],
+            budget,
+            self.now.params,
+            self.options.allow_slower,
+            long,
+            self.beyond_reach,
+            self.hidden,
+            clock=self.clock,
+            total_bytes=self.now.n_bytes,
+        )
+
+    def _as_plan(self, budget: Budget, choice: Choice) -> CompressionPlan:
+        task, total = self.task, self.now.params
+        plan = CompressionPlan(
+            tuple(choice.layers),
+            budget.text,
+            total,
+            total - n_saved(choice.layers, choice.narrowed),
+            tuple(self.left),
+            self.calibration,
+            str(task) if task else "",
+            task.outputs if task else (),
+            self.notes,
+            narrowed=tuple(choice.narrowed),
+        )
+        return plan.with_opened(self.opened, self.left)
+
+    def _proving(self, model: nn.Module, goals: Goals) -> Proving:
+        calibration, batch = self.calibration, self.options.example_inputs
+        if batch is None and calibration is not None and calibration.batches:
+            batch = calibration.batches[0]
+        with_labels = calibration is not None and calibration.with_labels
+        return Proving(model, self.options.evaluate, batch, goals.batch_size, with_labels, self.observer)
+
+
+def _layers(
+    model: nn.Module, options: PlanOptions, budgets: Sequence[BudgetLike]
+) -> tuple[list[FoundLayer], list[LeftAlone]]:
+    """What can be compressed and what is left alone; what shapes alone tell against the budgets is raised."""
     layers, left = find_layers(model, include=options.include, exclude=options.exclude)
     if not layers:
         raise nothing_to_compress(model, left)
     if options.data is not None or options.example_inputs is not None:
-        check_reachable(model, layers, options.budget, options.formats)  # before the passes over the data
+        for each in budgets:  # before the passes over the data
+            _check_goals(model, layers, _read(model, each, options), options.formats)
     return layers, left
 
 
@@ -171,54 +351,82 @@ def _menus(
     loads = [loads_of(layer, calibration, options.batch_size) for layer in layers]
     costs = [dense_cost(layer, load[0]) for layer, load in zip(layers, loads, strict=True)]
     weights, unseen = weigh_layers(layers, calibration, narrowed=options.output is not None)
+    known = calibration is not None and bool(calibration.output_grams)
     return [
-        Menu(layer, load, cost, weights[layer.name] ** reach)
+        Menu(
+            layer,
+            load,
+            cost,
+            weights[layer.name] ** reach,
+            reach=weights[layer.name] if known else None,
+            item_bytes=_item_bytes(layer),
+            kept_bytes=_kept_bytes(layer),
+        )
         for layer, load, cost in zip(layers, loads, costs, strict=True)
     ], unseen
 
 
-def _spend(
-    menus: Sequence[Menu],
-    calibration: Calibration | None,
-    budget: Budget,
-    total: int,
-    options: PlanOptions,
-    beyond_reach: Callable[[], str],
-) -> tuple[list[LayerPlan], list[str]]:
-    """Choose, in finer steps of the ranks where coarse ones leave much; and a note where even these do."""
-    long = options.will_heal == "long"
-    offered = _with_families(menus, calibration, options, wide=long)
-    clock = Clock()
-    for growth in _GROWTHS:
-        filled = [menu.with_candidates(growth=growth, wide=long) for menu in offered]
-        chooser = Chooser(filled, budget, total, options.allow_slower, long, beyond_reach, clock)
-        plans = chooser.choose()
-        spent = chooser.spent(plans)
-        if spent >= _SPENT * budget.limit:
-            break
-    full = total if budget.measure == "params" else sum(menu.dense.flops or 0 for menu in menus)
-    note = unspent_note(budget, spent, full=full, slower=chooser.slower)
-    return plans, [note] if note else []
+def _hidden(
+    model: nn.Module, layers: Sequence[FoundLayer], calibration: Calibration | None, options: PlanOptions
+) -> list[Widths]:
+    """Units that can be narrowed at, where that is asked for and what comes to their readers is known.
+
+    Before a long healing they are left whole: training finds other uses for them.
+    """
+    if NARROW not in options.formats or calibration is None or not calibration.grams or options.will_heal == "long":
+        return []
+    by_name = {layer.name: layer for layer in layers}
+    found = disjoint(proven_units(model, calibration), by_name, calibration.layers)
+    options.observer.on_start("widths", len(found))
+    widths = []
+    for k, units in enumerate(found):
+        widths.append(widths_of(model, units, by_name, calibration.of(units.reader)))
+        options.observer.on_step(k + 1)
+    options.observer.on_end()
+    return widths
+
+
+def _widths_on(menu: Menu, hidden: Sequence[Widths]) -> Sequence[Width]:
+    return next((one.menus[menu.layer.name] for one in hidden if menu.layer.name in one.menus), ())
+
+
+def _item_bytes(layer: FoundLayer) -> int:
+    weight: Any = layer.module.weight
+    size: int = weight.element_size()
+    return size
+
+
+def _kept_bytes(layer: FoundLayer) -> int:
+    """Of the row of an embedding's padding, which stands beside the cores where it is not zero."""
+    index = getattr(layer.module, "padding_idx", None)
+    if layer.weight.kind != "embedding" or index is None:
+        return 0
+    row: Any = layer.module.weight[index]  # type: ignore[index]
+    return row.numel() * _item_bytes(layer) if bool(row.any()) else 0
 
 
 def _with_families(
-    menus: Sequence[Menu], calibration: Calibration | None, options: PlanOptions, *, wide: bool
+    menus: Sequence[Menu],
+    hidden: Sequence[Widths],
+    calibration: Calibration | None,
+    options: PlanOptions,
+    *,
+    wide: bool,
 ) -> list[Menu]:
-    for name in options.formats:
-        get_format(name)  # an unknown name is an error before the work starts
+    formats = factoring(options.formats)  # an unknown name is an error before the work starts
     filled = []
     options.observer.on_start("candidates", len(menus))
     for k, menu in enumerate(menus):
         moments = calibration.of(menu.layer.name) if calibration is not None else LayerMoments()
         found = families(
             menu.layer,
-            formats=options.formats,
+            formats=formats,
             weighting=moments.weighting,
             structure=moments.structure,
             wide=wide,
         )
         moments.forget_derived()
-        filled.append(replace(menu, families=found))
+        filled.append(replace(menu, families=found, widths=_widths_on(menu, hidden)))
         options.observer.on_step(k + 1)
     options.observer.on_end()
     return filled
@@ -246,14 +454,25 @@ def check_reachable(
     Raises:
         BudgetError: The budget cannot be read, or has fewer parameters than the smallest form of the model.
     """
-    total = count_params(model)
-    limit = read_budget(budget, params=total, flops=_FLOPS_NOT_KNOWN_YET)
-    least = total - sum(layer.weight.n_params - least_params(layer.weight, formats) for layer in layers)
-    if limit.measure == "params" and limit.limit < least:
-        raise BudgetError(
-            f"a budget must be reachable: {limit.text} allows {limit.limit:,} parameters, but no form of this model "
-            f"has fewer than {least:,}.{what_stands_in_the_way(model, layers)} Ask for more."
-        )
+    limit = read_budget(budget, params=count_params(model), flops=_FLOPS_NOT_KNOWN_YET)
+    _check_goals(model, layers, Goals((limit,), limit.text), formats)
+
+
+def _check_goals(model: nn.Module, layers: Sequence[FoundLayer], goals: Goals, formats: Sequence[str]) -> None:
+    """Raise where a limit on parameters or bytes is below the smallest form of the model."""
+    taken = [(layer, layer.weight.n_params - least_params(layer.weight, formats)) for layer in layers]
+    for limit in goals.counted:
+        if limit.measure == "params":
+            least, unit = count_params(model) - sum(n for _, n in taken), "parameters"
+        elif limit.measure == "bytes":
+            least, unit = _sizes(model).n_bytes - sum(n * _item_bytes(layer) for layer, n in taken), "bytes"
+        else:
+            continue
+        if limit.limit < least:
+            raise BudgetError(
+                f"a budget must be reachable: {limit.text} allows {limit.limit:,} {unit}, but no form of this model "
+                f"has fewer than {least:,}.{what_stands_in_the_way(model, layers)} Ask for more."
+            )
 
 
 def _calibration(
@@ -271,6 +490,7 @@ def _calibration(
             n_batches=options.n_batches,
             output=options.output,
             with_labels=task is not None and task.with_labels,
+            task=task,
             observer=options.observer,
         )
     if options.example_inputs is not None:

@@ -5,10 +5,17 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from tensortrain.compression.choose.plan import CompressionPlan, LayerPlan
-from tensortrain.compression.report.measure import batch_of, latency_rows, memory_rows, resident_bytes
+from tensortrain.compression.report.measure import (
+    batch_of,
+    call_of,
+    latency_rows,
+    memory_rows,
+    resident_bytes,
+    shares_batch_axis,
+)
 from tensortrain.compression.report.report import (
     CurvePoint,
     LatencyRow,
@@ -22,7 +29,7 @@ from tensortrain.compression.survey.layers import part_of
 from tensortrain.compression.words import in_short
 from tensortrain.nn import FactorizedLayer
 from tensortrain.system.provenance import provenance
-from tensortrain.train.batches import Parts, device_of, map_tensors, n_examples, read_batch, tensors_in, to_device
+from tensortrain.train.batches import Parts, n_examples
 from tensortrain.train.preserve import preserved
 
 __all__ = ["make_report"]
@@ -49,7 +56,7 @@ def make_report(work: Work, plan: CompressionPlan) -> Report:
         metric_before=before.metric,
         metric_compressed=_before_healing(work.points).metric,
         metric_after=after.metric,
-        layers=tuple(_layer_report(layer, work.model) for layer in plan.layers),
+        layers=tuple(_layer_report(layer, work) for layer in plan.layers),
         healing=tuple(dict(row) for row in work.healing),
         curve=_curve(work.points),
         provenance=provenance(seed=options.seed),
@@ -65,8 +72,9 @@ def _left_alone(plan: CompressionPlan) -> list[str]:
 
 
 def _before_healing(points: tuple[Point, ...]) -> Point:
-    healed = [k for k, point in enumerate(points) if point.name == "healed"]
-    return points[healed[0] - 1] if healed else points[-1]
+    names = [point.name for point in points]
+    cut = [k for k, name in enumerate(names) if name == "healed" and names[k - 1] != "healed"]
+    return points[cut[-1] - 1] if cut else points[-1]  # of several stages the last
 
 
 def _curve(points: tuple[Point, ...]) -> tuple[CurvePoint, ...]:
@@ -79,8 +87,8 @@ def _curve(points: tuple[Point, ...]) -> tuple[CurvePoint, ...]:
     )
 
 
-def _layer_report(layer: LayerPlan, compressed: nn.Module) -> LayerReport:
-    module: Any = part_of(compressed, layer.name)
+def _layer_report(layer: LayerPlan, work: Work) -> LayerReport:
+    module: Any = part_of(work.model, layer.name)
     spec = module.spec if isinstance(module, FactorizedLayer) else None
     return LayerReport(
         name=layer.name,
@@ -99,6 +107,9 @@ def _layer_report(layer: LayerPlan, compressed: nn.Module) -> LayerReport:
         resident_bytes=resident_bytes(module) if module is not None else 0,
         decision=layer.decision,
         spectra=layer.spectra,
+        predicted_loss=layer.loss,
+        why=layer.why,
+        measured_loss=work.losses.get(layer.name),
     )
 
 
@@ -134,21 +145,12 @@ def _examples(
     model: nn.Module, batch: Any, batch_size: int | None, with_labels: bool, notes: list[str]
 ) -> list[tuple[int, Parts]]:
     """Batch sizes to time at, with their inputs. Inputs are cut only along an axis that all of them share."""
-    parts = read_batch(model, to_device(batch, device_of(model)), with_labels=with_labels)
-    # copies: a model may write into its input
-    call = Parts(*map_tensors(lambda tensor: tensor.detach().clone(), (parts.args, dict(parts.kwargs))))
-    own = max(1, n_examples(batch))
-    tensors = [t for t in tensors_in([list(parts.args), dict(parts.kwargs)]) if t.ndim]
-    shared = len({t.shape[0] for t in tensors}) == 1 and _is_cut_by_axis(parts)
-    if not shared:
+    call, own = call_of(model, batch, with_labels=with_labels), max(1, n_examples(batch))
+    if not shares_batch_axis(call):
         notes.append(f"Timed at the size of the data alone ({own}): its inputs share no batch axis to cut along.")
         return [(own, call)]
     sizes = sorted({1, batch_size or own})
     return [(size, call if size == own else batch_of(call, size)) for size in sizes]
-
-
-def _is_cut_by_axis(parts: Parts) -> bool:
-    return all(isinstance(value, Tensor) or not tensors_in(value) for value in (*parts.args, *parts.kwargs.values()))
 
 
 def _with_implementation(layer: LayerReport, compressed: nn.Module) -> LayerReport:

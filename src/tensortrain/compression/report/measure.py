@@ -23,19 +23,21 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tensortrain.compression.report.report import LatencyRow, MemoryRow
 from tensortrain.errors import ShapeError
-from tensortrain.train.batches import Parts, device_of, read_batch
+from tensortrain.train.batches import Parts, device_of, map_tensors, read_batch, tensors_in, to_device
 from tensortrain.train.modes import evaluating
 
 __all__ = [
     "Call",
     "Latency",
     "batch_of",
+    "call_of",
     "count_flops",
     "latency_rows",
     "measure_latency",
     "memory_rows",
     "peak_memory",
     "resident_bytes",
+    "shares_batch_axis",
 ]
 
 _RUNS_PER_TURN = 4
@@ -252,6 +254,19 @@ def batch_of(example: Any, batch: int) -> Any:
     if isinstance(example, (tuple, list)):
         return type(example)(batch_of(value, batch) for value in example)
     return example
+
+
+def call_of(model: nn.Module, batch: Any, *, with_labels: bool = False) -> Parts:
+    """What a batch hands to a model, on its device; copies, since a model may write into its input."""
+    parts = read_batch(model, to_device(batch, device_of(model)), with_labels=with_labels)
+    return Parts(*map_tensors(lambda tensor: tensor.detach().clone(), (parts.args, dict(parts.kwargs))))
+
+
+def shares_batch_axis(call: Parts) -> bool:
+    """Whether all inputs have a first axis of one size and can be cut along it."""
+    values = (*call.args, *call.kwargs.values())
+    sizes = {tensor.shape[0] for tensor in tensors_in([list(call.args), dict(call.kwargs)]) if tensor.ndim}
+    return len(sizes) == 1 and all(isinstance(value, Tensor) or not tensors_in(value) for value in values)
 
 
 def _sample_in_turns(

@@ -6,7 +6,7 @@ A new stage is one new file: a frozen dataclass of its settings, and a handler u
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,9 +14,10 @@ from torch import nn
 
 from tensortrain.compression.choose.plan import CompressionPlan
 from tensortrain.compression.options import CompressOptions
-from tensortrain.compression.stages.points import Point, evaluate_metric, point_of
+from tensortrain.compression.stages.points import Point, point_of
 from tensortrain.compression.words import in_short
 from tensortrain.errors import KindError
+from tensortrain.train.evaluation import evaluate_metric
 from tensortrain.train.preserve import checked_copy
 from tensortrain.train.task import Task
 
@@ -39,6 +40,7 @@ class Work:
         notes: Sentences for the report.
         healing: Rows of losses and figures of what was trained.
         points: The original, and the model after each stage.
+        losses: What each new layer was measured to spoil by itself, before any healing.
     """
 
     model: nn.Module
@@ -52,6 +54,7 @@ class Work:
     notes: tuple[str, ...] = ()
     healing: tuple[Mapping[str, Any], ...] = ()
     points: tuple[Point, ...] = ()
+    losses: Mapping[str, float] = field(default_factory=dict)
 
     def noted(self, *notes: str) -> Work:
         """The same work with further sentences for the report."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from numbers import Real
 from pathlib import Path
@@ -347,4 +347,11 @@ def _heal(work: Work, settings: Heal) -> Work:
         seed=options.seed,
         observer=options.observer,
     )
-    return replace(work, healing=(*work.healing, *result.history)).noted(*result.notes)
+    rows = _continued(work.healing, result.history)
+    return replace(work, healing=(*work.healing, *rows)).noted(*result.notes)
+
+
+def _continued(earlier: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Rows of a healing with their steps counted on from those of an earlier one."""
+    start = max((row["step"] for row in earlier if "step" in row), default=0)
+    return [{**row, "step": row["step"] + start} if "step" in row else row for row in rows]

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 
 from tensortrain.compression.survey.layers import count_params
-from tensortrain.errors import KindError
 from tensortrain.system.storage import count_bytes
-from tensortrain.train.evaluation import Evaluate
-from tensortrain.train.preserve import preserved
 
-__all__ = ["Point", "evaluate_metric", "point_of"]
+__all__ = ["Point", "point_of"]
 
 
 @dataclass(frozen=True)
@@ -36,20 +31,3 @@ class Point:
 def point_of(name: str, model: nn.Module, metric: float | None) -> Point:
     """Size a model up."""
     return Point(name, count_params(model), count_bytes((*model.parameters(), *model.buffers())), metric)
-
-
-def evaluate_metric(evaluate: Evaluate | None, model: nn.Module) -> float | None:
-    """The first figure that ``evaluate`` gives."""
-    if evaluate is None:
-        return None
-    with torch.no_grad(), preserved(model, as_user_runs_it=True):
-        model.eval()
-        figures = evaluate(model)
-    figure = next(iter(figures.values()), None) if isinstance(figures, Mapping) else figures
-    try:
-        return float(figure)  # type: ignore[arg-type]
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise KindError(
-            f"evaluate must give a number: it gives {type(figure).__name__}, expected a float or a dict of floats. "
-            "Return the figure that the model is judged by."
-        ) from error

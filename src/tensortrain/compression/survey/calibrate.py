@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from tensortrain.compression.survey.fisher import Metric
 from tensortrain.compression.survey.layers import FoundLayer
 from tensortrain.compression.survey.moments import Calibration, LayerMoments
 from tensortrain.compression.survey.output_weights import Judge, Spreads, weigh_outputs
 from tensortrain.compression.survey.summaries import is_summarized, summarize
+from tensortrain.compression.survey.tied import Spread, together
 from tensortrain.errors import DataError
+from tensortrain.nn import Linear
 from tensortrain.system.observer import Observer, Silent
 from tensortrain.train.batches import device_of, failed_on_batch, n_examples, opened, run_somehow, to_device
 from tensortrain.train.modes import is_frozen_norm
 from tensortrain.train.outputs import Output, judged_outputs
 from tensortrain.train.preserve import preserved
+from tensortrain.train.task import Task
 
 __all__ = ["Calibration", "calibrate"]
 
@@ -36,6 +41,7 @@ def calibrate(
     gradient_batches: int = 6,
     output: Output | None = None,
     with_labels: bool = False,
+    task: Task | None = None,
     observer: Observer | None = None,
 ) -> Calibration:
     """Run some batches through the model and sum up what every layer is given.
@@ -49,6 +55,7 @@ def calibrate(
         gradient_batches: How many of the batches also run backward, for ``output_grams``.
         output: Which outputs the model is judged by, see ``judged_outputs``; all when None.
         with_labels: The labels go into the model.
+        task: How the model is judged: in which metric changes of its outputs are measured; squares when None.
 
     Raises:
         DataError: The data gives no batches with an example.
@@ -64,12 +71,16 @@ def calibrate(
     def judge(batch: Any) -> dict[str, Tensor]:
         return judged_outputs(model, batch, output, with_labels=with_labels)[0]
 
+    heads = {layer.name: _head_of(layer) for layer in layers if layer.head is not None}
+    spreads = {name: Spread() for name in heads}
+    layers = [*layers, *heads.values()]
     found = Calibration({layer.name: LayerMoments() for layer in layers}, with_labels=with_labels)
-    seen = _Pass(model, layers, found, judge if grams else None, Spreads())
+    seen = _Pass(model, layers, found, judge if grams else None, Spreads(Metric(model, task)))
     kept = max(1, keep_batches, gradient_batches if grams else 0)
     with preserved(model):
         model.eval()
-        seen.run(data, n_batches, kept, observer)
+        with _watched(heads, spreads):
+            seen.run(data, n_batches, kept, observer)
         if grams and gradient_batches:
             weigh_outputs(model, layers, found, gradient_batches, judge, seen.spreads, observer)
     del found.batches[keep_batches:]
@@ -77,10 +88,29 @@ def calibrate(
     for layer in layers:
         moments = found.layers[layer.name]
         has_bias = getattr(layer.module, "bias", None) is not None
-        moments.finish(centred=has_bias or moments.norm is not None)
+        is_table = layer.weight.kind == "embedding"
+        moments.finish(centred=has_bias or moments.norm is not None, counts=is_table)
+    for name, head in heads.items():
+        together(found.of(name), found.layers.pop(head.name), spreads[name].total)
     if grams:
-        _note_missing(layers, found)
+        _note_missing([layer for layer in layers if layer.name in found.layers], found)
     return found
+
+
+def _head_of(layer: FoundLayer) -> FoundLayer:
+    """The output layer that shares a table, as a layer of its own."""
+    assert layer.head is not None
+    return FoundLayer(layer.head.names, layer.head.module, Linear.weight_shape_of(layer.head.module))
+
+
+@contextmanager
+def _watched(heads: Mapping[str, FoundLayer], spreads: Mapping[str, Spread]) -> Iterator[None]:
+    handles = [head.module.register_forward_hook(spreads[name].hook()) for name, head in heads.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @dataclass
@@ -143,7 +173,7 @@ class _Pass:
         except Exception as error:
             raise failed_on_batch(self.model, batch, error) from error
         if self.judge is not None:
-            self.spreads.add(outputs)
+            self.spreads.add(outputs, batch)
         if len(found.batches) < kept:
             found.batches.append(batch)
 

@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 from tensortrain.nn import is_transformers_conv1d
 from tensortrain.train.modes import evaluating
 
-__all__ = ["HiddenUnits", "channel_axis", "find_hidden_units"]
+__all__ = ["HiddenUnits", "Run", "channel_axis", "find_hidden_units", "some_channels"]
 
 Run = Callable[[nn.Module], object]
 
@@ -135,7 +135,7 @@ class _Trace:
 
     def _makers(self, x: Tensor, axis: int) -> list[str]:
         """The layers whose outputs a tensor depends on, if every channel of it on the same channel of theirs alone."""
-        some = _half(x.shape[axis], x.device)
+        some = some_channels(x.shape[axis], x.device)
         first, second = self._reached(x, axis, some), self._reached(x, axis, ~some)
         if first is None or second is None:
             return []
@@ -178,7 +178,7 @@ class _Trace:
         return all(grad is None or not bool((grad != 0).any()) for grad in grads)
 
 
-def _half(n: int, device: torch.device) -> Tensor:
+def some_channels(n: int, device: torch.device) -> Tensor:
     """Half of the channels, at random but the same each time."""
     order = torch.randperm(n, generator=torch.Generator().manual_seed(0))
     some = torch.zeros(n, dtype=torch.bool)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tensortrain.compression.survey.reasons import Survey, why_not, why_unknown
+from tensortrain.compression.survey.tied import Head
 from tensortrain.errors import FilterError, KindError, NonFiniteError
 from tensortrain.formats import WeightShape
 from tensortrain.nn import FactorizedLayer, counterpart
@@ -21,11 +22,16 @@ __all__ = ["FoundLayer", "LeftAlone", "check_finite", "check_module", "count_par
 
 @dataclass(frozen=True)
 class FoundLayer:
-    """A layer with a factorized twin, under all the names it has in the model."""
+    """A layer with a factorized twin, under all the names it has in the model.
+
+    Attributes:
+        head: Of an embedding: the output layer that shares its table, and goes on sharing it.
+    """
 
     names: tuple[str, ...]
     module: nn.Module
     weight: WeightShape
+    head: Head | None = None
 
     @property
     def name(self) -> str:
@@ -95,13 +101,18 @@ def find_layers(
     reasons = _reasons(model, survey)
     found: list[FoundLayer] = []
     left: list[LeftAlone] = []
+    heads = _heads(survey, reasons, aliases)
+    with_table = {id(head.module) for head in heads.values()}
     for module in survey.modules:
         reason = reasons.get(id(module), "")
         names = tuple(aliases[id(module)])
+        if id(module) in with_table:
+            continue
         if reason:
             left.append(LeftAlone(names[0], type(module).__name__, reason, survey.n_params(module)))
         elif counterpart(module) is not None:
-            found.append(FoundLayer(names, module, counterpart(module).weight_shape_of(module)))  # type: ignore[union-attr]
+            shape = counterpart(module).weight_shape_of(module)  # type: ignore[union-attr]
+            found.append(FoundLayer(names, module, shape, heads.get(id(module))))
     return _filtered(found, left, include, exclude), left
 
 
@@ -113,6 +124,22 @@ def _reasons(model: nn.Module, survey: Survey) -> dict[int, str]:
     reasons |= {key: survey.why_held(module) for key, module in fit.items()}
     others = (module for module in survey.modules if id(module) not in reasons)
     return reasons | {id(module): why_unknown(module, survey) for module in others}
+
+
+def _heads(survey: Survey, reasons: dict[int, str], aliases: dict[int, list[str]]) -> dict[int, Head]:
+    """Output layers by the ids of the embeddings whose tables they share; where one cannot be changed, why both not."""
+    found = {}
+    for key, head in survey.heads.items():
+        table = next(module for module in survey.modules if id(module) == key)
+        why = {id(one): reasons.get(id(one), "") for one in (table, head)}
+        if not any(why.values()):
+            found[key] = Head(tuple(aliases[id(head)]), head)
+            continue
+        for one, other in ((table, head), (head, table)):
+            reasons[id(one)] = (
+                why[id(one)] or f"its weight is tied: it shares memory with {survey.names[id(other)]}.weight"
+            )
+    return found
 
 
 def part_of(model: nn.Module, name: str) -> nn.Module | None:
@@ -167,7 +194,8 @@ def _patterns(given: Sequence[str] | str) -> list[str]:
 
 
 def _matches(layer: FoundLayer, patterns: Sequence[str]) -> bool:
-    return any(fnmatch.fnmatchcase(name, pattern) for name in layer.names for pattern in patterns)
+    names = (*layer.names, *(layer.head.names if layer.head is not None else ()))
+    return any(fnmatch.fnmatchcase(name, pattern) for name in names for pattern in patterns)
 
 
 def _check_patterns(patterns: Sequence[str], found: Sequence[FoundLayer], left: Sequence[LeftAlone], what: str) -> None:

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from tensortrain.formats import PLAIN, Weighting
 
-__all__ = ["Calibration", "LayerMoments", "second_moment"]
+__all__ = ["Calibration", "LayerMoments", "expected_shares", "second_moment"]
 
 LARGEST_FULL_GRAM = 4608  # features: 170 MB in float64; above, only the diagonal is kept
+_MOST_UNMET = 0.5  # of all ids to come, however many of those met came once
 _CONSTANT = 1e-10  # of the second moment: an input that varies less is the same for all rows
 
 
@@ -72,8 +73,11 @@ class LayerMoments:
         """Take in the second moment of the gradients of one call."""
         self.output_gram = _added(self.output_gram, moment)
 
-    def finish(self, *, centred: bool) -> None:
+    def finish(self, *, centred: bool, counts: bool = False) -> None:
         """Sums to means; about the mean where a shift of the layer's mean output does no harm.
+
+        Args:
+            counts: The moment is how often each id was met.
 
         Statistics of no rows, of NaN, or of inputs that never change say nothing about a layer: they are dropped.
         """
@@ -84,7 +88,7 @@ class LayerMoments:
         second = _trace(gram)
         if not math.isfinite(second) or second <= 0:
             return
-        gram = gram.div_(n_rows)
+        gram = expected_shares(gram) if counts else gram.div_(n_rows)
         if mean is not None and centred:
             mean = mean / n_rows
             gram = gram.sub_(mean.square()) if gram.ndim == 1 else gram.addr_(mean, mean, alpha=-1)
@@ -92,6 +96,25 @@ class LayerMoments:
                 return
             self.mean = mean
         self.gram = gram
+
+
+def expected_shares(counts: Tensor) -> Tensor:
+    """How often each id will be met in other data of the same kind, ``(N,)`` with sum 1.
+
+    Ids that were met once are about as many as those met once more elsewhere: their share goes to those not met at
+    all, alike. In text, a sixth of the words are of these even after ten thousand.
+
+    Source: Good, "The population frequencies of species", Biometrika 40, 1953 (Turing's estimate).
+
+    Example:
+        >>> expected_shares(torch.tensor([6.0, 1.0, 1.0, 0.0, 0.0])).tolist()
+        [0.5625, 0.09375, 0.09375, 0.125, 0.125]
+    """
+    total, once, unmet = counts.sum(), (counts == 1).sum(), counts == 0
+    if not bool(unmet.any()):
+        return counts / total
+    rest = (once / total).clamp(max=_MOST_UNMET)
+    return torch.where(unmet, rest / unmet.sum(), counts / total * (1 - rest))
 
 
 _FIGURES = {"grams": "gram", "means": "mean", "output_grams": "output_gram", "norms": "norm"}
@@ -116,8 +139,12 @@ class Calibration:
         layers: By layer name. ``grams``, ``means``, ``norms``, ``output_grams``, ``input_shapes``, ``structures`` and
             ``calls`` give one of the figures for those layers that have it.
         n_examples: Size of the first batch.
-        output_scale: Mean square of the model's output about its mean, per example. Where there are several outputs,
-            that of the first; ``output_grams`` weigh the others as if they had the same.
+        output_scale: Mean square of the model's output about its mean, per example, in the metric that its changes
+            are measured in. Where there are several outputs, that of the first; ``output_grams`` weigh the others as
+            if they had the same.
+        in_nats: The (first) output holds class probabilities: half of what ``output_grams`` predict of a change is its
+            Kullback-Leibler divergence per example, summed over the positions that count; else it is the squared
+            change of the output.
         batches: The batches kept for measuring sensitivities.
         unseen: Layers that no rows, or only equal ones, came to.
         unmeasured: Layers of a kind for which input moments are not taken.
@@ -128,6 +155,7 @@ class Calibration:
     layers: dict[str, LayerMoments] = field(default_factory=dict)
     n_examples: int = 1
     output_scale: float = 1.0
+    in_nats: bool = False
     batches: list[Any] = field(default_factory=list)
     unseen: list[str] = field(default_factory=list)
     unmeasured: list[str] = field(default_factory=list)
@@ -157,7 +185,7 @@ class Calibration:
         for names, figure in _FIGURES.items():
             for name, value in state.pop(names, {}).items():
                 setattr(layers.setdefault(name, LayerMoments()), figure, value)
-        self.__dict__.update(state)
+        self.__dict__.update({"in_nats": False, **state})
 
 
 def _added(total: Tensor | None, more: Tensor) -> Tensor:

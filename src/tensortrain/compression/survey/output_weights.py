@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from tensortrain.compression.survey.fisher import Metric
 from tensortrain.compression.survey.layers import FoundLayer
 from tensortrain.compression.survey.moments import Calibration, second_moment
 from tensortrain.errors import KindError
 from tensortrain.system.observer import Observer
 from tensortrain.train.batches import run
-from tensortrain.train.outputs import OutputFunction, counted, spread
+from tensortrain.train.outputs import OutputFunction
 
 __all__ = ["Judge", "OutputFunction", "Spreads", "sentence_embedding", "weigh_outputs"]
 
@@ -23,17 +25,18 @@ _CONSTANT = 1e-12  # of the squares: an output that spreads less about its mean 
 
 
 class Spreads:
-    """How strongly each output varies from example to example, summed over batches."""
+    """How strongly each output varies from example to example, in its metric, summed over batches."""
 
-    def __init__(self) -> None:
+    def __init__(self, metric: Metric) -> None:
+        self.metric = metric
         self.sums: dict[str, tuple[float, float]] = {}
         self.n_examples = 0
 
-    def add(self, outputs: Mapping[str, Tensor]) -> None:
+    def add(self, outputs: Mapping[str, Tensor], batch: Any) -> None:
         """Take in the outputs of one batch."""
         self.n_examples += max((y.shape[0] if y.ndim else 1 for y in outputs.values()), default=0)
         for name, y in outputs.items():
-            about, square = spread(y)
+            about, square = self.metric.spread(name, y, batch)
             known = self.sums.get(name, (0.0, 0.0))
             self.sums[name] = (known[0] + float(about), known[1] + float(square))
 
@@ -76,19 +79,22 @@ def weigh_outputs(
 
     For a random direction ``v`` of the model's output ``y``, ``g = d(v y) / d(layer output)`` has the second
     moment ``E[J^T J]``: with it, the quadratic form of a change of the layer's output predicts the squared
-    change of ``y`` (Gauss-Newton). Several outputs count alike: each is scaled to the spread of the first.
+    change of ``y`` (Gauss-Newton); of class probabilities, twice their divergence in nats (Fisher), since directions
+    are drawn in the metric of each output. Several outputs count alike: each is scaled to the spread of the first.
     """
     scales, batches = spreads.scales(), found.batches[:n_batches]
     if not scales:
         found.notes.append("The outputs are zero or not finite on all of the data: layers are weighed by inputs alone.")
         return
     found.output_scale = next(iter(scales.values()))
+    found.in_nats = spreads.metric.in_nats(next(iter(scales)))
     shares = {name: math.sqrt(found.output_scale / scale) for name, scale in scales.items()}
-    generator, count = torch.Generator().manual_seed(0), 0
+    along = partial(_along_random_directions, spreads.metric, shares, torch.Generator().manual_seed(0))
+    count = 0
     observer.on_start("gradients", len(batches))
     try:
         for k, batch in enumerate(batches):
-            count += _add_gradients(model, layers, batch, judge, shares, generator, found)
+            count += _add_gradients(layers, batch, judge, along, found)
             observer.on_step(k + 1)
     except Exception as error:  # a part without a backward: inputs alone have to do
         for moments in found.layers.values():
@@ -102,12 +108,10 @@ def weigh_outputs(
 
 
 def _add_gradients(
-    model: nn.Module,
     layers: Sequence[FoundLayer],
     batch: Any,
     judge: Judge,
-    shares: Mapping[str, float],
-    generator: torch.Generator,
+    along: Callable[[Mapping[str, Tensor], Any], Tensor | None],
     found: Calibration,
 ) -> int:
     """Add the second moment of the gradients at every layer's output; give the number of examples."""
@@ -133,7 +137,7 @@ def _add_gradients(
         # cuDNN has no backward for recurrent layers in eval mode
         with torch.inference_mode(False), torch.enable_grad(), torch.backends.cudnn.flags(enabled=False):
             outputs = judge(batch)
-            total = _along_random_directions(outputs, shares, generator)
+            total = along(outputs, batch)
             if total is not None:  # labels picked by argmax have no gradient
                 torch.autograd.grad(total, tags, allow_unused=True)
     finally:
@@ -143,13 +147,12 @@ def _add_gradients(
 
 
 def _along_random_directions(
-    outputs: Mapping[str, Tensor], shares: Mapping[str, float], generator: torch.Generator
+    metric: Metric, shares: Mapping[str, float], generator: torch.Generator, outputs: Mapping[str, Tensor], batch: Any
 ) -> Tensor | None:
     total: Tensor | None = None
     for name, y in outputs.items():
-        direction = torch.randn(y.shape, generator=generator).to(y) * shares.get(name, 0.0)
         if y.requires_grad and name in shares:
-            along = (torch.where(counted(y), y, 0) * direction).sum()
+            along = metric.along(name, y, batch, generator) * shares[name]
             total = along if total is None else total + along
     return total
 

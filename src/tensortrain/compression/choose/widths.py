@@ -1,0 +1,145 @@
+"""Widths that hidden units may be narrowed to: entries on the menus of the layers around them, taken together.
+
+Narrowing pays from the first unit on, where factoring begins to pay at half of the ranks: a share k of the units costs
+a share k of the parameters, and leaves dense layers, which are faster by themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from tensortrain.compression.survey.hidden import HiddenUnits
+from tensortrain.compression.survey.layers import FoundLayer
+from tensortrain.compression.survey.moments import LayerMoments
+from tensortrain.formats.narrowing import Narrowing, narrowing, shrunk
+
+__all__ = ["Width", "Widths", "channel_gram", "disjoint", "widths_of"]
+
+_MOST_WIDTHS = 64
+_MOST_BLOCKS = 64  # in which units go, each a step over the whole moment
+_ROUND = 8  # products of matrices run best at multiples of this
+
+Members: TypeAlias = Mapping[str, FoundLayer]
+
+
+@dataclass(frozen=True)
+class Width:
+    """One width, for one of the layers around some hidden units.
+
+    Attributes:
+        n_units: How many remain.
+        share: Of the units, and so of the layer's parameters and time.
+        n_params: What the layer's weight has then; of the first maker less what goes beside the weights of all.
+        error: Squared error of the reader's output, relative; 0 for the makers, whose outputs stay as they are.
+        reads: Whether the layer reads the units.
+    """
+
+    n_units: int
+    share: float
+    n_params: int
+    error: float = 0.0
+    reads: bool = False
+
+
+@dataclass(frozen=True)
+class Widths:
+    """All widths of some hidden units.
+
+    Attributes:
+        order: In which they go, and what every width costs.
+        n_between: Numbers that the layers between hold for all units.
+        menus: By layer name: the widths, in the same order for all.
+    """
+
+    units: HiddenUnits
+    order: Narrowing
+    n_between: int
+    menus: Mapping[str, tuple[Width, ...]]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (*self.units.makers, self.units.reader)
+
+
+def disjoint(found: Sequence[HiddenUnits], layers: Members, moments: Mapping[str, LayerMoments]) -> list[HiddenUnits]:
+    """The hidden units around layers that may be changed; of those that share a layer, the ones with most parameters.
+
+    Args:
+        layers: That may be changed, by name.
+        moments: Of their inputs; a reader of which none are known cannot be fitted anew.
+    """
+    fit = [
+        units
+        for units in found
+        if units.n_units > 1
+        and all(name in layers for name in (*units.makers, units.reader))
+        and units.reader in moments
+        and moments[units.reader].gram is not None
+    ]
+    taken: set[str] = set()
+    kept = []
+    for units in sorted(fit, key=lambda one: -sum(layers[n].weight.n_params for n in (*one.makers, one.reader))):
+        names = {*units.makers, units.reader}
+        if not names & taken:
+            taken |= names
+            kept.append(units)
+    return kept
+
+
+def widths_of(model: nn.Module, units: HiddenUnits, layers: Members, moments: LayerMoments) -> Widths:
+    """What every width of some hidden units costs and loses.
+
+    Args:
+        moments: Of the reader's inputs.
+
+    Cost: O(n^3 + m n^2) flops for n units that m outputs are made of.
+    """
+    reader = layers[units.reader]
+    gram = channel_gram(reader, moments).to(reader.kernel.device)
+    outputs = moments.output_gram
+    outputs = torch.diag(outputs) if outputs is not None and outputs.ndim == 1 else outputs
+    block = max(_ROUND, -(-units.n_units // _MOST_BLOCKS))
+    order = narrowing(reader.kernel, shrunk(gram), None if outputs is None else shrunk(outputs), block=block)
+    n_between = sum(p.numel() for name in units.between for p in model.get_submodule(name).parameters(recurse=False))
+    biases = sum(p.numel() for name in units.makers for p in _beside_weight(layers[name]))
+    widths = _widths(units.n_units)
+    menus = {name: tuple(_width(k, units, layers[name], order) for k in widths) for name in units.makers[1:]}
+    first, last = units.makers[0], units.reader
+    menus[first] = tuple(_width(k, units, layers[first], order, beside=n_between + biases) for k in widths)
+    menus[last] = tuple(_width(k, units, reader, order, reads=True) for k in widths)
+    return Widths(units, order, n_between, menus)
+
+
+def channel_gram(reader: FoundLayer, moments: LayerMoments) -> Tensor:
+    """Second moment of the channels that a layer reads, ``(n, n)``; of a convolution, over the positions of a patch."""
+    gram = moments.gram
+    assert gram is not None
+    if reader.weight.fan_in != reader.weight.in_features:
+        gram = moments.weighting.of_channels(reader.weight)[0]
+    return torch.diag(gram) if gram.ndim == 1 else gram
+
+
+def _widths(n: int) -> list[int]:
+    step = max(1, -(-n // _MOST_WIDTHS))
+    if n >= _ROUND * _MOST_WIDTHS // 4:
+        step = -(-step // _ROUND) * _ROUND
+    return list(range(step, n, step))
+
+
+def _width(
+    k: int, units: HiddenUnits, layer: FoundLayer, order: Narrowing, *, beside: int = 0, reads: bool = False
+) -> Width:
+    n = units.n_units
+    n_params = layer.weight.n_params * k // n - beside * (n - k) // n
+    worst = float(order.losses[-1])
+    return Width(k, k / n, n_params, order.loss(k) / worst if reads and worst > 0 else 0.0, reads)
+
+
+def _beside_weight(layer: FoundLayer) -> list[nn.Parameter]:
+    """A layer's parameters for its outputs that are not its weight: the bias."""
+    return [p for name, p in layer.module._parameters.items() if p is not None and name != "weight"]

@@ -1,0 +1,118 @@
+"""What each new layer spoils by itself, to set beside what the plan predicted of it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tensortrain.compression.choose.plan import CompressionPlan
+from tensortrain.compression.opened import opened_for_a_while
+from tensortrain.compression.survey.layers import part_of
+from tensortrain.nn import FactorizedLayer, TiedHead
+from tensortrain.train.batches import device_of, to_device
+from tensortrain.train.outputs import Output, judged_outputs, relative_distance
+from tensortrain.train.preserve import preserved
+
+__all__ = ["losses_alone"]
+
+_MOST_S = 10.0  # beyond it the rest goes unmeasured: a report must not take longer than the work
+_STATISTICS = ("running_mean", "running_var")
+
+
+def losses_alone(
+    original: nn.Module, compressed: nn.Module, plan: CompressionPlan, output: Output | None = None
+) -> dict[str, float]:
+    """Share of the original's output that each new layer spoils where it is the only one, on one batch of the data.
+
+    Args:
+        original: Not changed; new layers answer in the place of its own, one at a time.
+        compressed: As it was cut, not healed yet.
+        plan: What was applied, with its calibration.
+
+    Returns:
+        dict: By name of the layer; without those that there was no time for.
+
+    Cost: one forward pass a layer, at most some seconds.
+    """
+    calibration = plan.calibration
+    if calibration is None or not calibration.batches:
+        return {}
+    batch = to_device(calibration.batches[0], device_of(original))
+    found: dict[str, float] = {}
+    with opened_for_a_while(original) as opened, preserved(opened.model), torch.no_grad():
+        net = opened.model
+        net.eval()
+
+        def outputs() -> Mapping[str, Tensor]:
+            return judged_outputs(net, batch, output, with_labels=calibration.with_labels)[0]
+
+        wanted, start = outputs(), perf_counter()
+        for layer in plan.layers:
+            old, new = part_of(net, layer.name), part_of(compressed, layer.name)
+            if perf_counter() - start > _MOST_S:
+                break
+            if layer.spec is not None and old is not None and isinstance(new, FactorizedLayer):
+                with (
+                    _all_in_place(net, compressed, old, new),
+                    _statistics_of(net, compressed, calibration.of(layer.name).norm),
+                ):
+                    found[layer.name] = _distance(outputs(), wanted)
+    return found
+
+
+def _distance(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> float:
+    return sum(float(relative_distance(given[name], y)) for name, y in wanted.items() if name in given)
+
+
+@contextlib.contextmanager
+def _all_in_place(net: nn.Module, compressed: nn.Module, old: nn.Module, new: FactorizedLayer) -> Iterator[None]:
+    """A new layer answers for the old one, and where it is a table, its output layer for that of the old one."""
+    heads = [name for name, part in compressed.named_modules() if isinstance(part, TiedHead) and part.embedding is new]
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_in_place_of(old, new))
+        for name in heads:
+            head, own = compressed.get_submodule(name), part_of(net, name)
+            if own is not None:
+                stack.enter_context(_in_place_of(own, head))
+        yield
+
+
+@contextlib.contextmanager
+def _in_place_of(old: nn.Module, new: nn.Module) -> Iterator[None]:
+    """A new layer answers whenever the old one is called."""
+
+    def answer(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        return type(new).forward(new, *args, **kwargs)
+
+    hook: Callable[..., Any] = answer
+    training = new.training
+    handle = old.register_forward_hook(hook, with_kwargs=True)
+    new.eval()
+    try:
+        yield
+    finally:
+        handle.remove()
+        new.train(training)
+
+
+@contextlib.contextmanager
+def _statistics_of(net: nn.Module, compressed: nn.Module, norm: str | None) -> Iterator[None]:
+    """The batch norm behind a layer with the statistics that were put right for the new one."""
+    own, other = (part_of(each, norm) if norm else None for each in (net, compressed))
+    pairs = [
+        (getattr(own, name), getattr(other, name)) for name in _STATISTICS if own is not None and other is not None
+    ]
+    kept = [(mine, mine.clone()) for mine, _ in pairs if mine is not None]
+    for mine, theirs in pairs:
+        if mine is not None:
+            mine.copy_(theirs)
+    try:
+        yield
+    finally:
+        for mine, value in kept:
+            mine.copy_(value)

@@ -1,0 +1,234 @@
+"""Local healing: block by block towards the original's outputs, without labels and without a pass through the rest.
+
+Front to back, the parameters of a block are trained so that its outputs, on inputs as the compressed blocks before it
+give them, come near those of the original's block on the original's inputs.
+
+Source: block refinement as in AA-SVD, arXiv:2604.02119.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tensortrain.compression.stages.base import Work, stage
+from tensortrain.compression.stages.held_outputs import HeldOutputs
+from tensortrain.compression.stages.material import Material, material, running
+from tensortrain.compression.stages.refit import fittable_layers, heard, in_order, wanted_output
+from tensortrain.compression.stages.streams import Part, Streams, has_part
+from tensortrain.errors import RankError
+from tensortrain.system.checkpoint import RunFile, start_signature
+from tensortrain.system.observer import Observer
+from tensortrain.train.outputs import relative_distance
+from tensortrain.train.schedules import SCHEDULES
+
+__all__ = ["HealLocally", "heal_locally_"]
+
+_LOOKS = 4  # at the model's outputs while a block is trained
+_WARMUP = 0.05
+_Values = list[Tensor]
+_Pair = tuple[Callable[[], Any], Tensor, Any]  # runs the block on a batch, output wanted, mask
+
+
+@dataclass(frozen=True)
+class HealLocally:
+    """Train every block of a compressed model towards the original's, front to back; ``heal="local"`` for short.
+
+    A block's training is kept only where it brings the model's outputs nearer to the original's on batches that were
+    held back. Blocks are the children of the list or sequence that holds most of the model, where each is given what
+    the one before returned; of other models every factorized layer is trained by itself.
+
+    Attributes:
+        steps: Of Adam, for each block.
+        lr: Largest rate; it falls to zero as a cosine does. Of a sentence encoder at 2x, 1e-3 spoiled the first block.
+        n_batches: Batches to train on.
+        n_held_back: Batches to judge by.
+    """
+
+    steps: int = 200
+    lr: float = 3e-4
+    n_batches: int = 12
+    n_held_back: int = 2
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "n_batches", "n_held_back"):
+            if getattr(self, name) < 1:
+                raise RankError(
+                    f"local healing must have {name} of at least 1: found {getattr(self, name)}. Give more."
+                )
+        if not 0 < self.lr < math.inf:
+            raise RankError(f"a rate must be positive: lr has {self.lr}, expected a number above 0. Pass 3e-4.")
+
+
+@dataclass
+class _Healing:
+    """What one run needs all along."""
+
+    streams: Streams
+    held: HeldOutputs
+    settings: HealLocally
+    distance: float
+    done: int = 0  # units
+    n_kept: int = 0
+
+    def unit(self, name: str) -> None:
+        """Train one block or layer."""
+        block = self.streams.small.get_submodule(name)
+        pairs = self._pairs(name)
+        params = _own_parameters(self.streams.small, block)
+        if not pairs or not params:
+            return
+        best = [p.detach().clone() for p in params]
+        before = self.distance
+        for _ in self._trained(block, pairs, params):
+            distance = self.held.distance(self.streams.small)
+            if distance < self.distance:
+                self.distance, best = distance, [p.detach().clone() for p in params]
+        with torch.no_grad():
+            for p, value in zip(params, best, strict=True):
+                p.copy_(value)
+        self.n_kept += self.distance < before
+
+    def _pairs(self, name: str) -> list[_Pair]:
+        """How to run a block on every batch, and the output wanted."""
+        part, pairs = self.streams.part_of(name), []
+        with torch.no_grad():
+            for k, batch in enumerate(self.streams.batches):
+                mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+                if part.name == name:
+                    pairs.append((partial(part.run_small, k), part.run_original(k), mask))
+                else:
+                    pairs += [(run, wanted, mask) for run, wanted in self._calls(name, part, k)]
+        return [pair for pair in pairs if isinstance(pair[1], Tensor) and pair[1].is_floating_point()]
+
+    def _calls(self, name: str, part: Part, k: int) -> list[tuple[Callable[[], Any], Tensor]]:
+        """The same of one layer, call by call."""
+        old, new = (net.get_submodule(name) for net in (self.streams.original, self.streams.small))
+        before, now = heard(old, partial(part.run_original, k)), heard(new, partial(part.run_small, k))
+        pairs = zip(before, now, strict=True) if len(before) == len(now) else ()
+        return [(partial(_on_copy, new, here.given), wanted_output(then, here)) for then, here in pairs]
+
+    def _trained(self, block: nn.Module, pairs: Sequence[_Pair], params: Sequence[nn.Parameter]) -> Any:
+        """Train, and stop a few times to be looked at."""
+        steps = self.settings.steps
+        optimizer = torch.optim.Adam(params, lr=self.settings.lr)
+        rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: SCHEDULES["cosine"](n, steps, _WARMUP))
+        looks = {max(1, round(steps * (k + 1) / _LOOKS)) for k in range(_LOOKS)}
+        for step in range(1, steps + 1):
+            run, wanted, mask = pairs[step % len(pairs)]
+            with torch.enable_grad(), torch.backends.cudnn.flags(enabled=False):
+                loss = _distance(run(), wanted, mask)
+                if not bool(torch.isfinite(loss)) or not loss.requires_grad:
+                    return
+                for p, gradient in zip(params, torch.autograd.grad(loss, params, allow_unused=True), strict=True):
+                    p.grad = gradient
+            optimizer.step()
+            rate.step()
+            if step in looks:
+                yield step
+        for p in params:
+            p.grad = None
+
+
+def _on_copy(layer: nn.Module, x: Tensor) -> Any:
+    return layer(x.clone())
+
+
+def _distance(output: Tensor, wanted: Tensor, mask: Any) -> Tensor:
+    if isinstance(mask, Tensor) and mask.shape == output.shape[:-1]:
+        output, wanted = output[mask.bool()], wanted[mask.bool()]
+    return relative_distance(output, wanted)
+
+
+def _own_parameters(model: nn.Module, block: nn.Module) -> list[nn.Parameter]:
+    """Parameters of a block that nothing outside of it shares, and that may be trained."""
+    inside = {id(module) for module in block.modules()}
+    others = {id(p) for module in model.modules() if id(module) not in inside for p in module.parameters(recurse=False)}
+    return [p for p in block.parameters() if p.requires_grad and id(p) not in others]
+
+
+def _units(streams: Streams, run: Callable[[], Any]) -> list[str]:
+    """Blocks with a factorized or narrowed layer in them, and such layers outside of blocks, by when they run."""
+    names = in_order(streams.small, fittable_layers(streams.original, streams.small, changed=True), run)
+    found: dict[str, None] = {}
+    for name in names:
+        block = next((b for b in streams.chain if f"{name}.".startswith(f"{b}.")), None)
+        outside = block is None and has_part(streams.original, name)
+        if block is not None or outside:
+            found.setdefault(block or name)
+    return list(found)
+
+
+def heal_locally_(
+    given: Material, settings: HealLocally, observer: Observer, checkpoint: Path | None = None
+) -> tuple[float, float, int, int]:
+    """Train the blocks of a compressed model in place; see :class:`HealLocally`.
+
+    Args:
+        checkpoint: File to go on from after a kill: it is written after every block.
+
+    Returns:
+        Distance of the outputs before and after, blocks that were kept, blocks in all.
+
+    Cost: about three passes through a block for every step, and four passes over the batches held back.
+    """
+    file = _file(given, settings, checkpoint)
+    with running(given.original), running(given.small), torch.no_grad():
+        before = given.held.distance(given.small)
+        done, n_kept = _resumed(given.small, file)
+        streams = Streams.of(given.original, given.small, given.batches, given.held.judge.outputs)
+        healing = _Healing(streams, given.held, settings, given.held.distance(given.small), done, n_kept)
+        names = _units(streams, lambda: given.held.judge.outputs(given.small, given.batches[0]))
+        observer.on_start("heal locally", len(names))
+        try:
+            for k, name in enumerate(names):
+                if k >= healing.done:
+                    healing.unit(name)
+                    healing.done = k + 1
+                    _write(given.small, file, healing)
+                observer.on_step(k + 1, distance=healing.distance)
+        finally:
+            observer.on_end()
+    return before, healing.distance, healing.n_kept, len(names)
+
+
+def _file(given: Material, settings: HealLocally, checkpoint: Path | None) -> RunFile | None:
+    if checkpoint is None:
+        return None
+    return RunFile(checkpoint, 0.0, {"local healing": settings}, start_signature(given.small.parameters()))
+
+
+def _resumed(model: nn.Module, file: RunFile | None) -> tuple[int, int]:
+    """Blocks that an earlier run has done, whose numbers are taken over."""
+    if file is None or not file.path.exists():
+        return 0, 0
+    content = file.read()
+    with torch.no_grad():
+        for p, value in zip(model.parameters(), content["parameters"], strict=True):
+            p.copy_(value)
+    return content["done"], content["kept"]
+
+
+def _write(model: nn.Module, file: RunFile | None, healing: _Healing) -> None:
+    if file is not None:
+        kept = [p.detach() for p in model.parameters()]
+        file.write({"parameters": kept, "done": healing.done, "kept": healing.n_kept})
+
+
+@stage(HealLocally, outcome="healed locally", needs_data=True, resumes=True)
+def _heal_locally(work: Work, settings: HealLocally) -> Work:
+    with material(work, settings.n_batches, settings.n_held_back) as found:
+        if isinstance(found, str):
+            return work.noted(f"Nothing was healed: {found}")
+        before, after, n_kept, n = heal_locally_(found, settings, work.options.observer, work.checkpoint)
+    return work.noted(
+        f"Local healing was kept for {n_kept} of {n} blocks: on batches held back the outputs lie {after:.3g} from "
+        f"the original's, {before:.3g} before."
+    )

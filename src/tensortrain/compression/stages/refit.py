@@ -1,0 +1,289 @@
+"""Refit: layer by layer, the last factor fitted anew to what the original gave, on inputs as they come by now.
+
+A layer of a compressed model is given other inputs than the original's, since those before it are not exact. Front to
+back, every layer's last factor and bias are fitted by ridge regression from its inputs now to the original's outputs.
+No labels, no backward pass.
+
+Sources: anchored least squares as in AA-SVD, arXiv:2604.02119; for recurrent layers Prabhavalkar et al.,
+arXiv:1603.08042, and its refinements by alternating roll-outs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tensortrain.compression.stages.base import Work, stage
+from tensortrain.compression.stages.held_outputs import HeldOutputs
+from tensortrain.compression.stages.last_factor import Equations, LastFactor, last_factor, why_no_last_factor
+from tensortrain.compression.stages.material import Material, material, running
+from tensortrain.compression.stages.streams import Part, Streams
+from tensortrain.compression.words import in_short, named
+from tensortrain.nn import FactorizedLayer, is_transformers_conv1d
+from tensortrain.system.observer import Observer
+
+__all__ = ["Refit", "fittable_layers", "heard", "in_order", "refit_", "wanted_output"]
+
+_DAMPINGS = (1.0, 0.1, 1e-2, 1e-3)  # of the mean square of what a factor is given
+
+
+@dataclass(frozen=True)
+class Refit:
+    """Fit the last factor of every changed layer anew, on the compressed model's own inputs.
+
+    A fit is kept only where it brings the model's outputs nearer to the original's on batches that were held back.
+
+    Attributes:
+        n_batches: Batches to fit on.
+        n_held_back: Batches to judge by.
+        dampings: How strongly a factor is drawn towards what it was; the best one is taken, layer by layer.
+    """
+
+    n_batches: int = 8
+    n_held_back: int = 2
+    dampings: tuple[float, ...] = _DAMPINGS
+
+
+@dataclass
+class Outcome:
+    """What became of the layers.
+
+    Attributes:
+        kept, worse: Names of layers whose fit was kept, and of those where it did not help.
+        passed_over: Layers by the reason for which they were not fitted.
+        before, after: Distance of the outputs.
+    """
+
+    before: float
+    after: float
+    kept: list[str] = field(default_factory=list)
+    worse: list[str] = field(default_factory=list)
+    passed_over: dict[str, list[str]] = field(default_factory=dict)
+
+    def pass_over(self, name: str, reason: str) -> None:
+        self.passed_over.setdefault(reason, []).append(name)
+
+    def notes(self) -> list[str]:
+        found = [f"Not refitted: {named(names)}, {reason}." for reason, names in self.passed_over.items()]
+        if self.kept:
+            found.append(
+                f"{len(self.kept)} of {len(self.kept) + len(self.worse)} layers were refitted on the compressed "
+                f"model's own inputs: on batches held back its outputs lie {self.after:.3g} from the original's, "
+                f"{self.before:.3g} before."
+            )
+        return found
+
+
+def fittable_layers(original: nn.Module, small: nn.Module, *, changed: bool = False) -> list[str]:
+    """Layers whose weight may be fitted: factorized ones, and dense ones with the outputs that they had.
+
+    A dense layer that nothing was done to is among them: it can make up for what was lost before it.
+
+    Args:
+        changed: Only layers that something was done to.
+    """
+    old = dict(original.named_modules())
+    return [
+        name
+        for name, module in small.named_modules()
+        if isinstance(module, FactorizedLayer)
+        or (
+            _is_dense(module)
+            and _gives_as_much(old.get(name), module)
+            and not (changed and _same_shape(old[name], module))
+        )
+    ]
+
+
+def _same_shape(before: Any, now: Any) -> bool:
+    return bool(before.weight.shape == now.weight.shape)
+
+
+def _is_dense(module: nn.Module) -> bool:
+    return type(module) in (nn.Linear, nn.Conv1d, nn.Conv2d) or is_transformers_conv1d(module)
+
+
+def _gives_as_much(before: Any, now: Any) -> bool:
+    """Whether a layer has the outputs that it had: a maker of fewer units has not."""
+    attributes = ("out_features", "out_channels", "nf")
+    return any(getattr(before, a, None) == getattr(now, a, -1) for a in attributes)
+
+
+def refit_(given: Material, settings: Refit, observer: Observer) -> Outcome:
+    """Fit a compressed model's last factors in place; see :class:`Refit`.
+
+    Cost: two forward passes over the batches, two of each block for every layer in it, and one over those held back
+    for every layer.
+    """
+    original, small, batches, held = given.original, given.small, given.batches, given.held
+    with running(original), running(small), torch.no_grad():
+        before = held.distance(small)
+        outcome = Outcome(before, before)
+        streams = Streams.of(original, small, batches, held.judge.outputs)
+        names = in_order(small, fittable_layers(original, small), lambda: held.judge.outputs(small, batches[0]))
+        observer.on_start("refit", len(names))
+        try:
+            for k, name in enumerate(names):
+                _refit_one(streams, name, held, settings, outcome)
+                observer.on_step(k + 1)
+        finally:
+            observer.on_end()
+    return outcome
+
+
+def in_order(model: nn.Module, names: Sequence[str], run: Any) -> list[str]:
+    """The layers that run, by when they do."""
+    seen: dict[str, None] = {}
+    with ExitStack() as stack:
+        for name in names:
+            hook = model.get_submodule(name).register_forward_pre_hook(lambda m, a, name=name: seen.setdefault(name))
+            stack.callback(hook.remove)
+        run()
+    return list(seen)
+
+
+def _refit_one(streams: Streams, name: str, held: HeldOutputs, settings: Refit, outcome: Outcome) -> None:
+    layer, old = streams.small.get_submodule(name), _part(streams.original, name)
+    reason = why_no_last_factor(layer)
+    if old is None or isinstance(old, FactorizedLayer):
+        reason = "the original has no such layer"
+    if reason:
+        outcome.pass_over(name, reason)
+        return
+    factor = last_factor(layer)
+    try:
+        fit = _equations(streams.part_of(name), old, layer, factor, streams.batches)
+        change = None if fit is None else _best(fit, factor, settings)
+    except (ValueError, RuntimeError, NotImplementedError) as error:
+        outcome.pass_over(name, f"its equations have no solution ({in_short(error)})")
+        return
+    if change is not None:
+        _try(streams.small, name, factor, change, held, outcome)
+
+
+def _part(model: nn.Module, name: str) -> nn.Module | None:
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        return None
+
+
+def _equations(
+    part: Part, old: nn.Module, layer: nn.Module, factor: LastFactor, batches: Sequence[Any]
+) -> tuple[Equations, Equations] | None:
+    """Of most batches, and of every fourth one to choose the damping by; None where the layer's calls do not match."""
+    fitting, choosing = Equations(), Equations()
+    for k, batch in enumerate(batches):
+        wanted, given = heard(old, lambda k=k: part.run_original(k)), heard(layer, lambda k=k: part.run_small(k))
+        if len(wanted) != len(given):
+            return None
+        mask = batch.get("attention_mask") if isinstance(batch, dict) or hasattr(batch, "get") else None
+        sums = choosing if len(batches) > 3 and k % 4 == 3 else fitting
+        for before, now in zip(wanted, given, strict=True):
+            sums.add(factor, now.given, wanted_output(before, now), mask)
+    return (fitting, choosing if choosing.n_rows else fitting) if fitting.n_rows else None
+
+
+@dataclass
+class Heard:
+    """One call of a layer: what it was given and gave, and what its output was added to, if it was."""
+
+    given: Tensor
+    output: Tensor
+    beside: Tensor | None = None
+
+
+def wanted_output(old: Heard, now: Heard) -> Tensor:
+    """The output that makes up for what the layers before lost: the sum with what it is added to is the original's."""
+    if old.beside is None or now.beside is None or old.beside.shape != now.beside.shape:
+        return old.output
+    return old.output + (old.beside - now.beside)
+
+
+class _Sums(TorchDispatchMode):
+    """Watches for the sum that the last output of a layer goes into, as that of a residual connection."""
+
+    def __init__(self, calls: list[Heard]) -> None:
+        super().__init__()
+        self.calls, self.last = calls, None
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        last = self.last
+        if last is not None and func.overloadpacket in (torch.ops.aten.add, torch.ops.aten.add_) and len(args) == 2:
+            for one, other in (args, args[::-1]):
+                alike = isinstance(one, Tensor) and isinstance(other, Tensor) and one.shape == other.shape == last.shape
+                if alike and one.data_ptr() == last.data_ptr() and not (kwargs or {}):
+                    self.calls[-1].beside, self.last = other.detach().clone(), None
+                    break
+        return func(*args, **(kwargs or {}))
+
+
+def heard(layer: nn.Module, run: Any) -> list[Heard]:
+    """What a layer is given and gives, call by call."""
+    calls: list[Heard] = []
+    sums = _Sums(calls)
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        x = args[0] if args else next(iter(kwargs.values()), None)
+        if isinstance(x, Tensor) and isinstance(output, Tensor):
+            calls.append(Heard(x.detach().clone(), output.detach().clone()))  # the next layer may write to it
+            sums.last = output
+
+    handle = layer.register_forward_hook(hook, with_kwargs=True)
+    try:
+        with sums:
+            run()
+    finally:
+        handle.remove()
+    return calls
+
+
+def _best(fit: tuple[Equations, Equations], factor: LastFactor, settings: Refit) -> tuple[Tensor, Tensor | None] | None:
+    """The factor, and bias, that is best on the batches to choose by; None where the old one is."""
+    fitting, choosing = fit
+    old, bias = factor.matrix().double(), factor.layer.bias
+    own = None if bias is None else bias.detach().double().reshape(factor.n_blocks, -1)
+    best, least = None, choosing.error(old, own)
+    for damping in settings.dampings:
+        matrix = fitting.solved(old, damping=damping, centred=bias is not None)
+        found = matrix, None if bias is None else fitting.bias(matrix)
+        error = choosing.error(*found)
+        if error < least:
+            best, least = found, error
+    return best
+
+
+def _try(
+    small: nn.Module,
+    name: str,
+    factor: LastFactor,
+    change: tuple[Tensor, Tensor | None],
+    held: HeldOutputs,
+    outcome: Outcome,
+) -> None:
+    """Put a fit in place; take it back where the outputs come no nearer."""
+    kept = [tensor.detach().clone() for tensor in factor.tensors()]
+    factor.write(*change)
+    distance = held.distance(small)
+    if distance < outcome.after:
+        outcome.after = distance
+        outcome.kept.append(name)
+        return
+    for tensor, value in zip(factor.tensors(), kept, strict=True):
+        tensor.copy_(value)
+    outcome.worse.append(name)
+
+
+@stage(Refit, outcome="refitted", needs_data=True)
+def _refit(work: Work, settings: Refit) -> Work:
+    with material(work, settings.n_batches, settings.n_held_back) as found:
+        if isinstance(found, str):
+            return work.noted(f"Nothing was refitted: {found}")
+        outcome = refit_(found, settings, work.options.observer)
+    return work.noted(*outcome.notes())

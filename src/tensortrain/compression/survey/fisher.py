@@ -1,0 +1,102 @@
+"""In what metric changes of a model's outputs are measured: nats for class probabilities, squares for values.
+
+A change ``d`` of logits costs ``1/2 d^T (diag(p) - p p^T) d`` nats, ``p`` their probabilities: classes that are never
+likely count for nothing. Its matrix is the Fisher information, which needs no labels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tensortrain.train.batches import read_batch
+from tensortrain.train.losses import positions, unmasked
+from tensortrain.train.outputs import counted, spread
+from tensortrain.train.task import Task, as_logits
+
+__all__ = ["Metric"]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """Of each output of a model, the metric that its changes are measured in.
+
+    Attributes:
+        task: How the model is judged; squared changes of all outputs where that is not known.
+    """
+
+    model: nn.Module
+    task: Task | None = None
+
+    def in_nats(self, name: str) -> bool:
+        """Whether an output holds class probabilities: energies of a change are twice the divergence it makes."""
+        task = self.task
+        return task is not None and name == task.main and (task.softmax or task.kind == "multi-label")
+
+    def spread(self, name: str, y: Tensor, batch: Any) -> tuple[Tensor, Tensor]:
+        """Sums over a batch, in the metric: squares about the mean, and squares."""
+        y = y.detach()
+        if not self.in_nats(name):
+            return spread(self._values(name, y, batch))
+        logits = self._logits(name, y, batch).double()
+        return self._energy(logits, logits - logits.mean(dim=0)), self._energy(logits, logits)
+
+    def along(self, name: str, y: Tensor, batch: Any, generator: torch.Generator) -> Tensor:
+        """The output along a random direction whose second moment is the metric."""
+        if not self.in_nats(name):
+            values = self._values(name, y, batch)
+            noise = torch.randn(values.shape, generator=generator).to(values)
+            return (torch.where(counted(values), values, 0) * noise).sum()
+        logits = self._logits(name, y, batch)
+        noise = torch.randn(logits.shape, generator=generator).to(logits)
+        return (logits * self._direction(logits.detach(), noise)).sum()
+
+    def _direction(self, logits: Tensor, noise: Tensor) -> Tensor:
+        """A draw with the second moment of ``p - onehot(y)``, ``y ~ p``.
+
+        Normal instead of one class drawn: a confident model hardly ever draws the classes whose gradients count.
+        """
+        assert self.task is not None
+        if not self.task.softmax:
+            p = torch.sigmoid(logits)
+            return (p * (1 - p)).sqrt() * noise
+        p = torch.softmax(logits, dim=-1)
+        part = p.sqrt() * noise
+        return part - p * part.sum(dim=-1, keepdim=True)
+
+    def _energy(self, logits: Tensor, change: Tensor) -> Tensor:
+        """Sum of ``d^T (diag(p) - p p^T) d`` over the rows."""
+        assert self.task is not None
+        if not self.task.softmax:
+            p = torch.sigmoid(logits)
+            return (p * (1 - p) * change.square()).sum()
+        p = torch.softmax(logits, dim=-1)
+        about = change - (p * change).sum(dim=-1, keepdim=True)
+        return (p * about.square()).sum()
+
+    def _logits(self, name: str, y: Tensor, batch: Any) -> Tensor:
+        """Rows of logits at the places that count, ``(n, c)``."""
+        assert self.task is not None
+        if not self.task.softmax:
+            y = torch.logit(y.clamp(1e-6, 1 - 1e-6)) if self.task.probabilities else y
+            return unmasked(y.reshape(-1, y.shape[-1] if y.ndim else 1), counted(y).reshape(-1, y.shape[-1] or 1))
+        rows = as_logits(self.task, y)
+        rows = unmasked(rows, counted(rows))
+        mask = self._mask(name, y, batch)
+        return rows if mask is None else rows[mask.reshape(-1)]
+
+    def _values(self, name: str, y: Tensor, batch: Any) -> Tensor:
+        """The places of an output that count; of an embedding, its direction alone."""
+        if self.task is not None and self.task.kind == "embed" and name == self.task.main and y.ndim > 1:
+            y = F.normalize(y, dim=-1)
+        mask = self._mask(name, y, batch)
+        return y if mask is None else y[mask]
+
+    def _mask(self, name: str, y: Tensor, batch: Any) -> Tensor | None:
+        if self.task is None:
+            return None
+        return positions(self.task, name, y, batch, read_batch(self.model, batch).labels)

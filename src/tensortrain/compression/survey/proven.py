@@ -1,0 +1,135 @@
+"""Hidden units that a model really can do with fewer of: narrowed on a trial, it computes what it should."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from tensortrain.compression.narrow import Undo, narrow_
+from tensortrain.compression.survey.hidden import HiddenUnits, Run, channel_axis, find_hidden_units, some_channels
+from tensortrain.compression.survey.moments import Calibration
+from tensortrain.nn import is_transformers_conv1d
+from tensortrain.train.batches import map_tensors, n_examples, run
+from tensortrain.train.modes import evaluating
+from tensortrain.train.preserve import preserved
+
+__all__ = ["proven_units"]
+
+_FEW = 2  # examples to try on
+
+
+def proven_units(model: nn.Module, calibration: Calibration) -> list[HiddenUnits]:
+    """Hidden units that can be taken out of a model: found by gradients, and tried on a batch.
+
+    A forward may name a size that gradients do not show, as ``x.view(b, 4, 64)`` does between two layers. So half of
+    the units are taken out for a moment: the model has to give what it gives where their reader sees zeros.
+
+    Args:
+        model: As before afterwards.
+        calibration: Its first batch is used.
+
+    Cost: three forward passes and two short backward ones for each layer, on two examples; three more for each group
+    of units where some of them fail.
+    """
+    batch = _few(calibration.batches[0])
+
+    def on_batch(net: nn.Module) -> Any:
+        return run(net, batch, with_labels=calibration.with_labels)
+
+    with preserved(model):
+        return _proven(model, on_batch)
+
+
+def _proven(model: nn.Module, on_batch: Run) -> list[HiddenUnits]:
+    try:
+        found = find_hidden_units(model, on_batch)
+    except Exception:  # a part without gradients, or one that two examples do not serve: nothing is known
+        return []
+    apart = _apart(found)
+    if _computes_the_same(model, apart, on_batch):
+        return [units for units in found if units in apart or _computes_the_same(model, [units], on_batch)]
+    return [units for units in found if _computes_the_same(model, [units], on_batch)]
+
+
+def _few(batch: Any) -> Any:
+    n = n_examples(batch)
+    return map_tensors(lambda x: x[:_FEW] if x.ndim and len(x) == n else x, batch) if n > _FEW else batch
+
+
+def _apart(found: Sequence[HiddenUnits]) -> list[HiddenUnits]:
+    """Units that share no layer with those before them."""
+    taken: set[str] = set()
+    kept = []
+    for units in found:
+        names = {*units.makers, *units.between, units.reader}
+        if not names & taken:
+            taken |= names
+            kept.append(units)
+    return kept
+
+
+def _computes_the_same(model: nn.Module, groups: Sequence[HiddenUnits], on_batch: Run) -> bool:
+    """Whether the model with half of the units gives what it gives where their readers are given zeros for them."""
+    try:
+        with evaluating(model), torch.no_grad():
+            with _zeroed(model, groups):
+                wanted = _numbers(on_batch(model))
+            with _narrowed(model, groups):
+                found = _numbers(on_batch(model))
+    except Exception:
+        return False
+    return len(wanted) == len(found) and all(_is_like(a, b) for a, b in zip(wanted, found, strict=True))
+
+
+def _numbers(outputs: object) -> list[Tensor]:
+    leaves = [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor)]
+    return [leaf for leaf in leaves if leaf.is_floating_point()]
+
+
+def _is_like(a: Tensor, b: Tensor) -> bool:
+    if a.shape != b.shape:
+        return False
+    eps = torch.finfo(a.dtype).eps
+    return bool((a.double() - b.double()).norm() <= eps**0.5 * a.double().norm())
+
+
+@contextmanager
+def _zeroed(model: nn.Module, groups: Sequence[HiddenUnits]) -> Iterator[None]:
+    with ExitStack() as stack:
+        for units in groups:
+            reader = model.get_submodule(units.reader)
+            handle = reader.register_forward_pre_hook(_mask(units.n_units, channel_axis(reader)))
+            stack.callback(handle.remove)
+        yield
+
+
+def _mask(n: int, axis: int) -> Callable[..., Any]:
+    def hook(module: nn.Module, args: tuple[Any, ...]) -> Any:
+        if not args:
+            return None
+        x = args[0]
+        shape = [1] * x.ndim
+        shape[axis] = n
+        return (x * some_channels(n, x.device).reshape(shape), *args[1:])
+
+    return hook
+
+
+@contextmanager
+def _narrowed(model: nn.Module, groups: Sequence[HiddenUnits]) -> Iterator[None]:
+    undo: list[Undo] = []
+    try:
+        for units in groups:
+            reader: Any = model.get_submodule(units.reader)
+            kept = some_channels(units.n_units, reader.weight.device).nonzero().flatten()
+            weight = reader.weight.T if is_transformers_conv1d(reader) else reader.weight
+            undo.append(narrow_(model, units, kept, weight.detach()[:, kept]))
+        yield
+    finally:
+        for back in reversed(undo):
+            back()

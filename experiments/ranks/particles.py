@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +32,11 @@ def run_particles(name: str, given: dict[str, Any], seed: int, folder: Path) -> 
         return {**counts(model), "start": start, **evaluate(model, test)}
     posterior = tt.nn.SVGD(model, tt.nn.RankPrior(model, given["kind"]), **method["options"])
     model.train()
-    for _ in range(given["stage"]["epochs"]):
-        for x, y in train.batches():
-            posterior.step(lambda net, x=x, y=y: train.loss(net(x), y), len(train.x))
+    n_steps, lr = given["stage"]["epochs"] * -(-len(train.x) // train.batch_size), posterior.lr
+    batches = itertools.chain.from_iterable(train.batches() for _ in range(given["stage"]["epochs"]))
+    for k, (x, y) in enumerate(batches):
+        posterior.lr = lr * (0.02 + 0.49 * (1 + math.cos(math.pi * k / n_steps)))  # as Task.train
+        posterior.step(lambda net, x=x, y=y: train.loss(net(x), y), len(train.x))
     model.eval()
     log_p = torch.cat([posterior.log_prob(lambda net, x=x: net(x)) for x in test.x.split(1000)])
     right = float((log_p.argmax(dim=1) == test.y).double().mean())

@@ -90,6 +90,19 @@ def test_pairs_trained_together_find_the_ranks() -> None:
     assert planted.error(layer) < 0.05
 
 
+def test_pairs_grow_to_the_planted_ranks_at_the_defaults() -> None:
+    planted = Planted(seed=0)
+    layer = planted.layer(rank=1)
+
+    def loss() -> torch.Tensor:
+        rows = torch.randint(len(planted.x), (300,))
+        return (layer(planted.x[rows]) - planted.y[rows]).square().mean()
+
+    for _ in range(8):
+        tt.nn.grow_ranks_(layer, loss=loss)
+    assert layer.ranks == RANKS
+
+
 def test_growth_of_pairs_needs_trains() -> None:
     with pytest.raises(KindError, match="format 'cp'"):
         tt.nn.grow_ranks_(made("cp")[0], loss=lambda: torch.zeros(()))
@@ -418,3 +431,12 @@ def test_mixed_indices_of_cores_on_one_core_are_told_apart(name: str) -> None:
     tt.nn.prune_ranks_(model)
     assert max(model.ranks) == 2 < grown
     torch.testing.assert_close(outputs(model, x).detach(), before, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize(("budget", "weight"), [(None, 1e-2), (0.4, 1.0), (50, 1.0)])
+def test_a_budget_is_pulled_at_by_default(budget: float | None, weight: float) -> None:
+    layer = tt.nn.Linear(24, 30, format="cp", rank=6)
+    gates = tt.nn.RankGates(layer, budget=budget)
+    assert float(gates.loss().detach()) == pytest.approx(weight * float(gates.size().detach()))
+    gates.remove()
+    assert tt.nn.RankGates(layer, budget=budget, weight=0.3).weight == 0.3

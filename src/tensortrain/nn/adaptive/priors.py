@@ -34,6 +34,8 @@ class RankPrior(nn.Module):
     Use: start from trained weights, or leave the prior out of the first epochs. In every step add
     ``prior.loss() / n_examples`` to the mean loss, where ``n_examples`` is the size of the whole training set, step the
     optimizer, and call ``prior.update_()``. At the end ``tensortrain.nn.prune_ranks_(model)`` cuts what has died.
+    The loss is to be a negative log likelihood, as a cross entropy is; of a mean squared error that is
+    ``n_outputs / 2 * error.log()``, with the noise that fits best.
 
     Args:
         model: A module with factorized layers; its parameters stay its own.

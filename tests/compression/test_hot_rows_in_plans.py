@@ -89,3 +89,20 @@ def test_shares_of_ids_to_come() -> None:
     unmet = counts == 0
     assert abs(float(found[unmet].sum()) - float(shares[unmet].sum())) < 0.02
     assert torch.equal(expected_shares(torch.ones(4)), torch.full((4,), 0.25))
+    positions = expected_shares(torch.tensor([20.0] * 7 + [0.0] * 505).double())  # of short texts
+    assert 0.04 < float(positions[7:].sum()) < 0.06
+
+
+def test_positions_beyond_short_texts_are_not_cut_away() -> None:
+    """Only the first twelve of its rows are met, and all are worth keeping."""
+
+    class Placed(Reader):
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.out(self.table(torch.arange(ids.shape[1]).expand(ids.shape)).mean(1) + ids[:, :1] / 900)
+
+    net = Placed(n=200).eval()
+    plan = tt.plan_compression(net, budget="1.3x", data=text(), formats=("low_rank",))
+    small = tt.apply_plan_(Placed(n=200), plan)
+    with torch.no_grad():
+        error = (small.table(torch.arange(12, 200)) - net.table.weight[12:]).norm() / net.table.weight[12:].norm()
+    assert error < 0.8  # a table of noise at three quarters of its numbers; with a rank of one it would be 0.98

@@ -56,7 +56,8 @@ class NoChain(nn.Module):
 
 
 def cut(model: nn.Module, data: list[Tensor]) -> nn.Module:
-    return compress(model, budget="3x", data=data, measure=False, stages=[Factorize()]).model
+    how = {"formats": ("low_rank", "tt"), "measure": False}
+    return compress(model, budget="3x", data=data, stages=[Factorize()], **how).model
 
 
 def material(model: nn.Module, small: nn.Module, data: list[Tensor]) -> Material:
@@ -165,6 +166,7 @@ def test_blocks_of_an_encoder_whose_positions_are_blanked_out() -> None:
     for _ in range(8):
         mask = (torch.arange(7)[None] < torch.randint(2, 8, (6, 1), generator=generator)).long()
         data.append({"input_ids": torch.randint(40, (6, 7), generator=generator), "attention_mask": mask})
-    found = compress(model, budget="1.5x", data=data, measure=False, heal="local")
+    how = {"formats": ("low_rank", "tt"), "measure": False}
+    found = compress(model, budget="1.5x", data=data, heal="local", **how)
     assert any(isinstance(m, Linear) for m in found.model.modules())
     assert any("Local healing was kept" in note for note in found.report.notes)

@@ -15,6 +15,7 @@ __all__ = ["Calibration", "LayerMoments", "expected_shares", "second_moment"]
 
 LARGEST_FULL_GRAM = 4608  # features: 170 MB in float64; above, only the diagonal is kept
 _MOST_UNMET = 0.5  # of all ids to come, however many of those met came once
+_LEAST_UNMET = 0.05  # of what they would be if all ids were alike: positions beyond short texts may come, too
 _CONSTANT = 1e-10  # of the second moment: an input that varies less is the same for all rows
 
 
@@ -102,7 +103,7 @@ def expected_shares(counts: Tensor) -> Tensor:
     """How often each id will be met in other data of the same kind, ``(N,)`` with sum 1.
 
     Ids that were met once are about as many as those met once more elsewhere: their share goes to those not met at
-    all, alike. In text, a sixth of the words are of these even after ten thousand.
+    all, alike, and a little where there are none. In text, a sixth of the words are of these even after ten thousand.
 
     Source: Good, "The population frequencies of species", Biometrika 40, 1953 (Turing's estimate).
 
@@ -113,7 +114,7 @@ def expected_shares(counts: Tensor) -> Tensor:
     total, once, unmet = counts.sum(), (counts == 1).sum(), counts == 0
     if not bool(unmet.any()):
         return counts / total
-    rest = (once / total).clamp(max=_MOST_UNMET)
+    rest = (once / total).clamp(_LEAST_UNMET * float(unmet.double().mean()), _MOST_UNMET)
     return torch.where(unmet, rest / unmet.sum(), counts / total * (1 - rest))
 
 

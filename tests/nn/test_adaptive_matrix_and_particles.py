@@ -94,3 +94,13 @@ def test_one_particle_is_refused() -> None:
     layer = tt.nn.Linear(8, 8, rank=2)
     with pytest.raises(RankError, match="n_particles"):
         tt.nn.SVGD(layer, tt.nn.RankPrior(layer), 1)
+
+
+def test_the_step_size_of_particles_can_fall() -> None:
+    layer = tt.nn.Linear(16, 4, rank=2)
+    posterior = tt.nn.SVGD(layer, tt.nn.RankPrior(layer), n_particles=2, lr=1e-2)
+    assert posterior.lr == 1e-2
+    posterior.lr = 0.0
+    before = posterior.particles.detach().clone()
+    posterior.step(lambda model: model(torch.ones(3, 16)).square().mean(), n_examples=100)
+    torch.testing.assert_close(posterior.particles.detach(), before)

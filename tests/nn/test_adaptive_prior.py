@@ -167,6 +167,25 @@ def test_bad_requests_name_what_is_wrong() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_indices_that_died_have_no_vote_on_those_that_live(kind: str) -> None:
+    torch.manual_seed(0)
+    modes = {"in_modes": (4, 4, 4, 4), "out_modes": (4, 4, 4, 4)}
+    small = tt.nn.Linear(256, 256, rank=(1, 2, 4, 3, 1), **modes).double()
+    large = tt.nn.Linear(256, 256, rank=(1, 9, 4, 8, 1), **modes).double()
+    with torch.no_grad():
+        for core, inner in zip(large.core_list(), small.core_list(), strict=True):
+            core.mul_(1e-7)[tuple(slice(n) for n in inner.shape)] = inner
+    few, many = (tt.nn.RankPrior(layer, kind) for layer in (small, large))
+    for ours, theirs in zip(few.scales()[""], many.scales()[""], strict=True):
+        ours.copy_(torch.linspace(1.0, 2.0, len(ours)))
+        theirs.fill_(1e-8)[: len(ours)] = ours
+    few.update_()
+    many.update_()
+    for ours, theirs in zip(few.scales()[""], many.scales()[""], strict=True):
+        torch.testing.assert_close(theirs[: len(ours)], ours, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_planted_ranks_are_recovered(kind: str) -> None:
     planted = Planted(seed=3)
     layer = planted.layer(rank=7)

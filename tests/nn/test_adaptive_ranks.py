@@ -90,6 +90,19 @@ def test_pairs_trained_together_find_the_ranks() -> None:
     assert planted.error(layer) < 0.05
 
 
+def test_pairs_grow_to_the_planted_ranks_at_the_defaults() -> None:
+    planted = Planted(seed=0)
+    layer = planted.layer(rank=1)
+
+    def loss() -> torch.Tensor:
+        rows = torch.randint(len(planted.x), (300,))
+        return (layer(planted.x[rows]) - planted.y[rows]).square().mean()
+
+    for _ in range(8):
+        tt.nn.grow_ranks_(layer, loss=loss)
+    assert layer.ranks == RANKS
+
+
 def test_growth_of_pairs_needs_trains() -> None:
     with pytest.raises(KindError, match="format 'cp'"):
         tt.nn.grow_ranks_(made("cp")[0], loss=lambda: torch.zeros(()))
@@ -128,6 +141,32 @@ def test_ranks_that_are_named_are_taken(name: str) -> None:
     tt.nn.prune_ranks_(model, ranks=1)
     assert all(set(bond_ranks(layer)) == {1} for layer in factorized(model))
     assert outputs(model, x).isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["tt", "cp", "conv", "low_rank"])
+@pytest.mark.parametrize("budget", [0.5, 0.8])
+def test_a_budget_is_met_and_not_undercut_by_much(name: str, budget: float) -> None:
+    model = torch.nn.Sequential(made(name)[0], tt.nn.Linear(64, 64, rank=6))
+    full = sum(core.numel() for layer in tt.nn.prune_ranks_(model) for core in layer.core_list())
+    tt.nn.prune_ranks_(model, budget=budget)
+    left = sum(core.numel() for layer in model for core in layer.core_list())
+    smallest = max(core.numel() // max(core.shape) for layer in model for core in layer.core_list())
+    assert budget * full - 2 * smallest * 8 < left <= budget * full
+
+
+def test_a_budget_takes_from_the_layer_that_needs_it_least() -> None:
+    torch.manual_seed(0)
+    poor = torch.randn(64, 2) @ torch.randn(2, 64) + 0.05 * torch.randn(64, 64)
+    dense = {"needs": torch.randn(64, 64), "wastes": poor}
+    model = torch.nn.ModuleDict({name: torch.nn.Linear(64, 64, bias=False) for name in dense})
+    for name, weight in dense.items():
+        model[name].weight.data = weight
+    model = torch.nn.ModuleDict(
+        {name: tt.nn.Linear.from_dense(layer, format="low_rank", rank=12) for name, layer in model.items()}
+    )
+    tt.nn.prune_ranks_(model, budget=0.6)
+    assert model["wastes"].ranks[1:-1] == (2,)
+    assert model["needs"].ranks[1:-1] == (12,)
 
 
 def test_a_train_is_cut_as_well_as_it_can_be() -> None:
@@ -176,6 +215,9 @@ def test_frozen_cores_stay_frozen_and_biases_stay() -> None:
     [
         ({"rel_error": 1.0}, RankError, "rel_error"),
         ({"rel_error": 0.1, "ranks": 2}, ShapeError, "not both"),
+        ({"budget": 0.5, "ranks": 2}, ShapeError, "not both"),
+        ({"budget": 0}, RankError, "positive"),
+        ({"budget": 3}, RankError, "cores of rank 1"),
         ({"ranks": 0}, RankError, "at least 1"),
         ({"ranks": (1, 2, 3, 4, 5)}, RankError, "whole numbers"),
         ({"ranks": {"nobody": 2}}, ShapeError, "nobody"),
@@ -359,7 +401,9 @@ def test_gates_recover_planted_ranks(kind: str) -> None:
     assert tt.nn.prune_ranks_(layer).ranks == RANKS
 
 
-@pytest.mark.parametrize("name", ["tt", "bare", "conv", "separate", "low_rank"])
+@pytest.mark.parametrize(
+    "name", ["tt", "bare", "conv", "separate", "low_rank", "tucker", "tucker2", "grouped", "grouped tt"]
+)
 def test_turning_indices_keeps_the_weight(name: str) -> None:
     model, x = made(name)
     before = outputs(model, x).detach()
@@ -367,3 +411,32 @@ def test_turning_indices_keeps_the_weight(name: str) -> None:
     torch.testing.assert_close(outputs(model, x).detach(), before, rtol=1e-9, atol=1e-10)
     sizes = scores(model.core_list(), bonds(model.spec)[0])
     assert (sizes[:-1] >= sizes[1:] - 1e-9).all()
+
+
+@pytest.mark.parametrize("name", ["tucker", "tucker2", "grouped"])
+def test_mixed_indices_of_cores_on_one_core_are_told_apart(name: str) -> None:
+    model, x = made(name)
+    tt.nn.prune_ranks_(model, ranks=2)
+    before = outputs(model, x).detach()
+    tt.nn.grow_ranks_(model, by=2)
+    grown = max(model.ranks)
+    with torch.no_grad():  # the same weight by other bases, in which every index looks alike
+        cores = list(model.core_list())
+        for first, second in bonds(model.spec):
+            (core, axis), (other, other_axis) = first, second
+            turn = torch.linalg.qr(torch.randn(cores[core].shape[axis], cores[core].shape[axis]).double()).Q
+            cores[core].copy_(torch.tensordot(turn, cores[core], ([1], [axis])).movedim(0, axis))
+            cores[other].copy_(torch.tensordot(turn, cores[other], ([1], [other_axis])).movedim(0, other_axis))
+    torch.testing.assert_close(outputs(model, x).detach(), before, rtol=1e-9, atol=1e-10)
+    tt.nn.prune_ranks_(model)
+    assert max(model.ranks) == 2 < grown
+    torch.testing.assert_close(outputs(model, x).detach(), before, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize(("budget", "weight"), [(None, 1e-2), (0.4, 1.0), (50, 1.0)])
+def test_a_budget_is_pulled_at_by_default(budget: float | None, weight: float) -> None:
+    layer = tt.nn.Linear(24, 30, format="cp", rank=6)
+    gates = tt.nn.RankGates(layer, budget=budget)
+    assert float(gates.loss().detach()) == pytest.approx(weight * float(gates.size().detach()))
+    gates.remove()
+    assert tt.nn.RankGates(layer, budget=budget, weight=0.3).weight == 0.3

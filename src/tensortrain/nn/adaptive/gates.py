@@ -52,7 +52,8 @@ class RankGates(nn.Module):
         kind: Of the gates.
         budget: Parameters of the cores to come down to, a number or a share in (0, 1) of those at present; the
             penalty ends there. None: none.
-        weight: What the penalty is multiplied by; it lies in [0, 1] before.
+        weight: What the penalty is multiplied by; it lies in [0, 1] before. None: 1 with a budget, where the penalty
+            ends by itself and only has to win before, else 0.01.
         temperature: Of "concrete" gates; set the attribute lower while training goes on.
 
     Raises:
@@ -76,7 +77,7 @@ class RankGates(nn.Module):
         kind: GateKind = "concrete",
         budget: float | None = None,
         *,
-        weight: float = 1e-2,
+        weight: float | None = None,
         temperature: float = 0.5,
     ) -> None:
         super().__init__()
@@ -85,7 +86,8 @@ class RankGates(nn.Module):
         for name, value in (("budget", budget), ("temperature", temperature)):
             if value is not None and value <= 0:
                 raise RankError(f"{name} must be positive: found {value!r}. Leave it out for its default.")
-        self.kind, self.weight, self.temperature = kind, weight, temperature
+        self.kind, self.temperature = kind, temperature
+        self.weight = weight if weight is not None else 1e-2 if budget is None else 1.0
         self._layers = layers_with_bonds(model, "RankGates")
         for name, layer in self._layers:
             _check_can_gate(model, name, layer)

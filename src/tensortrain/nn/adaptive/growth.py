@@ -9,6 +9,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from tensortrain.cores.canonical import orthogonalize_cores
 from tensortrain.cores.rounding import round_cores
 from tensortrain.errors import KindError, RankError
 from tensortrain.formats import FactorSpec
@@ -38,7 +39,7 @@ def grow_ranks_(
     loss: Callable[[], Tensor] | None = None,
     rel_error: float = 1e-2,
     max_rank: int | None = None,
-    n_steps: int = 20,
+    n_steps: int = 40,
     lr: float = 1e-2,
     generator: torch.Generator | None = None,
 ) -> Model:
@@ -48,9 +49,10 @@ def grow_ranks_(
     no output changes, and the next steps of training can use them.
 
     With a ``loss`` each pair of neighbouring cores of every train becomes one core, takes ``n_steps`` of Adam on the
-    loss, all else held, and is split again: the bond keeps as many indices as the weight needs to ``rel_error``. One
-    call is one sweep over the bonds; the ranks find themselves, up or down. Layers with frozen cores are passed over.
-    Gates are multiplied into the cores first, and taken off.
+    loss, all else held (orthonormal, so that the pair holds the norm of the weight), and is split again: the bond keeps
+    as many indices as the weight needs to ``rel_error``. One call is one sweep over the bonds; the ranks find
+    themselves, up or down. Layers with frozen cores are passed over. Gates are multiplied into the cores first, and
+    taken off.
 
     Args:
         model: Any module with factorized layers, or one of them.
@@ -58,7 +60,7 @@ def grow_ranks_(
         loss: Called without arguments: the loss of the model as it is, such as that of the next batch.
         rel_error: Relative Frobenius error of a layer's weight in each split.
         max_rank: Cap of every bond.
-        n_steps, lr: Of Adam, for each pair.
+        n_steps, lr: Of Adam, for each pair; the step size falls to zero along a cosine.
         generator: Of the random slices.
 
     Returns:
@@ -147,17 +149,22 @@ def _train_pair_(
     set_cores_(model, layer, spec, cores)
     core = layer.core_list()[moving]
     optimizer = torch.optim.Adam([core], lr=lr)
+    # Steps that end small: the noise of the last ones spreads over all directions, and the split would count them.
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, n_steps)
     for _ in range(n_steps):
         with torch.enable_grad():
             (grad,) = torch.autograd.grad(loss(), [core], allow_unused=True, materialize_grads=True)
         core.grad = grad
         optimizer.step()
+        schedule.step()
     core.grad = None
 
 
 @torch.no_grad()
 def _as_one(layer: FactorizedLayer, bond: int) -> tuple[FactorSpec, Sequence[Tensor], int]:
     train = to_train(layer, layer.spec, layer.core_list())
+    train, exponent = orthogonalize_cores(train, (0, len(train) - 1), bond)
+    train[bond] = train[bond] * 2.0 ** float(exponent)
     left, right = train[bond : bond + 2]
     rows, columns = left.shape[:2].numel(), right.shape[1:].numel()
     pair = left.reshape(rows, -1) @ right.reshape(-1, columns)

@@ -13,6 +13,7 @@ from tensortrain.cores.canonical import symmetric
 from tensortrain.cores.tolerance import compute_dtype
 from tensortrain.errors import KindError
 from tensortrain.formats import Bond, FactorSpec
+from tensortrain.nn.adaptive.star import hub_of, turned_star
 from tensortrain.nn.base import FactorizedLayer
 from tensortrain.nn.cores import PLAIN_LISTS, Cores
 from tensortrain.nn.shaping.regularize import bonds
@@ -36,6 +37,7 @@ __all__ = [
     "spec_with",
     "take_indices",
     "to_train",
+    "turned",
 ]
 
 CLEARLY = 1e-2  # a rank index whose size is below this share of the largest one of its bond is taken for dead
@@ -150,18 +152,40 @@ def from_train(
 def concentrate_(model: nn.Module, layer: FactorizedLayer) -> None:
     """Turn the rank indices of a train, in place, to singular directions: what it does not need is small from then on.
 
-    The weight stays the same. Other formats have no such freedom, or none that is worth it. Left alone are layers that
-    share some of their cores, but not all, with another one, and those whose cores something stands in for.
+    The weight stays the same. Cores that hang on one core, as in Tucker formats, are turned likewise; others have
+    no such freedom, or none that is worth it. Left alone are layers that share some of their cores, but not all, with
+    another one, and those whose cores something stands in for.
     """
     is_plain = type(layer.cores) in PLAIN_LISTS and not transforms_of(layer)
-    if not is_train(layer) or not is_plain or _shares_some(model, layer):
+    if not is_plain or _shares_some(model, layer):
         return
-    train = to_train(layer, layer.spec, layer.core_list())
+    for core, value in zip(layer.core_list(), turned(layer), strict=True):
+        core.copy_(value)
+
+
+def turned(layer: FactorizedLayer) -> Sequence[Tensor]:
+    """The cores, of the same sizes, with singular directions as rank indices; where these are fixed, as they are."""
+    cores, found = list(layer.core_list()), bonds(layer.spec)
+    if not is_train(layer):
+        hub = hub_of(found)
+        return cores if hub is None else _balanced(turned_star([core.detach() for core in cores], found, hub))
+    train = to_train(layer, layer.spec, cores)
     padded = [torch.zeros_like(core) for core in train]
     for core, value in zip(padded, symmetric(train), strict=True):
         core[: value.shape[0], :, : value.shape[2]] = value
-    for core, value in zip(layer.core_list(), from_train(layer, layer.spec, padded)[1], strict=True):
-        core.copy_(value)
+    return from_train(layer, layer.spec, padded)[1]
+
+
+def _balanced(cores: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Cores of one norm: where all of it lay in one core, the steps of an optimizer would be small beside it."""
+    norms = torch.stack([torch.linalg.vector_norm(core.to(compute_dtype(core.dtype))) for core in cores])
+    if not bool((norms > 0).all()):
+        return cores
+    mean = norms.log().mean().exp()
+    return [
+        core * (mean / norm).to(core.real.dtype if core.is_complex() else core.dtype)
+        for core, norm in zip(cores, norms, strict=True)
+    ]
 
 
 def _shares_some(model: nn.Module, layer: FactorizedLayer) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tensortrain.errors import RankError, ShapeError
 from tensortrain.formats import Bond
-from tensortrain.nn.adaptive.indices import bond_ranks, bonds, concentrate_, layers_with_bonds, slice_squares
+from tensortrain.nn.adaptive.indices import bond_ranks, bonds, concentrate_, layers_with_bonds, present, slice_squares
 from tensortrain.nn.adaptive.prune import effective_ranks
 from tensortrain.nn.base import FactorizedLayer
 
@@ -34,6 +34,8 @@ class RankPrior(nn.Module):
     Use: start from trained weights, or leave the prior out of the first epochs. In every step add
     ``prior.loss() / n_examples`` to the mean loss, where ``n_examples`` is the size of the whole training set, step the
     optimizer, and call ``prior.update_()``. At the end ``tensortrain.nn.prune_ranks_(model)`` cuts what has died.
+    The loss is to be a negative log likelihood, as a cross entropy is; of a mean squared error that is
+    ``n_outputs / 2 * error.log()``, with the noise that fits best.
 
     Args:
         model: A module with factorized layers; its parameters stay its own.
@@ -107,7 +109,11 @@ class RankPrior(nn.Module):
 
     @torch.no_grad()
     def update_(self) -> None:
-        """Move every scale to where the prior, with the cores as they are, has its mode."""
+        """Move every scale to where the prior, with the cores as they are, has its mode.
+
+        For an index that lives the entries at indices of other bonds that have died do not count, as if they were cut
+        already.
+        """
         self._move(self.damping)
 
     @property
@@ -165,24 +171,51 @@ class RankPrior(nn.Module):
     def _move(self, damping: float) -> None:
         for index, (_, layer) in enumerate(self._layers):
             scales, cores = self._scales(index), [core.detach() for core in layer.core_list()]
-            found = bonds(layer.spec)
+            alive = [present(cores, bond) for bond in bonds(layer.spec)]
+            everything = [torch.ones_like(some) for some in alive]
             for number, scale in enumerate(scales):
-                size, count = self._evidence(cores, found, scales, number)
-                if count:
-                    scale.lerp_(self._mode(size, count).clamp_min(self.floor).to(scale.dtype), damping)
+                if not self._owned(layer, number):
+                    continue
+                new = self._mode(*self._evidence(layer, cores, scales, everything, number))
+                if not all(bool(some.all()) for some in alive):
+                    # Entries at indices of other bonds that have died do not count for those that live. Their scales
+                    # fit their noise, so that each votes for the scale it sees: between two bonds that have died down
+                    # no index could follow.
+                    of_living = self._mode(*self._evidence(layer, cores, scales, alive, number))
+                    new = torch.where(alive[number], of_living, new)
+                scale.lerp_(new.clamp_min(self.floor).to(scale.dtype), damping)
+
+    def _owned(self, layer: FactorizedLayer, number: int) -> bool:
+        """Whether a scale is part of the variance of some core."""
+        found = bonds(layer.spec)
+        return any(bond == number for k in range(len(layer.core_list())) for bond, _ in self._axes_of(k, found))
 
     def _evidence(
-        self, cores: Sequence[Tensor], found: tuple[Bond, ...], scales: Sequence[Tensor], number: int
+        self,
+        layer: FactorizedLayer,
+        cores: Sequence[Tensor],
+        scales: Sequence[Tensor],
+        counted: Sequence[Tensor],
+        number: int,
     ) -> tuple[Tensor, int]:
-        """Sum of squares, over the other scales, of the entries at each index of a bond; and how many they are."""
-        size, count = torch.zeros_like(scales[number]), 0
+        """Sum of squares, over the other scales, of the entries at each index of a bond; and how many they are.
+
+        ``counted`` tells which indices of the other bonds count.
+        """
+        size, count, found = torch.zeros_like(scales[number]), 0, bonds(layer.spec)
         for k, core in enumerate(cores):
             over = self._axes_of(k, found)
             own = [axis for bond, axis in over if bond == number]
-            if own:
-                others = _variance(core, [(axis, scales[bond]) for bond, axis in over if bond != number])
-                size += slice_squares(core / others.sqrt(), own[0])
-                count += core.numel() // core.shape[own[0]]
+            if not own:
+                continue
+            others = [(axis, counted[bond]) for bond, axis in _touching(k, found) if bond != number]
+            variance = _variance(core, [(axis, scales[bond]) for bond, axis in over if bond != number])
+            mask = _variance(core, [(axis, some.to(variance.dtype)) for axis, some in others])
+            size += slice_squares(core * (mask / variance).sqrt(), own[0])
+            n_entries = core.numel() // core.shape[own[0]]
+            for axis, some in others:
+                n_entries = n_entries // core.shape[axis] * int(some.sum())
+            count += n_entries
         return size, count
 
     def _mode(self, size: Tensor, count: int) -> Tensor:

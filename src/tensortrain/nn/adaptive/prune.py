@@ -12,6 +12,7 @@ from tensortrain.cores.canonical import singular_values_at
 from tensortrain.cores.rounding import round_cores
 from tensortrain.errors import RankError, ShapeError
 from tensortrain.formats import FactorSpec
+from tensortrain.nn.adaptive.budget import checked_budget, sizes_within
 from tensortrain.nn.adaptive.gates import fold_gates_
 from tensortrain.nn.adaptive.indices import (
     CLEARLY,
@@ -27,6 +28,7 @@ from tensortrain.nn.adaptive.indices import (
     spec_with,
     take_indices,
     to_train,
+    turned,
 )
 from tensortrain.nn.base import FactorizedLayer
 
@@ -37,7 +39,9 @@ Ranks = int | Sequence[int] | Mapping[str, int | Sequence[int]]
 
 
 @torch.no_grad()
-def prune_ranks_(model: Model, rel_error: float | None = None, ranks: Ranks | None = None) -> Model:
+def prune_ranks_(
+    model: Model, rel_error: float | None = None, ranks: Ranks | None = None, *, budget: float | None = None
+) -> Model:
     r"""Cut the ranks of every factorized layer, in place.
 
     Without further arguments what a prior or gates have emptied goes: gates are multiplied into the cores and taken
@@ -51,6 +55,9 @@ def prune_ranks_(model: Model, rel_error: float | None = None, ranks: Ranks | No
             or rows kept exactly beside the cores, of the train that holds it.
         ranks: Cut to these ranks instead: one number for all, a tuple, or a mapping from layer names to either
             (layers it does not name keep their ranks).
+        budget: After what is dead, cut on until the cores of all layers together store so many parameters: a number,
+            or a share in (0, 1) of those at present. The rank index goes first whose share of its layer's squared
+            norm is least for what it stores.
 
     Returns:
         The same model. The cores are new parameters: an optimizer must be made anew.
@@ -58,8 +65,9 @@ def prune_ranks_(model: Model, rel_error: float | None = None, ranks: Ranks | No
     Raises:
         KindError: There is no factorized layer, one whose format does not tell where its ranks are, or one with
             constrained cores.
-        RankError: A rank below one, a tuple of another length, or ``rel_error`` outside [0, 1).
-        ShapeError: A name that is none of the model's layers, or both arguments at once.
+        RankError: A rank below one, a tuple of another length, ``rel_error`` outside [0, 1), or a budget that is not
+            positive or too small for cores of rank 1.
+        ShapeError: A name that is none of the model's layers, or two of the arguments at once.
 
     Cost: O(d r^3 n) flops for a train; formats without a rounding of their own are fitted anew from the dense weight.
     Source: score: the sizes of rank indices; rounding: Oseledets, SIAM J. Sci. Comput. 33(5), 2011, algorithm 2.
@@ -70,10 +78,11 @@ def prune_ranks_(model: Model, rel_error: float | None = None, ranks: Ranks | No
         3
     """
     named = layers_with_bonds(model, "prune_ranks_")
-    _check(rel_error, ranks, [name for name, _ in named])
+    _check(rel_error, ranks, budget, [name for name, _ in named])
     asked = {name: _asked(name, layer, ranks) for name, layer in named}
     for name, layer in named:
         check_can_resize(model, name, layer)
+    goal = None if budget is None else checked_budget([layer for _, layer in named], budget)
     fold_gates_(model)
     for name, layer in named:
         wanted = asked[name]
@@ -84,6 +93,9 @@ def prune_ranks_(model: Model, rel_error: float | None = None, ranks: Ranks | No
         else:
             spec, cores = _without_dead(layer) if rel_error is None else _within(layer, rel_error)
         set_cores_(model, layer, spec, cores)
+    if goal is not None:
+        for (_, layer), sizes in zip(named, sizes_within([layer for _, layer in named], goal), strict=True):
+            set_cores_(model, layer, *_cut_to(layer, sizes))
     return model
 
 
@@ -97,7 +109,8 @@ def effective_ranks(layer: FactorizedLayer) -> tuple[int, ...]:
 
 
 def _without_dead(layer: FactorizedLayer) -> tuple[FactorSpec, Sequence[Tensor]]:
-    cores, found = list(layer.core_list()), bonds(layer.spec)
+    found = bonds(layer.spec)
+    cores = list(layer.core_list() if is_train(layer) else turned(layer))
     for bond in found:
         cores = take_indices(cores, bond, present(cores, bond).nonzero()[:, 0])
     spec = spec_with(layer.spec, [cores[core].shape[axis] for (core, axis), *_ in found])
@@ -147,12 +160,16 @@ def _strong(train: Sequence[Tensor], share: float) -> list[int]:
 # -- what the caller asked for -----------------------------------------------------------------------------
 
 
-def _check(rel_error: float | None, ranks: Ranks | None, names: Sequence[str]) -> None:
-    if rel_error is not None and ranks is not None:
+def _check(rel_error: float | None, ranks: Ranks | None, budget: float | None, names: Sequence[str]) -> None:
+    given = {"rel_error": rel_error, "ranks": ranks, "budget": budget}
+    named = [f"{key}={value!r}" for key, value in given.items() if value is not None]
+    if len(named) > 1:
         raise ShapeError(
-            f"ranks follow from rel_error or are given, not both: found rel_error={rel_error!r} and ranks={ranks!r}. "
-            "Leave one out."
+            f"ranks follow from rel_error or a budget, or are given, not both: found {' and '.join(named)}. Leave one "
+            "out."
         )
+    if budget is not None and budget <= 0:
+        raise RankError(f"budget must be positive: found {budget!r}. Pass a number of parameters, or 0.5 for half.")
     if rel_error is not None and not 0 <= rel_error < 1:
         raise RankError(f"rel_error must lie in [0, 1): found {rel_error!r}. Pass for example 0.01.")
     unknown = sorted(set(ranks) - set(names)) if isinstance(ranks, Mapping) else []

@@ -29,7 +29,7 @@ class SVGD:
         model: Trained so far; its parameters are what the particles start around, and lend them their place.
         prior: On its factorized layers.
         n_particles: At least 2.
-        lr: Of Adam.
+        lr: Of Adam; an attribute that can be set.
         spread: Standard deviation of the start, over the root-mean-square of each parameter.
         generator: Of the start.
 
@@ -72,6 +72,15 @@ class SVGD:
     def n_particles(self) -> int:
         """How many there are."""
         return len(self.particles)
+
+    @property
+    def lr(self) -> float:
+        """Of Adam; set it lower while training goes on: particles that still jump about are each worse than need be."""
+        return float(self._optimizer.param_groups[0]["lr"])
+
+    @lr.setter
+    def lr(self, value: float) -> None:
+        self._optimizer.param_groups[0]["lr"] = value
 
     def step(self, loss: Callable[[nn.Module], Tensor], n_examples: int) -> float:
         """Move all particles once.

@@ -164,7 +164,7 @@ def plans_for(
     with _same_batches(options):
         model = uncompiled(model)
         work = Work(model, model, options, task=options.known_task)
-        work = prepare_stages(work, _stages(None, None, heal, options.data))
+        work = prepare_stages(work, _stages(None, None, heal, options.data, fits=False))
         asked = replace(options, will_heal=work.will_heal, task=work.task or options.task)
         return make_plans(model, asked, budgets)
 

@@ -98,7 +98,8 @@ class _Healing:
 
     def _pairs(self, name: str) -> list[_Pair]:
         """How to run a block on every batch, and the output wanted."""
-        part, pairs = self.streams.part_of(name), []
+        part = self.streams.part_of(name)
+        pairs: list[_Pair] = []
         with torch.no_grad():
             for k, batch in enumerate(self.streams.batches):
                 mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None

@@ -32,6 +32,8 @@ __all__ = ["Refit", "fittable_layers", "heard", "in_order", "refit_", "wanted_ou
 
 _DAMPINGS = (1.0, 0.1, 1e-2, 1e-3)  # of the mean square of what a factor is given
 
+_GAIN = 1e-3  # of the distance: less is noise of the held-back batches
+
 
 @dataclass(frozen=True)
 class Refit:
@@ -153,7 +155,7 @@ def _refit_one(streams: Streams, name: str, held: HeldOutputs, settings: Refit, 
     reason = why_no_last_factor(layer)
     if old is None or isinstance(old, FactorizedLayer):
         reason = "the original has no such layer"
-    if reason:
+    if reason or old is None:
         outcome.pass_over(name, reason)
         return
     factor = last_factor(layer)
@@ -211,7 +213,8 @@ class _Sums(TorchDispatchMode):
 
     def __init__(self, calls: list[Heard]) -> None:
         super().__init__()
-        self.calls, self.last = calls, None
+        self.calls = calls
+        self.last: Tensor | None = None
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         last = self.last
@@ -271,7 +274,7 @@ def _try(
     kept = [tensor.detach().clone() for tensor in factor.tensors()]
     factor.write(*change)
     distance = held.distance(small)
-    if distance < outcome.after:
+    if distance < (1 - _GAIN) * outcome.after:
         outcome.after = distance
         outcome.kept.append(name)
         return

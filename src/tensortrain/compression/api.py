@@ -86,9 +86,8 @@ def compress(
             see ``plan_compression``. One that is missed is an error before healing begins.
         data: Batches as for training. They weigh errors by what the layers really see, and heal.
         heal: Settings, a mapping of them, ``False`` for none, ``None`` for one pass over ``data``; ``"local"`` trains
-            block by block towards the original's outputs, without labels (see ``stages.HealLocally``). With ``False``
-            and ``"local"`` layers are fitted anew by least squares on ``data`` (see ``stages.Refit``), unless
-            ``inplace``: that takes a copy of the original.
+            block by block towards the original's outputs, without labels (see ``stages.HealLocally``). Where hidden
+            units were taken out, healing begins with fits by least squares (see ``stages.Refit``).
         evaluate: ``model -> figure``, measured before, after compression and after healing.
         metric_name: What the figure is called in the report; ``"accuracy"`` is shown in per cent.
         example_inputs: A batch for shapes and measurements when there is no ``data``.
@@ -118,9 +117,8 @@ def compress(
     start = perf_counter()
     own_commit()  # now, not after an hour of healing
     check_module(model)
-    fits = data is not None and not inplace
     one = n_stages == 1
-    todo = _stages(stages, plan, heal, data, fits=fits) if one else _in_turns(n_stages, stages, plan, heal, data)
+    todo = _stages(stages, plan, heal, data) if one else _in_turns(n_stages, stages, plan, heal, data)
     options = CompressOptions(
         budget=budget,  # type: ignore[arg-type]  # None is read by a stage that needs it
         data=data,
@@ -164,7 +162,7 @@ def plans_for(
     with _same_batches(options):
         model = uncompiled(model)
         work = Work(model, model, options, task=options.known_task)
-        work = prepare_stages(work, _stages(None, None, heal, options.data, fits=False))
+        work = prepare_stages(work, _stages(None, None, heal, options.data))
         asked = replace(options, will_heal=work.will_heal, task=work.task or options.task)
         return make_plans(model, asked, budgets)
 
@@ -183,14 +181,12 @@ def _stages(
     plan: CompressionPlan | None,
     heal: Heal | HealLocally | Mapping[str, Any] | str | bool | None,
     data: object,
-    *,
-    fits: bool,
 ) -> Sequence[Any]:
     """What is done, checked."""
     if stages is None:
         settings = _heal_settings(heal)
         trains = isinstance(settings, Heal) and (data is not None or bool(heal))
-        first = [Factorize(plan), Refit()] if fits and not isinstance(settings, Heal) else [Factorize(plan)]
+        first = [Factorize(plan), Refit()] if isinstance(settings, HealLocally) else [Factorize(plan)]
         return [*first, settings] if trains or isinstance(settings, HealLocally) else first
     if heal or plan is not None:
         given = "heal" if heal else "plan"

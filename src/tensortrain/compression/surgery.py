@@ -140,7 +140,8 @@ def _untied_heads(model: nn.Module) -> nn.Module:
     names: dict[int, list[str]] = {}
     heads: dict[int, TiedHead] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, TiedHead) and type(module.embedding) is nn.Embedding:
+        is_ours = isinstance(module, TiedHead) and module.made_from == "Linear"
+        if is_ours and type(module.embedding) is nn.Embedding:
             names.setdefault(id(module), []).append(name)
             heads[id(module)] = module
     return swap(model, [(tuple(names[key]), head, _plain_head(head)) for key, head in heads.items()])
@@ -185,6 +186,7 @@ def _build(layer: FoundLayer, entry: LayerPlan, weighting: Weighting) -> Factori
 def _tied(head: nn.Linear, table: FactorizedLayer) -> TiedHead:
     """The output layer that goes on sharing a table."""
     new = TiedHead(table)
+    new.made_from = "Linear"
     new.bias = head.bias
     move_hooks(head, new)
     return new.train(head.training)

@@ -53,6 +53,7 @@ def tied_to(old: Any, entry: LayerEntry, modules: Mapping[str, nn.Module], folde
         )
     assert isinstance(table, Embedding)
     head = TiedHead(table)
+    head.made_from = "Linear" if type(old) is nn.Linear else old.made_from
     if entry.config.get("bias"):
         head.bias = nn.Parameter(torch.zeros(sizes[1], device="meta", dtype=next(table.parameters()).dtype))
     return head

@@ -14,7 +14,7 @@ from small_models import batches, mlp
 from torch import Tensor, nn
 
 import tensortrain as tt
-from tensortrain.compression.stages import Factorize, Heal, Refit, Work, base, stage
+from tensortrain.compression.stages import Factorize, Heal, Work, base, stage
 from tensortrain.errors import BudgetError, KindError
 from tensortrain.system.observer import Silent
 from tensortrain.train.batches import n_examples, take
@@ -83,7 +83,7 @@ HEALING = Heal(steps=6, lr=1e-2)
 @pytest.mark.parametrize("heal", [False, {"steps": 4}, None])
 def test_a_list_does_what_the_keywords_do(heal: Any) -> None:
     model = mlp(24, 40, 6)
-    settings = [Refit()] if heal is False else [Heal(**(heal or {}))]
+    settings = [] if heal is False else [Heal(**(heal or {}))]
     by_list = run(model, [Factorize(), *settings], evaluate=figure)
     by_words = run(model, None, heal=heal, evaluate=figure)
     assert torch.equal(values(by_list.model), values(by_words.model))

@@ -28,7 +28,7 @@ from tensortrain.compression.words import in_short, named
 from tensortrain.nn import FactorizedLayer, is_transformers_conv1d
 from tensortrain.system.observer import Observer
 
-__all__ = ["Refit", "fittable_layers", "heard", "in_order", "refit_", "wanted_output"]
+__all__ = ["Refit", "fittable_layers", "heard", "in_order", "refit_", "refitted", "wanted_output"]
 
 _DAMPINGS = (1.0, 0.1, 1e-2, 1e-3)  # of the mean square of what a factor is given
 
@@ -47,7 +47,7 @@ class Refit:
         dampings: How strongly a factor is drawn towards what it was; the best one is taken, layer by layer.
     """
 
-    n_batches: int = 8
+    n_batches: int = 12
     n_held_back: int = 2
     dampings: tuple[float, ...] = _DAMPINGS
 
@@ -284,7 +284,8 @@ def _try(
 
 
 @stage(Refit, outcome="refitted", needs_data=True)
-def _refit(work: Work, settings: Refit) -> Work:
+def refitted(work: Work, settings: Refit) -> Work:
+    """The work with its model's last factors fitted anew."""
     with material(work, settings.n_batches, settings.n_held_back) as found:
         if isinstance(found, str):
             return work.noted(f"Nothing was refitted: {found}")

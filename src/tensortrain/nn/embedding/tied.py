@@ -51,6 +51,8 @@ class TiedHead(Traced):
     Source: weight tying of a TT-embedding: Khrulkov et al., arXiv:1901.10787.
     """
 
+    made_from: str | None = None  # a kind of dense layer to go back to
+
     def __init__(self, embedding: nn.Module, *, bias: bool = False) -> None:
         super().__init__()
         if not isinstance(embedding, (Embedding, nn.Embedding)):

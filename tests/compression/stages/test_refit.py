@@ -336,6 +336,7 @@ def test_a_decoder_with_a_cache_is_refitted() -> None:
     model = transformers.GPT2LMHeadModel(config).eval()
     generator = torch.Generator().manual_seed(0)
     data = [{"input_ids": torch.randint(40, (6, 7), generator=generator)} for _ in range(10)]
-    found = compress(model, budget="1.3x", data=data, measure=False, n_batches=4, heal=False)
+    stages = [Factorize(), Refit()]
+    found = compress(model, budget="1.3x", data=data, measure=False, n_batches=4, stages=stages)
     assert any("refitted on the compressed" in note for note in found.report.notes)
     assert not any("no solution" in note for note in found.report.notes)

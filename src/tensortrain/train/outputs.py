@@ -14,6 +14,7 @@ from tensortrain.errors import FilterError, KindError
 from tensortrain.train.batches import run
 
 __all__ = [
+    "CONSTANT",
     "Output",
     "OutputFunction",
     "check_output",
@@ -33,7 +34,7 @@ _KNOWN_FIELDS = ("logits", "last_hidden_state", "pooler_output", "prediction", "
 _LEAST_MASK, _MASKED = -9e3, 1e3
 _SAMPLE = 65_536
 _TINY = 1e-30
-_CONSTANT = 1e-12  # of the squares: an output that spreads less about its mean example is the same for all
+CONSTANT = 1e-12  # of the squares: an output that spreads less about its mean example is the same for all
 
 
 def named_tensors(output: Any) -> dict[str, Tensor]:
@@ -188,7 +189,7 @@ def relative_distance(student: Tensor, teacher: Tensor) -> Tensor:
     counts = counted(teacher)
     mask = counts & torch.isfinite(student.detach())
     about, square = _spread(teacher, counts)
-    scale = torch.where(about > _CONSTANT * square, about, square)
+    scale = torch.where(about > CONSTANT * square, about, square)
     scale = torch.where(scale > 0, scale, float(max(1, teacher.numel())))
     difference = torch.where(mask, student - teacher, 0)
     difference = difference if difference.dtype == torch.float64 else difference.float()

@@ -114,3 +114,23 @@ def test_without_data_or_without_measuring_there_is_none() -> None:
     for given in ({"data": data, "heal": False, "measure": False}, {"data": None}):
         report = tt.compress(model, budget="2x", allow_slower=True, **given).report  # type: ignore[arg-type]
         assert all(layer.measured_loss is None for layer in report.layers)
+
+
+def test_classes_are_measured_by_their_divergence_as_they_are_predicted() -> None:
+    """Two classes that are never likely have large logits that vary: squares see little else."""
+    torch.manual_seed(0)
+    model = decay_(mlp(32, 48, 6), 0.7).eval()
+    with torch.no_grad():
+        model[-1].weight[4:] *= 20
+        model[-1].bias[4:] = -400.0
+    data = [(x, model(x).argmax(-1)) for x, _ in batches(6, 64, 32)]
+    plan = plan_compression(model, budget="2x", data=data, task="classify", **FACTORED)
+    assert plan.calibration is not None
+    assert plan.calibration.in_nats
+    found = losses_alone(model, apply_plan_(copy.deepcopy(model), plan), plan, task="classify")
+    predicted = {layer.name: layer.loss for layer in plan.layers if layer.spec is not None}
+    in_squares = losses_alone(model, apply_plan_(copy.deepcopy(model), plan), plan, task="regress")
+    for name, loss in predicted.items():
+        assert loss is not None
+        assert loss / 2 < found[name] < 2 * loss
+    assert any(in_squares[name] > 2 * max(found[name], loss or 0.0) for name, loss in predicted.items())

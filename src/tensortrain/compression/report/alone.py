@@ -12,11 +12,14 @@ from torch import Tensor, nn
 
 from tensortrain.compression.choose.plan import CompressionPlan
 from tensortrain.compression.opened import opened_for_a_while
+from tensortrain.compression.survey.fisher import Metric
 from tensortrain.compression.survey.layers import part_of
+from tensortrain.compression.survey.task import task_on_batch
 from tensortrain.nn import FactorizedLayer, TiedHead
 from tensortrain.train.batches import device_of, to_device
-from tensortrain.train.outputs import Output, judged_outputs, relative_distance
+from tensortrain.train.outputs import Output, judged_outputs
 from tensortrain.train.preserve import preserved
+from tensortrain.train.task import Task, TaskName
 
 __all__ = ["losses_alone"]
 
@@ -25,9 +28,15 @@ _STATISTICS = ("running_mean", "running_var")
 
 
 def losses_alone(
-    original: nn.Module, compressed: nn.Module, plan: CompressionPlan, output: Output | None = None
+    original: nn.Module,
+    compressed: nn.Module,
+    plan: CompressionPlan,
+    output: Output | None = None,
+    task: TaskName | Task | None = None,
 ) -> dict[str, float]:
     """Share of the original's output that each new layer spoils where it is the only one, on one batch of the data.
+
+    Measured as it was predicted: class probabilities by their divergence, other outputs by squares.
 
     Args:
         original: Not changed; new layers answer in the place of its own, one at a time.
@@ -52,6 +61,7 @@ def losses_alone(
             return judged_outputs(net, batch, output, with_labels=calibration.with_labels)[0]
 
         wanted, start = outputs(), perf_counter()
+        metric = Metric(net, task if isinstance(task, Task) else task_on_batch(net, batch, task=task, output=output))
         for layer in plan.layers:
             old, new = part_of(net, layer.name), part_of(compressed, layer.name)
             if perf_counter() - start > _MOST_S:
@@ -61,12 +71,12 @@ def losses_alone(
                     _all_in_place(net, compressed, old, new),
                     _statistics_of(net, compressed, calibration.of(layer.name).norm),
                 ):
-                    found[layer.name] = _distance(outputs(), wanted)
+                    found[layer.name] = _spoiled(metric, outputs(), wanted, batch)
     return found
 
 
-def _distance(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> float:
-    return sum(float(relative_distance(given[name], y)) for name, y in wanted.items() if name in given)
+def _spoiled(metric: Metric, given: Mapping[str, Tensor], wanted: Mapping[str, Tensor], batch: Any) -> float:
+    return sum(metric.share(name, given[name], y, batch) for name, y in wanted.items() if name in given)
 
 
 @contextlib.contextmanager

@@ -63,7 +63,9 @@ def _applied(work: Work, plan: CompressionPlan) -> Work:
     before = work.original if options.inplace else work.model
     model, plan, notes = apply_proven(work.model, plan, inplace=options.inplace, observer=options.observer)
     is_first = work.plan is None or not options.inplace  # else what was cut is gone
-    losses = losses_alone(before, model, plan, options.output) if options.measure and is_first else {}
+    losses: dict[str, float] = {}
+    if options.measure and is_first:
+        losses = losses_alone(before, model, plan, options.output, work.task or options.task)
     return replace(work, model=model, plan=plan, is_own=True, losses=losses).noted(*notes)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from tensortrain.train.batches import read_batch
 from tensortrain.train.losses import positions, unmasked
-from tensortrain.train.outputs import counted, spread
+from tensortrain.train.outputs import CONSTANT, counted, relative_distance, spread
 from tensortrain.train.task import Task, as_logits
 
 __all__ = ["Metric"]
@@ -44,6 +44,15 @@ class Metric:
             return spread(self._values(name, y, batch))
         logits = self._logits(name, y, batch).double()
         return self._energy(logits, logits - logits.mean(dim=0)), self._energy(logits, logits)
+
+    def share(self, name: str, y: Tensor, wanted: Tensor, batch: Any) -> float:
+        """What a changed output spoils of the original's, in the metric that plans predict it in."""
+        if not self.in_nats(name):
+            return float(relative_distance(self._values(name, y, batch), self._values(name, wanted, batch)))
+        logits = self._logits(name, wanted, batch).double()
+        about, square = self.spread(name, wanted, batch)
+        scale = about if about > CONSTANT * square else square
+        return float(self._energy(logits, self._logits(name, y, batch).double() - logits) / scale)
 
     def along(self, name: str, y: Tensor, batch: Any, generator: torch.Generator) -> Tensor:
         """The output along a random direction whose second moment is the metric."""

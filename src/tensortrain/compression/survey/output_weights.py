@@ -16,12 +16,11 @@ from tensortrain.compression.survey.moments import Calibration, second_moment
 from tensortrain.errors import KindError
 from tensortrain.system.observer import Observer
 from tensortrain.train.batches import run
-from tensortrain.train.outputs import OutputFunction
+from tensortrain.train.outputs import CONSTANT, OutputFunction
 
 __all__ = ["Judge", "OutputFunction", "Spreads", "sentence_embedding", "weigh_outputs"]
 
 Judge = Callable[[Any], dict[str, Tensor]]  # batch -> the outputs that count, by name
-_CONSTANT = 1e-12  # of the squares: an output that spreads less about its mean is the same for all examples
 
 
 class Spreads:
@@ -42,7 +41,7 @@ class Spreads:
 
     def scales(self) -> dict[str, float]:
         """Mean square about the mean per example; the mean square where an output hardly varies. None is 0."""
-        found = {name: about if about > _CONSTANT * square else square for name, (about, square) in self.sums.items()}
+        found = {name: about if about > CONSTANT * square else square for name, (about, square) in self.sums.items()}
         return {name: value / self.n_examples for name, value in found.items() if 0 < value < math.inf}
 
 

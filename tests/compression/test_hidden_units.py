@@ -170,18 +170,24 @@ def test_units_that_do_nothing_go_without_a_trace(build: type[nn.Module], shape:
     assert sum(p.numel() for p in model.parameters()) == n_params
 
 
-def test_a_bias_shift_makes_a_bias_and_keeps_what_trains() -> None:
-    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3, bias=False)).double()
+def test_a_bias_shift_is_added_and_what_is_frozen_stays_so() -> None:
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)).double()
     model[2].weight.requires_grad_(False)
+    bias = model[2].bias
     (units,) = find_hidden_units(model, run_on(torch.randn(4, 6, dtype=torch.float64)))
-    kept = torch.tensor([0, 2, 5])
-    undo = narrow_(model, units, kept, torch.zeros(3, 3), torch.ones(3))
-    torch.testing.assert_close(model(torch.randn(4, 6).double()), torch.ones(4, 3, dtype=torch.float64))
+    undo = narrow_(model, units, torch.tensor([0, 2, 5]), torch.zeros(3, 3), torch.ones(3))
+    torch.testing.assert_close(model(torch.randn(4, 6).double()), (bias + 1).expand(4, 3))
     assert (model[0].out_features, model[2].in_features) == (3, 3)
     assert not model[2].weight.requires_grad
     undo()
-    assert model[2].bias is None
+    assert model[2].bias is bias
     assert model[2].in_features == 8
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_activations_that_write_to_their_input(inplace: bool) -> None:
+    layers = [nn.Linear(6, 8), nn.ReLU(inplace), nn.Linear(8, 9), nn.ReLU(inplace), nn.Linear(9, 3)]
+    assert seen(nn.Sequential(*layers), torch.randn(4, 6)) == [(("0",), "2"), (("2",), "4")]
 
 
 def test_a_weight_of_another_shape_is_refused_before_anything_changes() -> None:

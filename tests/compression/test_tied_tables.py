@@ -123,19 +123,22 @@ def test_checkpoints_share_the_table_again(into: str, tmp_path) -> None:  # type
     assert count_params(loaded) == count_params(small)
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "llama"])
-def test_language_models_generate(kind: str, tmp_path) -> None:  # type: ignore[no-untyped-def]
-    transformers = pytest.importorskip("transformers")
+def _tied(transformers, kind: str):  # type: ignore[no-untyped-def]
     torch.manual_seed(0)
     if kind == "gpt2":
         config = transformers.GPT2Config(vocab_size=300, n_embd=32, n_layer=1, n_head=4, n_positions=32)
-        net = transformers.GPT2LMHeadModel(config).eval()
-    else:
-        config = transformers.LlamaConfig(
-            vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4
-        )
-        config.tie_word_embeddings = True
-        net = transformers.LlamaForCausalLM(config).eval()
+        return transformers.GPT2LMHeadModel(config).eval()
+    config = transformers.LlamaConfig(
+        vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4
+    )
+    config.tie_word_embeddings = True
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_language_models_generate(kind: str, tmp_path) -> None:  # type: ignore[no-untyped-def]
+    transformers = pytest.importorskip("transformers")
+    net = _tied(transformers, kind)
     data = [{"input_ids": ids} for ids in text()]
     how = {"include": "lm_head", "heal": False, "measure": False, "allow_slower": True}
     result = tt.compress(net, budget="1.2x", data=data, **how)
@@ -146,3 +149,73 @@ def test_language_models_generate(kind: str, tmp_path) -> None:  # type: ignore[
     tt.save_pretrained(result.model, tmp_path)
     loaded = tt.load_pretrained(tmp_path)
     assert torch.equal(loaded(**data[0]).logits, result.model(**data[0]).logits)
+
+
+class Offset(Language):
+    """Hidden states far from zero."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.hidden(self.table(ids))) + 2.0)
+
+
+def test_a_mean_of_what_the_head_reads_does_no_harm_beside_a_bias() -> None:
+    data, errors = text(), []
+    for bias in (False, True):
+        net = Offset(bias=bias).eval()
+        how = {"include": "table", "formats": ("low_rank",), "allow_slower": True, "heal": False, "measure": False}
+        small = tt.compress(net, budget="1.6x", data=data, **how).model
+        errors.append(float((small(data[0]) - net(data[0])).detach().square().mean()))
+    assert errors[1] < 2 * errors[0]
+
+
+@pytest.mark.parametrize("how", ["buffer", "view"])
+def test_whoever_else_has_numbers_of_the_table_keeps_it(how: str) -> None:
+    net = Language()
+    if how == "buffer":
+        net.register_buffer("copy", net.table.weight.data)
+    else:
+        net.other = nn.Linear(24, 10, bias=False)
+        net.other.weight = nn.Parameter(net.table.weight.data[:10])
+    found, left = find_layers(net)
+    assert [layer.name for layer in found] == ["hidden"]
+    assert {"table", "head"} <= {one.name for one in left}
+
+
+def test_what_hangs_on_a_head_goes_along_and_comes_back() -> None:
+    net = Language().eval()
+    net.head.note = "mine"
+    net.head.register_buffer("extra", torch.arange(3.0))
+    how = {"include": "table", "formats": ("low_rank",), "allow_slower": True, "heal": False, "measure": False}
+    small = tt.compress(net, budget="1.5x", data=text(), **how).model
+    assert small.head.note == "mine"
+    assert torch.equal(small.head.extra, net.head.extra)
+    dense = tt.to_dense_(small)
+    assert dense.head.note == "mine"
+    assert torch.equal(dense.head.extra, net.head.extra)
+
+
+def test_a_plan_fits_only_models_that_tie_the_same_head() -> None:
+    plan = tt.plan_compression(Language(), budget="1.5x", data=text(), include="table", allow_slower=True)
+    assert plan.layers[0].head == "head"
+    assert tt.CompressionPlan.from_json(plan.to_json()) == plan
+    with pytest.raises(tt.errors.ShapeError, match="output layer that shares"):
+        tt.apply_plan_(Language(tied=False), plan)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_transformers_saves_and_ties_what_is_tied_by_now(kind: str, tmp_path) -> None:  # type: ignore[no-untyped-def]
+    transformers = pytest.importorskip("transformers")
+    net = _tied(transformers, kind)
+    keys = dict(net.all_tied_weights_keys)
+    how = {"include": "lm_head", "heal": False, "measure": False, "allow_slower": True}
+    small = tt.compress(net, budget="1.2x", data=[{"input_ids": ids} for ids in text()], **how).model
+    assert net.all_tied_weights_keys == keys
+    wanted = small(text()[0]).logits
+    small.tie_weights()
+    small.save_pretrained(tmp_path)
+    assert torch.equal(small(text()[0]).logits, wanted)
+    back = tt.to_dense_(small)
+    assert back.all_tied_weights_keys == keys
+    back.save_pretrained(tmp_path)
+    again = type(net).from_pretrained(tmp_path)
+    assert torch.allclose(again(text()[0]).logits, wanted, atol=1e-4)

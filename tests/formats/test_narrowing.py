@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tensortrain.errors import RankError
-from tensortrain.formats.narrowing import narrowing, refitted, refitted_bias
+from tensortrain.formats.narrowing import narrowing, refitted
 
 Matrices = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -83,19 +83,6 @@ def test_convolutions_count_every_position() -> None:
     assert narrow.shape == (5, 15, 3, 3)
     by_position = sum(true_loss(kernel[:, :, i, j], gram, outputs[:5, :5], kept) for i in range(3) for j in range(3))
     assert found.loss(15) == pytest.approx(by_position, rel=1e-8)
-
-
-def test_a_bias_takes_up_the_mean() -> None:
-    generator = torch.Generator().manual_seed(0)
-    a = torch.randn(4000, 8, generator=generator, dtype=torch.float64).relu() + 1.0
-    weight = torch.randn(3, 8, generator=generator, dtype=torch.float64)
-    mean = a.mean(dim=0)
-    gram = (a - mean).T @ (a - mean) / len(a)
-    kept = narrowing(weight, gram, block=1).kept(5)
-    narrow = refitted(weight, gram, kept)
-    shift = refitted_bias(weight, mean, narrow, kept)
-    error = a @ weight.T - (a[:, kept] @ narrow.T + shift)
-    torch.testing.assert_close(error.mean(dim=0), torch.zeros(3, dtype=torch.float64), atol=1e-10, rtol=0)
 
 
 def test_impossible_widths_are_refused() -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tensortrain.formats import get_format
-from tensortrain.nn import FactorizedLayer, counterpart, is_transformers_conv1d
+from tensortrain.nn import FactorizedLayer, TiedHead, counterpart, is_transformers_conv1d
 from tensortrain.system.aliases import wraps_own_forward
 
 __all__ = ["cannot_carry", "carry", "own_names"]
@@ -148,6 +148,8 @@ def _fresh(layer: Any) -> nn.Module:
     if isinstance(layer, FactorizedLayer):
         return type(layer).like(layer, layer.spec, device="meta")
     with torch.device("meta"):
+        if isinstance(layer, TiedHead):
+            return TiedHead(nn.Embedding(1, 1), bias=layer.bias is not None)
         if is_transformers_conv1d(layer):
             return type(layer)(layer.nf, layer.nx)
         kind: Any = counterpart(layer)

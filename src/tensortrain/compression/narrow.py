@@ -17,7 +17,7 @@ from tensortrain.errors import ShapeError
 from tensortrain.formats.narrowing import refitted, shrunk
 from tensortrain.nn import is_transformers_conv1d
 
-__all__ = ["SIZES", "Fitted", "Undo", "all_or_none", "fitted", "narrow_"]
+__all__ = ["SIZES", "Fitted", "Undo", "all_or_none", "check_units", "fitted", "narrow_"]
 
 Undo = Callable[[], None]
 
@@ -38,7 +38,7 @@ def narrow_(
         units: As ``find_hidden_units`` gave them.
         kept: Numbers of the units that remain, ``(k,)``.
         weight: Of the reader for these, in the layout of ``torch.nn.Linear`` or of its convolution.
-        bias_shift: Added to the reader's bias, which it gets where it has none.
+        bias_shift: Added to the reader's bias.
 
     Returns:
         A function that puts everything back.
@@ -53,7 +53,9 @@ def narrow_(
         _keep_channels(model.get_submodule(name), kept, units.n_units)
     _read_fewer(reader, weight)
     if bias_shift is not None:
-        _shift_bias(reader, bias_shift)
+        old = reader.bias
+        assert isinstance(old, Tensor)
+        _put(reader, "bias", old + bias_shift.to(old.device, old.dtype))
 
     def back() -> None:
         for one in undo:
@@ -92,7 +94,7 @@ def fitted(
     Raises:
         ShapeError: The model lacks one of the layers, or has other sizes.
     """
-    _check_units(units, layers)
+    check_units(units, layers)
     reader = layers[units.reader]
     old = reader.kernel.flatten(1)
     places = torch.arange(old.shape[1], device=old.device).reshape(units.n_units, -1)[list(kept)].flatten()
@@ -125,7 +127,8 @@ def all_or_none() -> Iterator[list[Undo]]:
         raise
 
 
-def _check_units(units: HiddenUnits, layers: Mapping[str, FoundLayer]) -> None:
+def check_units(units: HiddenUnits, layers: Mapping[str, FoundLayer]) -> None:
+    """Raise ``ShapeError`` where a model lacks one of the layers around some units, or has other sizes."""
     for name in (*units.makers, units.reader):
         found = layers[name].weight if name in layers else None
         n = None if found is None else found.in_features if name == units.reader else found.out_features
@@ -198,16 +201,6 @@ def _read_fewer(reader: nn.Module, weight: Tensor) -> None:
     new = weight.to(old.device, old.dtype)
     _put(reader, "weight", (new.T if is_transformers_conv1d(reader) else new).contiguous())
     _resize(reader, [size for size in _READ if hasattr(reader, size)], weight.shape[1])
-
-
-def _shift_bias(reader: nn.Module, shift: Tensor) -> None:
-    weight: Tensor = reader.weight  # type: ignore[assignment]
-    shift = shift.to(weight.device, weight.dtype)
-    bias = reader._parameters.get("bias")
-    if bias is None:
-        reader.register_parameter("bias", nn.Parameter(shift.clone(), requires_grad=weight.requires_grad))
-    else:
-        _put(reader, "bias", bias + shift)
 
 
 def _put(layer: nn.Module, name: str, value: Tensor) -> None:

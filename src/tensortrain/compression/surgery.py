@@ -10,12 +10,13 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from tensortrain.compression.carry import cannot_carry, carry, move_hooks
+from tensortrain.compression.carry import cannot_carry, carry
 from tensortrain.compression.choose.candidates import cold_weighting
 from tensortrain.compression.choose.plan import CompressionPlan, LayerPlan
 from tensortrain.compression.made_up import Statistic, make_up
-from tensortrain.compression.narrow import all_or_none, fitted, narrow_
+from tensortrain.compression.narrow import all_or_none, check_units, fitted, narrow_
 from tensortrain.compression.opened import close_composites, open_layers
+from tensortrain.compression.retie import retie
 from tensortrain.compression.survey.layers import FoundLayer, check_module, find_layers
 from tensortrain.compression.survey.moments import Calibration, LayerMoments
 from tensortrain.compression.swap import Built, swap
@@ -76,6 +77,8 @@ def _applied(model: nn.Module, plan: CompressionPlan, apply: Callable[[nn.Module
 def _apply(model: nn.Module, plan: CompressionPlan, observer: Observer, build: Build | None = None) -> nn.Module:
     found = {layer.name: layer for layer in find_layers(model)[0]}
     work = [(_checked(entry, found), entry) for entry in plan.layers if entry.spec is not None]
+    for one in plan.narrowed:
+        check_units(one.units, found)
     calibration = plan.calibration or Calibration()
     built: list[Built] = []
     statistics: list[Statistic] = []
@@ -102,6 +105,7 @@ def _apply(model: nn.Module, plan: CompressionPlan, observer: Observer, build: B
         changed = swap(model, built)
     for buffer, value in [*statistics, *(one for fit in narrow for one in fit.statistics)]:
         buffer.copy_(value)
+    retie(changed)
     return changed
 
 
@@ -132,7 +136,9 @@ def to_dense_(model: nn.Module, *, only: Collection[str] | None = None) -> nn.Mo
             built.append((tuple(aliases[key]), module, dense_twin(module)))
             carry(module, built[-1][2])
         changed = swap(model, built)
-    return close_composites(_untied_heads(changed))
+    changed = close_composites(_untied_heads(changed))
+    retie(changed)
+    return changed
 
 
 def _untied_heads(model: nn.Module) -> nn.Module:
@@ -151,7 +157,7 @@ def _plain_head(head: TiedHead) -> nn.Linear:
     new = nn.Linear(head.in_features, head.out_features, bias=False, device="meta")
     new.weight = cast(nn.Embedding, head.embedding).weight
     new.bias = head.bias
-    move_hooks(head, new)
+    carry(head, new)
     return new.train(head.training)
 
 
@@ -167,6 +173,12 @@ def _checked(entry: LayerPlan, found: dict[str, FoundLayer]) -> FoundLayer:
         raise ShapeError(
             f"a plan must fit its model: layer {entry.name!r} is a {layer.kind} of shape {layer.weight.dense_shape}, "
             f"the plan expects a {entry.kind} of shape {entry.shape}. Plan again on this model. Nothing was changed."
+        )
+    head = layer.head.names[0] if layer.head is not None else ""
+    if head != entry.head:
+        raise ShapeError(
+            f"a plan must fit its model: the output layer that shares the table {entry.name!r} is {head!r}, the plan "
+            f"expects {entry.head!r}. Plan again on this model. Nothing was changed."
         )
     return layer
 
@@ -188,7 +200,7 @@ def _tied(head: nn.Linear, table: FactorizedLayer) -> TiedHead:
     new = TiedHead(table)
     new.made_from = "Linear"
     new.bias = head.bias
-    move_hooks(head, new)
+    carry(head, new)
     return new.train(head.training)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from tensortrain.cores.linalg import gram_root
 from tensortrain.errors import RankError
 
-__all__ = ["Narrowing", "narrowing", "refitted", "refitted_bias", "shrunk"]
+__all__ = ["Narrowing", "narrowing", "refitted", "shrunk"]
 
 SHRINKAGE = 1e-3  # of the mean diagonal: what few rows of data say about rare directions is not to be believed
 _POOL = 4  # times as many units are looked at as go at once
@@ -151,9 +151,3 @@ def refitted(weight: Tensor, gram: Tensor, kept: Tensor) -> Tensor:
     take_over = torch.cholesky_solve(gram[kept].double(), lower)  # (k, n)
     moved = torch.tensordot(weight.double().movedim(1, -1), take_over, dims=([-1], [1])).movedim(-1, 1)
     return moved.to(weight.dtype)
-
-
-def refitted_bias(weight: Tensor, mean: Tensor, narrow: Tensor, kept: Tensor) -> Tensor:
-    """What is to be added to the bias of the layer after, where ``gram`` was that of deviations from the mean."""
-    sums, narrow_sums = (w.double().flatten(2).sum(-1) if w.ndim > 2 else w.double() for w in (weight, narrow))
-    return (sums @ mean.double() - narrow_sums @ mean[kept].double()).to(weight.dtype)

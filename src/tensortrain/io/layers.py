@@ -260,7 +260,7 @@ def dense_arguments(old: nn.Module, layer: FactorizedLayer) -> dict[str, Any] | 
         return layer.arguments_of(old)
     weight = old._parameters.get("weight")
     if type(old).__name__ == "Conv1D" and type(old).__module__ == "transformers.pytorch_utils" and weight is not None:
-        n_in, n_out = weight.shape  # a linear map with the transposed weight
+        n_in, n_out = old.nx, old.nf  # a linear map with the transposed weight
         return {"in_features": n_in, "out_features": n_out, "bias": old.bias is not None} if layer.has_bias else None
     return None
 

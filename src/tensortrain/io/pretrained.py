@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from tensortrain.compression.retie import retie
 from tensortrain.errors import CheckpointError, KindError
 from tensortrain.io.composites import composite_entries
 from tensortrain.io.heads import head_entries
@@ -108,6 +109,7 @@ def load_pretrained(
     if given:
         check_no_meta(inner, str(folder))
     commit(changes(inner, recipe, layers, stored, folder, adopt=not given), inner)
+    retie(inner)
     return skeleton.eval()
 
 

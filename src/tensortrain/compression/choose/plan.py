@@ -34,7 +34,7 @@ _KEPT = (
     "opened",
     "narrowed",
 )
-_NEW_OF_LAYERS = ("hot_ids", "loss", "why")  # written where they say something
+_NEW_OF_LAYERS = ("hot_ids", "head", "loss", "why")  # written where they say something
 _ADDED = ("opened", "narrowed")  # by versions 3 and 4: maps of recurrent layers, and hidden units
 
 
@@ -45,6 +45,7 @@ class LayerPlan:
     Attributes:
         spec: None where it stays dense.
         hot_ids: Rows of a table that stay as they are, beside the cores.
+        head: The output layer that shares a table.
         loss: The share of the model's output that the choice is predicted to spoil, as far as calibration data tells;
             losses of layers add up.
         why: What the next forms on the menu would have changed.
@@ -63,6 +64,7 @@ class LayerPlan:
     implementation: Implementation = "auto"
     spectra: tuple[tuple[float, ...], ...] = ()
     hot_ids: tuple[int, ...] = ()
+    head: str = ""
     loss: float | None = None
     why: str = ""
 
@@ -75,7 +77,17 @@ class LayerPlan:
         """A layer that stays as it is."""
         n = layer.n_params
         return cls(
-            layer.names, layer.kind, layer.weight.dense_shape, None, n, n, flops, flops, None, f"left dense: {why}"
+            layer.names,
+            layer.kind,
+            layer.weight.dense_shape,
+            None,
+            n,
+            n,
+            flops,
+            flops,
+            None,
+            f"left dense: {why}",
+            head=layer.head.names[0] if layer.head is not None else "",
         )
 
     def left_dense(self, why: str) -> LayerPlan:

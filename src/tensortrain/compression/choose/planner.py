@@ -35,6 +35,7 @@ from tensortrain.compression.survey.moments import Calibration, LayerMoments
 from tensortrain.compression.survey.proven import proven_units
 from tensortrain.compression.survey.task import FIRST, first_with_example, task_on_batch
 from tensortrain.errors import BudgetError
+from tensortrain.nn import CompositeLayer
 from tensortrain.system.observer import Observer, Silent
 from tensortrain.system.storage import count_bytes
 from tensortrain.train.batches import take
@@ -375,8 +376,9 @@ def _hidden(
     """
     if NARROW not in options.formats or calibration is None or not calibration.grams or options.will_heal == "long":
         return []
-    by_name = {layer.name: layer for layer in layers}
-    found = disjoint(proven_units(model, calibration), by_name, calibration.layers)
+    by_name = {layer.name: layer for layer in layers if not _stands_open(model, layer)}
+    notes = calibration.notes
+    found = proven_units(model, calibration, lambda all_of: disjoint(all_of, by_name, calibration.layers), notes)
     options.observer.on_start("widths", len(found))
     widths = []
     for k, units in enumerate(found):
@@ -384,6 +386,12 @@ def _hidden(
         options.observer.on_step(k + 1)
     options.observer.on_end()
     return widths
+
+
+def _stands_open(model: nn.Module, layer: FoundLayer) -> bool:
+    """Whether it is a map of a layer that is put together again, where it has the size that all maps have."""
+    outer = [name for name, module in model.named_modules() if isinstance(module, CompositeLayer)]
+    return any(layer.name.startswith(f"{name}." if name else "") for name in outer)
 
 
 def _widths_on(menu: Menu, hidden: Sequence[Widths]) -> Sequence[Width]:

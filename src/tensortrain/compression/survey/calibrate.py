@@ -87,7 +87,8 @@ def calibrate(
     _settle_norms(model, found)
     for layer in layers:
         moments = found.layers[layer.name]
-        has_bias = getattr(layer.module, "bias", None) is not None
+        is_head = any(layer is head for head in heads.values())  # whose mean input nothing makes up for
+        has_bias = getattr(layer.module, "bias", None) is not None and not is_head
         is_table = layer.weight.kind == "embedding"
         moments.finish(centred=has_bias or moments.norm is not None, counts=is_table)
     for name, head in heads.items():

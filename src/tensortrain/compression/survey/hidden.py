@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from tensortrain.nn import is_transformers_conv1d
-from tensortrain.train.modes import evaluating
+from tensortrain.train.modes import modes_kept
 
 __all__ = ["HiddenUnits", "Run", "channel_axis", "find_hidden_units", "some_channels"]
 
@@ -50,17 +50,20 @@ def channel_axis(module: nn.Module) -> int:
     return 1 if isinstance(module, (*_CONVS, *_CHANNELWISE)) else -1
 
 
-def find_hidden_units(model: nn.Module, run: Run) -> list[HiddenUnits]:
+def find_hidden_units(model: nn.Module, run: Run, *, training: bool = False) -> list[HiddenUnits]:
     """The hidden units of a model, in the order in which their readers run.
 
     Args:
         model: Its parameters and modes are as before afterwards.
         run: ``run(model)`` calls the model on one batch and gives its outputs.
+        training: In train mode, where a model may read them elsewhere too. Wrap it in ``preserved`` then.
 
-    Cost: one forward pass with gradients, and two short backward passes for each layer.
+    Cost: one forward pass with gradients; for each layer two backward passes to the layers before it, and two more to
+    all inputs where it reads hidden units.
     """
     parts = _parts(model)
-    with evaluating(model), _all_trained(model), torch.enable_grad(), ExitStack() as stack:
+    with modes_kept(model), _all_trained(model), torch.enable_grad(), ExitStack() as stack:
+        model.train(training)
         trace = _Trace(model, parts, stack)
         outputs = run(model)
         trace.ends.extend(leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor))
@@ -108,11 +111,11 @@ class _Trace:
             if name in self.inputs or len(given) != 1 or not isinstance(output, Tensor):
                 self.twice.add(name)
                 self.ends.extend(x for x in given if isinstance(x, Tensor))
-                return output.detach()
+                return output.detach().clone()
             self.order.append(name)
             self.inputs[name] = given[0]
             self.leaves[name] = output.detach().requires_grad_()
-            return self.leaves[name]
+            return self.leaves[name].clone()  # the next layer may write to it
 
         return hook
 

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from tensortrain.compression.carry import cannot_carry
 from tensortrain.compression.survey.reasons import Survey, why_not, why_unknown
 from tensortrain.compression.survey.tied import Head
 from tensortrain.errors import FilterError, KindError, NonFiniteError
 from tensortrain.formats import WeightShape
-from tensortrain.nn import FactorizedLayer, counterpart
+from tensortrain.nn import FactorizedLayer, TiedHead, counterpart
 from tensortrain.system.aliases import find_aliases
 from tensortrain.system.storage import count_numbers
 
@@ -132,6 +133,7 @@ def _heads(survey: Survey, reasons: dict[int, str], aliases: dict[int, list[str]
     for key, head in survey.heads.items():
         table = next(module for module in survey.modules if id(module) == key)
         why = {id(one): reasons.get(id(one), "") for one in (table, head)}
+        why[id(head)] = why[id(head)] or cannot_carry(head, to=TiedHead)
         if not any(why.values()):
             found[key] = Head(tuple(aliases[id(head)]), head)
             continue

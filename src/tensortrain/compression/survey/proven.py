@@ -13,9 +13,11 @@ from torch.utils import _pytree as pytree
 from tensortrain.compression.narrow import Undo, narrow_
 from tensortrain.compression.survey.hidden import HiddenUnits, Run, channel_axis, find_hidden_units, some_channels
 from tensortrain.compression.survey.moments import Calibration
+from tensortrain.compression.words import in_short
 from tensortrain.nn import is_transformers_conv1d
 from tensortrain.train.batches import map_tensors, n_examples, run
 from tensortrain.train.modes import evaluating
+from tensortrain.train.outputs import counted
 from tensortrain.train.preserve import preserved
 
 __all__ = ["proven_units"]
@@ -23,7 +25,12 @@ __all__ = ["proven_units"]
 _FEW = 2  # examples to try on
 
 
-def proven_units(model: nn.Module, calibration: Calibration) -> list[HiddenUnits]:
+def proven_units(
+    model: nn.Module,
+    calibration: Calibration,
+    choose: Callable[[list[HiddenUnits]], list[HiddenUnits]],
+    notes: list[str],
+) -> list[HiddenUnits]:
     """Hidden units that can be taken out of a model: found by gradients, and tried on a batch.
 
     A forward may name a size that gradients do not show, as ``x.view(b, 4, 64)`` does between two layers. So half of
@@ -32,9 +39,11 @@ def proven_units(model: nn.Module, calibration: Calibration) -> list[HiddenUnits
     Args:
         model: As before afterwards.
         calibration: Its first batch is used.
+        choose: Those that are worth trying, of all found; no two of them around one layer.
+        notes: Takes in why nothing was found, where that was an error.
 
-    Cost: three forward passes and two short backward ones for each layer, on two examples; three more for each group
-    of units where some of them fail.
+    Cost: ``find_hidden_units`` in eval and in train mode, and two forward passes, on two examples; two more for each
+    group of units where some of them fail.
     """
     batch = _few(calibration.batches[0])
 
@@ -42,35 +51,29 @@ def proven_units(model: nn.Module, calibration: Calibration) -> list[HiddenUnits
         return run(net, batch, with_labels=calibration.with_labels)
 
     with preserved(model):
-        return _proven(model, on_batch)
+        try:
+            found = choose(_found(model, on_batch))
+        except Exception as error:  # a part without gradients, or one that two examples do not serve
+            notes.append(f"Hidden units were not looked for: {in_short(error)}.")
+            return []
+        if not found or _computes_the_same(model, found, on_batch):
+            return found
+        return [units for units in found if _computes_the_same(model, [units], on_batch)]
 
 
-def _proven(model: nn.Module, on_batch: Run) -> list[HiddenUnits]:
+def _found(model: nn.Module, on_batch: Run) -> list[HiddenUnits]:
+    """Those that are hidden in both modes: what only training reads, such as a loss beside, reads them too."""
+    found = find_hidden_units(model, on_batch)
     try:
-        found = find_hidden_units(model, on_batch)
-    except Exception:  # a part without gradients, or one that two examples do not serve: nothing is known
-        return []
-    apart = _apart(found)
-    if _computes_the_same(model, apart, on_batch):
-        return [units for units in found if units in apart or _computes_the_same(model, [units], on_batch)]
-    return [units for units in found if _computes_the_same(model, [units], on_batch)]
+        trained = find_hidden_units(model, on_batch, training=True)
+    except Exception:  # a model that only ever runs in eval mode
+        return found
+    return [units for units in found if units in trained]
 
 
 def _few(batch: Any) -> Any:
     n = n_examples(batch)
     return map_tensors(lambda x: x[:_FEW] if x.ndim and len(x) == n else x, batch) if n > _FEW else batch
-
-
-def _apart(found: Sequence[HiddenUnits]) -> list[HiddenUnits]:
-    """Units that share no layer with those before them."""
-    taken: set[str] = set()
-    kept = []
-    for units in found:
-        names = {*units.makers, *units.between, units.reader}
-        if not names & taken:
-            taken |= names
-            kept.append(units)
-    return kept
 
 
 def _computes_the_same(model: nn.Module, groups: Sequence[HiddenUnits], on_batch: Run) -> bool:
@@ -92,10 +95,14 @@ def _numbers(outputs: object) -> list[Tensor]:
 
 
 def _is_like(a: Tensor, b: Tensor) -> bool:
+    """Where they are no masks, beside whose size nothing would show."""
     if a.shape != b.shape:
         return False
-    eps = torch.finfo(a.dtype).eps
-    return bool((a.double() - b.double()).norm() <= eps**0.5 * a.double().norm())
+    counts = counted(a)
+    if not torch.equal(counts, counted(b)):
+        return False
+    one, other = (torch.where(counts, x, 0).double() for x in (a, b))
+    return bool((one - other).norm() <= torch.finfo(a.dtype).eps ** 0.5 * one.norm())
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -58,7 +58,7 @@ class Survey:
         )
         survey.inner = {id(part) for module in survey.modules for part in _inner(module)}
         survey._note_shared(survey._slots())
-        survey.heads = pairs_of(survey.modules, survey.shared)
+        survey.heads = pairs_of(survey.modules, survey._slots())
         return survey
 
     def add(self, aliases: Aliases) -> None:
@@ -69,7 +69,7 @@ class Survey:
                 self.held[id(reference.target)] = reference.path
         loose = [((0, path), tensor) for path, tensor in aliases.tensors if span_of(tensor) is not None]
         if loose:
-            self.heads = self._not_held_by(loose)
+            self.heads = pairs_of(self.modules, [*self._slots(), *loose])
             self._note_shared([*self._slots(), *loose])
 
     def why_held(self, module: nn.Module) -> str:
@@ -106,12 +106,6 @@ class Survey:
             for name, tensor in (*module._parameters.items(), *module._buffers.items())
             if tensor is not None
         ]
-
-    def _not_held_by(self, loose: Sequence[tuple[Slot, Tensor]]) -> dict[int, nn.Linear]:
-        """The pairs of which nobody outside the registered names has the weight."""
-        slots = [((id(head), "weight"), head.weight) for head in self.heads.values()]
-        held = {owner for (owner, _), _ in overlaps([*slots, *loose])}
-        return {key: head for key, head in self.heads.items() if id(head) not in held}
 
     def _note_shared(self, slots: Iterable[tuple[Slot, Tensor]]) -> None:
         for slot, other in overlaps(list(slots)):

@@ -8,7 +8,7 @@ partial traces, is what the decomposition is weighed by.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,8 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from tensortrain.compression.survey.moments import LayerMoments
+from tensortrain.system.storage import overlaps
 
 __all__ = ["Head", "Spread", "pairs_of", "together"]
+
+
+_ROWS = 256  # of logits at once
 
 
 @dataclass(frozen=True)
@@ -28,32 +32,34 @@ class Head:
     module: nn.Linear
 
 
-def pairs_of(modules: list[nn.Module], shared: dict[tuple[int, str], str]) -> dict[int, nn.Linear]:
-    """Output layers by the ids of the embeddings whose tables they have, where nobody else has them too.
+Slot = tuple[int, str]  # the id of an owner, and its own name for a parameter or buffer
+
+
+def pairs_of(modules: Sequence[nn.Module], slots: Sequence[tuple[Slot, Tensor]]) -> dict[int, nn.Linear]:
+    """Output layers by the ids of the embeddings whose tables they have, where nobody else has numbers of these too.
 
     Args:
-        shared: Parameters and buffers whose numbers others hold, by the ids of their owners and their own names.
+        slots: All parameters and buffers.
     """
     owners: dict[int, list[nn.Module]] = {}
-    holders: dict[int, int] = {}
     for module in modules:
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                holders[id(parameter)] = holders.get(id(parameter), 0) + 1
-                if name == "weight" and type(module) in (nn.Embedding, nn.Linear):
-                    owners.setdefault(id(parameter), []).append(module)
+        weight = module._parameters.get("weight")
+        if type(module) in (nn.Embedding, nn.Linear) and weight is not None:
+            owners.setdefault(id(weight), []).append(module)
     found: dict[int, nn.Linear] = {}
-    for key, pair in owners.items():
-        if len(pair) != 2 or holders[key] != 2:
-            continue
+    for pair in (listed for listed in owners.values() if len(listed) == 2):
         table, head = sorted(pair, key=lambda module: type(module) is nn.Linear)
-        if type(table) is nn.Embedding and type(head) is nn.Linear and not _has_more(head, shared):
+        if type(table) is nn.Embedding and type(head) is nn.Linear and _is_theirs_alone(table, head, slots):
             found[id(table)] = head
     return found
 
 
-def _has_more(head: nn.Linear, shared: dict[tuple[int, str], str]) -> bool:
-    return head.bias is not None and (id(head), "bias") in shared
+def _is_theirs_alone(table: nn.Embedding, head: nn.Linear, slots: Sequence[tuple[Slot, Tensor]]) -> bool:
+    """Whether nobody else holds numbers of the weight, or of the head's bias."""
+    own: list[tuple[Slot, Tensor]] = [((id(head), name), p) for name, p in head._parameters.items() if p is not None]
+    theirs = {(id(table), "weight"), *(slot for slot, _ in own)}
+    shared = overlaps([*own, *((slot, tensor) for slot, tensor in slots if slot not in theirs)])
+    return not any(one in theirs for one, _ in shared)
 
 
 @dataclass
@@ -70,9 +76,10 @@ class Spread:
 
         def take(module: nn.Module, args: Any, output: Any) -> None:
             if isinstance(output, Tensor) and output.is_floating_point():
-                p = output.detach().reshape(-1, output.shape[-1]).float().softmax(dim=-1)
-                rows = (p * (1 - p)).double().sum(dim=0)
-                self.total = rows if self.total is None else self.total + rows
+                for some in output.detach().reshape(-1, output.shape[-1]).split(_ROWS):
+                    p = some.float().softmax(dim=-1)
+                    rows = p.mul(1 - p).sum(dim=0, dtype=torch.float64)
+                    self.total = rows if self.total is None else self.total + rows
 
         return take
 

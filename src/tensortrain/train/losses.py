@@ -304,6 +304,7 @@ def positions(task: Task, name: str, y: Tensor, batch: Any, labels: Any) -> Tens
         masks.append(attention.bool())
     if not masks:
         return None
+    masks = [mask.to(y.device) for mask in masks]  # which may be another than the data is given on
     return masks[0] if len(masks) == 1 else (masks[0] & masks[1] if masks[0].shape == masks[1].shape else masks[0])
 
 

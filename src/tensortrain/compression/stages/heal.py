@@ -15,6 +15,7 @@ from torch import nn
 from tensortrain.compression.stages.base import Work, stage
 from tensortrain.compression.stages.refit import Refit, refitted
 from tensortrain.compression.survey.task import FIRST, task_on_data
+from tensortrain.compression.words import in_short
 from tensortrain.errors import DataError, KindError, RankError
 from tensortrain.system.observer import Observer, Silent
 from tensortrain.train.batches import device_of, length_of, n_examples, take, to_device
@@ -336,8 +337,10 @@ def _to_come(settings: Heal, data: Iterable[Any], task: Task | None) -> bool | L
 def _heal(work: Work, settings: Heal) -> Work:
     options = work.options
     assert options.data is not None
-    if work.plan is not None and work.plan.narrowed:  # what a few hidden units leave, least squares mend better
-        work = refitted(work, Refit())
+    try:
+        work = _refitted_first(work, settings)
+    except KeyboardInterrupt:
+        return work.noted("Healing was interrupted before it began: the model stays as it was cut.")
     result = heal_(
         work.model,
         work.original,
@@ -352,6 +355,17 @@ def _heal(work: Work, settings: Heal) -> Work:
     )
     rows = _continued(work.healing, result.history)
     return replace(work, healing=(*work.healing, *rows)).noted(*result.notes)
+
+
+def _refitted_first(work: Work, settings: Heal) -> Work:
+    """What taking out hidden units left, least squares mend better than training; done once."""
+    is_done = bool(work.points) and work.points[-1].name == "refitted"
+    if work.plan is None or not work.plan.narrowed or settings.only_statistics or is_done:
+        return work
+    try:
+        return refitted(work, Refit())
+    except Exception as error:
+        return work.noted(f"Refitting was cut short ({in_short(error)}): healing goes on from there.")
 
 
 def _continued(earlier: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,6 +31,10 @@ class Judge:
     task: Task
     output: Output | None = None
 
+    def drawing(self, k: int) -> AbstractContextManager[Any]:
+        """The same random numbers for every model on batch k, where a model draws some."""
+        return _drawn_alike(k) if self.task.random else nullcontext()
+
     def outputs(self, model: nn.Module, batch: Any) -> dict[str, Tensor]:
         """The outputs that count."""
         return judged_outputs(model, batch, self.output, with_labels=self.task.with_labels)[0]
@@ -51,18 +56,41 @@ class HeldOutputs:
     @torch.no_grad()
     def of(cls, original: nn.Module, batches: Sequence[Any], judge: Judge) -> HeldOutputs:
         """Run the original once."""
-        return cls(judge, batches, [judge.outputs(original, batch) for batch in batches])
+        found = []
+        for k, batch in enumerate(batches):
+            with judge.drawing(k):
+                found.append(judge.outputs(original, batch))
+        return cls(judge, batches, found)
 
     @torch.no_grad()
     def distance(self, model: nn.Module) -> float:
-        """Mean over the batches: divergence of class probabilities, relative squared distance of other outputs."""
+        """Mean over the batches: divergence of class probabilities, relative squared distance of other outputs.
+
+        Infinite where an output is no number any more.
+        """
         found = []
-        for batch, expected in zip(self.batches, self.expected, strict=True):
-            outputs, labels = self.judge.outputs(model, batch), read_batch(model, batch).labels
+        for k, (batch, expected) in enumerate(zip(self.batches, self.expected, strict=True)):
+            with self.judge.drawing(k):
+                outputs, labels = self.judge.outputs(model, batch), read_batch(model, batch).labels
+            if any(_is_broken(outputs[name], y) for name, y in expected.items() if name in outputs):
+                return float("inf")
             value = output_distance(self.judge.task, outputs, expected, batch, labels)
             if value is not None:
                 found.append(float(value))
         return sum(found) / len(found) if found else float("nan")
+
+
+@contextmanager
+def _drawn_alike(k: int) -> Iterator[None]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(k)
+        yield
+
+
+def _is_broken(y: Tensor, wanted: Tensor) -> bool:
+    """Whether entries are no numbers that are some of the original's."""
+    same = y.shape == wanted.shape
+    return y.is_floating_point() and same and bool((torch.isfinite(wanted) & ~torch.isfinite(y)).any())
 
 
 def split_batches(

@@ -81,7 +81,11 @@ class LastFactor:
 
     def wanted(self, y: Tensor, mask: Tensor | None) -> Tensor:
         """The outputs wanted at the same rows, ``(n, n_blocks, m)``."""
-        rows = _some(y.movedim(1, -1).reshape(-1, y.shape[1])) if _is_conv(self.layer) else _counted(y, mask)
+        if _is_conv(self.layer):
+            y = _with_examples(self.layer, y)
+            rows = _some(y.movedim(1, -1).reshape(-1, y.shape[1]))
+        else:
+            rows = _counted(y, mask)
         return rows.reshape(len(rows), self.n_blocks, -1)
 
     def features(self, rows: Tensor) -> Tensor:
@@ -179,9 +183,14 @@ def _is_conv(layer: nn.Module) -> bool:
     return isinstance(layer, (_ConvNd, Conv1d, Conv2d))
 
 
+def _with_examples(conv: Any, x: Tensor) -> Tensor:
+    """With an axis of examples, which a single image lacks."""
+    return x if x.ndim == len(conv.kernel_size) + 2 else x.unsqueeze(0)
+
+
 def _padded(conv: Any, x: Tensor) -> tuple[Tensor, Any]:
     """The input with an axis of examples, padded where unfolding cannot; and the padding still to be made."""
-    x = x if x.ndim == len(conv.kernel_size) + 2 else x.unsqueeze(0)
+    x = _with_examples(conv, x)
     if conv.padding_mode == "zeros" and not isinstance(conv.padding, str):
         return x, conv.padding
     widths = conv._reversed_padding_repeated_twice if isinstance(conv, _ConvNd) else conv.conv_options().pad_widths()
@@ -191,7 +200,7 @@ def _padded(conv: Any, x: Tensor) -> tuple[Tensor, Any]:
 def _counted(x: Tensor, mask: Tensor | None) -> Tensor:
     """Rows that no mask takes out."""
     rows = x.reshape(-1, x.shape[-1])
-    return rows[mask.reshape(-1).bool()] if mask is not None and mask.shape == x.shape[:-1] else rows
+    return rows[mask.reshape(-1).to(x.device).bool()] if mask is not None and mask.shape == x.shape[:-1] else rows
 
 
 def _some(rows: Tensor) -> Tensor:

@@ -9,7 +9,8 @@ Source: block refinement as in AA-SVD, arXiv:2604.02119.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,10 +23,12 @@ from tensortrain.compression.stages.base import Work, stage
 from tensortrain.compression.stages.held_outputs import HeldOutputs
 from tensortrain.compression.stages.material import Material, material, running
 from tensortrain.compression.stages.refit import fittable_layers, heard, in_order, wanted_output
-from tensortrain.compression.stages.streams import Part, Streams, has_part
+from tensortrain.compression.stages.streams import Part, Streams
+from tensortrain.compression.survey.layers import part_of
 from tensortrain.errors import RankError
 from tensortrain.system.checkpoint import RunFile, start_signature
 from tensortrain.system.observer import Observer
+from tensortrain.train.masters import float32_masters
 from tensortrain.train.outputs import relative_distance
 from tensortrain.train.schedules import SCHEDULES
 
@@ -85,15 +88,18 @@ class _Healing:
         params = _own_parameters(self.streams.small, block)
         if not pairs or not params:
             return
-        best = [p.detach().clone() for p in params]
         before = self.distance
-        for _ in self._trained(block, pairs, params):
-            distance = self.held.distance(self.streams.small)
-            if distance < self.distance:
-                self.distance, best = distance, [p.detach().clone() for p in params]
-        with torch.no_grad():
-            for p, value in zip(params, best, strict=True):
-                p.copy_(value)
+        with float32_masters(block) as low:
+            best = [p.detach().clone() for p in params]
+            for _ in self._trained(block, pairs, params, low):
+                with _mixed(params, low):
+                    distance = self.held.distance(self.streams.small)
+                if distance < self.distance:
+                    self.distance, best = distance, [p.detach().clone() for p in params]
+            with torch.no_grad():
+                for p, value in zip(params, best, strict=True):
+                    p.grad = None
+                    p.copy_(value)
         self.n_kept += self.distance < before
 
     def _pairs(self, name: str) -> list[_Pair]:
@@ -116,7 +122,9 @@ class _Healing:
         pairs = zip(before, now, strict=True) if len(before) == len(now) else ()
         return [(partial(_on_copy, new, here.given), wanted_output(then, here)) for then, here in pairs]
 
-    def _trained(self, block: nn.Module, pairs: Sequence[_Pair], params: Sequence[nn.Parameter]) -> Any:
+    def _trained(
+        self, block: nn.Module, pairs: Sequence[_Pair], params: Sequence[nn.Parameter], low: torch.dtype | None
+    ) -> Iterator[int]:
         """Train, and stop a few times to be looked at."""
         steps = self.settings.steps
         optimizer = torch.optim.Adam(params, lr=self.settings.lr)
@@ -125,17 +133,24 @@ class _Healing:
         for step in range(1, steps + 1):
             run, wanted, mask = pairs[step % len(pairs)]
             with torch.enable_grad(), torch.backends.cudnn.flags(enabled=False):
-                loss = _distance(run(), wanted, mask)
-                if not bool(torch.isfinite(loss)) or not loss.requires_grad:
+                with _mixed(params, low):
+                    loss = _distance(run(), wanted, mask)
+                if not loss.requires_grad:
                     return
-                for p, gradient in zip(params, torch.autograd.grad(loss, params, allow_unused=True), strict=True):
-                    p.grad = gradient
+                gradients = torch.autograd.grad(loss, params, allow_unused=True)
+            if not all(bool(torch.isfinite(g).all()) for g in (loss.detach(), *gradients) if g is not None):
+                return
+            for p, gradient in zip(params, gradients, strict=True):
+                p.grad = gradient
             optimizer.step()
             rate.step()
             if step in looks:
                 yield step
-        for p in params:
-            p.grad = None
+
+
+def _mixed(params: Sequence[nn.Parameter], low: torch.dtype | None) -> AbstractContextManager[Any]:
+    """Autocast to the dtype that a block's parameters have outside of training; entered anew for every step."""
+    return nullcontext() if low is None else torch.autocast(params[0].device.type, dtype=low)
 
 
 def _on_copy(layer: nn.Module, x: Tensor) -> Any:
@@ -144,7 +159,8 @@ def _on_copy(layer: nn.Module, x: Tensor) -> Any:
 
 def _distance(output: Tensor, wanted: Tensor, mask: Any) -> Tensor:
     if isinstance(mask, Tensor) and mask.shape == output.shape[:-1]:
-        output, wanted = output[mask.bool()], wanted[mask.bool()]
+        mask = mask.to(output.device).bool()
+        output, wanted = output[mask], wanted[mask]
     return relative_distance(output, wanted)
 
 
@@ -155,13 +171,13 @@ def _own_parameters(model: nn.Module, block: nn.Module) -> list[nn.Parameter]:
     return [p for p in block.parameters() if p.requires_grad and id(p) not in others]
 
 
-def _units(streams: Streams, run: Callable[[], Any]) -> list[str]:
+def _units(given: Material, streams: Streams, run: Callable[[], Any]) -> list[str]:
     """Blocks with a factorized or narrowed layer in them, and such layers outside of blocks, by when they run."""
-    names = in_order(streams.small, fittable_layers(streams.original, streams.small, changed=True), run)
+    names = in_order(streams.small, fittable_layers(given, changed=True), run)
     found: dict[str, None] = {}
     for name in names:
         block = next((b for b in streams.chain if f"{name}.".startswith(f"{b}.")), None)
-        outside = block is None and has_part(streams.original, name)
+        outside = block is None and part_of(streams.original, name) is not None
         if block is not None or outside:
             found.setdefault(block or name)
     return list(found)
@@ -186,7 +202,7 @@ def heal_locally_(
         done, n_kept = _resumed(given.small, file)
         streams = Streams.of(given.original, given.small, given.batches, given.held.judge.outputs)
         healing = _Healing(streams, given.held, settings, given.held.distance(given.small), done, n_kept)
-        names = _units(streams, lambda: given.held.judge.outputs(given.small, given.batches[0]))
+        names = _units(given, streams, lambda: given.held.judge.outputs(given.small, given.batches[0]))
         observer.on_start("heal locally", len(names))
         try:
             for k, name in enumerate(names):
@@ -229,7 +245,8 @@ def _heal_locally(work: Work, settings: HealLocally) -> Work:
         if isinstance(found, str):
             return work.noted(f"Nothing was healed: {found}")
         before, after, n_kept, n = heal_locally_(found, settings, work.options.observer, work.checkpoint)
+    frozen = "" if any(p.requires_grad for p in work.model.parameters()) else " All parameters are frozen."
     return work.noted(
         f"Local healing was kept for {n_kept} of {n} blocks: on batches held back the outputs lie {after:.3g} from "
-        f"the original's, {before:.3g} before."
+        f"the original's, {before:.3g} before.{frozen}"
     )

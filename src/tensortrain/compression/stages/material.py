@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,12 +27,14 @@ class Material:
         original: Layers of several maps stand apart in it as they do in the compressed model.
         batches: To fit on.
         held: The original's outputs on batches held back.
+        names: Of the layers that may be changed; all where None.
     """
 
     original: nn.Module
     small: nn.Module
     batches: list[Any]
     held: HeldOutputs
+    names: frozenset[str] | None = None
 
 
 @contextmanager
@@ -55,7 +58,12 @@ def material(work: Work, n_batches: int, n_held_back: int) -> Iterator[Material 
     with opened_for_a_while(work.original, names) as opened:
         with running(opened.model):
             outputs = HeldOutputs.of(opened.model, held, Judge(task, options.output))
-        yield Material(opened.model, work.model, batches, outputs)
+            if math.isnan(outputs.distance(opened.model)):
+                yield "no place of the batches that are held back counts."
+                return
+        # What include= and exclude= left out of the plan is not to be changed.
+        planned = None if work.plan is None else frozenset(name for layer in work.plan.layers for name in layer.names)
+        yield Material(opened.model, work.model, batches, outputs, planned)
 
 
 @contextmanager

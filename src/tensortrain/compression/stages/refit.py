@@ -24,6 +24,7 @@ from tensortrain.compression.stages.held_outputs import HeldOutputs
 from tensortrain.compression.stages.last_factor import Equations, LastFactor, last_factor, why_no_last_factor
 from tensortrain.compression.stages.material import Material, material, running
 from tensortrain.compression.stages.streams import Part, Streams
+from tensortrain.compression.survey.layers import part_of
 from tensortrain.compression.words import in_short, named
 from tensortrain.nn import FactorizedLayer, is_transformers_conv1d
 from tensortrain.system.observer import Observer
@@ -82,7 +83,7 @@ class Outcome:
         return found
 
 
-def fittable_layers(original: nn.Module, small: nn.Module, *, changed: bool = False) -> list[str]:
+def fittable_layers(given: Material, *, changed: bool = False) -> list[str]:
     """Layers whose weight may be fitted: factorized ones, and dense ones with the outputs that they had.
 
     A dense layer that nothing was done to is among them: it can make up for what was lost before it.
@@ -90,17 +91,17 @@ def fittable_layers(original: nn.Module, small: nn.Module, *, changed: bool = Fa
     Args:
         changed: Only layers that something was done to.
     """
-    old = dict(original.named_modules())
+    old = dict(given.original.named_modules())
     return [
         name
-        for name, module in small.named_modules()
-        if isinstance(module, FactorizedLayer)
-        or (
-            _is_dense(module)
-            and _gives_as_much(old.get(name), module)
-            and not (changed and _same_shape(old[name], module))
-        )
+        for name, module in given.small.named_modules()
+        if (given.names is None or name in given.names)
+        and (isinstance(module, FactorizedLayer) or _may_be_fitted(old.get(name), module, changed))
     ]
+
+
+def _may_be_fitted(before: Any, now: nn.Module, changed: bool) -> bool:
+    return _is_dense(now) and _gives_as_much(before, now) and not (changed and _same_shape(before, now))
 
 
 def _same_shape(before: Any, now: Any) -> bool:
@@ -128,7 +129,7 @@ def refit_(given: Material, settings: Refit, observer: Observer) -> Outcome:
         before = held.distance(small)
         outcome = Outcome(before, before)
         streams = Streams.of(original, small, batches, held.judge.outputs)
-        names = in_order(small, fittable_layers(original, small), lambda: held.judge.outputs(small, batches[0]))
+        names = in_order(small, fittable_layers(given), lambda: held.judge.outputs(small, batches[0]))
         observer.on_start("refit", len(names))
         try:
             for k, name in enumerate(names):
@@ -151,14 +152,19 @@ def in_order(model: nn.Module, names: Sequence[str], run: Any) -> list[str]:
 
 
 def _refit_one(streams: Streams, name: str, held: HeldOutputs, settings: Refit, outcome: Outcome) -> None:
-    layer, old = streams.small.get_submodule(name), _part(streams.original, name)
+    layer, old = streams.small.get_submodule(name), part_of(streams.original, name)
     reason = why_no_last_factor(layer)
-    if old is None or isinstance(old, FactorizedLayer):
+    if old is None:
         reason = "the original has no such layer"
+    if isinstance(old, FactorizedLayer):
+        reason = "the original's is factorized itself"
     if reason or old is None:
         outcome.pass_over(name, reason)
         return
     factor = last_factor(layer)
+    if not all(tensor.requires_grad for tensor in factor.tensors()):
+        outcome.pass_over(name, "their weights are frozen")
+        return
     try:
         fit = _equations(streams.part_of(name), old, layer, factor, streams.batches)
         change = None if fit is None else _best(fit, factor, settings)
@@ -167,13 +173,6 @@ def _refit_one(streams: Streams, name: str, held: HeldOutputs, settings: Refit, 
         return
     if change is not None:
         _try(streams.small, name, factor, change, held, outcome)
-
-
-def _part(model: nn.Module, name: str) -> nn.Module | None:
-    try:
-        return model.get_submodule(name)
-    except AttributeError:
-        return None
 
 
 def _equations(
@@ -272,15 +271,18 @@ def _try(
 ) -> None:
     """Put a fit in place; take it back where the outputs come no nearer."""
     kept = [tensor.detach().clone() for tensor in factor.tensors()]
-    factor.write(*change)
-    distance = held.distance(small)
-    if distance < (1 - _GAIN) * outcome.after:
+    is_kept = False
+    try:
+        factor.write(*change)
+        distance = held.distance(small)
+        is_kept = distance < (1 - _GAIN) * outcome.after
+    finally:  # also where it is interrupted
+        if not is_kept:
+            for tensor, value in zip(factor.tensors(), kept, strict=True):
+                tensor.copy_(value)
+    if is_kept:
         outcome.after = distance
-        outcome.kept.append(name)
-        return
-    for tensor, value in zip(factor.tensors(), kept, strict=True):
-        tensor.copy_(value)
-    outcome.worse.append(name)
+    (outcome.kept if is_kept else outcome.worse).append(name)
 
 
 @stage(Refit, outcome="refitted", needs_data=True)

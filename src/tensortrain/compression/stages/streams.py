@@ -16,7 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Part", "Run", "Streams", "find_chain", "has_part"]
+from tensortrain.compression.survey.layers import part_of
+
+__all__ = ["Part", "Run", "Streams", "find_chain"]
 
 Run = Callable[[nn.Module, Any], Any]  # (model, batch) -> outputs
 _Place = int | str  # of an argument: its number or its name
@@ -95,11 +97,13 @@ class Streams:
 
     @classmethod
     def of(cls, original: nn.Module, small: nn.Module, batches: Sequence[Any], run: Run) -> Streams:
-        """Find the chain, and note how its blocks are called."""
+        """Find the chain; a few blocks of one batch show whether they can be run by themselves."""
         found = cls(original, small, batches, run)
         chain = find_chain(original, lambda: run(original, batches[0])) if batches else []
-        if chain and all(has_part(small, name) for name in chain):
-            found._start(chain)
+        nets = (original, small)
+        if chain and all(part_of(small, name) is not None for name in chain):
+            calls = [found._calls_on(net, chain, batches[0], check=True) for net in nets]
+            found.chain = chain if all(one is not None for one in calls) else ()
         return found
 
     def part_of(self, layer: str) -> Part:
@@ -107,6 +111,8 @@ class Streams:
         block = next((k for k, name in enumerate(self.chain) if f"{layer}.".startswith(f"{name}.")), None)
         if block is None or block < self._here:
             return Part("", partial(self._whole, self.original), partial(self._whole, self.small))
+        if not self._calls:  # now: what stands before the blocks may have been changed until now
+            self._start()
         while self._here < block:
             self._step()
         return Part(self.chain[block], *(self._runner(net) for net in (self.original, self.small)))
@@ -126,23 +132,39 @@ class Streams:
             self._values[id(net)] = [run(k) for k in range(len(self.batches))]
         self._here += 1
 
-    def _start(self, chain: Sequence[str]) -> None:
+    def _start(self) -> None:
+        """Note how the blocks are called on every batch, and what the first one is given."""
         for net in (self.original, self.small):
-            calls: list[list[_Call]] = [[] for _ in chain]
+            calls: list[list[_Call]] = [[] for _ in self.chain]
+            given = []
             for batch in self.batches:
-                seen = _watched(net, chain, partial(self.run, net, batch))
-                places = _places(seen, chain)
-                if places is None:
-                    return
-                for k, name in enumerate(chain):
-                    args, kwargs, output = seen[name][0]
-                    call = _Call(args, kwargs, places[k]).without_state()
-                    if batch is self.batches[0] and not _gives(call, net.get_submodule(name), main_output(output)):
-                        return
+                found = self._calls_on(net, self.chain, batch)
+                if found is None:
+                    raise RuntimeError("blocks were called one after another on the first batch, and are not on all")
+                values = [call.taken_out() for call in found]  # of later blocks they come from the blocks before
+                given.append(values[0])
+                for k, call in enumerate(found):
                     calls[k].append(call)
-            self._calls[id(net)] = calls
-            self._values[id(net)] = [[call.taken_out() for call in block] for block in reversed(calls)][-1]
-        self.chain = chain
+            self._calls[id(net)], self._values[id(net)] = calls, given
+
+    def _calls_on(self, net: nn.Module, chain: Sequence[str], batch: Any, *, check: bool = False) -> list[_Call] | None:
+        """How the blocks are called on a batch; None where they are no chain there.
+
+        Args:
+            check: Whether each is run by itself, to see that it gives the same.
+        """
+        seen = _watched(net, chain, partial(self.run, net, batch))
+        places = _places(seen, chain)
+        if places is None:
+            return None
+        calls = []
+        for place, name in zip(places, chain, strict=True):
+            args, kwargs, output = seen[name][0]
+            call = _Call(args, kwargs, place).without_state()
+            if check and not _gives(call, net.get_submodule(name), main_output(output)):
+                return None
+            calls.append(call)
+        return calls
 
 
 def _is_plain(value: Any) -> bool:
@@ -219,12 +241,3 @@ def find_chain(model: nn.Module, run: Callable[[], Any]) -> list[str]:
         if any(True for name in names for _ in model.get_submodule(name).parameters()) and _places(seen, names):
             return names
     return []
-
-
-def has_part(model: nn.Module, name: str) -> bool:
-    """Whether a model has a module of that name."""
-    try:
-        model.get_submodule(name)
-    except AttributeError:
-        return False
-    return True

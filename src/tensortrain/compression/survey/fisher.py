@@ -43,7 +43,8 @@ class Metric:
         if not self.in_nats(name):
             return spread(self._values(name, y, batch))
         logits = self._logits(name, y, batch).double()
-        return self._energy(logits, logits - logits.mean(dim=0)), self._energy(logits, logits)
+        about, whole = self._energies(logits, logits - logits.mean(dim=0), logits)
+        return about, whole
 
     def share(self, name: str, y: Tensor, wanted: Tensor, batch: Any) -> float:
         """What a changed output spoils of the original's, in the metric that plans predict it in."""
@@ -52,7 +53,8 @@ class Metric:
         logits = self._logits(name, wanted, batch).double()
         about, square = self.spread(name, wanted, batch)
         scale = about if about > CONSTANT * square else square
-        return float(self._energy(logits, self._logits(name, y, batch).double() - logits) / scale)
+        (energy,) = self._energies(logits, self._logits(name, y, batch).double() - logits)
+        return float(energy / scale)
 
     def along(self, name: str, y: Tensor, batch: Any, generator: torch.Generator) -> Tensor:
         """The output along a random direction whose second moment is the metric."""
@@ -77,15 +79,15 @@ class Metric:
         part = p.sqrt() * noise
         return part - p * part.sum(dim=-1, keepdim=True)
 
-    def _energy(self, logits: Tensor, change: Tensor) -> Tensor:
-        """Sum of ``d^T (diag(p) - p p^T) d`` over the rows."""
+    def _energies(self, logits: Tensor, *changes: Tensor) -> list[Tensor]:
+        """Sums of ``d^T (diag(p) - p p^T) d`` over the rows."""
         assert self.task is not None
         if not self.task.softmax:
             p = torch.sigmoid(logits)
-            return (p * (1 - p) * change.square()).sum()
+            return [(p * (1 - p) * change.square()).sum() for change in changes]
         p = torch.softmax(logits, dim=-1)
-        about = change - (p * change).sum(dim=-1, keepdim=True)
-        return (p * about.square()).sum()
+        about = (change - (p * change).sum(dim=-1, keepdim=True) for change in changes)
+        return [(p * one.square()).sum() for one in about]
 
     def _logits(self, name: str, y: Tensor, batch: Any) -> Tensor:
         """Rows of logits at the places that count, ``(n, c)``."""

@@ -42,6 +42,8 @@ class Refit:
 
     A fit is kept only where it brings the model's outputs nearer to the original's on batches that were held back.
 
+    Frozen layers, and those that ``include`` or ``exclude`` left out of the plan, stay as they are.
+
     Attributes:
         n_batches: Batches to fit on.
         n_held_back: Batches to judge by.

@@ -219,3 +219,24 @@ def test_transformers_saves_and_ties_what_is_tied_by_now(kind: str, tmp_path) ->
     back.save_pretrained(tmp_path)
     again = type(net).from_pretrained(tmp_path)
     assert torch.allclose(again(text()[0]).logits, wanted, atol=1e-4)
+
+
+def test_flops_are_those_of_the_head_too() -> None:
+    net, data = Language().eval(), text()
+    plan = tt.plan_compression(net, budget={"flops": "2x"}, data=data, allow_slower=True)
+    (table,) = [layer for layer in plan.layers if layer.name == "table"]
+    assert table.flops_before == 2 * 8 * VOCABULARY * 24  # eight words in an example
+    assert table.flops_after is not None
+    assert 0 < table.flops_after < table.flops_before
+    assert (
+        sum(layer.flops_after or 0 for layer in plan.layers)
+        <= sum(layer.flops_before or 0 for layer in plan.layers) / 2
+    )
+
+
+def test_formats_that_are_no_chains_serve_a_tied_table_too() -> None:
+    net = Language().eval()
+    how = {"include": "table", "formats": ("cp",), "allow_slower": True, "heal": False, "measure": False}
+    small = tt.compress(net, budget="1.5x", data=text(), **how).model
+    assert small.table.spec.format == "cp"
+    assert small.head(torch.randn(2, 24)).shape == (2, VOCABULARY)

@@ -11,7 +11,7 @@ from tensortrain.compression.choose.load import Load
 from tensortrain.compression.survey.layers import FoundLayer
 from tensortrain.contract import cost_model, use_cost_model
 from tensortrain.formats import FactorSpec, get_format
-from tensortrain.nn import ConvLayer, Embedding, FactorizedLayer, Linear
+from tensortrain.nn import ConvLayer, Embedding, FactorizedLayer, Linear, TiedHead
 
 __all__ = ["LayerCost", "dense_cost", "empty_twin", "spec_cost"]
 
@@ -38,6 +38,9 @@ def _layer_cost(layer: FoundLayer, twin: FactorizedLayer, load: Load, *, dense: 
     weight: Any = layer.module.weight
     with use_cost_model(cost_model(weight.device)):  # the twin has no device of its own
         seconds, flops = _twin_cost(twin, load.rows, load.spatial, dense=dense)
+        if layer.head is not None:
+            head_s, head_flops = _head_cost(layer, twin, load.rows, dense=dense)
+            seconds, flops = seconds + head_s, flops + head_flops
     return LayerCost(flops // max(1, load.n_examples) if load.seen else None, seconds)
 
 
@@ -55,6 +58,16 @@ def _twin_cost(twin: FactorizedLayer, rows: int, spatial: tuple[int, ...], *, de
             return plan.dense_s, 2 * rows * twin.out_features * twin.in_features
         forced = twin.plan(rows, force="factorized")
         return plan.predicted_s, forced.flops * rows // forced.batch  # plans are made for rows rounded up
+
+
+@torch.no_grad()
+def _head_cost(layer: FoundLayer, twin: FactorizedLayer, rows: int, *, dense: bool) -> tuple[float, int]:
+    """Of the output layer that shares a table, on as many rows as are looked up."""
+    if dense or twin.format.chain(twin.spec) is None:  # of other formats the dense table is used
+        return TiedHead(empty_twin(layer, None)).plan(rows).dense_s, 2 * rows * twin.spec.weight.n_params
+    head = TiedHead(twin)
+    forced = head.plan(rows, force="factorized")
+    return head.plan(rows).predicted_s, forced.flops * rows // forced.batch  # plans are made for rows rounded up
 
 
 def empty_twin(layer: FoundLayer, spec: FactorSpec | None) -> FactorizedLayer:

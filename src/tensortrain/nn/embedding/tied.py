@@ -130,8 +130,11 @@ class TiedHead(Traced):
         wider = F.pad(logits, (0, 1)).index_copy(-1, columns, F.linear(h, table.hot_weight).to(logits.dtype))
         return wider[..., : self.out_features]
 
-    def plan(self, batch: int = 1) -> Plan:
+    def plan(self, batch: int = 1, *, force: str | None = None) -> Plan:
         """How the logits of this many rows are computed.
+
+        Args:
+            force: Another plan than the one that is used, as ``Linear.plan`` takes it.
 
         Raises:
             KindError: The embedding is torch's, or its format is no chain: the dense table is used.
@@ -142,7 +145,7 @@ class TiedHead(Traced):
                 "only a chain of cores has a contraction plan: found a dense table. Call the head without a plan."
             )
         assert isinstance(table, Embedding)
-        return runner.plan(table, batch)
+        return runner.plan(table, batch, force=force)
 
     def _plan_for(self, table: Embedding, h: Tensor) -> Plan | None:
         # A traced graph takes the plan made before: it cannot choose by batch size, nor time this machine.

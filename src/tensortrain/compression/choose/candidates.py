@@ -31,6 +31,7 @@ __all__ = [
     "Family",
     "candidates",
     "cold_weighting",
+    "default_formats",
     "factoring",
     "families",
     "least_params",
@@ -48,6 +49,11 @@ _COARSE = 0.08  # steps of the ranks at which families are compared
 _FAR, _LIKE_LOW_RANK = 1.2, 1.0
 # Unfoldings with both sides above this take minutes to decompose, and ranks there never pay.
 _LARGEST_UNFOLDING = 2600
+
+
+def default_formats() -> tuple[str, ...]:
+    """A name of the version before, which answers for one version more."""
+    return DEFAULT_FORMATS
 
 
 def factoring(formats: Sequence[str]) -> tuple[str, ...]:

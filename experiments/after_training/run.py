@@ -9,6 +9,7 @@ tables once. Models and data come with packages or are trained here in minutes a
     python experiments/after_training/run.py --out runs/after_training            # all, or what is left
     python experiments/after_training/run.py --subject listener --method ours     # parts of it
     python experiments/after_training/run.py --step narrowing                     # the same cells as a further line
+    python experiments/after_training/speed.py --out runs/after_training          # one example through what was made
     python experiments/after_training/run.py --summary                            # tables and picture of what is there
 """
 
@@ -20,14 +21,17 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 import tensortrain as tt
 from tensortrain.compression import CompressionPlan, count_params, provenance, stages
 from tensortrain.compression.choose.candidates import DEFAULT_FORMATS
+from tensortrain.compression.report.measure import batch_of
 from tensortrain.errors import TTError
 
 HERE = Path(__file__).parent
@@ -54,38 +58,69 @@ SUBJECTS: dict[str, Callable[[Mapping[str, Any]], Subject]] = {
 }
 
 
-def cell(subject: Subject, name: str, ratio: float, method: str, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """One model at one size by one method, judged."""
+@dataclass
+class Plans:
+    """Plans of one model, each made once: those of several methods differ in what is done after planning."""
+
+    subject: Subject
+    made: dict[str, tuple[CompressionPlan, float]] = field(default_factory=dict)
+
+    def of(self, limit: int, options: Mapping[str, Any]) -> tuple[CompressionPlan, float]:
+        """A plan, and the seconds that it took."""
+        subject = self.subject
+        key = json.dumps([limit, dict(options)])
+        if key not in self.made:
+            start = time.process_time()
+            plan = tt.plan_compression(
+                subject.model, budget={"params": limit}, data=subject.data, **{**subject.options, **options}
+            )
+            self.made[key] = plan, time.process_time() - start
+        return self.made[key]
+
+
+def cell(
+    plans: Plans, name: str, ratio: float, method: str, settings: Mapping[str, Any], keep: Path | None = None
+) -> dict[str, Any]:
+    """One model at one size by one method, judged.
+
+    Args:
+        keep: File for the model itself.
+    """
+    subject = plans.subject
     limit = int(count_params(subject.model) / ratio)
-    start = time.process_time()
     kind = settings["kind"]
     try:
-        model, figures = (_ours if kind == "ours" else _rival)(subject, limit, settings)
+        model, figures = (_ours if kind == "ours" else _rival)(plans, limit, settings)
     except (TTError, ValueError) as error:
         figures = {"refused": str(error)}
     else:
-        figures["cpu_s"] = round(time.process_time() - start, 1)
         if subject.settle is not None:
             subject.settle(model)
         figures |= subject.judge(model)
+        if keep is not None and kind == "ours":
+            torch.save(model, keep)
     own = {"subject": name, "ratio": ratio, "method": method, "params_before": count_params(subject.model)}
     return {**own, "limit": limit, **figures, "settings": dict(settings), "provenance": provenance(seed=0)}
 
 
-def _ours(subject: Subject, limit: int, settings: Mapping[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
-    options = {**subject.options, **settings.get("options", {})}
+def _ours(plans: Plans, limit: int, settings: Mapping[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
+    subject, options = plans.subject, dict(settings.get("options", {}))
     if "without" in settings:
         options["formats"] = [name for name in DEFAULT_FORMATS if name not in settings["without"]]
-    if "stages" in settings:
-        options["stages"] = [getattr(stages, name)(**given) for name, given in settings["stages"].items()]
-    else:
-        options["heal"] = False
-    found = tt.compress(subject.model, budget={"params": limit}, data=subject.data, measure=False, **options)
+    plan, seconds = plans.of(limit, options)
+    start = time.process_time()
+    after = [getattr(stages, name)(**given) for name, given in settings.get("stages", {}).items()]
+    todo = [stages.Factorize(plan), *after]
+    found = tt.compress(
+        subject.model, budget={"params": limit}, data=subject.data, measure=False, stages=todo, **subject.options
+    )
     figures = {"params_after": count_params(found.model), "formats": formats_of(found.plan), "plan": str(found.plan)}
-    return found.model, figures
+    figures["cpu_s"] = round(seconds + time.process_time() - start, 1)
+    return found.model, {**figures, "notes": list(found.report.notes)}
 
 
-def _rival(subject: Subject, limit: int, settings: Mapping[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
+def _rival(plans: Plans, limit: int, settings: Mapping[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
+    subject, start = plans.subject, time.process_time()
     options = {key: value for key, value in settings.items() if key != "kind"}
     whole = subject.whole if options.pop("leave_whole", False) else ()
     n = subject.options["n_batches"]
@@ -94,12 +129,13 @@ def _rival(subject: Subject, limit: int, settings: Mapping[str, Any]) -> tuple[n
         "params_after": found.n_params,
         "formats": {"low_rank": len(found.ranks)},
         "plan": str(found.ranks),
+        "cpu_s": round(time.process_time() - start, 1),
     }
 
 
 def formats_of(plan: CompressionPlan) -> dict[str, int]:
-    """How many layers got which format."""
-    return dict(Counter(layer.format for layer in plan.layers))
+    """How many layers got which format; tables of which some rows stay as they are count apart."""
+    return dict(Counter(layer.format + (", rows kept" if layer.hot_ids else "") for layer in plan.layers))
 
 
 def run(name: str, config: Mapping[str, Any], given: argparse.Namespace) -> None:
@@ -115,17 +151,26 @@ def run(name: str, config: Mapping[str, Any], given: argparse.Namespace) -> None
     if not todo:
         return
     subject = SUBJECTS[name](config["subjects"][name])
+    plans, models = Plans(subject), given.out / "models"
+    _keep_original(subject, models / f"{name}-original.pt")
     original = once(given.out / f"{name}-original.json", lambda: {"subject": name, **subject.judge(subject.model)})
     print(name, count_params(subject.model), shown(original), flush=True)
     for path, ratio, method, settings in todo:
         found = once(
             path,
-            lambda ratio=ratio, method=method, settings=settings: {
+            lambda path=path, ratio=ratio, method=method, settings=settings: {
                 "step": given.step,
-                **cell(subject, name, ratio, method, _clean(settings)),
+                **cell(plans, name, ratio, method, _clean(settings), models / f"{path.stem}.pt"),
             },
         )
         print(f"{name} {ratio}x {method} ({given.step}): {shown(found)}", flush=True)
+
+
+def _keep_original(subject: Subject, path: Path) -> None:
+    """The model with one example, for ``speed.py``."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save((subject.model, batch_of(next(iter(subject.data)), 1)), path)
 
 
 def _fits(settings: Mapping[str, Any], step: str) -> bool:

@@ -237,14 +237,15 @@ def test_a_cell_is_judged_and_a_refusal_is_recorded() -> None:
 
     settled: list[nn.Module] = []
     subject = Subject(model, list(x.split(32)), judge, options={"n_batches": 8}, settle=settled.append)
+    plans = experiment.Plans(subject)
     for kind in ("ours", "rival"):
-        found = experiment.cell(subject, "decoder", 1.5, kind, {"kind": kind})
+        found = experiment.cell(plans, "decoder", 1.5, kind, {"kind": kind})
         assert found["params_after"] <= found["limit"] < count_params(model)
         assert found["nats"] > 0
         assert sum(found["formats"].values()) in (1, 2)
     assert len(settled) == 2
     assert judge(model) == {"nats": 0.0}
-    assert "equal shares" in experiment.cell(subject, "decoder", 500.0, "rival", {"kind": "rival"})["refused"]
+    assert "equal shares" in experiment.cell(plans, "decoder", 500.0, "rival", {"kind": "rival"})["refused"]
 
 
 def test_lines_wait_for_what_the_library_has_not() -> None:
@@ -252,6 +253,6 @@ def test_lines_wait_for_what_the_library_has_not() -> None:
 
     assert experiment._fits({"kind": "rival"}, "first")
     assert not experiment._fits({"kind": "rival"}, "narrowing")
-    assert experiment._fits({"kind": "ours", "stages": {"Factorize": {}}, "without": ["tt"]}, "narrowing")
+    assert experiment._fits({"kind": "ours", "stages": {"Refit": {}}, "without": ["tt"]}, "narrowing")
     assert not experiment._fits({"kind": "ours", "stages": {"NoSuchStage": {}}}, "narrowing")
     assert not experiment._fits({"kind": "ours", "without": ["no-such-format"]}, "narrowing")

@@ -60,22 +60,42 @@ SUBJECTS: dict[str, Callable[[Mapping[str, Any]], Subject]] = {
 
 @dataclass
 class Plans:
-    """Plans of one model, each made once: those of several methods differ in what is done after planning."""
+    """Plans of one model, each made once: those of several methods differ in what is done after planning.
+
+    Attributes:
+        folder: Where plans are kept with what they were calibrated on; nowhere if None.
+    """
 
     subject: Subject
+    folder: Path | None = None
     made: dict[str, tuple[CompressionPlan, float]] = field(default_factory=dict)
 
     def of(self, limit: int, options: Mapping[str, Any]) -> tuple[CompressionPlan, float]:
         """A plan, and the seconds that it took."""
-        subject = self.subject
-        key = json.dumps([limit, dict(options)])
+        key = file_name(f"{limit} {json.dumps(dict(options))}").replace('"', "")
         if key not in self.made:
-            start = time.process_time()
-            plan = tt.plan_compression(
-                subject.model, budget={"params": limit}, data=subject.data, **{**subject.options, **options}
-            )
-            self.made[key] = plan, time.process_time() - start
+            self.made[key] = self._recalled(key) or self._noted(key, self._make(limit, options))
         return self.made[key]
+
+    def _make(self, limit: int, options: Mapping[str, Any]) -> tuple[CompressionPlan, float]:
+        subject, start = self.subject, time.process_time()
+        plan = tt.plan_compression(
+            subject.model, budget={"params": limit}, data=subject.data, **{**subject.options, **options}
+        )
+        return plan, time.process_time() - start
+
+    def _recalled(self, key: str) -> tuple[CompressionPlan, float] | None:
+        path = None if self.folder is None else self.folder / f"{key}.pt"
+        if path is None or not path.exists():
+            return None
+        found: tuple[CompressionPlan, float] = torch.load(path, weights_only=False)
+        return found
+
+    def _noted(self, key: str, found: tuple[CompressionPlan, float]) -> tuple[CompressionPlan, float]:
+        if self.folder is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            torch.save(found, self.folder / f"{key}.pt")
+        return found
 
 
 def cell(
@@ -151,7 +171,7 @@ def run(name: str, config: Mapping[str, Any], given: argparse.Namespace) -> None
     if not todo:
         return
     subject = SUBJECTS[name](config["subjects"][name])
-    plans, models = Plans(subject), given.out / "models"
+    plans, models = Plans(subject, given.out / "plans" / f"{name}-{given.step}"), given.out / "models"
     _keep_original(subject, models / f"{name}-original.pt")
     original = once(given.out / f"{name}-original.json", lambda: {"subject": name, **subject.judge(subject.model)})
     print(name, count_params(subject.model), shown(original), flush=True)

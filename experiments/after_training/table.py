@@ -164,7 +164,8 @@ def _picture(rows: Sequence[Cell]) -> Figure:
         else:
             _panel(axes, [row for row in rows if row["subject"] == subject and row["loss"] is not None])
     lines = {label: line for axes in figure.axes for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-    figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=len(lines), fontsize=8)
+    order = [label for label in (*_SHOWN, "allowed") if label in lines]
+    figure.legend([lines[label] for label in order], order, loc="outside lower center", ncols=len(order), fontsize=8)
     return figure
 
 

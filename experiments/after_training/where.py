@@ -1,7 +1,6 @@
 """Which parts of a compressed model carry its loss? Each is put back as it was, and each alone is compressed.
 
-    python experiments/after_training/where.py encoder-2-ours-refits-local-healing --part "encoder\\\\.layer\\\\.\\\\d+" \\\\
-        --part embeddings
+python experiments/after_training/where.py encoder-2-ours-refits --part 'encoder.layer.[0-9]' --part embeddings
 """
 
 from __future__ import annotations
@@ -29,11 +28,10 @@ def parts_of(model: nn.Module, patterns: Sequence[str]) -> list[str]:
     return [name for name, _ in model.named_modules() if any(re.fullmatch(one, name) for one in patterns)]
 
 
-def exchanged(model: nn.Module, other: nn.Module, names: Sequence[str]) -> nn.Module:
-    """A copy of a model with some parts of another."""
+def exchanged(model: nn.Module, other: nn.Module, name: str) -> nn.Module:
+    """A copy of a model with one part of another."""
     found = copy.deepcopy(model)
-    for name in names:
-        found.set_submodule(name, copy.deepcopy(other.get_submodule(name)))
+    found.set_submodule(name, copy.deepcopy(other.get_submodule(name)))
     return found
 
 
@@ -45,7 +43,7 @@ def losses(original: nn.Module, small: nn.Module, parts: Sequence[str], judge: J
 
 def _shown(judge: Judge, model: nn.Module, other: nn.Module, name: str) -> str:
     try:
-        found = judge(exchanged(model, other, name.split("+")))
+        found = judge(exchanged(model, other, name))
     except RuntimeError:  # a reader of hidden units with other makers
         return "does not fit"
     return ", ".join(f"{key} {value:.5f}" for key, value in found.items())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -187,6 +188,45 @@ def test_library_files_are_held_out_whole() -> None:
     assert 0.02 < len(held_out) / len(train) < 0.2
 
 
+def test_the_decoder_trains_in_rounds_and_goes_on_where_it_was(tmp_path: Path, monkeypatch: Any) -> None:
+    import decoder
+
+    pytest.importorskip("tokenizers")
+    pytest.importorskip("transformers")
+    text = "".join(f"def f{k}(x):\n    return x + {k}\n" for k in range(200))
+    monkeypatch.setattr(decoder, "_texts", lambda: ([text], [text[:200]], [text[:100]]))
+    model = {"vocab_size": 300, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    model |= {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 16}
+    sizes = {"windows": 2, "length": 8, "warm_up": 2, "seed": 0}
+    rounds = [{"steps": 3, "lr": 0.01}, {"steps": 2, "lr": 0.005}]
+    for some in (rounds[:1], rounds):
+        decoder.train_decoder({"model": model, "training": {**sizes, "rounds": some}}, tmp_path / "twice")
+    decoder.train_decoder({"model": model, "training": {**sizes, "rounds": rounds}}, tmp_path / "once")
+    found = [decoder.load_decoder(tmp_path / name) for name in ("twice", "once")]
+    assert [len(one.log["steps"]) for one in found] == [5, 5]
+    assert found[0].log["steps"] == found[1].log["steps"]
+    weights = [one.model.state_dict() for one in found]
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+
+
+def test_parts_are_put_back_one_by_one() -> None:
+    from where import losses, parts_of
+
+    original, small = (nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3)) for _ in range(2))
+    narrow = nn.Sequential(nn.Linear(4, 2), nn.ReLU(), nn.Linear(2, 3))
+    x = torch.randn(20, 4)
+
+    def judge(model: nn.Module) -> dict[str, float]:
+        return {"loss": float((model(x) - original(x)).detach().square().mean())}
+
+    parts = parts_of(original, ["[02]", "1"])
+    assert parts == ["0", "1", "2"]
+    found = list(losses(original, small, parts, judge))
+    assert found[0][1] == found[2][2]  # the first one put back is the last one alone
+    assert found[1][2] == "loss 0.00000"
+    assert next(losses(original, narrow, ["0"], judge))[1:] == ("does not fit", "does not fit")
+
+
 def test_losses_are_told_as_shares_of_the_better_rival() -> None:
     from table import format_rows, loss_rows
 
@@ -203,6 +243,7 @@ def test_losses_are_told_as_shares_of_the_better_rival() -> None:
     ]
     rows = loss_rows(cells, {"decoder": {"nats": 3.0}})
     assert rows[0]["of_rival"] == pytest.approx(0.25)
+    assert rows[0]["allowed"] == pytest.approx(0.1)
     assert rows[3]["loss"] is None
     assert [row["layers"] for row in format_rows(cells)] == [4, 2]
 
@@ -246,6 +287,37 @@ def test_a_cell_is_judged_and_a_refusal_is_recorded() -> None:
     assert len(settled) == 2
     assert judge(model) == {"nats": 0.0}
     assert "equal shares" in experiment.cell(plans, "decoder", 500.0, "rival", {"kind": "rival"})["refused"]
+
+
+def test_what_a_picture_shows_has_one_legend(tmp_path: Path) -> None:
+    import table
+
+    cells = [
+        {"subject": "voice", "ratio": ratio, "method": method, "step": step, "settings": {"kind": kind}, "agreement": a}
+        for method, kind, steps in (("ours", "ours", ("first", "refits")), ("whitened SVD", "rival", ("first",)))
+        for step in steps
+        for ratio, a in ((1.5, 0.99), (2.0, 0.9))
+    ]
+    rows = table.loss_rows(cells, {"voice": {"agreement": 1.0}})
+    figure = table._picture([*rows, *({**row, "subject": "photos"} for row in rows)])
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["ours", "whitened SVD", "allowed"]
+    assert all(axes.get_legend() is None for axes in figure.axes)
+
+
+def test_an_example_is_timed_through_all_models(tmp_path: Path) -> None:
+    import table
+    from speed import time_subject
+
+    for name in ("small-original", "small-2-ours-first"):
+        net = nn.Linear(8, 8)
+        torch.save((net, torch.randn(1, 8)) if "original" in name else net, tmp_path / f"{name}.pt")
+    found = time_subject(tmp_path, "small", ["small-2-ours-first"], 0.01)
+    assert found["times"]["original"]["ms"] > 0
+    assert len(found["times"]["small-2-ours-first"]["times_faster"]) == 2
+    (tmp_path / "speed").mkdir()
+    (tmp_path / "speed" / "small.json").write_text(json.dumps(found))
+    (row,) = table.speed_rows(tmp_path)
+    assert row["original_ms"] == found["times"]["original"]["ms"]
 
 
 def test_lines_wait_for_what_the_library_has_not() -> None:

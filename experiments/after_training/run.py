@@ -16,11 +16,12 @@ tables once. Models and data come with packages or are trained here in minutes a
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from torch import nn
 
 import tensortrain as tt
 from tensortrain.compression import CompressionPlan, count_params, provenance, stages
+from tensortrain.compression.api import plans_for
 from tensortrain.compression.choose.candidates import DEFAULT_FORMATS
 from tensortrain.compression.report.measure import batch_of
 from tensortrain.errors import TTError
@@ -72,17 +74,24 @@ class Plans:
 
     def of(self, limit: int, options: Mapping[str, Any]) -> tuple[CompressionPlan, float]:
         """A plan, and the seconds that it took."""
-        key = file_name(f"{limit} {json.dumps(dict(options))}").replace('"', "")
+        key = _key(limit, options)
         if key not in self.made:
-            self.made[key] = self._recalled(key) or self._noted(key, self._make(limit, options))
+            self.made[key] = self._recalled(key) or self._noted(key, self._make([limit], options)[0])
         return self.made[key]
 
-    def _make(self, limit: int, options: Mapping[str, Any]) -> tuple[CompressionPlan, float]:
+    def prepare(self, limits: Sequence[int], options: Mapping[str, Any]) -> None:
+        """Make the plans of several sizes that are not there, from one calibration: each has its share of the time."""
+        missing = [limit for limit in limits if self._recalled(_key(limit, options)) is None]
+        if len(missing) > 1:
+            for limit, found in zip(missing, self._make(missing, options), strict=True):
+                self.made[_key(limit, options)] = self._noted(_key(limit, options), found)
+
+    def _make(self, limits: Sequence[int], options: Mapping[str, Any]) -> list[tuple[CompressionPlan, float]]:
         subject, start = self.subject, time.process_time()
-        plan = tt.plan_compression(
-            subject.model, budget={"params": limit}, data=subject.data, **{**subject.options, **options}
-        )
-        return plan, time.process_time() - start
+        keywords = {**subject.options, **options}
+        budgets: list[Any] = [{"params": limit} for limit in limits]
+        plans = plans_for(subject.model, budgets, heal=False, data=subject.data, **keywords)
+        return [(plan, (time.process_time() - start) / len(plans)) for plan in plans]
 
     def _recalled(self, key: str) -> tuple[CompressionPlan, float] | None:
         path = None if self.folder is None else self.folder / f"{key}.pt"
@@ -96,6 +105,10 @@ class Plans:
             self.folder.mkdir(parents=True, exist_ok=True)
             torch.save(found, self.folder / f"{key}.pt")
         return found
+
+
+def _key(limit: int, options: Mapping[str, Any]) -> str:
+    return file_name(f"{limit} {json.dumps(dict(options))}").replace('"', "")
 
 
 def cell(
@@ -124,10 +137,8 @@ def cell(
 
 
 def _ours(plans: Plans, limit: int, settings: Mapping[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
-    subject, options = plans.subject, dict(settings.get("options", {}))
-    if "without" in settings:
-        options["formats"] = [name for name in DEFAULT_FORMATS if name not in settings["without"]]
-    plan, seconds = plans.of(limit, options)
+    subject = plans.subject
+    plan, seconds = plans.of(limit, _planning(settings))
     start = time.process_time()
     after = [getattr(stages, name)(**given) for name, given in settings.get("stages", {}).items()]
     todo = [stages.Factorize(plan), *after]
@@ -137,6 +148,14 @@ def _ours(plans: Plans, limit: int, settings: Mapping[str, Any]) -> tuple[nn.Mod
     figures = {"params_after": count_params(found.model), "formats": formats_of(found.plan), "plan": str(found.plan)}
     figures["cpu_s"] = round(seconds + time.process_time() - start, 1)
     return found.model, {**figures, "notes": list(found.report.notes)}
+
+
+def _planning(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What a method asks of the planning, beyond the subject's own options."""
+    options = dict(settings.get("options", {}))
+    if "without" in settings:
+        options["formats"] = [name for name in DEFAULT_FORMATS if name not in settings["without"]]
+    return options
 
 
 def _rival(plans: Plans, limit: int, settings: Mapping[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
@@ -175,6 +194,13 @@ def run(name: str, config: Mapping[str, Any], given: argparse.Namespace) -> None
     _keep_original(subject, models / f"{name}-original.pt")
     original = once(given.out / f"{name}-original.json", lambda: {"subject": name, **subject.judge(subject.model)})
     print(name, count_params(subject.model), shown(original), flush=True)
+    limits: dict[str, list[int]] = {}
+    for _, ratio, _, settings in todo:
+        if settings["kind"] == "ours":
+            limits.setdefault(json.dumps(_planning(settings)), []).append(int(count_params(subject.model) / ratio))
+    for options, wanted in limits.items():
+        with contextlib.suppress(TTError):  # of one size that cannot be reached; the cell says so
+            plans.prepare(list(dict.fromkeys(wanted)), json.loads(options))
     for path, ratio, method, settings in todo:
         found = once(
             path,

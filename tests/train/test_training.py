@@ -600,6 +600,56 @@ def test_reestimated_batchnorm_holds_the_plain_mean():
     assert [module.training for module in model] == [False, True]
 
 
+def conv_norm(n_out: int) -> nn.Sequential:
+    return nn.Sequential(nn.Conv1d(3, n_out, 2), nn.BatchNorm1d(n_out), nn.ReLU()).double()
+
+
+def trained_norm() -> nn.Sequential:
+    model = conv_norm(5)
+    with torch.no_grad():
+        for tensor in (*model[1].parameters(), model[1].running_mean):
+            tensor.normal_()
+        model[1].running_var.uniform_(0.5, 2)
+    return model.eval()
+
+
+def test_statistics_of_an_unchanged_model_stay_beside_the_model_it_was_made_from():
+    model = trained_norm()
+    changed, before = copy.deepcopy(model), copy.deepcopy(model)
+    data = [torch.randn(6, 3, 8).double() + 1 for _ in range(3)]
+    assert reestimate_batchnorm_(changed, data, like=model) == 3
+    assert (changed[1].running_mean - before[1].running_mean).abs().max() <= 1e-12
+    assert (changed[1].running_var - before[1].running_var).abs().max() <= 1e-12
+    assert_same_bits(model, before)
+    assert reestimate_batchnorm_(changed, data) == 3
+    assert (changed[1].running_mean - before[1].running_mean).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("kept", [[0, 1, 2, 3, 4], [4, 1, 2]])
+def test_statistics_move_by_what_a_change_shifts(kept: list[int]):
+    model, changed = trained_norm(), conv_norm(len(kept)).eval()
+    with torch.no_grad():
+        for mine, whole in zip(changed.state_dict().values(), model.state_dict().values(), strict=True):
+            mine.copy_(whole[kept] if whole.ndim else whole)
+        changed[0].weight.mul_(2)
+        changed[0].bias.mul_(2).add_(0.5)
+    data = [torch.randn(9, 3, 8).double()]
+    assert reestimate_batchnorm_(changed, data, like=model) == 1
+    (x,) = data
+    shift = model[0](x).mean((0, 2))[kept] + 0.5  # what a convolution gives is twice what it was and a half
+    assert (changed[1].running_mean - model[1].running_mean[kept] - shift).abs().max() <= 1e-12
+    assert (changed[1].running_var - 4 * model[1].running_var[kept]).abs().max() <= 1e-12
+
+
+def test_norms_that_are_not_the_same_ones_are_set_anew():
+    model, other = trained_norm(), conv_norm(3).eval()
+    data = [torch.randn(9, 3, 8).double()]
+    reestimate_batchnorm_(other, data, like=model)
+    again = copy.deepcopy(other)
+    reestimate_batchnorm_(again, data)
+    assert_same_bits(other, again)
+
+
 def test_failed_reestimation_puts_the_statistics_back():
     model = small_net()
     fit(model, loader_plain(), loss=cross_entropy_loss(), steps=3)
@@ -612,6 +662,11 @@ def test_failed_reestimation_puts_the_statistics_back():
     with pytest.raises(Killed):
         reestimate_batchnorm_(model, broken())
     assert_same_bits(model, before)
+    original = copy.deepcopy(model)
+    with pytest.raises(Killed):
+        reestimate_batchnorm_(model, broken(), like=original)
+    assert_same_bits(model, before)
+    assert_same_bits(original, before)
     with pytest.raises(DataError, match="must give batches"):
         reestimate_batchnorm_(model, [])
     assert_same_bits(model, before)

@@ -134,7 +134,7 @@ def train_decoder(config: dict[str, Any], folder: Path | None = None) -> Path:
         run.model.save_pretrained(folder)
         log = {"seconds_cpu": run.seconds, "steps": run.losses, **text, "config": config}
         write_text_atomic(folder / "log.json", json.dumps(log, indent=1) + "\n")
-        run.state.unlink()
+        run.state.unlink(missing_ok=True)
     return folder
 
 

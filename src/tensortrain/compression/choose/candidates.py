@@ -40,7 +40,7 @@ __all__ = [
 NARROW = "narrow"  # beside the formats: fewer hidden units, of layers that stay dense
 DEFAULT_FORMATS = ("low_rank", "tucker2", "tt", NARROW)
 _MOST_SPECTRUM_POINTS = 64
-_HOT_SHIFTS = (7, 6, 5, 4, 3, 2)  # of a table's rows 1 in 2^7 stay as they are, 1 in 2^6, ..
+_HOT_SHIFTS = (7, 6, 5, 4)  # of a table's rows 1 in 2^7 stay as they are, 1 in 2^6, ..
 _PROBES = (0.6, 0.25)  # predicted errors at which a path is checked by real decompositions
 _COARSE = 0.08  # steps of the ranks at which families are compared
 # A family that is predicted to have so many times the error of the best at every size cannot win. Predictions are

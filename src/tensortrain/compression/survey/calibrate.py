@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from tensortrain.compression.survey.fisher import Metric
 from tensortrain.compression.survey.layers import FoundLayer
-from tensortrain.compression.survey.lookups import Lookups
 from tensortrain.compression.survey.moments import Calibration, LayerMoments
 from tensortrain.compression.survey.output_weights import Judge, Spreads, weigh_outputs
 from tensortrain.compression.survey.summaries import is_summarized, summarize
@@ -47,8 +46,7 @@ def calibrate(
 ) -> Calibration:
     """Run some batches through the model and sum up what every layer is given.
 
-    Positions that an ``attention_mask`` in the batch blanks out are not counted. How often each id of a table comes is
-    counted on further batches, too, where the table looks up a field of the batch: see ``lookups``.
+    Positions that an ``attention_mask`` in the batch blanks out are not counted.
 
     Args:
         data: Batches as for training; labels are not used.
@@ -123,8 +121,6 @@ class _Pass:
     Attributes:
         judge: Gives the outputs that count; None where shapes alone are recorded.
         mask: Which positions of the batch that runs are counted.
-        batch: The batch that runs.
-        lookups: Tables that look up a field of it.
         feature_map: Shape of the last map of features that a module gave.
         last: The layer that ran last, and its output.
     """
@@ -135,8 +131,6 @@ class _Pass:
     judge: Judge | None
     spreads: Spreads
     mask: Tensor | None = None
-    batch: Any = None
-    lookups: Lookups = field(default_factory=Lookups)
     feature_map: tuple[int, ...] = ()
     last: tuple[LayerMoments, Any] | None = None
 
@@ -156,12 +150,10 @@ class _Pass:
                     observer.on_step(k + 1)
                     if n_examples(batch):
                         self._run_one(to_device(batch, device_of(self.model)), kept)
-                if self.judge is not None and not isinstance(data, Iterator):  # whose further batches are for others
-                    self.lookups.count(batches, n_batches, self.layers, self.found.layers)
         finally:
             for handle in handles:
                 handle.remove()
-            self.last = self.batch = None  # an output that nobody needs any more
+            self.last = None  # an output that nobody needs any more
             observer.on_end()
         if not self.found.batches:
             raise DataError(
@@ -174,7 +166,6 @@ class _Pass:
         if not found.batches:
             found.n_examples = n_examples(batch)
         self.mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-        self.batch = batch
         try:
             if self.judge is None:
                 run_somehow(self.model, batch)
@@ -214,8 +205,6 @@ class _Pass:
             summary = summarize(layer, x, self.mask) if self.judge is not None else None
             if summary is not None:
                 moments.add(*summary)
-                if layer.weight.kind == "embedding":
-                    self.lookups.note(layer.name, x, self.batch)
 
         return record
 

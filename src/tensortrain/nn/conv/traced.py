@@ -96,8 +96,10 @@ def name_when_traced(
         options.padding_mode,
         options.output_padding,
     )
-    place = core.element_size(), "cuda" if core.is_cuda else "cpu", allow_dense
-    return _name_of_hops(spec, how, rounded((batch,))[0], *positions, *place)
+    device_type = "cuda" if core.is_cuda else "cpu"
+    return _name_of_hops(
+        spec, how, rounded((batch,))[0], positions[0], positions[1], core.element_size(), device_type, allow_dense
+    )
 
 
 def run_hops(name: str, x: Tensor, bias: Tensor | None, *cores: Tensor) -> Tensor:

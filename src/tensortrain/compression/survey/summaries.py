@@ -65,6 +65,7 @@ def _conv_summary(layer: FoundLayer, x: Tensor, mask: Tensor | None) -> Summary 
     else:
         padding = conv.padding
     few = max(1, math.ceil(x.shape[0] / 8))  # unfolding multiplies memory by the kernel's size
+    few = max(few, math.ceil(PATCHES_PER_BATCH / max(1, math.prod(x.shape[2:]))))  # of small maps all examples
     patches = patches_of(conv, x[:: max(1, x.shape[0] // few)], padding)
     rows = patches.transpose(1, 2).reshape(-1, patches.shape[1])
     stride = max(1, rows.shape[0] // PATCHES_PER_BATCH)

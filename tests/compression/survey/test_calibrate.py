@@ -393,8 +393,8 @@ def test_the_statistics_of_a_batch_norm_follow_the_truncation(bias: bool) -> Non
     torch.testing.assert_close(model[1].running_var, y.var(dim=0), rtol=1e-8, atol=1e-8)
 
 
-@pytest.mark.parametrize("conv, shape", [(nn.Conv2d(6, 4, 1), (16, 6, 5, 5)), (nn.Conv1d(6, 4, 3), (16, 6, 12))])
-def test_of_small_maps_every_example_counts(conv: nn.Module, shape: tuple[int, ...]) -> None:
-    x = torch.randn(shape)
+@pytest.mark.parametrize("kind, kernel, shape", [(nn.Conv2d, 1, (16, 6, 5, 5)), (nn.Conv1d, 3, (16, 6, 12))])
+def test_of_small_maps_every_example_counts(kind: Any, kernel: int, shape: tuple[int, ...]) -> None:
+    conv, x = kind(6, 4, kernel), torch.randn(shape)
     (moments,) = calibrated(conv, [x]).layers.values()
     assert moments.n_rows == len(x) * conv(x)[0, 0].numel()

@@ -91,7 +91,7 @@ def test_plans_follow_the_model_in_force() -> None:
 def test_file_round_trip(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert cost_model("cpu") == MODEL
     (file,) = empty_cache.iterdir()
-    assert file.name.startswith("cost-model-3-")
+    assert file.name.startswith("cost-model-4-")
     assert file.suffix == ".json"
     cost._KNOWN.clear()
     forbid_measuring(monkeypatch)
@@ -158,7 +158,7 @@ def test_what_was_measured_beside_other_programs_is_the_best_of_a_few_and_holds_
     cost._KNOWN.clear()
     assert cost.cost_model() == MODEL  # from the file
     cost._KNOWN.clear()
-    (file,) = empty_cache.glob("cost-model-3-*.json")
+    (file,) = empty_cache.glob("cost-model-4-*.json")
     os.utime(file, (0, 0))
     tries.extend([MODEL, slow, slow])
     assert cost.cost_model() == MODEL

@@ -17,7 +17,7 @@ def file(monkeypatch, tmp_path):
     """Nothing known, and a file of our own to keep what is found."""
     monkeypatch.setattr(tune, "_KNOWN", {})
     monkeypatch.setattr(trials, "known_file", lambda name, key: tmp_path / "kept" / f"{name}.json")
-    return tmp_path / "kept" / "plans-2.json"
+    return tmp_path / "kept" / "plans-3.json"
 
 
 @pytest.fixture

@@ -122,6 +122,8 @@ def _with(**changes: object) -> str:
         _with(overhead_s=float("inf")),
         _with(gemm_half=[1.0, 2.0]),
         _with(gemm_half=1.0),
+        _with(gemm_table=[1.0, 1.0]),
+        _with(batched_table=[1.0]),
         _with(overhead_s=[1.0, 1.0, 1.0]),
         "\x00\xff",
     ],

@@ -255,7 +255,7 @@ _KNOWN: dict[str, CostModel] = {}
 def cost_model(device: torch.device | str = "cpu") -> CostModel:
     """Return the cost model in force: the one set by ``use_cost_model``, else this device's.
 
-    The constants of a device are measured once, in two to four seconds, and kept in
+    The constants of a device are measured once, in three to five seconds, and kept in
     ``$XDG_CACHE_HOME/tensortrain`` (``~/.cache/tensortrain``). A cache file that cannot be read or
     written is passed over; what was measured while other programs were at work is measured again after ten minutes.
     Devices other than cpu and cuda get the reference constants.
@@ -301,7 +301,7 @@ def use_cost_model(model: CostModel) -> Iterator[CostModel]:
 def measure_cost_model(device: torch.device | str = "cpu") -> CostModel:
     """Time small operations and products of many sizes on ``device`` and return the constants, to two digits.
 
-    Cost: two to four seconds; about 200 MB for a moment.
+    Cost: three to five seconds; about 200 MB for a moment.
     """
     with torch.no_grad(), torch.autocast(torch.device(device).type, enabled=False):
         return _Stopwatch(torch.device(device)).cost_model()

@@ -121,12 +121,14 @@ class CostModel:
         n_bytes = float(dtype.itemsize) * (batch * (m * n + min(m, n) * k) + max(m, n) * k)
         in_batch = batch > 1 if batched is None else batched
         write = self._fresh_s(float(dtype.itemsize) * batch * m * n)
-        table, sizes, peak = self.gemm_table, (m, n, k), self.gemm_flops_s
+        table, peak = self.gemm_table, self.gemm_flops_s
         if in_batch:
-            table, sizes, peak = self.batched_table, (batch, m, n, k), self.batched_flops_s
+            table, peak = self.batched_table, self.batched_flops_s
         if table:
             plain = flops / (peak * self._dtype_rate(dtype)) + n_bytes / self._bandwidth(n_bytes)
-            return write + (self.overhead_s + plain) * _interpolated(table, in_batch, sizes)
+            return write + (self.overhead_s + plain) * _interpolated(
+                table, in_batch, (batch, m, n, k) if in_batch else (m, n, k)
+            )
         fixed = self.overhead_s + (self.matrix_s * batch if batch > 1 else 0.0)
         arithmetic = flops / (self._rate(m, n, k, in_batch) * self._dtype_rate(dtype))
         return fixed + write + max(arithmetic, n_bytes / self._bandwidth(n_bytes))
@@ -345,7 +347,8 @@ class _Stopwatch:
     def table(self, model: CostModel, grid: tuple[tuple[int, ...], ...]) -> tuple[float, ...]:
         """Measured over plain times of products at all sizes of a grid, those that are too large as the next ones."""
         in_batch, found = grid is _BATCHED_AT, dict[tuple[int, ...], float]()
-        flat = replace(model, **{"batched_table" if in_batch else "gemm_table": (1.0,) * math.prod(map(len, grid))})
+        ones = (1.0,) * math.prod(map(len, grid))
+        flat = replace(model, gemm_table=ones, batched_table=ones)
         pools = [self.randn(_MOST_NUMEL) for _ in range(2)]
         for at in product(*(range(len(knots)) for knots in grid)):
             sizes = tuple(knots[i] for knots, i in zip(grid, at, strict=True))

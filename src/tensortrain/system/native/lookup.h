@@ -8,10 +8,12 @@
 #include "threads.h"
 
 #include <ATen/core/Tensor.h>
+#include <ATen/core/ivalue.h>
 #include <ATen/ops/empty.h>
 
 #include <cstring>
 #include <numeric>
+#include <optional>
 #include <utility>
 #include <vector>
 
@@ -59,14 +61,21 @@ struct TableShapes {
     for (const auto& table : tables) n *= table.j;
     return n;
   }
-  // Products for so many distinct ids, about.
-  double work(int64_t n) const {
-    double sum = 0, n_prefixes = 1;
-    for (size_t g = 0; g < this->n(); ++g) {
-      n_prefixes *= static_cast<double>(tables[g].j);
-      if (g > 0) sum += std::min(n_prefixes, static_cast<double>(n)) * static_cast<double>(products(g));
-    }
+  // Products for so many nodes of every level.
+  double work(const std::vector<double>& n_nodes) const {
+    double sum = 0;
+    for (size_t g = 1; g < n(); ++g) sum += n_nodes[g] * static_cast<double>(products(g));
     return sum;
+  }
+  // Nodes of every level at so many distinct ids, at most.
+  std::vector<double> most_nodes(int64_t n_distinct) const {
+    std::vector<double> found;
+    double n_prefixes = 1;
+    for (const auto& table : tables) {
+      n_prefixes *= static_cast<double>(table.j);
+      found.push_back(std::min(n_prefixes, static_cast<double>(n_distinct)));
+    }
+    return found;
   }
   // Numbers of a state after table g.
   int64_t state(size_t g) const { return leads[g] * tables[g].width; }
@@ -341,23 +350,33 @@ void rows_of_pairs(const int64_t* ids, int64_t n, const TableShapes& shapes, con
   });
 }
 
+// Rows are read and written one by one all over a batch: each number takes as long as so many products.
+constexpr int64_t products_of_a_number = 16;
+
+// The last level, from the states before it.
 template <typename T>
-void rows_in_order(const Tree& tree, const TableShapes& shapes, const Tables<T>& tables, T* out) {
+void write_rows(const Tree& tree, const TableShapes& shapes, const T* const* parents, const T* table, T* out) {
   const auto g = shapes.n() - 1;
-  Room room;
-  const States<T> states(room, tree, shapes, tables);
   const auto& leaves = tree.levels[g];
-  const RowMaker<T> make{shapes, tables[g]};
-  const auto dim = shapes.dim();
-  on_threads(leaves.n(), 16, is_large_work(leaves.n() * shapes.products(g)), [&](int64_t first, int64_t last) {
+  const RowMaker<T> make{shapes, table};
+  const auto dim = shapes.dim(), n_numbers = static_cast<int64_t>(tree.places.size()) * dim;
+  const auto work = leaves.n() * shapes.products(g) + n_numbers * products_of_a_number;
+  on_threads(leaves.n(), 16, is_large_work(work), [&](int64_t first, int64_t last) {
     std::vector<T> scratch(shapes.state(g));
     for (auto k = first; k < last; ++k) {
       auto place = leaves.first_child[k];
       T* const row = out + tree.places[place] * dim;
-      make(states.at[g - 1][leaves.parents[k]], leaves.digits[k], row, scratch.data());
+      make(parents[leaves.parents[k]], leaves.digits[k], row, scratch.data());
       while (++place < leaves.first_child[k + 1]) std::memcpy(out + tree.places[place] * dim, row, dim * sizeof(T));
     }
   });
+}
+
+template <typename T>
+void rows_in_order(const Tree& tree, const TableShapes& shapes, const Tables<T>& tables, T* out) {
+  Room room;
+  const States<T> states(room, tree, shapes, tables);
+  write_rows<T>(tree, shapes, states.at.back().data(), tables.back(), out);
 }
 
 // Whether reading the first slices in order saves more than the sorting costs.
@@ -398,11 +417,14 @@ std::vector<const T*> row_gradients(Room& room, const Tree& tree, const TableSha
   const auto& leaves = tree.levels[g];
   const auto& t = shapes.tables[g];
   const auto dim = shapes.dim(), lead = shapes.leads[g], size = shapes.state(g);
-  const bool is_padded = t.width != t.i || !shapes.places.empty(), all_fit = !is_padded && leaves.n() == static_cast<int64_t>(tree.places.size());
+  const bool is_padded = t.width != t.i || !shapes.places.empty();
+  const bool all_fit = !is_padded && leaves.n() == static_cast<int64_t>(tree.places.size());
   std::vector<const T*> at(leaves.n());
   T* const sums = all_fit ? nullptr : room.take<T>(leaves.n() * size);
   const auto add = row_adder<T>();
-  on_threads(leaves.n(), 64, !all_fit && is_large_work(8 * leaves.n() * size), [&](int64_t first, int64_t last) {
+  const auto n_numbers = static_cast<int64_t>(tree.places.size()) * dim;
+  const bool is_large = !all_fit && is_large_work(n_numbers * products_of_a_number);
+  on_threads(leaves.n(), 64, is_large, [&](int64_t first, int64_t last) {
     std::vector<T> scratch(dim);
     for (auto k = first; k < last; ++k) {
       const auto start = leaves.first_child[k], stop = leaves.first_child[k + 1];
@@ -524,25 +546,24 @@ inline std::vector<Digits> digits_of(const Pairs& pairs, const TableShapes& shap
   return digits;
 }
 
-// Chains from their last core, where that takes fewer products: ids and rows have their digits the other way round.
+// Ids in order, and the way through the chain: from its last core, where that takes less time; ids and rows then have
+// their digits the other way round.
 template <typename T>
 struct Direction {
-  bool is_turned;
+  bool is_turned = false;
   TableShapes shapes;
+  Pairs pairs;
+  std::optional<Tree> whole;  // of all ids, where the chain is taken as it is
 
-  Direction(const std::vector<Tensor>& cores, int64_t n_ids) : is_turned(false) {
+  Direction(const Tensor& ids, const std::vector<Tensor>& cores) {
     std::vector<Sizes> forth, back;
     for (const auto& core : cores) forth.push_back(core.sizes().vec());
-    double turning = 0;  // slices are read and written across their rows: some 25 products for each number, twice
-    for (auto k = cores.size(); k-- > 0;) {
-      const auto& size = forth[k];
-      back.push_back({size[3], size[1], size[2], size[0]});
-      turning += 50.0 * static_cast<double>(size[0] * size[1] * size[3] * std::min(size[2], n_ids));
-    }
+    for (auto k = cores.size(); k-- > 0;) back.push_back({forth[k][3], forth[k][1], forth[k][2], forth[k][0]});
     shapes = TableShapes::of<T>(forth);
+    pairs = in_order(ids.const_data_ptr<int64_t>(), ids.numel(), shapes.n_ids() - 1);
+    whole.emplace(pairs.data(), ids.numel(), shapes);
     auto turned = TableShapes::of<T>(back);
-    is_turned = 4 * turned.work(n_ids) + turning < 4 * shapes.work(n_ids);
-    if (!is_turned) return;
+    if (!pays_to_turn(turned)) return;
     turned.places.resize(turned.dim());
     for (int64_t at = 0; at < turned.dim(); ++at) {
       int64_t rest = at, place = 0;
@@ -551,7 +572,10 @@ struct Direction {
         place = place * turned.tables[g].i + rest % turned.tables[g].i;
       turned.places[at] = place;
     }
+    is_turned = true;
     shapes = std::move(turned);
+    whole.reset();
+    pairs = turned_order(ids);
   }
 
   Grid<const T> grid(const std::vector<Tensor>& cores, size_t g) const {
@@ -560,10 +584,20 @@ struct Direction {
     return {core.data, core.s, core.a, core.b, core.r, core.at_s, core.at_a, core.at_b, core.at_r};
   }
 
-  Pairs sorted(const Tensor& ids) const {
+ private:
+  bool pays_to_turn(const TableShapes& turned) const {
+    const auto n = whole->levels.back().n();
+    std::vector<double> n_nodes;
+    for (const auto& level : whole->levels) n_nodes.push_back(static_cast<double>(level.n()));
+    // Slices are read and written across their rows, and numbers of rows change places, forth and back.
+    double turning = 2.0 * products_of_a_number * static_cast<double>(n * shapes.dim());
+    for (const auto& t : shapes.tables) turning += 100.0 * static_cast<double>(t.r * t.i * t.s * std::min(t.j, n));
+    return 3 * turned.work(turned.most_nodes(n)) + turning < 3 * shapes.work(n_nodes);
+  }
+
+  Pairs turned_order(const Tensor& ids) const {
     const auto* const given = ids.const_data_ptr<int64_t>();
     const auto n = ids.numel();
-    if (!is_turned) return in_order(given, n, shapes.n_ids() - 1);
     std::vector<int64_t> found(n);
     for (int64_t k = 0; k < n; ++k) {
       auto rest = given[k];
@@ -576,21 +610,29 @@ struct Direction {
   }
 };
 
+// What ids ask for; kept for the way back, with the states where there are few.
+template <typename T>
+struct Asked final : torch::CustomClassHolder {
+  Direction<T> direction;
+  std::vector<Digits> digits;
+  std::vector<Tensor> states;  // of every level but the last, see lookup_once.h
+
+  Asked(const Tensor& ids, const std::vector<Tensor>& cores)
+      : direction(ids, cores), digits(digits_of(direction.pairs, direction.shapes)) {}
+  const TableShapes& shapes() const { return direction.shapes; }
+};
+
 // The tables of some ids, in memory of a room.
 template <typename T>
 struct CoreTables {
   Room room;
-  Direction<T> direction;
-  const TableShapes& shapes = direction.shapes;
-  Pairs pairs;
-  std::vector<Digits> digits;
   Tables<T> tables;
 
-  CoreTables(const Tensor& ids, const std::vector<Tensor>& cores)
-      : direction(cores, ids.numel()), pairs(direction.sorted(ids)), digits(digits_of(pairs, shapes)) {
+  CoreTables(const Asked<T>& asked, const std::vector<Tensor>& cores) {
     for (size_t g = 0; g < cores.size(); ++g) {
-      T* const table = room.take<T>(shapes.tables[g].j * shapes.tables[g].slice());
-      pack_slices<T>(direction.grid(cores, g), shapes.tables[g], digits[g], table);
+      const auto& t = asked.shapes().tables[g];
+      T* const table = room.take<T>(t.j * t.slice());
+      pack_slices<T>(asked.direction.grid(cores, g), t, asked.digits[g], table);
       tables.push_back(table);
     }
   }
@@ -598,36 +640,35 @@ struct CoreTables {
 
 // Into `out` (ids, dim).
 template <typename T>
-void rows_of_cores(const Tensor& ids, const std::vector<Tensor>& cores, int64_t max_bytes, const Tensor& out) {
-  const CoreTables<T> made(ids, cores);
-  all_rows(made.pairs, made.shapes, made.tables, max_bytes, out.template mutable_data_ptr<T>());
+void rows_in_parts(const Asked<T>& asked, const std::vector<Tensor>& cores, int64_t max_bytes, T* out) {
+  const CoreTables<T> made(asked, cores);
+  all_rows(asked.direction.pairs, asked.shapes(), made.tables, max_bytes, out);
 }
 
+// Into `out`, memory of every core's size.
 template <typename T>
-std::vector<Tensor> gradients_of_cores(const Tensor& ids, const std::vector<Tensor>& cores, const Tensor& grad,
-                                       int64_t max_bytes) {
-  CoreTables<T> made(ids, cores);
-  const auto& shapes = made.shapes;
+void gradients_in_parts(const Asked<T>& asked, const std::vector<Tensor>& cores, const T* grad, int64_t max_bytes,
+                        const std::vector<T*>& out) {
+  CoreTables<T> made(asked, cores);
+  const auto& shapes = asked.shapes();
+  const auto& pairs = asked.direction.pairs;
   Tables<T> transposed(shapes.n());
   std::vector<T*> sums;
   for (size_t g = 0; g < shapes.n(); ++g) {
     const auto& t = shapes.tables[g];
-    if (g > 0) transposed[g] = transposed_slices(made.room, made.tables[g], t, made.digits[g]);
+    if (g > 0) transposed[g] = transposed_slices(made.room, made.tables[g], t, asked.digits[g]);
     sums.push_back(made.room.template take<T>(t.j * t.slice()));
-    for (const auto j : made.digits[g]) std::fill(sums[g] + j * t.slice(), sums[g] + (j + 1) * t.slice(), T(0));
+    for (const auto j : asked.digits[g]) std::fill(sums[g] + j * t.slice(), sums[g] + (j + 1) * t.slice(), T(0));
   }
-  in_parts(shapes, ids.numel(), sizeof(T), max_bytes, [&](int64_t first, int64_t n_part) {
-    add_gradients<T>(Tree(made.pairs.data() + first, n_part, shapes), shapes, made.tables, transposed,
-                     grad.const_data_ptr<T>(), sums);
+  in_parts(shapes, static_cast<int64_t>(pairs.size()), sizeof(T), max_bytes, [&](int64_t first, int64_t n_part) {
+    add_gradients<T>(Tree(pairs.data() + first, n_part, shapes), shapes, made.tables, transposed, grad, sums);
   });
-  std::vector<Tensor> found;
-  for (const auto& core : cores) found.push_back(at::empty(core.sizes(), grad.options()));
+  const bool is_turned = asked.direction.is_turned;
   for (size_t g = 0; g < shapes.n(); ++g) {
-    const auto& core = found[made.direction.is_turned ? shapes.n() - 1 - g : g];
-    (made.direction.is_turned ? &unpack_turned<T> : &unpack_slices<T>)(sums[g], shapes.tables[g], made.digits[g],
-                                                                   core.template mutable_data_ptr<T>());
+    T* const gradient = out[is_turned ? shapes.n() - 1 - g : g];
+    if (gradient != nullptr)
+      (is_turned ? &unpack_turned<T> : &unpack_slices<T>)(sums[g], shapes.tables[g], asked.digits[g], gradient);
   }
-  return found;
 }
 
 }  // namespace tensortrain

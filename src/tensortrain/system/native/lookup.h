@@ -77,6 +77,11 @@ struct TableShapes {
     }
     return found;
   }
+  int64_t n_numbers() const {
+    int64_t n = 0;
+    for (const auto& table : tables) n += table.j * table.slice();
+    return n;
+  }
   // Numbers of a state after table g.
   int64_t state(size_t g) const { return leads[g] * tables[g].width; }
   int64_t products(size_t g) const { return leads[g] * tables[g].slice(); }
@@ -225,25 +230,40 @@ struct Tree {
 
   Tree(const std::pair<int64_t, int64_t>* pairs, int64_t n, const TableShapes& shapes)
       : levels(shapes.n()), places(n) {
-    std::vector<int64_t> below(shapes.n() + 1, 1);  // how many ids share a prefix
-    for (size_t g = shapes.n(); g-- > 0;) below[g] = below[g + 1] * shapes.tables[g].j;
     const auto last = shapes.n() - 1;
+    std::vector<int64_t> before(shapes.n(), -1), digits(shapes.n());  // prefixes of the id before, digits of this one
     for (int64_t k = 0; k < n; ++k) {
-      const auto id = pairs[k].first;
       places[k] = pairs[k].second;
-      if (k > 0 && id == pairs[k - 1].first) continue;
-      bool is_new = k == 0;
-      for (size_t g = 0; g <= last; ++g) {
-        const auto prefix = id / below[g + 1];
-        if (!is_new && prefix == pairs[k - 1].first / below[g + 1]) continue;
-        is_new = true;
+      auto prefix = pairs[k].first;
+      if (prefix == before[last]) continue;
+      size_t first = 0;  // level that is new
+      for (auto g = last; g > 0; --g) {
+        if (prefix == before[g]) {
+          first = g + 1;
+          break;
+        }
+        before[g] = prefix;
+        const auto parent = quotient(prefix, shapes.tables[g].j);
+        digits[g] = prefix - parent * shapes.tables[g].j;
+        prefix = parent;
+      }
+      if (first == 0 && prefix == before[0]) first = 1;
+      if (first == 0) before[0] = digits[0] = prefix;
+      for (auto g = first; g <= last; ++g) {
         auto& level = levels[g];
-        level.digits.push_back(prefix % shapes.tables[g].j);
+        level.digits.push_back(digits[g]);
         level.parents.push_back(g == 0 ? 0 : levels[g - 1].n() - 1);
         level.first_child.push_back(g == last ? k : levels[g + 1].n());
       }
     }
     for (size_t g = 0; g <= last; ++g) levels[g].first_child.push_back(g == last ? n : levels[g + 1].n());
+  }
+
+ private:
+  // Short numbers are divided several times as fast.
+  static int64_t quotient(int64_t a, int64_t b) {
+    if (static_cast<uint64_t>(a | b) >> 32 == 0) return static_cast<uint32_t>(a) / static_cast<uint32_t>(b);
+    return a / b;
   }
 };
 
@@ -260,14 +280,15 @@ Tables<T> tables_of(const std::vector<Tensor>& tensors) {
 // Calls work(first, n) for parts of ids in order, of which as much lies between the steps as the cache of a core holds:
 // larger blocks come fresh from the system, and the first touch of their pages costs more than the products.
 template <typename Work>
-void in_parts(const TableShapes& shapes, int64_t n, int64_t item, int64_t max_bytes, const Work& work) {
+void in_parts(const TableShapes& shapes, int64_t n, int64_t item, int64_t max_bytes, const Work& work,
+              int64_t least_bytes = 0) {
   double each = static_cast<double>(shapes.state(shapes.n() - 1));
   double n_prefixes = static_cast<double>(shapes.tables[0].j);
   for (size_t g = 1; g + 1 < shapes.n(); ++g) {
     n_prefixes *= static_cast<double>(shapes.tables[g].j);
     each += 2.0 * static_cast<double>(shapes.state(g)) * std::min(1.0, n_prefixes / static_cast<double>(n));
   }
-  const auto bytes = std::min<int64_t>(max_bytes, (int64_t{1} << 20) * at::get_num_threads());
+  const auto bytes = std::min(max_bytes, std::max((int64_t{1} << 20) * at::get_num_threads(), least_bytes));
   const auto part = std::max<int64_t>(1, static_cast<int64_t>(static_cast<double>(bytes / item) / each));
   for (int64_t first = 0; first < n; first += part) work(first, std::min(part, n - first));
 }
@@ -422,17 +443,26 @@ std::vector<const T*> row_gradients(Room& room, const Tree& tree, const TableSha
   std::vector<const T*> at(leaves.n());
   T* const sums = all_fit ? nullptr : room.take<T>(leaves.n() * size);
   const auto add = row_adder<T>();
-  const auto n_numbers = static_cast<int64_t>(tree.places.size()) * dim;
+  const auto n_places = static_cast<int64_t>(tree.places.size()), n_numbers = n_places * dim;
+  const auto ask_for = [&](int64_t at) {  // rows lie all over memory
+    if (at >= n_places) return;
+    for (int64_t k = 0; k < dim; k += 64 / static_cast<int64_t>(sizeof(T)))
+      __builtin_prefetch(grad + tree.places[at] * dim + k);
+  };
   const bool is_large = !all_fit && is_large_work(n_numbers * products_of_a_number);
   on_threads(leaves.n(), 64, is_large, [&](int64_t first, int64_t last) {
     std::vector<T> scratch(dim);
     for (auto k = first; k < last; ++k) {
       const auto start = leaves.first_child[k], stop = leaves.first_child[k + 1];
       const T* total = grad + tree.places[start] * dim;
+      ask_for(start + 4);
       if (stop > start + 1) {
         T* const sum = is_padded ? scratch.data() : sums + k * size;
         std::memcpy(sum, total, dim * sizeof(T));
-        for (auto place = start + 1; place < stop; ++place) add(sum, grad + tree.places[place] * dim, dim);
+        for (auto place = start + 1; place < stop; ++place) {
+          ask_for(place + 4);
+          add(sum, grad + tree.places[place] * dim, dim);
+        }
         total = sum;
       }
       at[k] = total;
@@ -531,18 +561,14 @@ void add_gradients(const Tree& tree, const TableShapes& shapes, const Tables<T>&
 // -- rows of cores, from their digits to their gradients ----------------------------------------------
 
 // The digits of each table that ids ask for.
-inline std::vector<Digits> digits_of(const Pairs& pairs, const TableShapes& shapes) {
-  std::vector<std::vector<char>> is_met;
-  for (const auto& table : shapes.tables) is_met.emplace_back(table.j, 0);
-  for (size_t k = 0; k < pairs.size(); ++k) {
-    auto id = pairs[k].first;
-    if (k > 0 && id == pairs[k - 1].first) continue;
-    for (auto g = shapes.n(); g-- > 0; id /= shapes.tables[g].j) is_met[g][id % shapes.tables[g].j] = 1;
-  }
+inline std::vector<Digits> digits_of(const Tree& tree, const TableShapes& shapes) {
   std::vector<Digits> digits(shapes.n());
-  for (size_t g = 0; g < shapes.n(); ++g)
+  for (size_t g = 0; g < shapes.n(); ++g) {
+    std::vector<char> is_met(shapes.tables[g].j, 0);
+    for (const auto digit : tree.levels[g].digits) is_met[digit] = 1;
     for (int64_t j = 0; j < shapes.tables[g].j; ++j)
-      if (is_met[g][j]) digits[g].push_back(j);
+      if (is_met[j]) digits[g].push_back(j);
+  }
   return digits;
 }
 
@@ -553,7 +579,7 @@ struct Direction {
   bool is_turned = false;
   TableShapes shapes;
   Pairs pairs;
-  std::optional<Tree> whole;  // of all ids, where the chain is taken as it is
+  std::optional<Tree> whole;  // of all ids
 
   Direction(const Tensor& ids, const std::vector<Tensor>& cores) {
     std::vector<Sizes> forth, back;
@@ -574,8 +600,8 @@ struct Direction {
     }
     is_turned = true;
     shapes = std::move(turned);
-    whole.reset();
     pairs = turned_order(ids);
+    whole.emplace(pairs.data(), ids.numel(), shapes);
   }
 
   Grid<const T> grid(const std::vector<Tensor>& cores, size_t g) const {
@@ -618,7 +644,7 @@ struct Asked final : torch::CustomClassHolder {
   std::vector<Tensor> states;  // of every level but the last, see lookup_once.h
 
   Asked(const Tensor& ids, const std::vector<Tensor>& cores)
-      : direction(ids, cores), digits(digits_of(direction.pairs, direction.shapes)) {}
+      : direction(ids, cores), digits(digits_of(*direction.whole, direction.shapes)) {}
   const TableShapes& shapes() const { return direction.shapes; }
 };
 
@@ -660,9 +686,12 @@ void gradients_in_parts(const Asked<T>& asked, const std::vector<Tensor>& cores,
     sums.push_back(made.room.template take<T>(t.j * t.slice()));
     for (const auto j : asked.digits[g]) std::fill(sums[g] + j * t.slice(), sums[g] + (j + 1) * t.slice(), T(0));
   }
-  in_parts(shapes, static_cast<int64_t>(pairs.size()), sizeof(T), max_bytes, [&](int64_t first, int64_t n_part) {
+  // Every part reads all tables, and adds to all their gradients: tables larger than the cache make for larger parts.
+  const auto add = [&](int64_t first, int64_t n_part) {
     add_gradients<T>(Tree(pairs.data() + first, n_part, shapes), shapes, made.tables, transposed, grad, sums);
-  });
+  };
+  const auto n = static_cast<int64_t>(pairs.size()), item = static_cast<int64_t>(sizeof(T));
+  in_parts(shapes, n, item, max_bytes, add, 2 * item * shapes.n_numbers());
   const bool is_turned = asked.direction.is_turned;
   for (size_t g = 0; g < shapes.n(); ++g) {
     T* const gradient = out[is_turned ? shapes.n() - 1 - g : g];

@@ -21,7 +21,7 @@ int64_t products_of_level(const Tree& tree, const TableShapes& shapes, size_t g,
 // Whether the states are few enough, and the digits enough for all threads.
 template <typename T>
 bool fits_at_once(const Asked<T>& asked, int64_t max_bytes) {
-  if (!asked.direction.whole) return false;
+  if (asked.direction.is_turned) return false;
   const auto& shapes = asked.shapes();
   const auto& levels = asked.direction.whole->levels;
   const auto last = shapes.n() - 1;
@@ -33,8 +33,10 @@ bool fits_at_once(const Asked<T>& asked, int64_t max_bytes) {
     const auto n_digits = static_cast<int64_t>(asked.digits[g].size());
     if (n_threads > 1 && n_digits < 2 * n_threads && is_large_work(levels[g].n() * shapes.products(g))) return false;
   }
-  const auto most = std::min({max_bytes, (int64_t{1} << 22) * n_threads, int64_t{1} << 24});
-  return numbers * static_cast<int64_t>(sizeof(T)) <= most;
+  constexpr auto item = static_cast<int64_t>(sizeof(T));
+  // Where tables are larger than the cache, more parts would read them more often.
+  const auto most = std::max(std::min((int64_t{1} << 22) * n_threads, int64_t{1} << 24), 6 * item * shapes.n_numbers());
+  return numbers * item <= std::min(max_bytes, most);
 }
 
 // Some rows of one slice, (n, width) with rows that lie `apart`; what is no number of the core is left as it is.
@@ -146,43 +148,92 @@ void put_digits(const SliceTable& t, const Digits& met, const T* numbers, int64_
   std::fill(row + next * t.s, row + t.j * t.s, T(0));
 }
 
-// The gradient of a core (r, i, j, s): states (lead, r), transposed, times gradients (lead, width), six rows of all
-// slices at a time.
+// The gradient of a core's slices: states (lead, r), transposed, times gradients (lead, width) of all nodes of a digit.
+template <typename T>
+class SliceGradients {
+ public:
+  SliceGradients(const Tree& tree, const TableShapes& shapes, size_t g, const T* const* states,
+                 const std::vector<const T*>& grads)
+      : level_(tree.levels[g]), by_(level_, shapes.tables[g].j), states_(states), grads_(grads), lead_(shapes.leads[g]),
+        wide_r_(shapes.tables[g - 1].wide_s), width_(shapes.tables[g].width) {}
+
+  struct Terms {
+    std::vector<const T*> lefts, rights;
+  };
+  // Of n rows and so many columns, whose rows then lie `apart`; the terms are memory to use again.
+  void put(Terms& terms, int64_t digit, int64_t row, int64_t n, int64_t column, int64_t n_columns, T* out,
+           int64_t apart) const {
+    auto& [lefts, rights] = terms;
+    lefts.clear(), rights.clear();
+    for (auto at = by_.starts[digit]; at < by_.starts[digit + 1]; ++at) {
+      lefts.push_back(states_[level_.parents[by_.nodes[at]]] + row);
+      rights.push_back(grads_[by_.nodes[at]] + column);
+    }
+    multiply_(n, n_columns, lead_, static_cast<int64_t>(lefts.size()), lefts.data(), 1, wide_r_, rights.data(), width_,
+              out, apart, false);
+  }
+
+ private:
+  const Tree::Level& level_;
+  ByDigit by_;
+  const T* const* states_;
+  const std::vector<const T*>& grads_;
+  int64_t lead_, wide_r_, width_;
+  Product<T> multiply_ = small_product<T>();
+};
+
+// A core's gradient (r, i, j, s) in the order in which it lies, some rows of all slices at a time.
+template <typename T>
+void write_gradient_by_rows(const SliceGradients<T>& slices, const SliceTable& t, const Digits& met, bool is_shared,
+                            T* out) {
+  const auto wide = t.is_last ? t.width : t.wide_s;
+  const auto most = wide == lanes_of<T> ? int64_t{8} : int64_t{6};  // as many as the products take at a time
+  const auto n_blocks = t.is_last ? int64_t{1} : t.i, n_in_block = t.is_last ? t.i : int64_t{1};
+  on_threads((t.r + most - 1) / most, 1, is_shared, [&](int64_t first, int64_t last) {
+    Room room;
+    T* const sums = room.take<T>(static_cast<int64_t>(met.size()) * most * wide);
+    typename SliceGradients<T>::Terms terms;
+    for (auto r = first * most; r < std::min(last * most, t.r); r += most) {
+      const auto n = std::min(most, t.r - r);
+      for (int64_t block = 0; block < n_blocks; ++block) {
+        T* sum = sums;
+        for (const auto digit : met) slices.put(terms, digit, r, n, block * wide, wide, sum, wide), sum += most * wide;
+        for (int64_t k = 0; k < n; ++k)
+          for (int64_t at = 0; at < n_in_block; ++at)
+            put_digits(t, met, sums + k * wide + at, most * wide, out + ((r + k) * t.i + block + at) * t.j * t.s);
+      }
+    }
+  });
+}
+
+// The same slice by slice: where there are many nodes, their gradients are read once.
+template <typename T>
+void write_gradient_by_slices(const SliceGradients<T>& slices, const SliceTable& t, const Digits& met, T* out) {
+  if (static_cast<int64_t>(met.size()) < t.j) std::fill(out, out + t.r * t.i * t.j * t.s, T(0));
+  const auto apart = apart_of<T>(t);
+  on_threads(static_cast<int64_t>(met.size()), 1, true, [&](int64_t first, int64_t last) {
+    Room room;
+    T* const sums = room.take<T>(t.r * apart);
+    typename SliceGradients<T>::Terms terms;
+    for (auto m = first; m < last; ++m) {
+      slices.put(terms, met[m], 0, t.r, 0, t.width, sums, apart);
+      for (int64_t r = 0; r < t.r; ++r)
+        for (int64_t i = 0; i < t.i; ++i)
+          std::memcpy(out + ((r * t.i + i) * t.j + met[m]) * t.s, sums + r * apart + i * t.wide_s, t.s * sizeof(T));
+    }
+  });
+}
+
 template <typename T>
 void write_core_gradient(const Tree& tree, const TableShapes& shapes, size_t g, const Digits& met,
                          const T* const* states, const std::vector<const T*>& grads, T* out) {
   const auto& t = shapes.tables[g];
-  const auto& level = tree.levels[g];
-  const ByDigit by(level, t.j);
-  const auto multiply = small_product<T>();
-  constexpr int64_t most = 6;
-  const auto wide_r = shapes.tables[g - 1].wide_s, wide = t.is_last ? t.width : t.wide_s;
-  const auto n_blocks = t.is_last ? int64_t{1} : t.i, n_in_block = t.is_last ? t.i : int64_t{1};
-  const bool is_shared = is_shared_work(products_of_level<T>(tree, shapes, g, met.size()));
-  on_threads((t.r + most - 1) / most, 1, is_shared, [&](int64_t first, int64_t last) {
-    std::vector<T> sums(met.size() * most * wide);
-    std::vector<const T*> lefts, rights;
-    for (auto r = first * most; r < std::min(last * most, t.r); r += most) {
-      const auto n = std::min(most, t.r - r);
-      for (int64_t block = 0; block < n_blocks; ++block) {
-        T* sum = sums.data();
-        for (const auto digit : met) {
-          lefts.clear(), rights.clear();
-          for (auto at = by.starts[digit]; at < by.starts[digit + 1]; ++at) {
-            lefts.push_back(states[level.parents[by.nodes[at]]] + r);
-            rights.push_back(grads[by.nodes[at]] + block * wide);
-          }
-          multiply(n, wide, shapes.leads[g], static_cast<int64_t>(lefts.size()), lefts.data(), 1, wide_r, rights.data(),
-                   t.width, sum, wide, false);
-          sum += most * wide;
-        }
-        for (int64_t k = 0; k < n; ++k)
-          for (int64_t at = 0; at < n_in_block; ++at)
-            put_digits(t, met, sums.data() + k * wide + at, most * wide,
-                       out + ((r + k) * t.i + block + at) * t.j * t.s);
-      }
-    }
-  });
+  const SliceGradients<T> slices(tree, shapes, g, states, grads);
+  const auto n_bytes = tree.levels[g].n() * shapes.state(g) * static_cast<int64_t>(sizeof(T));
+  if (!t.is_last && n_bytes > (int64_t{1} << 19))
+    write_gradient_by_slices(slices, t, met, out);
+  else
+    write_gradient_by_rows(slices, t, met, is_shared_work(products_of_level<T>(tree, shapes, g, met.size())), out);
 }
 
 template <typename T>

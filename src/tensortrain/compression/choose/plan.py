@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -169,7 +169,8 @@ class CompressionPlan:
         left_alone: What is not touched, and why.
         task, outputs: How the model is judged, in words, and the names of its outputs that count.
         notes: Sentences on what could not be done as asked.
-        opened: Layers of several maps (recurrent ones, attention) whose maps are changed one by one.
+        opened: Layers of several maps (recurrent ones, attention) whose maps are changed one by one, and layers whose
+            weight is computed at every call (weight norm, pruning) and plain from then on.
         narrowed: Hidden units of which some go.
         calibration: The input statistics it was made with; not part of the text.
     """
@@ -196,16 +197,22 @@ class CompressionPlan:
         losses = [layer.loss for layer in self.layers if layer.spec is not None or layer.loss is not None]
         return None if None in losses else math.fsum(loss for loss in losses if loss is not None)
 
-    def with_opened(self, names: Sequence[str], left_alone: Sequence[LeftAlone]) -> CompressionPlan:
+    def with_opened(
+        self, names: Sequence[str], left_alone: Sequence[LeftAlone], beside: Mapping[str, int] | None = None
+    ) -> CompressionPlan:
         """The plan of a model that was planned with some layers taken apart.
 
         Args:
-            names: Of these layers; those of which no map is changed are left as they are.
+            names: Of these layers; those of which nothing is changed are left as they are.
             left_alone: What is left alone, layers that could not be taken apart among them.
+            beside: Parameters from which weights were computed; those of layers with maps of their own still count.
         """
         changed = [layer.name for layer in self.layers if layer.spec is not None]
-        reached = tuple(n for n in names if any(name.startswith(f"{n}." if n else "") for name in changed))
-        return replace(self, opened=reached, left_alone=tuple(left_alone))
+        changed += [name for one in self.narrowed for name in (*one.names, *one.units.between)]
+        reached = tuple(n for n in names if any(name == n or name.startswith(f"{n}." if n else "") for name in changed))
+        own = {layer.name for layer in self.layers}
+        gone = sum(n for name, n in (beside or {}).items() if name in reached and name not in own)
+        return replace(self, opened=reached, left_alone=tuple(left_alone), params_after=self.params_after - gone)
 
     def to_json(self) -> str:
         kept = {name: to_plain(getattr(self, name)) for name in _KEPT}

@@ -40,7 +40,7 @@ _CHEAPEST, _DEAREST = 1e-3, 1e2  # errors that all of the time is worth, between
 _TINY = 1e-300
 _LIGHT = 0.035  # of all layers' time: which form such a layer takes hardly shows
 _SPENT = 0.95  # of the budget
-_ID_BYTES = 8  # of the number of a row that is kept
+_ID_BYTES, _PLACE_BYTES = 8, 4  # of the number of a row that is kept, of that of a channel's place
 
 
 Array: TypeAlias = "np.ndarray[Any, Any]"
@@ -389,7 +389,7 @@ class Chooser:
             return n_params + (menu.beside[0] if pick is None else 0)
         beside = menu.beside[1] if pick is None else 0
         if isinstance(pick, Candidate):
-            beside = menu.kept_bytes + _ID_BYTES * len(pick.hot_ids)
+            beside = menu.kept_bytes + _ID_BYTES * len(pick.hot_ids) + _PLACE_BYTES * pick.order.n_numbers
         return n_params * menu.item_bytes + beside
 
     def _flops(self, menu: Menu, pick: Pick) -> int | None:
@@ -453,6 +453,8 @@ class Chooser:
             implementation=implementation,
             spectra=pick.spectra,
             hot_ids=pick.hot_ids,
+            in_order=pick.order.inputs or (),
+            out_order=pick.order.outputs or (),
             loss=menu.reach * pick.point.rel_error**2 if menu.reach is not None else None,
             why=why_not_other(pick, menu.candidates, dense_params=menu.layer.weight.n_params, reach=menu.reach),
         )

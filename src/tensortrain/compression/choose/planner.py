@@ -25,6 +25,7 @@ from tensortrain.compression.choose.load import loads_of
 from tensortrain.compression.choose.options import PlanOptions
 from tensortrain.compression.choose.plan import CompressionPlan, n_saved
 from tensortrain.compression.choose.proving import Proving
+from tensortrain.compression.choose.structure import Search
 from tensortrain.compression.choose.weights import weigh_layers
 from tensortrain.compression.choose.widths import Width, Widths, disjoint, widths_of
 from tensortrain.compression.choose.within import Planned, find_plan
@@ -72,6 +73,7 @@ def plan_compression(
     task: TaskName | Task | None = None,
     output: Output | None = None,
     evaluate: Evaluate | None = None,
+    search: Search | None = None,
     observer: Observer | None = None,
 ) -> CompressionPlan:
     """Choose format, modes and ranks of every layer so that the model fits a budget. Changes nothing.
@@ -109,6 +111,8 @@ def plan_compression(
         output: What the model is judged by: the name or number of one of its outputs, a callable on what it returns, or
             one on ``(model, batch)``; all tensors that it returns when None.
         evaluate: ``model -> figure``, larger for better models; for ``"max_metric_drop"``.
+        search: ``"structure"`` also looks through more mode shapes, and through orders of the channels of linear
+            layers, by which such a layer gathers. It takes seconds to a minute for a layer; None is the usual menu.
 
     Returns:
         CompressionPlan: Print it, save it as JSON, or hand it to ``apply_plan_``.
@@ -136,6 +140,7 @@ def plan_compression(
             task=task,
             output=output,
             evaluate=evaluate,
+            search=search,
             observer=observer or Silent(),
         ),
     )
@@ -437,6 +442,7 @@ def _with_families(
             weighting=moments.weighting,
             structure=moments.structure,
             wide=wide,
+            search=options.search,
         )
         moments.forget_derived()
         filled.append(replace(menu, families=found, widths=_widths_on(menu, hidden)))

@@ -24,7 +24,7 @@ def shuffled_train(rank: int, *, noise: float = 0.0) -> tuple[Tensor, FactorSpec
     return train[rows][:, columns], spec, rows, columns
 
 
-def made_by(spec: FactorSpec):  # noqa: ANN201
+def made_by(spec: FactorSpec):
     fmt = get_format(spec.format)
     assert isinstance(fmt, ChainFormat)
     return lambda matrix, weighting: fmt.roughly(matrix, spec, weighting)

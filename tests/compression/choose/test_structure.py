@@ -23,14 +23,21 @@ from tensortrain.testing import rel_error
 
 
 def shuffled(m: tuple[int, ...], n: tuple[int, ...], rank: int = 2) -> nn.Linear:
-    """A layer whose weight is close to a train, but for the order of its channels."""
+    """A layer whose weight is close to a train, but for some channels that stand in each other's places."""
     outs, ins = math.prod(m), math.prod(n)
     layer = nn.Linear(ins, outs)
     train = tt.randn_matrix(m, n, rank).to_dense()
     train = train + 0.02 * train.std() * torch.randn_like(train)
     with torch.no_grad():
-        layer.weight.copy_(train[torch.randperm(outs)][:, torch.randperm(ins)] / train.norm(dim=1).mean())
+        layer.weight.copy_(train[swapped(outs)][:, swapped(ins)] / train.norm(dim=1).mean())
     return layer
+
+
+def swapped(n: int) -> torch.Tensor:
+    """A quarter of the channels in each other's places."""
+    order, some = torch.arange(n), torch.randperm(n)[: n // 4]
+    order[some] = some.roll(1)
+    return order
 
 
 def net() -> nn.Sequential:

@@ -214,8 +214,10 @@ def families(
             if not points:
                 continue
             if search is not None and order.sides is None and best.is_near(points):
-                family, placed, weighed = Family.of(spec, dense, weighting, better_order(points, dense, weighting))
-                points = family.points(growth=_COARSE, wide=wide)
+                order = better_order(points, dense, weighting)
+                if order.sides is not None:
+                    family, placed, weighed = Family.of(spec, dense, weighting, order)
+                    points = family.points(growth=_COARSE, wide=wide)
             if not wide and best.beats(points, _LIKE_LOW_RANK if _parts_sides(spec) else _FAR):
                 family = replace(family, below=best.least_params)
             else:
@@ -300,7 +302,7 @@ def _parts_sides(spec: FactorSpec) -> bool:
     return all(m == 1 or n == 1 for m, n in zip(spec.out_modes, spec.in_modes, strict=False))
 
 
-def least_params(weight: WeightShape, formats: Sequence[str]) -> int:
+def least_params(weight: WeightShape, formats: Sequence[str], search: Search | None = None) -> int:
     """No candidate of a layer, and not its dense weight, has fewer parameters than this.
 
     Mode shapes that follow the structure of the inputs need data; prime factors are as small as those get.
@@ -315,7 +317,7 @@ def least_params(weight: WeightShape, formats: Sequence[str]) -> int:
     for name in formats:
         fmt = get_format(name)
         if weight.kind in fmt.kinds:
-            for outs, ins in _mode_choices(name, weight.one_group(), None):
+            for outs, ins, _ in _arrangements(name, weight.one_group(), None, search):
                 least = min(least, fmt.spec(weight, rank=1, out_modes=outs, in_modes=ins).n_params)
     return least
 

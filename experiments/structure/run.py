@@ -160,7 +160,7 @@ def table(found: Sequence[Mapping[str, Any]]) -> list[str]:
         size = " x ".join(map(str, one["shape"]))
         for share in dict.fromkeys(row["share"] for row in one["rows"]):
             rows = {row["method"]: row for row in one["rows"] if row["share"] == share}
-            errors = [rows[m]["rel_error"] for m in METHODS]
+            errors = [rows[m]["rel_error"] if m in rows else None for m in METHODS]
             cells = ["" if error is None else f"{error:.3f}" for error in errors]
             lines.append(
                 f"| {one['layer']} | {size} | {share:.0%} | {' | '.join(cells)} | {_shape(rows['structure'])} |"

@@ -16,6 +16,7 @@ from tensortrain.compression.choose.budget import BudgetLike
 from tensortrain.compression.choose.candidates import DEFAULT_FORMATS
 from tensortrain.compression.choose.plan import CompressionPlan
 from tensortrain.compression.choose.planner import make_plans
+from tensortrain.compression.choose.structure import Search
 from tensortrain.compression.options import CompressOptions
 from tensortrain.compression.report.make import make_report
 from tensortrain.compression.report.report import Report
@@ -75,6 +76,7 @@ def compress(
     name: str | None = None,
     stages: Sequence[Any] | None = None,
     n_stages: int = 1,
+    search: Search | None = None,
     observer: Observer | None = None,
 ) -> CompressionResult:
     """Make a trained model smaller, heal it, and report what was gained.
@@ -91,7 +93,7 @@ def compress(
         evaluate: ``model -> figure``, measured before, after compression and after healing.
         metric_name: What the figure is called in the report; ``"accuracy"`` is shown in per cent.
         example_inputs: A batch for shapes and measurements when there is no ``data``.
-        formats, include, exclude, allow_slower, batch_size, n_batches, task, output: As ``plan_compression``.
+        formats, include, exclude, allow_slower, batch_size, n_batches, task, output, search: As ``plan_compression``.
         plan: A plan made before, in place of a new one.
         checkpoint: File for resuming a killed healing.
         measure: Time both models and measure memory for the report.
@@ -117,8 +119,7 @@ def compress(
     start = perf_counter()
     own_commit()  # now, not after an hour of healing
     check_module(model)
-    one = n_stages == 1
-    todo = _stages(stages, plan, heal, data) if one else _in_turns(n_stages, stages, plan, heal, data)
+    todo = _stages(stages, plan, heal, data) if n_stages == 1 else _in_turns(n_stages, stages, plan, heal, data)
     options = CompressOptions(
         budget=budget,  # type: ignore[arg-type]  # None is read by a stage that needs it
         data=data,
@@ -139,6 +140,7 @@ def compress(
         measure=measure,
         seed=seed,
         name=name,
+        search=search,
     )
     with _same_batches(options):
         work = _carried_out(model, options, todo)

@@ -22,7 +22,7 @@ from tensortrain.compression.survey.moments import Calibration, LayerMoments
 from tensortrain.compression.swap import Built, swap
 from tensortrain.errors import ShapeError
 from tensortrain.formats import Weighting
-from tensortrain.nn import Embedding, FactorizedLayer, TiedHead, dense_twin
+from tensortrain.nn import Embedding, FactorizedLayer, Linear, TiedHead, dense_twin
 from tensortrain.system.observer import Observer, Silent
 
 __all__ = ["apply_plan_", "apply_shapes_", "to_dense_"]
@@ -190,6 +190,8 @@ def _build(layer: FoundLayer, entry: LayerPlan, weighting: Weighting) -> Factori
     if entry.hot_ids:
         more["hot_ids"] = entry.hot_ids
         weighting = weighting if weighting.is_plain else cold_weighting(weighting, entry.hot_ids)
+    if entry.order.sides is not None:
+        more["order"] = entry.order
     new = layer.reader.from_spec(layer.module, entry.spec, weighting=weighting, implementation=how, **more)
     carry(layer.module, new)
     return new
@@ -212,6 +214,8 @@ def _unfitted(layer: FoundLayer, entry: LayerPlan, weighting: Weighting) -> Fact
     new = layer.reader.like(layer.module, entry.spec, **how)
     if entry.hot_ids:
         cast(Embedding, new).keep_rows_(entry.hot_ids, layer.kernel)
+    if entry.order.sides is not None:
+        cast(Linear, new).set_order_(entry.order)
     for parameter in new.parameters():
         parameter.fill_(_ANY_VALUE)
     carry(layer.module, new)
@@ -227,7 +231,7 @@ def _keep_moments(model: nn.Module, layer: FoundLayer, new: FactorizedLayer, mom
     """
     if moments.mean is None or "forward" in vars(layer.module):  # its input may not be what was seen
         return []
-    kept = new.format.to_dense(list(new.cores), new.spec).flatten(1)  # new.weight would stay in a cache
+    kept = new.placed(new.format.to_dense(list(new.cores), new.spec)).flatten(1)  # new.weight would stay in a cache
     shift, statistics = make_up(model, layer.kernel.flatten(1), kept, moments, has_bias=new.bias is not None)
     if new.bias is not None:
         new.bias.add_(shift.to(new.bias.dtype))

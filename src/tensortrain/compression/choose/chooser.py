@@ -40,7 +40,7 @@ _CHEAPEST, _DEAREST = 1e-3, 1e2  # errors that all of the time is worth, between
 _TINY = 1e-300
 _LIGHT = 0.035  # of all layers' time: which form such a layer takes hardly shows
 _SPENT = 0.95  # of the budget
-_ID_BYTES = 8  # of the number of a row that is kept
+_ID_BYTES, _PLACE_BYTES = 8, 4  # of the number of a row that is kept, of that of a channel's place
 
 
 Array: TypeAlias = "np.ndarray[Any, Any]"
@@ -66,6 +66,7 @@ class Menu:
         reach: What losing it wholly would change of the model's output, a share; None where that is not known.
         item_bytes: Of one number of its weight.
         kept_bytes: What any smaller form holds beside its parameters.
+        beside: What the layer as it is holds beside its weight, which is computed: parameters and bytes.
         families: What its smaller forms are made of.
         candidates: The smaller forms.
         widths: What it can be narrowed to, together with other layers.
@@ -81,6 +82,7 @@ class Menu:
     reach: float | None = None
     item_bytes: int = 4
     kept_bytes: int = 0
+    beside: tuple[int, int] = (0, 0)
 
     @property
     def choices(self) -> tuple[Pick, ...]:
@@ -384,8 +386,10 @@ class Chooser:
             return self._nanoseconds(menu)[id(pick)]
         n_params = _n_params(menu, pick)
         if measure == "params":
-            return n_params
-        beside = menu.kept_bytes + _ID_BYTES * len(pick.hot_ids) if isinstance(pick, Candidate) else 0
+            return n_params + (menu.beside[0] if pick is None else 0)
+        beside = menu.beside[1] if pick is None else 0
+        if isinstance(pick, Candidate):
+            beside = menu.kept_bytes + _ID_BYTES * len(pick.hot_ids) + _PLACE_BYTES * pick.order.n_numbers
         return n_params * menu.item_bytes + beside
 
     def _flops(self, menu: Menu, pick: Pick) -> int | None:
@@ -427,6 +431,11 @@ class Chooser:
         )
 
     def _plan(self, menu: Menu, pick: Pick) -> LayerPlan:
+        found, n = self._planned(menu, pick), menu.beside[0]
+        after = found.params_after + n if pick is None else found.params_after
+        return replace(found, params_before=found.params_before + n, params_after=after) if n else found
+
+    def _planned(self, menu: Menu, pick: Pick) -> LayerPlan:
         slow = "every form that fits is predicted slower at this batch size; allow_slower=True admits them"
         why = slow if self.banned[menu.layer.name] else "worth its parameters"
         dense = LayerPlan.of(menu.layer, flops=menu.dense.flops, why=why)
@@ -444,6 +453,8 @@ class Chooser:
             implementation=implementation,
             spectra=pick.spectra,
             hot_ids=pick.hot_ids,
+            in_order=pick.order.inputs or (),
+            out_order=pick.order.outputs or (),
             loss=menu.reach * pick.point.rel_error**2 if menu.reach is not None else None,
             why=why_not_other(pick, menu.candidates, dense_params=menu.layer.weight.n_params, reach=menu.reach),
         )

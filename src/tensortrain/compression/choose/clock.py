@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tensortrain.compression.choose.candidates import Candidate
-from tensortrain.compression.choose.cost import dense_cost, spec_cost
+from tensortrain.compression.choose.cost import dense_cost, gather_seconds, spec_cost
 from tensortrain.compression.choose.load import Load
 from tensortrain.compression.choose.trial import can_time, told, trial_seconds
 from tensortrain.compression.survey.layers import FoundLayer
@@ -69,7 +69,14 @@ class Clock:
         key = (self._name(layer), spec, load)
         if key not in self._exact:
             self._exact[key] = spec_cost(layer, spec, load).seconds
-        return self._exact[key]
+        return self._with_gathers(layer, load, family[0], self._exact[key])
+
+    def _with_gathers(self, layer: FoundLayer, load: Load, candidate: Candidate, seconds: float) -> float:
+        """Also of bringing channels in order and back; a kept dense weight, which takes no longer, needs none of it."""
+        if candidate.order.sides is None:
+            return seconds
+        more = gather_seconds(layer, candidate.order.n_numbers, load)
+        return min(seconds + more, max(seconds, self.dense(layer, load)))
 
     def all(
         self, layer: FoundLayer, load: Load, candidates: Sequence[Candidate], *, roughly: bool | None = False
@@ -89,7 +96,8 @@ class Clock:
             else self._curve(layer, load, family)
             for key, family in families.items()
         }
-        return [_between(curves[family_of(one.spec)], one.point.n_params) for one in candidates]
+        times = [_between(curves[family_of(one.spec)], one.point.n_params) for one in candidates]
+        return [self._with_gathers(layer, load, one, t) for one, t in zip(candidates, times, strict=True)]
 
     def _rough_curve(self, layer: FoundLayer, load: Load, family: Sequence[Candidate]) -> Curve:
         if self._tried(layer, load) is None:

@@ -13,7 +13,7 @@ from tensortrain.contract import cost_model, use_cost_model
 from tensortrain.formats import FactorSpec, get_format
 from tensortrain.nn import ConvLayer, Embedding, FactorizedLayer, Linear, TiedHead
 
-__all__ = ["LayerCost", "dense_cost", "empty_twin", "spec_cost"]
+__all__ = ["LayerCost", "dense_cost", "empty_twin", "gather_seconds", "spec_cost"]
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,12 @@ def dense_cost(layer: FoundLayer, load: Load) -> LayerCost:
 def spec_cost(layer: FoundLayer, spec: FactorSpec, load: Load) -> LayerCost:
     """Cost of the layer in another format, run the fastest way that it allows."""
     return _layer_cost(layer, empty_twin(layer, spec), load, dense=False)
+
+
+def gather_seconds(layer: FoundLayer, n_channels: int, load: Load) -> float:
+    """Of bringing so many channels of every row into another order."""
+    weight: Any = layer.module.weight
+    return cost_model(weight.device).copy_s(2 * load.rows * n_channels * weight.element_size())
 
 
 def _layer_cost(layer: FoundLayer, twin: FactorizedLayer, load: Load, *, dense: bool) -> LayerCost:

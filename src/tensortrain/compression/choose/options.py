@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from tensortrain.compression.choose.budget import BudgetLike
 from tensortrain.compression.choose.candidates import DEFAULT_FORMATS
+from tensortrain.compression.choose.structure import Search
 from tensortrain.errors import KindError
 from tensortrain.system.observer import Observer, Silent
 from tensortrain.train.evaluation import Evaluate
@@ -39,8 +40,14 @@ class PlanOptions:
     observer: Observer = field(default_factory=Silent)
     evaluate: Evaluate | None = None
     way: float = 1.0
+    search: Search | None = None
 
     def __post_init__(self) -> None:
+        if self.search is not None and self.search not in get_args(Search):
+            raise KindError(
+                f"search must be of a known kind: found {self.search!r}, expected one of {get_args(Search)} or None. "
+                "Leave it out for the usual menu."
+            )
         if self.evaluate is not None and not callable(self.evaluate):
             raise KindError(
                 f"evaluate must be a function: found {type(self.evaluate).__name__}, expected model -> figure. Pass "

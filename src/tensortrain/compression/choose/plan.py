@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,6 +15,7 @@ from tensortrain.compression.survey.layers import FoundLayer, LeftAlone
 from tensortrain.compression.survey.moments import Calibration
 from tensortrain.errors import CheckpointError
 from tensortrain.formats import FactorSpec, get_format
+from tensortrain.formats.channel_order import ChannelOrder
 from tensortrain.nn.base import Implementation
 from tensortrain.system.records import read_record, to_plain
 
@@ -34,7 +35,7 @@ _KEPT = (
     "opened",
     "narrowed",
 )
-_NEW_OF_LAYERS = ("hot_ids", "head", "loss", "why")  # written where they say something
+_NEW_OF_LAYERS = ("hot_ids", "in_order", "out_order", "head", "loss", "why")  # written where they say something
 _ADDED = ("opened", "narrowed")  # by versions 3 and 4: maps of recurrent layers, and hidden units
 
 
@@ -45,6 +46,8 @@ class LayerPlan:
     Attributes:
         spec: None where it stays dense.
         hot_ids: Rows of a table that stay as they are, beside the cores.
+        in_order, out_order: Place k of a train holds input ``in_order[k]``, or output ``out_order[k]``; empty where the
+            channels stand as they do in the layer.
         head: The output layer that shares a table.
         loss: The share of the model's output that the choice is predicted to spoil, as far as calibration data tells;
             losses of layers add up.
@@ -64,6 +67,8 @@ class LayerPlan:
     implementation: Implementation = "auto"
     spectra: tuple[tuple[float, ...], ...] = ()
     hot_ids: tuple[int, ...] = ()
+    in_order: tuple[int, ...] = ()
+    out_order: tuple[int, ...] = ()
     head: str = ""
     loss: float | None = None
     why: str = ""
@@ -71,6 +76,10 @@ class LayerPlan:
     def __post_init__(self) -> None:
         if not self.names:
             raise ValueError("a layer must have a name")
+        if self.order.sides is not None and (self.spec is None or self.spec.weight.kind != "linear"):
+            raise ValueError("only the channels of a linear layer that is compressed stand in an order of their own")
+        if self.spec is not None:
+            self.order.check(self.spec.weight)
 
     @classmethod
     def of(cls, layer: FoundLayer, *, flops: int | None, why: str) -> LayerPlan:
@@ -95,6 +104,8 @@ class LayerPlan:
         return replace(
             self,
             spec=None,
+            in_order=(),
+            out_order=(),
             params_after=self.params_before,
             flops_after=self.flops_before,
             rel_error=None,
@@ -121,6 +132,11 @@ class LayerPlan:
     @property
     def name(self) -> str:
         return self.names[0]
+
+    @property
+    def order(self) -> ChannelOrder:
+        """Where the channels stand in a train."""
+        return ChannelOrder.of(self.out_order, self.in_order)
 
     @property
     def format(self) -> str:
@@ -169,7 +185,8 @@ class CompressionPlan:
         left_alone: What is not touched, and why.
         task, outputs: How the model is judged, in words, and the names of its outputs that count.
         notes: Sentences on what could not be done as asked.
-        opened: Layers of several maps (recurrent ones, attention) whose maps are changed one by one.
+        opened: Layers of several maps (recurrent ones, attention) whose maps are changed one by one, and layers whose
+            weight is computed at every call (weight norm, pruning) and plain from then on.
         narrowed: Hidden units of which some go.
         calibration: The input statistics it was made with; not part of the text.
     """
@@ -196,16 +213,22 @@ class CompressionPlan:
         losses = [layer.loss for layer in self.layers if layer.spec is not None or layer.loss is not None]
         return None if None in losses else math.fsum(loss for loss in losses if loss is not None)
 
-    def with_opened(self, names: Sequence[str], left_alone: Sequence[LeftAlone]) -> CompressionPlan:
+    def with_opened(
+        self, names: Sequence[str], left_alone: Sequence[LeftAlone], beside: Mapping[str, int] | None = None
+    ) -> CompressionPlan:
         """The plan of a model that was planned with some layers taken apart.
 
         Args:
-            names: Of these layers; those of which no map is changed are left as they are.
+            names: Of these layers; those of which nothing is changed are left as they are.
             left_alone: What is left alone, layers that could not be taken apart among them.
+            beside: Parameters from which weights were computed; those of layers with maps of their own still count.
         """
         changed = [layer.name for layer in self.layers if layer.spec is not None]
-        reached = tuple(n for n in names if any(name.startswith(f"{n}." if n else "") for name in changed))
-        return replace(self, opened=reached, left_alone=tuple(left_alone))
+        changed += [name for one in self.narrowed for name in (*one.names, *one.units.between)]
+        reached = tuple(n for n in names if any(name == n or name.startswith(f"{n}." if n else "") for name in changed))
+        own = {layer.name for layer in self.layers}
+        gone = sum(n for name, n in (beside or {}).items() if name in reached and name not in own)
+        return replace(self, opened=reached, left_alone=tuple(left_alone), params_after=self.params_after - gone)
 
     def to_json(self) -> str:
         kept = {name: to_plain(getattr(self, name)) for name in _KEPT}
@@ -262,6 +285,7 @@ def _row(layer: LayerPlan, width: int) -> str:
     modes = "" if spec is None else f"{_by(spec.out_modes)} x {_by(spec.in_modes)}"
     ranks = "" if spec is None else ",".join(map(str, get_format(spec.format).inner_ranks(spec)))
     ranks += f" + {len(layer.hot_ids):,} rows" if layer.hot_ids else ""
+    ranks += f" ordered {layer.order.sides}" if layer.order.sides else ""
     error = "" if layer.rel_error is None else f"{layer.rel_error:.3f}"
     params = f"{layer.params_before:,} -> {layer.params_after:,}"
     return f"{layer.name:<{width}}  {layer.format:<9} {modes:<28} {ranks:<22} {params:>23} {error:>7}"

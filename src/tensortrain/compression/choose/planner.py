@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
@@ -25,10 +25,11 @@ from tensortrain.compression.choose.load import loads_of
 from tensortrain.compression.choose.options import PlanOptions
 from tensortrain.compression.choose.plan import CompressionPlan, n_saved
 from tensortrain.compression.choose.proving import Proving
+from tensortrain.compression.choose.structure import Search
 from tensortrain.compression.choose.weights import weigh_layers
 from tensortrain.compression.choose.widths import Width, Widths, disjoint, widths_of
 from tensortrain.compression.choose.within import Planned, find_plan
-from tensortrain.compression.opened import opened_for_a_while
+from tensortrain.compression.opened import Opened, opened_for_a_while
 from tensortrain.compression.survey.calibrate import calibrate
 from tensortrain.compression.survey.layers import FoundLayer, LeftAlone, check_module, count_params, find_layers
 from tensortrain.compression.survey.moments import Calibration, LayerMoments
@@ -72,6 +73,7 @@ def plan_compression(
     task: TaskName | Task | None = None,
     output: Output | None = None,
     evaluate: Evaluate | None = None,
+    search: Search | None = None,
     observer: Observer | None = None,
 ) -> CompressionPlan:
     """Choose format, modes and ranks of every layer so that the model fits a budget. Changes nothing.
@@ -109,6 +111,8 @@ def plan_compression(
         output: What the model is judged by: the name or number of one of its outputs, a callable on what it returns, or
             one on ``(model, batch)``; all tensors that it returns when None.
         evaluate: ``model -> figure``, larger for better models; for ``"max_metric_drop"``.
+        search: ``"structure"`` also looks through more mode shapes, and through orders of the channels of linear
+            layers, by which such a layer gathers. It takes seconds to a minute for a layer; None is the usual menu.
 
     Returns:
         CompressionPlan: Print it, save it as JSON, or hand it to ``apply_plan_``.
@@ -136,6 +140,7 @@ def plan_compression(
             task=task,
             output=output,
             evaluate=evaluate,
+            search=search,
             observer=observer or Silent(),
         ),
     )
@@ -157,8 +162,7 @@ def make_plans(model: nn.Module, options: PlanOptions, budgets: Sequence[BudgetL
     asked = [_read(model, each, options) for each in budgets]  # before anything that takes long
     options = _adapted(options, asked)
     with opened_for_a_while(model) as opened:
-        planning = _surveyed(opened.model, options, budgets)
-    planning.opened, planning.left = opened.names, opened.left_alone(planning.left)
+        planning = _surveyed(opened, options, budgets)
     return [planning.find(model, each) for each in budgets]
 
 
@@ -193,15 +197,17 @@ def _adapted(options: PlanOptions, asked: Sequence[Goals]) -> PlanOptions:
     return replace(options, batch_size=batch_size, will_heal=False if judged else options.will_heal)
 
 
-def _surveyed(model: nn.Module, options: PlanOptions, budgets: Sequence[BudgetLike]) -> Planning:
+def _surveyed(opened: Opened, options: PlanOptions, budgets: Sequence[BudgetLike]) -> Planning:
     """What all plans of a model have in common; its layers of several maps stand apart."""
+    model, beside = opened.model, opened.beside
     layers, left = _layers(model, options, budgets)
     task, data = _task(model, options)
     calibration = _calibration(model, layers, data, task, options)
     menus, unseen = _menus(layers, calibration, options)
+    menus = [replace(menu, beside=beside.get(menu.layer.name, (0, 0))) for menu in menus]
     hidden = _hidden(model, layers, calibration, options)
     flops = sum(menu.dense.flops or 0 for menu in menus) if calibration is not None else None
-    now = replace(_sizes(model), flops=flops)
+    now = replace(_sizes(model).with_more(beside.values()), flops=flops)
     for each in budgets:
         _goals(each, now, options)  # flops are known by now
     return Planning(
@@ -212,8 +218,10 @@ def _surveyed(model: nn.Module, options: PlanOptions, budgets: Sequence[BudgetLi
         calibration,
         task,
         partial(what_stands_in_the_way, model, layers, left),
-        left=tuple(left),
-        notes=(*(task.notes if task else ()), *(calibration.notes if calibration else ()), *unseen),
+        opened=tuple(opened.names),
+        beside=beside,
+        left=opened.left_alone(left),
+        notes=(*(task.notes if task else ()), *(calibration.notes if calibration else ()), *unseen, *opened.notes),
     )
 
 
@@ -227,7 +235,8 @@ class Planning:
         hidden: Units that can be narrowed at.
         task: How the model is judged.
         beyond_reach: Tells who holds the parameters that no plan reaches.
-        opened, left: Layers of several maps, and what is left alone.
+        opened, left: Layers of several maps and of computed weights, and what is left alone.
+        beside: What the latter hold more than their weights, in parameters and bytes.
         notes: On what was not seen.
         made: Plans by their limits; ``slower`` names the layers whose larger forms were struck off for each.
     """
@@ -240,6 +249,7 @@ class Planning:
     task: Task | None
     beyond_reach: Callable[[], str]
     opened: Sequence[str] = ()
+    beside: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     left: Sequence[LeftAlone] = ()
     notes: tuple[str, ...] = ()
     clock: Clock = field(default_factory=Clock)
@@ -321,7 +331,7 @@ class Planning:
             self.notes,
             narrowed=tuple(choice.narrowed),
         )
-        return plan.with_opened(self.opened, self.left)
+        return plan.with_opened(self.opened, self.left, {name: n for name, (n, _) in self.beside.items()})
 
     def _proving(self, model: nn.Module, goals: Goals) -> Proving:
         calibration, batch = self.calibration, self.options.example_inputs
@@ -340,7 +350,7 @@ def _layers(
         raise nothing_to_compress(model, left)
     if options.data is not None or options.example_inputs is not None:
         for each in budgets:  # before the passes over the data
-            _check_goals(model, layers, _read(model, each, options), options.formats)
+            _check_goals(model, layers, _read(model, each, options), options.formats, options.search)
     return layers, left
 
 
@@ -432,6 +442,7 @@ def _with_families(
             weighting=moments.weighting,
             structure=moments.structure,
             wide=wide,
+            search=options.search,
         )
         moments.forget_derived()
         filled.append(replace(menu, families=found, widths=_widths_on(menu, hidden)))
@@ -466,9 +477,15 @@ def check_reachable(
     _check_goals(model, layers, Goals((limit,), limit.text), formats)
 
 
-def _check_goals(model: nn.Module, layers: Sequence[FoundLayer], goals: Goals, formats: Sequence[str]) -> None:
+def _check_goals(
+    model: nn.Module,
+    layers: Sequence[FoundLayer],
+    goals: Goals,
+    formats: Sequence[str],
+    search: Search | None = None,
+) -> None:
     """Raise where a limit on parameters or bytes is below the smallest form of the model."""
-    taken = [(layer, layer.weight.n_params - least_params(layer.weight, formats)) for layer in layers]
+    taken = [(layer, layer.weight.n_params - least_params(layer.weight, formats, search)) for layer in layers]
     for limit in goals.counted:
         if limit.measure == "params":
             least, unit = count_params(model) - sum(n for _, n in taken), "parameters"

@@ -20,6 +20,7 @@ from torch.nn.modules.conv import _ConvNd
 from tensortrain.compression.survey.summaries import patches_of
 from tensortrain.formats import FactorSpec, get_format
 from tensortrain.formats.chain import ChainFormat
+from tensortrain.formats.channel_order import NATURAL, ChannelOrder
 from tensortrain.formats.tucker2 import Tucker2
 from tensortrain.nn import Conv1d, Conv2d, FactorizedLayer, Linear, is_transformers_conv1d
 
@@ -66,6 +67,7 @@ class LastFactor:
 
     def __init__(self, layer: Any) -> None:
         self.layer = layer
+        self._order: ChannelOrder = layer.channel_order if isinstance(layer, Linear) else NATURAL
 
     @property
     def n_blocks(self) -> int:
@@ -73,9 +75,10 @@ class LastFactor:
         return 1
 
     def rows(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """The layer's input as rows in torch's order, ``(n, N)``; of images, at some of the places."""
+        """The layer's input as rows in torch's order, or that of its cores, ``(n, N)``; of images, at some places."""
         if not _is_conv(self.layer):
-            return _counted(x, mask)
+            rows = _counted(x, mask)
+            return rows if self._order.inputs is None else rows[:, list(self._order.inputs)]
         patches = patches_of(self.layer, *_padded(self.layer, x))
         return _some(patches.transpose(1, 2).reshape(-1, patches.shape[1]))
 
@@ -86,6 +89,7 @@ class LastFactor:
             rows = _some(y.movedim(1, -1).reshape(-1, y.shape[1]))
         else:
             rows = _counted(y, mask)
+        rows = rows if self._order.outputs is None else rows[:, list(self._order.outputs)]
         return rows.reshape(len(rows), self.n_blocks, -1)
 
     def features(self, rows: Tensor) -> Tensor:
@@ -95,6 +99,14 @@ class LastFactor:
     def matrix(self) -> Tensor:
         """The factor, ``(m, k)``."""
         return _weight_of(self.layer).detach().flatten(1)
+
+    def bias(self) -> Tensor | None:
+        """The layer's bias at the factor's outputs, ``(n_blocks, m)``, float64; None where it has none."""
+        if self.layer.bias is None:
+            return None
+        own = self.layer.bias.detach().double()
+        own = own if self._order.outputs is None else own[list(self._order.outputs)]
+        return own.reshape(self.n_blocks, -1)
 
     def tensors(self) -> list[Tensor]:
         """The parameters that a fit changes."""
@@ -106,7 +118,8 @@ class LastFactor:
         """Put a fitted factor, and the bias with it, in place."""
         self._write_factor(matrix)
         if self.layer.bias is not None and bias is not None:
-            self.layer.bias.copy_(bias.reshape(-1))
+            given, places = bias.reshape(-1), getattr(self.layer, "out_places", None)
+            self.layer.bias.copy_(given if places is None else given[places.long()])
 
     def _write_factor(self, matrix: Tensor) -> None:
         weight = _weight_of(self.layer)

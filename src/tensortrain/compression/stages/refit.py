@@ -251,12 +251,11 @@ def heard(layer: nn.Module, run: Any) -> list[Heard]:
 def _best(fit: tuple[Equations, Equations], factor: LastFactor, settings: Refit) -> tuple[Tensor, Tensor | None] | None:
     """The factor, and bias, that is best on the batches to choose by; None where the old one is."""
     fitting, choosing = fit
-    old, bias = factor.matrix().double(), factor.layer.bias
-    own = None if bias is None else bias.detach().double().reshape(factor.n_blocks, -1)
+    old, own = factor.matrix().double(), factor.bias()
     best, least = None, choosing.error(old, own)
     for damping in settings.dampings:
-        matrix = fitting.solved(old, damping=damping, centred=bias is not None)
-        found = matrix, None if bias is None else fitting.bias(matrix)
+        matrix = fitting.solved(old, damping=damping, centred=own is not None)
+        found = matrix, None if own is None else fitting.bias(matrix)
         error = choosing.error(*found)
         if error < least:
             best, least = found, error

@@ -33,7 +33,7 @@ _OF_STATE_DICTS = ("_state_dict_hooks", "_load_state_dict_pre_hooks")
 
 def plain_kind(layer: nn.Module) -> type[nn.Module]:
     """The class of a layer without what ``torch.nn.utils.parametrize`` makes of it."""
-    return type_before_parametrizations(layer) if is_parametrized(layer) else type(layer)  # type: ignore[return-value]
+    return type_before_parametrizations(layer) if is_parametrized(layer) else type(layer)
 
 
 def is_computed(layer: nn.Module) -> bool:

@@ -18,6 +18,7 @@ from tensortrain.errors import RankError
 
 __all__ = ["Narrowing", "narrowing", "refitted", "shrunk"]
 
+LEAST_SHRINKAGE = 1e-6  # where no data will come
 SHRINKAGE = 1e-3  # of the mean diagonal: what few rows of data say about rare directions is not to be believed
 _POOL = 4  # times as many units are looked at as go at once
 _BLOCK = 8  # units taken away at once: as good as one at a time, at the speed of matrix products
@@ -89,8 +90,13 @@ def narrowing(
     return Narrowing(torch.cat([*order, here]), torch.cat([*losses, losses[-1][-1] + rest]))
 
 
-def shrunk(gram: Tensor, share: float = SHRINKAGE) -> Tensor:
-    """A second moment with a little of the identity, so that directions without data cost something too."""
+def shrunk(gram: Tensor, outside: float | None = None) -> Tensor:
+    """A second moment with a little of the identity, so that directions without data cost something too.
+
+    Args:
+        outside: Share of the mean square that is to be expected there, where that is known.
+    """
+    share = SHRINKAGE if outside is None else min(SHRINKAGE, max(outside, LEAST_SHRINKAGE))
     mean = gram.diagonal().mean()
     return gram + share * mean * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
 

@@ -24,6 +24,7 @@ __all__ = ["WeightedMatrix"]
 
 _CANCELLED = 1e-7  # of a square: less is not known from products in float32
 _TINY = 1e-300
+_LEAST = 1e-8  # of the mean square, so that a moment has a root
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class WeightedMatrix:
         weighted: The matrix times the moment of the inputs, float64.
         inputs: ``(N, N)`` or ``(N,)``.
         outputs: ``(M, M)`` or ``(M,)``; None where all outputs count alike.
+        basis, outside: Directions that the inputs lie in, see ``Weighting``; outside of them damping is that share.
         dtype: Of the weight.
         is_table: Whether torch's layout is ``(inputs, outputs)``.
     """
@@ -45,6 +47,8 @@ class WeightedMatrix:
     outputs: Tensor | None
     dtype: torch.dtype
     is_table: bool
+    basis: Tensor | None = None
+    outside: float = 0.0
 
     @classmethod
     def of(cls, dense: Tensor, weight: WeightShape, weighting: Weighting) -> WeightedMatrix:
@@ -58,11 +62,16 @@ class WeightedMatrix:
         is_table = weight.kind == "embedding"
         matrix = dense.detach().T if is_table else dense.detach().flatten(1)
         weighted = found.times_inputs(matrix.to(torch.promote_types(matrix.dtype, torch.float32)))
-        return cls(matrix.double(), weighted, found.inputs, found.outputs, dense.dtype, is_table)
+        basis = None if found.basis is None else found.basis.to(dense.device)
+        more = dense.dtype, is_table, basis, found.outside
+        return cls(matrix.double(), weighted, found.inputs, found.outputs, *more)
 
     def singular_values(self) -> Tensor:
         """Of the matrix between the roots of its damped moments; float64, descending."""
-        return torch.linalg.eigvalsh(self._gram()[0]).flip(0).clamp_min(0).sqrt()
+        values = torch.linalg.eigvalsh(self._gram()[0]).flip(0).clamp_min(0).sqrt()
+        if self.basis is not None and not self.outside:
+            values[len(self.basis) :] = 0.0  # no input has more directions
+        return values
 
     def truncated(self, rank: int) -> tuple[Tensor, Tensor]:
         """Factors ``(M, r)`` and ``(r, N)`` of the best matrix of that rank."""
@@ -89,10 +98,10 @@ class WeightedMatrix:
     def _gram(self) -> tuple[Tensor, _Factor]:
         """The smaller Gram matrix of the weighted matrix, and the factor of the moment on its side."""
         if self._is_wide:
-            factor = _Factor.of(self.outputs, self.matrix)
+            factor = _Factor.of(self.outputs)
             inner = self._damped() @ self.matrix.T
         else:
-            factor = _Factor.of(self.inputs.double(), self.matrix)
+            factor = _Factor.of(self._damped_inputs(), damping=0.0 if self.basis is not None else DAMPING)
             inner = self.matrix.T @ self._damped_outputs()
         gram = factor.transposed(factor.transposed(inner).T)
         return (gram + gram.T) / 2, factor
@@ -102,7 +111,21 @@ class WeightedMatrix:
         moment = self.inputs
         if moment.ndim == 1:
             return self.matrix * (moment.clamp_min(0) + DAMPING * moment.mean())
-        return self.weighted + DAMPING * float(moment.diagonal().mean()) * self.matrix
+        mean = float(moment.diagonal().mean())
+        if self.basis is None:
+            return self.weighted + DAMPING * mean * self.matrix
+        inside = (self.matrix @ self.basis.T) @ self.basis
+        return self.weighted + mean * (DAMPING * inside + self.outside * (self.matrix - inside))
+
+    def _damped_inputs(self) -> Tensor:
+        """The moment of the inputs, damped where they lie in few directions; as it is where they do not."""
+        moment = self.inputs.double()
+        if self.basis is None:
+            return moment
+        outside = max(self.outside, _LEAST)
+        damped = moment + (DAMPING - outside) * moment.diagonal().mean() * (self.basis.T @ self.basis)
+        damped.diagonal().add_(outside * moment.diagonal().mean())
+        return damped
 
     def _damped_outputs(self) -> Tensor:
         """``(F + damping mean(F) 1) W``; the matrix where there is no moment."""
@@ -132,16 +155,16 @@ class _Factor:
     inverse: Tensor | None = None
 
     @classmethod
-    def of(cls, moment: Tensor | None, like: Tensor) -> _Factor:
+    def of(cls, moment: Tensor | None, *, damping: float = DAMPING) -> _Factor:
         if moment is None:
             return cls(None)
         mean = (moment if moment.ndim == 1 else moment.diagonal()).mean().clamp_min(torch.finfo(moment.dtype).tiny)
         if moment.ndim == 1:
-            return cls((moment.clamp_min(0) + DAMPING * mean).sqrt())
+            return cls((moment.clamp_min(0) + damping * mean).sqrt())
         damped = (moment + moment.T) / 2
-        damped.diagonal().add_(DAMPING * mean)
+        damped.diagonal().add_(damping * mean)
         factor, failed = torch.linalg.cholesky_ex(damped)
-        return cls(factor) if not bool(failed) else cls(*root_and_inverse(moment))
+        return cls(factor) if not bool(failed) else cls(*root_and_inverse(moment, damping=max(damping, _LEAST)))
 
     def transposed(self, x: Tensor) -> Tensor:
         """``C^T x``."""

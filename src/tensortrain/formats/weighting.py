@@ -9,7 +9,7 @@ the model's output (the Kronecker-factored curvature of Martens and Grosse, ICML
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -37,6 +37,8 @@ class Weighting:
             channel slowest, as ``torch.nn.functional.unfold`` orders a patch; embeddings: how often each id is met).
         outputs: Weight of the outputs beside that of the inputs, ``(M, M)`` or ``(M,)``, such as the second moment of
             the gradients that reach them.
+        basis: ``(r, N)`` orthonormal: directions that the inputs lie in, where these are few.
+        outside: Share of their mean square that an input may have in any other direction all the same.
 
     Example:
         >>> change, weight = torch.tensor([[0.0, 2.5]]), torch.tensor([[3.0, 4.0]])
@@ -46,6 +48,8 @@ class Weighting:
 
     inputs: Tensor | None = None
     outputs: Tensor | None = None
+    basis: Tensor | None = field(default=None, kw_only=True)
+    outside: float = field(default=0.0, kw_only=True)
 
     @property
     def is_plain(self) -> bool:
@@ -67,7 +71,9 @@ class Weighting:
         inputs = self.inputs.to(dense.device)
         outputs = None if self.outputs is None else self.outputs.to(dense.device)
         same = inputs is self.inputs and outputs is self.outputs
-        return self if same else Weighting(inputs, outputs)  # what follows from the moments stays known
+        return (
+            self if same else replace(self, inputs=inputs, outputs=outputs)
+        )  # what follows from the moments stays known
 
     def checked(self, weight: WeightShape) -> Weighting:
         """The moments in float64.
@@ -88,7 +94,7 @@ class Weighting:
             if inputs is self.inputs and outputs is self.outputs:
                 self._derived["sizes"] = sizes
                 return self
-            found = self._derived[sizes] = Weighting(inputs, outputs)
+            found = self._derived[sizes] = replace(self, inputs=inputs, outputs=outputs)
             found._derived["sizes"] = sizes
         return found
 

@@ -254,7 +254,7 @@ def cold_weighting(weighting: Weighting, hot_ids: Sequence[int]) -> Weighting:
     """What errors of a table weigh where some rows stay as they are."""
     counts = weighting.inputs
     assert counts is not None
-    return Weighting(counts.index_fill(0, torch.tensor(hot_ids, device=counts.device), 0.0), weighting.outputs)
+    return replace(weighting, inputs=counts.index_fill(0, torch.tensor(hot_ids, device=counts.device), 0.0))
 
 
 class _Best:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any, TypeAlias
@@ -94,6 +94,19 @@ class Menu:
         found = [one for family in self.families for one in family.candidates(growth=growth, wide=wide)]
         return replace(self, candidates=found)
 
+    def with_finer(self, pick: Pick, *, growth: float) -> Menu:
+        """The menu with more forms of the family that was picked from: larger ones, ranks growing by such steps."""
+        if not isinstance(pick, Candidate):
+            return self
+        finer = [
+            one
+            for family in self.families
+            if family_of(family) == family_of(pick)
+            for one in family.candidates(growth=growth)
+            if one.point.n_params > pick.point.n_params
+        ]
+        return replace(self, candidates=[*self.candidates, *finer])
+
     def expected_errors(self, *, long_healing: bool) -> list[float]:
         """Relative squared errors of the candidates, as far as healing will leave them."""
         own = [candidate.point.rel_error**2 for candidate in self.candidates]
@@ -117,6 +130,8 @@ class Chooser:
         beyond_reach: Tells who holds the parameters that no plan reaches, for a message.
         hidden: Units that several layers are narrowed at together; their widths stand on the menus.
         banned: Per layer, the families that are too slow from so many parameters on.
+        begun: What is chosen already, by layer, where a rest is spent: only forms of the same family that are larger,
+            the dense layer and larger widths are looked at.
     """
 
     menus: Sequence[Menu]
@@ -128,9 +143,10 @@ class Chooser:
     hidden: Sequence[Widths] = ()
     banned: dict[str, dict[Family, int]] = field(init=False)
     clock: Clock = field(default_factory=Clock)
-    known: dict[tuple[str, FactorSpec], LayerCost] = field(default_factory=dict)
+    known: dict[tuple[str, FactorSpec, int], LayerCost] = field(default_factory=dict)
     total_bytes: int = 0
     picks: list[Pick] = field(default_factory=list)
+    begun: Mapping[str, Pick] | None = None
 
     def __post_init__(self) -> None:
         self.banned = {menu.layer.name: {} for menu in self.menus}
@@ -143,12 +159,27 @@ class Chooser:
         """
         while True:
             picks = self._allocate()
-            if self._may_quicken:
+            if self._may_quicken and self.begun is None:
                 picks = self._quickened(picks)
             if not self._struck_off(picks):
                 self.picks = picks
                 layers = [self._plan(menu, pick) for menu, pick in zip(self.menus, picks, strict=True)]
                 return Choice(layers, self._narrowed(picks))
+
+    def spend_rest(self, growth: float) -> tuple[Chooser, Choice]:
+        """Go on from what was chosen in finer steps of the ranks, as far as the budget goes and nothing gets slower.
+
+        Returns:
+            The chooser that did, and its choice.
+        """
+        pairs = list(zip(self.menus, self.picks, strict=True))
+        finer = replace(
+            self,
+            menus=[menu.with_finer(pick, growth=growth) for menu, pick in pairs],
+            begun={menu.layer.name: pick for menu, pick in pairs},
+        )
+        finer.banned = {name: dict(families) for name, families in self.banned.items()}
+        return finer, finer.choose()
 
     def _narrowed(self, picks: Sequence[Pick]) -> list[Narrowed]:
         by_name = {menu.layer.name: pick for menu, pick in zip(self.menus, picks, strict=True)}
@@ -158,9 +189,18 @@ class Chooser:
     def _struck_off(self, picks: Sequence[Pick]) -> bool:
         """Whether some picks are too slow, which are then banned with all larger ones of their family."""
         slower = [] if self.allow_slower else self._slower(picks)
+        if self.begun is not None and slower:
+            grown = self._grown(picks)
+            slower = [each for each in slower if each in grown] or grown
         for menu, candidate in slower:
-            self.banned[menu.layer.name][family_of(candidate.spec)] = self._least_slow(menu, candidate)
+            self.banned[menu.layer.name][family_of(candidate)] = self._least_slow(menu, candidate)
         return bool(slower)
+
+    def _grown(self, picks: Sequence[Pick]) -> list[tuple[Menu, Candidate]]:
+        """Picks that are others than those begun with, which are never struck off."""
+        assert self.begun is not None
+        pairs = [(menu, one) for menu, one in zip(self.menus, picks, strict=True) if isinstance(one, Candidate)]
+        return [(menu, one) for menu, one in pairs if one is not self.begun[menu.layer.name]]
 
     def _least_slow(self, menu: Menu, pick: Candidate) -> int:
         """Parameters from which on a family is too slow, as times at a few ranks tell; at most those of a pick."""
@@ -239,7 +279,20 @@ class Chooser:
         if price_of_time:
             losses = losses + price_of_time * _summed(self._times, group, n)
         at_widths = zip(costs, losses, zip(*(menu.widths for menu in menus), strict=True), strict=True)
-        return [*summed(apart), *(Option(int(cost), float(loss), widths) for cost, loss, widths in at_widths)]
+        together = [Option(int(cost), float(loss), each) for cost, loss, each in at_widths][self._least_width(group) :]
+        return [*summed(apart), *together] if self._is_apart(group) else together
+
+    def _is_apart(self, group: Sequence[int]) -> bool:
+        """Whether the layers of a group may have a form each."""
+        return self.begun is None or not isinstance(self.begun[self.menus[group[0]].layer.name], Width)
+
+    def _least_width(self, group: Sequence[int]) -> int:
+        """Place of the least width of a group that may be taken."""
+        menu = self.menus[group[0]]
+        if self.begun is None:
+            return 0
+        pick = self.begun[menu.layer.name]
+        return menu.widths.index(pick) if isinstance(pick, Width) else len(menu.widths)
 
     def _options(self, k: int, menu: Menu, price_of_time: float) -> list[Option]:
         """The forms of a layer that are not banned, by rising cost, without those that cost more and lose no less."""
@@ -259,9 +312,16 @@ class Chooser:
         banned = self.banned[menu.layer.name]
         places = range(len(menu.candidates))
         if banned:
-            sizes = [(c.point.n_params, banned.get(family_of(c.spec), math.inf)) for c in menu.candidates]
+            sizes = [(c.point.n_params, banned.get(family_of(c), math.inf)) for c in menu.candidates]
             places = [n for n, (size, limit) in enumerate(sizes) if size < limit]  # type: ignore[assignment]
-        return np.array([0, *(1 + n for n in places)])
+        if self.begun is None:
+            return np.array([0, *(1 + n for n in places)])
+        pick = self.begun[menu.layer.name]
+        if not isinstance(pick, Candidate):
+            return np.array([0])
+        larger = {id(one) for one in _family(menu, pick) if one.point.n_params > pick.point.n_params}
+        begun = next(n for n, one in enumerate(menu.candidates) if one is pick)
+        return np.array([0, 1 + begun, *(1 + n for n in places if id(menu.candidates[n]) in larger)])
 
     @cached_property
     def _costs(self) -> list[Array]:
@@ -360,8 +420,7 @@ class Chooser:
         """Seconds that a pick takes more than the dense layer, one a batch size."""
         family = _family(menu, pick)
         return [
-            self.clock.exact(menu.layer, pick.spec, load, family) - self.clock.dense(menu.layer, load)
-            for load in menu.loads
+            self.clock.exact(menu.layer, pick, load, family) - self.clock.dense(menu.layer, load) for load in menu.loads
         ]
 
     # -- costs ---------------------------------------------------------------------------------------
@@ -413,9 +472,9 @@ class Chooser:
 
     def _cost(self, menu: Menu, candidate: Candidate) -> LayerCost:
         """Milliseconds to predict, so each is predicted once."""
-        key = menu.layer.name, candidate.spec
+        key = menu.layer.name, candidate.spec, len(candidate.hot_ids)
         if key not in self.known:
-            self.known[key] = spec_cost(menu.layer, candidate.spec, menu.loads[0])
+            self.known[key] = spec_cost(menu.layer, candidate.spec, menu.loads[0], n_hot=len(candidate.hot_ids))
         return self.known[key]
 
     def _unreachable(self, options: Sequence[Sequence[Option]]) -> BudgetError:
@@ -483,4 +542,4 @@ def _n_params(menu: Menu, pick: Pick) -> int:
 
 def _family(menu: Menu, pick: Candidate) -> list[Candidate]:
     """The candidates of a layer that differ from one in their ranks alone."""
-    return [one for one in menu.candidates if family_of(one.spec) == family_of(pick.spec)]
+    return [one for one in menu.candidates if family_of(one) == family_of(pick)]

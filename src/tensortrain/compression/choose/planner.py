@@ -54,6 +54,9 @@ _HEALED_REACH = 0.5
 # large layer they can leave several per cent of it, and planning is done again with the fine ones.
 _GROWTHS = (0.08, 0.01)
 _SPENT = 0.95
+# What is still left is spent on larger forms of what was chosen, in steps that give round ranks, then in any.
+_FINER = (0.02, 0.0)
+_ALL_BUT = 0.005
 _FLOPS_NOT_KNOWN_YET = 10**15
 
 
@@ -203,7 +206,7 @@ def _surveyed(opened: Opened, options: PlanOptions, budgets: Sequence[BudgetLike
     layers, left = _layers(model, options, budgets)
     task, data = _task(model, options)
     calibration = _calibration(model, layers, data, task, options)
-    menus, unseen = _menus(layers, calibration, options)
+    menus, unseen = _menus(model, layers, calibration, options)
     menus = [replace(menu, beside=beside.get(menu.layer.name, (0, 0))) for menu in menus]
     hidden = _hidden(model, layers, calibration, options)
     flops = sum(menu.dense.flops or 0 for menu in menus) if calibration is not None else None
@@ -273,6 +276,7 @@ class Planning:
             found.spent(limit.measure),
             full=full.get(limit.measure, self.now.flops or 0),
             slower=self.slower[limit],
+            is_exact=found.loss == 0,
         )
         return replace(found.plan, notes=(*found.plan.notes, note)) if note else found.plan
 
@@ -293,12 +297,17 @@ class Planning:
         return self._chooser(_GROWTHS[0], Budget(measure, 0, "")).range_of(measure)
 
     def _spend(self, budget: Budget) -> tuple[Chooser, Choice]:
-        """Choose, in finer steps of the ranks where coarse ones leave much of one size."""
+        """Choose, in finer steps of the ranks where coarse ones leave some of one size."""
         for growth in _GROWTHS:
             chooser = self._chooser(growth, budget)
             choice = chooser.choose()
             if chooser.spent() >= _SPENT * budget.limit or budget.rates or budget.measure == "time":
                 break
+        if budget.rates or budget.measure == "time":
+            return chooser, choice
+        for growth in _FINER:
+            if chooser.spent() < (1 - _ALL_BUT) * budget.limit:
+                chooser, choice = chooser.spend_rest(growth)
         return chooser, choice
 
     def _chooser(self, growth: float, budget: Budget) -> Chooser:
@@ -355,11 +364,11 @@ def _layers(
 
 
 def _menus(
-    layers: Sequence[FoundLayer], calibration: Calibration | None, options: PlanOptions
+    model: nn.Module, layers: Sequence[FoundLayer], calibration: Calibration | None, options: PlanOptions
 ) -> tuple[list[Menu], list[str]]:
     """What each layer costs and counts, candidates still to come; and notes on what was not seen."""
     reach = _HEALED_REACH if options.will_heal else 1.0
-    loads = [loads_of(layer, calibration, options.batch_size) for layer in layers]
+    loads = [loads_of(layer, calibration, options.batch_size, model) for layer in layers]
     costs = [dense_cost(layer, load[0]) for layer, load in zip(layers, loads, strict=True)]
     weights, unseen = weigh_layers(layers, calibration, narrowed=options.output is not None)
     known = calibration is not None and bool(calibration.output_grams)

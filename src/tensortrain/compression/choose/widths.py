@@ -103,8 +103,9 @@ def widths_of(model: nn.Module, units: HiddenUnits, layers: Members, moments: La
     gram = channel_gram(reader, moments).to(reader.kernel.device)
     outputs = moments.output_gram
     outputs = torch.diag(outputs) if outputs is not None and outputs.ndim == 1 else outputs
+    outputs = None if outputs is None else shrunk(outputs)
     block = max(_ROUND, -(-units.n_units // _MOST_BLOCKS))
-    order = narrowing(reader.kernel, shrunk(gram), None if outputs is None else shrunk(outputs), block=block)
+    order = narrowing(reader.kernel, shrunk(gram, moments.outside), outputs, block=block)
     n_between = sum(p.numel() for name in units.between for p in model.get_submodule(name).parameters(recurse=False))
     biases = sum(p.numel() for name in units.makers for p in _beside_weight(layers[name]))
     widths = _widths(units.n_units)

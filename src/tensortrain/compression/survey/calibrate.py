@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -123,6 +123,7 @@ class _Pass:
         mask: Which positions of the batch that runs are counted.
         feature_map: Shape of the last map of features that a module gave.
         last: The layer that ran last, and its output.
+        looked_up: What small tables gave on the batch that runs, by where it lies in memory, and the tables.
     """
 
     model: nn.Module
@@ -133,6 +134,7 @@ class _Pass:
     mask: Tensor | None = None
     feature_map: tuple[int, ...] = ()
     last: tuple[LayerMoments, Any] | None = None
+    looked_up: dict[int, tuple[Tensor, int, Tensor]] = field(default_factory=dict)
 
     @torch.no_grad()
     def run(self, data: Iterable[Any], n_batches: int, kept: int, observer: Observer) -> None:
@@ -154,6 +156,7 @@ class _Pass:
             for handle in handles:
                 handle.remove()
             self.last = None  # an output that nobody needs any more
+            self.looked_up.clear()
             observer.on_end()
         if not self.found.batches:
             raise DataError(
@@ -165,6 +168,7 @@ class _Pass:
         found = self.found
         if not found.batches:
             found.n_examples = n_examples(batch)
+        self.looked_up.clear()
         self.mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
         try:
             if self.judge is None:
@@ -188,6 +192,7 @@ class _Pass:
         modules = list(self.model.named_modules())
         handles += [module.register_forward_hook(self._note_feature_map) for _, module in modules]
         handles += [layer.module.register_forward_hook(self._leaving(layer)) for layer in self.layers]
+        handles += [module.register_forward_hook(self._note_rows) for _, module in modules if _is_small_table(module)]
         norms = [(name, m) for name, m in modules if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         return handles + [m.register_forward_pre_hook(self._entering(name), with_kwargs=True) for name, m in norms]
 
@@ -202,9 +207,8 @@ class _Pass:
             if not self.found.batches:  # the first one; the last may be short
                 moments.input_shape = tuple(x.shape)
                 moments.calls = (moments.calls or 0) + 1
-            summary = summarize(layer, x, self.mask) if self.judge is not None else None
-            if summary is not None:
-                moments.add(*summary)
+            if self.judge is not None:
+                summarize(layer, x, self.mask, moments, self._table_of(x))
 
         return record
 
@@ -219,6 +223,15 @@ class _Pass:
     def _note_feature_map(self, module: nn.Module, args: Any, output: Any) -> None:
         if isinstance(output, Tensor) and output.ndim >= 3:
             self.feature_map = tuple(output.shape[1:])
+
+    def _note_rows(self, module: Any, args: Any, output: Any) -> None:
+        if isinstance(output, Tensor) and not output.is_inference():
+            self.looked_up[output.untyped_storage().data_ptr()] = output, output._version, module.weight
+
+    def _table_of(self, x: Tensor) -> Tensor | None:
+        """The table that an input consists of rows of, if it has not been changed since these were looked up."""
+        found = None if x.is_inference() else self.looked_up.get(x.untyped_storage().data_ptr())
+        return found[2] if found is not None and x._version == found[1] and x.shape[-1] == found[2].shape[1] else None
 
     def _leaving(self, layer: FoundLayer) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
@@ -252,6 +265,12 @@ def _note_missing(layers: Sequence[FoundLayer], found: Calibration) -> None:
         if moments.gram is None:
             known = is_summarized(layer) or moments.n_rows is None
             (found.unseen if known else found.unmeasured).append(layer.name)
+
+
+def _is_small_table(module: Any) -> bool:
+    """Whether it gives rows of a table, or sums of some, that cannot lie in all directions."""
+    is_table = isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and getattr(module, "mode", "") != "max"
+    return is_table and module.num_embeddings < module.embedding_dim
 
 
 def _plain(x: Any) -> Tensor | None:

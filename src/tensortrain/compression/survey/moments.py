@@ -9,13 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tensortrain.compression.survey.span import Span
 from tensortrain.formats import PLAIN, Weighting
+from tensortrain.formats.whitening import DAMPING
 
 __all__ = ["Calibration", "LayerMoments", "expected_shares", "second_moment"]
 
 LARGEST_FULL_GRAM = 4608  # features: 170 MB in float64; above, only the diagonal is kept
 _MOST_UNMET = 0.5  # of all ids to come, however many of those met came once
 _LEAST_UNMET = 0.05  # of what they would be if all ids were alike: positions beyond short texts may come, too
+_EXACT = 1e-6  # of the mean square: what inputs bring from outside of the directions seen is rounding
 _CONSTANT = 1e-10  # of the second moment: an input that varies less is the same for all rows
 
 
@@ -35,6 +38,9 @@ class LayerMoments:
         structure: For a layer behind a flattening, the (channels, height, width) that were flattened.
         calls: How often the layer ran on the first batch.
         n_rows: Rows summed up.
+        basis: ``(r, N)``: the directions that the inputs lie in, where these are few.
+        outside: Share of the mean square that is to be expected in any other direction; None where there is no basis.
+        span: These directions, while the data runs.
     """
 
     gram: Tensor | None = None
@@ -45,6 +51,9 @@ class LayerMoments:
     structure: tuple[int, ...] | None = None
     calls: int | None = None
     n_rows: int | None = None
+    basis: Tensor | None = None
+    outside: float | None = None
+    span: Span | None = None
 
     @property
     def weighting(self) -> Weighting:
@@ -53,7 +62,8 @@ class LayerMoments:
             return PLAIN
         known: Weighting | None = self.__dict__.get("_weighting")
         if known is None or known.inputs is not self.gram or known.outputs is not self.output_gram:
-            known = self.__dict__["_weighting"] = Weighting(self.gram, self.output_gram)
+            known = Weighting(self.gram, self.output_gram, basis=self.basis, outside=self.outside or 0.0)
+            self.__dict__["_weighting"] = known
         return known
 
     def forget_derived(self) -> None:
@@ -70,6 +80,21 @@ class LayerMoments:
             self.mean = mean if self.mean is None else self.mean + mean
         self.n_rows = (self.n_rows or 0) + n_rows
 
+    def add_rows(self, rows: Tensor, table: Tensor | None = None) -> None:
+        """Take in the rows of one call, ``(n, N)``.
+
+        Args:
+            table: That they are rows of, or sums of such.
+        """
+        if self.span is None and rows.shape[1] <= LARGEST_FULL_GRAM:
+            self.span = Span(rows.shape[1])
+        if self.span is not None:
+            self.span.add(rows, table)
+        # Where directions are missing, rounding must not look like some.
+        exact = self.span is not None and self.span.is_small
+        gram = second_moment(rows.double() if exact else rows)
+        self.add(gram, rows.double().sum(dim=0), rows.shape[0])
+
     def add_gradients(self, moment: Tensor) -> None:
         """Take in the second moment of the gradients of one call."""
         self.output_gram = _added(self.output_gram, moment)
@@ -84,6 +109,7 @@ class LayerMoments:
         """
         gram, mean, n_rows = self.gram, self.mean, self.n_rows
         self.gram = self.mean = None
+        self._settle_span()
         if gram is None or not n_rows:
             return
         second = _trace(gram)
@@ -97,6 +123,18 @@ class LayerMoments:
                 return
             self.mean = mean
         self.gram = gram
+
+    def _settle_span(self) -> None:
+        """How much of what is to come lies outside of the directions seen, spread over all others."""
+        span, self.span = self.span, None
+        basis = None if span is None else span.of_tables()
+        if basis is not None:
+            self.basis, self.outside = basis, 0.0
+        elif span is not None and span.basis is not None and len(span.basis):
+            rank, n = span.basis.shape
+            unexplained = span.unexplained()
+            self.basis = span.basis
+            self.outside = 0.0 if unexplained <= _EXACT else min(DAMPING, unexplained * n / (n - rank))
 
 
 def expected_shares(counts: Tensor) -> Tensor:

@@ -9,7 +9,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tensortrain.compression.choose.candidates import NARROW
+from tensortrain.compression.choose.head_widths import HeadWidths
 from tensortrain.compression.choose.widths import Width, Widths
+from tensortrain.compression.survey.heads import ValueHeads
 from tensortrain.compression.survey.hidden import HiddenUnits
 from tensortrain.compression.survey.layers import FoundLayer, LeftAlone
 from tensortrain.compression.survey.moments import Calibration
@@ -18,9 +20,9 @@ from tensortrain.formats import FactorSpec, get_format
 from tensortrain.nn.base import Implementation
 from tensortrain.system.records import read_record, to_plain
 
-__all__ = ["CompressionPlan", "LayerPlan", "Narrowed", "n_saved"]
+__all__ = ["CompressionPlan", "LayerPlan", "Narrowed", "NarrowedHeads", "n_saved"]
 
-_VERSION = 4
+_VERSION = 5
 _NARROWED = "narrowed"
 _KEPT = (
     "budget",
@@ -33,9 +35,10 @@ _KEPT = (
     "notes",
     "opened",
     "narrowed",
+    "heads",
 )
 _NEW_OF_LAYERS = ("hot_ids", "head", "loss", "why")  # written where they say something
-_ADDED = ("opened", "narrowed")  # by versions 3 and 4: maps of recurrent layers, and hidden units
+_ADDED = ("opened", "narrowed", "heads")  # by versions 3 to 5: maps of recurrent layers, hidden units, heads
 
 
 @dataclass(frozen=True)
@@ -154,6 +157,31 @@ class Narrowed:
         return cls(widths.units, tuple(widths.order.kept(n_units).tolist()), widths.n_between * (n - n_units) // n)
 
 
+@dataclass(frozen=True)
+class NarrowedHeads:
+    """Attention heads of which some directions go, from both layers around them.
+
+    Attributes:
+        kept: How many remain, by head of the values.
+    """
+
+    heads: ValueHeads
+    kept: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.kept) != self.heads.n_groups or not all(1 <= k <= self.heads.size for k in self.kept):
+            raise ValueError("heads keep between one and all of their directions")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return self.heads.names
+
+    @classmethod
+    def of(cls, widths: HeadWidths, n_directions: int) -> NarrowedHeads:
+        """What each head best keeps of so many in all."""
+        return cls(widths.heads, widths.kept(n_directions))
+
+
 def n_saved(layers: Sequence[LayerPlan], narrowed: Sequence[Narrowed]) -> int:
     """Parameters that a plan takes away."""
     return sum(one.params_before - one.params_after for one in layers) + sum(one.n_between for one in narrowed)
@@ -171,6 +199,7 @@ class CompressionPlan:
         notes: Sentences on what could not be done as asked.
         opened: Layers of several maps (recurrent ones, attention) whose maps are changed one by one.
         narrowed: Hidden units of which some go.
+        heads: Attention heads of which some directions go.
         calibration: The input statistics it was made with; not part of the text.
     """
 
@@ -185,6 +214,7 @@ class CompressionPlan:
     notes: tuple[str, ...] = ()
     opened: tuple[str, ...] = ()
     narrowed: tuple[Narrowed, ...] = ()
+    heads: tuple[NarrowedHeads, ...] = ()
 
     @property
     def compression(self) -> float:

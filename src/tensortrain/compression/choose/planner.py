@@ -21,6 +21,7 @@ from tensortrain.compression.choose.chooser import Choice, Chooser, Menu
 from tensortrain.compression.choose.clock import Clock
 from tensortrain.compression.choose.cost import dense_cost
 from tensortrain.compression.choose.goals import Goals, Sizes, read_goals
+from tensortrain.compression.choose.head_widths import HeadWidths, apart, head_widths_of
 from tensortrain.compression.choose.load import loads_of
 from tensortrain.compression.choose.options import PlanOptions
 from tensortrain.compression.choose.plan import CompressionPlan, n_saved
@@ -33,6 +34,7 @@ from tensortrain.compression.survey.calibrate import calibrate
 from tensortrain.compression.survey.layers import FoundLayer, LeftAlone, check_module, count_params, find_layers
 from tensortrain.compression.survey.moments import Calibration, LayerMoments
 from tensortrain.compression.survey.proven import proven_units
+from tensortrain.compression.survey.proven_heads import proven_heads
 from tensortrain.compression.survey.task import FIRST, first_with_example, task_on_batch
 from tensortrain.errors import BudgetError
 from tensortrain.nn import CompositeLayer
@@ -224,7 +226,7 @@ class Planning:
     Attributes:
         now: What the model has.
         menus: With their families.
-        hidden: Units that can be narrowed at.
+        hidden: Units and attention heads that can be narrowed at.
         task: How the model is judged.
         beyond_reach: Tells who holds the parameters that no plan reaches.
         opened, left: Layers of several maps, and what is left alone.
@@ -235,7 +237,7 @@ class Planning:
     options: PlanOptions
     now: Sizes
     menus: Sequence[Menu]
-    hidden: Sequence[Widths]
+    hidden: Sequence[Widths | HeadWidths]
     calibration: Calibration | None
     task: Task | None
     beyond_reach: Callable[[], str]
@@ -320,6 +322,7 @@ class Planning:
             task.outputs if task else (),
             self.notes,
             narrowed=tuple(choice.narrowed),
+            heads=tuple(choice.heads),
         )
         return plan.with_opened(self.opened, self.left)
 
@@ -369,8 +372,8 @@ def _menus(
 
 def _hidden(
     model: nn.Module, layers: Sequence[FoundLayer], calibration: Calibration | None, options: PlanOptions
-) -> list[Widths]:
-    """Units that can be narrowed at, where that is asked for and what comes to their readers is known.
+) -> list[Widths | HeadWidths]:
+    """Units and attention heads that can be narrowed at, where that is asked for and what comes to their readers is known.
 
     Before a long healing they are left whole: training finds other uses for them.
     """
@@ -379,13 +382,21 @@ def _hidden(
     by_name = {layer.name: layer for layer in layers if not _stands_open(model, layer)}
     notes = calibration.notes
     found = proven_units(model, calibration, lambda all_of: disjoint(all_of, by_name, calibration.layers), notes)
-    options.observer.on_start("widths", len(found))
-    widths = []
-    for k, units in enumerate(found):
+    taken = {name for units in found for name in (*units.makers, units.reader)}
+    heads = proven_heads(
+        model, calibration, by_name, lambda all_of: apart(all_of, by_name, calibration.layers, taken), notes
+    )
+    options.observer.on_start("widths", len(found) + len(heads))
+    widths: list[Widths | HeadWidths] = []
+    for units in found:
         widths.append(widths_of(model, units, by_name, calibration.of(units.reader)))
-        options.observer.on_step(k + 1)
+        options.observer.on_step(len(widths))
+    for one in heads:
+        moments = calibration.of(one.reader)
+        widths.append(head_widths_of(one, by_name, moments, allow_slower=options.allow_slower))
+        options.observer.on_step(len(widths))
     options.observer.on_end()
-    return widths
+    return [one for one in widths if one.menus[one.reader]]
 
 
 def _stands_open(model: nn.Module, layer: FoundLayer) -> bool:
@@ -394,7 +405,7 @@ def _stands_open(model: nn.Module, layer: FoundLayer) -> bool:
     return any(layer.name.startswith(f"{name}." if name else "") for name in outer)
 
 
-def _widths_on(menu: Menu, hidden: Sequence[Widths]) -> Sequence[Width]:
+def _widths_on(menu: Menu, hidden: Sequence[Widths | HeadWidths]) -> Sequence[Width]:
     return next((one.menus[menu.layer.name] for one in hidden if menu.layer.name in one.menus), ())
 
 
@@ -415,7 +426,7 @@ def _kept_bytes(layer: FoundLayer) -> int:
 
 def _with_families(
     menus: Sequence[Menu],
-    hidden: Sequence[Widths],
+    hidden: Sequence[Widths | HeadWidths],
     calibration: Calibration | None,
     options: PlanOptions,
     *,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -81,7 +82,7 @@ class PartialLinear(nn.Linear):
 def _checked(numbers: Sequence[int] | None, size: int, what: str) -> int:
     if numbers is None:
         return size
-    rising = all(a < b for a, b in zip(numbers, numbers[1:], strict=False))
+    rising = all(a < b for a, b in itertools.pairwise(numbers))
     if not numbers or not rising or numbers[0] < 0 or numbers[-1] >= size:
         raise ShapeError(
             f"{what} must hold rising numbers below {size}: found {tuple(numbers[:8])} and "

@@ -373,7 +373,7 @@ def _menus(
 def _hidden(
     model: nn.Module, layers: Sequence[FoundLayer], calibration: Calibration | None, options: PlanOptions
 ) -> list[Widths | HeadWidths]:
-    """Units and attention heads that can be narrowed at, where that is asked for and what comes to their readers is known.
+    """Units and attention heads to narrow at, where that is asked for and what comes to their readers is known.
 
     Before a long healing they are left whole: training finds other uses for them.
     """

@@ -13,11 +13,10 @@ from torch import Tensor, nn
 import tensortrain as tt
 from tensortrain.compression.choose.plan import NarrowedHeads
 from tensortrain.compression.narrow_heads import narrowed_heads
-from tensortrain.compression.survey.heads import ValueHeads, find_value_heads
+from tensortrain.compression.survey.heads import AttentionHeads, find_heads
 from tensortrain.compression.survey.layers import count_params, find_layers
-from tensortrain.compression.survey.moments import LayerMoments
+from tensortrain.compression.survey.moments import Calibration, LayerMoments
 from tensortrain.compression.survey.proven_heads import proven_heads
-from tensortrain.compression.survey.moments import Calibration
 from tensortrain.compression.swap import swap
 from tensortrain.errors import CheckpointError, ShapeError
 from tensortrain.formats.head_narrowing import head_bases, head_steps, refit_heads
@@ -113,18 +112,18 @@ def on(x: Any) -> Callable[[nn.Module], Any]:
 
 @pytest.mark.parametrize(("heads", "groups"), [(4, 4), (4, 2), (3, 1), (1, 1)])
 def test_heads_and_their_groups_are_found(heads: int, groups: int) -> None:
-    found = find_value_heads(attends(heads=heads, groups=groups), on(batches()[0]))
-    assert found == [ValueHeads(f"{k}.v", f"{k}.o", heads, groups, 6, 0, 6) for k in (0, 2)]
+    found = find_heads(attends(heads=heads, groups=groups), on(batches()[0]))
+    assert found == [AttentionHeads(f"{k}.v", f"{k}.o", heads, groups, 6, 0, 6) for k in (0, 2)]
 
 
-def proven(net: nn.Module, batch: Any) -> list[ValueHeads]:
+def proven(net: nn.Module, batch: Any) -> list[AttentionHeads]:
     layers = {layer.name: layer for layer in find_layers(net)[0]}
     return proven_heads(net, Calibration(batches=[batch]), layers, lambda found: found, [])
 
 
 def test_a_norm_of_each_head_is_no_matter_of_directions() -> None:
     assert len(proven(attends(), batches()[0])) == 2
-    assert find_value_heads(attends(norm=True), on(batches()[0])) == [] or not proven(attends(norm=True), batches()[0])
+    assert find_heads(attends(norm=True), on(batches()[0])) == [] or not proven(attends(norm=True), batches()[0])
 
 
 class Read(nn.Module):
@@ -205,7 +204,7 @@ def test_exact_at_full_width() -> None:
     net, data = attends().double(), batches()[0].double()
     layers = {layer.name: layer for layer in find_layers(net)[0]}
     wanted = net(data)
-    for heads in find_value_heads(net, on(data)):
+    for heads in find_heads(net, on(data)):
         seen = torch.randn(4096, 24, dtype=torch.float64) + 1
         moments = LayerMoments(gram=seen.T.cov(correction=0), mean=seen.mean(0))
         built, statistics = narrowed_heads(net, heads, (6, 6), layers, moments)
@@ -237,7 +236,7 @@ def test_plan_goes_through_json_and_fits_without_what_was_seen() -> None:
 
 def test_a_damaged_plan_is_refused() -> None:
     text = compressed(attends()).plan.to_json()
-    kept = NarrowedHeads(ValueHeads("a", "b", 4, 2, 6, 0, 6), (3, 2))
+    kept = NarrowedHeads(AttentionHeads("a", "b", 4, 2, 6, 0, 6), (3, 2))
     assert kept.names == ("a", "b")
     for wrong in ('"size": 6', '"size": 1'), ('"n_groups": 2', '"n_groups": 1'):
         with pytest.raises(CheckpointError, match="must be the text"):

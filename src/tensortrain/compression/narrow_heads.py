@@ -1,4 +1,4 @@
-"""Take directions out of attention heads: a smaller value map and a smaller map after the heads.
+"""Take directions out of attention heads: smaller maps of values and after the heads, of keys and of queries.
 
 The sizes that the model's own code sees stay as they are, so that it goes on running as it does, its cache included.
 """
@@ -13,16 +13,24 @@ from torch import Tensor, nn
 
 from tensortrain.compression.carry import cannot_carry, carry
 from tensortrain.compression.made_up import Statistic, make_up
-from tensortrain.compression.survey.heads import ValueHeads
+from tensortrain.compression.survey.heads import AttentionHeads
 from tensortrain.compression.survey.layers import FoundLayer
 from tensortrain.compression.survey.moments import LayerMoments
 from tensortrain.compression.swap import Built
 from tensortrain.errors import ShapeError
-from tensortrain.formats.head_narrowing import head_bases, refit_heads
+from tensortrain.formats.head_narrowing import head_bases, refit_heads, score_bases
 from tensortrain.formats.narrowing import shrunk
 from tensortrain.nn import PartialLinear
 
-__all__ = ["can_be_partial", "check_heads", "head_moments", "narrowed_heads", "partial_maps"]
+__all__ = [
+    "can_be_partial",
+    "check_heads",
+    "head_moments",
+    "narrowed_heads",
+    "partial_maps",
+    "partial_scores",
+    "score_moments",
+]
 
 _LITTLE = 1e-6  # of the mean diagonal: moments that follow from weights alone are as exact as these
 
@@ -30,7 +38,7 @@ _LITTLE = 1e-6  # of the mean diagonal: moments that follow from weights alone a
 @torch.no_grad()
 def narrowed_heads(
     model: nn.Module,
-    heads: ValueHeads,
+    heads: AttentionHeads,
     kept: Sequence[int],
     layers: Mapping[str, FoundLayer],
     moments: LayerMoments,
@@ -38,9 +46,9 @@ def narrowed_heads(
     """The two maps around some heads with fewer directions, fitted to the old outputs; nothing is changed.
 
     Args:
-        kept: How many directions each head of the values keeps.
+        kept: How many directions each head of the maker keeps.
         layers: Of the model, by name.
-        moments: Of what the reader was given; without them those of values of inputs that are all alike.
+        moments: Of ``heads.judged``; without them as if all inputs were alike.
 
     Returns:
         The new layers, and statistics of a batch norm after them that are still to be changed.
@@ -50,6 +58,10 @@ def narrowed_heads(
     """
     check_heads(heads, layers)
     maker, reader = layers[heads.maker], layers[heads.reader]
+    if heads.kind == "scores":
+        return partial_scores(
+            heads, *score_bases(*score_moments(heads, maker, reader, moments), kept), maker, reader
+        ), []
     old = reader.kernel.flatten(1)
     gram, outputs = head_moments(heads, maker, reader, moments)
     bases = head_bases(old, gram, outputs, heads.n_heads, kept)
@@ -65,7 +77,7 @@ def narrowed_heads(
 
 
 def head_moments(
-    heads: ValueHeads, maker: FoundLayer, reader: FoundLayer, moments: LayerMoments
+    heads: AttentionHeads, maker: FoundLayer, reader: FoundLayer, moments: LayerMoments
 ) -> tuple[Tensor, Tensor | None]:
     """Second moment of the heads' outputs, and the weight of the reader's outputs, both positive definite."""
     device, gram, outputs = reader.kernel.device, moments.gram, moments.output_gram
@@ -77,7 +89,40 @@ def head_moments(
     return shrunk(full).to(device), outputs
 
 
-def _of_values(heads: ValueHeads, maker: FoundLayer) -> Tensor:
+def score_moments(
+    heads: AttentionHeads, maker: FoundLayer, reader: FoundLayer, moments: LayerMoments
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Of each head's keys: their second moment, and that of the gradients that come to them, positive definite.
+
+    Args:
+        maker, reader: Of the keys and of the queries.
+        moments: Of the keys' layer.
+    """
+    keys, queries = maker.kernel.double(), reader.kernel.double()
+    given, outputs = moments.gram, moments.output_gram
+    found, gradients = [], []
+    for group in range(heads.n_groups):
+        rows = keys[list(heads.made(group))]
+        seen = (
+            rows if given is None else rows * given.to(rows.device) if given.ndim == 1 else rows @ given.to(rows.device)
+        )
+        found.append(seen @ rows.mT)
+        gradients.append(_of_head(heads, group, queries, outputs))
+    return found, gradients
+
+
+def _of_head(heads: AttentionHeads, group: int, queries: Tensor, outputs: Tensor | None) -> Tensor:
+    """Second moment of the gradients of a head's keys; without them that of the queries of inputs that are all alike."""
+    if outputs is None:
+        own = range(group * heads.per_group, (group + 1) * heads.per_group)
+        blocks = [queries[list(heads.read(head))] for head in own]
+        return shrunk(sum(block @ block.mT for block in blocks), _LITTLE)  # type: ignore[arg-type]
+    places = list(heads.made(group))
+    full = torch.diag(outputs[places]) if outputs.ndim == 1 else outputs[places][:, places]
+    return shrunk(full).to(queries.device)
+
+
+def _of_values(heads: AttentionHeads, maker: FoundLayer) -> Tensor:
     """Second moment of heads that hand on values of inputs that are all alike: head by head, as nothing is mixed."""
     rows = maker.kernel.double()
     blocks = [rows[list(heads.made(head // heads.per_group))] for head in range(heads.n_heads)]
@@ -85,7 +130,7 @@ def _of_values(heads: ValueHeads, maker: FoundLayer) -> Tensor:
 
 
 def partial_maps(
-    heads: ValueHeads,
+    heads: AttentionHeads,
     bases: Sequence[Tensor],
     maker: FoundLayer,
     reader: FoundLayer,
@@ -99,24 +144,42 @@ def partial_maps(
         weight: Of the reader, ``(outputs, K)``.
     """
     read = [heads.read(head)[k] for head in range(heads.n_heads) for k in range(len(bases[head // heads.per_group]))]
-    rows, made = _turned_rows(heads, bases, maker)
-    bias = maker.module._parameters.get("bias")
-    turned = None if bias is None else (rows @ bias.double())
-    new_maker = _like(maker, rows @ maker.kernel.double(), turned, made=made)
+    new_maker = _turned(maker, [heads.made(group) for group in range(heads.n_groups)], bases)
     own = reader.module._parameters.get("bias")
     shifted = None if own is None else own.double() + (0 if bias_shift is None else bias_shift.to(own.device))
     new_reader = _like(reader, weight, shifted, read=read)
-    return [(maker.names, maker.module, new_maker), (reader.names, reader.module, new_reader)]
+    return [new_maker, (reader.names, reader.module, new_reader)]
 
 
-def _turned_rows(heads: ValueHeads, bases: Sequence[Tensor], maker: FoundLayer) -> tuple[Tensor, list[int]]:
-    """What the maker's outputs have to be multiplied by, and the numbers of those that remain."""
-    n = maker.weight.out_features
-    values = {k for g in range(heads.n_groups) for k in heads.made(g)}
-    rows = torch.eye(n, dtype=torch.float64, device=maker.kernel.device)
-    made = [k for k in range(n) if k not in values]
-    for g, base in enumerate(bases):
-        places = heads.made(g)
+def partial_scores(
+    heads: AttentionHeads,
+    keys: Sequence[Tensor],
+    queries: Sequence[Tensor],
+    maker: FoundLayer,
+    reader: FoundLayer,
+) -> list[Built]:
+    """New layers of keys and queries for what their heads keep: matrices ``(k, size)`` by head of the keys."""
+    own = [heads.made(group) for group in range(heads.n_groups)]
+    each = [heads.read(head) for head in range(heads.n_heads)]
+    repeated = [queries[head // heads.per_group] for head in range(heads.n_heads)]
+    return [_turned(maker, own, keys), _turned(reader, each, repeated)]
+
+
+def _turned(layer: FoundLayer, places: Sequence[range], bases: Sequence[Tensor]) -> Built:
+    """A layer that makes fewer numbers of some heads, in another basis."""
+    rows, made = _turned_rows(places, bases, layer)
+    bias = layer.module._parameters.get("bias")
+    turned = None if bias is None else rows @ bias.double()
+    return layer.names, layer.module, _like(layer, rows @ layer.kernel.double(), turned, made=made)
+
+
+def _turned_rows(heads: Sequence[range], bases: Sequence[Tensor], layer: FoundLayer) -> tuple[Tensor, list[int]]:
+    """What a layer's outputs have to be multiplied by, and the numbers of those that remain."""
+    n = layer.weight.out_features
+    inside = {k for places in heads for k in places}
+    rows = torch.eye(n, dtype=torch.float64, device=layer.kernel.device)
+    made = [k for k in range(n) if k not in inside]
+    for places, base in zip(heads, bases, strict=True):
         here = list(places)[: len(base)]
         rows[here] = 0
         rows[here[0] : here[-1] + 1, places.start : places.stop] = base.to(rows.device)
@@ -154,12 +217,13 @@ def can_be_partial(layer: FoundLayer) -> bool:
     return layer.weight.kind == "linear" and not cannot_carry(layer.module, to=PartialLinear)
 
 
-def check_heads(heads: ValueHeads, layers: Mapping[str, FoundLayer]) -> None:
+def check_heads(heads: AttentionHeads, layers: Mapping[str, FoundLayer]) -> None:
     """Raise ``ShapeError`` where a model lacks one of the layers around some heads, or has other sizes."""
     sizes = {heads.maker: heads.made(heads.n_groups - 1).stop, heads.reader: heads.n_heads * heads.size}
     for name, size in sizes.items():
         shape = layers[name].weight if name in layers else None
-        found = None if shape is None else shape.in_features if name == heads.reader else shape.out_features
+        reads = name == heads.reader and heads.kind == "values"
+        found = None if shape is None else shape.in_features if reads else shape.out_features
         if found is None or found < size or (name == heads.reader and found != size):
             where = "lacks it" if found is None else f"has {found}"
             raise ShapeError(

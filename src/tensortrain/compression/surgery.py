@@ -101,7 +101,7 @@ def _apply(model: nn.Module, plan: CompressionPlan, observer: Observer, build: B
             narrow.append(fitted(model, one.units, one.kept, found, calibration.of(one.units.reader)))
             observer.on_step(len(work) + k + 1)
         for k, those in enumerate(plan.heads):
-            maps, more = narrowed_heads(model, those.heads, those.kept, found, calibration.of(those.heads.reader))
+            maps, more = narrowed_heads(model, those.heads, those.kept, found, calibration.of(those.heads.judged))
             built += maps
             statistics += more
             observer.on_step(len(work) + len(plan.narrowed) + k + 1)

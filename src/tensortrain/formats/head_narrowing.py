@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tensortrain.cores.linalg import gram_root
 
-__all__ = ["HeadSteps", "head_bases", "head_steps", "refit_heads"]
+__all__ = ["HeadSteps", "head_bases", "head_steps", "refit_heads", "score_bases", "score_steps"]
 
 _ROUNDS = 64  # in which all directions go
 _MOST_AT_ONCE = 4  # of one head
@@ -81,6 +81,59 @@ def refit_heads(weight: Tensor, gram: Tensor, bases: Sequence[Tensor], n_heads: 
     seen = chosen @ gram.double()
     factor = torch.linalg.cholesky(seen @ chosen.mT)
     return torch.cholesky_solve(seen @ weight.double().mT, factor).mT, chosen
+
+
+def score_steps(keys: Sequence[Tensor], gradients: Sequence[Tensor]) -> HeadSteps:
+    """Take directions out of what the scores ``q^T k`` of heads are sums over, until each head has one left.
+
+    Args:
+        keys: Second moment of each head's keys about their mean (which shifts all scores of a query alike), ``(d, d)``.
+        gradients: Of the gradients with respect to them, ``(d, d)``.
+
+    Cost: O(d^3) flops a head.
+    """
+    squares = torch.stack([_weighed(key, gradient)[0] for key, gradient in zip(keys, gradients, strict=True)])
+    n_groups, d = squares.shape
+    costs, order = squares[:, 1:].flatten().sort()  # the largest of each head stays
+    heads = (order // (d - 1)).tolist() if d > 1 else []
+    at_once, sizes = max(1, -(-n_groups * d // _ROUNDS)), [d] * n_groups
+    widths, losses = [tuple(sizes)], [0.0]
+    for start in range(0, len(heads), at_once):
+        for head in heads[start : start + at_once]:
+            sizes[head] -= 1
+        widths.append(tuple(sizes))
+        losses.append(losses[-1] + 0.5 * float(costs[start : start + at_once].sum()))
+    return HeadSteps(tuple(widths), tuple(losses), 0.5 * float(squares.sum()))
+
+
+def score_bases(
+    keys: Sequence[Tensor], gradients: Sequence[Tensor], widths: Sequence[int]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """What keys and queries of each head are to be multiplied by, ``(k, d)`` each; arguments as ``score_steps``.
+
+    The product of both is the matrix of rank k between queries and keys that changes least of the model's output: the
+    truncated SVD in the norm of the two moments.
+    """
+    pairs = [_score_basis(key, gradient, width) for key, gradient, width in zip(keys, gradients, widths, strict=True)]
+    return [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+
+
+def _score_basis(key: Tensor, gradient: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    if width == len(key):
+        whole = torch.eye(width, dtype=torch.float64, device=key.device)
+        return whole, whole
+    _, vectors, root = _weighed(key, gradient)
+    leading = vectors[:, :width]
+    basis, triangle = torch.linalg.qr(root @ leading)  # keys in an orthonormal basis, whatever the gradients' scale
+    back = torch.linalg.solve_triangular(root.mT, leading, upper=True)
+    return basis.mT, triangle @ back.mT
+
+
+def _weighed(key: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Squared singular values of ``R^T L``, falling, its left vectors and ``R``; ``R R^T`` and ``L L^T`` the moments."""
+    root = torch.linalg.cholesky(gradient.double())
+    values, vectors = torch.linalg.eigh(root.mT @ key.double() @ root)
+    return values.flip(0).clamp_min(0), vectors.flip(1), root
 
 
 def _orthonormal(base: Tensor) -> Tensor:

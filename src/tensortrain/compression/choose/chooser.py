@@ -438,7 +438,7 @@ class Chooser:
         if pick is None:
             return dense
         if isinstance(pick, Width):
-            loss = menu.reach * pick.error if menu.reach is not None and pick.reads else None
+            loss = menu.reach * pick.error if menu.reach is not None and (pick.reads or pick.judges) else None
             return dense.narrowed(pick, flops=self._flops(menu, pick), loss=loss)
         # A budget in flops is only kept if the layer really runs core by core.
         implementation = "factorized" if "flops" in self.budget.measures else "auto"

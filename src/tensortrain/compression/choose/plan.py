@@ -11,7 +11,7 @@ from typing import Any
 from tensortrain.compression.choose.candidates import NARROW
 from tensortrain.compression.choose.head_widths import HeadWidths
 from tensortrain.compression.choose.widths import Width, Widths
-from tensortrain.compression.survey.heads import ValueHeads
+from tensortrain.compression.survey.heads import AttentionHeads
 from tensortrain.compression.survey.hidden import HiddenUnits
 from tensortrain.compression.survey.layers import FoundLayer, LeftAlone
 from tensortrain.compression.survey.moments import Calibration
@@ -116,7 +116,7 @@ class LayerPlan:
         """The same layer with fewer of the hidden units that it makes or reads."""
         fixed = self.params_before - math.prod(self.shape) if width.reads else 0  # the bias of the reader stays
         n = round(width.share * (self.params_before - fixed)) + fixed
-        error = math.sqrt(width.error) if width.reads else None
+        error = math.sqrt(width.error) if width.reads or width.judges else None
         what = f"{width.n_units:,} units ({width.share:.0%})"
         said = f"{_NARROWED}: {what}"
         return replace(self, params_after=n, flops_after=flops, rel_error=error, loss=loss, decision=said)
@@ -165,7 +165,7 @@ class NarrowedHeads:
         kept: How many remain, by head of the values.
     """
 
-    heads: ValueHeads
+    heads: AttentionHeads
     kept: tuple[int, ...]
 
     def __post_init__(self) -> None:

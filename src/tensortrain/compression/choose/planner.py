@@ -392,7 +392,7 @@ def _hidden(
         widths.append(widths_of(model, units, by_name, calibration.of(units.reader)))
         options.observer.on_step(len(widths))
     for one in heads:
-        moments = calibration.of(one.reader)
+        moments = calibration.of(one.judged)
         widths.append(head_widths_of(one, by_name, moments, allow_slower=options.allow_slower))
         options.observer.on_step(len(widths))
     options.observer.on_end()

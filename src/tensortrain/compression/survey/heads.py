@@ -1,4 +1,4 @@
-"""Attention heads of a model: which outputs of one layer are their values, and which layer reads what they give.
+"""Attention heads of a model: which outputs of which layers are their values, keys and queries, and who reads them.
 
 Found by how numbers flow, as hidden units are: attention mixes positions, so that number i of a head's output depends
 on number i of its values alone, and on all queries and keys of that head.
@@ -7,27 +7,30 @@ on number i of its values alone, and on all queries and keys of that head.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from tensortrain.compression.survey.hidden import Run, Trace, channel_axis, traced
 
-__all__ = ["ValueHeads", "find_value_heads"]
+__all__ = ["AttentionHeads", "find_heads"]
 
 Place = tuple[str, int]  # a layer, and the number of one of its outputs
 
 
 @dataclass(frozen=True)
-class ValueHeads:
-    """Heads whose values one layer makes, perhaps beside queries and keys, and whose outputs another one reads.
+class AttentionHeads:
+    """Two layers that meet in the heads of an attention, where they may be taken in any basis.
 
     Attributes:
-        maker, reader: Names of the layers.
-        n_heads: Heads of the reader's input.
-        n_groups: Heads of the values; each serves ``n_heads / n_groups`` heads in a row.
+        maker, reader: Names of the layers: of the values (perhaps beside keys and queries) and of what reads the
+            heads' outputs; where it is scores that count, of the keys and of the queries.
+        n_heads: Heads of the reader.
+        n_groups: Heads of the maker; each serves ``n_heads / n_groups`` heads in a row.
         size: Numbers of a head.
-        start, step: Number of the maker's output where the first head of the values begins, and from one to the next.
+        start, step: Number of the maker's output where its first head begins, and from one to the next.
+        kind: What the heads are made of.
     """
 
     maker: str
@@ -37,53 +40,76 @@ class ValueHeads:
     size: int
     start: int
     step: int
+    kind: Literal["values", "scores"] = "values"
 
     @property
     def names(self) -> tuple[str, str]:
         return self.maker, self.reader
 
     @property
+    def judged(self) -> str:
+        """The layer in whose inputs and outputs errors are told: the reader of values, the keys of scores."""
+        return self.reader if self.kind == "values" else self.maker
+
+    @property
     def per_group(self) -> int:
         return self.n_heads // self.n_groups
 
     def made(self, group: int) -> range:
-        """Where the values of a head stand among the maker's outputs."""
+        """Where a head of the maker stands among its outputs."""
         start = self.start + group * self.step
         return range(start, start + self.size)
 
     def read(self, head: int) -> range:
-        """Where the output of a head stands among the reader's inputs."""
+        """Where a head of the reader stands: among its inputs, or the queries among its outputs."""
         return range(head * self.size, (head + 1) * self.size)
 
 
-def find_value_heads(model: nn.Module, run: Run, *, training: bool = False) -> list[ValueHeads]:
-    """The value heads of a model as far as gradients tell, in the order in which their readers run.
+def find_heads(model: nn.Module, run: Run, *, training: bool = False) -> list[AttentionHeads]:
+    """The attention heads of a model as far as gradients tell, in the order in which they run.
 
-    What is found may still be wrong: the sizes are read off a few numbers of each layer. Try it on a batch.
+    What is found may still be wrong: the sizes are read off a few numbers of each layer. Try it on a batch. Keys and
+    queries are only looked for where they are layers of their own.
 
     Args, Cost: as ``find_hidden_units``; a few backward passes for each layer that reads heads.
     """
     with traced(model, run, training=training) as trace:
-        found = [_heads_of(trace, name) for name in trace.order]
-    return [one for one in found if one is not None]
+        return [heads for name in trace.order for heads in _heads_of(trace, name)]
 
 
-def _heads_of(trace: Trace, reader: str) -> ValueHeads | None:
+def _heads_of(trace: Trace, reader: str) -> list[AttentionHeads]:
+    """The values and the scores of the heads that a layer reads, if it reads any."""
     x = trace.inputs[reader]
     if reader in trace.twice or not x.requires_grad or channel_axis(trace.parts[reader]) != -1 or x.shape[-1] < 2:
-        return None
+        return []
     first, second = _touched(trace, x, 0), _touched(trace, x, 1)
     shared = first & second
     if not shared or len(first - shared) != 1 or len(second - shared) != 1:
-        return None
+        return []
     (maker, start), (other, following) = (*(first - shared), *(second - shared))
     if maker != other or following != start + 1 or maker in trace.twice:
-        return None
+        return []
     size = next((d for d in _divisors(x.shape[-1]) if d > 1 and not shared <= _touched(trace, x, d)), x.shape[-1])
-    return _laid_out(trace, reader, maker, start, size)
+    values = _laid_out(trace, reader, maker, start, size)
+    scores = None if values is None else _scores(trace, values, shared)
+    return [one for one in (values, scores) if one is not None]
 
 
-def _laid_out(trace: Trace, reader: str, maker: str, start: int, size: int) -> ValueHeads | None:
+def _scores(trace: Trace, values: AttentionHeads, shared: set[Place]) -> AttentionHeads | None:
+    """Keys and queries of the same heads, from the outputs of theirs that all of the first head depends on."""
+    names = [name for name in trace.leaves if any(name == place[0] for place in shared)]  # queries come first
+    if len(names) != 2 or values.maker in names or any(name in trace.twice for name in names):
+        return None
+    query, key = names
+    size = len(shared) // 2
+    sizes = {query: values.n_heads * size, key: values.n_groups * size}
+    first = {(name, k) for name in names for k in range(size)}
+    if shared != first or any(trace.leaves[name].shape[-1] != n for name, n in sizes.items()):
+        return None
+    return AttentionHeads(key, query, values.n_heads, values.n_groups, size, 0, size, "scores")
+
+
+def _laid_out(trace: Trace, reader: str, maker: str, start: int, size: int) -> AttentionHeads | None:
     """How the heads of the values lie among the maker's outputs, from where those of the second and last one are."""
     x = trace.inputs[reader]
     n_heads, n_groups, step = x.shape[-1] // size, 1, size
@@ -96,7 +122,7 @@ def _laid_out(trace: Trace, reader: str, maker: str, start: int, size: int) -> V
     fits = start + (n_groups - 1) * step + size <= trace.leaves[maker].shape[-1]
     if not (fits and step >= size and n_groups >= 1 and n_heads % n_groups == 0):
         return None
-    return ValueHeads(maker, reader, n_heads, n_groups, size, start, step)
+    return AttentionHeads(maker, reader, n_heads, n_groups, size, start, step)
 
 
 def _value_of(trace: Trace, x: Tensor, at: int, maker: str) -> int | None:

@@ -19,7 +19,7 @@ from tensortrain.compression.survey.moments import Calibration, LayerMoments
 from tensortrain.compression.survey.proven_heads import proven_heads
 from tensortrain.compression.swap import swap
 from tensortrain.errors import CheckpointError, ShapeError
-from tensortrain.formats.head_narrowing import head_bases, head_steps, refit_heads
+from tensortrain.formats.head_narrowing import head_bases, head_steps, refit_heads, score_bases, score_steps
 from tensortrain.formats.weighting import energy
 from tensortrain.system.observer import Silent
 
@@ -103,6 +103,23 @@ def test_no_other_subspace_of_a_head_is_better() -> None:
             assert 0.5 * energy(weight - new @ chosen, gram) >= best - 1e-9
 
 
+@pytest.mark.parametrize("k", [1, 4, 6])
+def test_scores_keep_the_truncated_svd_of_what_they_sum_over(k: int) -> None:
+    key, gradient = spd(6, 7), spd(6, 8)
+    steps = score_steps([key, spd(6, 9)], [gradient, spd(6, 10)])
+    assert steps.widths[0] == (6, 6)
+    assert steps.widths[-1] == (1, 1)
+    alone = score_steps([key], [gradient])
+    (keys,), (queries,) = score_bases([key], [gradient], [k])
+    lost = torch.eye(6, dtype=torch.float64) - queries.mT @ keys
+    loss = 0.5 * float((gradient @ lost @ key @ lost.mT).trace())
+    assert loss == pytest.approx(alone.losses[6 - k], abs=1e-9)
+    roots = [torch.linalg.cholesky(one) for one in (gradient, key)]
+    values = torch.linalg.svdvals(roots[0].mT @ roots[1]).square()
+    assert loss == pytest.approx(0.5 * float(values[k:].sum()), abs=1e-9)
+    assert torch.allclose(keys @ keys.mT, torch.eye(k, dtype=torch.float64))
+
+
 # -- found and tried -----------------------------------------------------------------------------------
 
 
@@ -113,7 +130,9 @@ def on(x: Any) -> Callable[[nn.Module], Any]:
 @pytest.mark.parametrize(("heads", "groups"), [(4, 4), (4, 2), (3, 1), (1, 1)])
 def test_heads_and_their_groups_are_found(heads: int, groups: int) -> None:
     found = find_heads(attends(heads=heads, groups=groups), on(batches()[0]))
-    assert found == [AttentionHeads(f"{k}.v", f"{k}.o", heads, groups, 6, 0, 6) for k in (0, 2)]
+    sizes = (heads, groups, 6, 0, 6)
+    assert found[::2] == [AttentionHeads(f"{k}.v", f"{k}.o", *sizes) for k in (0, 2)]
+    assert found[1::2] == [AttentionHeads(f"{k}.k", f"{k}.q", *sizes, "scores") for k in (0, 2)]
 
 
 def proven(net: nn.Module, batch: Any) -> list[AttentionHeads]:
@@ -122,8 +141,8 @@ def proven(net: nn.Module, batch: Any) -> list[AttentionHeads]:
 
 
 def test_a_norm_of_each_head_is_no_matter_of_directions() -> None:
-    assert len(proven(attends(), batches()[0])) == 2
-    assert find_heads(attends(norm=True), on(batches()[0])) == [] or not proven(attends(norm=True), batches()[0])
+    assert [one.kind for one in proven(attends(), batches()[0])] == ["values", "scores"] * 2
+    assert all(one.kind == "scores" for one in proven(attends(norm=True), batches()[0]))
 
 
 class Read(nn.Module):
@@ -142,7 +161,7 @@ class Read(nn.Module):
 @pytest.mark.parametrize("in_training", [False, True])
 def test_values_that_others_read_stay(in_training: bool) -> None:
     torch.manual_seed(0)
-    assert proven(Read(in_training=in_training).eval(), batches()[0]) == []
+    assert [one.kind for one in proven(Read(in_training=in_training).eval(), batches()[0])] == ["scores"]
 
 
 # -- plans ---------------------------------------------------------------------------------------------
@@ -176,9 +195,24 @@ def test_planted_directions_are_found_and_go_for_nothing() -> None:
                 one = torch.linalg.qr(torch.randn(16, 16))[0][:, :k]
                 part.v.weight[rows], part.v.bias[rows] = one @ one.T @ part.v.weight[rows], 0.0
     data = batches(12, 64)
-    result = compressed(net, "1.45x", data=data)
+    result = compressed(net, "1.45x", data=data, include=["*.v", "*.o"])
     assert [one.kept for one in result.plan.heads] == [(3, 8, 5, 2)] * 2
     assert rel(result.model(data[0]), net(data[0])) < 0.01
+
+
+def test_scores_lose_planted_directions_for_nothing() -> None:
+    net = attends(width=64, heads=4, groups=2, size=16)
+    with torch.no_grad():
+        for part in (net[0], net[2]):
+            for g, k in enumerate((3, 8)):
+                rows = slice(16 * g, 16 * g + 16)
+                one = torch.linalg.qr(torch.randn(16, 16))[0][:, :k]
+                part.k.weight[rows] = one @ one.T @ part.k.weight[rows]
+    data = batches(12, 64)
+    result = compressed(net, "1.25x", data=data, include=["*.q", "*.k"])
+    assert [one.heads.kind for one in result.plan.heads] == ["scores"] * 2
+    assert all(kept[0] <= 4 and kept[1] <= 9 for kept in (one.kept for one in result.plan.heads))
+    assert rel(result.model(data[0]), net(data[0])) < 1e-3
 
 
 def test_narrowed_heads_beat_low_rank_maps() -> None:
@@ -207,6 +241,7 @@ def test_exact_at_full_width() -> None:
     for heads in find_heads(net, on(data)):
         seen = torch.randn(4096, 24, dtype=torch.float64) + 1
         moments = LayerMoments(gram=seen.T.cov(correction=0), mean=seen.mean(0))
+        moments.output_gram = None if heads.kind == "values" else spd(12, 6)
         built, statistics = narrowed_heads(net, heads, (6, 6), layers, moments)
         assert not statistics
         swap(net, built)
@@ -340,7 +375,8 @@ def test_language_models_run_and_generate_as_before(kind: str, tmp_path) -> None
     net = _model(kind)
     ids = [{"input_ids": torch.randint(2, 60, (4, 9))} for _ in range(4)]
     result = compressed(net, "1.05x", data=ids, include=_MAPS[kind])
-    assert len(result.plan.heads) == 2
+    assert {one.heads.kind for one in result.plan.heads} >= {"values"}
+    assert all(one.heads.kind == "values" for one in result.plan.heads) or kind == "Electra"
     small = result.model
     assert count_params(small) == result.plan.params_after <= count_params(net) / 1.05
     wanted = small(**ids[0])[0]
@@ -359,8 +395,9 @@ def test_images_and_decoders_that_look_at_an_encoder() -> None:
     small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
     net = transformers.ViTModel(transformers.ViTConfig(**small, image_size=16, patch_size=4)).eval()
     data = [{"pixel_values": torch.randn(4, 3, 16, 16)} for _ in range(3)]
-    assert len(compressed(net, "1.05x", data=data, include="*attention*").plan.heads) == 2
+    assert compressed(net, "1.05x", data=data, include="*attention*").plan.heads
+    assert len(proven(net, data[0])) == 4
     config = transformers.T5Config(vocab_size=60, d_model=32, d_kv=8, num_heads=4, d_ff=48, num_layers=1)
     net = transformers.T5Model(config).eval()
     ids = torch.randint(2, 60, (4, 9))
-    assert len(proven(net, {"input_ids": ids, "decoder_input_ids": ids})) == 3
+    assert [one.kind for one in proven(net, {"input_ids": ids, "decoder_input_ids": ids})] == ["values", "scores"] * 3

@@ -20,6 +20,7 @@ from tensortrain.compression.swap import Built
 from tensortrain.errors import ShapeError
 from tensortrain.formats.head_narrowing import head_bases, refit_heads, score_bases
 from tensortrain.formats.narrowing import shrunk
+from tensortrain.formats.weighting import times_moment
 from tensortrain.nn import PartialLinear
 
 __all__ = [
@@ -59,9 +60,8 @@ def narrowed_heads(
     check_heads(heads, layers)
     maker, reader = layers[heads.maker], layers[heads.reader]
     if heads.kind == "scores":
-        return partial_scores(
-            heads, *score_bases(*score_moments(heads, maker, reader, moments), kept), maker, reader
-        ), []
+        keys, queries = score_bases(*score_moments(heads, maker, reader, moments), kept)
+        return partial_scores(heads, keys, queries, maker, reader), []
     old = reader.kernel.flatten(1)
     gram, outputs = head_moments(heads, maker, reader, moments)
     bases = head_bases(old, gram, outputs, heads.n_heads, kept)
@@ -99,20 +99,17 @@ def score_moments(
         moments: Of the keys' layer.
     """
     keys, queries = maker.kernel.double(), reader.kernel.double()
-    given, outputs = moments.gram, moments.output_gram
+    given = None if moments.gram is None else moments.gram.to(keys.device)
     found, gradients = [], []
     for group in range(heads.n_groups):
         rows = keys[list(heads.made(group))]
-        seen = (
-            rows if given is None else rows * given.to(rows.device) if given.ndim == 1 else rows @ given.to(rows.device)
-        )
-        found.append(seen @ rows.mT)
-        gradients.append(_of_head(heads, group, queries, outputs))
+        found.append(times_moment(rows, given) @ rows.mT)
+        gradients.append(_of_head(heads, group, queries, moments.output_gram))
     return found, gradients
 
 
 def _of_head(heads: AttentionHeads, group: int, queries: Tensor, outputs: Tensor | None) -> Tensor:
-    """Second moment of the gradients of a head's keys; without them that of the queries of inputs that are all alike."""
+    """Second moment of the gradients of a head's keys; that of queries of inputs that are all alike without them."""
     if outputs is None:
         own = range(group * heads.per_group, (group + 1) * heads.per_group)
         blocks = [queries[list(heads.read(head))] for head in own]

@@ -130,7 +130,7 @@ def _score_basis(key: Tensor, gradient: Tensor, width: int) -> tuple[Tensor, Ten
 
 
 def _weighed(key: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Squared singular values of ``R^T L``, falling, its left vectors and ``R``; ``R R^T`` and ``L L^T`` the moments."""
+    """Squared singular values of ``R^T L``, falling, left vectors and ``R``; ``R R^T`` and ``L L^T`` the moments."""
     root = torch.linalg.cholesky(gradient.double())
     values, vectors = torch.linalg.eigh(root.mT @ key.double() @ root)
     return values.flip(0).clamp_min(0), vectors.flip(1), root

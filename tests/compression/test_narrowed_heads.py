@@ -161,7 +161,7 @@ class Read(nn.Module):
 @pytest.mark.parametrize("in_training", [False, True])
 def test_values_that_others_read_stay(in_training: bool) -> None:
     torch.manual_seed(0)
-    assert [one.kind for one in proven(Read(in_training=in_training).eval(), batches()[0])] == ["scores"]
+    assert all(one.kind == "scores" for one in proven(Read(in_training=in_training).eval(), batches()[0]))
 
 
 # -- plans ---------------------------------------------------------------------------------------------
@@ -195,7 +195,7 @@ def test_planted_directions_are_found_and_go_for_nothing() -> None:
                 one = torch.linalg.qr(torch.randn(16, 16))[0][:, :k]
                 part.v.weight[rows], part.v.bias[rows] = one @ one.T @ part.v.weight[rows], 0.0
     data = batches(12, 64)
-    result = compressed(net, "1.45x", data=data, include=["*.v", "*.o"])
+    result = compressed(net, "1.55x", data=data, include=["*.v", "*.o"])
     assert [one.kept for one in result.plan.heads] == [(3, 8, 5, 2)] * 2
     assert rel(result.model(data[0]), net(data[0])) < 0.01
 
@@ -209,7 +209,7 @@ def test_scores_lose_planted_directions_for_nothing() -> None:
                 one = torch.linalg.qr(torch.randn(16, 16))[0][:, :k]
                 part.k.weight[rows] = one @ one.T @ part.k.weight[rows]
     data = batches(12, 64)
-    result = compressed(net, "1.25x", data=data, include=["*.q", "*.k"])
+    result = compressed(net, "1.48x", data=data, include=["*.q", "*.k"])
     assert [one.heads.kind for one in result.plan.heads] == ["scores"] * 2
     assert all(kept[0] <= 4 and kept[1] <= 9 for kept in (one.kept for one in result.plan.heads))
     assert rel(result.model(data[0]), net(data[0])) < 1e-3
@@ -250,7 +250,7 @@ def test_exact_at_full_width() -> None:
 
 def test_the_mean_of_what_goes_is_made_up_for() -> None:
     net, data = attends(), [x + 3 for x in batches()]
-    result = compressed(net, data=data, include="0.*")
+    result = compressed(net, "1.05x", data=data, include=["0.v", "0.o"])
     assert result.plan.heads
     means = [torch.cat([part(x) for x in data]).mean((0, 1)) for part in (result.model[0], net[0])]
     assert torch.allclose(*means, atol=1e-3)
@@ -334,7 +334,7 @@ def test_state_dict_copies_and_pickles(tmp_path) -> None:  # type: ignore[no-unt
 
 
 def test_a_second_compression_says_why_it_leaves_them() -> None:
-    net = compressed(attends()).model
+    net = compressed(attends(), "1.1x", include=["*.v", "*.o"]).model
     plan = tt.plan_compression(net, budget="1.05x", data=batches(), formats=("low_rank",), allow_slower=True)
     reasons = {left.name: left.reason for left in plan.left_alone}
     assert "attention heads" in reasons["0.v"]

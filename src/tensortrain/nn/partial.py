@@ -58,12 +58,12 @@ class PartialLinear(nn.Linear):
             self.register_buffer(name, index, persistent=False)  # follows from the numbers, which the recipe keeps
 
     def forward(self, input: Tensor) -> Tensor:
-        x = input if self.read is None else input.index_select(-1, self._read)  # type: ignore[arg-type]
+        x = input if self.read is None else input.gather(-1, _along(self._read, input))  # type: ignore[arg-type]
         y = F.linear(x, self.weight, self.bias)
         if self.made is None:
             return y
         whole = y.new_zeros(*y.shape[:-1], self.out_features)
-        return whole.index_copy(-1, self._made, y)  # type: ignore[arg-type]
+        return whole.scatter(-1, _along(self._made, y), y)  # type: ignore[arg-type]
 
     def whole_weight(self) -> Tensor:
         """The weight with the rows and columns that are left out as zeros, ``(out_features, in_features)``."""
@@ -77,6 +77,11 @@ class PartialLinear(nn.Linear):
     def extra_repr(self) -> str:
         n_out, n_in = self.weight.shape
         return f"{super().extra_repr()}, {n_in} inputs read, {n_out} outputs made"
+
+
+def _along(index: Tensor, x: Tensor) -> Tensor:
+    """The same places in every row; on two cores several times as fast as selecting along the last axis."""
+    return index.expand(*x.shape[:-1], -1)
 
 
 def _checked(numbers: Sequence[int] | None, size: int, what: str) -> int:

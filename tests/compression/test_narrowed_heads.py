@@ -167,7 +167,7 @@ def test_values_that_others_read_stay(in_training: bool) -> None:
 # -- plans ---------------------------------------------------------------------------------------------
 
 
-def compressed(net: nn.Module, budget: str = "1.2x", **how: Any) -> Any:
+def compressed(net: nn.Module, budget: Any = "1.2x", **how: Any) -> Any:
     how = {"data": batches(), "heal": False, "formats": NARROW, "measure": False, "allow_slower": True} | how
     return tt.compress(net, budget=budget, **how)
 
@@ -344,6 +344,33 @@ def test_only_what_takes_no_longer_unless_that_is_allowed() -> None:
     net = attends()  # so small that putting numbers in their places takes longer than what is saved
     plan = tt.plan_compression(net, budget=1.0, data=batches(), formats=NARROW)
     assert not plan.heads
+
+
+def test_the_report_counts_what_is_left() -> None:
+    result = compressed(attends(), measure=True)
+    assert result.plan.heads
+    assert result.report.params_after == count_params(result.model) == result.plan.params_after
+    assert "narrow" in str(result.plan)
+
+
+def test_heads_that_do_nothing_go_first() -> None:
+    net = attends(groups=4)
+    with torch.no_grad():
+        for part in (net[0], net[2]):
+            part.o.weight[:, :6] = 0  # nobody reads the first head
+    result = compressed(net, "1.1x")
+    kept = [one.kept for one in result.plan.heads]
+    assert kept
+    assert all(one[0] == 1 for one in kept)
+    again = tt.CompressionPlan.from_json(result.plan.to_json())
+    assert torch.isfinite(tt.apply_plan_(copy.deepcopy(net), again)(batches()[0])).all()
+
+
+def test_bytes_count_the_numbers_of_what_is_kept() -> None:
+    result = compressed(attends(), {"bytes": 13_000})
+    assert result.plan.heads
+    tensors = (*result.model.parameters(), *result.model.buffers())
+    assert sum(t.numel() * t.element_size() for t in tensors) <= 13_000
 
 
 # -- models of transformers ----------------------------------------------------------------------------

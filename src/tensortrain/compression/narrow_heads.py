@@ -19,7 +19,7 @@ from tensortrain.compression.survey.moments import LayerMoments
 from tensortrain.compression.swap import Built
 from tensortrain.errors import ShapeError
 from tensortrain.formats.head_narrowing import head_bases, refit_heads, score_bases
-from tensortrain.formats.narrowing import shrunk
+from tensortrain.formats.narrowing import SHRINKAGE, shrunk
 from tensortrain.formats.weighting import times_moment
 from tensortrain.nn import PartialLinear
 
@@ -33,6 +33,7 @@ __all__ = [
     "score_moments",
 ]
 
+_NOTHING = 1e-30
 _LITTLE = 1e-6  # of the mean diagonal: moments that follow from weights alone are as exact as these
 
 
@@ -113,17 +114,24 @@ def _of_head(heads: AttentionHeads, group: int, queries: Tensor, outputs: Tensor
     if outputs is None:
         own = range(group * heads.per_group, (group + 1) * heads.per_group)
         blocks = [queries[list(heads.read(head))] for head in own]
-        return shrunk(sum(block @ block.mT for block in blocks), _LITTLE)  # type: ignore[arg-type]
+        return _positive(torch.stack([block @ block.mT for block in blocks]).sum(dim=0), _LITTLE)
     places = list(heads.made(group))
     full = torch.diag(outputs[places]) if outputs.ndim == 1 else outputs[places][:, places]
-    return shrunk(full).to(queries.device)
+    return _positive(full.to(queries.device))
+
+
+def _positive(moment: Tensor, share: float = SHRINKAGE) -> Tensor:
+    """Shrunk; a little of the identity for a head that nothing comes from, so that it costs next to nothing."""
+    if not bool(moment.diagonal().sum() > 0):
+        return _NOTHING * torch.eye(len(moment), dtype=torch.float64, device=moment.device)
+    return shrunk(moment, share)
 
 
 def _of_values(heads: AttentionHeads, maker: FoundLayer) -> Tensor:
     """Second moment of heads that hand on values of inputs that are all alike: head by head, as nothing is mixed."""
     rows = maker.kernel.double()
     blocks = [rows[list(heads.made(head // heads.per_group))] for head in range(heads.n_heads)]
-    return shrunk(torch.block_diag(*(block @ block.mT for block in blocks)), _LITTLE)
+    return _positive(torch.block_diag(*(block @ block.mT for block in blocks)), _LITTLE)
 
 
 def partial_maps(

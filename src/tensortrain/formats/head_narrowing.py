@@ -201,8 +201,8 @@ class _State:
         """What directions of a head cost, rising, and the directions as columns."""
         places = self._places(g)
         weighed = sum(self.rows[:, at].mT @ self.rows[:, at] for at in places)
-        factor = torch.linalg.cholesky(sum(self.inverse[at, at] for at in places))  # type: ignore[arg-type]
-        half = torch.linalg.solve_triangular(factor, weighed, upper=False)  # type: ignore[arg-type]
+        factor = torch.linalg.cholesky(sum(self.inverse[at, at] for at in places))
+        half = torch.linalg.solve_triangular(factor, weighed, upper=False)
         costs, vectors = torch.linalg.eigh(torch.linalg.solve_triangular(factor, half.mT, upper=False))
         return costs * self.per_group, torch.linalg.solve_triangular(factor.mT, vectors, upper=True)
 

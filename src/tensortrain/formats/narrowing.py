@@ -16,7 +16,7 @@ from torch import Tensor
 from tensortrain.cores.linalg import gram_root
 from tensortrain.errors import RankError
 
-__all__ = ["Narrowing", "narrowing", "refitted", "shrunk"]
+__all__ = ["SHRINKAGE", "Narrowing", "narrowing", "refitted", "shrunk"]
 
 SHRINKAGE = 1e-3  # of the mean diagonal: what few rows of data say about rare directions is not to be believed
 _POOL = 4  # times as many units are looked at as go at once

@@ -40,8 +40,9 @@ def apply_proven(
     if error is None:
         return compressed, plan, _idle(plan, names, ran, seen)
     culprits = [] if inplace else [name for name in names if _fails_alone(model, plan, name)]
-    stuck = [] if inplace else [one for one in (*plan.narrowed, *plan.heads) if _fails_narrowed(model, plan, one)]
-    if len(culprits) + len(stuck) in (0, len(names) + len(plan.narrowed) + len(plan.heads)):
+    together: list[Narrowed | NarrowedHeads] = [*plan.narrowed, *plan.heads]
+    stuck = [] if inplace else [one for one in together if _fails_narrowed(model, plan, one)]
+    if len(culprits) + len(stuck) in (0, len(names) + len(together)):
         raise _does_not_run(error, culprits)
     plan = _without(plan, [*culprits, *(name for one in stuck for name in one.names)], error)
     compressed = apply_plan_(checked_copy(model), plan, observer=observer)
@@ -84,7 +85,8 @@ def _fails_alone(model: nn.Module, plan: CompressionPlan, name: str) -> bool:
 
 
 def _fails_narrowed(model: nn.Module, plan: CompressionPlan, one: Narrowed | NarrowedHeads) -> bool:
-    units, heads = ((one,), ()) if isinstance(one, Narrowed) else ((), (one,))
+    units = (one,) if isinstance(one, Narrowed) else ()
+    heads = (one,) if isinstance(one, NarrowedHeads) else ()
     alone = replace(plan, layers=(), narrowed=units, heads=heads)
     return _seen(apply_plan_(checked_copy(model), alone), plan, [])[1] is not None
 
@@ -98,8 +100,8 @@ def _without(plan: CompressionPlan, culprits: Sequence[str], error: Exception) -
     after = plan.params_before - n_saved(layers, narrowed)
     note = f"The model does not run without its own {', '.join(map(repr, culprits))} ({in_short(error)}): left dense, "
     note += "so the budget may be missed. Leave them out with exclude= to spend it on the others."
-    kept = {"layers": tuple(layers), "narrowed": tuple(narrowed), "heads": tuple(heads)}
-    return replace(plan, **kept, params_after=after, notes=(*plan.notes, note))
+    plan = replace(plan, layers=tuple(layers), narrowed=tuple(narrowed), heads=tuple(heads))
+    return replace(plan, params_after=after, notes=(*plan.notes, note))
 
 
 def _idle(plan: CompressionPlan, names: Sequence[str], ran: set[str], seen: set[str]) -> list[str]:

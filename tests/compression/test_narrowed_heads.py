@@ -23,7 +23,7 @@ from tensortrain.formats.head_narrowing import head_bases, head_steps, refit_hea
 from tensortrain.formats.weighting import energy
 from tensortrain.system.observer import Silent
 
-NARROW = ("narrow",)
+HEADS = ("heads",)
 
 
 class Attention(nn.Module):
@@ -168,7 +168,7 @@ def test_values_that_others_read_stay(in_training: bool) -> None:
 
 
 def compressed(net: nn.Module, budget: Any = "1.2x", **how: Any) -> Any:
-    how = {"data": batches(), "heal": False, "formats": NARROW, "measure": False, "allow_slower": True} | how
+    how = {"data": batches(), "heal": False, "formats": HEADS, "measure": False, "allow_slower": True} | how
     return tt.compress(net, budget=budget, **how)
 
 
@@ -342,8 +342,14 @@ def test_a_second_compression_says_why_it_leaves_them() -> None:
 
 def test_only_what_takes_no_longer_unless_that_is_allowed() -> None:
     net = attends()  # so small that putting numbers in their places takes longer than what is saved
-    plan = tt.plan_compression(net, budget=1.0, data=batches(), formats=NARROW)
+    plan = tt.plan_compression(net, budget=1.0, data=batches(), formats=HEADS)
     assert not plan.heads
+
+
+def test_heads_have_to_be_asked_for() -> None:
+    how = {"budget": "1.1x", "data": batches(), "allow_slower": True}
+    assert not tt.plan_compression(attends(), **how).heads
+    assert tt.plan_compression(attends(), **how, formats=("low_rank", "narrow", "heads")).heads
 
 
 def test_the_report_counts_what_is_left() -> None:

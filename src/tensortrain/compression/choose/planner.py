@@ -16,7 +16,7 @@ from tensortrain.compression.choose.beyond_reach import (
     what_stands_in_the_way,
 )
 from tensortrain.compression.choose.budget import Budget, BudgetLike, Measure, read_budget
-from tensortrain.compression.choose.candidates import DEFAULT_FORMATS, NARROW, factoring, families, least_params
+from tensortrain.compression.choose.candidates import DEFAULT_FORMATS, HEADS, NARROW, factoring, families, least_params
 from tensortrain.compression.choose.chooser import Choice, Chooser, Menu
 from tensortrain.compression.choose.clock import Clock
 from tensortrain.compression.choose.cost import dense_cost
@@ -31,6 +31,8 @@ from tensortrain.compression.choose.widths import Width, Widths, disjoint, width
 from tensortrain.compression.choose.within import Planned, find_plan
 from tensortrain.compression.opened import opened_for_a_while
 from tensortrain.compression.survey.calibrate import calibrate
+from tensortrain.compression.survey.heads import AttentionHeads
+from tensortrain.compression.survey.hidden import HiddenUnits
 from tensortrain.compression.survey.layers import FoundLayer, LeftAlone, check_module, count_params, find_layers
 from tensortrain.compression.survey.moments import Calibration, LayerMoments
 from tensortrain.compression.survey.proven import proven_units
@@ -97,8 +99,8 @@ def plan_compression(
               Alone, it asks for the smallest model; beside other limits it has to hold as well.
         data: Calibration batches, as for training (labels are not used).
         example_inputs: A batch to take shapes from, when there is no ``data``.
-        formats: Names to choose among; ``"narrow"`` is fewer hidden units, and fewer directions of
-            attention heads, of layers that stay dense.
+        formats: Names to choose among; ``"narrow"`` is fewer hidden units, of layers that stay dense;
+            ``"heads"``, which has to be asked for, fewer directions of attention heads.
         include, exclude: Layer names or fnmatch patterns.
         allow_slower: Take candidates that are slower than the dense layer. Without it a layer, and all together, may
             lose at most 1 % of the whole model's time, and of plans of like error (within 5 %) the fastest is taken.
@@ -378,15 +380,20 @@ def _hidden(
 
     Before a long healing they are left whole: training finds other uses for them.
     """
-    if NARROW not in options.formats or calibration is None or not calibration.grams or options.will_heal == "long":
+    asked = {NARROW, HEADS} & {*options.formats}
+    if not asked or calibration is None or not calibration.grams or options.will_heal == "long":
         return []
     by_name = {layer.name: layer for layer in layers if not _stands_open(model, layer)}
     notes = calibration.notes
-    found = proven_units(model, calibration, lambda all_of: disjoint(all_of, by_name, calibration.layers), notes)
+    found: list[HiddenUnits] = []
+    heads: list[AttentionHeads] = []
+    if NARROW in asked:
+        found = proven_units(model, calibration, lambda all_of: disjoint(all_of, by_name, calibration.layers), notes)
     taken = {name for units in found for name in (*units.makers, units.reader)}
-    heads = proven_heads(
-        model, calibration, by_name, lambda all_of: apart(all_of, by_name, calibration.layers, taken), notes
-    )
+    if HEADS in asked:
+        heads = proven_heads(
+            model, calibration, by_name, lambda all_of: apart(all_of, by_name, calibration.layers, taken), notes
+        )
     options.observer.on_start("widths", len(found) + len(heads))
     widths: list[Widths | HeadWidths] = []
     for units in found:

@@ -15,6 +15,7 @@ from tensortrain.compression.choose.candidates import cold_weighting
 from tensortrain.compression.choose.plan import CompressionPlan, LayerPlan
 from tensortrain.compression.made_up import Statistic, make_up
 from tensortrain.compression.narrow import all_or_none, check_units, fitted, narrow_
+from tensortrain.compression.narrow_heads import check_heads, narrowed_heads
 from tensortrain.compression.opened import close_composites, open_layers
 from tensortrain.compression.retie import retie
 from tensortrain.compression.survey.layers import FoundLayer, check_module, find_layers
@@ -79,10 +80,12 @@ def _apply(model: nn.Module, plan: CompressionPlan, observer: Observer, build: B
     work = [(_checked(entry, found), entry) for entry in plan.layers if entry.spec is not None]
     for one in plan.narrowed:
         check_units(one.units, found)
+    for those in plan.heads:
+        check_heads(those.heads, found)
     calibration = plan.calibration or Calibration()
     built: list[Built] = []
     statistics: list[Statistic] = []
-    observer.on_start("decompose", len(work) + len(plan.narrowed))
+    observer.on_start("decompose", len(work) + len(plan.narrowed) + len(plan.heads))
     try:
         for k, (layer, entry) in enumerate(work):
             moments = calibration.of(layer.name)
@@ -97,6 +100,11 @@ def _apply(model: nn.Module, plan: CompressionPlan, observer: Observer, build: B
         for k, one in enumerate(plan.narrowed):
             narrow.append(fitted(model, one.units, one.kept, found, calibration.of(one.units.reader)))
             observer.on_step(len(work) + k + 1)
+        for k, those in enumerate(plan.heads):
+            maps, more = narrowed_heads(model, those.heads, those.kept, found, calibration.of(those.heads.judged))
+            built += maps
+            statistics += more
+            observer.on_step(len(work) + len(plan.narrowed) + k + 1)
     finally:
         observer.on_end()
     with all_or_none() as undo:

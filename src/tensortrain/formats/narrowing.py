@@ -16,7 +16,7 @@ from torch import Tensor
 from tensortrain.cores.linalg import gram_root
 from tensortrain.errors import RankError
 
-__all__ = ["Narrowing", "narrowing", "refitted", "shrunk"]
+__all__ = ["SHRINKAGE", "Narrowing", "narrowing", "refitted", "shrunk"]
 
 LEAST_SHRINKAGE = 1e-6  # where no data will come
 SHRINKAGE = 1e-3  # of the mean diagonal: what few rows of data say about rare directions is not to be believed

@@ -16,8 +16,9 @@ from tensortrain.compression.choose.candidates import Candidate
 from tensortrain.compression.choose.candidates import Family as Forms
 from tensortrain.compression.choose.clock import Clock, Family, family_of
 from tensortrain.compression.choose.cost import LayerCost, spec_cost
+from tensortrain.compression.choose.head_widths import HeadWidths
 from tensortrain.compression.choose.load import Load
-from tensortrain.compression.choose.plan import LayerPlan, Narrowed
+from tensortrain.compression.choose.plan import LayerPlan, Narrowed, NarrowedHeads
 from tensortrain.compression.choose.why import why_not_other
 from tensortrain.compression.choose.widths import Width, Widths
 from tensortrain.compression.survey.layers import FoundLayer
@@ -49,10 +50,11 @@ Pick: TypeAlias = "Candidate | Width | None"
 
 @dataclass(frozen=True)
 class Choice:
-    """What becomes of the layers, and of the hidden units between some of them."""
+    """What becomes of the layers, and of the hidden units and attention heads between some of them."""
 
     layers: Sequence[LayerPlan]
     narrowed: Sequence[Narrowed] = ()
+    heads: Sequence[NarrowedHeads] = ()
 
 
 @dataclass(frozen=True)
@@ -128,7 +130,8 @@ class Chooser:
     Attributes:
         total_params: Of the whole model.
         beyond_reach: Tells who holds the parameters that no plan reaches, for a message.
-        hidden: Units that several layers are narrowed at together; their widths stand on the menus.
+        hidden: Units, and attention heads, that several layers are narrowed at together; their widths stand on the
+            menus.
         banned: Per layer, the families that are too slow from so many parameters on.
         begun: What is chosen already, by layer, where a rest is spent: only forms of the same family that are larger,
             the dense layer and larger widths are looked at.
@@ -140,7 +143,7 @@ class Chooser:
     allow_slower: bool
     long_healing: bool
     beyond_reach: Callable[[], str]
-    hidden: Sequence[Widths] = ()
+    hidden: Sequence[Widths | HeadWidths] = ()
     banned: dict[str, dict[Family, int]] = field(init=False)
     clock: Clock = field(default_factory=Clock)
     known: dict[tuple[str, FactorSpec, int], LayerCost] = field(default_factory=dict)
@@ -164,7 +167,7 @@ class Chooser:
             if not self._struck_off(picks):
                 self.picks = picks
                 layers = [self._plan(menu, pick) for menu, pick in zip(self.menus, picks, strict=True)]
-                return Choice(layers, self._narrowed(picks))
+                return Choice(layers, *self._narrowed(picks))
 
     def spend_rest(self, growth: float) -> tuple[Chooser, Choice]:
         """Go on from what was chosen in finer steps of the ranks, as far as the budget goes and nothing gets slower.
@@ -181,10 +184,11 @@ class Chooser:
         finer.banned = {name: dict(families) for name, families in self.banned.items()}
         return finer, finer.choose()
 
-    def _narrowed(self, picks: Sequence[Pick]) -> list[Narrowed]:
+    def _narrowed(self, picks: Sequence[Pick]) -> tuple[list[Narrowed], list[NarrowedHeads]]:
         by_name = {menu.layer.name: pick for menu, pick in zip(self.menus, picks, strict=True)}
-        chosen = [(one, by_name[one.units.reader]) for one in self.hidden]
-        return [Narrowed.of(one, pick.n_units) for one, pick in chosen if isinstance(pick, Width)]
+        chosen = [(one, pick.n_units) for one in self.hidden if isinstance(pick := by_name[one.reader], Width)]
+        units = [Narrowed.of(one, n) for one, n in chosen if isinstance(one, Widths)]
+        return units, [NarrowedHeads.of(one, n) for one, n in chosen if isinstance(one, HeadWidths)]
 
     def _struck_off(self, picks: Sequence[Pick]) -> bool:
         """Whether some picks are too slow, which are then banned with all larger ones of their family."""
@@ -389,7 +393,7 @@ class Chooser:
         dense = self.clock.dense(menu.layer, load)
         is_light = dense < _LIGHT * whole
         timed = self.clock.all(menu.layer, load, menu.candidates, roughly=True if is_light else None)
-        return [dense, *timed, *(dense * width.share for width in menu.widths)]
+        return [dense, *timed, *(dense * width.seconds for width in menu.widths)]
 
     @cached_property
     def _whole(self) -> list[float]:
@@ -446,10 +450,13 @@ class Chooser:
         n_params = _n_params(menu, pick)
         if measure == "params":
             return n_params + (menu.beside[0] if pick is None else 0)
-        beside = menu.beside[1] if pick is None else 0
+        return n_params * menu.item_bytes + self._bytes_beside(menu, pick)
+
+    def _bytes_beside(self, menu: Menu, pick: Pick) -> int:
+        """What a layer holds beside its numbers."""
         if isinstance(pick, Candidate):
-            beside = menu.kept_bytes + _ID_BYTES * len(pick.hot_ids) + _PLACE_BYTES * pick.order.n_numbers
-        return n_params * menu.item_bytes + beside
+            return menu.kept_bytes + _ID_BYTES * len(pick.hot_ids) + _PLACE_BYTES * pick.order.n_numbers
+        return menu.beside[1] if pick is None else pick.index_bytes
 
     def _flops(self, menu: Menu, pick: Pick) -> int | None:
         if isinstance(pick, Candidate):
@@ -501,7 +508,7 @@ class Chooser:
         if pick is None:
             return dense
         if isinstance(pick, Width):
-            loss = menu.reach * pick.error if menu.reach is not None and pick.reads else None
+            loss = menu.reach * pick.error if menu.reach is not None and (pick.reads or pick.judges) else None
             return dense.narrowed(pick, flops=self._flops(menu, pick), loss=loss)
         # A budget in flops is only kept if the layer really runs core by core.
         implementation = "factorized" if "flops" in self.budget.measures else "auto"

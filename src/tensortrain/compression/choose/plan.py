@@ -9,7 +9,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tensortrain.compression.choose.candidates import NARROW
+from tensortrain.compression.choose.head_widths import HeadWidths
 from tensortrain.compression.choose.widths import Width, Widths
+from tensortrain.compression.survey.heads import AttentionHeads
 from tensortrain.compression.survey.hidden import HiddenUnits
 from tensortrain.compression.survey.layers import FoundLayer, LeftAlone
 from tensortrain.compression.survey.moments import Calibration
@@ -19,9 +21,9 @@ from tensortrain.formats.channel_order import ChannelOrder
 from tensortrain.nn.base import Implementation
 from tensortrain.system.records import read_record, to_plain
 
-__all__ = ["CompressionPlan", "LayerPlan", "Narrowed", "n_saved"]
+__all__ = ["CompressionPlan", "LayerPlan", "Narrowed", "NarrowedHeads", "n_saved"]
 
-_VERSION = 4
+_VERSION = 5
 _NARROWED = "narrowed"
 _KEPT = (
     "budget",
@@ -34,9 +36,10 @@ _KEPT = (
     "notes",
     "opened",
     "narrowed",
+    "heads",
 )
 _NEW_OF_LAYERS = ("hot_ids", "in_order", "out_order", "head", "loss", "why")  # written where they say something
-_ADDED = ("opened", "narrowed")  # by versions 3 and 4: maps of recurrent layers, and hidden units
+_ADDED = ("opened", "narrowed", "heads")  # by versions 3 to 5: maps of recurrent layers, hidden units, heads
 
 
 @dataclass(frozen=True)
@@ -124,7 +127,7 @@ class LayerPlan:
         """The same layer with fewer of the hidden units that it makes or reads."""
         fixed = self.params_before - math.prod(self.shape) if width.reads else 0  # the bias of the reader stays
         n = round(width.share * (self.params_before - fixed)) + fixed
-        error = math.sqrt(width.error) if width.reads else None
+        error = math.sqrt(width.error) if width.reads or width.judges else None
         what = f"{width.n_units:,} units ({width.share:.0%})"
         said = f"{_NARROWED}: {what}"
         return replace(self, params_after=n, flops_after=flops, rel_error=error, loss=loss, decision=said)
@@ -170,6 +173,31 @@ class Narrowed:
         return cls(widths.units, tuple(widths.order.kept(n_units).tolist()), widths.n_between * (n - n_units) // n)
 
 
+@dataclass(frozen=True)
+class NarrowedHeads:
+    """Attention heads of which some directions go, from both layers around them.
+
+    Attributes:
+        kept: How many remain, by head of the values.
+    """
+
+    heads: AttentionHeads
+    kept: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.kept) != self.heads.n_groups or not all(1 <= k <= self.heads.size for k in self.kept):
+            raise ValueError("heads keep between one and all of their directions")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return self.heads.names
+
+    @classmethod
+    def of(cls, widths: HeadWidths, n_directions: int) -> NarrowedHeads:
+        """What each head best keeps of so many in all."""
+        return cls(widths.heads, widths.kept(n_directions))
+
+
 def n_saved(layers: Sequence[LayerPlan], narrowed: Sequence[Narrowed]) -> int:
     """Parameters that a plan takes away."""
     return sum(one.params_before - one.params_after for one in layers) + sum(one.n_between for one in narrowed)
@@ -188,6 +216,7 @@ class CompressionPlan:
         opened: Layers of several maps (recurrent ones, attention) whose maps are changed one by one, and layers whose
             weight is computed at every call (weight norm, pruning) and plain from then on.
         narrowed: Hidden units of which some go.
+        heads: Attention heads of which some directions go.
         calibration: The input statistics it was made with; not part of the text.
     """
 
@@ -202,6 +231,7 @@ class CompressionPlan:
     notes: tuple[str, ...] = ()
     opened: tuple[str, ...] = ()
     narrowed: tuple[Narrowed, ...] = ()
+    heads: tuple[NarrowedHeads, ...] = ()
 
     @property
     def compression(self) -> float:

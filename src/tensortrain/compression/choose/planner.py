@@ -16,11 +16,12 @@ from tensortrain.compression.choose.beyond_reach import (
     what_stands_in_the_way,
 )
 from tensortrain.compression.choose.budget import Budget, BudgetLike, Measure, read_budget
-from tensortrain.compression.choose.candidates import DEFAULT_FORMATS, NARROW, factoring, families, least_params
+from tensortrain.compression.choose.candidates import DEFAULT_FORMATS, HEADS, NARROW, factoring, families, least_params
 from tensortrain.compression.choose.chooser import Choice, Chooser, Menu
 from tensortrain.compression.choose.clock import Clock
 from tensortrain.compression.choose.cost import dense_cost
 from tensortrain.compression.choose.goals import Goals, Sizes, read_goals
+from tensortrain.compression.choose.head_widths import HeadWidths, apart, head_widths_of
 from tensortrain.compression.choose.load import loads_of
 from tensortrain.compression.choose.options import PlanOptions
 from tensortrain.compression.choose.plan import CompressionPlan, n_saved
@@ -31,9 +32,12 @@ from tensortrain.compression.choose.widths import Width, Widths, disjoint, width
 from tensortrain.compression.choose.within import Planned, find_plan
 from tensortrain.compression.opened import Opened, opened_for_a_while
 from tensortrain.compression.survey.calibrate import calibrate
+from tensortrain.compression.survey.heads import AttentionHeads
+from tensortrain.compression.survey.hidden import HiddenUnits
 from tensortrain.compression.survey.layers import FoundLayer, LeftAlone, check_module, count_params, find_layers
 from tensortrain.compression.survey.moments import Calibration, LayerMoments
 from tensortrain.compression.survey.proven import proven_units
+from tensortrain.compression.survey.proven_heads import proven_heads
 from tensortrain.compression.survey.task import FIRST, first_with_example, task_on_batch
 from tensortrain.errors import BudgetError
 from tensortrain.nn import CompositeLayer
@@ -100,7 +104,8 @@ def plan_compression(
               Alone, it asks for the smallest model; beside other limits it has to hold as well.
         data: Calibration batches, as for training (labels are not used).
         example_inputs: A batch to take shapes from, when there is no ``data``.
-        formats: Names to choose among; ``"narrow"`` is fewer hidden units, of layers that stay dense.
+        formats: Names to choose among; ``"narrow"`` is fewer hidden units, of layers that stay dense;
+            ``"heads"``, which has to be asked for, fewer directions of attention heads.
         include, exclude: Layer names or fnmatch patterns.
         allow_slower: Take candidates that are slower than the dense layer. Without it a layer, and all together, may
             lose at most 1 % of the whole model's time, and of plans of like error (within 5 %) the fastest is taken.
@@ -235,7 +240,7 @@ class Planning:
     Attributes:
         now: What the model has.
         menus: With their families.
-        hidden: Units that can be narrowed at.
+        hidden: Units and attention heads that can be narrowed at.
         task: How the model is judged.
         beyond_reach: Tells who holds the parameters that no plan reaches.
         opened, left: Layers of several maps and of computed weights, and what is left alone.
@@ -247,7 +252,7 @@ class Planning:
     options: PlanOptions
     now: Sizes
     menus: Sequence[Menu]
-    hidden: Sequence[Widths]
+    hidden: Sequence[Widths | HeadWidths]
     calibration: Calibration | None
     task: Task | None
     beyond_reach: Callable[[], str]
@@ -339,6 +344,7 @@ class Planning:
             task.outputs if task else (),
             self.notes,
             narrowed=tuple(choice.narrowed),
+            heads=tuple(choice.heads),
         )
         return plan.with_opened(self.opened, self.left, {name: n for name, (n, _) in self.beside.items()})
 
@@ -388,23 +394,36 @@ def _menus(
 
 def _hidden(
     model: nn.Module, layers: Sequence[FoundLayer], calibration: Calibration | None, options: PlanOptions
-) -> list[Widths]:
-    """Units that can be narrowed at, where that is asked for and what comes to their readers is known.
+) -> list[Widths | HeadWidths]:
+    """Units and attention heads to narrow at, where that is asked for and what comes to their readers is known.
 
     Before a long healing they are left whole: training finds other uses for them.
     """
-    if NARROW not in options.formats or calibration is None or not calibration.grams or options.will_heal == "long":
+    asked = {NARROW, HEADS} & {*options.formats}
+    if not asked or calibration is None or not calibration.grams or options.will_heal == "long":
         return []
     by_name = {layer.name: layer for layer in layers if not _stands_open(model, layer)}
     notes = calibration.notes
-    found = proven_units(model, calibration, lambda all_of: disjoint(all_of, by_name, calibration.layers), notes)
-    options.observer.on_start("widths", len(found))
-    widths = []
-    for k, units in enumerate(found):
+    found: list[HiddenUnits] = []
+    heads: list[AttentionHeads] = []
+    if NARROW in asked:
+        found = proven_units(model, calibration, lambda all_of: disjoint(all_of, by_name, calibration.layers), notes)
+    taken = {name for units in found for name in (*units.makers, units.reader)}
+    if HEADS in asked:
+        heads = proven_heads(
+            model, calibration, by_name, lambda all_of: apart(all_of, by_name, calibration.layers, taken), notes
+        )
+    options.observer.on_start("widths", len(found) + len(heads))
+    widths: list[Widths | HeadWidths] = []
+    for units in found:
         widths.append(widths_of(model, units, by_name, calibration.of(units.reader)))
-        options.observer.on_step(k + 1)
+        options.observer.on_step(len(widths))
+    for one in heads:
+        moments = calibration.of(one.judged)
+        widths.append(head_widths_of(one, by_name, moments, allow_slower=options.allow_slower))
+        options.observer.on_step(len(widths))
     options.observer.on_end()
-    return widths
+    return [one for one in widths if one.menus[one.reader]]
 
 
 def _stands_open(model: nn.Module, layer: FoundLayer) -> bool:
@@ -413,7 +432,7 @@ def _stands_open(model: nn.Module, layer: FoundLayer) -> bool:
     return any(layer.name.startswith(f"{name}." if name else "") for name in outer)
 
 
-def _widths_on(menu: Menu, hidden: Sequence[Widths]) -> Sequence[Width]:
+def _widths_on(menu: Menu, hidden: Sequence[Widths | HeadWidths]) -> Sequence[Width]:
     return next((one.menus[menu.layer.name] for one in hidden if menu.layer.name in one.menus), ())
 
 
@@ -434,7 +453,7 @@ def _kept_bytes(layer: FoundLayer) -> int:
 
 def _with_families(
     menus: Sequence[Menu],
-    hidden: Sequence[Widths],
+    hidden: Sequence[Widths | HeadWidths],
     calibration: Calibration | None,
     options: PlanOptions,
     *,

@@ -20,7 +20,7 @@ from tensortrain.train.modes import evaluating
 from tensortrain.train.outputs import counted
 from tensortrain.train.preserve import preserved
 
-__all__ = ["proven_units"]
+__all__ = ["few", "is_like", "numbers", "proven_units"]
 
 _FEW = 2  # examples to try on
 
@@ -45,7 +45,7 @@ def proven_units(
     Cost: ``find_hidden_units`` in eval and in train mode, and two forward passes, on two examples; two more for each
     group of units where some of them fail.
     """
-    batch = _few(calibration.batches[0])
+    batch = few(calibration.batches[0])
 
     def on_batch(net: nn.Module) -> Any:
         return run(net, batch, with_labels=calibration.with_labels)
@@ -71,7 +71,7 @@ def _found(model: nn.Module, on_batch: Run) -> list[HiddenUnits]:
     return [units for units in found if units in trained]
 
 
-def _few(batch: Any) -> Any:
+def few(batch: Any) -> Any:
     n = n_examples(batch)
     return map_tensors(lambda x: x[:_FEW] if x.ndim and len(x) == n else x, batch) if n > _FEW else batch
 
@@ -81,20 +81,20 @@ def _computes_the_same(model: nn.Module, groups: Sequence[HiddenUnits], on_batch
     try:
         with evaluating(model), torch.no_grad():
             with _zeroed(model, groups):
-                wanted = _numbers(on_batch(model))
+                wanted = numbers(on_batch(model))
             with _narrowed(model, groups):
-                found = _numbers(on_batch(model))
+                found = numbers(on_batch(model))
     except Exception:
         return False
-    return len(wanted) == len(found) and all(_is_like(a, b) for a, b in zip(wanted, found, strict=True))
+    return len(wanted) == len(found) and all(is_like(a, b) for a, b in zip(wanted, found, strict=True))
 
 
-def _numbers(outputs: object) -> list[Tensor]:
+def numbers(outputs: object) -> list[Tensor]:
     leaves = [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor)]
     return [leaf for leaf in leaves if leaf.is_floating_point()]
 
 
-def _is_like(a: Tensor, b: Tensor) -> bool:
+def is_like(a: Tensor, b: Tensor) -> bool:
     """Where they are no masks, beside whose size nothing would show."""
     if a.shape != b.shape:
         return False

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tensortrain.compression.survey.fisher import Metric
 from tensortrain.compression.survey.layers import FoundLayer
-from tensortrain.compression.survey.moments import Calibration, LayerMoments
+from tensortrain.compression.survey.moments import Calibration, LayerMoments, n_moments
 from tensortrain.compression.survey.output_weights import Judge, Spreads, weigh_outputs
 from tensortrain.compression.survey.summaries import is_summarized, summarize
 from tensortrain.compression.survey.tied import Spread, together
@@ -28,6 +28,8 @@ from tensortrain.train.preserve import preserved
 from tensortrain.train.task import Task
 
 __all__ = ["Calibration", "calibrate"]
+
+_HELD_BYTES = 2**27  # of all statistics, that are kept in memory
 
 
 def calibrate(
@@ -74,7 +76,8 @@ def calibrate(
     heads = {layer.name: _head_of(layer) for layer in layers if layer.head is not None}
     spreads = {name: Spread() for name in heads}
     layers = [*layers, *heads.values()]
-    found = Calibration({layer.name: LayerMoments() for layer in layers}, with_labels=with_labels)
+    parks = _statistics_bytes(layers) > _HELD_BYTES
+    found = Calibration({layer.name: LayerMoments(parks=parks) for layer in layers}, with_labels=with_labels)
     seen = _Pass(model, layers, found, judge if grams else None, Spreads(Metric(model, task)))
     kept = max(1, keep_batches, gradient_batches if grams else 0)
     with preserved(model):
@@ -96,6 +99,10 @@ def calibrate(
     if grams:
         _note_missing([layer for layer in layers if layer.name in found.layers], found)
     return found
+
+
+def _statistics_bytes(layers: Sequence[FoundLayer]) -> int:
+    return 8 * sum(n_moments(layer.weight.fan_in, layer.weight.out_features) for layer in layers)
 
 
 def _head_of(layer: FoundLayer) -> FoundLayer:

@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 
 from tensortrain.formats import PLAIN, Weighting
+from tensortrain.system.parking import let_go, park
 
-__all__ = ["Calibration", "LayerMoments", "expected_shares", "second_moment"]
+__all__ = ["Calibration", "LayerMoments", "expected_shares", "n_moments", "second_moment"]
 
 LARGEST_FULL_GRAM = 4608  # features: 170 MB in float64; above, only the diagonal is kept
 _MOST_UNMET = 0.5  # of all ids to come, however many of those met came once
 _LEAST_UNMET = 0.05  # of what they would be if all ids were alike: positions beyond short texts may come, too
+_WORTH_PARKING = 2**17  # numbers
 _CONSTANT = 1e-10  # of the second moment: an input that varies less is the same for all rows
 
 
@@ -35,6 +37,7 @@ class LayerMoments:
         structure: For a layer behind a flattening, the (channels, height, width) that were flattened.
         calls: How often the layer ran on the first batch.
         n_rows: Rows summed up.
+        parks: Large moments lie in files, and take memory only while they are looked at.
     """
 
     gram: Tensor | None = None
@@ -45,6 +48,7 @@ class LayerMoments:
     structure: tuple[int, ...] | None = None
     calls: int | None = None
     n_rows: int | None = None
+    parks: bool = field(default=False, compare=False, repr=False)
 
     @property
     def weighting(self) -> Weighting:
@@ -57,22 +61,37 @@ class LayerMoments:
         return known
 
     def forget_derived(self) -> None:
-        """Drop what was computed from the moments on the way."""
+        """Drop what was computed from the moments on the way, and their memory where they lie in files."""
         self.__dict__.pop("_weighting", None)
+        let_go(self.gram, self.output_gram)
+
+    def set_aside(self) -> None:
+        """The same where the moments lie in files; else what was computed is of use later."""
+        if self.parks:
+            self.forget_derived()
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_weighting"}
 
     def add(self, gram: Tensor, mean: Tensor | None, n_rows: int) -> None:
         """Take in the sums over the rows of one call."""
-        self.gram = _added(self.gram, gram)
+        self.gram = self._added(self.gram, gram)
         if mean is not None:
             self.mean = mean if self.mean is None else self.mean + mean
         self.n_rows = (self.n_rows or 0) + n_rows
 
     def add_gradients(self, moment: Tensor) -> None:
         """Take in the second moment of the gradients of one call."""
-        self.output_gram = _added(self.output_gram, moment)
+        self.output_gram = self._added(self.output_gram, moment)
+
+    def _added(self, total: Tensor | None, more: Tensor) -> Tensor:
+        """A sum in float64, which is nobody else's."""
+        if total is not None:
+            total.add_(more)
+            let_go(total)
+            return total
+        parks = self.parks and more.numel() >= _WORTH_PARKING and more.device.type == "cpu"
+        return park(more, dtype=torch.float64) if parks else more.to(torch.float64, copy=True)
 
     def finish(self, *, centred: bool, counts: bool = False) -> None:
         """Sums to means; about the mean where a shift of the layer's mean output does no harm.
@@ -97,6 +116,7 @@ class LayerMoments:
                 return
             self.mean = mean
         self.gram = gram
+        let_go(gram)
 
 
 def expected_shares(counts: Tensor) -> Tensor:
@@ -189,9 +209,9 @@ class Calibration:
         self.__dict__.update({"in_nats": False, **state})
 
 
-def _added(total: Tensor | None, more: Tensor) -> Tensor:
-    """A sum in float64, which is nobody else's."""
-    return more.to(torch.float64, copy=True) if total is None else total.add_(more)
+def n_moments(*sides: int) -> int:
+    """Numbers that the second moments of inputs and outputs of such sizes hold."""
+    return sum(n * n if n <= LARGEST_FULL_GRAM else n for n in sides)
 
 
 def second_moment(rows: Tensor) -> Tensor:

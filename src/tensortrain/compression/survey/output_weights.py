@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -15,6 +16,7 @@ from tensortrain.compression.survey.layers import FoundLayer
 from tensortrain.compression.survey.moments import Calibration, second_moment
 from tensortrain.errors import KindError
 from tensortrain.system.observer import Observer
+from tensortrain.system.parking import activations_parked, let_go
 from tensortrain.train.batches import run
 from tensortrain.train.outputs import CONSTANT, OutputFunction
 
@@ -93,7 +95,8 @@ def weigh_outputs(
     observer.on_start("gradients", len(batches))
     try:
         for k, batch in enumerate(batches):
-            count += _add_gradients(layers, batch, judge, along, found)
+            with _frozen(model), activations_parked(but_not=model.parameters()):
+                count += _add_gradients(layers, batch, judge, along, found)
             observer.on_step(k + 1)
     except Exception as error:  # a part without a backward: inputs alone have to do
         for moments in found.layers.values():
@@ -103,7 +106,21 @@ def weigh_outputs(
     finally:
         observer.on_end()
     for name, total in found.output_grams.items():
-        found.layers[name].output_gram = total / max(1, count)
+        found.layers[name].output_gram = total.div_(max(1, count))
+        let_go(total)
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """No parameter with gradients inside: backward does not need what comes to the layers then."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
 
 
 def _add_gradients(

@@ -45,7 +45,7 @@ def _linear_summary(layer: FoundLayer, x: Tensor, mask: Tensor | None) -> Summar
     if mask is not None and mask.shape == x.shape[:-1]:
         rows = rows[mask.reshape(-1).bool()]
     rows = _finite(layer, rows)
-    return second_moment(rows), rows.double().sum(dim=0), rows.shape[0]
+    return second_moment(rows), rows.sum(dim=0, dtype=torch.float64), rows.shape[0]
 
 
 def _embedding_summary(layer: FoundLayer, x: Tensor, mask: Tensor | None) -> Summary:
@@ -69,7 +69,7 @@ def _conv_summary(layer: FoundLayer, x: Tensor, mask: Tensor | None) -> Summary 
     rows = patches.transpose(1, 2).reshape(-1, patches.shape[1])
     stride = max(1, rows.shape[0] // PATCHES_PER_BATCH)
     rows = _finite(layer, rows[::stride])
-    return second_moment(rows), rows.double().sum(dim=0), rows.shape[0]
+    return second_moment(rows), rows.sum(dim=0, dtype=torch.float64), rows.shape[0]
 
 
 def patches_of(conv: Any, x: Tensor, padding: Any) -> Tensor:

@@ -77,6 +77,7 @@ def compress(
     stages: Sequence[Any] | None = None,
     n_stages: int = 1,
     observer: Observer | None = None,
+    work_dir: str | Path | None = None,
 ) -> CompressionResult:
     """Make a trained model smaller, heal it, and report what was gained.
 
@@ -103,6 +104,7 @@ def compress(
             may be None.
         n_stages: In how many turns the model is compressed and healed, by equal ratios up to the budget. ``heal`` says
             how long each is healed. What earlier turns factorized is planned again in the later ones.
+        work_dir: Folder from which a killed planning goes on, see ``plan_compression``.
 
     Returns:
         CompressionResult: ``model``, ``plan`` and ``report``. A bare layer comes back as the new layer.
@@ -133,6 +135,7 @@ def compress(
         task=task,
         output=output,
         observer=observer or Silent(),
+        work_dir=work_dir,
         evaluate=evaluate,
         metric_name=metric_name,
         inplace=inplace,

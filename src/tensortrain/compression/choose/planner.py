@@ -6,10 +6,13 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from tensortrain._version import __version__
 from tensortrain.compression.choose.beyond_reach import (
     nothing_to_compress,
     unspent_note,
@@ -20,6 +23,7 @@ from tensortrain.compression.choose.candidates import DEFAULT_FORMATS, NARROW, f
 from tensortrain.compression.choose.chooser import Choice, Chooser, Menu
 from tensortrain.compression.choose.clock import Clock
 from tensortrain.compression.choose.cost import dense_cost
+from tensortrain.compression.choose.folder import Folder
 from tensortrain.compression.choose.goals import Goals, Sizes, read_goals
 from tensortrain.compression.choose.load import loads_of
 from tensortrain.compression.choose.options import PlanOptions
@@ -29,16 +33,17 @@ from tensortrain.compression.choose.weights import weigh_layers
 from tensortrain.compression.choose.widths import Width, Widths, disjoint, widths_of
 from tensortrain.compression.choose.within import Planned, find_plan
 from tensortrain.compression.opened import opened_for_a_while
-from tensortrain.compression.survey.calibrate import calibrate
+from tensortrain.compression.survey.calibrate import are_parked, calibrate
 from tensortrain.compression.survey.layers import FoundLayer, LeftAlone, check_module, count_params, find_layers
 from tensortrain.compression.survey.moments import Calibration, LayerMoments
 from tensortrain.compression.survey.proven import proven_units
 from tensortrain.compression.survey.task import FIRST, first_with_example, task_on_batch
 from tensortrain.errors import BudgetError
 from tensortrain.nn import CompositeLayer
+from tensortrain.system.checkpoint import start_signature
 from tensortrain.system.observer import Observer, Silent
 from tensortrain.system.storage import count_bytes
-from tensortrain.train.batches import take
+from tensortrain.train.batches import device_of, length_of, take, tensors_in, to_device
 from tensortrain.train.evaluation import Evaluate
 from tensortrain.train.outputs import Output
 from tensortrain.train.preserve import uncompiled
@@ -73,6 +78,7 @@ def plan_compression(
     output: Output | None = None,
     evaluate: Evaluate | None = None,
     observer: Observer | None = None,
+    work_dir: str | Path | None = None,
 ) -> CompressionPlan:
     """Choose format, modes and ranks of every layer so that the model fits a budget. Changes nothing.
 
@@ -109,6 +115,8 @@ def plan_compression(
         output: What the model is judged by: the name or number of one of its outputs, a callable on what it returns, or
             one on ``(model, batch)``; all tensors that it returns when None.
         evaluate: ``model -> figure``, larger for better models; for ``"max_metric_drop"``.
+        work_dir: Folder for what takes long: statistics of the layers, and what their menus are made of. After a kill
+            the same call goes on from there and gives the same plan, as does one with another budget.
 
     Returns:
         CompressionPlan: Print it, save it as JSON, or hand it to ``apply_plan_``.
@@ -137,6 +145,7 @@ def plan_compression(
             output=output,
             evaluate=evaluate,
             observer=observer or Silent(),
+            work_dir=work_dir,
         ),
     )
 
@@ -197,9 +206,10 @@ def _surveyed(model: nn.Module, options: PlanOptions, budgets: Sequence[BudgetLi
     """What all plans of a model have in common; its layers of several maps stand apart."""
     layers, left = _layers(model, options, budgets)
     task, data = _task(model, options)
-    calibration = _calibration(model, layers, data, task, options)
+    folder = _folder(model, layers, data, task, options)
+    calibration = _calibration(model, layers, data, task, options, folder)
     menus, unseen = _menus(layers, calibration, options)
-    hidden = _hidden(model, layers, calibration, options)
+    hidden = _hidden(model, layers, calibration, options, folder)
     flops = sum(menu.dense.flops or 0 for menu in menus) if calibration is not None else None
     now = replace(_sizes(model), flops=flops)
     for each in budgets:
@@ -207,7 +217,7 @@ def _surveyed(model: nn.Module, options: PlanOptions, budgets: Sequence[BudgetLi
     return Planning(
         options,
         now,
-        _with_families(menus, hidden, calibration, options, wide=options.will_heal == "long"),
+        _with_families(menus, hidden, calibration, options, folder, wide=options.will_heal == "long"),
         hidden,
         calibration,
         task,
@@ -367,8 +377,32 @@ def _menus(
     ], unseen
 
 
+def _folder(
+    model: nn.Module, layers: Sequence[FoundLayer], data: object, task: Task | None, options: PlanOptions
+) -> Folder:
+    """Where what is found is kept, with what it depends on."""
+    if options.work_dir is None:
+        return Folder(None, {}, torch.zeros(0, 2), options.observer)
+    first = start_signature(tensors_in(data[:1])) if isinstance(data, (list, tuple)) else length_of(data)
+    settings = {
+        "version": __version__,
+        "layers": [(layer.name, layer.weight, layer.head is not None) for layer in layers],
+        "data": first if not isinstance(first, Tensor) else first.tolist(),
+        "task": task,
+        **{name: getattr(options, name) for name in ("n_batches", "formats", "will_heal")},
+        "output": getattr(options.output, "__qualname__", options.output),
+    }
+    folder = Folder(Path(options.work_dir), settings, start_signature(model.parameters()), options.observer)
+    folder.begin()
+    return folder
+
+
 def _hidden(
-    model: nn.Module, layers: Sequence[FoundLayer], calibration: Calibration | None, options: PlanOptions
+    model: nn.Module,
+    layers: Sequence[FoundLayer],
+    calibration: Calibration | None,
+    options: PlanOptions,
+    folder: Folder,
 ) -> list[Widths]:
     """Units that can be narrowed at, where that is asked for and what comes to their readers is known.
 
@@ -382,7 +416,9 @@ def _hidden(
     options.observer.on_start("widths", len(found))
     widths = []
     for k, units in enumerate(found):
-        widths.append(widths_of(model, units, by_name, calibration.of(units.reader)))
+        moments = calibration.of(units.reader)
+        widths.append(folder.widths(k, units, partial(widths_of, model, units, by_name, moments)))
+        moments.set_aside()
         options.observer.on_step(k + 1)
     options.observer.on_end()
     return widths
@@ -418,6 +454,7 @@ def _with_families(
     hidden: Sequence[Widths],
     calibration: Calibration | None,
     options: PlanOptions,
+    folder: Folder,
     *,
     wide: bool,
 ) -> list[Menu]:
@@ -426,13 +463,8 @@ def _with_families(
     options.observer.on_start("candidates", len(menus))
     for k, menu in enumerate(menus):
         moments = calibration.of(menu.layer.name) if calibration is not None else LayerMoments()
-        found = families(
-            menu.layer,
-            formats=formats,
-            weighting=moments.weighting,
-            structure=moments.structure,
-            wide=wide,
-        )
+        how: dict[str, Any] = {"formats": formats, "structure": moments.structure, "wide": wide}
+        found = folder.families(k, partial(families, menu.layer, weighting=moments.weighting, **how))
         moments.forget_derived()
         filled.append(replace(menu, families=found, widths=_widths_on(menu, hidden)))
         options.observer.on_step(k + 1)
@@ -489,9 +521,11 @@ def _calibration(
     data: Iterable[Any] | None,
     task: Task | None,
     options: PlanOptions,
+    folder: Folder,
 ) -> Calibration | None:
     if data is not None:
-        return calibrate(
+        make = partial(
+            calibrate,
             model,
             layers,
             data,
@@ -501,6 +535,9 @@ def _calibration(
             task=task,
             observer=options.observer,
         )
+        found = folder.calibration(make, parks=are_parked(layers))
+        found.batches = [to_device(batch, device_of(model)) for batch in found.batches]
+        return found
     if options.example_inputs is not None:
         example = [options.example_inputs]
         return calibrate(model, layers, example, n_batches=1, grams=False, observer=options.observer)

@@ -27,7 +27,7 @@ from tensortrain.train.outputs import Output, judged_outputs
 from tensortrain.train.preserve import preserved
 from tensortrain.train.task import Task
 
-__all__ = ["Calibration", "calibrate"]
+__all__ = ["Calibration", "are_parked", "calibrate"]
 
 _HELD_BYTES = 2**27  # of all statistics, that are kept in memory
 
@@ -76,7 +76,7 @@ def calibrate(
     heads = {layer.name: _head_of(layer) for layer in layers if layer.head is not None}
     spreads = {name: Spread() for name in heads}
     layers = [*layers, *heads.values()]
-    parks = _statistics_bytes(layers) > _HELD_BYTES
+    parks = are_parked(layers)
     found = Calibration({layer.name: LayerMoments(parks=parks) for layer in layers}, with_labels=with_labels)
     seen = _Pass(model, layers, found, judge if grams else None, Spreads(Metric(model, task)))
     kept = max(1, keep_batches, gradient_batches if grams else 0)
@@ -101,8 +101,9 @@ def calibrate(
     return found
 
 
-def _statistics_bytes(layers: Sequence[FoundLayer]) -> int:
-    return 8 * sum(n_moments(layer.weight.fan_in, layer.weight.out_features) for layer in layers)
+def are_parked(layers: Sequence[FoundLayer]) -> bool:
+    """Whether the statistics of some layers together are so large that they lie in files."""
+    return 8 * sum(n_moments(layer.weight.fan_in, layer.weight.out_features) for layer in layers) > _HELD_BYTES
 
 
 def _head_of(layer: FoundLayer) -> FoundLayer:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tensortrain.formats import PLAIN, Weighting
-from tensortrain.system.parking import let_go, park
+from tensortrain.system.parking import is_parked, let_go, park
 
 __all__ = ["Calibration", "LayerMoments", "expected_shares", "n_moments", "second_moment"]
 
@@ -65,6 +65,18 @@ class LayerMoments:
         self.__dict__.pop("_weighting", None)
         let_go(self.gram, self.output_gram)
 
+    def park(self) -> None:
+        """Put large moments into files, where that is asked for."""
+        self.gram, self.output_gram = self._parked(self.gram), self._parked(self.output_gram)
+
+    def _parked(self, moment: Tensor | None) -> Tensor | None:
+        if moment is None or not self._is_to_park(moment) or is_parked(moment):
+            return moment
+        return park(moment)
+
+    def _is_to_park(self, moment: Tensor) -> bool:
+        return self.parks and moment.numel() >= _WORTH_PARKING and moment.device.type == "cpu"
+
     def set_aside(self) -> None:
         """The same where the moments lie in files; else what was computed is of use later."""
         if self.parks:
@@ -90,8 +102,9 @@ class LayerMoments:
             total.add_(more)
             let_go(total)
             return total
-        parks = self.parks and more.numel() >= _WORTH_PARKING and more.device.type == "cpu"
-        return park(more, dtype=torch.float64) if parks else more.to(torch.float64, copy=True)
+        if self._is_to_park(more):
+            return park(more, dtype=torch.float64)
+        return more.to(torch.float64, copy=True)
 
     def finish(self, *, centred: bool, counts: bool = False) -> None:
         """Sums to means; about the mean where a shift of the layer's mean output does no harm.

@@ -37,7 +37,8 @@ def all_parked(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_parked_tensor_has_the_same_numbers(shape, dtype) -> None:
     x = torch.randn(shape, dtype=torch.float64).mul(9).to(dtype)
     parked = park(x)
-    assert parked.dtype == dtype and parked.shape == x.shape
+    assert parked.dtype == dtype
+    assert parked.shape == x.shape
     assert torch.equal(parked, x)
     let_go(parked)
     assert torch.equal(parked, x)
@@ -59,8 +60,10 @@ def test_a_transposed_tensor_is_parked_in_its_order() -> None:
 def test_copies_of_a_parked_tensor_lie_in_memory() -> None:
     parked = park(torch.arange(5.0))
     for copied in (copy.deepcopy(parked), pickle.loads(pickle.dumps(parked)), parked.clone()):
-        assert torch.equal(copied, parked) and not is_parked(copied)
-    assert is_parked(parked) and is_parked(parked[2:])
+        assert torch.equal(copied, parked)
+        assert not is_parked(copied)
+    assert is_parked(parked)
+    assert is_parked(parked[2:])
 
 
 def test_nothing_is_left_of_one_that_is_gone() -> None:
@@ -127,11 +130,19 @@ def test_few_activations_stay_in_memory() -> None:
 def test_weights_are_put_back_into_memory_after_an_error(all_parked) -> None:
     net = nn.Linear(4, 4)
     weight, value = net.weight, net.weight.detach().clone()
-    with pytest.raises(RuntimeError), weights_parked(net.parameters()) as put:
-        put([net.weight])
-        assert is_parked(net.weight) and torch.equal(net.weight, value)
-        raise RuntimeError
-    assert net.weight is weight and not is_parked(weight) and torch.equal(weight, value)
+
+    def fail() -> None:
+        with weights_parked(net.parameters()) as put:
+            put([net.weight])
+            assert is_parked(net.weight)
+            assert torch.equal(net.weight, value)
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
+    assert net.weight is weight
+    assert not is_parked(weight)
+    assert torch.equal(weight, value)
 
 
 def test_weights_of_a_small_model_are_left_alone() -> None:

@@ -23,6 +23,7 @@ from tensortrain.formats import FactorSpec
 from tensortrain.formats.narrowing import Narrowing
 from tensortrain.system.checkpoint import RunFile
 from tensortrain.system.observer import Observer
+from tensortrain.system.processes import first_of, gathered, own_rank
 
 __all__ = ["Folder"]
 
@@ -48,18 +49,21 @@ class Folder:
 
     def begin(self) -> None:
         """Say so where the folder holds what cannot be used, and remove that."""
-        if self.path is None:
-            return
-        file = self._file(self.path, "planning")
+        if self.path is not None and own_rank() == 0:
+            self._tidy(self.path)
+        first_of(None)  # the others wait
+
+    def _tidy(self, folder: Path) -> None:
+        file = self._file(folder, "planning")
         if file.path.exists():
             try:
                 file.read()
                 return
             except CheckpointError as error:
                 self.observer.message(f"Planning starts over: {error}")
-        for piece in [*self.path.glob("moments-*.safetensors"), *self.path.glob("menu-*.safetensors")]:
+        for piece in [*folder.glob("moments-*.safetensors"), *folder.glob("menu-*.safetensors")]:
             piece.unlink()
-        self._file(self.path, "calibration").path.unlink(missing_ok=True)
+        self._file(folder, "calibration").path.unlink(missing_ok=True)
         file.write({})
 
     def calibration(self, make: Callable[[], Calibration], *, parks: bool) -> Calibration:
@@ -67,7 +71,7 @@ class Folder:
         if self.path is None:
             return make()
         found = self._read("calibration", lambda tree: self._calibration_from(tree, parks))
-        if found is None:
+        if not all(gathered(found is not None)):
             found = make()
             if not all(map(_is_plain, found.batches)):
                 self.observer.message("Statistics are not kept: only batches of tensors, lists, tuples and dicts are.")
@@ -76,6 +80,7 @@ class Folder:
                 self._write(f"moments-{k}", moments)
                 moments.set_aside()
             self._write("calibration", {**_as_tree(found), "batches": found.batches, "names": list(found.layers)})
+        assert found is not None
         return found
 
     def families(self, k: int, make: Callable[[], list[Family]]) -> list[Family]:
@@ -118,6 +123,8 @@ class Folder:
 
     def _write(self, name: str, found: Any) -> None:
         assert self.path is not None
+        if own_rank() > 0:  # the first process writes for all
+            return
         try:
             self._file(self.path, name).write({"found": _as_tree(found)})
         except (CheckpointError, OSError) as error:

@@ -38,10 +38,11 @@ from tensortrain.compression.survey.layers import FoundLayer, LeftAlone, check_m
 from tensortrain.compression.survey.moments import Calibration, LayerMoments
 from tensortrain.compression.survey.proven import proven_units
 from tensortrain.compression.survey.task import FIRST, first_with_example, task_on_batch
-from tensortrain.errors import BudgetError
+from tensortrain.errors import BudgetError, TTError
 from tensortrain.nn import CompositeLayer
 from tensortrain.system.checkpoint import start_signature
 from tensortrain.system.observer import Observer, Silent
+from tensortrain.system.processes import first_of, n_processes
 from tensortrain.system.storage import count_bytes
 from tensortrain.train.batches import device_of, length_of, take, tensors_in, to_device
 from tensortrain.train.evaluation import Evaluate
@@ -168,7 +169,22 @@ def make_plans(model: nn.Module, options: PlanOptions, budgets: Sequence[BudgetL
     with opened_for_a_while(model) as opened:
         planning = _surveyed(opened.model, options, budgets)
     planning.opened, planning.left = opened.names, opened.left_alone(planning.left)
-    return [planning.find(model, each) for each in budgets]
+    return [_agreed(partial(planning.find, model, each), planning.calibration) for each in budgets]
+
+
+def _agreed(find: Callable[[], CompressionPlan], calibration: Calibration | None) -> CompressionPlan:
+    """The plan of the first of several processes: what was timed may differ from one to the other."""
+    if n_processes() == 1:
+        return find()
+    found: CompressionPlan | TTError
+    try:
+        found = replace(find(), calibration=None)
+    except TTError as error:
+        found = error
+    found = first_of(found)
+    if isinstance(found, TTError):
+        raise found
+    return replace(found, calibration=calibration)
 
 
 def _read(model: nn.Module, budget: BudgetLike, options: PlanOptions) -> Goals:
@@ -478,7 +494,7 @@ def _task(model: nn.Module, options: PlanOptions) -> tuple[Task | None, Iterable
     if data is None or isinstance(options.task, Task):
         return options.known_task, data
     seen = take(data, FIRST)
-    first = first_with_example(seen)
+    first = first_of(first_with_example(seen))
     if isinstance(data, Iterator):
         data = itertools.chain(seen, data)
     if first is None:

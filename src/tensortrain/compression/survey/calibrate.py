@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tensortrain.compression.survey.fisher import Metric
+from tensortrain.compression.survey.joined import join_inputs
 from tensortrain.compression.survey.layers import FoundLayer
 from tensortrain.compression.survey.moments import Calibration, LayerMoments, n_moments
 from tensortrain.compression.survey.output_weights import Judge, Spreads, weigh_outputs
@@ -21,6 +22,7 @@ from tensortrain.compression.survey.tied import Spread, together
 from tensortrain.errors import DataError
 from tensortrain.nn import Linear
 from tensortrain.system.observer import Observer, Silent
+from tensortrain.system.processes import first_of, own_share
 from tensortrain.train.batches import device_of, failed_on_batch, n_examples, opened, run_somehow, to_device
 from tensortrain.train.modes import is_frozen_norm
 from tensortrain.train.outputs import Output, judged_outputs
@@ -52,7 +54,7 @@ def calibrate(
 
     Args:
         data: Batches as for training; labels are not used.
-        n_batches: How many batches to run, at least one.
+        n_batches: How many batches to run, at least one; of several processes together.
         grams: Off: record shapes alone.
         gradient_batches: How many of the batches also run backward, for ``output_grams``.
         output: Which outputs the model is judged by, see ``judged_outputs``; all when None.
@@ -83,10 +85,12 @@ def calibrate(
     with preserved(model):
         model.eval()
         with _watched(heads, spreads):
-            seen.run(data, n_batches, kept, observer)
+            seen.run(data, own_share(n_batches), kept, observer)
+        join_inputs(found, spreads, device_of(model))
+        seen.spreads.join()
         if grams and gradient_batches:
             weigh_outputs(model, layers, found, gradient_batches, judge, seen.spreads, observer)
-    del found.batches[keep_batches:]
+    found.batches = first_of(found.batches[:keep_batches])
     _settle_norms(model, found)
     for layer in layers:
         moments = found.layers[layer.name]

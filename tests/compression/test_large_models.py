@@ -87,7 +87,7 @@ def test_the_plan_does_not_depend_on_where_numbers_lie(case, request) -> None:
     request.getfixturevalue("all_parked")
     before = snapshot(model)
     found = plan_compression(model, budget="1.5x", data=data)
-    assert_unchanged(before, model)
+    assert_unchanged(model, before)
     assert found.layers
     assert [layer.spec for layer in found.layers] == [layer.spec for layer in wanted.layers]
     assert found.narrowed == wanted.narrowed
@@ -131,7 +131,7 @@ def test_a_failure_leaves_a_large_model_as_it_was(failing, all_parked) -> None:
     keywords: dict[str, Any] = {"heal": False, "measure": False, "inplace": True}
     with pytest.raises(RuntimeError, match="stopped"):
         tt.compress(model, budget="1.5x", data=data, observer=Stops(), **keywords)
-    assert_unchanged(before, model)
+    assert_unchanged(model, before)
     assert [id(p) for p in model.parameters()] == ids
     assert not any(map(is_parked, model.parameters()))
 

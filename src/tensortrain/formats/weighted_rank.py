@@ -80,9 +80,9 @@ class WeightedMatrix:
 
     def rel_error(self, outputs: Tensor, inputs: Tensor) -> float:
         """Of the product of stored factors ``(M, r)`` and ``(r, N)``, in the moments as they are."""
-        outputs, inputs = outputs.double(), inputs.double()
         if self.weighted is None:
             return self._error_in_parts(outputs, inputs)
+        outputs, inputs = outputs.double(), inputs.double()
         whole = max(self._energy(self.matrix, self.weighted), _TINY)
         difference = self.matrix - outputs @ inputs
         lost = self._energy(difference, self.weighted - outputs @ self._times(inputs, self.inputs))
@@ -100,10 +100,10 @@ class WeightedMatrix:
         return self.matrix.T if self._is_wide else self.matrix
 
     def _transposed_times(self, factor: Tensor) -> Tensor:
-        """``W^T C`` of a wide matrix, ``W C`` of another."""
+        """``W^T C`` of a wide matrix, ``W C`` of another; in parts, in the precision that it will be stored in."""
         if self.weighted is not None:
             return self._long @ factor
-        return torch.cat([some.double() @ factor for some in _in_parts(self._long)])
+        return torch.cat([(some.double() @ factor).to(some.dtype) for some in _in_parts(self._long)])
 
     def _inner_in_parts(self) -> Tensor:
         """``W H W^T`` of a wide matrix, ``W^T F W`` of another, with damped moments; the longer side counts alone."""
@@ -119,9 +119,10 @@ class WeightedMatrix:
         weighting = Weighting(self.inputs, self.outputs)
         lost = 0.0
         sides = (inputs.T, outputs) if self._is_wide else (outputs, inputs.T)
+        short = sides[1].double()
         ends = _alike(self.inputs if self._is_wide else self.outputs, self._long)
         for some, long, counts in zip(_in_parts(self._long), _in_parts(sides[0], like=self._long), ends, strict=True):
-            difference = (some.double() - long @ sides[1].T).to(some.dtype)
+            difference = (some.double() - long.double() @ short.T).to(some.dtype)
             if self._is_wide:
                 lost += Weighting(counts, self.outputs).energy(difference.T)
             else:

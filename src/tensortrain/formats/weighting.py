@@ -165,7 +165,11 @@ class Weighting:
 
     def goes_in_parts(self, matrix: Tensor) -> bool:
         """Whether a matrix is large, and its outputs or its inputs count one by one."""
-        return matrix.numel() > _AT_ONCE and (_counts_alone(self.outputs) or _counts_alone(self.inputs))
+        if self.inputs is None or _counts_alone(self.outputs):
+            n_parts = matrix.shape[0]
+        else:
+            n_parts = matrix.shape[1] if _counts_alone(self.inputs) else 1
+        return matrix.numel() > _AT_ONCE and n_parts > 1
 
     def _in_parts(self, matrix: Tensor) -> Iterator[tuple[Weighting, Tensor]]:
         """Parts of a matrix whose energies add up to that of the whole."""

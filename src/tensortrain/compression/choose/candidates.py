@@ -34,6 +34,7 @@ __all__ = [
     "default_formats",
     "factoring",
     "families",
+    "formats_worth_trying",
     "least_params",
 ]
 
@@ -49,6 +50,7 @@ _COARSE = 0.08  # steps of the ranks at which families are compared
 _FAR, _LIKE_LOW_RANK = 1.2, 1.0
 # Unfoldings with both sides above this take minutes to decompose, and ranks there never pay.
 _LARGEST_UNFOLDING = 2600
+_LARGE_WEIGHT = 2**22  # numbers
 
 
 def default_formats() -> tuple[str, ...]:
@@ -66,6 +68,16 @@ def factoring(formats: Sequence[str]) -> tuple[str, ...]:
     for name in names:
         get_format(name)
     return names
+
+
+def formats_worth_trying(layer: FoundLayer, formats: Sequence[str], *, scarce: bool) -> Sequence[str]:
+    """The formats that are tried on a layer; of a very large one low rank alone, where memory is scarce.
+
+    Other formats are decomposed in several copies of the weight, low rank in parts of it.
+    """
+    if scarce and layer.weight.n_params > _LARGE_WEIGHT and "low_rank" in formats:
+        return ("low_rank",)
+    return formats
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,14 @@ from tensortrain.compression.choose.beyond_reach import (
     what_stands_in_the_way,
 )
 from tensortrain.compression.choose.budget import Budget, BudgetLike, Measure, read_budget
-from tensortrain.compression.choose.candidates import DEFAULT_FORMATS, NARROW, factoring, families, least_params
+from tensortrain.compression.choose.candidates import (
+    DEFAULT_FORMATS,
+    NARROW,
+    factoring,
+    families,
+    formats_worth_trying,
+    least_params,
+)
 from tensortrain.compression.choose.chooser import Choice, Chooser, Menu
 from tensortrain.compression.choose.clock import Clock
 from tensortrain.compression.choose.cost import dense_cost
@@ -479,7 +486,8 @@ def _with_families(
     options.observer.on_start("candidates", len(menus))
     for k, menu in enumerate(menus):
         moments = calibration.of(menu.layer.name) if calibration is not None else LayerMoments()
-        how: dict[str, Any] = {"formats": formats, "structure": moments.structure, "wide": wide}
+        few = formats_worth_trying(menu.layer, formats, scarce=moments.parks and not wide)
+        how: dict[str, Any] = {"formats": few, "structure": moments.structure, "wide": wide}
         found = folder.families(k, partial(families, menu.layer, weighting=moments.weighting, **how))
         moments.forget_derived()
         filled.append(replace(menu, families=found, widths=_widths_on(menu, hidden)))

@@ -201,13 +201,17 @@ def test_a_killed_plan_goes_on(case, where, step, parked, tmp_path, request) -> 
     assert not after.said
 
 
+def again(*args: Any, **keywords: Any) -> None:
+    raise AssertionError("done again")
+
+
 @each_case
 def test_nothing_is_done_twice_for_another_budget(case, tmp_path, monkeypatch) -> None:
     model, data = made(case)
     wanted = plan_compression(model, budget="1.3x", data=data)
     plan_compression(model, budget="2x", data=data, work_dir=tmp_path)
     for name in ("calibrate", "families", "widths_of"):
-        monkeypatch.setattr(planner, name, None)
+        monkeypatch.setattr(planner, name, again)
     found = plan_compression(model, budget="1.3x", data=data, work_dir=tmp_path)
     assert found == wanted
     for name, gram in wanted.calibration.grams.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
+from time import perf_counter
 from typing import Any, cast
 
 import torch
@@ -115,7 +116,7 @@ def _prepared(
     observer.on_start("decompose", len(work) + len(plan.narrowed))
     try:
         for k, (layer, entry) in enumerate(work):
-            moments = calibration.of(layer.name)
+            moments, began = calibration.of(layer.name), perf_counter()
             new = build(layer, entry, moments.weighting)
             statistics += _keep_moments(model, layer, new, moments)
             moments.forget_derived()
@@ -123,7 +124,7 @@ def _prepared(
             if layer.head is not None:
                 built.append((layer.head.names, layer.head.module, _tied(layer.head.module, new)))
             put_aside(p for name, p in layer.module.named_parameters(recurse=False) if name == "weight")
-            observer.on_step(k + 1)
+            observer.on_step(k + 1, seconds=perf_counter() - began)
         for k, one in enumerate(plan.narrowed):
             narrow.append(fitted(model, one.units, one.kept, found, calibration.of(one.units.reader)))
             statistics += narrow[-1].statistics

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from time import perf_counter
 from typing import Any, Literal
 
 import torch
@@ -439,10 +440,10 @@ def _hidden(
     options.observer.on_start("widths", len(found))
     widths = []
     for k, units in enumerate(found):
-        moments = calibration.of(units.reader)
+        moments, began = calibration.of(units.reader), perf_counter()
         widths.append(folder.widths(k, units, partial(widths_of, model, units, by_name, moments)))
         moments.set_aside()
-        options.observer.on_step(k + 1)
+        options.observer.on_step(k + 1, seconds=perf_counter() - began)
     options.observer.on_end()
     return widths
 
@@ -486,12 +487,13 @@ def _with_families(
     options.observer.on_start("candidates", len(menus))
     for k, menu in enumerate(menus):
         moments = calibration.of(menu.layer.name) if calibration is not None else LayerMoments()
+        began = perf_counter()
         few = formats_worth_trying(menu.layer, formats, scarce=moments.parks and not wide)
         how: dict[str, Any] = {"formats": few, "structure": moments.structure, "wide": wide}
         found = folder.families(k, partial(families, menu.layer, weighting=moments.weighting, **how))
         moments.forget_derived()
         filled.append(replace(menu, families=found, widths=_widths_on(menu, hidden)))
-        options.observer.on_step(k + 1)
+        options.observer.on_step(k + 1, seconds=perf_counter() - began)
     options.observer.on_end()
     return filled
 

@@ -289,7 +289,7 @@ def _original(model: nn.Module, inplace: bool, compares: bool) -> nn.Module:
     """
     if inplace:
         return checked_copy(model, parks=are_large(model.parameters())) if compares else model
-    checked_copy(model)
+    checked_copy(model, parks=are_large(model.parameters()))
     return model
 
 

@@ -7,13 +7,12 @@ when they are written; after ``let_go`` they take no memory until they are neede
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import functools
 import mmap
 import os
 import tempfile
-import weakref
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
-from typing import IO
 
 import torch
 from torch import Tensor
@@ -27,9 +26,7 @@ __all__ = [
     "can_park",
     "is_parked",
     "let_go",
-    "map_file",
     "park",
-    "park_zeros",
     "weights_parked",
 ]
 
@@ -37,19 +34,15 @@ LARGE_BYTES = 2**27  # what holds no more than this together is left in memory
 
 _CHUNK = 2**20  # numbers that are written at once
 _HELD_BYTES, _WORTH_BYTES = 2**26, 2**19  # of what backward needs: held in memory all the same; least size of a file
-_MAPS: weakref.WeakValueDictionary[int, mmap.mmap] = weakref.WeakValueDictionary()  # by where they begin
+_PREFIX = "tensortrain-parked-"
 
 
-def park(tensor: Tensor, *, dtype: torch.dtype | None = None, path: Path | None = None) -> Tensor:
-    """A copy of a tensor in a file.
+def park(tensor: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
+    """A copy of a tensor in a file that nobody else sees, and that is gone with the tensor.
 
-    Args:
-        path: Of a new file; without it, one that nobody sees, and that is gone with the tensor.
-
-    Raises:
-        OSError: There is no room on the disk.
+    Where there is no room on the disk it lies in memory.
     """
-    parked = park_zeros(tensor.shape, dtype or tensor.dtype, path=path)
+    parked = _zeros(tensor.shape, dtype or tensor.dtype)
     flat, source = parked.view(-1), tensor.detach().reshape(-1)
     for start in range(0, len(flat), _CHUNK):
         flat[start : start + _CHUNK] = source[start : start + _CHUNK]
@@ -57,39 +50,33 @@ def park(tensor: Tensor, *, dtype: torch.dtype | None = None, path: Path | None 
     return parked
 
 
-def park_zeros(shape: Iterable[int], dtype: torch.dtype, *, path: Path | None = None) -> Tensor:
-    """A tensor of zeros in a file; arguments and errors are those of ``park``."""
-    size = torch.Size(shape)
-    n_bytes = _n_bytes(size, dtype)
-    if n_bytes == 0:
+def _zeros(size: torch.Size, dtype: torch.dtype) -> Tensor:
+    try:
+        return _zeros_in_file(size, dtype) if size.numel() else torch.zeros(size, dtype=dtype)
+    except OSError:
         return torch.zeros(size, dtype=dtype)
-    with _new_file(path) as file:
-        _reserve(file, n_bytes)
-        return _mapped(file, size, dtype)
 
 
-def map_file(path: Path, shape: Iterable[int], dtype: torch.dtype) -> Tensor:
-    """The tensor in a file that ``park`` wrote.
-
-    Raises:
-        OSError: There is no such file, or it is of another size.
-    """
-    size = torch.Size(shape)
-    n_bytes, found = _n_bytes(size, dtype), path.stat().st_size
-    if found != n_bytes:
-        raise OSError(f"{path} has {found} bytes, expected {n_bytes}")
-    if n_bytes == 0:
-        return torch.zeros(size, dtype=dtype)
-    with path.open("r+b") as file:
-        return _mapped(file, size, dtype)
+def _zeros_in_file(size: torch.Size, dtype: torch.dtype) -> Tensor:
+    n_bytes = size.numel() * torch.empty((), dtype=dtype).element_size()
+    descriptor, name = tempfile.mkstemp(prefix=_PREFIX)
+    try:
+        try:
+            _reserve(descriptor, n_bytes)
+        finally:
+            os.close(descriptor)
+        # Torch keeps no descriptor open, as Python's mmap does: a process may have about a thousand.
+        return torch.from_file(name, shared=True, size=size.numel(), dtype=dtype).view(size)
+    finally:
+        with contextlib.suppress(OSError):  # some systems keep the names of mapped files
+            os.unlink(name)
 
 
 def let_go(*tensors: Tensor | None) -> None:
     """Give back the memory of those that are parked; what was written to them stays in their files."""
     for tensor in tensors:
-        mapped = None if tensor is None else _map_of(tensor)
-        if mapped is not None and hasattr(mmap, "MADV_DONTNEED"):  # elsewhere the system does it when it has to
-            mapped.madvise(mmap.MADV_DONTNEED)
+        if tensor is not None and is_parked(tensor):
+            _forget_pages(tensor.untyped_storage())
 
 
 def are_large(tensors: Iterable[Tensor]) -> bool:
@@ -108,7 +95,10 @@ def can_park(tensor: Tensor) -> bool:
 
 def is_parked(tensor: Tensor) -> bool:
     """Whether a tensor lies in a file."""
-    return _map_of(tensor) is not None
+    if tensor.device.type != "cpu" or tensor.layout is not torch.strided or tensor.is_nested:
+        return False
+    name = tensor.untyped_storage().filename
+    return name is not None and os.path.basename(name).startswith(_PREFIX)
 
 
 @contextlib.contextmanager
@@ -160,33 +150,29 @@ def _address(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr() if tensor.layout is torch.strided and not tensor.is_meta else 0
 
 
-def _map_of(tensor: Tensor) -> mmap.mmap | None:
-    if tensor.device.type != "cpu" or tensor.layout is not torch.strided:
-        return None
-    return _MAPS.get(tensor.untyped_storage().data_ptr())
-
-
-def _n_bytes(size: torch.Size, dtype: torch.dtype) -> int:
-    return size.numel() * torch.empty((), dtype=dtype).element_size()
-
-
-def _new_file(path: Path | None) -> IO[bytes]:
-    if path is None:
-        return tempfile.TemporaryFile()  # has no name, so that a kill leaves nothing
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path.open("w+b")
-
-
-def _reserve(file: IO[bytes], n_bytes: int) -> None:
+def _reserve(descriptor: int, n_bytes: int) -> None:
     """Take the room on the disk now: writing to a map without room would end the process."""
     if hasattr(os, "posix_fallocate"):
-        os.posix_fallocate(file.fileno(), 0, n_bytes)
+        os.posix_fallocate(descriptor, 0, n_bytes)
     else:
-        file.truncate(n_bytes)
+        os.truncate(descriptor, n_bytes)
 
 
-def _mapped(file: IO[bytes], size: torch.Size, dtype: torch.dtype) -> Tensor:
-    mapped = mmap.mmap(file.fileno(), 0)
-    found = torch.frombuffer(mapped, dtype=dtype).view(size)
-    _MAPS[found.data_ptr()] = mapped
+def _forget_pages(storage: torch.UntypedStorage) -> None:
+    advise = _madvise()
+    if advise is not None:  # elsewhere the system takes the memory when it has to
+        advise(storage.data_ptr(), storage.nbytes(), mmap.MADV_DONTNEED)
+
+
+@functools.cache
+def _madvise() -> Callable[[int, int, int], int] | None:
+    """The system's call for memory that is not needed for now."""
+    if not hasattr(mmap, "MADV_DONTNEED"):
+        return None
+    try:
+        call = ctypes.CDLL(None).madvise
+    except (OSError, AttributeError):
+        return None
+    call.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    found: Callable[[int, int, int], int] = call
     return found

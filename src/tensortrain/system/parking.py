@@ -11,8 +11,10 @@ import ctypes
 import functools
 import mmap
 import os
+import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +29,7 @@ __all__ = [
     "is_parked",
     "let_go",
     "park",
+    "tidy",
     "weights_parked",
 ]
 
@@ -79,6 +82,13 @@ def let_go(*tensors: Tensor | None) -> None:
             _forget_pages(tensor.untyped_storage())
 
 
+def tidy() -> None:
+    """Give back to the system what the allocator keeps of memory that was freed: after large tensors that is much."""
+    trim = _malloc_trim()
+    if trim is not None:
+        trim(0)
+
+
 def are_large(tensors: Iterable[Tensor]) -> bool:
     """Whether tensors hold so much together that copies of them lie in files."""
     return count_bytes(tensors) > LARGE_BYTES
@@ -114,6 +124,8 @@ def weights_parked(whole: Iterable[Tensor]) -> Iterator[Callable[[Iterable[Tenso
         for tensor in (one for one in tensors if large and can_park(one)):
             tensor.data = park(tensor.data)
             parked.append(tensor)
+        if large:
+            tidy()
 
     try:
         yield put
@@ -169,10 +181,20 @@ def _madvise() -> Callable[[int, int, int], int] | None:
     """The system's call for memory that is not needed for now."""
     if not hasattr(mmap, "MADV_DONTNEED"):
         return None
+    return _system_call("madvise", ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+
+
+@functools.cache
+def _malloc_trim() -> Callable[[int], int] | None:
+    """The call of GNU's library that empties its allocator."""
+    return _system_call("malloc_trim", ctypes.c_size_t) if sys.platform == "linux" else None
+
+
+def _system_call(name: str, *arguments: Any) -> Callable[..., int] | None:
     try:
-        call = ctypes.CDLL(None).madvise
+        call = getattr(ctypes.CDLL(None), name)
     except (OSError, AttributeError):
         return None
-    call.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-    found: Callable[[int, int, int], int] = call
+    call.argtypes = arguments
+    found: Callable[..., int] = call
     return found

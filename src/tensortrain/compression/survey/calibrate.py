@@ -162,6 +162,7 @@ class _Pass:
                     observer.on_step(k + 1)
                     if n_examples(batch):
                         self._run_one(to_device(batch, device_of(self.model)), kept)
+                        self.found.tidy()
         finally:
             for handle in handles:
                 handle.remove()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tensortrain.formats import PLAIN, Weighting
-from tensortrain.system.parking import is_parked, let_go, park
+from tensortrain.system.parking import is_parked, let_go, park, tidy
 
 __all__ = ["Calibration", "LayerMoments", "expected_shares", "n_moments", "second_moment"]
 
@@ -64,6 +64,8 @@ class LayerMoments:
         """Drop what was computed from the moments on the way, and their memory where they lie in files."""
         self.__dict__.pop("_weighting", None)
         let_go(self.gram, self.output_gram)
+        if self.parks:
+            tidy()
 
     def park(self) -> None:
         """Put large moments into files, where that is asked for."""
@@ -203,6 +205,11 @@ class Calibration:
     input_shapes = _by_layer("input_shape")
     structures = _by_layer("structure")
     calls = _by_layer("calls")
+
+    def tidy(self) -> None:
+        """Give back memory between batches, where statistics are large."""
+        if any(moments.parks for moments in self.layers.values()):
+            tidy()
 
     def of(self, name: str) -> LayerMoments:
         """What is known of a layer; an empty record for one that was not there."""

@@ -110,6 +110,7 @@ def weigh_outputs(
             generator.manual_seed(k * n_processes() + own_rank())  # as one process that is given all of the batches
             with _frozen(model), activations_parked(but_not=model.parameters()):
                 count += _add_gradients(layers, batch, judge, along, found)
+            found.tidy()
             observer.on_step(k + 1)
     except Exception as error:  # a part without a backward: inputs alone have to do
         reason = " ".join(str(error).split())

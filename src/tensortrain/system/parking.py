@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tensortrain.system.storage import count_bytes
+from tensortrain.system.storage import count_bytes, span_of
 
 __all__ = [
     "LARGE_BYTES",
@@ -96,7 +96,7 @@ def are_large(tensors: Iterable[Tensor]) -> bool:
 
 def can_park(tensor: Tensor) -> bool:
     """Whether a tensor is worth a file, and its memory is free once it has one."""
-    if tensor.device.type != "cpu" or tensor.layout is not torch.strided or tensor.is_nested or tensor.is_inference():
+    if not _is_plain(tensor) or tensor.is_inference():
         return False
     n_bytes = tensor.numel() * tensor.element_size()
     own = tensor.untyped_storage().nbytes() == n_bytes and tensor.is_contiguous()
@@ -105,7 +105,7 @@ def can_park(tensor: Tensor) -> bool:
 
 def is_parked(tensor: Tensor) -> bool:
     """Whether a tensor lies in a file."""
-    if tensor.device.type != "cpu" or tensor.layout is not torch.strided or tensor.is_nested:
+    if not _is_plain(tensor):
         return False
     name = tensor.untyped_storage().filename
     return name is not None and os.path.basename(name).startswith(_PREFIX)
@@ -142,13 +142,12 @@ def activations_parked(*, but_not: Iterable[Tensor] = ()) -> Iterator[None]:
     Args:
         but_not: Tensors that are there anyway, such as parameters.
     """
-    own, room = {_address(tensor) for tensor in but_not}, _HELD_BYTES
+    own, room = {one.untyped_storage().data_ptr() for one in but_not if _is_plain(one)}, _HELD_BYTES
 
     def pack(tensor: Tensor) -> Tensor:
         nonlocal room
         n_bytes = tensor.numel() * tensor.element_size()
-        plain = tensor.device.type == "cpu" and tensor.layout is torch.strided and not tensor.is_nested
-        if not plain or n_bytes < _WORTH_BYTES or _address(tensor) in own:
+        if not _is_plain(tensor) or n_bytes < _WORTH_BYTES or tensor.untyped_storage().data_ptr() in own:
             return tensor
         repeats = tensor.untyped_storage().nbytes() < n_bytes
         room -= 0 if repeats else n_bytes
@@ -158,8 +157,9 @@ def activations_parked(*, but_not: Iterable[Tensor] = ()) -> Iterator[None]:
         yield
 
 
-def _address(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr() if tensor.layout is torch.strided and not tensor.is_meta else 0
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether it has memory of the ordinary kind, on the CPU."""
+    return tensor.device.type == "cpu" and not tensor.is_nested and span_of(tensor) is not None
 
 
 def _reserve(descriptor: int, n_bytes: int) -> None:

@@ -136,13 +136,14 @@ def weights_parked(whole: Iterable[Tensor]) -> Iterator[Callable[[Iterable[Tenso
 
 
 @contextlib.contextmanager
-def activations_parked(*, but_not: Iterable[Tensor] = ()) -> Iterator[None]:
-    """Inside, most of what autograd saves for the backward pass lies in files.
+def activations_parked(parameters: Iterable[Tensor]) -> Iterator[None]:
+    """Inside, most of what autograd saves for the backward pass of a large model lies in files.
 
     Args:
-        but_not: Tensors that are there anyway, such as parameters.
+        parameters: Of the model, which are there anyway.
     """
-    own, room = {one.untyped_storage().data_ptr() for one in but_not if _is_plain(one)}, _HELD_BYTES
+    parameters, room = list(parameters), _HELD_BYTES
+    own = {one.untyped_storage().data_ptr() for one in parameters if _is_plain(one)}
 
     def pack(tensor: Tensor) -> Tensor:
         nonlocal room
@@ -153,7 +154,8 @@ def activations_parked(*, but_not: Iterable[Tensor] = ()) -> Iterator[None]:
         room -= 0 if repeats else n_bytes
         return tensor if repeats or room > 0 else park(tensor)
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda parked: parked):
+    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda parked: parked)
+    with hooks if are_large(parameters) else contextlib.nullcontext():
         yield
 
 

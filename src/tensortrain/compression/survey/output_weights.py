@@ -108,7 +108,7 @@ def weigh_outputs(
     try:
         for k, batch in enumerate(batches):
             generator.manual_seed(k * n_processes() + own_rank())  # as one process that is given all of the batches
-            with _frozen(model), activations_parked(but_not=model.parameters()):
+            with _frozen(model), activations_parked(model.parameters()):
                 count += _add_gradients(layers, batch, judge, along, found)
             found.tidy()
             observer.on_step(k + 1)

@@ -51,7 +51,7 @@ def proven_units(
     def on_batch(net: nn.Module) -> Any:
         return run(net, batch, with_labels=calibration.with_labels)
 
-    with preserved(model), activations_parked(but_not=model.parameters()):
+    with preserved(model), activations_parked(model.parameters()):
         try:
             found = choose(_found(model, on_batch))
         except Exception as error:  # a part without gradients, or one that two examples do not serve

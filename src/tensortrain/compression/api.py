@@ -120,8 +120,7 @@ def compress(
     start = perf_counter()
     own_commit()  # now, not after an hour of healing
     check_module(model)
-    one = n_stages == 1
-    todo = _stages(stages, plan, heal, data) if one else _in_turns(n_stages, stages, plan, heal, data)
+    todo = _stages(stages, plan, heal, data) if n_stages == 1 else _in_turns(n_stages, stages, plan, heal, data)
     options = CompressOptions(
         budget=budget,  # type: ignore[arg-type]  # None is read by a stage that needs it
         data=data,

@@ -69,7 +69,8 @@ class Metric:
         logits = self._logits(name, y, batch)
         parts = (some.detach() for some in _in_parts(logits))
         noisy = ((some, torch.randn(some.shape, generator=generator).to(some)) for some in parts)
-        return (logits * torch.cat([self._direction(some, noise) for some, noise in noisy])).sum()
+        along = torch.cat([self._direction(some, noise) for some, noise in noisy])
+        return torch.dot(logits.reshape(-1), along.reshape(-1))  # of which the direction alone counts
 
     def _direction(self, logits: Tensor, noise: Tensor) -> Tensor:
         """A draw with the second moment of ``p - onehot(y)``, ``y ~ p``.
@@ -103,7 +104,7 @@ class Metric:
         rows = as_logits(self.task, y)
         rows = unmasked(rows, counted(rows))
         mask = self._mask(name, y, batch)
-        return rows if mask is None else rows[mask.reshape(-1)]
+        return rows if mask is None or bool(mask.all()) else rows[mask.reshape(-1)]
 
     def _values(self, name: str, y: Tensor, batch: Any) -> Tensor:
         """The places of an output that count; of an embedding, its direction alone."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from tensortrain.compression.survey.fisher import Metric
 from tensortrain.compression.survey.joined import join_gradients
 from tensortrain.compression.survey.layers import FoundLayer
-from tensortrain.compression.survey.moments import Calibration, second_moment
+from tensortrain.compression.survey.moments import Calibration, n_moments, second_moment
 from tensortrain.errors import KindError
 from tensortrain.system.observer import Observer
 from tensortrain.system.parking import activations_parked, let_go
@@ -23,6 +24,8 @@ from tensortrain.train.batches import device_of, run
 from tensortrain.train.outputs import CONSTANT, OutputFunction
 
 __all__ = ["Judge", "OutputFunction", "Spreads", "sentence_embedding", "weigh_outputs"]
+
+_AT_ONCE = 2**20  # gradients that are made doubles of
 
 Judge = Callable[[Any], dict[str, Tensor]]  # batch -> the outputs that count, by name
 
@@ -175,6 +178,7 @@ def _add_gradients(
         with torch.inference_mode(False), torch.enable_grad(), torch.backends.cudnn.flags(enabled=False):
             outputs = judge(batch)
             total = along(outputs, batch)
+            found.tidy()
             if total is not None:  # labels picked by argmax have no gradient
                 torch.autograd.grad(total, tags, allow_unused=True)
     finally:
@@ -197,4 +201,7 @@ def _along_random_directions(
 def _moment(layer: FoundLayer, gradient: Tensor) -> Tensor:
     if layer.weight.kind == "conv":
         gradient = gradient.movedim(-len(layer.weight.kernel) - 1, -1)
-    return second_moment(gradient.detach().reshape(-1, gradient.shape[-1]).float().nan_to_num(0.0, 0.0, 0.0))
+    rows = gradient.detach().reshape(-1, gradient.shape[-1])
+    parts = rows.split(max(1, len(rows) if n_moments(rows.shape[1]) > rows.shape[1] else _AT_ONCE // rows.shape[1]))
+    moments = (second_moment(some.float().nan_to_num(0.0, 0.0, 0.0)) for some in parts)
+    return functools.reduce(torch.Tensor.add_, moments)

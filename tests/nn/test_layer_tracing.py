@@ -133,6 +133,49 @@ def test_exports_with_any_batch(name: str) -> None:
         assert rel_error(program.module()(x), layer(x)) <= 1e-12
 
 
+CONVOLUTIONS: dict[str, tuple[Callable[[], Any], tuple[int, ...]]] = {
+    "tt_separate": (lambda: tt.nn.Conv2d(24, 32, 3, padding=1, format="tt_separate", rank=4), (3, 24, 10, 11)),
+    "block_term, stride": (lambda: tt.nn.Conv2d(24, 32, 3, 2, format="block_term", rank=4), (3, 24, 10, 11)),
+    "cp along one axis": (lambda: tt.nn.Conv1d(24, 20, 5, padding=2, format="cp", rank=4), (3, 24, 17)),
+    "tucker2 in three": (lambda: tt.nn.Conv3d(8, 6, 3, format="tucker2", rank=3), (1, 8, 5, 6, 7)),
+    "tt_naive, groups": (lambda: tt.nn.Conv2d(24, 32, 3, groups=2, format="tt_naive", rank=4), (3, 24, 10, 11)),
+    "tucker2 transposed": (lambda: tt.nn.ConvTranspose2d(24, 20, 4, 2, 1, format="tucker2", rank=4), (3, 24, 6, 7)),
+}
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_compiled_convolutions_run_in_hops(name: str, dynamic: bool) -> None:
+    make_layer, shape = CONVOLUTIONS[name]
+    layer = make_layer()
+    layer.implementation = "factorized"
+    targets: list[str] = []
+
+    def look(program: torch.fx.GraphModule, _: object) -> Callable[..., Any]:
+        targets.extend(str(node.target) for node in program.graph.nodes)
+        return program.forward
+
+    x = torch.randn(shape)
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend=look, dynamic=dynamic)
+    assert rel_error(compiled(x), layer(x)) <= 1e-12
+    assert any("run_hops" in target for target in targets)
+    for mine, exact in zip(gradients(compiled, layer, x), gradients(layer, layer, x), strict=True):
+        assert rel_error(mine, exact) <= 1e-12
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_convolutions_export_with_any_batch(name: str) -> None:
+    make_layer, shape = CONVOLUTIONS[name]
+    layer = make_layer().eval()
+    layer.implementation = "factorized"
+    example = torch.randn(4, *shape[1:])
+    program = torch.export.export(layer, (example,), dynamic_shapes=({0: torch.export.Dim("b", min=2, max=512)},))
+    for rows in (2, 9):
+        x = torch.randn(rows, *shape[1:])
+        assert rel_error(program.module()(x), layer(x)) <= 1e-12
+
+
 def test_a_model_of_layers_exports() -> None:
     model = nn.Sequential(
         tt.nn.Conv2d(3, 8, 3, padding=1, format="tucker2", rank=2),

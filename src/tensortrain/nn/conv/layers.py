@@ -21,6 +21,7 @@ from tensortrain.nn.conv.choose import Found, Request, fastest_way, predicted
 from tensortrain.nn.conv.options import ConvOptions
 from tensortrain.nn.conv.plan import ConvPlan, out_size
 from tensortrain.nn.conv.quick import keep_quick
+from tensortrain.nn.conv.traced import dense_work, name_when_traced, rounded, run_hops, told
 from tensortrain.nn.conv.ways import DenseWay, HopsWay, Layout, StepsWay, Way, can_filter, can_pack, is_channels_last
 from tensortrain.nn.cores import are_plain
 from tensortrain.nn.inputs import check_plain_layout, once, traceable
@@ -98,6 +99,7 @@ class ConvLayer(FactorizedLayer):
             dtype=dtype,
         )
         self._seen_spatial: tuple[int, ...] = tuple(4 * k for k in self.kernel_size)
+        self._told_spec = told(self.spec)
         # Whether the kernel is rebuilt in every call of a traced program, for few inputs and for many.
         self._dense_pays = tuple(self._plan(n, self._seen_spatial, None).uses_dense for n in (1, FEW_WHEN_TRACED))
 
@@ -111,10 +113,6 @@ class ConvLayer(FactorizedLayer):
     def _out_spatial(self, spatial: Sequence[int]) -> tuple[int, ...]:
         """Positions that an input of these positions gives."""
         raise NotImplementedError
-
-    def _filter_positions(self, ins: int, outs: int) -> int:
-        """At how many of the positions the dense kernel is multiplied."""
-        return outs
 
     def _convolve_group(self, x: Tensor, cores: list[Tensor], convolve: Convolve) -> Tensor:
         """One group, core by core; ``convolve`` has the options of the layer and torch's layout of kernels."""
@@ -183,10 +181,22 @@ class ConvLayer(FactorizedLayer):
 
     def _run_traced(self, x: Tensor, more: tuple[int, ...] | None) -> Tensor:
         options = self.conv_options(more)
-        if self._runs_dense_when_traced(x):
+        name = self._name_when_traced(x, options)
+        if name.startswith("hops"):
+            return run_hops(name, x, self.bias, *self.core_list())
+        if name == "dense" or self._runs_dense_when_traced(x):
             return options(x, self.runner.dense_weight(self), self.bias, self.groups)
         y = self.steps_from(x, self.core_list(), options)
         return y if self.bias is None else y + self.bias.to(y.dtype).reshape(-1, *[1] * self.n_axes)
+
+    def _name_when_traced(self, x: Tensor, options: ConvOptions) -> str:
+        """Hops in what the compiler makes; other recordings are to fit inputs of any size, and hops may not."""
+        if not torch.compiler.is_compiling() or self.implementation == "dense" or not self._has_steps:
+            return ""
+        allow_dense = self.implementation == "auto" and may_be_dense(self)
+        ins = rounded(x.shape[2:])
+        outs = tuple(max(1, n) for n in self._out_spatial(ins))
+        return name_when_traced(self._told_spec, options, x.shape[0], (ins, outs), self.cores[0], allow_dense)
 
     def _runs_dense_when_traced(self, x: Tensor) -> bool:
         if self.implementation != "auto" or not self._has_steps:
@@ -302,15 +312,7 @@ class ConvLayer(FactorizedLayer):
 
     def _dense_ways(self, load: Load, model: CostModel, key: _ConvKey | None) -> list[Way]:
         """Through the dense kernel: as torch runs it, and in other layouts."""
-        weight, n_ins, n_outs = self.spec.weight, math.prod(load.ins), math.prod(load.outs)
-        flops = 2 * load.batch * self._filter_positions(n_ins, n_outs) * weight.n_params
-        channels = load.batch, self.groups, weight.in_features, weight.out_features // self.groups
-        kernel = math.prod(self.kernel_size)
-        one = model.convolution_s(flops, channels, kernel, n_ins, n_outs, itemsize=load.itemsize)
-        seconds = one * (3 if load.training else 1)
-        if load.training:
-            built = 2 * weight.n_params * max(self.spec.ranks), weight.n_params * load.itemsize
-            seconds += 3 * model.conv_s(*built)
+        flops, seconds = dense_work(self.spec, load, model)
         layouts: list[Layout] = ["plain"]
         if key is not None and not load.training and self.n_axes < 3:
             layouts += ["last"]

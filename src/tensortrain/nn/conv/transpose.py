@@ -182,9 +182,6 @@ class _ConvTransposeNd(ConvLayer):
     def _out_spatial(self, spatial: Sequence[int]) -> tuple[int, ...]:
         return tuple(max(0, size) for size in self._positions(spatial, self.output_padding))
 
-    def _filter_positions(self, ins: int, outs: int) -> int:
-        return ins
-
     # A chain runs over the channels at the input positions, of which there are fewer by the strides, and makes
     # r_0 maps per output channel; one transposed filter per map adds them up.
 

@@ -27,7 +27,7 @@ def join_inputs(found: Calibration, spreads: Mapping[str, Spread], device: torch
     rows = gathered({name: moments.n_rows for name, moments in found.layers.items()})
     rest = first_of({name: _not_sums(moments) for name, moments in found.layers.items()})
     for name, moments in found.layers.items():
-        counts = [known[name] for known in rows if known[name] is not None]
+        counts = [count for known in rows if (count := known[name]) is not None]
         vars(moments).update({**rest[name], "n_rows": sum(counts) if counts else None})
     found.n_examples = first_of(found.n_examples)
     for spread in spreads.values():
@@ -46,7 +46,7 @@ def _join(found: Calibration, figure: str, device: torch.device) -> None:
     """Add up one of the sums of all layers; processes that a layer did not run in add nothing."""
     known = gathered({name: _shape_of(moments, figure) for name, moments in found.layers.items()})
     for name, moments in found.layers.items():
-        shapes = [shapes[name] for shapes in known if shapes[name] is not None]
+        shapes = [shape for shapes in known if (shape := shapes[name]) is not None]
         if not shapes:
             continue
         total = getattr(moments, figure)

@@ -36,7 +36,7 @@ __all__ = [
 LARGE_BYTES = 2**27  # what holds no more than this together is left in memory
 
 _CHUNK = 2**20  # numbers that are written at once
-_HELD_BYTES, _WORTH_BYTES = 2**24, 2**19  # of what backward needs: held in memory all the same; least size of a file
+_HELD_BYTES, _WORTH_BYTES = 2**24, 2**17  # of what backward needs: held in memory all the same; least size of a file
 _PREFIX = "tensortrain-parked-"
 
 

@@ -17,7 +17,7 @@ __all__ = ["Calibration", "LayerMoments", "expected_shares", "n_moments", "secon
 LARGEST_FULL_GRAM = 4608  # features: 170 MB in float64; above, only the diagonal is kept
 _MOST_UNMET = 0.5  # of all ids to come, however many of those met came once
 _LEAST_UNMET = 0.05  # of what they would be if all ids were alike: positions beyond short texts may come, too
-_WORTH_PARKING = 2**17  # numbers
+_WORTH_PARKING, _AT_ONCE = 2**17, 2**19  # numbers; of those parked, how many are added to at once
 _CONSTANT = 1e-10  # of the second moment: an input that varies less is the same for all rows
 
 
@@ -101,8 +101,11 @@ class LayerMoments:
     def _added(self, total: Tensor | None, more: Tensor) -> Tensor:
         """A sum in float64, which is nobody else's."""
         if total is not None:
-            total.add_(more)
-            let_go(total)
+            step = _AT_ONCE // max(1, total[:1].numel()) if is_parked(total) else len(total)
+            step = max(1, step)
+            for start in range(0, len(total), step):  # what is added goes through a copy in float64
+                total[start : start + step].add_(more[start : start + step])
+                let_go(total)
             return total
         if self._is_to_park(more):
             return park(more, dtype=torch.float64)

@@ -197,15 +197,25 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         needed = ctx.needs_input_grad[2:]
+        saved = ctx.saved_tensors  # says so where the graph is gone, or what it needs was written to
         again = torch.is_grad_enabled()
-        inputs, outputs = ctx.inputs, ctx.outputs
+        keeps = again or _keeps_graph()
         if again or any(map(is_batched, grads)):
-            saved = ctx.saved_tensors
             with torch.enable_grad():
                 inputs = list(saved) if again else [t.detach().requires_grad_(t.requires_grad) for t in saved]
                 outputs = ctx.recorded(*inputs)
+        else:
+            inputs, outputs = ctx.inputs, ctx.outputs
+        if not keeps:
+            ctx.inputs = ctx.outputs = None  # their memory serves the next gradients
         wanted = [one for one, want in zip(inputs, needed, strict=True) if want]
         found = iter(
-            torch.autograd.grad(outputs, wanted, grads, retain_graph=True, create_graph=again, allow_unused=True)
+            torch.autograd.grad(outputs, wanted, grads, retain_graph=keeps, create_graph=again, allow_unused=True)
         )
         return None, None, *(next(found) if want else None for want in needed)
+
+
+def _keeps_graph() -> bool:
+    """Whether the backward pass under way may be followed by another one through the same graph."""
+    asked: Any = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return True if asked is None else bool(asked())

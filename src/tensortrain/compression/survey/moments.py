@@ -106,6 +106,8 @@ class LayerMoments:
             for start in range(0, len(total), step):  # what is added goes through a copy in float64
                 total[start : start + step].add_(more[start : start + step])
                 let_go(total)
+            if is_parked(total):
+                tidy()  # of what the products took
             return total
         if self._is_to_park(more):
             return park(more, dtype=torch.float64)

@@ -10,7 +10,7 @@ from time import perf_counter
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tensortrain.compression.choose.budget import BudgetLike
 from tensortrain.compression.choose.candidates import DEFAULT_FORMATS
@@ -29,6 +29,7 @@ from tensortrain.compression.stages.refit import Refit
 from tensortrain.compression.survey.layers import check_module, count_params
 from tensortrain.errors import KindError, RankError
 from tensortrain.system.observer import Observer, Silent
+from tensortrain.system.parking import are_large, can_park, is_parked, park
 from tensortrain.system.provenance import own_commit
 from tensortrain.system.seeds import seed_all
 from tensortrain.train.evaluation import Evaluate, evaluate_metric
@@ -78,6 +79,7 @@ def compress(
     n_stages: int = 1,
     search: Search | None = None,
     observer: Observer | None = None,
+    work_dir: str | Path | None = None,
 ) -> CompressionResult:
     """Make a trained model smaller, heal it, and report what was gained.
 
@@ -104,6 +106,7 @@ def compress(
             may be None.
         n_stages: In how many turns the model is compressed and healed, by equal ratios up to the budget. ``heal`` says
             how long each is healed. What earlier turns factorized is planned again in the later ones.
+        work_dir: Folder from which a killed planning goes on, see ``plan_compression``.
 
     Returns:
         CompressionResult: ``model``, ``plan`` and ``report``. A bare layer comes back as the new layer.
@@ -133,6 +136,7 @@ def compress(
         task=task,
         output=output,
         observer=observer or Silent(),
+        work_dir=work_dir,
         evaluate=evaluate,
         metric_name=metric_name,
         inplace=inplace,
@@ -286,8 +290,8 @@ def _original(model: nn.Module, inplace: bool, compares: bool) -> nn.Module:
     A model that cannot be copied is found out now, not after the planning.
     """
     if inplace:
-        return checked_copy(model) if compares else model
-    checked_copy(model)
+        return checked_copy(model, parks=are_large(model.parameters())) if compares else model
+    checked_copy(model, parks=are_large(model.parameters()))
     return model
 
 
@@ -298,7 +302,8 @@ def _whole_or_as_before(model: nn.Module, inplace: bool) -> Iterator[None]:
         yield
         return
     before = [(module, dict(vars(module)), [dict(vars(module)[kind]) for kind in _HELD]) for module in model.modules()]
-    tensors = {id(t): (t, t.detach().clone()) for t in (*model.parameters(), *model.buffers())}
+    large = are_large(model.parameters())
+    tensors = {id(t): (t, _copied(t, parks=large)) for t in (*model.parameters(), *model.buffers())}
     try:
         yield
     except BaseException:
@@ -310,5 +315,12 @@ def _whole_or_as_before(model: nn.Module, inplace: bool) -> Iterator[None]:
                 vars(module)[kind].update(entries)
         with torch.no_grad():
             for tensor, value in tensors.values():
-                tensor.copy_(value)
+                if is_parked(tensor):  # in memory it was
+                    tensor.data = value.clone()
+                else:
+                    tensor.copy_(value)
         raise
+
+
+def _copied(tensor: Tensor, *, parks: bool) -> Tensor:
+    return park(tensor) if parks and can_park(tensor) else tensor.detach().clone()

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
+from time import perf_counter
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tensortrain.compression.carry import cannot_carry, carry
 from tensortrain.compression.choose.candidates import cold_weighting
 from tensortrain.compression.choose.plan import CompressionPlan, LayerPlan
 from tensortrain.compression.made_up import Statistic, make_up
-from tensortrain.compression.narrow import all_or_none, check_units, fitted, narrow_
+from tensortrain.compression.narrow import Fitted, all_or_none, check_units, fitted, narrow_
 from tensortrain.compression.narrow_heads import check_heads, narrowed_heads
 from tensortrain.compression.opened import close_composites, open_layers
 from tensortrain.compression.retie import retie
@@ -25,6 +26,7 @@ from tensortrain.errors import ShapeError
 from tensortrain.formats import Weighting
 from tensortrain.nn import Embedding, FactorizedLayer, Linear, TiedHead, dense_twin
 from tensortrain.system.observer import Observer, Silent
+from tensortrain.system.parking import weights_parked
 
 __all__ = ["apply_plan_", "apply_shapes_", "to_dense_"]
 
@@ -82,23 +84,54 @@ def _apply(model: nn.Module, plan: CompressionPlan, observer: Observer, build: B
         check_units(one.units, found)
     for those in plan.heads:
         check_heads(those.heads, found)
+    with weights_parked(model.parameters()) as put_aside:
+        built, narrow, statistics = _prepared(model, plan, work, found, observer, build or _build, put_aside)
+        with all_or_none() as undo:
+            for fit in narrow:
+                old = [model.get_submodule(name)._parameters["weight"] for name in fit.units.makers]
+                undo.append(narrow_(model, fit.units, fit.kept, fit.weight, fit.bias_shift))
+                put_aside(weight for weight in old if weight is not None)
+            changed = swap(model, built)
+    for buffer, value in statistics:
+        buffer.copy_(value)
+    retie(changed)
+    return changed
+
+
+def _prepared(
+    model: nn.Module,
+    plan: CompressionPlan,
+    work: Sequence[tuple[FoundLayer, LayerPlan]],
+    found: Mapping[str, FoundLayer],
+    observer: Observer,
+    build: Build,
+    put_aside: Callable[[Iterable[Tensor]], None],
+) -> tuple[list[Built], list[Fitted], list[Statistic]]:
+    """All that a plan puts into a model; nothing of the model is changed yet.
+
+    Args:
+        put_aside: Is given the weights that are not needed any more but to go back after an error.
+    """
     calibration = plan.calibration or Calibration()
     built: list[Built] = []
+    narrow: list[Fitted] = []
     statistics: list[Statistic] = []
     observer.on_start("decompose", len(work) + len(plan.narrowed) + len(plan.heads))
     try:
         for k, (layer, entry) in enumerate(work):
-            moments = calibration.of(layer.name)
-            new = (build or _build)(layer, entry, moments.weighting)
+            moments, began = calibration.of(layer.name), perf_counter()
+            new = build(layer, entry, moments.weighting)
             statistics += _keep_moments(model, layer, new, moments)
             moments.forget_derived()
             built.append((layer.names, layer.module, new))
             if layer.head is not None:
                 built.append((layer.head.names, layer.head.module, _tied(layer.head.module, new)))
-            observer.on_step(k + 1)
-        narrow = []
+            put_aside(p for name, p in layer.module.named_parameters(recurse=False) if name == "weight")
+            observer.on_step(k + 1, seconds=perf_counter() - began)
         for k, one in enumerate(plan.narrowed):
             narrow.append(fitted(model, one.units, one.kept, found, calibration.of(one.units.reader)))
+            statistics += narrow[-1].statistics
+            put_aside(p for p in [model.get_submodule(one.units.reader)._parameters["weight"]] if p is not None)
             observer.on_step(len(work) + k + 1)
         for k, those in enumerate(plan.heads):
             maps, more = narrowed_heads(model, those.heads, those.kept, found, calibration.of(those.heads.judged))
@@ -107,14 +140,7 @@ def _apply(model: nn.Module, plan: CompressionPlan, observer: Observer, build: B
             observer.on_step(len(work) + len(plan.narrowed) + k + 1)
     finally:
         observer.on_end()
-    with all_or_none() as undo:
-        for fit in narrow:
-            undo.append(narrow_(model, fit.units, fit.kept, fit.weight, fit.bias_shift))
-        changed = swap(model, built)
-    for buffer, value in [*statistics, *(one for fit in narrow for one in fit.statistics)]:
-        buffer.copy_(value)
-    retie(changed)
-    return changed
+    return built, narrow, statistics
 
 
 def to_dense_(model: nn.Module, *, only: Collection[str] | None = None) -> nn.Module:

@@ -252,6 +252,7 @@ class ChainFormat(Format):
         d = len(outs)
         paired = matrix.reshape(*outs, *ins).permute([axis for k in range(d) for axis in (k, d + k)])
         paired = paired.reshape([m * n for m, n in zip(outs, ins, strict=True)])
+        del matrix  # of a large weight room for the copies to come
         return _rough_spectra(paired) if is_rough else unfolding_spectra(paired, method="gram")
 
     def squared_norm(self, cores: Sequence[Tensor], spec: FactorSpec) -> Tensor:

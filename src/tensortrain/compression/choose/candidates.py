@@ -37,6 +37,7 @@ __all__ = [
     "default_formats",
     "factoring",
     "families",
+    "formats_worth_trying",
     "least_params",
 ]
 
@@ -54,6 +55,7 @@ _FAR, _LIKE_LOW_RANK = 1.2, 1.0
 _NEAR = 1.2  # times the best error of its size, from which a better order of the channels may take a train
 # Unfoldings with both sides above this take minutes to decompose, and ranks there never pay.
 _LARGEST_UNFOLDING = 2600
+_LARGE_WEIGHT = 2**22  # numbers
 
 
 def default_formats() -> tuple[str, ...]:
@@ -71,6 +73,16 @@ def factoring(formats: Sequence[str]) -> tuple[str, ...]:
     for name in names:
         get_format(name)
     return names
+
+
+def formats_worth_trying(layer: FoundLayer, formats: Sequence[str], *, scarce: bool) -> Sequence[str]:
+    """The formats that are tried on a layer; of a very large one low rank alone, where memory is scarce.
+
+    Other formats are decomposed in several copies of the weight, low rank in parts of it.
+    """
+    if scarce and layer.weight.n_params > _LARGE_WEIGHT and "low_rank" in formats:
+        return ("low_rank",)
+    return formats
 
 
 @dataclass(frozen=True)

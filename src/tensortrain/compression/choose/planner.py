@@ -6,20 +6,33 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
+from time import perf_counter
 from typing import Any, Literal
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from tensortrain._version import __version__
 from tensortrain.compression.choose.beyond_reach import (
     nothing_to_compress,
     unspent_note,
     what_stands_in_the_way,
 )
 from tensortrain.compression.choose.budget import Budget, BudgetLike, Measure, read_budget
-from tensortrain.compression.choose.candidates import DEFAULT_FORMATS, HEADS, NARROW, factoring, families, least_params
+from tensortrain.compression.choose.candidates import (
+    DEFAULT_FORMATS,
+    HEADS,
+    NARROW,
+    factoring,
+    families,
+    formats_worth_trying,
+    least_params,
+)
 from tensortrain.compression.choose.chooser import Choice, Chooser, Menu
 from tensortrain.compression.choose.clock import Clock
 from tensortrain.compression.choose.cost import dense_cost
+from tensortrain.compression.choose.folder import Folder
 from tensortrain.compression.choose.goals import Goals, Sizes, read_goals
 from tensortrain.compression.choose.head_widths import HeadWidths, apart, head_widths_of
 from tensortrain.compression.choose.load import loads_of
@@ -31,7 +44,7 @@ from tensortrain.compression.choose.weights import weigh_layers
 from tensortrain.compression.choose.widths import Width, Widths, disjoint, widths_of
 from tensortrain.compression.choose.within import Planned, find_plan
 from tensortrain.compression.opened import Opened, opened_for_a_while
-from tensortrain.compression.survey.calibrate import calibrate
+from tensortrain.compression.survey.calibrate import are_parked, calibrate
 from tensortrain.compression.survey.heads import AttentionHeads
 from tensortrain.compression.survey.hidden import HiddenUnits
 from tensortrain.compression.survey.layers import FoundLayer, LeftAlone, check_module, count_params, find_layers
@@ -39,11 +52,13 @@ from tensortrain.compression.survey.moments import Calibration, LayerMoments
 from tensortrain.compression.survey.proven import proven_units
 from tensortrain.compression.survey.proven_heads import proven_heads
 from tensortrain.compression.survey.task import FIRST, first_with_example, task_on_batch
-from tensortrain.errors import BudgetError
+from tensortrain.errors import BudgetError, TTError
 from tensortrain.nn import CompositeLayer
+from tensortrain.system.checkpoint import start_signature
 from tensortrain.system.observer import Observer, Silent
+from tensortrain.system.processes import first_of, n_processes
 from tensortrain.system.storage import count_bytes
-from tensortrain.train.batches import take
+from tensortrain.train.batches import device_of, length_of, take, tensors_in, to_device
 from tensortrain.train.evaluation import Evaluate
 from tensortrain.train.outputs import Output
 from tensortrain.train.preserve import uncompiled
@@ -82,6 +97,7 @@ def plan_compression(
     evaluate: Evaluate | None = None,
     search: Search | None = None,
     observer: Observer | None = None,
+    work_dir: str | Path | None = None,
 ) -> CompressionPlan:
     """Choose format, modes and ranks of every layer so that the model fits a budget. Changes nothing.
 
@@ -121,6 +137,8 @@ def plan_compression(
         evaluate: ``model -> figure``, larger for better models; for ``"max_metric_drop"``.
         search: ``"structure"`` also looks through more mode shapes, and through orders of the channels of linear
             layers, by which such a layer gathers. It takes seconds to a minute for a layer; None is the usual menu.
+        work_dir: Folder for what takes long: statistics of the layers, and what their menus are made of. After a kill
+            the same call goes on from there and gives the same plan, as does one with another budget.
 
     Returns:
         CompressionPlan: Print it, save it as JSON, or hand it to ``apply_plan_``.
@@ -150,6 +168,7 @@ def plan_compression(
             evaluate=evaluate,
             search=search,
             observer=observer or Silent(),
+            work_dir=work_dir,
         ),
     )
 
@@ -171,7 +190,23 @@ def make_plans(model: nn.Module, options: PlanOptions, budgets: Sequence[BudgetL
     options = _adapted(options, asked)
     with opened_for_a_while(model) as opened:
         planning = _surveyed(opened, options, budgets)
-    return [planning.find(model, each) for each in budgets]
+    planning.opened, planning.left = opened.names, opened.left_alone(planning.left)
+    return [_agreed(partial(planning.find, model, each), planning.calibration) for each in budgets]
+
+
+def _agreed(find: Callable[[], CompressionPlan], calibration: Calibration | None) -> CompressionPlan:
+    """The plan of the first of several processes: what was timed may differ from one to the other."""
+    if n_processes() == 1:
+        return find()
+    found: CompressionPlan | TTError
+    try:
+        found = replace(find(), calibration=None)
+    except TTError as error:
+        found = error
+    found = first_of(found)
+    if isinstance(found, TTError):
+        raise found
+    return replace(found, calibration=calibration)
 
 
 def _read(model: nn.Module, budget: BudgetLike, options: PlanOptions) -> Goals:
@@ -210,10 +245,11 @@ def _surveyed(opened: Opened, options: PlanOptions, budgets: Sequence[BudgetLike
     model, beside = opened.model, opened.beside
     layers, left = _layers(model, options, budgets)
     task, data = _task(model, options)
-    calibration = _calibration(model, layers, data, task, options)
+    folder = _folder(model, layers, data, task, options)
+    calibration = _calibration(model, layers, data, task, options, folder)
     menus, unseen = _menus(model, layers, calibration, options)
     menus = [replace(menu, beside=beside.get(menu.layer.name, (0, 0))) for menu in menus]
-    hidden = _hidden(model, layers, calibration, options)
+    hidden = _hidden(model, layers, calibration, options, folder)
     flops = sum(menu.dense.flops or 0 for menu in menus) if calibration is not None else None
     now = replace(_sizes(model).with_more(beside.values()), flops=flops)
     for each in budgets:
@@ -221,7 +257,7 @@ def _surveyed(opened: Opened, options: PlanOptions, budgets: Sequence[BudgetLike
     return Planning(
         options,
         now,
-        _with_families(menus, hidden, calibration, options, wide=options.will_heal == "long"),
+        _with_families(menus, hidden, calibration, options, folder, wide=options.will_heal == "long"),
         hidden,
         calibration,
         task,
@@ -392,8 +428,32 @@ def _menus(
     ], unseen
 
 
+def _folder(
+    model: nn.Module, layers: Sequence[FoundLayer], data: object, task: Task | None, options: PlanOptions
+) -> Folder:
+    """Where what is found is kept, with what it depends on."""
+    if options.work_dir is None:
+        return Folder(None, {}, torch.zeros(0, 2), options.observer)
+    first = start_signature(tensors_in(data[:1])) if isinstance(data, (list, tuple)) else length_of(data)
+    settings = {
+        "version": __version__,
+        "layers": [(layer.name, layer.weight, layer.head is not None) for layer in layers],
+        "data": first if not isinstance(first, Tensor) else first.tolist(),
+        "task": task,
+        **{name: getattr(options, name) for name in ("n_batches", "formats", "will_heal", "search")},
+        "output": getattr(options.output, "__qualname__", options.output),
+    }
+    folder = Folder(Path(options.work_dir), settings, start_signature(model.parameters()), options.observer)
+    folder.begin()
+    return folder
+
+
 def _hidden(
-    model: nn.Module, layers: Sequence[FoundLayer], calibration: Calibration | None, options: PlanOptions
+    model: nn.Module,
+    layers: Sequence[FoundLayer],
+    calibration: Calibration | None,
+    options: PlanOptions,
+    folder: Folder,
 ) -> list[Widths | HeadWidths]:
     """Units and attention heads to narrow at, where that is asked for and what comes to their readers is known.
 
@@ -415,13 +475,16 @@ def _hidden(
         )
     options.observer.on_start("widths", len(found) + len(heads))
     widths: list[Widths | HeadWidths] = []
-    for units in found:
-        widths.append(widths_of(model, units, by_name, calibration.of(units.reader)))
-        options.observer.on_step(len(widths))
+    for k, units in enumerate(found):
+        moments, began = calibration.of(units.reader), perf_counter()
+        widths.append(folder.widths(k, units, partial(widths_of, model, units, by_name, moments)))
+        moments.set_aside()
+        options.observer.on_step(len(widths), seconds=perf_counter() - began)
     for one in heads:
-        moments = calibration.of(one.judged)
+        moments, began = calibration.of(one.judged), perf_counter()
         widths.append(head_widths_of(one, by_name, moments, allow_slower=options.allow_slower))
-        options.observer.on_step(len(widths))
+        moments.set_aside()
+        options.observer.on_step(len(widths), seconds=perf_counter() - began)
     options.observer.on_end()
     return [one for one in widths if one.menus[one.reader]]
 
@@ -456,6 +519,7 @@ def _with_families(
     hidden: Sequence[Widths | HeadWidths],
     calibration: Calibration | None,
     options: PlanOptions,
+    folder: Folder,
     *,
     wide: bool,
 ) -> list[Menu]:
@@ -464,17 +528,13 @@ def _with_families(
     options.observer.on_start("candidates", len(menus))
     for k, menu in enumerate(menus):
         moments = calibration.of(menu.layer.name) if calibration is not None else LayerMoments()
-        found = families(
-            menu.layer,
-            formats=formats,
-            weighting=moments.weighting,
-            structure=moments.structure,
-            wide=wide,
-            search=options.search,
-        )
+        began = perf_counter()
+        few = formats_worth_trying(menu.layer, formats, scarce=moments.parks and not wide)
+        how: dict[str, Any] = {"formats": few, "structure": moments.structure, "wide": wide, "search": options.search}
+        found = folder.families(k, partial(families, menu.layer, weighting=moments.weighting, **how))
         moments.forget_derived()
         filled.append(replace(menu, families=found, widths=_widths_on(menu, hidden)))
-        options.observer.on_step(k + 1)
+        options.observer.on_step(k + 1, seconds=perf_counter() - began)
     options.observer.on_end()
     return filled
 
@@ -485,7 +545,7 @@ def _task(model: nn.Module, options: PlanOptions) -> tuple[Task | None, Iterable
     if data is None or isinstance(options.task, Task):
         return options.known_task, data
     seen = take(data, FIRST)
-    first = first_with_example(seen)
+    first = first_of(first_with_example(seen))
     if isinstance(data, Iterator):
         data = itertools.chain(seen, data)
     if first is None:
@@ -534,9 +594,11 @@ def _calibration(
     data: Iterable[Any] | None,
     task: Task | None,
     options: PlanOptions,
+    folder: Folder,
 ) -> Calibration | None:
     if data is not None:
-        return calibrate(
+        make = partial(
+            calibrate,
             model,
             layers,
             data,
@@ -546,6 +608,9 @@ def _calibration(
             task=task,
             observer=options.observer,
         )
+        found = folder.calibration(make, parks=are_parked(layers))
+        found.batches = [to_device(batch, device_of(model)) for batch in found.batches]
+        return found
     if options.example_inputs is not None:
         example = [options.example_inputs]
         return calibrate(model, layers, example, n_batches=1, grams=False, observer=options.observer)

@@ -13,21 +13,25 @@ import torch
 from torch import Tensor, nn
 
 from tensortrain.compression.survey.fisher import Metric
+from tensortrain.compression.survey.joined import join_inputs
 from tensortrain.compression.survey.layers import FoundLayer
-from tensortrain.compression.survey.moments import Calibration, LayerMoments
+from tensortrain.compression.survey.moments import Calibration, LayerMoments, n_moments
 from tensortrain.compression.survey.output_weights import Judge, Spreads, weigh_outputs
 from tensortrain.compression.survey.summaries import is_summarized, summarize
 from tensortrain.compression.survey.tied import Spread, together
 from tensortrain.errors import DataError
 from tensortrain.nn import Linear
 from tensortrain.system.observer import Observer, Silent
+from tensortrain.system.processes import first_of, own_share
 from tensortrain.train.batches import device_of, failed_on_batch, n_examples, opened, run_somehow, to_device
 from tensortrain.train.modes import is_frozen_norm
 from tensortrain.train.outputs import Output, judged_outputs
 from tensortrain.train.preserve import preserved
 from tensortrain.train.task import Task
 
-__all__ = ["Calibration", "calibrate"]
+__all__ = ["Calibration", "are_parked", "calibrate"]
+
+_HELD_BYTES = 2**27  # of all statistics, that are kept in memory
 
 
 def calibrate(
@@ -50,7 +54,7 @@ def calibrate(
 
     Args:
         data: Batches as for training; labels are not used.
-        n_batches: How many batches to run, at least one.
+        n_batches: How many batches to run, at least one; of several processes together.
         grams: Off: record shapes alone.
         gradient_batches: How many of the batches also run backward, for ``output_grams``.
         output: Which outputs the model is judged by, see ``judged_outputs``; all when None.
@@ -74,16 +78,19 @@ def calibrate(
     heads = {layer.name: _head_of(layer) for layer in layers if layer.head is not None}
     spreads = {name: Spread() for name in heads}
     layers = [*layers, *heads.values()]
-    found = Calibration({layer.name: LayerMoments() for layer in layers}, with_labels=with_labels)
+    parks = are_parked(layers)
+    found = Calibration({layer.name: LayerMoments(parks=parks) for layer in layers}, with_labels=with_labels)
     seen = _Pass(model, layers, found, judge if grams else None, Spreads(Metric(model, task)))
     kept = max(1, keep_batches, gradient_batches if grams else 0)
     with preserved(model):
         model.eval()
         with _watched(heads, spreads):
-            seen.run(data, n_batches, kept, observer)
+            seen.run(data, own_share(n_batches), kept, observer)
+        join_inputs(found, spreads, device_of(model))
+        seen.spreads.join()
         if grams and gradient_batches:
             weigh_outputs(model, layers, found, gradient_batches, judge, seen.spreads, observer)
-    del found.batches[keep_batches:]
+    found.batches = first_of(found.batches[:keep_batches])
     _settle_norms(model, found)
     for layer in layers:
         moments = found.layers[layer.name]
@@ -96,6 +103,11 @@ def calibrate(
     if grams:
         _note_missing([layer for layer in layers if layer.name in found.layers], found)
     return found
+
+
+def are_parked(layers: Sequence[FoundLayer]) -> bool:
+    """Whether the statistics of some layers together are so large that they lie in files."""
+    return 8 * sum(n_moments(layer.weight.fan_in, layer.weight.out_features) for layer in layers) > _HELD_BYTES
 
 
 def _head_of(layer: FoundLayer) -> FoundLayer:
@@ -152,6 +164,7 @@ class _Pass:
                     observer.on_step(k + 1)
                     if n_examples(batch):
                         self._run_one(to_device(batch, device_of(self.model)), kept)
+                        self.found.tidy()
         finally:
             for handle in handles:
                 handle.remove()

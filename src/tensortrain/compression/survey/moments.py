@@ -12,13 +12,16 @@ from torch import Tensor
 from tensortrain.compression.survey.span import Span
 from tensortrain.formats import PLAIN, Weighting
 from tensortrain.formats.whitening import DAMPING
+from tensortrain.system.parking import is_parked, let_go, park, tidy
+from tensortrain.system.processes import n_processes
 
-__all__ = ["Calibration", "LayerMoments", "expected_shares", "second_moment"]
+__all__ = ["Calibration", "LayerMoments", "expected_shares", "n_moments", "second_moment"]
 
 LARGEST_FULL_GRAM = 4608  # features: 170 MB in float64; above, only the diagonal is kept
 _MOST_UNMET = 0.5  # of all ids to come, however many of those met came once
 _LEAST_UNMET = 0.05  # of what they would be if all ids were alike: positions beyond short texts may come, too
 _EXACT = 1e-6  # of the mean square: what inputs bring from outside of the directions seen is rounding
+_WORTH_PARKING, _AT_ONCE = 2**17, 2**19  # numbers; of those parked, how many are added to at once
 _CONSTANT = 1e-10  # of the second moment: an input that varies less is the same for all rows
 
 
@@ -41,6 +44,7 @@ class LayerMoments:
         basis: ``(r, N)``: the directions that the inputs lie in, where these are few.
         outside: Share of the mean square that is to be expected in any other direction; None where there is no basis.
         span: These directions, while the data runs.
+        parks: Large moments lie in files, and take memory only while they are looked at.
     """
 
     gram: Tensor | None = None
@@ -54,6 +58,7 @@ class LayerMoments:
     basis: Tensor | None = None
     outside: float | None = None
     span: Span | None = None
+    parks: bool = field(default=False, compare=False, repr=False)
 
     @property
     def weighting(self) -> Weighting:
@@ -67,15 +72,35 @@ class LayerMoments:
         return known
 
     def forget_derived(self) -> None:
-        """Drop what was computed from the moments on the way."""
+        """Drop what was computed from the moments on the way, and their memory where they lie in files."""
         self.__dict__.pop("_weighting", None)
+        let_go(self.gram, self.output_gram)
+        if self.parks:
+            tidy()
+
+    def park(self) -> None:
+        """Put large moments into files, where that is asked for."""
+        self.gram, self.output_gram = self._parked(self.gram), self._parked(self.output_gram)
+
+    def _parked(self, moment: Tensor | None) -> Tensor | None:
+        if moment is None or not self._is_to_park(moment) or is_parked(moment):
+            return moment
+        return park(moment)
+
+    def _is_to_park(self, moment: Tensor) -> bool:
+        return self.parks and moment.numel() >= _WORTH_PARKING and moment.device.type == "cpu"
+
+    def set_aside(self) -> None:
+        """The same where the moments lie in files; else what was computed is of use later."""
+        if self.parks:
+            self.forget_derived()
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_weighting"}
 
     def add(self, gram: Tensor, mean: Tensor | None, n_rows: int) -> None:
         """Take in the sums over the rows of one call."""
-        self.gram = _added(self.gram, gram)
+        self.gram = self._added(self.gram, gram)
         if mean is not None:
             self.mean = mean if self.mean is None else self.mean + mean
         self.n_rows = (self.n_rows or 0) + n_rows
@@ -86,18 +111,33 @@ class LayerMoments:
         Args:
             table: That they are rows of, or sums of such.
         """
-        if self.span is None and rows.shape[1] <= LARGEST_FULL_GRAM:
+        if self.span is None and rows.shape[1] <= LARGEST_FULL_GRAM and n_processes() == 1:
             self.span = Span(rows.shape[1])
         if self.span is not None:
             self.span.add(rows, table)
         # Where directions are missing, rounding must not look like some.
         exact = self.span is not None and self.span.is_small
         gram = second_moment(rows.double() if exact else rows)
-        self.add(gram, rows.double().sum(dim=0), rows.shape[0])
+        self.add(gram, rows.sum(dim=0, dtype=torch.float64), rows.shape[0])
 
     def add_gradients(self, moment: Tensor) -> None:
         """Take in the second moment of the gradients of one call."""
-        self.output_gram = _added(self.output_gram, moment)
+        self.output_gram = self._added(self.output_gram, moment)
+
+    def _added(self, total: Tensor | None, more: Tensor) -> Tensor:
+        """A sum in float64, which is nobody else's."""
+        if total is not None:
+            step = _AT_ONCE // max(1, total[:1].numel()) if is_parked(total) else len(total)
+            step = max(1, step)
+            for start in range(0, len(total), step):  # what is added goes through a copy in float64
+                total[start : start + step].add_(more[start : start + step])
+                let_go(total)
+            if is_parked(total):
+                tidy()  # of what the products took
+            return total
+        if self._is_to_park(more):
+            return park(more, dtype=torch.float64)
+        return more.to(torch.float64, copy=True)
 
     def finish(self, *, centred: bool, counts: bool = False) -> None:
         """Sums to means; about the mean where a shift of the layer's mean output does no harm.
@@ -123,6 +163,7 @@ class LayerMoments:
                 return
             self.mean = mean
         self.gram = gram
+        let_go(gram)
 
     def _settle_span(self) -> None:
         """How much of what is to come lies outside of the directions seen, spread over all others."""
@@ -209,6 +250,11 @@ class Calibration:
     structures = _by_layer("structure")
     calls = _by_layer("calls")
 
+    def tidy(self) -> None:
+        """Give back memory between batches, where statistics are large."""
+        if any(moments.parks for moments in self.layers.values()):
+            tidy()
+
     def of(self, name: str) -> LayerMoments:
         """What is known of a layer; an empty record for one that was not there."""
         return self.layers.get(name, LayerMoments())
@@ -227,9 +273,9 @@ class Calibration:
         self.__dict__.update({"in_nats": False, **state})
 
 
-def _added(total: Tensor | None, more: Tensor) -> Tensor:
-    """A sum in float64, which is nobody else's."""
-    return more.to(torch.float64, copy=True) if total is None else total.add_(more)
+def n_moments(*sides: int) -> int:
+    """Numbers that the second moments of inputs and outputs of such sizes hold."""
+    return sum(n * n if n <= LARGEST_FULL_GRAM else n for n in sides)
 
 
 def second_moment(rows: Tensor) -> Tensor:

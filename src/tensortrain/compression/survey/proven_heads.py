@@ -48,7 +48,7 @@ def proven_heads(
     Cost: ``find_heads`` in eval and in train mode, and two forward passes, on two examples; two more for each
     pair of layers where some of them fail.
     """
-    batch = few(calibration.batches[0])
+    batch = few(model, calibration.batches[0], with_labels=calibration.with_labels)
 
     def on_batch(net: nn.Module) -> Any:
         return run(net, batch, with_labels=calibration.with_labels)

@@ -46,6 +46,7 @@ from tensortrain.contract import CostModel, cost_model
 from tensortrain.system import native as kernels
 from tensortrain.system.files import write_text_atomic
 from tensortrain.system.provenance import provenance
+from tensortrain.system.timing import calls_in_a_row
 
 PARTS = ("linear", "conv", "embedding", "recurrent", "core", "plans")
 SIZES = {"linear": 24, "conv": 16, "embedding": 12, "recurrent": 10, "core": 25, "plans": 12}
@@ -255,16 +256,12 @@ def time_every_plan(case: Case, training: bool, args: argparse.Namespace) -> dic
         plans = random.Random(args.seed).sample(plans, min(MOST_PLANS, len(plans)))
         found = []
         for plan in sorted(plans, key=lambda plan: plan.predicted_s):
-            turns = Turns(layers.plan_run(plan, x, g, cores, training), 1, n_in_a_row=_calls(plan.predicted_s))
+            turns = Turns(layers.plan_run(plan, x, g, cores, training), 1, n_in_a_row=calls_in_a_row(plan.predicted_s))
             turns.run()  # without what only a first call costs
             found.append((plan_key(plan), plan.predicted_s * 1e3, layers.once_of(turns, 0.05) * 1e3))
             if found[-1][2] > 1e3:
                 break
     return {"case": case.name, "phase": PHASES[training], "plans": found, "model": _name_of(model)}
-
-
-def _calls(seconds: float) -> int:
-    return max(1, min(layers.MOST_IN_A_ROW, int(layers.BURST_S / max(seconds, 1e-6))))
 
 
 def _name_of(model: CostModel) -> str:

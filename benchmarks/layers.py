@@ -41,13 +41,13 @@ from tensortrain.system import (
 )
 from tensortrain.system.files import write_text_atomic
 from tensortrain.system.provenance import provenance
+from tensortrain.system.timing import calls_in_a_row
 
 PARTS = ("speed", "plans", "memory", "embedding", "recurrent", "laws")
 # Relative Frobenius error of float32 against float64. Sweeps of some peers round more: 1.7e-5 was seen in the gradients
 # of 25088 -> 4096 at batch 100. Cores laid out wrongly would differ by about 1.
 TOL, PEER_TOL = 1e-5, 1e-4
 MOST_ROUNDS = 200
-BURST_S, MOST_IN_A_ROW = 2e-3, 50  # shorter calls run several in a row
 HOPELESS = 4.0  # a way slower than its library's best by this factor is timed once more only
 PLAN_FACTOR, MOST_PLANS = 2.0, 12  # plans within this factor of the fastest are timed carefully, at most so many
 
@@ -249,7 +249,7 @@ def once_of(entry: Turns, enough_s: float) -> float:
 
 def _set_length(entry: Turns, once: float, seconds: float, least: int, args: argparse.Namespace) -> None:
     """Rounds, and calls in a row, that fill the time given."""
-    entry.n_in_a_row = max(1, min(MOST_IN_A_ROW, int(BURST_S / once)))
+    entry.n_in_a_row = calls_in_a_row(once)
     entry.n_rounds = max(least, min(args.rounds, int(seconds / (once * entry.n_in_a_row))))
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from tensortrain.contract.trials import rest
+from tensortrain.system.timing import seconds_per_call
 
 __all__ = ["BARE_ALLOCATOR", "MOST_REST_S", "Rates", "Turns", "measured", "p90", "rest", "take_turns"]
 
@@ -66,11 +67,7 @@ class Turns:
         if self.enter is not None:
             self.enter()
         rest(MOST_REST_S)
-        self.run()
-        start = time.perf_counter()
-        for _ in range(self.n_in_a_row):
-            self.run()
-        return (time.perf_counter() - start) / self.n_in_a_row
+        return seconds_per_call(self.run, self.n_in_a_row)
 
 
 def take_turns(contestants: Mapping[str, Turns], seed: int = 0) -> None:

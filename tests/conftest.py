@@ -73,7 +73,7 @@ def _plans_of_their_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[No
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trials, "known_file", lambda name, key: folder / f"{name}.json")
         patch.setattr(trials, "_MOST_ROUNDS", 3)  # which of the fastest plans is taken matters to no test
-        patch.setattr(trials, "_RESTED_TURNS", 0)
+        patch.setattr(trials, "_MOST_TURNS", 1)
         yield
 
 

@@ -28,7 +28,7 @@ _NEW_NAMES: dict[str, set[str]] = {
     "tensortrain.formats": {"PLAIN", "Fit", "Weighting"},
     "tensortrain.io": set(),
     "tensortrain.manifold": set(),
-    "tensortrain.nn": {"RankGates", "RankPrior", "SVGD", "evbmf", "grow_ranks_", "prune_ranks_"},
+    "tensortrain.nn": {"PartialLinear", "RankGates", "RankPrior", "SVGD", "evbmf", "grow_ranks_", "prune_ranks_"},
     "tensortrain.tensor": set(),
     "tensortrain.viz": set(),
 }

@@ -73,7 +73,8 @@ def _figure(rows: list[dict[str, Any]]) -> Figure:
     figure = Figure(figsize=(9, 5), layout="constrained")
     axes = figure.add_subplot()
     for k, ((name,), found) in enumerate(by(rows, "method").items()):
-        colour, marker = METHOD_COLOURS[k % len(METHOD_COLOURS)], METHOD_MARKERS[k % len(METHOD_MARKERS)]
+        colour = "#111827" if k >= len(METHOD_COLOURS) else METHOD_COLOURS[k]  # the nets to compare with come last
+        marker = METHOD_MARKERS[k % len(METHOD_MARKERS)]
         style = {"color": colour, "marker": marker, "markersize": 8}
         x, y = ([row[key] for row in found] for key in ("n_params", "accuracy"))
         axes.plot(x, [100 * value for value in y], color=colour, linewidth=1, alpha=0.5)

@@ -12,7 +12,7 @@ from small_models import batches, decay_, mlp
 from torch import Tensor, nn
 
 import tensortrain as tt
-from tensortrain.compression import compress, find_layers, plan_compression, to_dense_
+from tensortrain.compression import carry, compress, find_layers, plan_compression, to_dense_
 from tensortrain.system.copying import copy_model
 
 pytestmark = pytest.mark.usefixtures("double", "fixed_plans")
@@ -167,3 +167,14 @@ def test_settings_of_factorized_layers_do_not_hinder() -> None:
 
     assert double(torch.randn(2, 24)).shape == (2, 24)
     assert vars(model[0]).keys() == vars(nn.Linear(2, 2)).keys()
+
+
+def test_names_of_a_layer_are_found_without_drawing_numbers(monkeypatch) -> None:
+    def drawn(tensor: Tensor, *args: Any, **keywords: Any) -> Tensor:
+        raise AssertionError("drawn")
+
+    monkeypatch.setattr(carry, "_own_names_of", {})
+    monkeypatch.setattr(Tensor, "normal_", drawn)
+    for layer in (nn.Embedding(5, 4, _weight=torch.zeros(5, 4)), nn.Linear(4, 3), nn.Conv1d(4, 3, 2)):
+        assert "weight" in carry.own_names(layer)
+        assert not carry.cannot_carry(layer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import threading
@@ -91,7 +92,7 @@ def test_plans_follow_the_model_in_force() -> None:
 def test_file_round_trip(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert cost_model("cpu") == MODEL
     (file,) = empty_cache.iterdir()
-    assert file.name.startswith("cost-model-3-")
+    assert file.name.startswith("cost-model-4-")
     assert file.suffix == ".json"
     cost._KNOWN.clear()
     forbid_measuring(monkeypatch)
@@ -121,6 +122,8 @@ def _with(**changes: object) -> str:
         _with(overhead_s=float("inf")),
         _with(gemm_half=[1.0, 2.0]),
         _with(gemm_half=1.0),
+        _with(gemm_table=[1.0, 1.0]),
+        _with(batched_table=[1.0]),
         _with(overhead_s=[1.0, 1.0, 1.0]),
         "\x00\xff",
     ],
@@ -158,8 +161,50 @@ def test_what_was_measured_beside_other_programs_is_the_best_of_a_few_and_holds_
     cost._KNOWN.clear()
     assert cost.cost_model() == MODEL  # from the file
     cost._KNOWN.clear()
-    (file,) = empty_cache.glob("cost-model-3-*.json")
+    (file,) = empty_cache.glob("cost-model-4-*.json")
     os.utime(file, (0, 0))
     tries.extend([MODEL, slow, slow])
     assert cost.cost_model() == MODEL
     assert not tries  # measured again
+
+
+def test_a_table_gives_what_was_measured_at_its_sizes_and_lies_between_them_elsewhere() -> None:
+    sizes = list(itertools.product(*cost._GEMM_AT))
+    factors = tuple(1.0 + k % 7 for k in range(len(sizes)))
+    flat = replace(MODEL, gemm_table=(1.0,) * len(sizes), fresh_bytes_s=1e30)  # large results pay for their pages too
+    model = replace(flat, gemm_table=factors)
+    for size, factor in zip(sizes, factors, strict=True):
+        assert model.gemm_s(*size) == pytest.approx(factor * flat.gemm_s(*size))
+    for size in ((30, 60, 60), (3, 5, 700), (10**6, 1, 10**5)):
+        assert 1.0 <= model.gemm_s(*size) / flat.gemm_s(*size) <= 7.0
+    edge = model.gemm_s(10**5, 4000, 4000) / flat.gemm_s(10**5, 4000, 4000)
+    assert edge == pytest.approx(factors[-1])  # beyond the grid, as at its edge
+
+
+def test_products_of_a_batch_have_a_table_of_their_own() -> None:
+    n = len(list(itertools.product(*cost._BATCHED_AT)))
+    model = replace(MODEL, gemm_table=(1.0,) * 150, batched_table=(1.0,) * n)
+    twice = replace(model, batched_table=(2.0,) * n)
+    assert twice.gemm_s(9, 9, 9) == model.gemm_s(9, 9, 9)
+    assert twice.gemm_s(9, 9, 9, batch=70) == pytest.approx(2 * model.gemm_s(9, 9, 9, batch=70))
+    assert twice.gemm_s(9, 9, 9, batched=True) == pytest.approx(2 * model.gemm_s(9, 9, 9, batched=True))
+
+
+def test_a_machine_is_measured_at_every_size_of_the_tables(monkeypatch: pytest.MonkeyPatch) -> None:
+    watch = cost._Stopwatch(torch.device("cpu"))
+    monkeypatch.setattr(watch, "seconds", lambda *call, **options: 1.0)
+    for grid in (cost._GEMM_AT, cost._BATCHED_AT):
+        table = watch.table(MODEL, grid)
+        assert len(table) == len(list(itertools.product(*grid)))
+        assert all(factor > 0 for factor in table)
+
+
+def test_a_measured_training_step_has_its_way_back_priced_once() -> None:
+    chain, n = Chain((4, 4, 4), (4, 4, 4), (1, 2, 2, 1)), len(list(itertools.product(*cost._GEMM_AT)))
+    model = replace(MODEL, gemm_table=(1.0,) * n)
+    slow = replace(model, backward_s=1.0)
+    for force in ("dense", "left-to-right"):
+        options = {"batch": 4, "force": force}
+        before, after = (plan_chain(chain, cost_model=one, training=True, **options) for one in (model, slow))
+        assert after.predicted_s - before.predicted_s == pytest.approx(1.0, rel=1e-3)
+        assert plan_chain(chain, cost_model=slow, **options) == plan_chain(chain, cost_model=model, **options)

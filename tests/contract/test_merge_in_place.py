@@ -89,3 +89,18 @@ def test_steps_are_those_of_the_order() -> None:
 def test_dtypes_that_kernels_do_not_know_are_merged_by_torch(dtype: torch.dtype) -> None:
     cores = [torch.randn(1, 2, 3, 2).to(dtype).requires_grad_(), torch.randn(2, 2, 2, 1).to(dtype)]
     assert "_Merged" not in type(chain_to_dense(cores).grad_fn.next_functions[0][0]).__name__
+
+
+@pytest.mark.parametrize("seed", [1, 4, 5, 6])
+def test_frozen_cores_of_a_run_get_no_gradient(seed: int) -> None:
+    torch.manual_seed(seed)
+    cores = random_run(seed)
+    grad = torch.randn_like(merge_cores(cores, [(0, len(cores))])[0].detach())
+    wanted = torch.autograd.grad(merge_cores(cores, [(0, len(cores))])[0], cores, grad)
+    for frozen in range(len(cores)):
+        some = [core.detach().requires_grad_(k != frozen) for k, core in enumerate(cores)]
+        merge_cores(some, [(0, len(cores))])[0].backward(grad)
+        assert some[frozen].grad is None
+        for k, (one, other) in enumerate(zip(some, wanted, strict=True)):
+            if k != frozen:
+                torch.testing.assert_close(one.grad, other, rtol=1e-13, atol=1e-13)

@@ -94,3 +94,75 @@ def test_without_kernels_the_rows_are_the_same() -> None:
     rows = chain_lookup(ids, cores, chain.in_modes)
     with kernels.python_only():
         torch.testing.assert_close(chain_lookup(ids, cores, chain.in_modes), rows, rtol=1e-12, atol=1e-12)
+
+
+# Few ids, and ranks that fill no whole vectors: cores are read, and gradients written, where they lie.
+FEW = ChainShape((3, 4, 2), (9, 11, 8), (1, 37, 29, 1))
+
+
+def assert_gradients_as_of_the_table(ids: Tensor, cores: list[Tensor], chain: ChainShape, *, times: int = 1) -> None:
+    table = chain_to_dense(cores).T
+    rows, grad = chain_lookup(ids, cores, chain.in_modes), torch.randn(len(ids), chain.out_features, dtype=table.dtype)
+    torch.testing.assert_close(rows, table[ids], rtol=1e-12, atol=1e-11)
+    trained = [core for core in cores if core.requires_grad]
+    wanted = torch.autograd.grad(table[ids], trained, grad)
+    for _ in range(times):
+        found = torch.autograd.grad(rows, trained, grad, retain_graph=True)
+        for one, other in zip(found, wanted, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-11)
+
+
+@pytest.mark.parametrize("n", [1, 7, 200])
+@pytest.mark.parametrize(
+    "chain",
+    [FEW, ChainShape((16, 9), (21, 30), (1, 33, 1)), ChainShape((2, 3, 2, 3), (5, 6, 7, 4), (1, 5, 18, 6, 1))],
+    ids=["order 3", "order 2", "order 4"],
+)
+def test_a_kept_graph_gives_the_same_gradients_again(chain: ChainShape, n: int) -> None:
+    torch.manual_seed(n)
+    assert_gradients_as_of_the_table(torch.randint(chain.in_features, (n,)), cores_of(chain), chain, times=2)
+
+
+@pytest.mark.parametrize("trained", [(0,), (1,), (2,), (0, 2), (1, 2)])
+def test_frozen_cores_get_no_gradient(trained: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    cores = [core.requires_grad_(k in trained) for k, core in enumerate(cores_of(FEW))]
+    assert_gradients_as_of_the_table(torch.randint(FEW.in_features, (12,)), cores, FEW)
+    rows = chain_lookup(torch.randint(FEW.in_features, (12,)), cores, FEW.in_modes)
+    rows.sum().backward()
+    assert [core.grad is not None for core in cores] == [k in trained for k in range(3)]
+
+
+def test_cores_that_lie_in_another_order() -> None:
+    torch.manual_seed(0)
+    cores = [core.detach().permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0) for core in cores_of(FEW)]
+    leaves = [core.requires_grad_() for core in cores]
+    assert not leaves[1].is_contiguous()
+    assert_gradients_as_of_the_table(torch.randint(FEW.in_features, (20,)), leaves, FEW)
+
+
+def test_threads_share_the_work_of_few_ids() -> None:
+    chain = ChainShape((4, 4, 3), (8, 15, 8), (1, 60, 54, 1))
+    torch.manual_seed(0)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        assert_gradients_as_of_the_table(torch.randint(chain.in_features, (40,)), cores_of(chain), chain)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_chains_are_turned_where_their_last_ranks_are_small() -> None:
+    chain = ChainShape((30, 30, 2), (4, 5, 40), (1, 2, 24, 1))
+    torch.manual_seed(0)
+    for n in (3, 500):
+        assert_gradients_as_of_the_table(torch.randint(chain.in_features, (n,)), cores_of(chain), chain)
+
+
+def test_a_core_that_changed_before_the_way_back_is_refused() -> None:
+    cores = cores_of(FEW)
+    rows = chain_lookup(torch.tensor([3, 5]), cores, FEW.in_modes)
+    with torch.no_grad():
+        cores[1].mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        rows.sum().backward()

@@ -52,49 +52,44 @@ def test_long_calls_have_few_turns(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class SleepyClock(Clock):
-    """Calls that take longer after a rest, each by a time of its own."""
+    """Calls of which the first after one of another takes longer: threads wake up, and caches fill."""
 
-    def __init__(self, awake: Sequence[float], asleep: Sequence[float]) -> None:
+    def __init__(self, awake: Sequence[float], waking: float) -> None:
         super().__init__(*awake)
-        self.asleep, self.rested, self.n_rests = asleep, False, 0
-
-    def rest(self) -> None:
-        self.rested, self.n_rests = True, self.n_rests + 1
+        self.waking, self.last = waking, -1
 
     def __call__(self, k: int) -> float:
-        rested, self.rested = self.rested, False
-        return self.asleep[k] if rested and self.counts[k] else super().__call__(k)
+        woken, self.last = k != self.last, k
+        return super().__call__(k) + (self.waking if woken else 0.0)
 
 
 @pytest.fixture
-def _rests(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trials, "_RESTED_TURNS", 5)
+def _turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trials, "_MOST_TURNS", 3)
 
 
-@pytest.mark.usefixtures("_rests")
-def test_seconds_in_use_are_those_after_a_rest(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = SleepyClock((1e-3, 1.1e-3, 1.5e-3, 3e-3, 9e-3), (3e-3, 2e-3, 2.6e-3, 9.0, 9.0))
-    monkeypatch.setattr(trials, "rest", clock.rest)
+@pytest.mark.usefixtures("_turns")
+def test_seconds_in_use_do_not_count_the_call_that_wakes() -> None:
+    clock = SleepyClock((4e-4, 4.2e-4, 5.5e-4, 9e-4, 9.0), 1e-4)
     found = trials.seconds_in_use(range(5), clock)
-    # The fourth is told by what waking up costs the others, the median of 2, 0.9 and 1.1; the last is far behind.
-    assert found == [3e-3, 2e-3, 2.6e-3, pytest.approx(4.1e-3), float("inf")]
-    assert clock.n_rests == 2 + 5 + 2  # the first and the third drop out after two turns
-    assert clock.counts == [4, 4, 4, 2, 1]
+    assert found == [*map(pytest.approx, (4e-4, 4.2e-4, 5.5e-4, 9e-4)), float("inf")]
+    # Each turn is a call that wakes and, at half a millisecond, one or two that count; two calls came before.
+    assert clock.counts[4] == 1  # far behind
+    assert clock.counts[3] < clock.counts[2] < clock.counts[1]  # one turn, two, three
 
 
-@pytest.mark.usefixtures("_rests")
-def test_the_first_call_is_tried_to_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = SleepyClock((2e-3, 1e-3), (1e-3, 5e-3))  # awake twice as slow as the other, yet faster asleep
-    monkeypatch.setattr(trials, "rest", clock.rest)
-    assert trials.seconds_in_use(range(2), clock) == [1e-3, 5e-3]
+@pytest.mark.usefixtures("_turns")
+def test_the_first_call_is_tried_to_the_end() -> None:
+    clock = SleepyClock((9e-4, 4e-4, 9e-4), 0.0)
+    assert trials.seconds_in_use(range(3), clock) == [*map(pytest.approx, (9e-4, 4e-4, 9e-4))]
+    assert clock.counts[0] > clock.counts[2]
 
 
-@pytest.mark.usefixtures("_rests")
-def test_long_calls_need_no_rest(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = SleepyClock((1.0, 1.2), (9.0, 9.0))
-    monkeypatch.setattr(trials, "rest", clock.rest)
-    assert trials.seconds_in_use(range(2), clock) == [1.0, 1.2]
-    assert clock.n_rests == 0
+@pytest.mark.usefixtures("_turns")
+def test_long_calls_need_nobody_to_wake_them() -> None:
+    clock = SleepyClock((1.0, 1.2, 9.0), 0.0)
+    assert trials.seconds_in_use(range(3), clock) == [1.0, 1.2, float("inf")]
+    assert clock.counts[0] == 1 + 3
 
 
 def test_a_rest_ends_though_the_process_is_busy(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ def file(monkeypatch, tmp_path):
     """Nothing known, and a file of our own to keep what is found."""
     monkeypatch.setattr(tune, "_KNOWN", {})
     monkeypatch.setattr(trials, "known_file", lambda name, key: tmp_path / "kept" / f"{name}.json")
-    return tmp_path / "kept" / "plans-2.json"
+    return tmp_path / "kept" / "plans-3.json"
 
 
 @pytest.fixture
@@ -64,6 +64,27 @@ def test_another_process_takes_the_same_plan(timed, training):
     assert len(timed) > n_run
     tune._KNOWN.clear()
     assert fastest_plan(CHAIN, training=training, **OPTIONS) == found  # the second entry did not push out the first
+
+
+def test_the_plan_that_is_kept_tells_how_long_it_took(timed, monkeypatch):
+    monkeypatch.setattr(tune.Watch, "is_alone", lambda self: True)
+    found = fastest_plan(CHAIN, **OPTIONS)
+    assert found.is_measured
+    assert found.predicted_s == pytest.approx(1.0 / len(timed))
+    tune._KNOWN.clear()
+    again = fastest_plan(CHAIN, **OPTIONS)  # as another process
+    assert again.is_measured
+    assert again.predicted_s == pytest.approx(found.predicted_s)
+    assert not plan_chain(CHAIN, **OPTIONS).is_measured
+
+
+def test_seconds_taken_beside_other_programs_are_not_kept(timed, monkeypatch):
+    monkeypatch.setattr(tune.Watch, "is_alone", lambda self: False)
+    found = fastest_plan(CHAIN, **OPTIONS)
+    tune._KNOWN.clear()
+    again = fastest_plan(CHAIN, **OPTIONS)
+    assert again == found
+    assert not again.is_measured
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", '{"a": 1}', "null"])

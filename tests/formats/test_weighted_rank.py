@@ -161,3 +161,37 @@ def test_a_probe_of_tucker2_is_near_the_fit() -> None:
             spec = fmt.spec(weight, rank=rank)
             fitted = fmt.fit(dense, spec, weighting=weighting).rel_error
             assert 0.9 * fitted <= fmt.probe(dense, spec, weighting) <= 1.35 * fitted
+
+
+@pytest.mark.parametrize("shape", [(30, 50), (70, 40)])
+@pytest.mark.parametrize("weighs_outputs", [False, True])
+def test_inputs_of_few_directions_need_no_more_ranks(shape: tuple[int, int], weighs_outputs: bool) -> None:
+    """Exact at their number, wide and tall; where something is to come elsewhere, all directions count."""
+    torch.manual_seed(0)
+    m, n = shape
+    weight, basis = torch.randn(m, n, dtype=torch.float64), torch.linalg.qr(torch.randn(n, 6, dtype=torch.float64)).Q.T
+    x = torch.randn(200, 6, dtype=torch.float64) @ basis
+    x[:, :] += 0.1 * basis[0]
+    outputs = torch.cov(torch.randn(m, 3 * m, dtype=torch.float64)) if weighs_outputs else None
+    linear = WeightShape("linear", m, n)
+    few = WeightedMatrix.of(weight, linear, Weighting(x.T @ x / 200, outputs, basis=basis))
+    assert bool((few.singular_values()[6:] == 0).all())
+    assert float(few.singular_values()[5]) > 0
+    a, b = few.truncated(6)
+    torch.testing.assert_close(x @ (a @ b).T, x @ weight.T, rtol=1e-6, atol=1e-6)
+    assert few.rel_error(a, b) < 1e-6
+    more = WeightedMatrix.of(weight, linear, Weighting(x.T @ x / 200, outputs, basis=basis, outside=1e-3))
+    assert bool((more.singular_values() > 0).all())
+    least = min(m, n)
+    usual = WeightedMatrix.of(weight, linear, Weighting(x.T @ x / 200, outputs)).singular_values()
+    assert bool((more.singular_values()[6:least] < usual[6:least]).all())
+
+
+def test_a_direction_that_was_not_met_but_can_come_is_kept_at_full_rank() -> None:
+    """One of the six has no weight in the moment: damping inside of the basis keeps it exact all the same."""
+    torch.manual_seed(1)
+    weight, basis = torch.randn(20, 32, dtype=torch.float64), torch.linalg.qr(torch.randn(32, 6).double()).Q.T
+    x = torch.randn(100, 5, dtype=torch.float64) @ basis[:5]
+    matrix = WeightedMatrix.of(weight, WeightShape("linear", 20, 32), Weighting(x.T @ x / 100, basis=basis))
+    a, b = matrix.truncated(6)
+    torch.testing.assert_close(basis @ (a @ b).T, basis @ weight.T, rtol=1e-5, atol=1e-5)

@@ -9,13 +9,14 @@ from __future__ import annotations
 import multiprocessing
 import os
 import tempfile
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-__all__ = ["METHOD", "Done", "run", "run_function", "start"]
+__all__ = ["METHOD", "Done", "join", "run", "run_function", "start"]
 
 METHOD = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
 _CONTEXT: Any = multiprocessing.get_context(METHOD)
@@ -57,6 +58,20 @@ def run_function(file: Path, name: str, *arguments: str) -> Done:
     """Call a function of a file of tests with these words, in a process of its own."""
     code = "import runpy, sys; runpy.run_path(sys.argv[1], run_name='tests')[sys.argv[2]](*sys.argv[3:])"
     return run(code, str(file), name, *arguments)
+
+
+def join(running: Any, timeout_s: float) -> None:
+    """Wait for the end of processes that torch has started; raises what one of them raised, and leaves none behind."""
+    end = time.monotonic() + timeout_s
+    try:
+        while not running.join(timeout=max(0.0, end - time.monotonic())):
+            if time.monotonic() >= end:
+                raise TimeoutError(f"processes must come to an end: found some at work after {timeout_s:.0f} s")
+    finally:
+        for process in running.processes:
+            if process.is_alive():
+                process.kill()
+            process.join()
 
 
 def _work(code: str, arguments: Sequence[str], stdout: str, stderr: str) -> None:

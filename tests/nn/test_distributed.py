@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Any
 
@@ -30,22 +29,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     running = mp.start_processes(
         train_part, (N_PROCESSES, str(folder), TIMEOUT_S / 2), N_PROCESSES, join=False, start_method=fresh.METHOD
     )
-    _join(running, TIMEOUT_S)
+    fresh.join(running, TIMEOUT_S)
     return folder
-
-
-def _join(running: Any, timeout_s: float) -> None:
-    """Wait for the end of all processes; raises what one of them raised, and leaves none behind."""
-    end = time.monotonic() + timeout_s
-    try:
-        while not running.join(timeout=max(0.0, end - time.monotonic())):
-            if time.monotonic() >= end:
-                pytest.fail(f"processes must come to an end: found some at work after {timeout_s:.0f} s")
-    finally:
-        for process in running.processes:
-            if process.is_alive():
-                process.kill()
-            process.join()
 
 
 def _saved(folder: Path, dtype: torch.dtype) -> list[dict[str, Any]]:

@@ -285,3 +285,17 @@ def test_messages() -> None:
         total(IDS, OFFSETS, torch.ones(9))
     with pytest.raises(DTypeError, match="dtype of the layer"):
         total(IDS, OFFSETS, torch.ones(10, dtype=torch.float32))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_bags_of_one_length_are_trained_alike_by_every_call(mode: str) -> None:
+    torch.manual_seed(0)
+    layer = make(mode=mode, dtype=torch.float64)
+    ids = torch.randint(53, (5, 4))
+    for _ in range(3):  # the first call leaves a shorter way to the next ones
+        assert_agrees(layer, ids)
+        assert layer.runner.way is not None
+    equal = torch.full((2, 3), 7)
+    assert_agrees(layer, equal)
+    with pytest.raises(ModeIndexError):
+        layer(torch.full((2, 3), 53))

@@ -93,3 +93,19 @@ def test_cells_take_torchs_step(kind: Any, faster: bool, monkeypatch: pytest.Mon
     for x, state in ((torch.randn(4, 18), h), (torch.randn(18), h[0]), (torch.randn(4, 18), None)):
         given = (state, state) if kind is LSTMCell and state is not None else state
         torch.testing.assert_close(cell(x, given), dense(x, given), rtol=1e-4, atol=1e-5)
+
+
+def test_a_kept_graph_gives_the_same_gradients_again() -> None:
+    torch.manual_seed(0)
+    layer = tt.nn.LSTM(6, 8, rank=2)
+    for cell in layer.cells().values():
+        cell.ih.implementation = "dense"  # torch's kernel runs
+    x = torch.randn(5, 3, 6, requires_grad=True)
+    y = layer(x)[0].square().sum()
+    parameters = [x, *layer.parameters()]
+    first = torch.autograd.grad(y, parameters, retain_graph=True)
+    again = torch.autograd.grad(y, parameters)
+    for one, other in zip(first, again, strict=True):
+        torch.testing.assert_close(one, other)
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(y, parameters)

@@ -105,6 +105,8 @@ def test_labels_in_a_foreign_convention_are_not_used() -> None:
 def test_a_name_is_taken() -> None:
     assert decided(LOGITS, torch.arange(20.0).reshape(4, 5) / 20, task="multi-label").labels == "several"
     assert decided(WORDS, task="classify").class_axis == 1
+    assert decided(WORDS, task="causal-lm").class_axis == 2
+    assert decided(WORDS, task="seq2seq").class_axis == 2
     assert decided(LOGITS, task="embed").kind == "embed"
     with pytest.raises(KindError, match="'segment'"):
         decided(LOGITS, task="segment")

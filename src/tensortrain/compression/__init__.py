@@ -21,6 +21,7 @@ from tensortrain.compression.survey.layers import FoundLayer, count_params, find
 from tensortrain.compression.survey.output_weights import sentence_embedding
 from tensortrain.system.files import write_text_atomic
 from tensortrain.system.observer import Observer, Silent
+from tensortrain.system.processes import alone
 from tensortrain.system.provenance import provenance
 from tensortrain.train.batchnorm import reestimate_batchnorm_
 from tensortrain.train.evaluation import evaluate_accuracy
@@ -46,6 +47,7 @@ __all__ = [
     "ParetoRow",
     "Report",
     "Silent",
+    "alone",
     "apply_plan_",
     "calibrate",
     "compress",

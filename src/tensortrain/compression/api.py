@@ -10,12 +10,13 @@ from time import perf_counter
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tensortrain.compression.choose.budget import BudgetLike
 from tensortrain.compression.choose.candidates import DEFAULT_FORMATS
 from tensortrain.compression.choose.plan import CompressionPlan
 from tensortrain.compression.choose.planner import make_plans
+from tensortrain.compression.choose.structure import Search
 from tensortrain.compression.options import CompressOptions
 from tensortrain.compression.report.make import make_report
 from tensortrain.compression.report.report import Report
@@ -28,6 +29,7 @@ from tensortrain.compression.stages.refit import Refit
 from tensortrain.compression.survey.layers import check_module, count_params
 from tensortrain.errors import KindError, RankError
 from tensortrain.system.observer import Observer, Silent
+from tensortrain.system.parking import are_large, can_park, is_parked, park
 from tensortrain.system.provenance import own_commit
 from tensortrain.system.seeds import seed_all
 from tensortrain.train.evaluation import Evaluate, evaluate_metric
@@ -75,7 +77,9 @@ def compress(
     name: str | None = None,
     stages: Sequence[Any] | None = None,
     n_stages: int = 1,
+    search: Search | None = None,
     observer: Observer | None = None,
+    work_dir: str | Path | None = None,
 ) -> CompressionResult:
     """Make a trained model smaller, heal it, and report what was gained.
 
@@ -91,7 +95,7 @@ def compress(
         evaluate: ``model -> figure``, measured before, after compression and after healing.
         metric_name: What the figure is called in the report; ``"accuracy"`` is shown in per cent.
         example_inputs: A batch for shapes and measurements when there is no ``data``.
-        formats, include, exclude, allow_slower, batch_size, n_batches, task, output: As ``plan_compression``.
+        formats, include, exclude, allow_slower, batch_size, n_batches, task, output, search: As ``plan_compression``.
         plan: A plan made before, in place of a new one.
         checkpoint: File for resuming a killed healing.
         measure: Time both models and measure memory for the report.
@@ -102,6 +106,7 @@ def compress(
             may be None.
         n_stages: In how many turns the model is compressed and healed, by equal ratios up to the budget. ``heal`` says
             how long each is healed. What earlier turns factorized is planned again in the later ones.
+        work_dir: Folder from which a killed planning goes on, see ``plan_compression``.
 
     Returns:
         CompressionResult: ``model``, ``plan`` and ``report``. A bare layer comes back as the new layer.
@@ -117,8 +122,7 @@ def compress(
     start = perf_counter()
     own_commit()  # now, not after an hour of healing
     check_module(model)
-    one = n_stages == 1
-    todo = _stages(stages, plan, heal, data) if one else _in_turns(n_stages, stages, plan, heal, data)
+    todo = _stages(stages, plan, heal, data) if n_stages == 1 else _in_turns(n_stages, stages, plan, heal, data)
     options = CompressOptions(
         budget=budget,  # type: ignore[arg-type]  # None is read by a stage that needs it
         data=data,
@@ -132,6 +136,7 @@ def compress(
         task=task,
         output=output,
         observer=observer or Silent(),
+        work_dir=work_dir,
         evaluate=evaluate,
         metric_name=metric_name,
         inplace=inplace,
@@ -139,6 +144,7 @@ def compress(
         measure=measure,
         seed=seed,
         name=name,
+        search=search,
     )
     with _same_batches(options):
         work = _carried_out(model, options, todo)
@@ -284,8 +290,8 @@ def _original(model: nn.Module, inplace: bool, compares: bool) -> nn.Module:
     A model that cannot be copied is found out now, not after the planning.
     """
     if inplace:
-        return checked_copy(model) if compares else model
-    checked_copy(model)
+        return checked_copy(model, parks=are_large(model.parameters())) if compares else model
+    checked_copy(model, parks=are_large(model.parameters()))
     return model
 
 
@@ -296,7 +302,8 @@ def _whole_or_as_before(model: nn.Module, inplace: bool) -> Iterator[None]:
         yield
         return
     before = [(module, dict(vars(module)), [dict(vars(module)[kind]) for kind in _HELD]) for module in model.modules()]
-    tensors = {id(t): (t, t.detach().clone()) for t in (*model.parameters(), *model.buffers())}
+    large = are_large(model.parameters())
+    tensors = {id(t): (t, _copied(t, parks=large)) for t in (*model.parameters(), *model.buffers())}
     try:
         yield
     except BaseException:
@@ -308,5 +315,12 @@ def _whole_or_as_before(model: nn.Module, inplace: bool) -> Iterator[None]:
                 vars(module)[kind].update(entries)
         with torch.no_grad():
             for tensor, value in tensors.values():
-                tensor.copy_(value)
+                if is_parked(tensor):  # in memory it was
+                    tensor.data = value.clone()
+                else:
+                    tensor.copy_(value)
         raise
+
+
+def _copied(tensor: Tensor, *, parks: bool) -> Tensor:
+    return park(tensor) if parks and can_park(tensor) else tensor.detach().clone()

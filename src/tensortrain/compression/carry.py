@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from tensortrain.formats import get_format
 from tensortrain.nn import FactorizedLayer, TiedHead, counterpart, is_transformers_conv1d
@@ -139,15 +140,29 @@ def _twin_names(layer: nn.Module) -> frozenset[str]:
     kind: Any = counterpart(layer)
     if kind not in _own_names_of:
         spec = get_format("low_rank").spec(kind.weight_shape_of(layer), rank=1)
-        _own_names_of[kind] = _names(kind.like(layer, spec, device="meta"))
+        with _Undrawn():
+            _own_names_of[kind] = _names(kind.like(layer, spec, device="meta"))
     return _own_names_of[kind]
+
+
+class _Undrawn(TorchFunctionMode):
+    """Constructors draw no normal numbers: on the meta device torch would load its compiler for that, some 70 MB."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "") == "normal_":
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
 
 
 def _fresh(layer: Any) -> nn.Module:
     """A layer of the same kind without memory, as its constructor makes it."""
     if isinstance(layer, FactorizedLayer):
-        return type(layer).like(layer, layer.spec, device="meta")
-    with torch.device("meta"):
+        with _Undrawn():
+            return type(layer).like(layer, layer.spec, device="meta")
+    with torch.device("meta"), _Undrawn():
         if isinstance(layer, TiedHead):
             return TiedHead(nn.Embedding(1, 1), bias=layer.bias is not None)
         if is_transformers_conv1d(layer):

@@ -102,7 +102,7 @@ def fitted(
     if gram is None or gram.ndim == 1:
         new = old[:, places].clone()
     else:
-        new = refitted(old, shrunk(gram.to(old.device)), places)
+        new = refitted(old, shrunk(gram.to(old.device), moments.outside), places)
     shift: Tensor | None = None
     statistics: list[Statistic] = []
     if moments.mean is not None:

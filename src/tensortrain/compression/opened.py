@@ -1,8 +1,11 @@
-"""Layers of several maps in a model, taken apart for as long as it takes to plan and change their maps."""
+"""Layers of several maps in a model, taken apart for as long as it takes to plan and change their maps.
+
+So are layers whose weight is computed at every call: they stand with plain numbers for so long.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,15 +14,16 @@ import torch
 from torch import nn
 
 from tensortrain.compression.carry import gradient_hooks, move_hooks
+from tensortrain.compression.computed import ComputedLayer, computed_layer, is_computed, plain_kind, why_not_computed
 from tensortrain.compression.survey.layers import LeftAlone, check_module
 from tensortrain.compression.survey.reasons import Survey
 from tensortrain.compression.swap import Built, swap
-from tensortrain.compression.words import in_short
+from tensortrain.compression.words import in_short, named
 from tensortrain.errors import KindError
 from tensortrain.nn import CompositeLayer, FactorizedLayer
 from tensortrain.nn.opening import composite_of, fresh_twin, opened
 
-__all__ = ["Opened", "close_composites", "open_layers", "opened_for_a_while"]
+__all__ = ["Opened", "close_composites", "open_layers", "opened_for_a_while", "plain_weights"]
 
 
 @dataclass
@@ -29,12 +33,14 @@ class Opened:
     Attributes:
         model: The model; the opened layer itself where that is the model.
         layers: Names, torch's layer, and ours in its place.
-        names: First names of all that were opened.
+        computed: Layers whose weight was computed, with their names.
+        names: First names of all that were opened or computed.
         refused: Layers that could not be opened, and why.
     """
 
     model: nn.Module
     layers: list[Built] = field(default_factory=list)
+    computed: list[tuple[tuple[str, ...], ComputedLayer]] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
     refused: list[LeftAlone] = field(default_factory=list)
 
@@ -42,6 +48,23 @@ class Opened:
         """What else is left alone, and the layers that could not be opened, each once."""
         told = {layer.name for layer in self.refused}
         return (*(layer for layer in left if layer.name not in told), *self.refused)
+
+    @property
+    def beside(self) -> dict[str, tuple[int, int]]:
+        """By name: what a layer holds more where its weight is computed, in parameters and in bytes."""
+        return {names[0]: (one.n_beside, one.bytes_beside) for names, one in self.computed}
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a plan says of the layers whose weight was computed."""
+        if not self.computed:
+            return ()
+        by = ", ".join(dict.fromkeys(one.by for _, one in self.computed))
+        names = named([names[0] for names, _ in self.computed])
+        return (
+            f"The weight of {names} is computed at every call (by {by}). It was computed once, as in eval mode: a "
+            "layer that is replaced or narrowed has these numbers, and nothing more of what computed them.",
+        )
 
     def close(self, *, changed_too: bool = True) -> nn.Module:
         """Put torch's layers back; those of which a map was factorized only if asked to.
@@ -55,7 +78,19 @@ class Opened:
             old.train(new.training)
         self.model = swap(self.model, back)
         self.layers = [one for one in self.layers if not changed_too and _is_changed(one[2])]
+        self._put_computed_back(changed_too)
         return self.model
+
+    def _put_computed_back(self, changed_too: bool) -> None:
+        """What computes a weight is back in its place, where the layer was not replaced or narrowed meanwhile."""
+        by_id = {id(module) for module in self.model.modules()}
+        back = [one for one in self.computed if changed_too or (id(one[1].plain) in by_id and not _is_narrow(one[1]))]
+        for _, one in back:
+            one.put_back()
+            if one.old.training != one.plain.training:
+                one.old.train(one.plain.training)
+        self.model = swap(self.model, [(names, one.plain, one.old) for names, one in back])
+        self.computed = [one for one in self.computed if not any(one is other for other in back)]
 
 
 @contextmanager
@@ -75,22 +110,68 @@ def open_layers(model: nn.Module, only: Collection[str] | None = None) -> Opened
         only: Names of those; all if left out.
     """
     check_module(model)
-    found, aliases = Opened(model), _aliases(model)
-    if not aliases:
-        return found
-    survey = Survey.of(model)
+    found = Opened(model)
     try:
-        for names, layer in aliases:
-            if only is not None and not set(names) & set(only):
-                continue
-            reason = _why_not(layer, survey) or _open(found, names, layer)
-            if reason:
-                n = sum(p.numel() for p in layer.parameters())
-                found.refused.append(LeftAlone(names[0], type(layer).__name__, reason, n))
+        _take(found, is_computed, why_not_computed, _compute, only)
+        _take(found, _is_composite, _why_not, _open, only)
     except BaseException:
         found.close()
         raise
     return found
+
+
+def _take(
+    found: Opened,
+    belongs: Callable[[nn.Module], bool],
+    why_not: Callable[[nn.Module, Survey], str],
+    take: Callable[[Opened, tuple[str, ...], nn.Module], str],
+    only: Collection[str] | None,
+) -> None:
+    """Take the layers of one kind apart, or tell why they stay."""
+    aliases = _aliases(found.model, belongs)
+    survey = Survey.of(found.model) if aliases else None
+    for names, layer in aliases:
+        if survey is None or (only is not None and not set(names) & set(only)):
+            continue
+        reason = why_not(layer, survey) or take(found, names, layer)
+        if reason:
+            n = sum(p.numel() for p in layer.parameters())
+            found.refused.append(LeftAlone(names[0], plain_kind(layer).__name__, reason, n))
+
+
+def plain_weights(model: nn.Module, names: Collection[str]) -> Opened:
+    """Layers below a model whose weight is computed, with plain numbers in its place, also where it has none yet.
+
+    Args:
+        names: Of those.
+    """
+    found = Opened(model)
+    for own, layer in _aliases(model, is_computed):
+        reason = _compute(found, own, layer) if set(own) & set(names) and layer is not model else ""
+        if reason:
+            found.close()
+            raise KindError(
+                f"a layer whose weight is computed must be one that can be replaced: {own[0]!r}: {reason}. Take off "
+                "what computes it first."
+            )
+    return found
+
+
+def _is_composite(layer: nn.Module) -> bool:
+    return composite_of(layer) is not None
+
+
+def _compute(found: Opened, names: tuple[str, ...], layer: nn.Module) -> str:
+    """Put the layer with plain numbers in place; why that fails, or ``""``."""
+    one = computed_layer(layer)
+    try:
+        found.model = swap(found.model, [(names, layer, one.plain)])
+    except Exception as error:
+        one.put_back()
+        return f"it is held where no other layer can be put ({in_short(error)})"
+    found.computed.append((names, one))
+    found.names.append(names[0])
+    return ""
 
 
 def close_composites(model: nn.Module) -> nn.Module:
@@ -125,12 +206,12 @@ def _dense_twin(layer: Any) -> nn.Module | None:
     return dense
 
 
-def _aliases(model: nn.Module) -> list[tuple[tuple[str, ...], nn.Module]]:
-    """Layers of several maps with all their names."""
+def _aliases(model: nn.Module, belongs: Callable[[nn.Module], bool]) -> list[tuple[tuple[str, ...], nn.Module]]:
+    """Layers of a kind with all their names."""
     names: dict[int, list[str]] = {}
     modules: dict[int, nn.Module] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        if composite_of(module) is not None:
+        if belongs(module):
             names.setdefault(id(module), []).append(name)
             modules[id(module)] = module
     return [(tuple(names[key]), module) for key, module in modules.items()]
@@ -146,7 +227,8 @@ def _open(found: Opened, names: tuple[str, ...], layer: nn.Module) -> str:
     except Exception as error:  # held where nothing can be put, or of a dtype that our layers refuse
         return f"it cannot be taken apart ({in_short(error)})"
     found.layers.append((names, layer, new))
-    found.names.append(names[0])
+    if names[0] not in found.names:
+        found.names.append(names[0])
     return ""
 
 
@@ -167,6 +249,10 @@ def _hung(layer: nn.Module, registries: tuple[Any, ...]) -> list[str]:
     usual = fresh_twin(layer)
     own = {*vars(usual), *usual._parameters, *usual._buffers, *usual._modules}
     return [name for registry in registries for name in registry if name not in own]
+
+
+def _is_narrow(one: ComputedLayer) -> bool:
+    return "narrowed_from" in vars(one.plain)
 
 
 def _is_changed(layer: CompositeLayer) -> bool:

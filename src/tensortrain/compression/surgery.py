@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
+from time import perf_counter
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tensortrain.compression.carry import cannot_carry, carry
 from tensortrain.compression.choose.candidates import cold_weighting
 from tensortrain.compression.choose.plan import CompressionPlan, LayerPlan
 from tensortrain.compression.made_up import Statistic, make_up
-from tensortrain.compression.narrow import all_or_none, check_units, fitted, narrow_
+from tensortrain.compression.narrow import Fitted, all_or_none, check_units, fitted, narrow_
+from tensortrain.compression.narrow_heads import check_heads, narrowed_heads
 from tensortrain.compression.opened import close_composites, open_layers
 from tensortrain.compression.retie import retie
 from tensortrain.compression.survey.layers import FoundLayer, check_module, find_layers
@@ -22,8 +24,9 @@ from tensortrain.compression.survey.moments import Calibration, LayerMoments
 from tensortrain.compression.swap import Built, swap
 from tensortrain.errors import ShapeError
 from tensortrain.formats import Weighting
-from tensortrain.nn import Embedding, FactorizedLayer, TiedHead, dense_twin
+from tensortrain.nn import Embedding, FactorizedLayer, Linear, TiedHead, dense_twin
 from tensortrain.system.observer import Observer, Silent
+from tensortrain.system.parking import weights_parked
 
 __all__ = ["apply_plan_", "apply_shapes_", "to_dense_"]
 
@@ -79,34 +82,65 @@ def _apply(model: nn.Module, plan: CompressionPlan, observer: Observer, build: B
     work = [(_checked(entry, found), entry) for entry in plan.layers if entry.spec is not None]
     for one in plan.narrowed:
         check_units(one.units, found)
+    for those in plan.heads:
+        check_heads(those.heads, found)
+    with weights_parked(model.parameters()) as put_aside:
+        built, narrow, statistics = _prepared(model, plan, work, found, observer, build or _build, put_aside)
+        with all_or_none() as undo:
+            for fit in narrow:
+                old = [model.get_submodule(name)._parameters["weight"] for name in fit.units.makers]
+                undo.append(narrow_(model, fit.units, fit.kept, fit.weight, fit.bias_shift))
+                put_aside(weight for weight in old if weight is not None)
+            changed = swap(model, built)
+    for buffer, value in statistics:
+        buffer.copy_(value)
+    retie(changed)
+    return changed
+
+
+def _prepared(
+    model: nn.Module,
+    plan: CompressionPlan,
+    work: Sequence[tuple[FoundLayer, LayerPlan]],
+    found: Mapping[str, FoundLayer],
+    observer: Observer,
+    build: Build,
+    put_aside: Callable[[Iterable[Tensor]], None],
+) -> tuple[list[Built], list[Fitted], list[Statistic]]:
+    """All that a plan puts into a model; nothing of the model is changed yet.
+
+    Args:
+        put_aside: Is given the weights that are not needed any more but to go back after an error.
+    """
     calibration = plan.calibration or Calibration()
     built: list[Built] = []
+    narrow: list[Fitted] = []
     statistics: list[Statistic] = []
-    observer.on_start("decompose", len(work) + len(plan.narrowed))
+    observer.on_start("decompose", len(work) + len(plan.narrowed) + len(plan.heads))
     try:
         for k, (layer, entry) in enumerate(work):
-            moments = calibration.of(layer.name)
-            new = (build or _build)(layer, entry, moments.weighting)
+            moments, began = calibration.of(layer.name), perf_counter()
+            new = build(layer, entry, moments.weighting)
             statistics += _keep_moments(model, layer, new, moments)
             moments.forget_derived()
             built.append((layer.names, layer.module, new))
             if layer.head is not None:
                 built.append((layer.head.names, layer.head.module, _tied(layer.head.module, new)))
-            observer.on_step(k + 1)
-        narrow = []
+            put_aside(p for name, p in layer.module.named_parameters(recurse=False) if name == "weight")
+            observer.on_step(k + 1, seconds=perf_counter() - began)
         for k, one in enumerate(plan.narrowed):
             narrow.append(fitted(model, one.units, one.kept, found, calibration.of(one.units.reader)))
+            statistics += narrow[-1].statistics
+            put_aside(p for p in [model.get_submodule(one.units.reader)._parameters["weight"]] if p is not None)
             observer.on_step(len(work) + k + 1)
+        for k, those in enumerate(plan.heads):
+            maps, more = narrowed_heads(model, those.heads, those.kept, found, calibration.of(those.heads.judged))
+            built += maps
+            statistics += more
+            observer.on_step(len(work) + len(plan.narrowed) + k + 1)
     finally:
         observer.on_end()
-    with all_or_none() as undo:
-        for fit in narrow:
-            undo.append(narrow_(model, fit.units, fit.kept, fit.weight, fit.bias_shift))
-        changed = swap(model, built)
-    for buffer, value in [*statistics, *(one for fit in narrow for one in fit.statistics)]:
-        buffer.copy_(value)
-    retie(changed)
-    return changed
+    return built, narrow, statistics
 
 
 def to_dense_(model: nn.Module, *, only: Collection[str] | None = None) -> nn.Module:
@@ -190,6 +224,8 @@ def _build(layer: FoundLayer, entry: LayerPlan, weighting: Weighting) -> Factori
     if entry.hot_ids:
         more["hot_ids"] = entry.hot_ids
         weighting = weighting if weighting.is_plain else cold_weighting(weighting, entry.hot_ids)
+    if entry.order.sides is not None:
+        more["order"] = entry.order
     new = layer.reader.from_spec(layer.module, entry.spec, weighting=weighting, implementation=how, **more)
     carry(layer.module, new)
     return new
@@ -212,6 +248,8 @@ def _unfitted(layer: FoundLayer, entry: LayerPlan, weighting: Weighting) -> Fact
     new = layer.reader.like(layer.module, entry.spec, **how)
     if entry.hot_ids:
         cast(Embedding, new).keep_rows_(entry.hot_ids, layer.kernel)
+    if entry.order.sides is not None:
+        cast(Linear, new).set_order_(entry.order)
     for parameter in new.parameters():
         parameter.fill_(_ANY_VALUE)
     carry(layer.module, new)
@@ -227,7 +265,7 @@ def _keep_moments(model: nn.Module, layer: FoundLayer, new: FactorizedLayer, mom
     """
     if moments.mean is None or "forward" in vars(layer.module):  # its input may not be what was seen
         return []
-    kept = new.format.to_dense(list(new.cores), new.spec).flatten(1)  # new.weight would stay in a cache
+    kept = new.placed(new.format.to_dense(list(new.cores), new.spec)).flatten(1)  # new.weight would stay in a cache
     shift, statistics = make_up(model, layer.kernel.flatten(1), kept, moments, has_bias=new.bias is not None)
     if new.bias is not None:
         new.bias.add_(shift.to(new.bias.dtype))

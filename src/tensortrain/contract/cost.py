@@ -7,11 +7,15 @@ falls off for thin operands, bandwidths of cache and memory, and a fixed cost pe
 from __future__ import annotations
 
 import math
+import statistics
 import time
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +23,7 @@ import torch
 
 from tensortrain.system.machine import Watch, device_key, known_file, read_json, write_json
 from tensortrain.system.records import read_record
+from tensortrain.system.timing import usual_seconds
 
 __all__ = ["CostModel", "cost_model", "given_or_measured", "is_measured", "measure_cost_model", "use_cost_model"]
 
@@ -29,6 +34,12 @@ _FRESH_BYTES = 32 * 2**20
 _CONV_HALF_FAN = 60.0
 _CONV_HALF_OUTS = 8.0
 _CONV_CALLS = 12
+# Sizes at which products are timed, ``(m, n, k)`` and ``(batch, m, n, k)``: few of them suit the width of a vector, as
+# few of anybody's do. Libraries fall off between such sizes by factors that no formula of ours knows.
+_GEMM_AT = ((1, 2, 12, 90, 700, 6000), (5, 11, 45, 200, 1500), (5, 11, 45, 200, 1500))
+_BATCHED_AT = ((1, 40, 2000), (4, 11, 45, 200), (2, 5, 11, 45, 200), (4, 11, 45, 200))
+_MOST_FLOPS, _MOST_NUMEL = 2e7, 2**20  # of one that is timed
+_COPIED_AT = ((256, 4, 4, 4, 16), (256, 11, 53, 1, 6), (38, 7, 7, 15, 4), (44, 1, 437, 1, 37), (1, 93, 12, 11, 17))
 
 
 @dataclass(frozen=True)
@@ -52,6 +63,10 @@ class CostModel:
         permute_bytes_s: Rate of a copy that transposes, bytes read plus bytes written per second.
         overhead_s: Cost of calling one small operation, seconds.
         float64_rate, half_rate, complex64_rate, complex128_rate: Rate of that dtype over float32's.
+        gemm_table, batched_table: Measured time of products at a grid of sizes, over what the peak rate and the
+            bandwidth allow; empty where nothing was measured. Between the sizes it is interpolated, and ``gemm_half``,
+            ``batched_half`` and ``matrix_s`` are not asked.
+        backward_s: Fixed cost of a backward pass, seconds.
     """
 
     gemm_flops_s: float
@@ -69,6 +84,9 @@ class CostModel:
     half_rate: float = 1.0
     complex64_rate: float = 0.25
     complex128_rate: float = 0.12
+    gemm_table: tuple[float, ...] = ()
+    batched_table: tuple[float, ...] = ()
+    backward_s: float = 1e-12
 
     @classmethod
     def reference(cls, device_type: str = "cpu") -> CostModel:
@@ -101,10 +119,18 @@ class CostModel:
         flops = 2.0 * batch * m * n * k
         # In a batch one operand is the same for all products, so it is read once.
         n_bytes = float(dtype.itemsize) * (batch * (m * n + min(m, n) * k) + max(m, n) * k)
-        fixed = self.overhead_s + (self.matrix_s * batch if batch > 1 else 0.0)
-        rate = self._rate(m, n, k, batch > 1 if batched is None else batched)
-        arithmetic = flops / (rate * self._dtype_rate(dtype))
+        in_batch = batch > 1 if batched is None else batched
         write = self._fresh_s(float(dtype.itemsize) * batch * m * n)
+        table, peak = self.gemm_table, self.gemm_flops_s
+        if in_batch:
+            table, peak = self.batched_table, self.batched_flops_s
+        if table:
+            plain = flops / (peak * self._dtype_rate(dtype)) + n_bytes / self._bandwidth(n_bytes)
+            return write + (self.overhead_s + plain) * _interpolated(
+                table, in_batch, (batch, m, n, k) if in_batch else (m, n, k)
+            )
+        fixed = self.overhead_s + (self.matrix_s * batch if batch > 1 else 0.0)
+        arithmetic = flops / (self._rate(m, n, k, in_batch) * self._dtype_rate(dtype))
         return fixed + write + max(arithmetic, n_bytes / self._bandwidth(n_bytes))
 
     def linear_s(self, b: int, out_features: int, in_features: int, *, dtype: torch.dtype = torch.float32) -> float:
@@ -178,6 +204,22 @@ class CostModel:
         return self.half_rate if dtype.itemsize == 2 else 1.0
 
 
+def _interpolated(table: Sequence[float], in_batch: bool, sizes: Sequence[int]) -> float:
+    """A factor between those at the nearest sizes of the grid, in logarithms; at its edge beyond."""
+    found = [(0, 1.0)]  # positions in the table, and their weights
+    for knots, size in zip(_BATCHED_AT if in_batch else _GEMM_AT, sizes, strict=True):
+        k = min(max(bisect_right(knots, size), 1), len(knots) - 1)
+        share = math.log(max(size, 1) / knots[k - 1]) / math.log(knots[k] / knots[k - 1])
+        share = min(max(share, 0.0), 1.0)
+        found = [
+            (at * len(knots) + k - 1 + more, weight * part)
+            for at, weight in found
+            for more, part in ((0, 1.0 - share), (1, share))
+            if part
+        ]
+    return math.exp(sum(weight * math.log(table[at]) for at, weight in found))
+
+
 _REFERENCE = {
     "cpu": CostModel(
         gemm_flops_s=1.5e11,
@@ -215,7 +257,7 @@ _KNOWN: dict[str, CostModel] = {}
 def cost_model(device: torch.device | str = "cpu") -> CostModel:
     """Return the cost model in force: the one set by ``use_cost_model``, else this device's.
 
-    The constants of a device are measured once, in one to two seconds, and kept in
+    The constants of a device are measured once, in three to five seconds, and kept in
     ``$XDG_CACHE_HOME/tensortrain`` (``~/.cache/tensortrain``). A cache file that cannot be read or
     written is passed over; what was measured while other programs were at work is measured again after ten minutes.
     Devices other than cpu and cuda get the reference constants.
@@ -259,9 +301,9 @@ def use_cost_model(model: CostModel) -> Iterator[CostModel]:
 
 
 def measure_cost_model(device: torch.device | str = "cpu") -> CostModel:
-    """Time a dozen small operations on ``device`` and return the constants, to two digits.
+    """Time small operations and products of many sizes on ``device`` and return the constants, to two digits.
 
-    Cost: one to two seconds; about 200 MB for a moment.
+    Cost: three to five seconds; about 200 MB for a moment.
     """
     with torch.no_grad(), torch.autocast(torch.device(device).type, enabled=False):
         return _Stopwatch(torch.device(device)).cost_model()
@@ -276,25 +318,59 @@ class _Stopwatch:
         self.generator = torch.Generator().manual_seed(0)
 
     def cost_model(self) -> CostModel:
-        overhead = self.best_s(*self.linear(1, 4, 4))
+        overhead = self.seconds(*self.linear(1, 4, 4))
         peak = self.rate(overhead, self.side, self.side, self.side)
         batched_peak = self.rate(overhead, 64, 64, 64, batch=64)
         bandwidth = self.bandwidth()
+        cache = max(self.clone_rate(2**18), bandwidth), self.cache_bytes() if self.device.type == "cpu" else 3e7
         constants: dict[str, Any] = {
             "gemm_flops_s": peak,
             "gemm_half": self.halves(overhead, peak, many=self.side * 8, batch=1),
             "batched_flops_s": batched_peak,
             "batched_half": self.halves(overhead, batched_peak, many=64, batch=256),
-            "matrix_s": max(self.best_s(*self.batched(4096, 2, 2, 2)) - overhead, 1e-12) / 4096,
+            "matrix_s": max(self.seconds(*self.batched(4096, 2, 2, 2)) - overhead, 1e-12) / 4096,
             "bandwidth_bytes_s": bandwidth,
-            "cache_bandwidth_bytes_s": max(self.clone_rate(2**18), bandwidth),
-            "cache_bytes": self.cache_bytes() if self.device.type == "cpu" else 3e7,
+            "cache_bandwidth_bytes_s": cache[0],
+            "cache_bytes": cache[1],
             "fresh_bytes_s": self.clone_rate(12 * 2**20) / 2,
             "permute_bytes_s": self.permute_rate(),
             "overhead_s": overhead,
             **self.dtype_rates(),
+            "backward_s": max(self.backward_s() - 3 * overhead, 1e-12),
         }
-        return CostModel(**{name: _round2(value) for name, value in constants.items()})
+        model = CostModel(**{name: _round2(value) for name, value in constants.items()})
+        if self.device.type != "cpu":
+            return model
+        tables = {"gemm_table": self.table(model, _GEMM_AT), "batched_table": self.table(model, _BATCHED_AT)}
+        return replace(model, **{name: _round2(table) for name, table in tables.items()})
+
+    def table(self, model: CostModel, grid: tuple[tuple[int, ...], ...]) -> tuple[float, ...]:
+        """Measured over plain times of products at all sizes of a grid, those that are too large as the next ones."""
+        in_batch, found = grid is _BATCHED_AT, dict[tuple[int, ...], float]()
+        ones = (1.0,) * math.prod(map(len, grid))
+        flat = replace(model, gemm_table=ones, batched_table=ones)
+        pools = [self.randn(_MOST_NUMEL) for _ in range(2)]
+        for at in product(*(range(len(knots)) for knots in grid)):
+            sizes = tuple(knots[i] for knots, i in zip(grid, at, strict=True))
+            if _is_too_large(*sizes):
+                smaller = (tuple(i - (place == j) for j, i in enumerate(at)) for place in range(len(at)) if at[place])
+                found[at] = math.exp(statistics.fmean(math.log(found[one]) for one in smaller))
+            else:
+                seconds = self.seconds(*_product_of(pools, *sizes), turns=1, burst_s=1e-3)
+                batch, m, n, k = sizes if in_batch else (1, *sizes)
+                found[at] = seconds / flat.gemm_s(m, n, k, batch=batch, batched=in_batch)
+        return tuple(found.values())
+
+    def backward_s(self) -> float:
+        """Forward and backward of one small product."""
+        with torch.enable_grad():
+            x, weight = (self.randn(4, 4).requires_grad_() for _ in range(2))
+            grad = self.randn(4, 4)
+
+            def step() -> None:
+                torch.autograd.grad(torch.nn.functional.linear(x, weight), (x, weight), grad)
+
+            return self.seconds(step)
 
     def halves(self, overhead: float, peak: float, *, many: int, batch: int) -> tuple[float, float, float]:
         """One thin product per side; its loss against the peak gives the side of half rate."""
@@ -308,28 +384,32 @@ class _Stopwatch:
     def rate(self, overhead: float, m: int, n: int, k: int, *, batch: int = 1) -> float:
         call = self.linear(m, n, k) if batch == 1 else self.batched(batch, m, n, k)
         # A call cannot be all overhead; a noisy clock must not give a negative or endless rate.
-        seconds = self.best_s(*call)
+        seconds = self.seconds(*call)
         return 2.0 * batch * m * n * k / max(seconds - overhead, 0.1 * seconds)
 
     def bandwidth(self) -> float:
         side = 4096
-        return 4.0 * side * side / self.best_s(*self.linear(1, side, side))
+        return 4.0 * side * side / self.seconds(*self.linear(1, side, side))
 
     def cache_bytes(self) -> float:
         """The largest weight, of a few, that one row reads faster than memory could give it."""
         read = {
-            side: 4.0 * side * side / self.best_s(*self.linear(1, side, side)) for side in (512, 724, 1024, 1448, 4096)
+            side: 4.0 * side * side / self.seconds(*self.linear(1, side, side)) for side in (512, 724, 1024, 1448, 4096)
         }
         limit = math.sqrt(read[512] * read[4096])
         return max((4.0 * side * side for side, rate in read.items() if rate > limit), default=4.0 * 512**2)
 
     def clone_rate(self, numel: int) -> float:
         x = torch.zeros(numel, device=self.device)
-        return 8.0 * numel / self.best_s(torch.clone, x)
+        return 8.0 * numel / self.seconds(torch.clone, x)
 
     def permute_rate(self) -> float:
-        x = self.randn(256, 4, 4, 4, 16)  # as cut up between two steps of a sweep
-        return 8.0 * x.numel() / self.best_s(lambda t: t.permute(0, 3, 4, 1, 2).contiguous(), x)
+        """Of arrays as cut up between two steps of a sweep, the mean over some sizes."""
+        rates = []
+        for sizes in _COPIED_AT:
+            x = self.randn(*sizes)
+            rates.append(8.0 * x.numel() / self.seconds(lambda t: t.permute(0, 3, 4, 1, 2).contiguous(), x))
+        return statistics.geometric_mean(rates)
 
     def dtype_rates(self) -> dict[str, float]:
         side = self.side // 2
@@ -339,7 +419,7 @@ class _Stopwatch:
 
     def dtype_s(self, side: int, dtype: torch.dtype) -> float:
         x = self.randn(side, side).to(dtype)
-        return self.best_s(torch.matmul, x, x)
+        return self.seconds(torch.matmul, x, x)
 
     def linear(self, m: int, n: int, k: int) -> tuple[Callable[..., object], torch.Tensor, torch.Tensor]:
         return torch.nn.functional.linear, self.randn(m, k), self.randn(n, k)
@@ -350,22 +430,41 @@ class _Stopwatch:
     def randn(self, *shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=self.generator).to(self.device)
 
-    def best_s(self, function: Callable[..., object], *args: torch.Tensor) -> float:
-        """The fastest of several calls: other work on the machine only ever adds time."""
-        function(*args)
+    def seconds(
+        self, function: Callable[..., object], *args: torch.Tensor, turns: int = 3, burst_s: float = 2e-3
+    ) -> float:
+        """Seconds of a call as trials and benchmarks count them, not the least of many, which nobody sees again."""
+        call = partial(function, *args)
+        call()
+        return max(usual_seconds(call, self.timed, turns=turns, burst_s=burst_s), 1e-9)
+
+    def timed(self, call: Callable[[], object]) -> float:
+        """Seconds of one call."""
         self.synchronize()
-        best, spent, calls = math.inf, 0.0, 0
-        while calls < 5 or (spent < 0.03 and calls < 200):
-            start = time.perf_counter()
-            function(*args)
-            self.synchronize()
-            elapsed = time.perf_counter() - start
-            best, spent, calls = min(best, elapsed), spent + elapsed, calls + 1
-        return max(best, 1e-9)
+        start = time.perf_counter()
+        call()
+        self.synchronize()
+        return time.perf_counter() - start
 
     def synchronize(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+
+
+def _is_too_large(*sizes: int) -> bool:
+    """Whether a product of the grid takes too long to be timed."""
+    batch, (m, n, k) = math.prod(sizes[:-3]), sizes[-3:]
+    return 2 * batch * m * n * k > _MOST_FLOPS or max(m * k, n * k, batch * n * max(m, k)) > _MOST_NUMEL
+
+
+def _product_of(pools: Sequence[torch.Tensor], *sizes: int) -> tuple[Callable[..., object], torch.Tensor, torch.Tensor]:
+    """A product as plans take it: of rows by a weight, or of one weight by a batch."""
+    m, n, k = sizes[-3:]
+    left = pools[0][: m * k].view(m, k)
+    if len(sizes) == 3:
+        return torch.nn.functional.linear, left, pools[1][: n * k].view(n, k)
+    batch = sizes[0]
+    return torch.bmm, left.expand(batch, -1, -1), pools[1][: batch * k * n].view(batch, k, n)
 
 
 _DTYPE_FIELDS = {
@@ -387,7 +486,7 @@ def _round2(value: Any) -> Any:
 
 
 def _cache_file(key: str) -> Path:
-    return known_file("cost-model-3", key)
+    return known_file("cost-model-4", key)
 
 
 def _measure_and_store(device: torch.device, path: Path) -> CostModel:
@@ -419,7 +518,7 @@ def _best_of(models: Sequence[CostModel]) -> CostModel:
         if isinstance(values[0], tuple):
             best[field.name] = tuple(map(min, zip(*values, strict=True)))
         else:
-            best[field.name] = min(values) if field.name in ("matrix_s", "overhead_s") else max(values)
+            best[field.name] = min(values) if field.name in ("matrix_s", "overhead_s", "backward_s") else max(values)
     return CostModel(**best)
 
 
@@ -434,6 +533,9 @@ def _load(path: Path) -> CostModel | None:
 
 
 def _is_sound(model: CostModel) -> bool:
-    """Whether every constant is a positive number."""
+    """Whether every constant is a positive number, and the tables are of the sizes that are asked for."""
+    for table, grid in ((model.gemm_table, _GEMM_AT), (model.batched_table, _BATCHED_AT)):
+        if len(table) not in (0, math.prod(map(len, grid))):
+            return False
     constants = (getattr(model, field.name) for field in fields(model))
     return all(0 < v < math.inf for value in constants for v in (value if isinstance(value, tuple) else (value,)))

@@ -191,10 +191,10 @@ class _Merged(torch.autograd.Function):
         cores, needed = ctx.saved_tensors, ctx.needs_input_grad[1:]
         kernels, found = library(), None
         if kernels is not None and not torch.is_grad_enabled() and not is_batched(grad):
-            found = kernels.merge_run_backward(cores, ctx.steps, grad)
+            found = kernels.merge_run_backward(cores, ctx.steps, grad, needed)
         if found is None:
             found = _recorded_gradients(cores, needed, grad)
-        return None, *(one if want else None for one, want in zip(found, needed, strict=True))
+        return None, *found
 
 
 def _recorded_gradients(cores: Sequence[Tensor], needed: Sequence[bool], grad: Tensor) -> list[Tensor | None]:

@@ -44,10 +44,11 @@ class Plan(ABC):
         peak_bytes: Most memory held besides input, output and cores: prepared weights, and the states
             alive together (all of them in training, where backward needs them).
         prepared_bytes: The part of ``peak_bytes`` that ``prepare`` makes and a layer may keep.
-        predicted_s: Seconds of one call; of forward and backward when training.
+        predicted_s: Seconds of one call; of forward and backward when training. No part of what tells plans apart.
         dense_flops, dense_s: The same for a plain dense layer.
         inside: ``(in_features, out_features)`` of a layer that the shape exceeds; ``None`` where both agree. Inputs
             are padded with zeros then, and outputs cut.
+        is_measured: Whether ``predicted_s`` was measured on this machine.
     """
 
     shape: Any  # ChainShape or Network: those who need to know which one have a plan of their own kind
@@ -61,16 +62,17 @@ class Plan(ABC):
     moved_bytes: int
     peak_bytes: int
     prepared_bytes: int
-    predicted_s: float
+    predicted_s: float = field(compare=False)
     dense_flops: int
     dense_s: float
     inside: tuple[int, int] | None = None
+    is_measured: bool = field(default=False, compare=False)
     compiled: Compiled = field(default_factory=Compiled, init=False, compare=False, repr=False)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Plans pickled by the version before call their shape a chain or a network, and hold nothing compiled."""
         shape = next(state[name] for name in ("shape", "chain", "network") if name in state)
-        values = {"inside": None, "compiled": Compiled(), **state, "shape": shape}
+        values = {"inside": None, "is_measured": False, "compiled": Compiled(), **state, "shape": shape}
         for name in ("chain", "network"):
             values.pop(name, None)
         self.__dict__.update(values)

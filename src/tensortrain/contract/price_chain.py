@@ -99,6 +99,13 @@ class ChainPricer:
             calls = _VIEW_CALLS_TRAINING if self.training else _VIEW_CALLS
         return calls * self.model.overhead_s
 
+    @property
+    def entry_s(self) -> float:
+        """What a call costs beside its products: entering a plan, and at training the way back through autograd."""
+        if not self.model.gemm_table:
+            return 0.0  # the constants are not those of a machine
+        return self.model.overhead_s + (self.model.backward_s if self.training else 0.0)
+
     def factorized(self, force: str | None) -> Iterator[ChainPlan]:
         """The best plans of each direction that ``force`` admits, one for every number of steps."""
         directions: tuple[Direction, ...] = ("left-to-right", "right-to-left")
@@ -290,7 +297,7 @@ class ChainPricer:
         workspace = _training_bytes(path.steps) + prepared if self.training else _inference_bytes(path.steps)
         kind = "merged" if path.has_merge else direction
         plan = self.plan(kind, direction, path.steps, prepared, prepared + workspace)
-        return replace(plan, predicted_s=path.seconds)  # with the copy that the last step leaves
+        return replace(plan, predicted_s=self.entry_s + path.seconds)  # with the copy that the last step leaves
 
     def plan(
         self,
@@ -315,7 +322,7 @@ class ChainPricer:
             moved_bytes=sum(step.moved_bytes for step in steps),
             peak_bytes=peak_bytes,
             prepared_bytes=prepared_bytes,
-            predicted_s=sum(step.predicted_s for step in steps),
+            predicted_s=self.entry_s + sum(step.predicted_s for step in steps),
             dense_flops=dense_flops,
             dense_s=dense_s,
         )

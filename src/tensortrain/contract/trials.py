@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 from tensortrain.contract.cost import is_measured
 from tensortrain.system.machine import Watch, device_key, known_file, read_json, write_json
 from tensortrain.system.native import library
+from tensortrain.system.timing import calls_in_a_row, seconds_per_call
 from tensortrain.system.tracing import is_traced, is_transformed
 
 __all__ = ["Notebook", "best_seconds", "can_time", "digest", "seconds_in_use", "timed", "train_once", "trial_key"]
@@ -29,8 +30,9 @@ _MOST_ROUNDS, _LEAST_ROUNDS = 12, 3
 _ENOUGH_S = 0.05  # after a few rounds, no new one begins later than this
 _ENOUGH_BESIDE_OTHERS_S = 0.2
 _FAR_BEHIND = 4.0  # times the fastest in the turn that warms up
-_BEHIND, _MOST_AHEAD = 1.6, 4  # times the fastest in a row; and how many are then tried after a rest
-_RESTED_TURNS, _LEAST_RESTED, _BEHIND_RESTED = 5, 2, 1.25
+_BEHIND = 1.6  # times the fastest, and a call is not tried again
+_MOST_TURNS, _BURST_S = 3, 1e-3  # of calls in a row
+_NEARLY = 1.15  # the last turn is for those within this factor of the fastest
 _LONG_S = 0.02  # what takes longer does so asleep or awake
 _MOST_REST_S = 0.05
 
@@ -78,58 +80,51 @@ def best_seconds(calls: Sequence[Any], timer: Callable[[Any], float]) -> list[fl
 
 
 def seconds_in_use(calls: Sequence[Any], timer: Callable[[Any], float]) -> list[float]:
-    """Seconds that each of several calls takes after other code, or none: its threads asleep, its caches cold.
+    """Seconds per call of each of several calls, as benchmarks and a model at work see them.
 
-    Calls in a row find everything awake, and are up to three times as fast. The first call stands for what the others
-    have to beat: it is tried to the end unless it is far behind.
+    Each has turns of a few calls in a row, of which the first, that wakes threads and fills caches, does not count. The
+    first of the calls stands for what the others have to beat: it has all turns unless it is far behind.
 
     Args:
         calls: What ``timer`` takes.
         timer: Gives the seconds of one call.
 
     Returns:
-        list: Medians of a few calls after a rest. Those clearly behind are told by their calls in a row, and what
-        waking up costs the others; those far behind are infinite.
+        list: Medians of the turns; those far behind are infinite.
 
-    Cost: a few calls of each, and some 10 ms for each of at most 25 rests.
+    Cost: a few calls of each, about three milliseconds for each of those near the fastest.
     """
-    best = _in_a_row(calls, timer)
-    limit = _BEHIND * min(best)
-    ahead = sorted((k for k in range(len(calls)) if best[k] <= limit), key=lambda k: best[k])[:_MOST_AHEAD]
-    ahead += [0] if 0 not in ahead and best[0] <= 2 * limit else []
-    if min(best) > _LONG_S or not _RESTED_TURNS:
-        return best
-    rested = _after_rests({k: calls[k] for k in ahead}, timer)
-    woken = statistics.median(max(0.0, rested[k] - best[k]) for k in ahead)
-    return [rested.get(k, best[k] + woken) for k in range(len(calls))]
-
-
-def _in_a_row(calls: Sequence[Any], timer: Callable[[Any], float]) -> list[float]:
-    """The best of two or three turns after one that warms up, which those far behind do not survive."""
-    warm = [timer(call) for call in calls]
-    start, least = time.perf_counter(), min(warm)
-    limit = least * (_FAR_BEHIND if least < _LONG_S else _BEHIND)  # making kernels ready is a small part of long calls
-    best = [seconds if limit < seconds <= _FAR_BEHIND * least else math.inf for seconds in warm]
-    for turn in range(3):
-        close = _BEHIND * min(best)
-        for k, call in enumerate(calls):
-            if warm[k] <= limit and (turn == 0 or best[k] <= close):
-                best[k] = min(best[k], timer(call))
+    once = _once(calls, timer)
+    turns: dict[int, list[float]] = {k: [seconds] if seconds > _LONG_S else [] for k, seconds in once.items()}
+    start = time.perf_counter()
+    for turn in range(_MOST_TURNS):
+        for k in once:
+            if turn == 0 or _is_near(turns, k, _BEHIND if turn == 1 else _NEARLY):
+                turns[k].append(_one_turn(calls[k], once[k], timer))
         if time.perf_counter() - start > _ENOUGH_BESIDE_OTHERS_S:
             break
-    return best
+    return [statistics.median_low(turns[k]) if k in turns else math.inf for k in range(len(calls))]
 
 
-def _after_rests(calls: dict[int, Any], timer: Callable[[Any], float]) -> dict[int, float]:
-    """Medians of turns with a rest before each; those behind drop out."""
-    seconds: dict[int, list[float]] = {k: [] for k in calls}
-    for turn in range(_RESTED_TURNS):
-        limit = math.inf if turn < _LEAST_RESTED else _BEHIND_RESTED * min(map(statistics.median, seconds.values()))
-        for k, call in calls.items():
-            if turn == 0 or statistics.median(seconds[k]) <= limit:
-                rest()
-                seconds[k].append(timer(call))
-    return {k: statistics.median_low(some) for k, some in seconds.items()}
+def _once(calls: Sequence[Any], timer: Callable[[Any], float]) -> dict[int, float]:
+    """Seconds of one call of each that is not far behind, after one that makes kernels ready."""
+    warm = [timer(call) for call in calls]
+    least = min(warm)
+    if least > _LONG_S:  # making ready is a small part of long calls
+        return {k: seconds for k, seconds in enumerate(warm) if seconds <= _FAR_BEHIND * least}
+    return {k: timer(call) for k, call in enumerate(calls) if warm[k] <= _FAR_BEHIND * least}
+
+
+def _is_near(turns: dict[int, list[float]], k: int, factor: float) -> bool:
+    best = min(statistics.median_low(some) for some in turns.values() if some)
+    return statistics.median_low(turns[k]) <= (factor if k else 2 * _BEHIND) * best
+
+
+def _one_turn(call: Any, once: float, timer: Callable[[Any], float]) -> float:
+    """A long call neither needs company nor one to wake it."""
+    if once > _LONG_S:
+        return timer(call)
+    return seconds_per_call(call, calls_in_a_row(once, _BURST_S), timer)
 
 
 def rest(most_s: float = _MOST_REST_S) -> None:

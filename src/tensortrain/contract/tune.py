@@ -7,6 +7,7 @@ that. So the first call of a layer at a size runs the best few of them, in turns
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,9 @@ from torch import Tensor
 
 from tensortrain.contract.choose import candidates
 from tensortrain.contract.plan import Plan, Shape
-from tensortrain.contract.trials import Notebook, best_seconds, can_time, digest, train_once
+from tensortrain.contract.trials import Notebook, can_time, digest, seconds_in_use, train_once
 from tensortrain.contract.trials import timed as _timed
-from tensortrain.system.machine import memory_bytes
+from tensortrain.system.machine import Watch, memory_bytes
 from tensortrain.system.native import library
 
 __all__ = ["fastest_plan"]
@@ -35,7 +36,7 @@ _MOST_BY_PARTS = 4
 _CLEARLY = 0.97  # what is not faster by so much than an earlier candidate is taken for level with it
 
 _KNOWN: dict[Any, Plan] = {}
-_NOTES = Notebook("plans-2")  # since plans may be sliced
+_NOTES = Notebook("plans-3")  # since calls are timed in a row, and their seconds noted
 
 
 def fastest_plan(
@@ -86,6 +87,7 @@ def _found(plans: Sequence[Plan], device: torch.device, key: Any) -> Plan:
     chosen = _in_time(_likely(plans))
     if len(chosen) < 2:
         return plans[0]
+    watch = Watch()
     try:
         with torch.autocast(device.type, enabled=False):
             found = _fastest(chosen, device)
@@ -94,15 +96,22 @@ def _found(plans: Sequence[Plan], device: torch.device, key: Any) -> Plan:
     earlier = _recalled(plans, device, key)  # another process was at it at the same time
     if earlier is not None:
         return earlier
-    _NOTES.write(key, device, digest(found.course))
+    seconds = found.predicted_s if watch.is_alone() else None  # beside other programs it says which, not how long
+    _NOTES.write(key, device, {"plan": digest(found.course), "seconds": seconds})
     return found
 
 
 def _recalled(plans: Sequence[Plan], device: torch.device, key: Any) -> Plan | None:
     """The plan that an earlier process on this machine found."""
-    wanted = _NOTES.read(key, device)
+    note = _NOTES.read(key, device)
+    wanted, seconds = (note.get("plan"), note.get("seconds")) if isinstance(note, dict) else (note, None)
     known = [*plans, *_flipped(plans), *_by_parts(plans)]
-    return next((plan for plan in known if digest(plan.course) == wanted), None)
+    found = next((plan for plan in known if digest(plan.course) == wanted), None)
+    return found if found is None or not isinstance(seconds, float) else _measured(found, seconds)
+
+
+def _measured(plan: Plan, seconds: float) -> Plan:
+    return replace(plan, predicted_s=seconds, is_measured=True)
 
 
 def _likely(plans: Sequence[Plan]) -> list[Plan]:
@@ -144,12 +153,12 @@ def _by_parts(plans: Sequence[Plan]) -> list[Plan]:
 
 
 def _fastest(plans: Sequence[Plan], device: torch.device) -> Plan:
-    best = best_seconds([_call(plan, device) for plan in plans], lambda call: _timed(call, device))
+    seconds = seconds_in_use([_call(plan, device) for plan in plans], lambda call: _timed(call, device))
     found = 0
     for k in range(1, len(plans)):
-        if best[k] < _CLEARLY * best[found]:
+        if seconds[k] < _CLEARLY * seconds[found]:
             found = k
-    return plans[found]
+    return _measured(plans[found], seconds[found])
 
 
 def _call(plan: Plan, device: torch.device) -> Callable[[], object]:

@@ -40,7 +40,9 @@ Cut = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor, Tensor]]
 # rounding is 1e-16 of the square of the norm, hence 2e-8 of the norm, and sums of some hundred terms make it worse.
 SQUARED_FLOOR = 4e-7
 SQUARED_UNIT = SQUARED_FLOOR / 10
-_ROOM = 0.05  # of the tolerance: bounds and cuts are hardly worse than without squares
+# What a walk by squares leaves unseen at a bond.
+_WALK_UNIT = 1e-8
+_ROOM = 0.15  # of the tolerance, whose square then has all but a fortieth left: cuts are at most a ninetieth smaller
 
 
 def round_cores(
@@ -122,7 +124,7 @@ class _Problem:
     @property
     def least_unseen(self) -> float:
         """What squares cannot show of a train whose roundings do not grow: two of them at every bond."""
-        return SQUARED_UNIT * math.sqrt(2.0 * max(1, len(self.given) - 1))
+        return _WALK_UNIT * math.sqrt(2.0 * max(1, len(self.given) - 1))
 
     @property
     def may_square(self) -> bool:
@@ -141,7 +143,8 @@ def _round_svd(problem: _Problem, caps: Sequence[int]) -> Finished:
     walk, exponent = problem.walk, torch.zeros((), dtype=torch.int32)
     if walk is not None and problem.may_square:
         found = _swept_by(partial(_cut_by_squares, problem, caps, walk), problem, caps, _Past())
-        if found.sweep is None or float(found.sweep.unseen) <= _ROOM * problem.eps:
+        # Where rounding grows a little the cuts give way; where it grows more, triangles see better.
+        if found.sweep is None or float(found.sweep.unseen) <= 1.5 * _ROOM * problem.eps:
             return found
         walk = rounding_walk(problem.given, problem.center[1])
     if walk is None:
@@ -157,7 +160,7 @@ def _cut_by_squares(problem: _Problem, caps: Sequence[int], walk: Any, tolerance
     left = math.sqrt(max(0.0, float(tolerance) ** 2 - problem.least_unseen**2))
     sweep = _cut_by_walk(problem, caps, walk, nothing, left)
     assert sweep.growth is not None
-    return replace(sweep, unseen=math.sqrt(2.0) * _unseen(sweep.growth))
+    return replace(sweep, unseen=math.sqrt(2.0) * _unseen(sweep.growth, _WALK_UNIT))
 
 
 def _cut_by_walk(problem: _Problem, caps: Sequence[int], walk: Any, before: Tensor, tolerance: Tensor | float) -> Sweep:
@@ -181,9 +184,9 @@ def _round_gram(problem: _Problem, caps: Sequence[int]) -> Finished:
     return _swept(problem, caps, roots, _gram_cut, _Past(unseen=_unseen(growth), growth=growth))
 
 
-def _unseen(growth: Tensor) -> Tensor:
+def _unseen(growth: Tensor, unit: float = SQUARED_UNIT) -> Tensor:
     """Relative size of what squares cannot show."""
-    return SQUARED_UNIT * growth.square().sum(0).sqrt()
+    return unit * growth.square().sum(0).sqrt()
 
 
 def _round_randomized(problem: _Problem, caps: Sequence[int]) -> Finished | None:

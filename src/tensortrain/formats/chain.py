@@ -205,11 +205,20 @@ class ChainFormat(Format):
             return super().probe(dense, spec, weighting)
         matrix = self.to_matrix(dense.detach(), spec).double()
         norm = self._norm(spec, weighting)
-        white = norm.whitened(dense, matrix)
-        cores = _undone(self._decompose(white, spec, None, method="randomized")[0], norm)
+        cores = self._roughly(norm.whitened(dense, matrix), spec, norm)
         # Not refined: a candidate's errors at other ranks are inferred from a few probes, and what least squares
         # gains changes too much from rank to rank for that.
         return norm.sketched_error(matrix - chain_to_dense(cores), matrix)
+
+    def roughly(self, matrix: Tensor, spec: FactorSpec, weighting: Weighting) -> Tensor:
+        """What cores of these ranks make of a matrix ``(outputs, inputs)``, found as quickly as ``probe`` does."""
+        if weighting.is_plain:
+            return chain_to_dense(self._decompose(matrix, spec, None, method="randomized")[0])
+        norm = self._norm(spec, weighting)
+        return chain_to_dense(self._roughly(norm.whiten(matrix), spec, norm))
+
+    def _roughly(self, white: Tensor, spec: FactorSpec, norm: KroneckerNorm) -> list[Tensor]:
+        return _undone(self._decompose(white, spec, None, method="randomized")[0], norm)
 
     def _norm(self, spec: FactorSpec, weighting: Weighting) -> KroneckerNorm:
         outs, ins = self.chain_modes(spec)
@@ -243,6 +252,7 @@ class ChainFormat(Format):
         d = len(outs)
         paired = matrix.reshape(*outs, *ins).permute([axis for k in range(d) for axis in (k, d + k)])
         paired = paired.reshape([m * n for m, n in zip(outs, ins, strict=True)])
+        del matrix  # of a large weight room for the copies to come
         return _rough_spectra(paired) if is_rough else unfolding_spectra(paired, method="gram")
 
     def squared_norm(self, cores: Sequence[Tensor], spec: FactorSpec) -> Tensor:

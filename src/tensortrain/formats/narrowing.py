@@ -16,8 +16,9 @@ from torch import Tensor
 from tensortrain.cores.linalg import gram_root
 from tensortrain.errors import RankError
 
-__all__ = ["Narrowing", "narrowing", "refitted", "shrunk"]
+__all__ = ["SHRINKAGE", "Narrowing", "narrowing", "refitted", "shrunk"]
 
+LEAST_SHRINKAGE = 1e-6  # where no data will come
 SHRINKAGE = 1e-3  # of the mean diagonal: what few rows of data say about rare directions is not to be believed
 _POOL = 4  # times as many units are looked at as go at once
 _BLOCK = 8  # units taken away at once: as good as one at a time, at the speed of matrix products
@@ -70,29 +71,39 @@ def narrowing(
         >>> narrowing(w, h, block=1).order.tolist()
         [2, 0, 1]
     """
-    n = gram.shape[0]
+    device = gram.device
     rows = _weighed_rows(weight, output_gram)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram.double()))
-    here = torch.arange(n, device=gram.device)
-    order, losses = [], [torch.zeros(1, dtype=torch.float64, device=gram.device)]
+    del gram  # of many units it is as large as the layer
+    here = torch.arange(len(inverse), device=device)
+    order, losses = [], [torch.zeros(1, dtype=torch.float64, device=device)]
     while len(here) > protected:
         going = _next_to_go(rows, inverse, min(block, len(here) - protected))
         order.append(here[going])
         losses.append(losses[-1][-1] + _costs(rows[:, going], inverse[going][:, going]))
-        stay = torch.ones(len(here), dtype=torch.bool, device=gram.device)
-        stay[going] = False
+        is_staying = torch.ones(len(here), dtype=torch.bool, device=device)
+        is_staying[going] = False
+        stay = is_staying.nonzero().flatten()
         share = torch.linalg.solve(inverse[going][:, going], inverse[going][:, stay])  # what the others take over
         rows = rows[:, stay] - rows[:, going] @ share
-        inverse = inverse[stay][:, stay] - inverse[stay][:, going] @ share
+        less = inverse[stay][:, going]
+        inverse = inverse[stay[:, None], stay].addmm_(less, share, alpha=-1)
         here = here[stay]
     rest = _costs(rows, inverse)
     return Narrowing(torch.cat([*order, here]), torch.cat([*losses, losses[-1][-1] + rest]))
 
 
-def shrunk(gram: Tensor, share: float = SHRINKAGE) -> Tensor:
-    """A second moment with a little of the identity, so that directions without data cost something too."""
+def shrunk(gram: Tensor, outside: float | None = None) -> Tensor:
+    """A second moment with a little of the identity, so that directions without data cost something too.
+
+    Args:
+        outside: Share of the mean square that is to be expected there, where that is known.
+    """
+    share = SHRINKAGE if outside is None else min(SHRINKAGE, max(outside, LEAST_SHRINKAGE))
     mean = gram.diagonal().mean()
-    return gram + share * mean * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    found = gram.clone()
+    found.diagonal().add_(share * mean)
+    return found
 
 
 def _weighed_rows(weight: Tensor, output_gram: Tensor | None) -> Tensor:
@@ -148,6 +159,7 @@ def refitted(weight: Tensor, gram: Tensor, kept: Tensor) -> Tensor:
     Source: arXiv:2408.09632, the Nystroem form of type I.
     """
     lower = torch.linalg.cholesky(gram[kept][:, kept].double())
-    take_over = torch.cholesky_solve(gram[kept].double(), lower)  # (k, n)
-    moved = torch.tensordot(weight.double().movedim(1, -1), take_over, dims=([-1], [1])).movedim(-1, 1)
-    return moved.to(weight.dtype)
+    wide = weight.double().movedim(1, -1)  # m .. n
+    crossed = gram[kept].double() @ wide.reshape(-1, wide.shape[-1]).T
+    new = torch.cholesky_solve(crossed, lower).T
+    return new.reshape(*wide.shape[:-1], len(kept)).movedim(-1, 1).to(weight.dtype)

@@ -49,7 +49,8 @@ def rank_path(
     Cost: O(steps) evaluations of the parameter count; no tensor work.
     """
     tails = [_tails(values) for values in spectra]
-    caps = _inner_caps(spec)
+    # Ranks that nothing is left for are no ranks.
+    caps = [min(cap, max(1, len(tail) - 1)) for cap, tail in zip(_inner_caps(spec), tails, strict=True)]
     bonds = get_format(spec.format).tied_ranks(spec)
     count = get_format(spec.format).param_counter(spec)
     ranks = [1] * len(tails)
@@ -143,7 +144,7 @@ def _tails(values: Tensor) -> list[float]:
         return [0.0]
     tails = torch.cat([energy.flip(0).cumsum(0).flip(0), energy.new_zeros(1)]) / total
     found: list[float] = tails.tolist()
-    return found
+    return found[: found.index(0.0) + 1]
 
 
 def _tail(tail: list[float], rank: int) -> float:

@@ -9,7 +9,8 @@ the model's output (the Kronecker-factored curvature of Martens and Grosse, ICML
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -25,6 +26,7 @@ from .spec import WeightShape
 __all__ = ["PLAIN", "Weighting", "apply_root", "check_gram", "energy", "output_error", "times_moment"]
 
 _LARGE = 512  # inputs
+_AT_ONCE = 2**22  # numbers of a weight that are held several times
 _TINY = 1e-300  # what a vanishing weight is divided by
 
 
@@ -37,6 +39,8 @@ class Weighting:
             channel slowest, as ``torch.nn.functional.unfold`` orders a patch; embeddings: how often each id is met).
         outputs: Weight of the outputs beside that of the inputs, ``(M, M)`` or ``(M,)``, such as the second moment of
             the gradients that reach them.
+        basis: ``(r, N)`` orthonormal: directions that the inputs lie in, where these are few.
+        outside: Share of their mean square that an input may have in any other direction all the same.
 
     Example:
         >>> change, weight = torch.tensor([[0.0, 2.5]]), torch.tensor([[3.0, 4.0]])
@@ -46,6 +50,8 @@ class Weighting:
 
     inputs: Tensor | None = None
     outputs: Tensor | None = None
+    basis: Tensor | None = field(default=None, kw_only=True)
+    outside: float = field(default=0.0, kw_only=True)
 
     @property
     def is_plain(self) -> bool:
@@ -67,7 +73,9 @@ class Weighting:
         inputs = self.inputs.to(dense.device)
         outputs = None if self.outputs is None else self.outputs.to(dense.device)
         same = inputs is self.inputs and outputs is self.outputs
-        return self if same else Weighting(inputs, outputs)  # what follows from the moments stays known
+        return (
+            self if same else replace(self, inputs=inputs, outputs=outputs)
+        )  # what follows from the moments stays known
 
     def checked(self, weight: WeightShape) -> Weighting:
         """The moments in float64.
@@ -88,7 +96,7 @@ class Weighting:
             if inputs is self.inputs and outputs is self.outputs:
                 self._derived["sizes"] = sizes
                 return self
-            found = self._derived[sizes] = Weighting(inputs, outputs)
+            found = self._derived[sizes] = replace(self, inputs=inputs, outputs=outputs)
             found._derived["sizes"] = sizes
         return found
 
@@ -151,13 +159,35 @@ class Weighting:
         Args:
             weighted: ``W H``, where it is known.
         """
+        if weighted is None and self.goes_in_parts(matrix):
+            return math.fsum(part.energy(some) for part, some in self._in_parts(matrix))
         weighted = times_moment(matrix, self.inputs) if weighted is None else weighted
         outputs = None if self.inputs is None else self.outputs
         return max(0.0, float((weighted * times_moment(matrix.T, outputs).T).sum()))
 
     def energy_of_weight(self, weight: Tensor) -> float:
         """The same of a weight that is asked for several times."""
-        return self.energy(weight, weighted=self.times_inputs(weight))
+        return self.energy(weight, weighted=None if self.goes_in_parts(weight) else self.times_inputs(weight))
+
+    def goes_in_parts(self, matrix: Tensor) -> bool:
+        """Whether a matrix is large, and its outputs or its inputs count one by one."""
+        if self.inputs is None or _counts_alone(self.outputs):
+            n_parts = matrix.shape[0]
+        else:
+            n_parts = matrix.shape[1] if _counts_alone(self.inputs) else 1
+        return matrix.numel() > _AT_ONCE and n_parts > 1
+
+    def _in_parts(self, matrix: Tensor) -> Iterator[tuple[Weighting, Tensor]]:
+        """Parts of a matrix whose energies add up to that of the whole."""
+        if self.inputs is None or _counts_alone(self.outputs):
+            n = max(1, _AT_ONCE // matrix.shape[1])
+            for k, rows in enumerate(matrix.split(n)):
+                outputs = None if self.outputs is None else self.outputs[k * n : k * n + len(rows)]
+                yield replace(self, outputs=outputs), rows
+            return
+        n = max(1, _AT_ONCE // matrix.shape[0])
+        for k, columns in enumerate(matrix.split(n, dim=1)):
+            yield replace(self, inputs=self.inputs[k * n : k * n + columns.shape[1]]), columns
 
     def size(self, matrix: Tensor) -> float:
         """``||F^(1/2) W H^(1/2)||``."""
@@ -195,6 +225,10 @@ class _Seen:
         ):
             return False
         return not other.is_inference() and one._version == self.version == other._version
+
+
+def _counts_alone(moment: Tensor | None) -> bool:
+    return moment is None or moment.ndim == 1
 
 
 def _at_least_float32(weight: Tensor) -> torch.dtype:

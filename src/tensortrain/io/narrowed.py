@@ -10,7 +10,8 @@ from torch import nn
 
 from tensortrain.compression.narrow import SIZES
 from tensortrain.errors import CheckpointError
-from tensortrain.nn import FactorizedLayer
+from tensortrain.io.partial import is_partial, partial_entry, partial_twin
+from tensortrain.nn import FactorizedLayer, PartialLinear
 from tensortrain.system.store.recipe import LayerEntry
 from tensortrain.system.store.stored import StoredTensors
 
@@ -22,13 +23,16 @@ def narrowed_entries(model: nn.Module) -> tuple[LayerEntry, ...]:
     names: dict[int, list[str]] = {}
     layers: dict[int, nn.Module] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        if name and any(size in getattr(module, "narrowed_from", ()) for size in SIZES):
+        narrowed = any(size in getattr(module, "narrowed_from", ()) for size in SIZES)
+        if name and (narrowed or isinstance(module, PartialLinear)):
             names.setdefault(id(module), []).append(name)
             layers[id(module)] = module
     return tuple(_entry(tuple(names[key]), layer) for key, layer in layers.items())
 
 
 def _entry(names: tuple[str, ...], layer: Any) -> LayerEntry:
+    if isinstance(layer, PartialLinear):
+        return partial_entry(names, layer)
     return LayerEntry(names, _kind(layer), {size: int(getattr(layer, size)) for size in layer.narrowed_from})
 
 
@@ -45,6 +49,8 @@ def narrowed_twin(old: Any, entry: LayerEntry, stored: StoredTensors, folder: Pa
     Raises:
         CheckpointError: It is another layer, or has no more units than the checkpoint.
     """
+    if is_partial(entry):
+        return partial_twin(old, entry, folder)
     sizes = entry.config
     before = {size: getattr(old, size, None) for size in sizes}
     fits = type(old).__name__ == entry.kind and sizes and all(size in SIZES for size in sizes)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from tensortrain.compression.opened import plain_weights
 from tensortrain.compression.retie import retie
 from tensortrain.errors import CheckpointError, KindError
 from tensortrain.io.composites import composite_entries
@@ -108,7 +109,13 @@ def load_pretrained(
     inner = _inner(skeleton)
     if given:
         check_no_meta(inner, str(folder))
-    commit(changes(inner, recipe, layers, stored, folder, adopt=not given), inner)
+    changed = [name for entry in (*recipe.layers, *recipe.composites, *recipe.narrowed) for name in entry.names]
+    plain = plain_weights(inner, changed)  # a new layer has numbers where weight norm or pruning computes them
+    try:
+        commit(changes(inner, recipe, layers, stored, folder, adopt=not given), inner)
+    except BaseException:
+        plain.close()
+        raise
     retie(inner)
     return skeleton.eval()
 

@@ -26,6 +26,7 @@ from .base import FactorizedLayer
 from .composite import CompositeLayer, CompositePlan
 from .counterparts import COUNTERPARTS, counterpart, dense_twin, is_transformers_conv1d
 from .linear import Linear
+from .partial import PartialLinear
 
 __all__ = [
     "COUNTERPARTS",
@@ -51,6 +52,7 @@ __all__ = [
     "Linear",
     "LookupPlan",
     "MultiheadAttention",
+    "PartialLinear",
     "RNNCell",
     "RankGates",
     "RankPrior",

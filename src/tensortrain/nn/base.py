@@ -200,6 +200,11 @@ class FactorizedLayer(Traced):
         """
         cls._check_dense_type(dense)
         found = get_format(spec.format).fit(cls.kernel_of(dense), spec, eps=eps, weighting=weighting)
+        return cls._of_fit(found, dense, implementation)
+
+    @classmethod
+    def _of_fit(cls: type[Self], found: Fit, dense: Any, implementation: Implementation) -> Self:
+        """The layer of cores that were fitted to a dense one."""
         weight = dense.weight
         layer = cls.like(dense, found.spec, implementation=implementation, device=weight.device, dtype=weight.dtype)
         return layer._adopt(found, dense)
@@ -343,7 +348,11 @@ class FactorizedLayer(Traced):
 
     def build_weight(self) -> Tensor:
         """The dense weight that the cores make, in torch's layout; see ``Runner.dense_weight``, which keeps it."""
-        return self.format.to_dense(self.core_list(), self.spec).contiguous()
+        return self.placed(self.format.to_dense(self.core_list(), self.spec)).contiguous()
+
+    def placed(self, weight: Tensor) -> Tensor:
+        """A dense weight as cores make it, with its channels where the layer has them."""
+        return weight
 
     def clear_cache(self) -> None:
         """Drop derived weights. Needed only after cores were changed behind autograd's back (``.data``)."""

@@ -18,7 +18,7 @@ from tensortrain.nn.embedding.layers import Embedding
 from .base import FactorizedLayer, _copy_bias
 from .linear import Linear
 
-__all__ = ["COUNTERPARTS", "counterpart", "dense_twin", "is_transformers_conv1d"]
+__all__ = ["COUNTERPARTS", "counterpart", "counterpart_of_class", "dense_twin", "is_transformers_conv1d"]
 
 # The torch layers that have a factorized twin. Exact types only: a subclass may have a forward of its own.
 COUNTERPARTS: dict[type[nn.Module], type[FactorizedLayer]] = {
@@ -36,9 +36,12 @@ COUNTERPARTS: dict[type[nn.Module], type[FactorizedLayer]] = {
 
 def counterpart(layer: object) -> type[FactorizedLayer] | None:
     """The class that reads a dense layer and builds its factorized twin; ``None`` for other kinds."""
-    if is_transformers_conv1d(layer):
-        return LinearFromConv1D
-    return COUNTERPARTS.get(type(layer))  # type: ignore[arg-type]
+    return counterpart_of_class(type(layer))
+
+
+def counterpart_of_class(kind: type) -> type[FactorizedLayer] | None:
+    """The same for layers of a class."""
+    return LinearFromConv1D if kind is _transformers_conv1d() else COUNTERPARTS.get(kind)
 
 
 def is_transformers_conv1d(layer: object) -> bool:

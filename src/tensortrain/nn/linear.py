@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar, get_args
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,8 @@ from torch.compiler import is_dynamo_compiling
 
 from tensortrain.contract import Plan
 from tensortrain.errors import ShapeError
-from tensortrain.formats import Rank, WeightShape, get_format
+from tensortrain.formats import PLAIN, FactorSpec, Rank, Weighting, WeightShape, get_format
+from tensortrain.formats.channel_order import NATURAL, ChannelOrder, Ordered
 from tensortrain.system.tracing import sizes_of
 
 from .base import FactorizedLayer, Implementation, Init
@@ -20,6 +21,8 @@ from .inputs import is_plain_input, map_nested, once, traceable
 from .runner import Runner, may_be_dense
 
 __all__ = ["Linear"]
+
+Self = TypeVar("Self", bound="Linear")
 
 
 class Linear(FactorizedLayer):
@@ -34,6 +37,12 @@ class Linear(FactorizedLayer):
         init: Variance of the dense weight: ``"match"`` (torch's), ``"glorot"``, ``"he"``, a number;
             ``None`` leaves the cores unset.
         implementation: ``"auto"``, ``"factorized"`` or ``"dense"``.
+        ordered: Which channels stand in another order in the train than in the layer: those of the inputs (``"in"``),
+            of the outputs (``"out"``) or of ``"both"``. It is given to ``from_dense``, or loaded; it starts as it is.
+
+    Attributes:
+        in_order: Place k of the train holds input ``in_order[k]``; a buffer, None where inputs are as they are.
+        out_places: Output n stands at place ``out_places[n]`` of the train; the same.
 
     Shapes: input ``(..., in_features)``, output ``(..., out_features)``.
 
@@ -53,6 +62,9 @@ class Linear(FactorizedLayer):
     dense_type = nn.Linear
     torch_arguments = ("in_features", "out_features")
     made_from: str | None = None  # a kind of dense layer to go back to, where it is not torch's Linear
+    ordered: Ordered | None = None
+    in_order: Tensor | None
+    out_places: Tensor | None
 
     def __init__(
         self,
@@ -66,6 +78,7 @@ class Linear(FactorizedLayer):
         out_modes: Sequence[int] | None = None,
         init: Init = "match",
         implementation: Implementation = "auto",
+        ordered: Ordered | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -80,6 +93,113 @@ class Linear(FactorizedLayer):
             device=device,
             dtype=dtype,
         )
+        self._make_order(ordered)
+
+    # -- the order of channels -----------------------------------------------------------------------
+
+    def _make_order(self, ordered: Ordered | None) -> None:
+        """Buffers for the order, which starts as it is."""
+        if ordered is not None and ordered not in get_args(Ordered):
+            raise ShapeError(
+                f"ordered must name sides of the layer: found {ordered!r}, expected one of {get_args(Ordered)} or "
+                "None. Leave it out."
+            )
+        self.ordered = ordered
+        sides = {"in_order": ("in", self.in_features), "out_places": ("out", self.out_features)}
+        for name, (side, n) in sides.items():
+            own = ordered in (side, "both")
+            places = torch.arange(n, dtype=torch.int32, device=self.cores[0].device) if own else None
+            self.register_buffer(name, places)
+
+    def set_order_(self: Self, order: ChannelOrder) -> Self:
+        """Let place k of the train stand for input ``order.inputs[k]``, or output ``order.outputs[k]``.
+
+        The cores stay, so that the layer computes another function.
+
+        Raises:
+            ShapeError: It is no order of the layer's channels.
+        """
+        order.check(self.spec.weight)
+        self._make_order(order.sides)
+        with torch.no_grad():
+            if self.in_order is not None:
+                self.in_order.copy_(torch.tensor(order.inputs))
+            if self.out_places is not None:
+                self.out_places.copy_(torch.tensor(order.outputs).argsort())
+        self.clear_cache()
+        return self
+
+    @property
+    def channel_order(self) -> ChannelOrder:
+        """The order as ``from_dense`` takes it."""
+        outputs = None if self.out_places is None else self.out_places.argsort()
+        ins = None if self.in_order is None else tuple(self.in_order.tolist())
+        return ChannelOrder(None if outputs is None else tuple(outputs.tolist()), ins)
+
+    @classmethod
+    def from_dense(
+        cls: type[Self],
+        dense: Any,
+        *,
+        format: str = "tt",
+        rank: Rank | None = None,
+        eps: float | None = None,
+        in_modes: Sequence[int] | None = None,
+        out_modes: Sequence[int] | None = None,
+        input_gram: Tensor | None = None,
+        output_gram: Tensor | None = None,
+        implementation: Implementation = "auto",
+        in_order: Sequence[int] | None = None,
+        out_order: Sequence[int] | None = None,
+    ) -> Self:
+        """As ``FactorizedLayer.from_dense``, also with the channels in another order in the train.
+
+        Args:
+            dense, format, rank, eps, in_modes, out_modes, input_gram, output_gram, implementation: As there; moments
+                are those of the layer as it is.
+            in_order, out_order: Place k of the train holds input ``in_order[k]``, or output ``out_order[k]``.
+
+        Raises:
+            ShapeError: It is no order of the layer's channels.
+        """
+        cls._check_dense_type(dense)
+        spec, eps = get_format(format).asked(
+            cls.weight_shape_of(dense), dense.weight.dtype, rank=rank, eps=eps, out_modes=out_modes, in_modes=in_modes
+        )
+        weighting, order = Weighting(input_gram, output_gram), ChannelOrder.of(out_order, in_order)
+        return cls.from_spec(dense, spec, eps=eps, weighting=weighting, implementation=implementation, order=order)
+
+    @classmethod
+    def from_spec(
+        cls: type[Self],
+        dense: Any,
+        spec: FactorSpec,
+        *,
+        eps: float | None = None,
+        weighting: Weighting = PLAIN,
+        implementation: Implementation = "auto",
+        order: ChannelOrder = NATURAL,
+    ) -> Self:
+        """As ``FactorizedLayer.from_spec``, with the channels in an order of their own in the train."""
+        cls._check_dense_type(dense)
+        order.check(spec.weight)
+        kernel, weighting = order.of_weight(cls.kernel_of(dense)), order.of_weighting(weighting)
+        found = get_format(spec.format).fit(kernel, spec, eps=eps, weighting=weighting)
+        layer = cls._of_fit(found, dense, implementation)
+        return layer if order.sides is None else layer.set_order_(order)
+
+    def placed(self, weight: Tensor) -> Tensor:
+        if self.ordered is None:
+            return weight
+        if self.in_order is not None:
+            weight = weight.index_select(1, self.in_order.argsort())
+        return weight if self.out_places is None else weight.index_select(0, self.out_places)
+
+    def config(self) -> dict[str, Any]:
+        order = {"ordered": self.ordered} if self.ordered is not None else {}
+        return {**super().config(), **order}
+
+    # -- running -------------------------------------------------------------------------------------
 
     @classmethod
     def weight_shape_of(cls, layer: Any) -> WeightShape:
@@ -113,7 +233,16 @@ class Linear(FactorizedLayer):
         if not is_plain_input(x):
             return self._run_laid_out(x)
         self._check_input(x)
-        return self.runner.run(self, x)
+        return self.runner.run(self, x) if self.ordered is None else self._run_ordered(x)
+
+    def _run_ordered(self, x: Tensor) -> Tensor:
+        """Channels go to their places in the train and back, but for a kept dense weight, which has them in place."""
+        if self.runner.multiplies_by_kept_weight(self, x):
+            return self.runner.run(self, x)
+        x = x if self.in_order is None else x.index_select(-1, self.in_order)
+        y, _ = self.runner.product(self, x, None)
+        y = y if self.out_places is None else y.index_select(-1, self.out_places)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def _run_laid_out(self, x: Tensor) -> Tensor:
         """Nested, sparse and oneDNN inputs, with an output as that of torch's layer."""
@@ -139,5 +268,5 @@ class Linear(FactorizedLayer):
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"{self._format_repr()}"
+            f"{self._format_repr()}" + (f", ordered={self.ordered}" if self.ordered else "")
         )

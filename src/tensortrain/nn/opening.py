@@ -15,7 +15,7 @@ from tensortrain.nn.composite import CompositeLayer
 from tensortrain.nn.recurrent.cells import Cell, GRUCell, LSTMCell, RNNCell
 from tensortrain.nn.recurrent.layers import GRU, LSTM, RNN
 
-__all__ = ["composite_of", "fresh_twin", "opened"]
+__all__ = ["composite_of", "composite_of_class", "fresh_twin", "opened"]
 
 _COMPOSITES: dict[type[nn.Module], Any] = {
     one.dense_type: one for one in (GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell, MultiheadAttention)
@@ -24,7 +24,13 @@ _COMPOSITES: dict[type[nn.Module], Any] = {
 
 def composite_of(layer: object) -> type[CompositeLayer] | None:
     """Our class for one of torch's layers of several maps; ``None`` for other kinds, subclasses too."""
-    return _COMPOSITES.get(type(layer))  # type: ignore[arg-type]
+    return composite_of_class(type(layer))
+
+
+def composite_of_class(kind: type) -> type[CompositeLayer] | None:
+    """The same for layers of a class."""
+    found: type[CompositeLayer] | None = _COMPOSITES.get(kind)
+    return found
 
 
 def opened(layer: nn.Module) -> CompositeLayer:

@@ -145,17 +145,21 @@ class Runner:
 
     def run(self, layer: FactorizedLayer, x: Tensor) -> Tensor:
         """The product with a plain input of any size, which leaves a shorter way to the next of its size."""
+        y, plan = self.product(layer, x, layer.bias)
+        if plan is not None:
+            self._keep_way(layer, plan, x)
+        return y
+
+    def product(self, layer: FactorizedLayer, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Plan | None]:
+        """The product that the cores make, and by which plan; by none that is kept in a traced program."""
         if is_traced():  # the same program whether or not gradients are wanted
             plan = self.plan_when_traced(layer, math.prod(x.shape[:-1]))
-            return plan.execute(x, layer.plan_cores(), bias=layer.bias)
+            return plan.execute(x, layer.plan_cores(), bias=bias), None
         plan = self.plan(layer, _n_rows(x))
         if trains(layer):
             self.cache.clear()  # the cores are about to change
-            y = plan.execute(x, layer.plan_cores(), bias=layer.bias)
-        else:
-            y = plan.execute(x, (), self.prepared(layer, plan), layer.bias)
-        self._keep_way(layer, plan, x)
-        return y
+            return plan.execute(x, layer.plan_cores(), bias=bias), plan
+        return plan.execute(x, (), self.prepared(layer, plan), bias), plan
 
     def _keep_way(self, layer: FactorizedLayer, plan: Plan, x: Tensor) -> None:
         """Let the kernels take inputs of this size next time, where they are built and the layer is an ordinary one."""
@@ -187,6 +191,10 @@ class Runner:
             way = kind(list(options))
             self.way, self._way_options, self.cache.holder = way, options, way
         return way
+
+    def multiplies_by_kept_weight(self, layer: FactorizedLayer, x: Tensor) -> bool:
+        """Whether an input like this one meets the dense weight, kept from call to call."""
+        return not is_traced() and not trains(layer) and self.plan(layer, _n_rows(x)).uses_dense
 
     # -- plans ---------------------------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from tensortrain.system.aliases import Reference, find_aliases, function_in, reachable, references_from
+from tensortrain.system.parking import can_park, park
 from tensortrain.system.storage import overlaps, repeats
 
 __all__ = ["copy_model"]
@@ -21,11 +22,14 @@ _MOST_ROUNDS = 8  # closures within closures
 Memo = dict[int, Any]
 
 
-def copy_model(model: M) -> M:
+def copy_model(model: M, *, parks: bool = False) -> M:
     """Copy a model as ``copy.deepcopy`` does, and what that misses.
 
     Parameters that share memory (``head.weight.data = table.weight.data``) share it in the copy too. Functions and weak
     references that hang on the model and see its layers see those of the copy.
+
+    Args:
+        parks: Large tensors of the copy lie in files.
 
     Cost: the model's memory once more, and a walk over what hangs on it.
     """
@@ -33,6 +37,8 @@ def copy_model(model: M) -> M:
     tensors = _tensors(model)
     _copy_shared(tensors, memo)
     _copy_odd(tensors, memo)
+    if parks:
+        memo.update({id(t): _like(park(t), t) for t in tensors if id(t) not in memo and can_park(t)})
     copied = copy.deepcopy(model, memo)
     try:
         _detach(model, copied, memo)

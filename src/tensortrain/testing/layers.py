@@ -37,7 +37,7 @@ Apply = Callable[[Tensor, Tensor, "Tensor | None"], Tensor]  # input, dense weig
 def dense_parts(layer: FactorizedLayer) -> tuple[list[Tensor], Tensor, Tensor | None]:
     """Cores in double precision that record gradients, the dense weight built from them, and the bias."""
     cores = [wide(core).requires_grad_() for core in layer.cores]
-    weight = layer.format.to_dense(cores, layer.spec)
+    weight = layer.placed(layer.format.to_dense(cores, layer.spec))
     return cores, weight, None if layer.bias is None else wide(layer.bias).requires_grad_()
 
 
@@ -126,7 +126,7 @@ class LayerSuite(ABC):
 
     def exact(self, layer: FactorizedLayer, x: Tensor) -> Tensor:
         """By the cores of this moment, whatever the layer has kept."""
-        weight = layer.format.to_dense([core.detach() for core in layer.cores], layer.spec)
+        weight = layer.placed(layer.format.to_dense([core.detach() for core in layer.cores], layer.spec))
         return self.reference(layer, x, weight, layer.bias)
 
     def layers(self) -> Iterator[FactorizedLayer]:
@@ -379,7 +379,12 @@ class LayerSuite(ABC):
 
 
 def _load_other(layer: FactorizedLayer) -> None:
-    layer.load_state_dict({key: torch.randn_like(value) for key, value in layer.state_dict().items()})
+    layer.load_state_dict({key: _another(value) for key, value in layer.state_dict().items()})
+
+
+def _another(value: Tensor) -> Tensor:
+    """Other numbers; of whole ones, which may be places, the same in another order."""
+    return torch.randn_like(value) if value.is_floating_point() or value.is_complex() else value.flip(0)
 
 
 def _replace_first_core(layer: FactorizedLayer) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tensortrain.system.processes import gathered
 from tensortrain.system.seeds import seed_all
 from tensortrain.train.batches import device_of, map_tensors, n_examples, to_device
 from tensortrain.train.held_back import has_rows, rows_of
@@ -119,7 +120,8 @@ class Guard:
                 if value is not None and n_examples(piece):
                     values.append(float(value.detach()))
                     counts.append(n_examples(piece))
-        return Measured(tuple(values), tuple(counts))
+        parts = gathered((values, counts))  # of several processes, each with data of its own
+        return Measured(*(tuple(itertools.chain(*column)) for column in zip(*parts, strict=True)))
 
     def _measured(self, model: nn.Module) -> Measured:
         """At the end: a measure that fails by now, for whatever reason, decides for what was measured before."""

@@ -21,9 +21,11 @@ from tensortrain.errors import CheckpointError, KindError, NonFiniteError
 from tensortrain.system.checkpoint import RunFile, start_signature
 from tensortrain.system.history import History
 from tensortrain.system.observer import Observer, Silent
+from tensortrain.system.processes import gathered
 from tensortrain.system.seeds import seed_all
 from tensortrain.train.batches import device_of, length_of, no_batches, opened, to_device
 from tensortrain.train.evaluation import Evaluate
+from tensortrain.train.joined import mean_gradients_, same_numbers_
 from tensortrain.train.losses import Loss
 from tensortrain.train.masters import float32_masters
 from tensortrain.train.modes import TrainModes, modes_kept
@@ -91,6 +93,7 @@ def fit(
     autocast_dtype: torch.dtype | None = None,
     label: str = "train",
     monitor: Monitor | None = None,
+    joined: bool = False,
 ) -> FitResult:
     """Train a model in place.
 
@@ -129,6 +132,8 @@ def fit(
         autocast_dtype: ``torch.bfloat16`` for mixed precision.
         label: What the observer is told that this work is.
         monitor: Looks at the model now and then; errors and Ctrl-C then end the run without being raised.
+        joined: Of several processes of ``torch.distributed``, each with data of its own, all take the same steps along
+            the mean of their gradients; the model is that of the first one at the start.
 
     Returns:
         FitResult: history, steps, seconds.
@@ -162,12 +167,16 @@ def fit(
         autocast_dtype=autocast_dtype,
         label=label,
         monitor=monitor,
+        joined=joined,
     )
     return _fit(model, data, loss, options)
 
 
 def _fit(model: nn.Module, data: Iterable[Any], loss: Loss, options: FitOptions) -> FitResult:
     total = total_steps(data, options.epochs, options.steps)
+    if options.joined:
+        total = min(gathered(total))
+        same_numbers_(model)
     with torch.inference_mode(False), torch.enable_grad(), float32_masters(model) as low_dtype:
         trainer = _Trainer(model, data, loss, options, total, options.autocast_dtype or low_dtype)
         with _seeded(options.seed, trainer.device), modes_kept(model):
@@ -288,7 +297,7 @@ class _Trainer:
         self._set_lr()
         with self._autocast(), self.modes.fitting(batch):
             loss = self.loss(self.model, batch)
-        if loss is not None:
+        if loss is not None or self.options.joined:
             self._learn(loss)
         self.progress.step += 1
         self.progress.step_in_epoch += 1
@@ -301,15 +310,18 @@ class _Trainer:
             self.monitor = None  # whoever watches wants the run to end, and by this error
             raise
 
-    def _learn(self, loss: Tensor) -> None:
-        _check_loss(loss)
-        self.unsettled.append((self.progress.step, loss.detach().reshape(())))
-        if len(self.unsettled) >= self.steps_between_syncs:
-            self._settle()
-        self.scaler.scale(loss).backward()
+    def _learn(self, loss: Tensor | None) -> None:
+        if loss is not None:
+            _check_loss(loss)
+            self.unsettled.append((self.progress.step, loss.detach().reshape(())))
+            if len(self.unsettled) >= self.steps_between_syncs:
+                self._settle()
+            self.scaler.scale(loss).backward()
+        params = [p for group in self.optimizer.param_groups for p in group["params"]]
+        if self.options.joined:
+            mean_gradients_(params, counts=loss is not None)
         self.scaler.unscale_(self.optimizer)
         if self.options.grad_clip is not None:
-            params = [p for group in self.optimizer.param_groups for p in group["params"]]
             nn.utils.clip_grad_norm_(params, self.options.grad_clip)
         self.scaler.step(self.optimizer)
         self.scaler.update()

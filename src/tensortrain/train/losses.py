@@ -333,7 +333,10 @@ def _kl(task: Task, student: Tensor, teacher: Tensor, mask: Tensor | None, tempe
 def unmasked(logits: Tensor, counts: Tensor) -> Tensor:
     """Logits in float32 at least, the entries that do not count far below all others."""
     logits = logits if logits.dtype == torch.float64 else logits.float()
-    return torch.where(counts & torch.isfinite(logits.detach()), logits, _MASKED_LOGIT)
+    good = counts & torch.isfinite(logits.detach())
+    if good.device.type == "cpu" and bool(good.all()):  # of a large vocabulary a copy takes much memory
+        return logits
+    return torch.where(good, logits, _MASKED_LOGIT)
 
 
 def _binary_kl(task: Task, student: Tensor, teacher: Tensor, temperature: float) -> Tensor:

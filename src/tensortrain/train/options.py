@@ -69,6 +69,7 @@ class FitOptions:
     autocast_dtype: torch.dtype | None
     label: str
     monitor: Monitor | None
+    joined: bool = False
 
     def __post_init__(self) -> None:
         _check_length(self.epochs, self.steps)

@@ -100,14 +100,14 @@ def uncompiled(model: nn.Module) -> nn.Module:
     return inner if isinstance(inner, nn.Module) else model
 
 
-def checked_copy(model: nn.Module) -> nn.Module:
+def checked_copy(model: nn.Module, *, parks: bool = False) -> nn.Module:
     """A copy of its own, see ``copy_model``.
 
     Raises:
         KindError: Something in the model cannot be copied.
     """
     try:
-        return copy_model(model)
+        return copy_model(model, parks=parks)
     except Exception as error:
         reason = " ".join(str(error).split())
         raise KindError(

@@ -103,6 +103,8 @@ def decide_task(model: nn.Module, batch: Any, *, task: TaskName | None = None, o
     labels = read_batch(model, batch).labels
     main = _main_output(tensors, labels)
     found = Task(task or "regress", tuple(tensors), main, with_labels=with_labels)
+    if task in ("causal-lm", "seq2seq"):  # a word's chances lie along the last axis, (b, t, c)
+        found = replace(found, class_axis=max(0, tensors[main].ndim - 1))
     if task is None:
         found = _by_model(model, found, tensors[main])
     found = _by_labels(model, found, tensors[main], batch, labels, named=task is not None)

@@ -65,6 +65,12 @@ def test_a_model_without_layers_says_what_it_holds() -> None:
     assert linear.startswith("  left alone: 0 (Linear, 4,160 parameters): its weight lies on the meta device")
 
 
+def test_a_plan_that_loses_nothing_says_so() -> None:
+    note = unspent_note(Budget("params", 100, "100 params"), 50, full=500, slower=("fc",), is_exact=True)
+    assert note is not None
+    assert "with less the model is predicted to give what it gave" in note
+
+
 @pytest.mark.parametrize(
     "spent, full, slower, says",
     [

@@ -63,7 +63,7 @@ def test_linear_times_are_those_predicted() -> None:
     load = Load(64, 64, (), seen=True)
     times = clock.all(layer, load, found)
     assert times[-1] == spec_cost(layer, found[-1].spec, load).seconds
-    assert clock.exact(layer, found[3].spec, load, found) == spec_cost(layer, found[3].spec, load).seconds
+    assert clock.exact(layer, found[3], load, found) == spec_cost(layer, found[3].spec, load).seconds
     for candidate, seconds in zip(found, times, strict=True):
         assert 0.7 <= seconds / spec_cost(layer, candidate.spec, load).seconds <= 1.4
 

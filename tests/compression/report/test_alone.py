@@ -43,6 +43,11 @@ CASES: dict[str, Any] = {
 FACTORED: dict[str, Any] = {"allow_slower": True, "formats": ("low_rank", "tt")}
 
 
+def readers(plan: tt.CompressionPlan) -> set[str]:
+    """Layers that read hidden units of which some went."""
+    return {one.units.reader for one in plan.narrowed}
+
+
 def planned(name: str, budget: str = "2x") -> tuple[nn.Module, Any, tt.CompressionPlan]:
     torch.manual_seed(2)
     build, data = CASES[name]
@@ -57,7 +62,7 @@ def test_every_new_layer_is_measured_and_near_its_prediction(name: str) -> None:
     small = apply_plan_(copy.deepcopy(model), plan)
     found = losses_alone(model, small, plan)
     assert_unchanged(model, before)
-    assert set(found) == {layer.name for layer in plan.layers if layer.spec is not None}
+    assert set(found) == {layer.name for layer in plan.layers if layer.spec is not None} | readers(plan)
     for layer in plan.layers:
         if layer.spec is not None:
             assert layer.loss is not None
@@ -68,13 +73,16 @@ def test_every_new_layer_is_measured_and_near_its_prediction(name: str) -> None:
 def test_it_is_the_change_of_the_output_with_one_layer_replaced() -> None:
     model, data, plan = planned("mlp")
     small = apply_plan_(copy.deepcopy(model), plan)
-    found = losses_alone(model, small, plan)
+    found = losses_alone(model, small, plan, task="regress")
+    assert found
     x = data[0][0]
     with torch.no_grad():
         y = model(x)
         for name, loss in found.items():
             alone = copy.deepcopy(model)
-            alone[int(name)] = small.get_submodule(name)
+            together = next((one.names for one in plan.narrowed if one.units.reader == name), (name,))
+            for each in together:
+                alone[int(each)] = small.get_submodule(each)
             assert loss == pytest.approx(float((alone(x) - y).square().sum() / (y - y.mean(0)).square().sum()))
 
 
@@ -134,3 +142,37 @@ def test_classes_are_measured_by_their_divergence_as_they_are_predicted() -> Non
         assert loss is not None
         assert loss / 2 < found[name] < 2 * loss
     assert any(in_squares[name] > 2 * max(found[name], loss or 0.0) for name, loss in predicted.items())
+
+
+@pytest.mark.parametrize("name, budget", [("mlp", "1.3x"), ("norm", "1.1x")])
+def test_narrowed_layers_are_measured_with_the_one_that_reads_them(name: str, budget: str) -> None:
+    torch.manual_seed(2)
+    build, data = CASES[name]
+    model, given = decay_(build(), 0.7).eval(), data()
+    plan = plan_compression(model, budget=budget, data=given, allow_slower=True, formats=("narrow",))
+    before = snapshot(model)
+    small = apply_plan_(copy.deepcopy(model), plan)
+    found = losses_alone(model, small, plan, task="regress")
+    assert_unchanged(model, before)
+    assert found
+    assert set(found) == readers(plan)
+    predicted = {layer.name: layer.loss for layer in plan.layers if layer.name in found}
+    for reader, loss in found.items():
+        assert loss > 0
+        assert predicted[reader] is not None
+    if len(found) == 1:  # nothing else is changed
+        x = given[0][0] if isinstance(given[0], tuple) else given[0]
+        with torch.no_grad():
+            y, now = model(x), small(x)
+        expected = float((now - y).square().sum() / (y - y.mean(0)).square().sum())
+        assert next(iter(found.values())) == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_report_tells_what_narrowing_spoils() -> None:
+    model, data, _ = planned("mlp")
+    result = tt.compress(model, budget="1.4x", data=data, heal=False, formats=("narrow",), allow_slower=True)
+    assert result.plan.narrowed
+    for layer in result.report.layers:
+        if layer.name in readers(result.plan):
+            assert layer.predicted_loss is not None
+            assert layer.measured_loss is not None

@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from tensortrain.compression import compress
 from tensortrain.compression.choose.candidates import DEFAULT_FORMATS
 from tensortrain.compression.stages import Factorize, Heal, Refit
-from tensortrain.compression.stages.held_outputs import HeldOutputs, Judge
+from tensortrain.compression.stages.held_outputs import Distances, HeldOutputs, Judge
 from tensortrain.compression.stages.last_factor import Equations, last_factor, why_no_last_factor
 from tensortrain.compression.stages.refit import refit_
 from tensortrain.compression.stages.streams import Streams, find_chain
 from tensortrain.compression.survey.task import task_on_data
 from tensortrain.nn import Conv1d, Conv2d, Linear
+from tensortrain.train.task import Task
 
 
 def batches(n: int, *shape: int, seed: int = 0) -> list[Tensor]:
@@ -442,3 +443,50 @@ def test_an_interrupt_of_the_refits_leaves_the_model_as_it_was_cut(monkeypatch) 
     found, cut = compress(model, heal={"steps": 2}, **how), compress(model, heal=False, **how)
     assert any("interrupted" in note for note in found.report.notes)
     assert all(torch.equal(p, q) for p, q in zip(found.model.parameters(), cut.model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    "judged, plain, nearer",
+    [
+        ((0.6, 0.7), (0.5, 0.5), True),
+        ((0.1, 1.3), (0.5, 0.5), False),  # pieces do not agree
+        ((0.9995, 0.9995), (0.5, 0.5), False),  # hardly nearer
+        ((0.5, 0.7), (1.2, 1.0), False),  # classes are as certain, but their logits lie farther off
+        ((float("inf"),), (float("inf"),), False),
+        ((), (), False),
+    ],
+)
+def test_outputs_are_nearer_where_batches_agree_and_logits_come_no_farther(
+    judged: tuple[float, ...], plain: tuple[float, ...], nearer: bool
+) -> None:
+    before = Distances((1.0, 1.0), (1.0, 1.0))
+    assert Distances(judged, plain).is_nearer(before, gain=1e-3) is nearer
+
+
+def test_squares_are_nearer_where_their_mean_is() -> None:
+    before = Distances((1.0, 1.0), (1.0, 1.0), in_nats=False)
+    assert Distances((0.1, 1.3), (0.1, 1.3), in_nats=False).is_nearer(before, gain=1e-3)
+    assert not Distances((0.9995, 0.9995), (0.9995, 0.9995), in_nats=False).is_nearer(before, gain=1e-3)
+
+
+def test_anything_is_nearer_than_no_numbers() -> None:
+    broken = Distances((float("inf"),), (float("inf"),))
+    assert Distances((1.0, 2.0), (1.0, 1.0)).is_nearer(broken, gain=1e-3)
+    assert not broken.is_nearer(broken, gain=1e-3)
+
+
+def test_logits_are_told_apart_where_classes_are_certain() -> None:
+    """Logits far apart: the divergence hardly sees a change of half their size."""
+    torch.manual_seed(0)
+    model, data = nn.Linear(6, 4), batches(3, 20, 6)
+    with torch.no_grad():
+        model.weight.mul_(60)
+    held = HeldOutputs.of(model, data, Judge(Task("classify")))
+    off = copy.deepcopy(model)
+    with torch.no_grad():
+        off.weight.mul_(1.5)
+    found = held.distances(off)
+    assert len(found.judged) == len(found.plain) == 15  # four examples each
+    assert found.mean == held.distance(off)
+    assert found.plain[0] > 50 * found.judged[0]
+    assert held.distances(model) == Distances((0.0,) * 15, (0.0,) * 15)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -174,8 +175,14 @@ def with_weight(change: Callable[[Tensor], Tensor], *, grad: bool = False) -> nn
     return layer
 
 
-def pruned_bias() -> nn.Module:
-    return prune.random_unstructured(nn.Linear(8, 8), "bias", amount=0.5)
+def computed_bias() -> nn.Module:
+    """By a hook that is none of torch's."""
+    layer: Any = nn.Linear(8, 8)
+    layer.raw = layer.bias
+    del layer._parameters["bias"]
+    layer.bias = 2 * layer.raw.detach()
+    layer.register_forward_pre_hook(lambda module, _: setattr(module, "bias", 2 * module.raw))
+    return layer  # type: ignore[no-any-return]
 
 
 def dynamic() -> nn.Module:
@@ -194,7 +201,7 @@ ODD: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "meta": (lambda: nn.Linear(8, 8, device="meta"), "meta device"),
     "expanded": (lambda: with_weight(lambda w: w[:1].expand(8, 8)), "repeats numbers"),
     "another shape": (lambda: with_weight(lambda w: w[:5]), "shape (5, 8)"),
-    "computed bias": (pruned_bias, "its bias is computed"),
+    "computed bias": (computed_bias, "its bias is computed"),
     "quantized": (dynamic, "quantized: Linear keeps 64 packed numbers"),
 }
 

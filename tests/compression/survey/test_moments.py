@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import pickle
 
+import pytest
 import torch
+from torch import nn
 
+from tensortrain.compression.survey.layers import find_layers
 from tensortrain.compression.survey.moments import Calibration, LayerMoments, second_moment
+from tensortrain.compression.survey.summaries import summarize
 
 ROWS = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 7.0]])
 
@@ -68,3 +72,18 @@ def test_a_weighting_is_the_same_object_while_the_moments_are() -> None:
     moments.output_gram = torch.eye(3).double()
     assert moments.weighting is not again
     assert moments.weighting.outputs is moments.output_gram
+
+
+@pytest.mark.parametrize("mode", ["zeros", "circular", "reflect", "replicate"])
+@pytest.mark.parametrize("padding", [2, "same"])
+def test_patches_are_those_that_a_convolution_sees(mode: str, padding: int | str) -> None:
+    """Whatever it pads with: the moment of its inputs gives the mean square of its outputs."""
+    conv = nn.Conv2d(2, 3, 3, padding=padding, padding_mode=mode, bias=False).double()
+    x, moments = torch.randn(1, 2, 6, 7).double(), LayerMoments()
+    (layer,) = find_layers(nn.Sequential(conv))[0]
+    summarize(layer, x, None, moments)
+    assert moments.gram is not None
+    assert moments.n_rows
+    weight = conv.weight.detach().flatten(1)
+    of_outputs = (weight @ moments.gram * weight).sum(dim=1) / moments.n_rows
+    torch.testing.assert_close(of_outputs, conv(x).detach().square().mean(dim=(0, 2, 3)))

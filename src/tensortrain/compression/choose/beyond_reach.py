@@ -49,18 +49,23 @@ def nothing_to_compress(model: nn.Module, left: Sequence[LeftAlone]) -> BudgetEr
     )
 
 
-def unspent_note(budget: Budget, spent: int, *, full: int, slower: Sequence[str] = ()) -> str | None:
+def unspent_note(
+    budget: Budget, spent: int, *, full: int, slower: Sequence[str] = (), is_exact: bool = False
+) -> str | None:
     """Why a plan leaves more than a twentieth of its budget; ``None`` where it does not.
 
     Args:
         spent: What the plan uses, in the budget's unit.
         full: What the model takes as it is.
         slower: Names of the layers whose larger forms were struck off as too slow.
+        is_exact: Nothing is predicted to be lost.
     """
     if spent >= _SPENT * budget.limit:
         return None
     if spent >= full:
         why = "the model is that small as it is"
+    elif is_exact:
+        why = "with less the model is predicted to give what it gave"
     elif slower:
         why = f"larger forms of {len(slower)} layers (such as {slower[0]!r}) are predicted slower; see allow_slower"
     else:

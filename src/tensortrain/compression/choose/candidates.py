@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from tensortrain.compression.choose.structure import Search, better_order, more_arrangements
 from tensortrain.compression.survey.layers import FoundLayer, check_finite
 from tensortrain.formats import (
     PLAIN,
@@ -23,9 +24,11 @@ from tensortrain.formats import (
     suggest_modes,
     suggest_padded_modes,
 )
+from tensortrain.formats.channel_order import NATURAL, ChannelOrder
 from tensortrain.nn.embedding.layers import hottest
 
 __all__ = [
+    "HEADS",
     "NARROW",
     "Candidate",
     "Family",
@@ -34,10 +37,12 @@ __all__ = [
     "default_formats",
     "factoring",
     "families",
+    "formats_worth_trying",
     "least_params",
 ]
 
 NARROW = "narrow"  # beside the formats: fewer hidden units, of layers that stay dense
+HEADS = "heads"  # the same of attention heads; by hand, since on the sentence encoder it lost more than was predicted
 DEFAULT_FORMATS = ("low_rank", "tucker2", "tt", NARROW)
 _MOST_SPECTRUM_POINTS = 64
 _HOT_SHIFTS = (7, 6, 5, 4)  # of a table's rows 1 in 2^7 stay as they are, 1 in 2^6, ..
@@ -47,8 +52,10 @@ _COARSE = 0.08  # steps of the ranks at which families are compared
 # bounds; decompositions reached 0.9 to 1.1 of them on weights without structure. Of trains that contain low rank the
 # prediction has the same large term as that of low rank, and a second one.
 _FAR, _LIKE_LOW_RANK = 1.2, 1.0
+_NEAR = 1.2  # times the best error of its size, from which a better order of the channels may take a train
 # Unfoldings with both sides above this take minutes to decompose, and ranks there never pay.
 _LARGEST_UNFOLDING = 2600
+_LARGE_WEIGHT = 2**22  # numbers
 
 
 def default_formats() -> tuple[str, ...]:
@@ -62,10 +69,20 @@ def factoring(formats: Sequence[str]) -> tuple[str, ...]:
     Raises:
         KindError: One is not known.
     """
-    names = tuple(name for name in formats if name != NARROW)
+    names = tuple(name for name in formats if name not in (NARROW, HEADS))
     for name in names:
         get_format(name)
     return names
+
+
+def formats_worth_trying(layer: FoundLayer, formats: Sequence[str], *, scarce: bool) -> Sequence[str]:
+    """The formats that are tried on a layer; of a very large one low rank alone, where memory is scarce.
+
+    Other formats are decomposed in several copies of the weight, low rank in parts of it.
+    """
+    if scarce and layer.weight.n_params > _LARGE_WEIGHT and "low_rank" in formats:
+        return ("low_rank",)
+    return formats
 
 
 @dataclass(frozen=True)
@@ -76,12 +93,14 @@ class Candidate:
         spectra: Singular values of every cut, the first relative to the largest.
         is_last_resort: Whether it is of a family that another one beats wherever both are that large.
         hot_ids: Rows of a table that stay as they are, beside the cores; counted by ``point``.
+        order: Where the channels stand in the train.
     """
 
     point: RankPoint
     spectra: tuple[tuple[float, ...], ...]
     is_last_resort: bool = False
     hot_ids: tuple[int, ...] = ()
+    order: ChannelOrder = NATURAL
 
     @property
     def spec(self) -> FactorSpec:
@@ -99,6 +118,7 @@ class Family:
         below: Points of so many parameters and more cannot win against other families.
         hot_ids: Rows of a table that stay as they are.
         share: Size of what the cores stand for, of the whole weight.
+        order: Where the channels stand in the train.
     """
 
     spec: FactorSpec
@@ -107,6 +127,16 @@ class Family:
     below: float = math.inf
     hot_ids: tuple[int, ...] = ()
     share: float = 1.0
+    order: ChannelOrder = NATURAL
+
+    @classmethod
+    def of(
+        cls, spec: FactorSpec, dense: Tensor, weighting: Weighting, order: ChannelOrder = NATURAL
+    ) -> tuple[Family, Tensor, Weighting]:
+        """A family, and the weight and what weighs it in the order that it has."""
+        if order.sides is not None:
+            dense, weighting = order.of_weight(dense), order.of_weighting(weighting)
+        return cls(spec, tuple(_group_spectra(dense, spec, weighting)), order=order), dense, weighting
 
     def candidates(self, *, growth: float, wide: bool = False) -> list[Candidate]:
         """The points of its rank paths that are smaller than the dense weight; none is worse than no weight at all."""
@@ -118,6 +148,7 @@ class Family:
                 shown,
                 self.below < math.inf,
                 self.hot_ids,
+                self.order,
             )
             for point in found
         ]
@@ -168,13 +199,17 @@ def families(
     weighting: Weighting = PLAIN,
     structure: Sequence[int] | None = None,
     wide: bool = False,
+    search: Search | None = None,
 ) -> list[Family]:
     """The formats and mode shapes of a layer; what takes long about its candidates, for steps of any size.
 
     Arguments and errors are those of ``candidates``.
 
+    Args:
+        search: ``"structure"`` also tries more mode shapes, and orders of the channels where these may win.
+
     Cost: the singular values of every matricization of every mode shape tried, and two decompositions of those shapes
-    that may win.
+    that may win; with ``search`` some ten decompositions and assignments of channels for each such shape.
     """
     weight, dense = layer.weight, layer.kernel
     check_finite(layer.name, dense)
@@ -184,18 +219,23 @@ def families(
         fmt = get_format(name)
         if weight.kind not in fmt.kinds:
             continue
-        for outs, ins in _mode_choices(name, weight.one_group(), structure):
+        for outs, ins, order in _arrangements(name, weight.one_group(), structure, search):
             spec = fmt.spec(weight, rank=1, out_modes=outs, in_modes=ins)
             if _too_large(spec):
                 continue
-            family = Family(spec, tuple(_group_spectra(dense, spec, weighting)))
+            family, placed, weighed = Family.of(spec, dense, weighting, order)
             points = family.points(growth=_COARSE, wide=wide)
             if not points:
                 continue
+            if search is not None and order.sides is None and best.is_near(points):
+                order = better_order(points, dense, weighting)
+                if order.sides is not None:
+                    family, placed, weighed = Family.of(spec, dense, weighting, order)
+                    points = family.points(growth=_COARSE, wide=wide)
             if not wide and best.beats(points, _LIKE_LOW_RANK if _parts_sides(spec) else _FAR):
                 family = replace(family, below=best.least_params)
             else:
-                family = replace(family, marks=_marks(points, dense, weighting))
+                family = replace(family, marks=_marks(points, placed, weighed))
                 best.add(points, family.marks)
             found.append(family)
             found += _with_hot_rows(family, layer, dense, weighting)
@@ -228,7 +268,7 @@ def cold_weighting(weighting: Weighting, hot_ids: Sequence[int]) -> Weighting:
     """What errors of a table weigh where some rows stay as they are."""
     counts = weighting.inputs
     assert counts is not None
-    return Weighting(counts.index_fill(0, torch.tensor(hot_ids, device=counts.device), 0.0), weighting.outputs)
+    return replace(weighting, inputs=counts.index_fill(0, torch.tensor(hot_ids, device=counts.device), 0.0))
 
 
 class _Best:
@@ -261,6 +301,10 @@ class _Best:
         rivals = [(point.rel_error, self.at(point.n_params)) for point in points if point.n_params >= self.least_params]
         return bool(rivals) and all(_is_far(error, best, far) for error, best in rivals)
 
+    def is_near(self, points: Sequence[RankPoint]) -> bool:
+        """Whether another order of the channels may make some of them the best of their size."""
+        return any(one.rel_error <= _NEAR * self.at(one.n_params) for one in points)
+
 
 def _is_far(error: float, best: float, far: float) -> bool:
     """Whether an error is so many times another, or explains so much less than that."""
@@ -272,13 +316,13 @@ def _parts_sides(spec: FactorSpec) -> bool:
     return all(m == 1 or n == 1 for m, n in zip(spec.out_modes, spec.in_modes, strict=False))
 
 
-def least_params(weight: WeightShape, formats: Sequence[str]) -> int:
+def least_params(weight: WeightShape, formats: Sequence[str], search: Search | None = None) -> int:
     """No candidate of a layer, and not its dense weight, has fewer parameters than this.
 
     Mode shapes that follow the structure of the inputs need data; prime factors are as small as those get.
     """
     least = weight.n_params
-    if NARROW in formats and weight.kind != "embedding":
+    if (NARROW in formats or HEADS in formats) and weight.kind != "embedding":
         least //= max(weight.out_features, weight.in_features)  # one unit is left of those that it makes or reads
     formats = factoring(formats)
     if weight.kind == "linear" and "tt" in formats:
@@ -287,7 +331,7 @@ def least_params(weight: WeightShape, formats: Sequence[str]) -> int:
     for name in formats:
         fmt = get_format(name)
         if weight.kind in fmt.kinds:
-            for outs, ins in _mode_choices(name, weight.one_group(), None):
+            for outs, ins, _ in _arrangements(name, weight.one_group(), None, search):
                 least = min(least, fmt.spec(weight, rank=1, out_modes=outs, in_modes=ins).n_params)
     return least
 
@@ -353,6 +397,19 @@ def _too_large(spec: FactorSpec) -> bool:
 
 
 Modes = tuple[int, ...]
+
+
+def _arrangements(
+    name: str, weight: WeightShape, structure: Sequence[int] | None, search: Search | None
+) -> Iterator[tuple[Modes | None, Modes | None, ChannelOrder]]:
+    """The same with where the channels stand, and what a search looks through beside them."""
+    usual = list(_mode_choices(name, weight, structure))
+    yield from ((outs, ins, NATURAL) for outs, ins in usual)
+    if search is not None and name == "tt":
+        known = {(outs, ins, NATURAL) for outs, ins in usual}
+        for one in dict.fromkeys(more_arrangements(weight, structure)):
+            if one not in known:
+                yield one
 
 
 def _mode_choices(

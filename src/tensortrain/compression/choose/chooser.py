@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any, TypeAlias
@@ -16,8 +16,9 @@ from tensortrain.compression.choose.candidates import Candidate
 from tensortrain.compression.choose.candidates import Family as Forms
 from tensortrain.compression.choose.clock import Clock, Family, family_of
 from tensortrain.compression.choose.cost import LayerCost, spec_cost
+from tensortrain.compression.choose.head_widths import HeadWidths
 from tensortrain.compression.choose.load import Load
-from tensortrain.compression.choose.plan import LayerPlan, Narrowed
+from tensortrain.compression.choose.plan import LayerPlan, Narrowed, NarrowedHeads
 from tensortrain.compression.choose.why import why_not_other
 from tensortrain.compression.choose.widths import Width, Widths
 from tensortrain.compression.survey.layers import FoundLayer
@@ -40,7 +41,7 @@ _CHEAPEST, _DEAREST = 1e-3, 1e2  # errors that all of the time is worth, between
 _TINY = 1e-300
 _LIGHT = 0.035  # of all layers' time: which form such a layer takes hardly shows
 _SPENT = 0.95  # of the budget
-_ID_BYTES = 8  # of the number of a row that is kept
+_ID_BYTES, _PLACE_BYTES = 8, 4  # of the number of a row that is kept, of that of a channel's place
 
 
 Array: TypeAlias = "np.ndarray[Any, Any]"
@@ -49,10 +50,11 @@ Pick: TypeAlias = "Candidate | Width | None"
 
 @dataclass(frozen=True)
 class Choice:
-    """What becomes of the layers, and of the hidden units between some of them."""
+    """What becomes of the layers, and of the hidden units and attention heads between some of them."""
 
     layers: Sequence[LayerPlan]
     narrowed: Sequence[Narrowed] = ()
+    heads: Sequence[NarrowedHeads] = ()
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,7 @@ class Menu:
         reach: What losing it wholly would change of the model's output, a share; None where that is not known.
         item_bytes: Of one number of its weight.
         kept_bytes: What any smaller form holds beside its parameters.
+        beside: What the layer as it is holds beside its weight, which is computed: parameters and bytes.
         families: What its smaller forms are made of.
         candidates: The smaller forms.
         widths: What it can be narrowed to, together with other layers.
@@ -81,6 +84,7 @@ class Menu:
     reach: float | None = None
     item_bytes: int = 4
     kept_bytes: int = 0
+    beside: tuple[int, int] = (0, 0)
 
     @property
     def choices(self) -> tuple[Pick, ...]:
@@ -91,6 +95,19 @@ class Menu:
         """The menu filled in, ranks growing by such steps."""
         found = [one for family in self.families for one in family.candidates(growth=growth, wide=wide)]
         return replace(self, candidates=found)
+
+    def with_finer(self, pick: Pick, *, growth: float) -> Menu:
+        """The menu with more forms of the family that was picked from: larger ones, ranks growing by such steps."""
+        if not isinstance(pick, Candidate):
+            return self
+        finer = [
+            one
+            for family in self.families
+            if family_of(family) == family_of(pick)
+            for one in family.candidates(growth=growth)
+            if one.point.n_params > pick.point.n_params
+        ]
+        return replace(self, candidates=[*self.candidates, *finer])
 
     def expected_errors(self, *, long_healing: bool) -> list[float]:
         """Relative squared errors of the candidates, as far as healing will leave them."""
@@ -113,8 +130,11 @@ class Chooser:
     Attributes:
         total_params: Of the whole model.
         beyond_reach: Tells who holds the parameters that no plan reaches, for a message.
-        hidden: Units that several layers are narrowed at together; their widths stand on the menus.
+        hidden: Units, and attention heads, that several layers are narrowed at together; their widths stand on the
+            menus.
         banned: Per layer, the families that are too slow from so many parameters on.
+        begun: What is chosen already, by layer, where a rest is spent: only forms of the same family that are larger,
+            the dense layer and larger widths are looked at.
     """
 
     menus: Sequence[Menu]
@@ -123,12 +143,13 @@ class Chooser:
     allow_slower: bool
     long_healing: bool
     beyond_reach: Callable[[], str]
-    hidden: Sequence[Widths] = ()
+    hidden: Sequence[Widths | HeadWidths] = ()
     banned: dict[str, dict[Family, int]] = field(init=False)
     clock: Clock = field(default_factory=Clock)
-    known: dict[tuple[str, FactorSpec], LayerCost] = field(default_factory=dict)
+    known: dict[tuple[str, FactorSpec, int], LayerCost] = field(default_factory=dict)
     total_bytes: int = 0
     picks: list[Pick] = field(default_factory=list)
+    begun: Mapping[str, Pick] | None = None
 
     def __post_init__(self) -> None:
         self.banned = {menu.layer.name: {} for menu in self.menus}
@@ -141,24 +162,49 @@ class Chooser:
         """
         while True:
             picks = self._allocate()
-            if self._may_quicken:
+            if self._may_quicken and self.begun is None:
                 picks = self._quickened(picks)
             if not self._struck_off(picks):
                 self.picks = picks
                 layers = [self._plan(menu, pick) for menu, pick in zip(self.menus, picks, strict=True)]
-                return Choice(layers, self._narrowed(picks))
+                return Choice(layers, *self._narrowed(picks))
 
-    def _narrowed(self, picks: Sequence[Pick]) -> list[Narrowed]:
+    def spend_rest(self, growth: float) -> tuple[Chooser, Choice]:
+        """Go on from what was chosen in finer steps of the ranks, as far as the budget goes and nothing gets slower.
+
+        Returns:
+            The chooser that did, and its choice.
+        """
+        pairs = list(zip(self.menus, self.picks, strict=True))
+        finer = replace(
+            self,
+            menus=[menu.with_finer(pick, growth=growth) for menu, pick in pairs],
+            begun={menu.layer.name: pick for menu, pick in pairs},
+        )
+        finer.banned = {name: dict(families) for name, families in self.banned.items()}
+        return finer, finer.choose()
+
+    def _narrowed(self, picks: Sequence[Pick]) -> tuple[list[Narrowed], list[NarrowedHeads]]:
         by_name = {menu.layer.name: pick for menu, pick in zip(self.menus, picks, strict=True)}
-        chosen = [(one, by_name[one.units.reader]) for one in self.hidden]
-        return [Narrowed.of(one, pick.n_units) for one, pick in chosen if isinstance(pick, Width)]
+        chosen = [(one, pick.n_units) for one in self.hidden if isinstance(pick := by_name[one.reader], Width)]
+        units = [Narrowed.of(one, n) for one, n in chosen if isinstance(one, Widths)]
+        return units, [NarrowedHeads.of(one, n) for one, n in chosen if isinstance(one, HeadWidths)]
 
     def _struck_off(self, picks: Sequence[Pick]) -> bool:
         """Whether some picks are too slow, which are then banned with all larger ones of their family."""
         slower = [] if self.allow_slower else self._slower(picks)
+        if self.begun is not None and slower:
+            grown = self._grown(picks)
+            slower = [each for each in slower if each in grown] or grown
         for menu, candidate in slower:
-            self.banned[menu.layer.name][family_of(candidate.spec)] = self._least_slow(menu, candidate)
+            self.banned[menu.layer.name][family_of(candidate)] = self._least_slow(menu, candidate)
         return bool(slower)
+
+    def _grown(self, picks: Sequence[Pick]) -> list[tuple[Menu, Candidate]]:
+        """Picks that are others than those begun with, which are never struck off."""
+        assert self.begun is not None
+        pairs = [(menu, one) for menu, one in zip(self.menus, picks, strict=True) if isinstance(one, Candidate)]
+        return [(menu, one) for menu, one in pairs if one is not self.begun[menu.layer.name]]
 
     def _least_slow(self, menu: Menu, pick: Candidate) -> int:
         """Parameters from which on a family is too slow, as times at a few ranks tell; at most those of a pick."""
@@ -237,7 +283,20 @@ class Chooser:
         if price_of_time:
             losses = losses + price_of_time * _summed(self._times, group, n)
         at_widths = zip(costs, losses, zip(*(menu.widths for menu in menus), strict=True), strict=True)
-        return [*summed(apart), *(Option(int(cost), float(loss), widths) for cost, loss, widths in at_widths)]
+        together = [Option(int(cost), float(loss), each) for cost, loss, each in at_widths][self._least_width(group) :]
+        return [*summed(apart), *together] if self._is_apart(group) else together
+
+    def _is_apart(self, group: Sequence[int]) -> bool:
+        """Whether the layers of a group may have a form each."""
+        return self.begun is None or not isinstance(self.begun[self.menus[group[0]].layer.name], Width)
+
+    def _least_width(self, group: Sequence[int]) -> int:
+        """Place of the least width of a group that may be taken."""
+        menu = self.menus[group[0]]
+        if self.begun is None:
+            return 0
+        pick = self.begun[menu.layer.name]
+        return menu.widths.index(pick) if isinstance(pick, Width) else len(menu.widths)
 
     def _options(self, k: int, menu: Menu, price_of_time: float) -> list[Option]:
         """The forms of a layer that are not banned, by rising cost, without those that cost more and lose no less."""
@@ -257,9 +316,16 @@ class Chooser:
         banned = self.banned[menu.layer.name]
         places = range(len(menu.candidates))
         if banned:
-            sizes = [(c.point.n_params, banned.get(family_of(c.spec), math.inf)) for c in menu.candidates]
+            sizes = [(c.point.n_params, banned.get(family_of(c), math.inf)) for c in menu.candidates]
             places = [n for n, (size, limit) in enumerate(sizes) if size < limit]  # type: ignore[assignment]
-        return np.array([0, *(1 + n for n in places)])
+        if self.begun is None:
+            return np.array([0, *(1 + n for n in places)])
+        pick = self.begun[menu.layer.name]
+        if not isinstance(pick, Candidate):
+            return np.array([0])
+        larger = {id(one) for one in _family(menu, pick) if one.point.n_params > pick.point.n_params}
+        begun = next(n for n, one in enumerate(menu.candidates) if one is pick)
+        return np.array([0, 1 + begun, *(1 + n for n in places if id(menu.candidates[n]) in larger)])
 
     @cached_property
     def _costs(self) -> list[Array]:
@@ -327,7 +393,7 @@ class Chooser:
         dense = self.clock.dense(menu.layer, load)
         is_light = dense < _LIGHT * whole
         timed = self.clock.all(menu.layer, load, menu.candidates, roughly=True if is_light else None)
-        return [dense, *timed, *(dense * width.share for width in menu.widths)]
+        return [dense, *timed, *(dense * width.seconds for width in menu.widths)]
 
     @cached_property
     def _whole(self) -> list[float]:
@@ -358,8 +424,7 @@ class Chooser:
         """Seconds that a pick takes more than the dense layer, one a batch size."""
         family = _family(menu, pick)
         return [
-            self.clock.exact(menu.layer, pick.spec, load, family) - self.clock.dense(menu.layer, load)
-            for load in menu.loads
+            self.clock.exact(menu.layer, pick, load, family) - self.clock.dense(menu.layer, load) for load in menu.loads
         ]
 
     # -- costs ---------------------------------------------------------------------------------------
@@ -384,9 +449,14 @@ class Chooser:
             return self._nanoseconds(menu)[id(pick)]
         n_params = _n_params(menu, pick)
         if measure == "params":
-            return n_params
-        beside = menu.kept_bytes + _ID_BYTES * len(pick.hot_ids) if isinstance(pick, Candidate) else 0
-        return n_params * menu.item_bytes + beside
+            return n_params + (menu.beside[0] if pick is None else 0)
+        return n_params * menu.item_bytes + self._bytes_beside(menu, pick)
+
+    def _bytes_beside(self, menu: Menu, pick: Pick) -> int:
+        """What a layer holds beside its numbers."""
+        if isinstance(pick, Candidate):
+            return menu.kept_bytes + _ID_BYTES * len(pick.hot_ids) + _PLACE_BYTES * pick.order.n_numbers
+        return menu.beside[1] if pick is None else pick.index_bytes
 
     def _flops(self, menu: Menu, pick: Pick) -> int | None:
         if isinstance(pick, Candidate):
@@ -409,9 +479,9 @@ class Chooser:
 
     def _cost(self, menu: Menu, candidate: Candidate) -> LayerCost:
         """Milliseconds to predict, so each is predicted once."""
-        key = menu.layer.name, candidate.spec
+        key = menu.layer.name, candidate.spec, len(candidate.hot_ids)
         if key not in self.known:
-            self.known[key] = spec_cost(menu.layer, candidate.spec, menu.loads[0])
+            self.known[key] = spec_cost(menu.layer, candidate.spec, menu.loads[0], n_hot=len(candidate.hot_ids))
         return self.known[key]
 
     def _unreachable(self, options: Sequence[Sequence[Option]]) -> BudgetError:
@@ -427,13 +497,18 @@ class Chooser:
         )
 
     def _plan(self, menu: Menu, pick: Pick) -> LayerPlan:
+        found, n = self._planned(menu, pick), menu.beside[0]
+        after = found.params_after + n if pick is None else found.params_after
+        return replace(found, params_before=found.params_before + n, params_after=after) if n else found
+
+    def _planned(self, menu: Menu, pick: Pick) -> LayerPlan:
         slow = "every form that fits is predicted slower at this batch size; allow_slower=True admits them"
         why = slow if self.banned[menu.layer.name] else "worth its parameters"
         dense = LayerPlan.of(menu.layer, flops=menu.dense.flops, why=why)
         if pick is None:
             return dense
         if isinstance(pick, Width):
-            loss = menu.reach * pick.error if menu.reach is not None and pick.reads else None
+            loss = menu.reach * pick.error if menu.reach is not None and (pick.reads or pick.judges) else None
             return dense.narrowed(pick, flops=self._flops(menu, pick), loss=loss)
         # A budget in flops is only kept if the layer really runs core by core.
         implementation = "factorized" if "flops" in self.budget.measures else "auto"
@@ -444,6 +519,8 @@ class Chooser:
             implementation=implementation,
             spectra=pick.spectra,
             hot_ids=pick.hot_ids,
+            in_order=pick.order.inputs or (),
+            out_order=pick.order.outputs or (),
             loss=menu.reach * pick.point.rel_error**2 if menu.reach is not None else None,
             why=why_not_other(pick, menu.candidates, dense_params=menu.layer.weight.n_params, reach=menu.reach),
         )
@@ -472,4 +549,4 @@ def _n_params(menu: Menu, pick: Pick) -> int:
 
 def _family(menu: Menu, pick: Candidate) -> list[Candidate]:
     """The candidates of a layer that differ from one in their ranks alone."""
-    return [one for one in menu.candidates if family_of(one.spec) == family_of(pick.spec)]
+    return [one for one in menu.candidates if family_of(one) == family_of(pick)]

@@ -13,11 +13,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tensortrain.compression.choose.candidates import Candidate
-from tensortrain.compression.choose.cost import dense_cost, spec_cost
+from tensortrain.compression.choose.candidates import Family as Forms
+from tensortrain.compression.choose.cost import dense_cost, gather_seconds, spec_cost
 from tensortrain.compression.choose.load import Load
 from tensortrain.compression.choose.trial import can_time, told, trial_seconds
 from tensortrain.compression.survey.layers import FoundLayer
-from tensortrain.formats import FactorSpec
 
 __all__ = ["Clock", "family_of"]
 
@@ -32,9 +32,9 @@ Family = tuple[Any, ...]  # format and modes: within them, higher ranks are not 
 Curve = list[tuple[float, float]]  # parameters and seconds
 
 
-def family_of(spec: FactorSpec) -> Family:
-    """What the ranks of a spec may vary within."""
-    return (spec.format, spec.out_modes, spec.in_modes)
+def family_of(one: Candidate | Forms) -> Family:
+    """What the ranks of a candidate may vary within."""
+    return (one.spec.format, one.spec.out_modes, one.spec.in_modes, len(one.hot_ids))
 
 
 @dataclass
@@ -62,14 +62,21 @@ class Clock:
         self.dense(layer, load)
         return self._timed[self._name(layer), load]
 
-    def exact(self, layer: FoundLayer, spec: FactorSpec, load: Load, family: Sequence[Candidate]) -> float:
-        """Of one spec; as predicted for it, or between those measured."""
+    def exact(self, layer: FoundLayer, one: Candidate, load: Load, family: Sequence[Candidate]) -> float:
+        """Of one candidate; as predicted for it, or between those measured."""
         if self._tried(layer, load) is not None:
-            return _between(self._curve(layer, load, family), spec.n_params)
-        key = (self._name(layer), spec, load)
+            return _between(self._curve(layer, load, family), one.point.n_params)
+        key = (self._name(layer), one.spec, len(one.hot_ids), load)
         if key not in self._exact:
-            self._exact[key] = spec_cost(layer, spec, load).seconds
-        return self._exact[key]
+            self._exact[key] = _predicted_s(layer, one, load)
+        return self._with_gathers(layer, load, one, self._exact[key])
+
+    def _with_gathers(self, layer: FoundLayer, load: Load, candidate: Candidate, seconds: float) -> float:
+        """Also of bringing channels in order and back; a kept dense weight, which takes no longer, needs none of it."""
+        if candidate.order.sides is None:
+            return seconds
+        more = gather_seconds(layer, candidate.order.n_numbers, load)
+        return min(seconds + more, max(seconds, self.dense(layer, load)))
 
     def all(
         self, layer: FoundLayer, load: Load, candidates: Sequence[Candidate], *, roughly: bool | None = False
@@ -82,29 +89,28 @@ class Clock:
         """
         families: dict[Family, list[Candidate]] = {}
         for candidate in candidates:
-            families.setdefault(family_of(candidate.spec), []).append(candidate)
+            families.setdefault(family_of(candidate), []).append(candidate)
         curves = {
             key: self._rough_curve(layer, load, family)
             if roughly or (roughly is None and family[0].is_last_resort)
             else self._curve(layer, load, family)
             for key, family in families.items()
         }
-        return [_between(curves[family_of(one.spec)], one.point.n_params) for one in candidates]
+        times = [_between(curves[family_of(one)], one.point.n_params) for one in candidates]
+        return [self._with_gathers(layer, load, one, t) for one, t in zip(candidates, times, strict=True)]
 
     def _rough_curve(self, layer: FoundLayer, load: Load, family: Sequence[Candidate]) -> Curve:
         if self._tried(layer, load) is None:
             return self._curve(layer, load, family)
-        key = (self._name(layer), load, family_of(family[0].spec), "rough")
+        key = (self._name(layer), load, family_of(family[0]), "rough")
         if key not in self._curves:
             share = self.dense(layer, load) / dense_cost(layer, load).seconds
             knots = _spread(family, _ROUGHLY_AT)
-            self._curves[key] = [
-                (knot.point.n_params, share * spec_cost(layer, knot.spec, load).seconds) for knot in knots
-            ]
+            self._curves[key] = [(knot.point.n_params, share * _predicted_s(layer, knot, load)) for knot in knots]
         return self._curves[key]
 
     def _curve(self, layer: FoundLayer, load: Load, family: Sequence[Candidate]) -> Curve:
-        key = (self._name(layer), load, family_of(family[0].spec))
+        key = (self._name(layer), load, family_of(family[0]))
         if key not in self._curves:
             tried = self._tried(layer, load)
             knots = _spread(family, _PREDICTED_AT if tried is None else _MEASURED_AT)
@@ -113,7 +119,7 @@ class Clock:
                 # As a share of the dense layer's at the same time: machines are not always equally fast.
                 seconds = [self.dense(layer, load) * one / whole for one in seconds]
             else:
-                seconds = [spec_cost(layer, knot.spec, load).seconds for knot in knots]
+                seconds = [_predicted_s(layer, knot, load) for knot in knots]
             self._curves[key] = [(knot.point.n_params, one) for knot, one in zip(knots, seconds, strict=True)]
         return self._curves[key]
 
@@ -121,6 +127,10 @@ class Clock:
         if id(layer) not in self._told:
             self._told[id(layer)] = told(layer)
         return self._told[id(layer)]
+
+
+def _predicted_s(layer: FoundLayer, one: Candidate, load: Load) -> float:
+    return spec_cost(layer, one.spec, load, n_hot=len(one.hot_ids)).seconds
 
 
 def _enough_of(load: Load, kernel: Sequence[int], dense_s: float) -> Load:

@@ -7,8 +7,8 @@ model; ``find_plan`` looks among plans for one that holds them.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from numbers import Integral, Real
 from typing import Any
 
@@ -33,6 +33,13 @@ class Sizes:
     params: int
     n_bytes: int
     flops: int | None = None
+
+    def with_more(self, beside: Iterable[tuple[int, int]]) -> Sizes:
+        """The same with further parameters and bytes."""
+        more = list(beside)
+        return replace(
+            self, params=self.params + sum(n for n, _ in more), n_bytes=self.n_bytes + sum(n for _, n in more)
+        )
 
 
 @dataclass(frozen=True)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, get_args
 
 from tensortrain.compression.choose.budget import BudgetLike
 from tensortrain.compression.choose.candidates import DEFAULT_FORMATS
-from tensortrain.errors import KindError
+from tensortrain.compression.choose.structure import Search
+from tensortrain.errors import CheckpointError, KindError
 from tensortrain.system.observer import Observer, Silent
 from tensortrain.train.evaluation import Evaluate
 from tensortrain.train.outputs import Output, check_output
@@ -39,8 +41,20 @@ class PlanOptions:
     observer: Observer = field(default_factory=Silent)
     evaluate: Evaluate | None = None
     way: float = 1.0
+    search: Search | None = None
+    work_dir: str | Path | None = None
 
     def __post_init__(self) -> None:
+        if self.work_dir is not None and (not isinstance(self.work_dir, (str, Path)) or Path(self.work_dir).is_file()):
+            raise CheckpointError(
+                f"a planning must be kept in a folder: work_dir has {self.work_dir!r}, expected the path of a folder. "
+                "Name one that is there or can be made."
+            )
+        if self.search is not None and self.search not in get_args(Search):
+            raise KindError(
+                f"search must be of a known kind: found {self.search!r}, expected one of {get_args(Search)} or None. "
+                "Leave it out for the usual menu."
+            )
         if self.evaluate is not None and not callable(self.evaluate):
             raise KindError(
                 f"evaluate must be a function: found {type(self.evaluate).__name__}, expected model -> figure. Pass "

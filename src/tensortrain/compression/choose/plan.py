@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tensortrain.compression.choose.candidates import NARROW
+from tensortrain.compression.choose.head_widths import HeadWidths
 from tensortrain.compression.choose.widths import Width, Widths
+from tensortrain.compression.survey.heads import AttentionHeads
 from tensortrain.compression.survey.hidden import HiddenUnits
 from tensortrain.compression.survey.layers import FoundLayer, LeftAlone
 from tensortrain.compression.survey.moments import Calibration
 from tensortrain.errors import CheckpointError
 from tensortrain.formats import FactorSpec, get_format
+from tensortrain.formats.channel_order import ChannelOrder
 from tensortrain.nn.base import Implementation
 from tensortrain.system.records import read_record, to_plain
 
-__all__ = ["CompressionPlan", "LayerPlan", "Narrowed", "n_saved"]
+__all__ = ["CompressionPlan", "LayerPlan", "Narrowed", "NarrowedHeads", "n_saved"]
 
-_VERSION = 4
+_VERSION = 5
 _NARROWED = "narrowed"
 _KEPT = (
     "budget",
@@ -33,9 +36,10 @@ _KEPT = (
     "notes",
     "opened",
     "narrowed",
+    "heads",
 )
-_NEW_OF_LAYERS = ("hot_ids", "head", "loss", "why")  # written where they say something
-_ADDED = ("opened", "narrowed")  # by versions 3 and 4: maps of recurrent layers, and hidden units
+_NEW_OF_LAYERS = ("hot_ids", "in_order", "out_order", "head", "loss", "why")  # written where they say something
+_ADDED = ("opened", "narrowed", "heads")  # by versions 3 to 5: maps of recurrent layers, hidden units, heads
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,8 @@ class LayerPlan:
     Attributes:
         spec: None where it stays dense.
         hot_ids: Rows of a table that stay as they are, beside the cores.
+        in_order, out_order: Place k of a train holds input ``in_order[k]``, or output ``out_order[k]``; empty where the
+            channels stand as they do in the layer.
         head: The output layer that shares a table.
         loss: The share of the model's output that the choice is predicted to spoil, as far as calibration data tells;
             losses of layers add up.
@@ -64,6 +70,8 @@ class LayerPlan:
     implementation: Implementation = "auto"
     spectra: tuple[tuple[float, ...], ...] = ()
     hot_ids: tuple[int, ...] = ()
+    in_order: tuple[int, ...] = ()
+    out_order: tuple[int, ...] = ()
     head: str = ""
     loss: float | None = None
     why: str = ""
@@ -71,6 +79,10 @@ class LayerPlan:
     def __post_init__(self) -> None:
         if not self.names:
             raise ValueError("a layer must have a name")
+        if self.order.sides is not None and (self.spec is None or self.spec.weight.kind != "linear"):
+            raise ValueError("only the channels of a linear layer that is compressed stand in an order of their own")
+        if self.spec is not None:
+            self.order.check(self.spec.weight)
 
     @classmethod
     def of(cls, layer: FoundLayer, *, flops: int | None, why: str) -> LayerPlan:
@@ -95,6 +107,8 @@ class LayerPlan:
         return replace(
             self,
             spec=None,
+            in_order=(),
+            out_order=(),
             params_after=self.params_before,
             flops_after=self.flops_before,
             rel_error=None,
@@ -113,7 +127,7 @@ class LayerPlan:
         """The same layer with fewer of the hidden units that it makes or reads."""
         fixed = self.params_before - math.prod(self.shape) if width.reads else 0  # the bias of the reader stays
         n = round(width.share * (self.params_before - fixed)) + fixed
-        error = math.sqrt(width.error) if width.reads else None
+        error = math.sqrt(width.error) if width.reads or width.judges else None
         what = f"{width.n_units:,} units ({width.share:.0%})"
         said = f"{_NARROWED}: {what}"
         return replace(self, params_after=n, flops_after=flops, rel_error=error, loss=loss, decision=said)
@@ -121,6 +135,11 @@ class LayerPlan:
     @property
     def name(self) -> str:
         return self.names[0]
+
+    @property
+    def order(self) -> ChannelOrder:
+        """Where the channels stand in a train."""
+        return ChannelOrder.of(self.out_order, self.in_order)
 
     @property
     def format(self) -> str:
@@ -154,6 +173,31 @@ class Narrowed:
         return cls(widths.units, tuple(widths.order.kept(n_units).tolist()), widths.n_between * (n - n_units) // n)
 
 
+@dataclass(frozen=True)
+class NarrowedHeads:
+    """Attention heads of which some directions go, from both layers around them.
+
+    Attributes:
+        kept: How many remain, by head of the values.
+    """
+
+    heads: AttentionHeads
+    kept: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.kept) != self.heads.n_groups or not all(1 <= k <= self.heads.size for k in self.kept):
+            raise ValueError("heads keep between one and all of their directions")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return self.heads.names
+
+    @classmethod
+    def of(cls, widths: HeadWidths, n_directions: int) -> NarrowedHeads:
+        """What each head best keeps of so many in all."""
+        return cls(widths.heads, widths.kept(n_directions))
+
+
 def n_saved(layers: Sequence[LayerPlan], narrowed: Sequence[Narrowed]) -> int:
     """Parameters that a plan takes away."""
     return sum(one.params_before - one.params_after for one in layers) + sum(one.n_between for one in narrowed)
@@ -169,8 +213,10 @@ class CompressionPlan:
         left_alone: What is not touched, and why.
         task, outputs: How the model is judged, in words, and the names of its outputs that count.
         notes: Sentences on what could not be done as asked.
-        opened: Layers of several maps (recurrent ones, attention) whose maps are changed one by one.
+        opened: Layers of several maps (recurrent ones, attention) whose maps are changed one by one, and layers whose
+            weight is computed at every call (weight norm, pruning) and plain from then on.
         narrowed: Hidden units of which some go.
+        heads: Attention heads of which some directions go.
         calibration: The input statistics it was made with; not part of the text.
     """
 
@@ -185,6 +231,7 @@ class CompressionPlan:
     notes: tuple[str, ...] = ()
     opened: tuple[str, ...] = ()
     narrowed: tuple[Narrowed, ...] = ()
+    heads: tuple[NarrowedHeads, ...] = ()
 
     @property
     def compression(self) -> float:
@@ -196,16 +243,22 @@ class CompressionPlan:
         losses = [layer.loss for layer in self.layers if layer.spec is not None or layer.loss is not None]
         return None if None in losses else math.fsum(loss for loss in losses if loss is not None)
 
-    def with_opened(self, names: Sequence[str], left_alone: Sequence[LeftAlone]) -> CompressionPlan:
+    def with_opened(
+        self, names: Sequence[str], left_alone: Sequence[LeftAlone], beside: Mapping[str, int] | None = None
+    ) -> CompressionPlan:
         """The plan of a model that was planned with some layers taken apart.
 
         Args:
-            names: Of these layers; those of which no map is changed are left as they are.
+            names: Of these layers; those of which nothing is changed are left as they are.
             left_alone: What is left alone, layers that could not be taken apart among them.
+            beside: Parameters from which weights were computed; those of layers with maps of their own still count.
         """
         changed = [layer.name for layer in self.layers if layer.spec is not None]
-        reached = tuple(n for n in names if any(name.startswith(f"{n}." if n else "") for name in changed))
-        return replace(self, opened=reached, left_alone=tuple(left_alone))
+        changed += [name for one in self.narrowed for name in (*one.names, *one.units.between)]
+        reached = tuple(n for n in names if any(name == n or name.startswith(f"{n}." if n else "") for name in changed))
+        own = {layer.name for layer in self.layers}
+        gone = sum(n for name, n in (beside or {}).items() if name in reached and name not in own)
+        return replace(self, opened=reached, left_alone=tuple(left_alone), params_after=self.params_after - gone)
 
     def to_json(self) -> str:
         kept = {name: to_plain(getattr(self, name)) for name in _KEPT}
@@ -262,6 +315,7 @@ def _row(layer: LayerPlan, width: int) -> str:
     modes = "" if spec is None else f"{_by(spec.out_modes)} x {_by(spec.in_modes)}"
     ranks = "" if spec is None else ",".join(map(str, get_format(spec.format).inner_ranks(spec)))
     ranks += f" + {len(layer.hot_ids):,} rows" if layer.hot_ids else ""
+    ranks += f" ordered {layer.order.sides}" if layer.order.sides else ""
     error = "" if layer.rel_error is None else f"{layer.rel_error:.3f}"
     params = f"{layer.params_before:,} -> {layer.params_after:,}"
     return f"{layer.name:<{width}}  {layer.format:<9} {modes:<28} {ranks:<22} {params:>23} {error:>7}"

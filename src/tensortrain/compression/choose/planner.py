@@ -3,42 +3,62 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
+from time import perf_counter
 from typing import Any, Literal
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from tensortrain._version import __version__
 from tensortrain.compression.choose.beyond_reach import (
     nothing_to_compress,
     unspent_note,
     what_stands_in_the_way,
 )
 from tensortrain.compression.choose.budget import Budget, BudgetLike, Measure, read_budget
-from tensortrain.compression.choose.candidates import DEFAULT_FORMATS, NARROW, factoring, families, least_params
+from tensortrain.compression.choose.candidates import (
+    DEFAULT_FORMATS,
+    HEADS,
+    NARROW,
+    factoring,
+    families,
+    formats_worth_trying,
+    least_params,
+)
 from tensortrain.compression.choose.chooser import Choice, Chooser, Menu
 from tensortrain.compression.choose.clock import Clock
 from tensortrain.compression.choose.cost import dense_cost
+from tensortrain.compression.choose.folder import Folder
 from tensortrain.compression.choose.goals import Goals, Sizes, read_goals
+from tensortrain.compression.choose.head_widths import HeadWidths, apart, head_widths_of
 from tensortrain.compression.choose.load import loads_of
 from tensortrain.compression.choose.options import PlanOptions
 from tensortrain.compression.choose.plan import CompressionPlan, n_saved
 from tensortrain.compression.choose.proving import Proving
+from tensortrain.compression.choose.structure import Search
 from tensortrain.compression.choose.weights import weigh_layers
 from tensortrain.compression.choose.widths import Width, Widths, disjoint, widths_of
 from tensortrain.compression.choose.within import Planned, find_plan
-from tensortrain.compression.opened import opened_for_a_while
-from tensortrain.compression.survey.calibrate import calibrate
+from tensortrain.compression.opened import Opened, opened_for_a_while
+from tensortrain.compression.survey.calibrate import are_parked, calibrate
+from tensortrain.compression.survey.heads import AttentionHeads
+from tensortrain.compression.survey.hidden import HiddenUnits
 from tensortrain.compression.survey.layers import FoundLayer, LeftAlone, check_module, count_params, find_layers
 from tensortrain.compression.survey.moments import Calibration, LayerMoments
 from tensortrain.compression.survey.proven import proven_units
+from tensortrain.compression.survey.proven_heads import proven_heads
 from tensortrain.compression.survey.task import FIRST, first_with_example, task_on_batch
-from tensortrain.errors import BudgetError
+from tensortrain.errors import BudgetError, TTError
 from tensortrain.nn import CompositeLayer
+from tensortrain.system.checkpoint import start_signature
 from tensortrain.system.observer import Observer, Silent
+from tensortrain.system.processes import first_of, n_processes
 from tensortrain.system.storage import count_bytes
-from tensortrain.train.batches import take
+from tensortrain.train.batches import device_of, length_of, take, tensors_in, to_device
 from tensortrain.train.evaluation import Evaluate
 from tensortrain.train.outputs import Output
 from tensortrain.train.preserve import uncompiled
@@ -53,6 +73,9 @@ _HEALED_REACH = 0.5
 # large layer they can leave several per cent of it, and planning is done again with the fine ones.
 _GROWTHS = (0.08, 0.01)
 _SPENT = 0.95
+# What is still left is spent on larger forms of what was chosen, in steps that give round ranks, then in any.
+_FINER = (0.02, 0.0)
+_ALL_BUT = 0.005
 _FLOPS_NOT_KNOWN_YET = 10**15
 
 
@@ -72,7 +95,9 @@ def plan_compression(
     task: TaskName | Task | None = None,
     output: Output | None = None,
     evaluate: Evaluate | None = None,
+    search: Search | None = None,
     observer: Observer | None = None,
+    work_dir: str | Path | None = None,
 ) -> CompressionPlan:
     """Choose format, modes and ranks of every layer so that the model fits a budget. Changes nothing.
 
@@ -95,7 +120,8 @@ def plan_compression(
               Alone, it asks for the smallest model; beside other limits it has to hold as well.
         data: Calibration batches, as for training (labels are not used).
         example_inputs: A batch to take shapes from, when there is no ``data``.
-        formats: Names to choose among; ``"narrow"`` is fewer hidden units, of layers that stay dense.
+        formats: Names to choose among; ``"narrow"`` is fewer hidden units, of layers that stay dense;
+            ``"heads"``, which has to be asked for, fewer directions of attention heads.
         include, exclude: Layer names or fnmatch patterns.
         allow_slower: Take candidates that are slower than the dense layer. Without it a layer, and all together, may
             lose at most 1 % of the whole model's time, and of plans of like error (within 5 %) the fastest is taken.
@@ -109,6 +135,10 @@ def plan_compression(
         output: What the model is judged by: the name or number of one of its outputs, a callable on what it returns, or
             one on ``(model, batch)``; all tensors that it returns when None.
         evaluate: ``model -> figure``, larger for better models; for ``"max_metric_drop"``.
+        search: ``"structure"`` also looks through more mode shapes, and through orders of the channels of linear
+            layers, by which such a layer gathers. It takes seconds to a minute for a layer; None is the usual menu.
+        work_dir: Folder for what takes long: statistics of the layers, and what their menus are made of. After a kill
+            the same call goes on from there and gives the same plan, as does one with another budget.
 
     Returns:
         CompressionPlan: Print it, save it as JSON, or hand it to ``apply_plan_``.
@@ -136,7 +166,9 @@ def plan_compression(
             task=task,
             output=output,
             evaluate=evaluate,
+            search=search,
             observer=observer or Silent(),
+            work_dir=work_dir,
         ),
     )
 
@@ -157,9 +189,24 @@ def make_plans(model: nn.Module, options: PlanOptions, budgets: Sequence[BudgetL
     asked = [_read(model, each, options) for each in budgets]  # before anything that takes long
     options = _adapted(options, asked)
     with opened_for_a_while(model) as opened:
-        planning = _surveyed(opened.model, options, budgets)
+        planning = _surveyed(opened, options, budgets)
     planning.opened, planning.left = opened.names, opened.left_alone(planning.left)
-    return [planning.find(model, each) for each in budgets]
+    return [_agreed(partial(planning.find, model, each), planning.calibration) for each in budgets]
+
+
+def _agreed(find: Callable[[], CompressionPlan], calibration: Calibration | None) -> CompressionPlan:
+    """The plan of the first of several processes: what was timed may differ from one to the other."""
+    if n_processes() == 1:
+        return find()
+    found: CompressionPlan | TTError
+    try:
+        found = replace(find(), calibration=None)
+    except TTError as error:
+        found = error
+    found = first_of(found)
+    if isinstance(found, TTError):
+        raise found
+    return replace(found, calibration=calibration)
 
 
 def _read(model: nn.Module, budget: BudgetLike, options: PlanOptions) -> Goals:
@@ -193,27 +240,32 @@ def _adapted(options: PlanOptions, asked: Sequence[Goals]) -> PlanOptions:
     return replace(options, batch_size=batch_size, will_heal=False if judged else options.will_heal)
 
 
-def _surveyed(model: nn.Module, options: PlanOptions, budgets: Sequence[BudgetLike]) -> Planning:
+def _surveyed(opened: Opened, options: PlanOptions, budgets: Sequence[BudgetLike]) -> Planning:
     """What all plans of a model have in common; its layers of several maps stand apart."""
+    model, beside = opened.model, opened.beside
     layers, left = _layers(model, options, budgets)
     task, data = _task(model, options)
-    calibration = _calibration(model, layers, data, task, options)
-    menus, unseen = _menus(layers, calibration, options)
-    hidden = _hidden(model, layers, calibration, options)
+    folder = _folder(model, layers, data, task, options)
+    calibration = _calibration(model, layers, data, task, options, folder)
+    menus, unseen = _menus(model, layers, calibration, options)
+    menus = [replace(menu, beside=beside.get(menu.layer.name, (0, 0))) for menu in menus]
+    hidden = _hidden(model, layers, calibration, options, folder)
     flops = sum(menu.dense.flops or 0 for menu in menus) if calibration is not None else None
-    now = replace(_sizes(model), flops=flops)
+    now = replace(_sizes(model).with_more(beside.values()), flops=flops)
     for each in budgets:
         _goals(each, now, options)  # flops are known by now
     return Planning(
         options,
         now,
-        _with_families(menus, hidden, calibration, options, wide=options.will_heal == "long"),
+        _with_families(menus, hidden, calibration, options, folder, wide=options.will_heal == "long"),
         hidden,
         calibration,
         task,
         partial(what_stands_in_the_way, model, layers, left),
-        left=tuple(left),
-        notes=(*(task.notes if task else ()), *(calibration.notes if calibration else ()), *unseen),
+        opened=tuple(opened.names),
+        beside=beside,
+        left=opened.left_alone(left),
+        notes=(*(task.notes if task else ()), *(calibration.notes if calibration else ()), *unseen, *opened.notes),
     )
 
 
@@ -224,10 +276,11 @@ class Planning:
     Attributes:
         now: What the model has.
         menus: With their families.
-        hidden: Units that can be narrowed at.
+        hidden: Units and attention heads that can be narrowed at.
         task: How the model is judged.
         beyond_reach: Tells who holds the parameters that no plan reaches.
-        opened, left: Layers of several maps, and what is left alone.
+        opened, left: Layers of several maps and of computed weights, and what is left alone.
+        beside: What the latter hold more than their weights, in parameters and bytes.
         notes: On what was not seen.
         made: Plans by their limits; ``slower`` names the layers whose larger forms were struck off for each.
     """
@@ -235,11 +288,12 @@ class Planning:
     options: PlanOptions
     now: Sizes
     menus: Sequence[Menu]
-    hidden: Sequence[Widths]
+    hidden: Sequence[Widths | HeadWidths]
     calibration: Calibration | None
     task: Task | None
     beyond_reach: Callable[[], str]
     opened: Sequence[str] = ()
+    beside: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     left: Sequence[LeftAlone] = ()
     notes: tuple[str, ...] = ()
     clock: Clock = field(default_factory=Clock)
@@ -263,6 +317,7 @@ class Planning:
             found.spent(limit.measure),
             full=full.get(limit.measure, self.now.flops or 0),
             slower=self.slower[limit],
+            is_exact=found.loss == 0,
         )
         return replace(found.plan, notes=(*found.plan.notes, note)) if note else found.plan
 
@@ -283,12 +338,17 @@ class Planning:
         return self._chooser(_GROWTHS[0], Budget(measure, 0, "")).range_of(measure)
 
     def _spend(self, budget: Budget) -> tuple[Chooser, Choice]:
-        """Choose, in finer steps of the ranks where coarse ones leave much of one size."""
+        """Choose, in finer steps of the ranks where coarse ones leave some of one size."""
         for growth in _GROWTHS:
             chooser = self._chooser(growth, budget)
             choice = chooser.choose()
             if chooser.spent() >= _SPENT * budget.limit or budget.rates or budget.measure == "time":
                 break
+        if budget.rates or budget.measure == "time":
+            return chooser, choice
+        for growth in _FINER:
+            if chooser.spent() < (1 - _ALL_BUT) * budget.limit:
+                chooser, choice = chooser.spend_rest(growth)
         return chooser, choice
 
     def _chooser(self, growth: float, budget: Budget) -> Chooser:
@@ -320,8 +380,9 @@ class Planning:
             task.outputs if task else (),
             self.notes,
             narrowed=tuple(choice.narrowed),
+            heads=tuple(choice.heads),
         )
-        return plan.with_opened(self.opened, self.left)
+        return plan.with_opened(self.opened, self.left, {name: n for name, (n, _) in self.beside.items()})
 
     def _proving(self, model: nn.Module, goals: Goals) -> Proving:
         calibration, batch = self.calibration, self.options.example_inputs
@@ -340,16 +401,16 @@ def _layers(
         raise nothing_to_compress(model, left)
     if options.data is not None or options.example_inputs is not None:
         for each in budgets:  # before the passes over the data
-            _check_goals(model, layers, _read(model, each, options), options.formats)
+            _check_goals(model, layers, _read(model, each, options), options.formats, options.search)
     return layers, left
 
 
 def _menus(
-    layers: Sequence[FoundLayer], calibration: Calibration | None, options: PlanOptions
+    model: nn.Module, layers: Sequence[FoundLayer], calibration: Calibration | None, options: PlanOptions
 ) -> tuple[list[Menu], list[str]]:
     """What each layer costs and counts, candidates still to come; and notes on what was not seen."""
     reach = _HEALED_REACH if options.will_heal else 1.0
-    loads = [loads_of(layer, calibration, options.batch_size) for layer in layers]
+    loads = [loads_of(layer, calibration, options.batch_size, model) for layer in layers]
     costs = [dense_cost(layer, load[0]) for layer, load in zip(layers, loads, strict=True)]
     weights, unseen = weigh_layers(layers, calibration, narrowed=options.output is not None)
     known = calibration is not None and bool(calibration.output_grams)
@@ -367,25 +428,65 @@ def _menus(
     ], unseen
 
 
+def _folder(
+    model: nn.Module, layers: Sequence[FoundLayer], data: object, task: Task | None, options: PlanOptions
+) -> Folder:
+    """Where what is found is kept, with what it depends on."""
+    if options.work_dir is None:
+        return Folder(None, {}, torch.zeros(0, 2), options.observer)
+    first = start_signature(tensors_in(data[:1])) if isinstance(data, (list, tuple)) else length_of(data)
+    settings = {
+        "version": __version__,
+        "layers": [(layer.name, layer.weight, layer.head is not None) for layer in layers],
+        "data": first if not isinstance(first, Tensor) else first.tolist(),
+        "task": task,
+        **{name: getattr(options, name) for name in ("n_batches", "formats", "will_heal", "search")},
+        "output": getattr(options.output, "__qualname__", options.output),
+    }
+    folder = Folder(Path(options.work_dir), settings, start_signature(model.parameters()), options.observer)
+    folder.begin()
+    return folder
+
+
 def _hidden(
-    model: nn.Module, layers: Sequence[FoundLayer], calibration: Calibration | None, options: PlanOptions
-) -> list[Widths]:
-    """Units that can be narrowed at, where that is asked for and what comes to their readers is known.
+    model: nn.Module,
+    layers: Sequence[FoundLayer],
+    calibration: Calibration | None,
+    options: PlanOptions,
+    folder: Folder,
+) -> list[Widths | HeadWidths]:
+    """Units and attention heads to narrow at, where that is asked for and what comes to their readers is known.
 
     Before a long healing they are left whole: training finds other uses for them.
     """
-    if NARROW not in options.formats or calibration is None or not calibration.grams or options.will_heal == "long":
+    asked = {NARROW, HEADS} & {*options.formats}
+    if not asked or calibration is None or not calibration.grams or options.will_heal == "long":
         return []
     by_name = {layer.name: layer for layer in layers if not _stands_open(model, layer)}
     notes = calibration.notes
-    found = proven_units(model, calibration, lambda all_of: disjoint(all_of, by_name, calibration.layers), notes)
-    options.observer.on_start("widths", len(found))
-    widths = []
+    found: list[HiddenUnits] = []
+    heads: list[AttentionHeads] = []
+    if NARROW in asked:
+        found = proven_units(model, calibration, lambda all_of: disjoint(all_of, by_name, calibration.layers), notes)
+    taken = {name for units in found for name in (*units.makers, units.reader)}
+    if HEADS in asked:
+        heads = proven_heads(
+            model, calibration, by_name, lambda all_of: apart(all_of, by_name, calibration.layers, taken), notes
+        )
+    options.observer.on_start("widths", len(found) + len(heads))
+    widths: list[Widths | HeadWidths] = []
     for k, units in enumerate(found):
-        widths.append(widths_of(model, units, by_name, calibration.of(units.reader)))
-        options.observer.on_step(k + 1)
+        moments, began = calibration.of(units.reader), perf_counter()
+        widths.append(folder.widths(k, units, partial(widths_of, model, units, by_name, moments)))
+        moments.set_aside()
+        options.observer.on_step(len(widths), seconds=perf_counter() - began)
+    for one in heads:
+        moments, began = calibration.of(one.judged), perf_counter()
+        widths.append(head_widths_of(one, by_name, moments, allow_slower=options.allow_slower))
+        moments.set_aside()
+        options.observer.on_step(len(widths), seconds=perf_counter() - began)
     options.observer.on_end()
-    return widths
+    return [one for one in widths if one.menus[one.reader]]
 
 
 def _stands_open(model: nn.Module, layer: FoundLayer) -> bool:
@@ -394,7 +495,7 @@ def _stands_open(model: nn.Module, layer: FoundLayer) -> bool:
     return any(layer.name.startswith(f"{name}." if name else "") for name in outer)
 
 
-def _widths_on(menu: Menu, hidden: Sequence[Widths]) -> Sequence[Width]:
+def _widths_on(menu: Menu, hidden: Sequence[Widths | HeadWidths]) -> Sequence[Width]:
     return next((one.menus[menu.layer.name] for one in hidden if menu.layer.name in one.menus), ())
 
 
@@ -415,9 +516,10 @@ def _kept_bytes(layer: FoundLayer) -> int:
 
 def _with_families(
     menus: Sequence[Menu],
-    hidden: Sequence[Widths],
+    hidden: Sequence[Widths | HeadWidths],
     calibration: Calibration | None,
     options: PlanOptions,
+    folder: Folder,
     *,
     wide: bool,
 ) -> list[Menu]:
@@ -426,16 +528,13 @@ def _with_families(
     options.observer.on_start("candidates", len(menus))
     for k, menu in enumerate(menus):
         moments = calibration.of(menu.layer.name) if calibration is not None else LayerMoments()
-        found = families(
-            menu.layer,
-            formats=formats,
-            weighting=moments.weighting,
-            structure=moments.structure,
-            wide=wide,
-        )
+        began = perf_counter()
+        few = formats_worth_trying(menu.layer, formats, scarce=moments.parks and not wide)
+        how: dict[str, Any] = {"formats": few, "structure": moments.structure, "wide": wide, "search": options.search}
+        found = folder.families(k, partial(families, menu.layer, weighting=moments.weighting, **how))
         moments.forget_derived()
         filled.append(replace(menu, families=found, widths=_widths_on(menu, hidden)))
-        options.observer.on_step(k + 1)
+        options.observer.on_step(k + 1, seconds=perf_counter() - began)
     options.observer.on_end()
     return filled
 
@@ -446,7 +545,7 @@ def _task(model: nn.Module, options: PlanOptions) -> tuple[Task | None, Iterable
     if data is None or isinstance(options.task, Task):
         return options.known_task, data
     seen = take(data, FIRST)
-    first = first_with_example(seen)
+    first = first_of(first_with_example(seen))
     if isinstance(data, Iterator):
         data = itertools.chain(seen, data)
     if first is None:
@@ -466,9 +565,15 @@ def check_reachable(
     _check_goals(model, layers, Goals((limit,), limit.text), formats)
 
 
-def _check_goals(model: nn.Module, layers: Sequence[FoundLayer], goals: Goals, formats: Sequence[str]) -> None:
+def _check_goals(
+    model: nn.Module,
+    layers: Sequence[FoundLayer],
+    goals: Goals,
+    formats: Sequence[str],
+    search: Search | None = None,
+) -> None:
     """Raise where a limit on parameters or bytes is below the smallest form of the model."""
-    taken = [(layer, layer.weight.n_params - least_params(layer.weight, formats)) for layer in layers]
+    taken = [(layer, layer.weight.n_params - least_params(layer.weight, formats, search)) for layer in layers]
     for limit in goals.counted:
         if limit.measure == "params":
             least, unit = count_params(model) - sum(n for _, n in taken), "parameters"
@@ -489,9 +594,11 @@ def _calibration(
     data: Iterable[Any] | None,
     task: Task | None,
     options: PlanOptions,
+    folder: Folder,
 ) -> Calibration | None:
     if data is not None:
-        return calibrate(
+        make = partial(
+            calibrate,
             model,
             layers,
             data,
@@ -501,6 +608,9 @@ def _calibration(
             task=task,
             observer=options.observer,
         )
+        found = folder.calibration(make, parks=are_parked(layers))
+        found.batches = [to_device(batch, device_of(model)) for batch in found.batches]
+        return found
     if options.example_inputs is not None:
         example = [options.example_inputs]
         return calibrate(model, layers, example, n_batches=1, grams=False, observer=options.observer)

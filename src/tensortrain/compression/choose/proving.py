@@ -117,7 +117,7 @@ class Proving:
 
 
 def time_ms(model: nn.Module, call: Parts) -> float:
-    """Milliseconds of one forward pass in eval mode, as in use: after a rest, not in a row of its kind.
+    """Milliseconds of one forward pass in eval mode, as in use: a few in a row, after one that wakes the threads.
 
     Raises:
         KindError: The model does not run on it.

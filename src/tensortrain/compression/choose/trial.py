@@ -17,19 +17,20 @@ from torch import nn
 from tensortrain.compression.choose.load import Load
 from tensortrain.compression.survey.layers import FoundLayer
 from tensortrain.contract.cost import is_measured
-from tensortrain.contract.trials import Notebook, trial_key
+from tensortrain.contract.trials import Notebook, timed, trial_key
 from tensortrain.formats import FactorSpec
 from tensortrain.nn import ConvLayer
+from tensortrain.system.timing import usual_seconds
 
 __all__ = ["can_time", "told", "trial_seconds"]
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16)  # that every processor convolves
 _WORTH_S = 2e-4  # a dense layer that is predicted to take less is not tried
 _MOST_ENTRIES = 2**26  # of an input: a trial must not exhaust the memory
-_MOST_ROUNDS, _ENOUGH_S = 6, 0.12  # after two rounds, no new one begins later than this
+_MOST_ROUNDS, _ENOUGH_S = 3, 0.06  # after two rounds, no new one begins later than this
 
 _CPU = torch.device("cpu")
-_NOTES = Notebook("layers-1")
+_NOTES = Notebook("layers-2")
 _KNOWN: dict[Any, list[float]] = {}
 
 
@@ -106,9 +107,7 @@ def _in_turns(calls: Sequence[Callable[[], object]]) -> list[float]:
     start = time.perf_counter()
     for turn in range(_MOST_ROUNDS):
         for k, call in enumerate(calls):
-            began = time.perf_counter()
-            call()
-            best[k] = min(best[k], time.perf_counter() - began)
+            best[k] = min(best[k], usual_seconds(call, lambda call: timed(call, _CPU), turns=1, burst_s=1e-3))
         if turn > 0 and time.perf_counter() - start > _ENOUGH_S:
             break
     return best

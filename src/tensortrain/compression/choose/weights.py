@@ -25,7 +25,10 @@ def weigh_layers(
     """
     if calibration is None or not (calibration.output_grams or _missing(layers, calibration)):
         return {layer.name: 1.0 for layer in layers}, []
-    found = {layer.name: carried(layer, calibration) for layer in layers}
+    found = {}
+    for layer in layers:
+        found[layer.name] = carried(layer, calibration)
+        calibration.of(layer.name).set_aside()
     known = sorted(weight for weight in found.values() if 0 < weight < math.inf)
     usual = known[len(known) // 2] if known else 1.0
     unknown = dict.fromkeys(calibration.grams, usual * (_OFF_THE_PATH if narrowed else 1.0))

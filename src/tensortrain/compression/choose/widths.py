@@ -37,6 +37,9 @@ class Width:
         n_params: What the layer's weight has then; of the first maker less what goes beside the weights of all.
         error: Squared error of the reader's output, relative; 0 for the makers, whose outputs stay as they are.
         reads: Whether the layer reads the units.
+        judges: Whether errors are told at the layer though it reads none of them, as at the keys of attention.
+        time: Share of the layer's time, where that is another one than of the units.
+        index_bytes: What the layer keeps beside its parameters.
     """
 
     n_units: int
@@ -44,6 +47,14 @@ class Width:
     n_params: int
     error: float = 0.0
     reads: bool = False
+    judges: bool = False
+    time: float | None = None
+    index_bytes: int = 0
+
+    @property
+    def seconds(self) -> float:
+        """Share of the time that the layer takes as it is."""
+        return self.share if self.time is None else self.time
 
 
 @dataclass(frozen=True)
@@ -64,6 +75,10 @@ class Widths:
     @property
     def names(self) -> tuple[str, ...]:
         return (*self.units.makers, self.units.reader)
+
+    @property
+    def reader(self) -> str:
+        return self.units.reader
 
 
 def disjoint(found: Sequence[HiddenUnits], layers: Members, moments: Mapping[str, LayerMoments]) -> list[HiddenUnits]:
@@ -103,8 +118,9 @@ def widths_of(model: nn.Module, units: HiddenUnits, layers: Members, moments: La
     gram = channel_gram(reader, moments).to(reader.kernel.device)
     outputs = moments.output_gram
     outputs = torch.diag(outputs) if outputs is not None and outputs.ndim == 1 else outputs
+    outputs = None if outputs is None else shrunk(outputs)
     block = max(_ROUND, -(-units.n_units // _MOST_BLOCKS))
-    order = narrowing(reader.kernel, shrunk(gram), None if outputs is None else shrunk(outputs), block=block)
+    order = narrowing(reader.kernel, shrunk(gram, moments.outside), outputs, block=block)
     n_between = sum(p.numel() for name in units.between for p in model.get_submodule(name).parameters(recurse=False))
     biases = sum(p.numel() for name in units.makers for p in _beside_weight(layers[name]))
     widths = _widths(units.n_units)

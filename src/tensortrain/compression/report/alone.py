@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
 from time import perf_counter
 from typing import Any
 
@@ -36,7 +38,8 @@ def losses_alone(
 ) -> dict[str, float]:
     """Share of the original's output that each new layer spoils where it is the only one, on one batch of the data.
 
-    Measured as it was predicted: class probabilities by their divergence, other outputs by squares.
+    Measured as it was predicted: class probabilities by their divergence, other outputs by squares. Layers around
+    hidden units of which some went are changed together, and what that spoils is that of the one that reads them.
 
     Args:
         original: Not changed; new layers answer in the place of its own, one at a time.
@@ -46,7 +49,7 @@ def losses_alone(
     Returns:
         dict: By name of the layer; without those that there was no time for.
 
-    Cost: one forward pass a layer, at most some seconds.
+    Cost: one forward pass a layer or group of layers, at most some seconds.
     """
     calibration = plan.calibration
     if calibration is None or not calibration.batches:
@@ -62,17 +65,44 @@ def losses_alone(
 
         wanted, start = outputs(), perf_counter()
         metric = Metric(net, task if isinstance(task, Task) else task_on_batch(net, batch, task=task, output=output))
-        for layer in plan.layers:
-            old, new = part_of(net, layer.name), part_of(compressed, layer.name)
+        for name, changed in _changes(net, compressed, plan):
             if perf_counter() - start > _MOST_S:
                 break
-            if layer.spec is not None and old is not None and isinstance(new, FactorizedLayer):
-                with (
-                    _all_in_place(net, compressed, old, new),
-                    _statistics_of(net, compressed, calibration.of(layer.name).norm),
-                ):
-                    found[layer.name] = _spoiled(metric, outputs(), wanted, batch)
+            with changed, _statistics_of(net, compressed, calibration.of(name).norm):
+                found[name] = _spoiled(metric, outputs(), wanted, batch)
     return found
+
+
+def _changes(
+    net: nn.Module, compressed: nn.Module, plan: CompressionPlan
+) -> Iterator[tuple[str, AbstractContextManager[None]]]:
+    """What can be changed by itself, with the layer that it is told of: each new layer, each group of narrowed ones."""
+    for layer in plan.layers:
+        old, new = part_of(net, layer.name), part_of(compressed, layer.name)
+        if layer.spec is not None and old is not None and isinstance(new, FactorizedLayer):
+            yield layer.name, _all_in_place(net, compressed, old, new)
+    for one in plan.narrowed:
+        names = (*one.units.makers, *one.units.between, one.units.reader)
+        pairs = [(part_of(net, name), part_of(compressed, name)) for name in names]
+        if all(part is not None for pair in pairs for part in pair):
+            yield one.units.reader, _narrowed_in_place(pairs)
+
+
+@contextlib.contextmanager
+def _narrowed_in_place(pairs: Sequence[tuple[Any, Any]]) -> Iterator[None]:
+    """Layers answer by their narrower successors, which are given fewer channels than they could take themselves."""
+    kept = [(old, vars(old).get("forward"), new, new.training) for old, new in pairs]
+    for old, _, new, _ in kept:
+        new.eval()
+        vars(old)["forward"] = partial(type(new).forward, new)
+    try:
+        yield
+    finally:
+        for old, own, new, training in kept:
+            del vars(old)["forward"]
+            if own is not None:
+                vars(old)["forward"] = own
+            new.train(training)
 
 
 def _spoiled(metric: Metric, given: Mapping[str, Tensor], wanted: Mapping[str, Tensor], batch: Any) -> float:

@@ -18,11 +18,13 @@ from tensortrain.compression.survey.task import FIRST, task_on_data
 from tensortrain.compression.words import in_short
 from tensortrain.errors import DataError, KindError, RankError
 from tensortrain.system.observer import Observer, Silent
+from tensortrain.system.processes import n_processes
 from tensortrain.train.batches import device_of, length_of, n_examples, take, to_device
 from tensortrain.train.batchnorm import reestimate_batchnorm_
 from tensortrain.train.evaluation import Evaluate
 from tensortrain.train.guard import Guard
 from tensortrain.train.held_back import hold_back
+from tensortrain.train.joined import mean_buffers_
 from tensortrain.train.loop import FitResult, fit
 from tensortrain.train.losses import ALPHA, TEMPERATURE, Loss, distillation_loss, feature_loss
 from tensortrain.train.modes import TrainModes
@@ -153,6 +155,8 @@ def heal_(
         output: Which outputs count, see ``judged_outputs``.
         checkpoint: File to resume from after a kill; the result is the same to the last bit.
 
+    Of several processes of ``torch.distributed`` each brings data of its own; all take the same steps.
+
     Returns:
         FitResult: History of losses and figures, notes.
 
@@ -164,17 +168,20 @@ def heal_(
     with preserved(teacher):  # the losses run it, in eval mode
         if settings.only_statistics:
             reestimate_batchnorm_(model, data, n_batches=settings.batchnorm_batches)
+            mean_buffers_(model)
             return FitResult([], 0, 0.0)
         loss = _loss(settings, teacher, task, output)
         rest, held, really = hold_back(data, total_steps(data, settings.epochs, settings.steps))
         rest, guard = _guarded(model, data, rest, held, loss, really)
         try:
             reestimate_batchnorm_(model, rest, n_batches=settings.batchnorm_batches)
+            mean_buffers_(model)
             guard.begin(model)
             result = _fit(model, rest, loss, settings, evaluate, checkpoint, seed, observer, guard)
         except KeyboardInterrupt as error:
             guard.failed(error, 0)
             result = FitResult([], 0, 0.0)
+        mean_buffers_(model)
         guard.finish(model)
     return replace(result, notes=(*result.notes, *guard.notes))
 
@@ -296,6 +303,7 @@ def _fit(
         observer=observer or Silent(),
         label="heal",
         monitor=guard,
+        joined=n_processes() > 1,
     )
 
 

@@ -3,20 +3,34 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tensortrain.train.batches import device_of, n_examples, opened, read_batch, to_device
-from tensortrain.train.losses import output_distance
-from tensortrain.train.outputs import Output, judged_outputs
-from tensortrain.train.task import Task
+from tensortrain.train.batches import (
+    device_of,
+    map_tensors,
+    n_examples,
+    opened,
+    read_batch,
+    tensors_in,
+    to_device,
+)
+from tensortrain.train.losses import output_distance, positions
+from tensortrain.train.outputs import Output, judged_outputs, relative_distance
+from tensortrain.train.task import Task, as_logits
 
-__all__ = ["HeldOutputs", "Judge", "split_batches"]
+__all__ = ["Distances", "HeldOutputs", "Judge", "split_batches"]
+
+
+_FEWEST_EXAMPLES, _MOST_PIECES = 4, 8  # of a piece; of a batch
+_CLEARLY = 2.0  # standard errors
 
 
 @dataclass(frozen=True)
@@ -31,6 +45,11 @@ class Judge:
     task: Task
     output: Output | None = None
 
+    @property
+    def in_nats(self) -> bool:
+        """Whether the main output is judged by divergence."""
+        return self.task.main is not None and (self.task.softmax or self.task.kind == "multi-label")
+
     def drawing(self, k: int) -> AbstractContextManager[Any]:
         """The same random numbers for every model on batch k, where a model draws some."""
         return _drawn_alike(k) if self.task.random else nullcontext()
@@ -40,11 +59,49 @@ class Judge:
         return judged_outputs(model, batch, self.output, with_labels=self.task.with_labels)[0]
 
 
+@dataclass(frozen=True)
+class Distances:
+    """How far outputs lie from the original's, piece by piece of the batches.
+
+    Attributes:
+        judged: Divergence of class probabilities, relative squared distance of other outputs.
+        plain: Relative squared distance of all outputs, logits among them.
+        in_nats: The main output is judged by divergence.
+    """
+
+    judged: tuple[float, ...] = ()
+    plain: tuple[float, ...] = ()
+    in_nats: bool = True
+
+    @property
+    def mean(self) -> float:
+        """Of what they are judged by."""
+        return _mean(self.judged)
+
+    def is_nearer(self, other: Distances, *, gain: float) -> bool:
+        """Whether outputs lie nearer than others did, by more than a share.
+
+        Of divergences a few examples that are uncertain make up most, and the others say little about what the logits
+        have become: the gain must be clearly more than pieces differ in, and logits must come no farther.
+        """
+        if not math.isfinite(other.mean):
+            return math.isfinite(self.mean)
+        if not self.mean < (1 - gain) * other.mean:
+            return False
+        if not self.in_nats:
+            return True
+        if _mean(self.plain) > _mean(other.plain):
+            return False
+        gains = torch.tensor(other.judged, dtype=torch.float64) - torch.tensor(self.judged, dtype=torch.float64)
+        return len(gains) < 2 or float(gains.mean()) > _CLEARLY * float(gains.std()) / math.sqrt(len(gains))
+
+
 @dataclass
 class HeldOutputs:
     """The original's outputs on batches held back, and how far others lie from them.
 
     Attributes:
+        batches: These, in pieces where the model takes them.
         expected: The original's outputs, one entry a batch.
     """
 
@@ -55,29 +112,53 @@ class HeldOutputs:
     @classmethod
     @torch.no_grad()
     def of(cls, original: nn.Module, batches: Sequence[Any], judge: Judge) -> HeldOutputs:
-        """Run the original once."""
-        found = []
-        for k, batch in enumerate(batches):
-            with judge.drawing(k):
-                found.append(judge.outputs(original, batch))
-        return cls(judge, batches, found)
+        """Run the original once; on pieces of the batches where divergences judge it, to see how far these differ.
 
-    @torch.no_grad()
+        Whole batches are taken where it does not run on pieces.
+        """
+        pieces = [piece for batch in batches for piece in (_pieces(batch) if judge.in_nats else [batch])]
+        try:
+            found = cls(judge, pieces, _expected(original, pieces, judge))
+            if not math.isnan(found.distance(original)):
+                return found
+        except Exception:  # what can be cut need not run in pieces
+            pass
+        return cls(judge, batches, _expected(original, batches, judge))
+
     def distance(self, model: nn.Module) -> float:
         """Mean over the batches: divergence of class probabilities, relative squared distance of other outputs.
 
         Infinite where an output is no number any more.
         """
-        found = []
+        return self.distances(model).mean
+
+    @torch.no_grad()
+    def distances(self, model: nn.Module) -> Distances:
+        """The same batch by batch."""
+        judged, plain = [], []
         for k, (batch, expected) in enumerate(zip(self.batches, self.expected, strict=True)):
             with self.judge.drawing(k):
                 outputs, labels = self.judge.outputs(model, batch), read_batch(model, batch).labels
             if any(_is_broken(outputs[name], y) for name, y in expected.items() if name in outputs):
-                return float("inf")
+                return Distances((math.inf,), (math.inf,), self.judge.in_nats)
             value = output_distance(self.judge.task, outputs, expected, batch, labels)
             if value is not None:
-                found.append(float(value))
-        return sum(found) / len(found) if found else float("nan")
+                judged.append(float(value))
+                plain.append(self._plain(outputs, expected, batch, labels))
+        return Distances(tuple(judged), tuple(plain), self.judge.in_nats)
+
+    def _plain(self, outputs: dict[str, Tensor], expected: dict[str, Tensor], batch: Any, labels: Any) -> float:
+        task, total = self.judge.task, 0.0
+        for name, wanted in expected.items():
+            if name in outputs and wanted.is_floating_point():
+                mask = positions(task, name, wanted, batch, labels)
+                pair = [outputs[name], wanted]
+                if name == task.main and task.softmax:
+                    pair = [as_logits(task, y) for y in pair]
+                    mask = None if mask is None else mask.reshape(-1)
+                pair = pair if mask is None else [y[mask] for y in pair]
+                total += float(relative_distance(*pair)) if pair[1].numel() else 0.0
+        return total
 
 
 @contextmanager
@@ -85,6 +166,33 @@ def _drawn_alike(k: int) -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(k)
         yield
+
+
+def _expected(original: nn.Module, batches: Sequence[Any], judge: Judge) -> list[dict[str, Tensor]]:
+    found = []
+    for k, batch in enumerate(batches):
+        with judge.drawing(k):
+            found.append(judge.outputs(original, batch))
+    return found
+
+
+def _pieces(batch: Any) -> list[Any]:
+    """A batch cut along its first axis; whole where its tensors do not share it."""
+    n, sizes = n_examples(batch), {tensor.shape[0] if tensor.ndim else 0 for tensor in tensors_in(batch)}
+    size = max(_FEWEST_EXAMPLES, -(-n // _MOST_PIECES))
+    if sizes != {n} or n < 2 * size:
+        return [batch]
+    cuts = range(0, n - size + 1, size)  # the last one takes the rest
+    ends = [*cuts[1:], n]
+    return [map_tensors(partial(_between, begin=a, end=b), batch) for a, b in zip(cuts, ends, strict=True)]
+
+
+def _between(x: Tensor, begin: int, end: int) -> Tensor:
+    return x[begin:end]
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else math.nan
 
 
 def _is_broken(y: Tensor, wanted: Tensor) -> bool:

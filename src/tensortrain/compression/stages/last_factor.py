@@ -17,17 +17,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from tensortrain.compression.survey.summaries import patches_of
+from tensortrain.compression.survey.summaries import padded, patches_of
 from tensortrain.formats import FactorSpec, get_format
 from tensortrain.formats.chain import ChainFormat
+from tensortrain.formats.channel_order import NATURAL, ChannelOrder
 from tensortrain.formats.tucker2 import Tucker2
 from tensortrain.nn import Conv1d, Conv2d, FactorizedLayer, Linear, is_transformers_conv1d
 
-__all__ = ["Equations", "LastFactor", "last_factor", "why_no_last_factor"]
+__all__ = ["Equations", "LastFactor", "is_plain_layer", "last_factor", "why_no_last_factor"]
 
 _MOST_FEATURES = 4096  # numbers that one output depends on: a matrix of their products has 128 MiB
 _MOST_ROWS = 4096  # of one call: neighbouring places of an image say nearly the same
 _CHUNK = 1 << 22  # numbers at once
+
+
+def is_plain_layer(layer: nn.Module | None) -> bool:
+    """Whether it is a dense layer of a kind whose weight can be fitted."""
+    return type(layer) in (nn.Linear, nn.Conv1d, nn.Conv2d) or is_transformers_conv1d(layer)
 
 
 def why_no_last_factor(layer: nn.Module) -> str:
@@ -35,7 +41,7 @@ def why_no_last_factor(layer: nn.Module) -> str:
     if "forward" in vars(layer) or layer._forward_hooks or layer._forward_pre_hooks:
         return "hooks or a forward of its own change what goes in or out"
     if not isinstance(layer, FactorizedLayer):
-        plain = type(layer) in (nn.Linear, nn.Conv1d, nn.Conv2d) or is_transformers_conv1d(layer)
+        plain = is_plain_layer(layer)
         wide = plain and (math.prod(_weight_of(layer).shape[1:]) > _MOST_FEATURES or getattr(layer, "groups", 1) > 1)
         return "" if plain and not wide else "it is of a kind whose weight is not fitted"
     if type(layer) not in (Linear, Conv1d, Conv2d) or layer.spec.weight.groups > 1:
@@ -66,6 +72,7 @@ class LastFactor:
 
     def __init__(self, layer: Any) -> None:
         self.layer = layer
+        self._order: ChannelOrder = layer.channel_order if isinstance(layer, Linear) else NATURAL
 
     @property
     def n_blocks(self) -> int:
@@ -73,10 +80,11 @@ class LastFactor:
         return 1
 
     def rows(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """The layer's input as rows in torch's order, ``(n, N)``; of images, at some of the places."""
+        """The layer's input as rows in torch's order, or that of its cores, ``(n, N)``; of images, at some places."""
         if not _is_conv(self.layer):
-            return _counted(x, mask)
-        patches = patches_of(self.layer, *_padded(self.layer, x))
+            rows = _counted(x, mask)
+            return rows if self._order.inputs is None else rows[:, list(self._order.inputs)]
+        patches = patches_of(self.layer, *padded(self.layer, _with_examples(self.layer, x)))
         return _some(patches.transpose(1, 2).reshape(-1, patches.shape[1]))
 
     def wanted(self, y: Tensor, mask: Tensor | None) -> Tensor:
@@ -86,6 +94,7 @@ class LastFactor:
             rows = _some(y.movedim(1, -1).reshape(-1, y.shape[1]))
         else:
             rows = _counted(y, mask)
+        rows = rows if self._order.outputs is None else rows[:, list(self._order.outputs)]
         return rows.reshape(len(rows), self.n_blocks, -1)
 
     def features(self, rows: Tensor) -> Tensor:
@@ -95,6 +104,14 @@ class LastFactor:
     def matrix(self) -> Tensor:
         """The factor, ``(m, k)``."""
         return _weight_of(self.layer).detach().flatten(1)
+
+    def bias(self) -> Tensor | None:
+        """The layer's bias at the factor's outputs, ``(n_blocks, m)``, float64; None where it has none."""
+        if self.layer.bias is None:
+            return None
+        own = self.layer.bias.detach().double()
+        own = own if self._order.outputs is None else own[list(self._order.outputs)]
+        return own.reshape(self.n_blocks, -1)
 
     def tensors(self) -> list[Tensor]:
         """The parameters that a fit changes."""
@@ -106,7 +123,8 @@ class LastFactor:
         """Put a fitted factor, and the bias with it, in place."""
         self._write_factor(matrix)
         if self.layer.bias is not None and bias is not None:
-            self.layer.bias.copy_(bias.reshape(-1))
+            given, places = bias.reshape(-1), getattr(self.layer, "out_places", None)
+            self.layer.bias.copy_(given if places is None else given[places.long()])
 
     def _write_factor(self, matrix: Tensor) -> None:
         weight = _weight_of(self.layer)
@@ -186,15 +204,6 @@ def _is_conv(layer: nn.Module) -> bool:
 def _with_examples(conv: Any, x: Tensor) -> Tensor:
     """With an axis of examples, which a single image lacks."""
     return x if x.ndim == len(conv.kernel_size) + 2 else x.unsqueeze(0)
-
-
-def _padded(conv: Any, x: Tensor) -> tuple[Tensor, Any]:
-    """The input with an axis of examples, padded where unfolding cannot; and the padding still to be made."""
-    x = _with_examples(conv, x)
-    if conv.padding_mode == "zeros" and not isinstance(conv.padding, str):
-        return x, conv.padding
-    widths = conv._reversed_padding_repeated_twice if isinstance(conv, _ConvNd) else conv.conv_options().pad_widths()
-    return F.pad(x, widths, mode="constant" if conv.padding_mode == "zeros" else conv.padding_mode), 0
 
 
 def _counted(x: Tensor, mask: Tensor | None) -> Tensor:

@@ -20,13 +20,19 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tensortrain.compression.stages.base import Work, stage
-from tensortrain.compression.stages.held_outputs import HeldOutputs
-from tensortrain.compression.stages.last_factor import Equations, LastFactor, last_factor, why_no_last_factor
+from tensortrain.compression.stages.held_outputs import Distances, HeldOutputs
+from tensortrain.compression.stages.last_factor import (
+    Equations,
+    LastFactor,
+    is_plain_layer,
+    last_factor,
+    why_no_last_factor,
+)
 from tensortrain.compression.stages.material import Material, material, running
 from tensortrain.compression.stages.streams import Part, Streams
 from tensortrain.compression.survey.layers import part_of
 from tensortrain.compression.words import in_short, named
-from tensortrain.nn import FactorizedLayer, is_transformers_conv1d
+from tensortrain.nn import FactorizedLayer
 from tensortrain.system.observer import Observer
 
 __all__ = ["Refit", "fittable_layers", "heard", "in_order", "refit_", "refitted", "wanted_output"]
@@ -62,11 +68,11 @@ class Outcome:
     Attributes:
         kept, worse: Names of layers whose fit was kept, and of those where it did not help.
         passed_over: Layers by the reason for which they were not fitted.
-        before, after: Distance of the outputs.
+        before, after: Distances of the outputs.
     """
 
-    before: float
-    after: float
+    before: Distances
+    after: Distances
     kept: list[str] = field(default_factory=list)
     worse: list[str] = field(default_factory=list)
     passed_over: dict[str, list[str]] = field(default_factory=dict)
@@ -79,8 +85,8 @@ class Outcome:
         if self.kept:
             found.append(
                 f"{len(self.kept)} of {len(self.kept) + len(self.worse)} layers were refitted on the compressed "
-                f"model's own inputs: on batches held back its outputs lie {self.after:.3g} from the original's, "
-                f"{self.before:.3g} before."
+                f"model's own inputs: on batches held back its outputs lie {self.after.mean:.3g} from the original's, "
+                f"{self.before.mean:.3g} before."
             )
         return found
 
@@ -103,15 +109,11 @@ def fittable_layers(given: Material, *, changed: bool = False) -> list[str]:
 
 
 def _may_be_fitted(before: Any, now: nn.Module, changed: bool) -> bool:
-    return _is_dense(now) and _gives_as_much(before, now) and not (changed and _same_shape(before, now))
+    return is_plain_layer(now) and _gives_as_much(before, now) and not (changed and _same_shape(before, now))
 
 
 def _same_shape(before: Any, now: Any) -> bool:
     return bool(before.weight.shape == now.weight.shape)
-
-
-def _is_dense(module: nn.Module) -> bool:
-    return type(module) in (nn.Linear, nn.Conv1d, nn.Conv2d) or is_transformers_conv1d(module)
 
 
 def _gives_as_much(before: Any, now: Any) -> bool:
@@ -128,7 +130,7 @@ def refit_(given: Material, settings: Refit, observer: Observer) -> Outcome:
     """
     original, small, batches, held = given.original, given.small, given.batches, given.held
     with running(original), running(small), torch.no_grad():
-        before = held.distance(small)
+        before = held.distances(small)
         outcome = Outcome(before, before)
         streams = Streams.of(original, small, batches, held.judge.outputs)
         names = in_order(small, fittable_layers(given), lambda: held.judge.outputs(small, batches[0]))
@@ -251,12 +253,11 @@ def heard(layer: nn.Module, run: Any) -> list[Heard]:
 def _best(fit: tuple[Equations, Equations], factor: LastFactor, settings: Refit) -> tuple[Tensor, Tensor | None] | None:
     """The factor, and bias, that is best on the batches to choose by; None where the old one is."""
     fitting, choosing = fit
-    old, bias = factor.matrix().double(), factor.layer.bias
-    own = None if bias is None else bias.detach().double().reshape(factor.n_blocks, -1)
+    old, own = factor.matrix().double(), factor.bias()
     best, least = None, choosing.error(old, own)
     for damping in settings.dampings:
-        matrix = fitting.solved(old, damping=damping, centred=bias is not None)
-        found = matrix, None if bias is None else fitting.bias(matrix)
+        matrix = fitting.solved(old, damping=damping, centred=own is not None)
+        found = matrix, None if own is None else fitting.bias(matrix)
         error = choosing.error(*found)
         if error < least:
             best, least = found, error
@@ -276,14 +277,14 @@ def _try(
     is_kept = False
     try:
         factor.write(*change)
-        distance = held.distance(small)
-        is_kept = distance < (1 - _GAIN) * outcome.after
+        distances = held.distances(small)
+        is_kept = distances.is_nearer(outcome.after, gain=_GAIN)
     finally:  # also where it is interrupted
         if not is_kept:
             for tensor, value in zip(factor.tensors(), kept, strict=True):
                 tensor.copy_(value)
     if is_kept:
-        outcome.after = distance
+        outcome.after = distances
     (outcome.kept if is_kept else outcome.worse).append(name)
 
 

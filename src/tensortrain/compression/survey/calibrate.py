@@ -6,28 +6,32 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tensortrain.compression.survey.fisher import Metric
+from tensortrain.compression.survey.joined import join_inputs
 from tensortrain.compression.survey.layers import FoundLayer
-from tensortrain.compression.survey.moments import Calibration, LayerMoments
+from tensortrain.compression.survey.moments import Calibration, LayerMoments, n_moments
 from tensortrain.compression.survey.output_weights import Judge, Spreads, weigh_outputs
 from tensortrain.compression.survey.summaries import is_summarized, summarize
 from tensortrain.compression.survey.tied import Spread, together
 from tensortrain.errors import DataError
 from tensortrain.nn import Linear
 from tensortrain.system.observer import Observer, Silent
+from tensortrain.system.processes import first_of, own_share
 from tensortrain.train.batches import device_of, failed_on_batch, n_examples, opened, run_somehow, to_device
 from tensortrain.train.modes import is_frozen_norm
 from tensortrain.train.outputs import Output, judged_outputs
 from tensortrain.train.preserve import preserved
 from tensortrain.train.task import Task
 
-__all__ = ["Calibration", "calibrate"]
+__all__ = ["Calibration", "are_parked", "calibrate"]
+
+_HELD_BYTES = 2**27  # of all statistics, that are kept in memory
 
 
 def calibrate(
@@ -50,7 +54,7 @@ def calibrate(
 
     Args:
         data: Batches as for training; labels are not used.
-        n_batches: How many batches to run, at least one.
+        n_batches: How many batches to run, at least one; of several processes together.
         grams: Off: record shapes alone.
         gradient_batches: How many of the batches also run backward, for ``output_grams``.
         output: Which outputs the model is judged by, see ``judged_outputs``; all when None.
@@ -74,16 +78,19 @@ def calibrate(
     heads = {layer.name: _head_of(layer) for layer in layers if layer.head is not None}
     spreads = {name: Spread() for name in heads}
     layers = [*layers, *heads.values()]
-    found = Calibration({layer.name: LayerMoments() for layer in layers}, with_labels=with_labels)
+    parks = are_parked(layers)
+    found = Calibration({layer.name: LayerMoments(parks=parks) for layer in layers}, with_labels=with_labels)
     seen = _Pass(model, layers, found, judge if grams else None, Spreads(Metric(model, task)))
     kept = max(1, keep_batches, gradient_batches if grams else 0)
     with preserved(model):
         model.eval()
         with _watched(heads, spreads):
-            seen.run(data, n_batches, kept, observer)
+            seen.run(data, own_share(n_batches), kept, observer)
+        join_inputs(found, spreads, device_of(model))
+        seen.spreads.join()
         if grams and gradient_batches:
             weigh_outputs(model, layers, found, gradient_batches, judge, seen.spreads, observer)
-    del found.batches[keep_batches:]
+    found.batches = first_of(found.batches[:keep_batches])
     _settle_norms(model, found)
     for layer in layers:
         moments = found.layers[layer.name]
@@ -96,6 +103,11 @@ def calibrate(
     if grams:
         _note_missing([layer for layer in layers if layer.name in found.layers], found)
     return found
+
+
+def are_parked(layers: Sequence[FoundLayer]) -> bool:
+    """Whether the statistics of some layers together are so large that they lie in files."""
+    return 8 * sum(n_moments(layer.weight.fan_in, layer.weight.out_features) for layer in layers) > _HELD_BYTES
 
 
 def _head_of(layer: FoundLayer) -> FoundLayer:
@@ -123,6 +135,7 @@ class _Pass:
         mask: Which positions of the batch that runs are counted.
         feature_map: Shape of the last map of features that a module gave.
         last: The layer that ran last, and its output.
+        looked_up: What small tables gave on the batch that runs, by where it lies in memory, and the tables.
     """
 
     model: nn.Module
@@ -133,6 +146,7 @@ class _Pass:
     mask: Tensor | None = None
     feature_map: tuple[int, ...] = ()
     last: tuple[LayerMoments, Any] | None = None
+    looked_up: dict[int, tuple[Tensor, int, Tensor]] = field(default_factory=dict)
 
     @torch.no_grad()
     def run(self, data: Iterable[Any], n_batches: int, kept: int, observer: Observer) -> None:
@@ -150,10 +164,12 @@ class _Pass:
                     observer.on_step(k + 1)
                     if n_examples(batch):
                         self._run_one(to_device(batch, device_of(self.model)), kept)
+                        self.found.tidy()
         finally:
             for handle in handles:
                 handle.remove()
             self.last = None  # an output that nobody needs any more
+            self.looked_up.clear()
             observer.on_end()
         if not self.found.batches:
             raise DataError(
@@ -165,6 +181,7 @@ class _Pass:
         found = self.found
         if not found.batches:
             found.n_examples = n_examples(batch)
+        self.looked_up.clear()
         self.mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
         try:
             if self.judge is None:
@@ -188,6 +205,7 @@ class _Pass:
         modules = list(self.model.named_modules())
         handles += [module.register_forward_hook(self._note_feature_map) for _, module in modules]
         handles += [layer.module.register_forward_hook(self._leaving(layer)) for layer in self.layers]
+        handles += [module.register_forward_hook(self._note_rows) for _, module in modules if _is_small_table(module)]
         norms = [(name, m) for name, m in modules if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         return handles + [m.register_forward_pre_hook(self._entering(name), with_kwargs=True) for name, m in norms]
 
@@ -202,9 +220,8 @@ class _Pass:
             if not self.found.batches:  # the first one; the last may be short
                 moments.input_shape = tuple(x.shape)
                 moments.calls = (moments.calls or 0) + 1
-            summary = summarize(layer, x, self.mask) if self.judge is not None else None
-            if summary is not None:
-                moments.add(*summary)
+            if self.judge is not None:
+                summarize(layer, x, self.mask, moments, self._table_of(x))
 
         return record
 
@@ -219,6 +236,15 @@ class _Pass:
     def _note_feature_map(self, module: nn.Module, args: Any, output: Any) -> None:
         if isinstance(output, Tensor) and output.ndim >= 3:
             self.feature_map = tuple(output.shape[1:])
+
+    def _note_rows(self, module: Any, args: Any, output: Any) -> None:
+        if isinstance(output, Tensor) and not output.is_inference():
+            self.looked_up[output.untyped_storage().data_ptr()] = output, output._version, module.weight
+
+    def _table_of(self, x: Tensor) -> Tensor | None:
+        """The table that an input consists of rows of, if it has not been changed since these were looked up."""
+        found = None if x.is_inference() else self.looked_up.get(x.untyped_storage().data_ptr())
+        return found[2] if found is not None and x._version == found[1] and x.shape[-1] == found[2].shape[1] else None
 
     def _leaving(self, layer: FoundLayer) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
@@ -252,6 +278,12 @@ def _note_missing(layers: Sequence[FoundLayer], found: Calibration) -> None:
         if moments.gram is None:
             known = is_summarized(layer) or moments.n_rows is None
             (found.unseen if known else found.unmeasured).append(layer.name)
+
+
+def _is_small_table(module: Any) -> bool:
+    """Whether it gives rows of a table, or sums of some, that cannot lie in all directions."""
+    is_table = isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and getattr(module, "mode", "") != "max"
+    return is_table and module.num_embeddings < module.embedding_dim
 
 
 def _plain(x: Any) -> Tensor | None:

@@ -6,6 +6,7 @@ likely count for nothing. Its matrix is the Fisher information, which needs no l
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,8 @@ from tensortrain.train.outputs import CONSTANT, counted, relative_distance, spre
 from tensortrain.train.task import Task, as_logits
 
 __all__ = ["Metric"]
+
+_AT_ONCE = 2**21  # logits that are made doubles of
 
 
 @dataclass(frozen=True)
@@ -42,18 +45,19 @@ class Metric:
         y = y.detach()
         if not self.in_nats(name):
             return spread(self._values(name, y, batch))
-        logits = self._logits(name, y, batch).double()
-        about, whole = self._energies(logits, logits - logits.mean(dim=0), logits)
+        logits = self._logits(name, y, batch)
+        mean = logits.mean(dim=0, dtype=torch.float64)
+        about, whole = _summed(self._energies(some, some - mean, some) for some in _in_double(logits))
         return about, whole
 
     def share(self, name: str, y: Tensor, wanted: Tensor, batch: Any) -> float:
         """What a changed output spoils of the original's, in the metric that plans predict it in."""
         if not self.in_nats(name):
             return float(relative_distance(self._values(name, y, batch), self._values(name, wanted, batch)))
-        logits = self._logits(name, wanted, batch).double()
         about, square = self.spread(name, wanted, batch)
         scale = about if about > CONSTANT * square else square
-        (energy,) = self._energies(logits, self._logits(name, y, batch).double() - logits)
+        pairs = (_in_double(self._logits(name, one, batch)) for one in (wanted, y))
+        (energy,) = _summed(self._energies(some, changed - some) for some, changed in zip(*pairs, strict=True))
         return float(energy / scale)
 
     def along(self, name: str, y: Tensor, batch: Any, generator: torch.Generator) -> Tensor:
@@ -63,8 +67,10 @@ class Metric:
             noise = torch.randn(values.shape, generator=generator).to(values)
             return (torch.where(counted(values), values, 0) * noise).sum()
         logits = self._logits(name, y, batch)
-        noise = torch.randn(logits.shape, generator=generator).to(logits)
-        return (logits * self._direction(logits.detach(), noise)).sum()
+        parts = (some.detach() for some in _in_parts(logits))
+        noisy = ((some, torch.randn(some.shape, generator=generator).to(some)) for some in parts)
+        along = torch.cat([self._direction(some, noise) for some, noise in noisy])
+        return torch.dot(logits.reshape(-1), along.reshape(-1))  # of which the direction alone counts
 
     def _direction(self, logits: Tensor, noise: Tensor) -> Tensor:
         """A draw with the second moment of ``p - onehot(y)``, ``y ~ p``.
@@ -98,7 +104,7 @@ class Metric:
         rows = as_logits(self.task, y)
         rows = unmasked(rows, counted(rows))
         mask = self._mask(name, y, batch)
-        return rows if mask is None else rows[mask.reshape(-1)]
+        return rows if mask is None or bool(mask.all()) else rows[mask.reshape(-1)]
 
     def _values(self, name: str, y: Tensor, batch: Any) -> Tensor:
         """The places of an output that count; of an embedding, its direction alone."""
@@ -111,3 +117,16 @@ class Metric:
         if self.task is None:
             return None
         return positions(self.task, name, y, batch, read_batch(self.model, batch).labels)
+
+
+def _in_parts(logits: Tensor) -> tuple[Tensor, ...]:
+    """Rows of logits, some at a time: of a large vocabulary all of them would be larger than the model's layers."""
+    return logits.split(max(1, _AT_ONCE // max(1, logits.shape[-1])))
+
+
+def _in_double(logits: Tensor) -> Iterator[Tensor]:
+    return (some.double() for some in _in_parts(logits))
+
+
+def _summed(parts: Iterable[Sequence[Tensor]]) -> list[Tensor]:
+    return [torch.stack(column).sum(dim=0) for column in zip(*parts, strict=True)]

@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 from tensortrain.nn import is_transformers_conv1d
 from tensortrain.train.modes import modes_kept
 
-__all__ = ["HiddenUnits", "Run", "channel_axis", "find_hidden_units", "some_channels"]
+__all__ = ["HiddenUnits", "Run", "Trace", "channel_axis", "find_hidden_units", "some_channels", "traced"]
 
 Run = Callable[[nn.Module], object]
 
@@ -61,14 +61,21 @@ def find_hidden_units(model: nn.Module, run: Run, *, training: bool = False) -> 
     Cost: one forward pass with gradients; for each layer two backward passes to the layers before it, and two more to
     all inputs where it reads hidden units.
     """
+    with traced(model, run, training=training) as trace:
+        found = [trace.units_of(name) for name in trace.order]
+    return [one for one in found if one is not None]
+
+
+@contextmanager
+def traced(model: nn.Module, run: Run, *, training: bool = False) -> Iterator[Trace]:
+    """One pass of a model with gradients, see ``Trace``; arguments as ``find_hidden_units``."""
     parts = _parts(model)
     with modes_kept(model), _all_trained(model), torch.enable_grad(), ExitStack() as stack:
         model.train(training)
-        trace = _Trace(model, parts, stack)
+        trace = Trace(model, parts, stack)
         outputs = run(model)
         trace.ends.extend(leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor))
-        found = [trace.units_of(name) for name in trace.order]
-    return [one for one in found if one is not None]
+        yield trace
 
 
 def _parts(model: nn.Module) -> dict[str, nn.Module]:
@@ -90,7 +97,7 @@ def _is_channelwise(module: nn.Module) -> bool:
     return type(module) in _CHANNELWISE and any(True for _ in module.parameters())
 
 
-class _Trace:
+class Trace:
     """One forward pass where the output of every layer is a leaf, so that every dependence ends at the next layer."""
 
     def __init__(self, model: nn.Module, parts: dict[str, nn.Module], stack: ExitStack) -> None:

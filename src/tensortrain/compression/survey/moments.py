@@ -9,13 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tensortrain.compression.survey.span import Span
 from tensortrain.formats import PLAIN, Weighting
+from tensortrain.formats.whitening import DAMPING
+from tensortrain.system.parking import is_parked, let_go, park, tidy
+from tensortrain.system.processes import n_processes
 
-__all__ = ["Calibration", "LayerMoments", "expected_shares", "second_moment"]
+__all__ = ["Calibration", "LayerMoments", "expected_shares", "n_moments", "second_moment"]
 
 LARGEST_FULL_GRAM = 4608  # features: 170 MB in float64; above, only the diagonal is kept
 _MOST_UNMET = 0.5  # of all ids to come, however many of those met came once
 _LEAST_UNMET = 0.05  # of what they would be if all ids were alike: positions beyond short texts may come, too
+_EXACT = 1e-6  # of the mean square: what inputs bring from outside of the directions seen is rounding
+_WORTH_PARKING, _AT_ONCE = 2**17, 2**19  # numbers; of those parked, how many are added to at once
 _CONSTANT = 1e-10  # of the second moment: an input that varies less is the same for all rows
 
 
@@ -35,6 +41,10 @@ class LayerMoments:
         structure: For a layer behind a flattening, the (channels, height, width) that were flattened.
         calls: How often the layer ran on the first batch.
         n_rows: Rows summed up.
+        basis: ``(r, N)``: the directions that the inputs lie in, where these are few.
+        outside: Share of the mean square that is to be expected in any other direction; None where there is no basis.
+        span: These directions, while the data runs.
+        parks: Large moments lie in files, and take memory only while they are looked at.
     """
 
     gram: Tensor | None = None
@@ -45,6 +55,10 @@ class LayerMoments:
     structure: tuple[int, ...] | None = None
     calls: int | None = None
     n_rows: int | None = None
+    basis: Tensor | None = None
+    outside: float | None = None
+    span: Span | None = None
+    parks: bool = field(default=False, compare=False, repr=False)
 
     @property
     def weighting(self) -> Weighting:
@@ -53,26 +67,77 @@ class LayerMoments:
             return PLAIN
         known: Weighting | None = self.__dict__.get("_weighting")
         if known is None or known.inputs is not self.gram or known.outputs is not self.output_gram:
-            known = self.__dict__["_weighting"] = Weighting(self.gram, self.output_gram)
+            known = Weighting(self.gram, self.output_gram, basis=self.basis, outside=self.outside or 0.0)
+            self.__dict__["_weighting"] = known
         return known
 
     def forget_derived(self) -> None:
-        """Drop what was computed from the moments on the way."""
+        """Drop what was computed from the moments on the way, and their memory where they lie in files."""
         self.__dict__.pop("_weighting", None)
+        let_go(self.gram, self.output_gram)
+        if self.parks:
+            tidy()
+
+    def park(self) -> None:
+        """Put large moments into files, where that is asked for."""
+        self.gram, self.output_gram = self._parked(self.gram), self._parked(self.output_gram)
+
+    def _parked(self, moment: Tensor | None) -> Tensor | None:
+        if moment is None or not self._is_to_park(moment) or is_parked(moment):
+            return moment
+        return park(moment)
+
+    def _is_to_park(self, moment: Tensor) -> bool:
+        return self.parks and moment.numel() >= _WORTH_PARKING and moment.device.type == "cpu"
+
+    def set_aside(self) -> None:
+        """The same where the moments lie in files; else what was computed is of use later."""
+        if self.parks:
+            self.forget_derived()
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_weighting"}
 
     def add(self, gram: Tensor, mean: Tensor | None, n_rows: int) -> None:
         """Take in the sums over the rows of one call."""
-        self.gram = _added(self.gram, gram)
+        self.gram = self._added(self.gram, gram)
         if mean is not None:
             self.mean = mean if self.mean is None else self.mean + mean
         self.n_rows = (self.n_rows or 0) + n_rows
 
+    def add_rows(self, rows: Tensor, table: Tensor | None = None) -> None:
+        """Take in the rows of one call, ``(n, N)``.
+
+        Args:
+            table: That they are rows of, or sums of such.
+        """
+        if self.span is None and rows.shape[1] <= LARGEST_FULL_GRAM and n_processes() == 1:
+            self.span = Span(rows.shape[1])
+        if self.span is not None:
+            self.span.add(rows, table)
+        # Where directions are missing, rounding must not look like some.
+        exact = self.span is not None and self.span.is_small
+        gram = second_moment(rows.double() if exact else rows)
+        self.add(gram, rows.sum(dim=0, dtype=torch.float64), rows.shape[0])
+
     def add_gradients(self, moment: Tensor) -> None:
         """Take in the second moment of the gradients of one call."""
-        self.output_gram = _added(self.output_gram, moment)
+        self.output_gram = self._added(self.output_gram, moment)
+
+    def _added(self, total: Tensor | None, more: Tensor) -> Tensor:
+        """A sum in float64, which is nobody else's."""
+        if total is not None:
+            step = _AT_ONCE // max(1, total[:1].numel()) if is_parked(total) else len(total)
+            step = max(1, step)
+            for start in range(0, len(total), step):  # what is added goes through a copy in float64
+                total[start : start + step].add_(more[start : start + step])
+                let_go(total)
+            if is_parked(total):
+                tidy()  # of what the products took
+            return total
+        if self._is_to_park(more):
+            return park(more, dtype=torch.float64)
+        return more.to(torch.float64, copy=True)
 
     def finish(self, *, centred: bool, counts: bool = False) -> None:
         """Sums to means; about the mean where a shift of the layer's mean output does no harm.
@@ -84,6 +149,7 @@ class LayerMoments:
         """
         gram, mean, n_rows = self.gram, self.mean, self.n_rows
         self.gram = self.mean = None
+        self._settle_span()
         if gram is None or not n_rows:
             return
         second = _trace(gram)
@@ -97,6 +163,19 @@ class LayerMoments:
                 return
             self.mean = mean
         self.gram = gram
+        let_go(gram)
+
+    def _settle_span(self) -> None:
+        """How much of what is to come lies outside of the directions seen, spread over all others."""
+        span, self.span = self.span, None
+        basis = None if span is None else span.of_tables()
+        if basis is not None:
+            self.basis, self.outside = basis, 0.0
+        elif span is not None and span.basis is not None and len(span.basis):
+            rank, n = span.basis.shape
+            unexplained = span.unexplained()
+            self.basis = span.basis
+            self.outside = 0.0 if unexplained <= _EXACT else min(DAMPING, unexplained * n / (n - rank))
 
 
 def expected_shares(counts: Tensor) -> Tensor:
@@ -171,6 +250,11 @@ class Calibration:
     structures = _by_layer("structure")
     calls = _by_layer("calls")
 
+    def tidy(self) -> None:
+        """Give back memory between batches, where statistics are large."""
+        if any(moments.parks for moments in self.layers.values()):
+            tidy()
+
     def of(self, name: str) -> LayerMoments:
         """What is known of a layer; an empty record for one that was not there."""
         return self.layers.get(name, LayerMoments())
@@ -189,9 +273,9 @@ class Calibration:
         self.__dict__.update({"in_nats": False, **state})
 
 
-def _added(total: Tensor | None, more: Tensor) -> Tensor:
-    """A sum in float64, which is nobody else's."""
-    return more.to(torch.float64, copy=True) if total is None else total.add_(more)
+def n_moments(*sides: int) -> int:
+    """Numbers that the second moments of inputs and outputs of such sizes hold."""
+    return sum(n * n if n <= LARGEST_FULL_GRAM else n for n in sides)
 
 
 def second_moment(rows: Tensor) -> Tensor:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -11,14 +13,19 @@ import torch
 from torch import Tensor, nn
 
 from tensortrain.compression.survey.fisher import Metric
+from tensortrain.compression.survey.joined import join_gradients
 from tensortrain.compression.survey.layers import FoundLayer
-from tensortrain.compression.survey.moments import Calibration, second_moment
+from tensortrain.compression.survey.moments import Calibration, n_moments, second_moment
 from tensortrain.errors import KindError
 from tensortrain.system.observer import Observer
-from tensortrain.train.batches import run
+from tensortrain.system.parking import activations_parked, let_go
+from tensortrain.system.processes import gathered, n_processes, own_rank, own_share
+from tensortrain.train.batches import device_of, run
 from tensortrain.train.outputs import CONSTANT, OutputFunction
 
 __all__ = ["Judge", "OutputFunction", "Spreads", "sentence_embedding", "weigh_outputs"]
+
+_AT_ONCE = 2**20  # gradients that are made doubles of
 
 Judge = Callable[[Any], dict[str, Tensor]]  # batch -> the outputs that count, by name
 
@@ -38,6 +45,16 @@ class Spreads:
             about, square = self.metric.spread(name, y, batch)
             known = self.sums.get(name, (0.0, 0.0))
             self.sums[name] = (known[0] + float(about), known[1] + float(square))
+
+    def join(self) -> None:
+        """Add up those of several processes."""
+        parts = gathered((self.sums, self.n_examples))
+        if len(parts) == 1:
+            return
+        self.n_examples = sum(n for _, n in parts)
+        for name in self.sums:
+            pairs = [sums[name] for sums, _ in parts if name in sums]
+            self.sums[name] = (sum(about for about, _ in pairs), sum(square for _, square in pairs))
 
     def scales(self) -> dict[str, float]:
         """Mean square about the mean per example; the mean square where an output hardly varies. None is 0."""
@@ -81,29 +98,53 @@ def weigh_outputs(
     change of ``y`` (Gauss-Newton); of class probabilities, twice their divergence in nats (Fisher), since directions
     are drawn in the metric of each output. Several outputs count alike: each is scaled to the spread of the first.
     """
-    scales, batches = spreads.scales(), found.batches[:n_batches]
+    scales, batches = spreads.scales(), found.batches[: own_share(n_batches)]
     if not scales:
         found.notes.append("The outputs are zero or not finite on all of the data: layers are weighed by inputs alone.")
         return
     found.output_scale = next(iter(scales.values()))
     found.in_nats = spreads.metric.in_nats(next(iter(scales)))
     shares = {name: math.sqrt(found.output_scale / scale) for name, scale in scales.items()}
-    along = partial(_along_random_directions, spreads.metric, shares, torch.Generator().manual_seed(0))
-    count = 0
+    generator, count, failed = torch.Generator(), 0, ""
+    along = partial(_along_random_directions, spreads.metric, shares, generator)
     observer.on_start("gradients", len(batches))
     try:
         for k, batch in enumerate(batches):
-            count += _add_gradients(layers, batch, judge, along, found)
+            generator.manual_seed(k * n_processes() + own_rank())  # as one process that is given all of the batches
+            with _frozen(model), activations_parked(model.parameters()):
+                count += _add_gradients(layers, batch, judge, along, found)
+            found.tidy()
             observer.on_step(k + 1)
     except Exception as error:  # a part without a backward: inputs alone have to do
-        for moments in found.layers.values():
-            moments.output_gram = None
         reason = " ".join(str(error).split())
-        found.notes.append(f"Layers are weighed by inputs alone: no gradients ({type(error).__name__}: {reason:.120}).")
+        failed = f"Layers are weighed by inputs alone: no gradients ({type(error).__name__}: {reason:.120})."
     finally:
         observer.on_end()
+    parts = gathered((count, failed))
+    failures = [failed for _, failed in parts if failed]
+    if failures:
+        for moments in found.layers.values():
+            moments.output_gram = None
+        found.notes.append(failures[0])
+        return
+    join_gradients(found, device_of(model))
+    count = sum(n for n, _ in parts)
     for name, total in found.output_grams.items():
-        found.layers[name].output_gram = total / max(1, count)
+        found.layers[name].output_gram = total.div_(max(1, count))
+        let_go(total)
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """No parameter with gradients inside: backward does not need what comes to the layers then."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
 
 
 def _add_gradients(
@@ -137,6 +178,7 @@ def _add_gradients(
         with torch.inference_mode(False), torch.enable_grad(), torch.backends.cudnn.flags(enabled=False):
             outputs = judge(batch)
             total = along(outputs, batch)
+            found.tidy()
             if total is not None:  # labels picked by argmax have no gradient
                 torch.autograd.grad(total, tags, allow_unused=True)
     finally:
@@ -159,4 +201,7 @@ def _along_random_directions(
 def _moment(layer: FoundLayer, gradient: Tensor) -> Tensor:
     if layer.weight.kind == "conv":
         gradient = gradient.movedim(-len(layer.weight.kernel) - 1, -1)
-    return second_moment(gradient.detach().reshape(-1, gradient.shape[-1]).float().nan_to_num(0.0, 0.0, 0.0))
+    rows = gradient.detach().reshape(-1, gradient.shape[-1])
+    parts = rows.split(max(1, len(rows) if n_moments(rows.shape[1]) > rows.shape[1] else _AT_ONCE // rows.shape[1]))
+    moments = (second_moment(some.float().nan_to_num(0.0, 0.0, 0.0)) for some in parts)
+    return functools.reduce(torch.Tensor.add_, moments)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -15,14 +15,15 @@ from tensortrain.compression.survey.hidden import HiddenUnits, Run, channel_axis
 from tensortrain.compression.survey.moments import Calibration
 from tensortrain.compression.words import in_short
 from tensortrain.nn import is_transformers_conv1d
-from tensortrain.train.batches import map_tensors, n_examples, run
+from tensortrain.system.parking import activations_parked
+from tensortrain.train.batches import map_tensors, n_examples, run, tensors_in
 from tensortrain.train.modes import evaluating
 from tensortrain.train.outputs import counted
 from tensortrain.train.preserve import preserved
 
-__all__ = ["proven_units"]
+__all__ = ["few", "is_like", "numbers", "proven_units"]
 
-_FEW = 2  # examples to try on
+_FEW, _SHORT = 2, 32  # examples to try on, and places of a text
 
 
 def proven_units(
@@ -45,12 +46,12 @@ def proven_units(
     Cost: ``find_hidden_units`` in eval and in train mode, and two forward passes, on two examples; two more for each
     group of units where some of them fail.
     """
-    batch = _few(calibration.batches[0])
+    batch = few(model, calibration.batches[0], with_labels=calibration.with_labels)
 
     def on_batch(net: nn.Module) -> Any:
         return run(net, batch, with_labels=calibration.with_labels)
 
-    with preserved(model):
+    with preserved(model), activations_parked(model.parameters()):
         try:
             found = choose(_found(model, on_batch))
         except Exception as error:  # a part without gradients, or one that two examples do not serve
@@ -71,9 +72,33 @@ def _found(model: nn.Module, on_batch: Run) -> list[HiddenUnits]:
     return [units for units in found if units in trained]
 
 
-def _few(batch: Any) -> Any:
+def few(model: nn.Module, batch: Any, *, with_labels: bool) -> Any:
     n = n_examples(batch)
-    return map_tensors(lambda x: x[:_FEW] if x.ndim and len(x) == n else x, batch) if n > _FEW else batch
+    cut = map_tensors(lambda x: x[:_FEW] if x.ndim and len(x) == n else x, batch) if n > _FEW else batch
+    short = _short(cut)
+    if short is cut:
+        return cut
+    try:
+        with preserved(model), evaluating(model), torch.no_grad():
+            run(model, short, with_labels=with_labels)
+    except Exception:  # it takes texts of one length
+        return cut
+    return short
+
+
+def _short(batch: Any) -> Any:
+    """The places of texts that are masked least, where a batch is nothing but texts of one length."""
+    tensors = tensors_in(batch)
+    shapes = {x.shape for x in tensors}
+    if len(shapes) != 1 or any(x.ndim != 2 or x.is_floating_point() for x in tensors):
+        return batch
+    length = tensors[0].shape[1]
+    if length <= 2 * _SHORT:
+        return batch
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    counts = torch.ones(length) if mask is None else mask.float().sum(dim=0).cpu()
+    start = int(counts.unfold(0, _SHORT, 1).sum(dim=1).argmax())
+    return map_tensors(lambda x: x[:, start : start + _SHORT], batch)
 
 
 def _computes_the_same(model: nn.Module, groups: Sequence[HiddenUnits], on_batch: Run) -> bool:
@@ -81,20 +106,20 @@ def _computes_the_same(model: nn.Module, groups: Sequence[HiddenUnits], on_batch
     try:
         with evaluating(model), torch.no_grad():
             with _zeroed(model, groups):
-                wanted = _numbers(on_batch(model))
+                wanted = numbers(on_batch(model))
             with _narrowed(model, groups):
-                found = _numbers(on_batch(model))
+                found = numbers(on_batch(model))
     except Exception:
         return False
-    return len(wanted) == len(found) and all(_is_like(a, b) for a, b in zip(wanted, found, strict=True))
+    return len(wanted) == len(found) and all(is_like(a, b) for a, b in zip(wanted, found, strict=True))
 
 
-def _numbers(outputs: object) -> list[Tensor]:
+def numbers(outputs: object) -> list[Tensor]:
     leaves = [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor)]
     return [leaf for leaf in leaves if leaf.is_floating_point()]
 
 
-def _is_like(a: Tensor, b: Tensor) -> bool:
+def is_like(a: Tensor, b: Tensor) -> bool:
     """Where they are no masks, beside whose size nothing would show."""
     if a.shape != b.shape:
         return False

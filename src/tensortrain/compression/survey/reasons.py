@@ -142,6 +142,8 @@ def _why_not_this_kind(module: nn.Module) -> str:
     kind = type(module).__name__
     if is_parametrized(module):
         return "a parametrization computes one of its parameters"
+    if isinstance(module, factorized.PartialLinear):
+        return "directions of the attention heads beside it were taken out of it before"
     if _is_quantized(module):
         return f"it is quantized: {kind} keeps {_n_packed(module):,} packed numbers, and no parameters"
     if any(parameter is not None and is_lazy(parameter) for parameter in module._parameters.values()):

@@ -1,4 +1,4 @@
-"""Sums over what comes to a layer in one call: second moment, first moment, number of rows."""
+"""What comes to a layer in one call, summed up: as rows of numbers, or as counts of ids."""
 
 from __future__ import annotations
 
@@ -12,24 +12,28 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from tensortrain.compression.survey.layers import FoundLayer
-from tensortrain.compression.survey.moments import second_moment
+from tensortrain.compression.survey.moments import LayerMoments
 from tensortrain.errors import NonFiniteError
 
-__all__ = ["is_summarized", "patches_of", "summarize"]
+__all__ = ["is_summarized", "padded", "patches_of", "summarize"]
 
 PATCHES_PER_BATCH = 2048  # of a convolution: neighbouring patches say nearly the same
 
-Summary = tuple[Tensor, Tensor | None, int]  # second moment, first moment (if there is one), number of rows
 
+def summarize(
+    layer: FoundLayer, x: Tensor, mask: Tensor | None, moments: LayerMoments, table: Tensor | None = None
+) -> None:
+    """Add the rows of a layer's input to its moments, without those that ``mask`` blanks out, if any are taken.
 
-def summarize(layer: FoundLayer, x: Tensor, mask: Tensor | None) -> Summary | None:
-    """Sums over the rows of a layer's input, without those that ``mask`` blanks out; None where none are taken.
+    Args:
+        table: That the rows were looked up in.
 
     Raises:
         NonFiniteError: No row is finite.
     """
     of_kind = _SUMMARIES.get(layer.weight.kind)
-    return None if of_kind is None else of_kind(layer, x, mask)
+    if of_kind is not None:
+        of_kind(layer, x, mask, moments, table)
 
 
 def is_summarized(layer: FoundLayer) -> bool:
@@ -40,37 +44,43 @@ def is_summarized(layer: FoundLayer) -> bool:
     return layer.weight.kind in _SUMMARIES and plain
 
 
-def _linear_summary(layer: FoundLayer, x: Tensor, mask: Tensor | None) -> Summary:
+def _linear_summary(
+    layer: FoundLayer, x: Tensor, mask: Tensor | None, moments: LayerMoments, table: Tensor | None
+) -> None:
     rows = x.reshape(-1, x.shape[-1])
     if mask is not None and mask.shape == x.shape[:-1]:
         rows = rows[mask.reshape(-1).bool()]
-    rows = _finite(layer, rows)
-    return second_moment(rows), rows.double().sum(dim=0), rows.shape[0]
+    moments.add_rows(_finite(layer, rows), table)
 
 
-def _embedding_summary(layer: FoundLayer, x: Tensor, mask: Tensor | None) -> Summary:
+def _embedding_summary(
+    layer: FoundLayer, x: Tensor, mask: Tensor | None, moments: LayerMoments, table: Tensor | None
+) -> None:
     ids = x[mask.bool()] if mask is not None and mask.shape == x.shape else x.reshape(-1)
     counts = torch.bincount(ids.reshape(-1).long(), minlength=layer.weight.in_features)
-    return counts.double(), None, int(ids.numel())
+    moments.add(counts.double(), None, int(ids.numel()))
 
 
-def _conv_summary(layer: FoundLayer, x: Tensor, mask: Tensor | None) -> Summary | None:
+def _conv_summary(
+    layer: FoundLayer, x: Tensor, mask: Tensor | None, moments: LayerMoments, table: Tensor | None
+) -> None:
     conv = layer.module
     if not is_summarized(layer) or x.ndim != len(layer.weight.kernel) + 2:
-        return None
-    assert isinstance(conv, _ConvNd)
-    if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
-        x = F.pad(x, conv._reversed_padding_repeated_twice)  # zeros at the border change the moments little
-        padding: Any = 0
-    else:
-        padding = conv.padding
+        return
     few = max(1, math.ceil(x.shape[0] / 8))  # unfolding multiplies memory by the kernel's size
     few = max(few, math.ceil(PATCHES_PER_BATCH / max(1, math.prod(x.shape[2:]))))  # of small maps all examples
-    patches = patches_of(conv, x[:: max(1, x.shape[0] // few)], padding)
+    patches = patches_of(conv, *padded(conv, x[:: max(1, x.shape[0] // few)]))
     rows = patches.transpose(1, 2).reshape(-1, patches.shape[1])
     stride = max(1, rows.shape[0] // PATCHES_PER_BATCH)
-    rows = _finite(layer, rows[::stride])
-    return second_moment(rows), rows.double().sum(dim=0), rows.shape[0]
+    moments.add_rows(_finite(layer, rows[::stride]))
+
+
+def padded(conv: Any, x: Tensor) -> tuple[Tensor, Any]:
+    """The input of a convolution, padded where unfolding cannot; and the padding still to be made."""
+    if conv.padding_mode == "zeros" and not isinstance(conv.padding, str):
+        return x, conv.padding
+    widths = conv._reversed_padding_repeated_twice if isinstance(conv, _ConvNd) else conv.conv_options().pad_widths()
+    return F.pad(x, widths, mode="constant" if conv.padding_mode == "zeros" else conv.padding_mode), 0
 
 
 def patches_of(conv: Any, x: Tensor, padding: Any) -> Tensor:
@@ -99,7 +109,7 @@ def _finite(layer: FoundLayer, rows: Tensor) -> Tensor:
     return rows[good]
 
 
-_SUMMARIES: dict[str, Callable[[FoundLayer, Tensor, Tensor | None], Summary | None]] = {
+_SUMMARIES: dict[str, Callable[[FoundLayer, Tensor, Tensor | None, LayerMoments, Tensor | None], None]] = {
     "linear": _linear_summary,
     "conv": _conv_summary,
     "embedding": _embedding_summary,

@@ -120,7 +120,8 @@ def _without_dead(layer: FactorizedLayer) -> tuple[FactorSpec, Sequence[Tensor]]
 def _within(layer: FactorizedLayer, rel_error: float) -> tuple[FactorSpec, Sequence[Tensor]]:
     if is_train(layer):
         return _rounded(layer, layer.spec, layer.core_list(), eps=rel_error)
-    fit = layer.format.fit(layer.kernel_of(layer), layer.spec, eps=rel_error)
+    dense = layer.format.to_dense(layer.core_list(), layer.spec)
+    fit = layer.format.fit(dense, layer.spec, eps=rel_error)
     return fit.spec, list(fit.cores)
 
 

@@ -34,7 +34,7 @@ _MOST_BYTES = 2**28  # of input, output and states: likewise
 _CLEARLY = 0.92  # what is not faster by so much than the dense kernel as torch runs it is left
 _MARGIN = 0.7  # untimed, a way has to be predicted so much faster than the dense kernel to run in its place
 _DISTURBED_S = 600  # after so long a trial beside other programs is made again
-_NOTES = Notebook("convolutions-2")  # since calls are timed after a rest
+_NOTES = Notebook("convolutions-3")  # since calls are timed in a row
 _KNOWN: dict[Any, _Trial] = {}
 
 
@@ -107,7 +107,7 @@ def fastest_way(request: Request, ways: Sequence[Way], maker: Maker, *, may_time
         maker: Of the layer that asks.
         may_time: Whether ways may be run at all.
 
-    Cost: some 200 ms once for every size; what was found is kept with the constants of the machine.
+    Cost: some 50 ms once for every size; what was found is kept with the constants of the machine.
     """
     if len(ways) == 1 or not may_time or request.n_positions == 0 or not can_time(request.device):
         return predicted(ways)

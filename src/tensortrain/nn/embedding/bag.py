@@ -156,8 +156,10 @@ class EmbeddingBag(Embedding):
         return self._forward_bags(input, offsets, per_sample_weights)
 
     def _bags_of_kept(self, ids: Tensor) -> Tensor | None:
-        """Bags of one length by what is kept already: the short way at inference."""
-        if torch.is_grad_enabled() or self.runner.way is None or type(ids) is not Tensor or ids.is_nested:
+        """Bags of one length by what is kept already, or in training from rows of few ids: the short way."""
+        if self.runner.way is None or type(ids) is not Tensor or ids.is_nested:
+            return None
+        if torch.is_grad_enabled() and (self.mode == "max" or self._runs_dense()):  # torch's maxima choose among equals
             return None
         if not ids.is_cpu or ids.ndim != 2 or ids.dtype != torch.int64 or is_traced():
             return None

@@ -128,6 +128,11 @@ class _Recurrent(CompositeLayer):
         names = [name for index in range(self.num_layers) for name in self._cell_names(index)]
         return {name: self.get_submodule(name) for name in names}  # type: ignore[misc]
 
+    def _cell_list(self) -> list[Cell]:
+        """The same in order, past a module's longer way to its children."""
+        known: Any = self._modules
+        return [known[name] for index in range(self.num_layers) for name in self._cell_names(index)]
+
     @property
     def _first(self) -> Cell:
         return self.get_submodule("l0")  # type: ignore[return-value]
@@ -193,17 +198,18 @@ class _Recurrent(CompositeLayer):
             if self.dropout and index < self.num_layers - 1:
                 x = F.dropout(x, self.dropout, self.training)
         if are_fused and layout.batch_sizes is None and not torch.is_grad_enabled() and not is_traced():
-            self._quick = remembered(self._quick, (sizes, self._settings()))
+            self._quick = remembered(self._quick, (sizes, _settings(self._cell_list())))
         return x, tuple(torch.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(*finals, strict=True))
 
     def _quick_sequence(self, x: Any, state: Any) -> Any:
         """All layers by torch's kernel on weights that are kept: the short way at inference, where it ran before."""
         if type(x) is not Tensor or x.ndim != 3 or not self._quick or not may_be_quick(x):
             return None
-        if (self.dropout and self.training) or (tuple(x.shape), self._settings()) not in self._quick:
+        cells = self._cell_list()
+        if (self.dropout and self.training) or (tuple(x.shape), _settings(cells)) not in self._quick:
             return None
         weights: list[Tensor] = []
-        for cell in self.cells().values():
+        for cell in cells:
             kept = cell.kept_weights()
             if kept is None or kept[0].dtype != x.dtype:
                 return None
@@ -211,16 +217,17 @@ class _Recurrent(CompositeLayer):
         size = (self.num_layers * (1 + self.bidirectional), x.shape[1 - self.batch_first], self.hidden_size)
         n_states = self.cell_type.n_states
         if state is None:
-            state = x.new_zeros(size) if n_states == 1 else (x.new_zeros(size),) * n_states
+            zeros = x.new_zeros(size)
+            return self._by_kernel(x, zeros if n_states == 1 else (zeros,) * n_states, cells[0], weights)
         parts = (state,) if n_states == 1 else state
         if any(type(part) is not Tensor or part.shape != size or part.dtype != x.dtype for part in parts):
             return None
-        kernel: Any = getattr(torch, str(self._first.kernel))
-        settings = (self.bias, self.num_layers, 0.0, False, self.bidirectional, self.batch_first)
-        return kernel(x, state, weights, *settings)
+        return self._by_kernel(x, state, cells[0], weights)
 
-    def _settings(self) -> tuple[Any, ...]:
-        return tuple(setting for cell in self.cells().values() for setting in cell.settings())
+    def _by_kernel(self, x: Tensor, state: Any, first: Cell, weights: list[Tensor]) -> Any:
+        """All layers by torch's kernel, without gradients."""
+        kernel: Any = getattr(torch, str(first.kernel))
+        return kernel(x, state, weights, self.bias, self.num_layers, 0.0, False, self.bidirectional, self.batch_first)
 
     def _takes_kernel(self, cells: list[Cell], x: Tensor, layout: _Layout) -> bool:
         """Whether torch's own kernel does one layer, in one or both directions."""
@@ -316,6 +323,10 @@ class _Recurrent(CompositeLayer):
         parts += [f"dropout={self.dropout}"] if self.dropout else []
         parts += ["bidirectional=True"] if self.bidirectional else []
         return ", ".join([*parts, self._size_repr()])
+
+
+def _settings(cells: Sequence[Cell]) -> tuple[Any, ...]:
+    return tuple(setting for cell in cells for setting in cell.settings())
 
 
 class _OneState(_Recurrent):

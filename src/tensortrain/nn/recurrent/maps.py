@@ -154,7 +154,7 @@ def repeated(one: Map, rows: int, sizes: Sequence[int]) -> tuple[Apply, ...]:
 
 
 def _prepared(one: Map, rows: int) -> Apply:
-    if not isinstance(one, Linear) or one.format.chain(one.spec) is None:
+    if not isinstance(one, Linear) or one.ordered is not None or one.format.chain(one.spec) is None:
         return one
     with torch.no_grad():  # the plan for weights that are kept, whether or not gradients are wanted
         plan = one.plan(max(1, rows))

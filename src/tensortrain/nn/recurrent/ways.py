@@ -25,7 +25,7 @@ from tensortrain.nn.runner import may_be_dense, power_of_two
 if TYPE_CHECKING:
     from tensortrain.nn.recurrent.cells import Cell
 
-__all__ = ["Way", "differentiable_twice", "fused_step_is_faster", "kernel_is_faster", "may_take_kernel"]
+__all__ = ["MapInCell", "Way", "differentiable_twice", "fused_step_is_faster", "kernel_is_faster", "may_take_kernel"]
 
 Way = Callable[[list[Any], Tensor], Tensor]  # outputs of one layer, from its cells and an input
 
@@ -146,6 +146,55 @@ def _rebuild_s(one: Told, model: Any, dtype: torch.dtype) -> float:
     return float(calls_s + 3 * model.gemm_s(m, n, one.rank, dtype=dtype) + 4 * model.copy_s(2 * m * n * dtype.itemsize))
 
 
+class MapInCell(NamedTuple):
+    """One map of a cell whose other map is dense: what a sequence costs with another form of it.
+
+    Args:
+        which: The map.
+        blocks: How often a factorized hidden map is applied in a step.
+    """
+
+    which: str
+    kernel: str | None
+    blocks: int
+    ih: Told
+    hh: Told
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, cell: Cell, which: str) -> MapInCell:
+        """Of ``"ih"`` or ``"hh"`` of a cell with dense maps."""
+        dtype = next(cell.parameters()).dtype
+        return cls(which, cell.kernel, len(cell.blocks()), _told_map(cell.ih), _told_map(cell.hh), dtype)
+
+    def seconds(self, form: Linear | None, rows: int, batch: int, n_steps: int) -> float:
+        """Predicted for a sequence at inference, what the other map takes left out.
+
+        A form that may be dense runs in torch's kernel where that takes less time: what it saves of a step by itself is
+        not what it saves of the layer.
+
+        Args:
+            form: Of the map; None as it is.
+            rows: Of the input map.
+            batch, n_steps: Rows of a step, and steps.
+        """
+        kernel_s, steps_s, input_s = _times(
+            self.ih, self.hh, str(self.kernel), rows, batch, n_steps, self.dtype, training=False
+        )
+        whole_s = kernel_s if self.kernel is not None else steps_s + input_s
+        own_s = input_s if self.which == "ih" else kernel_s - input_s
+        if form is None:
+            return own_s
+        if self.which == "ih":
+            found_s = form.plan(rows).predicted_s
+        else:
+            found_s = self.blocks * n_steps * form.plan(batch).predicted_s
+        found_s += steps_s + input_s - own_s
+        if self.kernel is not None and may_be_dense(form):
+            found_s = min(found_s, kernel_s)
+        return own_s + found_s - whole_s
+
+
 # -- tried ----------------------------------------------------------------------------------------------
 
 
@@ -197,15 +246,25 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         needed = ctx.needs_input_grad[2:]
+        saved = ctx.saved_tensors  # says so where the graph is gone, or what it needs was written to
         again = torch.is_grad_enabled()
-        inputs, outputs = ctx.inputs, ctx.outputs
+        keeps = again or _keeps_graph()
         if again or any(map(is_batched, grads)):
-            saved = ctx.saved_tensors
             with torch.enable_grad():
                 inputs = list(saved) if again else [t.detach().requires_grad_(t.requires_grad) for t in saved]
                 outputs = ctx.recorded(*inputs)
+        else:
+            inputs, outputs = ctx.inputs, ctx.outputs
+        if not keeps:
+            ctx.inputs = ctx.outputs = None  # their memory serves the next gradients
         wanted = [one for one, want in zip(inputs, needed, strict=True) if want]
         found = iter(
-            torch.autograd.grad(outputs, wanted, grads, retain_graph=True, create_graph=again, allow_unused=True)
+            torch.autograd.grad(outputs, wanted, grads, retain_graph=keeps, create_graph=again, allow_unused=True)
         )
         return None, None, *(next(found) if want else None for want in needed)
+
+
+def _keeps_graph() -> bool:
+    """Whether the backward pass under way may be followed by another one through the same graph."""
+    asked: Any = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return True if asked is None else bool(asked())

@@ -235,7 +235,7 @@ def _become_spectral(layer: Linear, rank: Rank | None, max_norm: float | None) -
     spec = tt.spec(weight, rank=max(layer.ranks) if rank is None else rank, clip=True, **modes)
     frames = _maps("spectral", [torch.empty(shape, device="meta") for shape in spec.core_shapes], len(outs))
     _check_frames(spec, frames)
-    dense = layer.full_weight().detach()
+    dense = layer.format.to_dense(layer.core_list(), layer.spec).detach()  # in the order that the cores have
     found = tt.factorize(dense, weight, rank=spec.ranks, **modes).value
     # A weight of lower rank is filled up with zeros: shapes follow from the request alone, as checkpoints need.
     given = [_padded(core, shape) for core, shape in zip(found.cores, spec.core_shapes, strict=True)]

@@ -6,16 +6,15 @@
 // tells why, and what follows its `Kept` to the letter has its names here.
 #pragma once
 
-#include "lapack.h"
+#include "wide.h"
 
 #include <limits>
+#include <mutex>
 #include <optional>
 #include <utility>
 
 namespace tensortrain::chain {
 
-using lapack::Buffer;
-using lapack::Int;
 using lapack::multiply;
 using lapack::turn;
 
@@ -37,6 +36,14 @@ struct Made {
   Int r = 1, n = 1, s = 1;
   Core<T> view() const { return {data.data(), r, n, s}; }
 };
+
+// Whether no core has so much to multiply that several threads would gain by it.
+template <typename T>
+bool are_small(const Cores<T>& cores) {
+  constexpr Int most = 300000;
+  const auto is_small = [](const auto& core) { return core.size() * std::max(core.r, core.s) <= most; };
+  return std::all_of(cores.begin(), cores.end(), is_small);
+}
 
 // -- sizes of entries ---------------------------------------------------------------------------------
 
@@ -86,6 +93,27 @@ TENSORTRAIN_LOOPS Ends ends_of(const T* x, Int n) {
   return ends;
 }
 
+// Calls work(first, last) for rows of this size, on several threads where they are many: one alone takes as long to
+// read a core as all of them to multiply it.
+template <typename Work>
+void on_rows(Int rows, Int size, const Work& work) {
+  constexpr Int many = 1 << 16;
+  on_threads(rows, std::max<Int>(1, many / 2 / std::max<Int>(size, 1)), rows * size > many, work);
+}
+
+template <typename T>
+Ends all_ends_of(const T* x, Int n) {
+  Ends all;
+  std::mutex lock;
+  on_rows(n, 1, [&](Int from, Int to) {
+    const auto ends = ends_of(x + from, to - from);
+    const std::lock_guard<std::mutex> held(lock);
+    all.low = std::min(all.low, ends.low), all.high = std::max(all.high, ends.high);
+    all.finite = all.finite && ends.finite;
+  });
+  return all;
+}
+
 // The exponents that a product of so many factors may use: see `guarded` in cores/scales.py.
 template <typename T>
 double limit_of(int factors) {
@@ -101,7 +129,7 @@ TENSORTRAIN_LOOPS void scale(T* x, Int n, int exponent) {
 // Whether what is carried stays within the limit, once its own power of two has gone to `exponent`.
 template <typename T>
 bool settle(Buffer<T>& x, Int n, double limit, int64_t& exponent) {
-  const auto ends = ends_of(x.data(), n);
+  const auto ends = all_ends_of(x.data(), n);
   if (!ends.finite) return false;
   if (ends.high == 0) return true;
   const int high = exponent_of(ends.high);
@@ -247,9 +275,9 @@ struct Value {
 template <typename T>
 void past_pair(Buffer<T>& env, const Core<T>& bra, const Core<T>& ket, Buffer<T>& half, Buffer<T>& next) {
   half.resize(bra.r * ket.n * ket.s);
-  multiply(false, false, bra.r, ket.n * ket.s, ket.r, env.data(), ket.data, half.data());
+  put_product(half.data(), ket.n * ket.s, {env.data(), ket.r}, {ket.data, ket.n * ket.s}, bra.r, ket.n * ket.s, ket.r);
   next.resize(bra.s * ket.s);
-  multiply(true, false, bra.s, ket.s, bra.r * bra.n, bra.data, half.data(), next.data());
+  put_product(next.data(), ket.s, {bra.data, bra.s, true}, {half.data(), ket.s}, bra.s, ket.s, bra.r * bra.n);
   env.swap(next);
 }
 
@@ -286,6 +314,7 @@ Value<T> dot_keeping(const Cores<T>& bra, const Cores<T>& ket) {
 // <bra, ket> = mantissa 2**exponent; nothing where an entry is not finite.
 template <typename T>
 std::optional<Value<T>> dot(const Cores<T>& bra, const Cores<T>& ket) {
+  const lapack::Alone alone(are_small(bra) && are_small(ket));
   if (auto found = dot_plainly(bra, ket)) return found;
   if (!is_finite(bra) || !is_finite(ket)) return std::nullopt;
   return dot_keeping(bra, ket);

@@ -6,6 +6,7 @@
 #include "short_way.h"
 
 #include <ATen/ops/empty.h>
+#include <ATen/ops/from_blob.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
 
@@ -61,10 +62,19 @@ Tensor tensor_of(const T* data, at::IntArrayRef sizes) {
   return out;
 }
 
+// A tensor around large numbers, which would take as long to copy as to make.
 template <typename T>
-std::vector<Tensor> tensors_of(const std::vector<Made<T>>& made) {
+Tensor tensor_around(Buffer<T>& data, at::IntArrayRef sizes) {
+  constexpr size_t many = 1 << 14;
+  if (data.size() < many) return tensor_of(data.data(), sizes);
+  auto held = std::make_shared<Buffer<T>>(std::move(data));
+  return at::from_blob(held->data(), sizes, [held](void*) {}, at::TensorOptions(c10::CppTypeToScalarType<T>::value));
+}
+
+template <typename T>
+std::vector<Tensor> tensors_of(std::vector<Made<T>>& made) {
   std::vector<Tensor> out;
-  for (const auto& core : made) out.push_back(tensor_of(core.data.data(), {core.r, core.n, core.s}));
+  for (auto& core : made) out.push_back(tensor_around(core.data, {core.r, core.n, core.s}));
   return out;
 }
 
@@ -145,7 +155,7 @@ using Placed = std::optional<std::pair<std::vector<Tensor>, Tensor>>;
 
 template <typename T>
 Placed orthogonal_of(const Given& given, Int k) {
-  const auto found = orthogonal(given.cores<T>(), k);
+  auto found = orthogonal(given.cores<T>(), k);
   if (!found) return std::nullopt;
   const int32_t exponent = static_cast<int32_t>(found->exponent);
   return std::make_pair(tensors_of(found->cores), tensor_of(&exponent, {}));
@@ -175,12 +185,14 @@ struct Walked {
   Given given;
   Rounding rounding;
 
+  Walked(const Given& cores, Int hi, bool squares) : given(cores), rounding(given.cores<double>(), hi, squares) {}
+
   using Made_ = std::tuple<std::vector<Tensor>, std::vector<Tensor>, Tensor, Tensor, Tensor>;
 
   // Cores, kept singular values, tails, the least of the kept values, and growth; nothing where a step failed.
   std::optional<Made_> cut(double share, const std::vector<Int>& caps, bool needs_values) {
     const py::gil_scoped_release unlocked;
-    const auto found = rounding.cut(share, caps, needs_values);
+    auto found = rounding.cut(share, caps, needs_values);
     if (!rounding.is_safe) return std::nullopt;
     std::vector<Tensor> values;
     for (const auto& one : found.values) values.push_back(tensor_of(one));
@@ -198,8 +210,9 @@ inline std::unique_ptr<Walked> walk(const py::list& cores, Int hi, bool squares)
   auto given = Given::of(cores);
   if (!given || !given->is_double()) return nullptr;
   const py::gil_scoped_release unlocked;
-  auto views = given->cores<double>();
-  auto walked = std::make_unique<Walked>(Walked{std::move(*given), Rounding(std::move(views), hi, squares)});
+  auto walked = std::make_unique<Walked>(*given, hi, squares);
+  // Squares of numbers that lie far apart may leave the range where these do not.
+  if (!walked->rounding.is_safe && squares) walked = std::make_unique<Walked>(*given, hi, false);
   return walked->rounding.is_safe ? std::move(walked) : nullptr;
 }
 

@@ -8,10 +8,12 @@
 #include "threads.h"
 
 #include <ATen/core/Tensor.h>
+#include <ATen/core/ivalue.h>
 #include <ATen/ops/empty.h>
 
 #include <cstring>
 #include <numeric>
+#include <optional>
 #include <utility>
 #include <vector>
 
@@ -59,14 +61,26 @@ struct TableShapes {
     for (const auto& table : tables) n *= table.j;
     return n;
   }
-  // Products for so many distinct ids, about.
-  double work(int64_t n) const {
-    double sum = 0, n_prefixes = 1;
-    for (size_t g = 0; g < this->n(); ++g) {
-      n_prefixes *= static_cast<double>(tables[g].j);
-      if (g > 0) sum += std::min(n_prefixes, static_cast<double>(n)) * static_cast<double>(products(g));
-    }
+  // Products for so many nodes of every level.
+  double work(const std::vector<double>& n_nodes) const {
+    double sum = 0;
+    for (size_t g = 1; g < n(); ++g) sum += n_nodes[g] * static_cast<double>(products(g));
     return sum;
+  }
+  // Nodes of every level at so many distinct ids, at most.
+  std::vector<double> most_nodes(int64_t n_distinct) const {
+    std::vector<double> found;
+    double n_prefixes = 1;
+    for (const auto& table : tables) {
+      n_prefixes *= static_cast<double>(table.j);
+      found.push_back(std::min(n_prefixes, static_cast<double>(n_distinct)));
+    }
+    return found;
+  }
+  int64_t n_numbers() const {
+    int64_t n = 0;
+    for (const auto& table : tables) n += table.j * table.slice();
+    return n;
   }
   // Numbers of a state after table g.
   int64_t state(size_t g) const { return leads[g] * tables[g].width; }
@@ -216,25 +230,40 @@ struct Tree {
 
   Tree(const std::pair<int64_t, int64_t>* pairs, int64_t n, const TableShapes& shapes)
       : levels(shapes.n()), places(n) {
-    std::vector<int64_t> below(shapes.n() + 1, 1);  // how many ids share a prefix
-    for (size_t g = shapes.n(); g-- > 0;) below[g] = below[g + 1] * shapes.tables[g].j;
     const auto last = shapes.n() - 1;
+    std::vector<int64_t> before(shapes.n(), -1), digits(shapes.n());  // prefixes of the id before, digits of this one
     for (int64_t k = 0; k < n; ++k) {
-      const auto id = pairs[k].first;
       places[k] = pairs[k].second;
-      if (k > 0 && id == pairs[k - 1].first) continue;
-      bool is_new = k == 0;
-      for (size_t g = 0; g <= last; ++g) {
-        const auto prefix = id / below[g + 1];
-        if (!is_new && prefix == pairs[k - 1].first / below[g + 1]) continue;
-        is_new = true;
+      auto prefix = pairs[k].first;
+      if (prefix == before[last]) continue;
+      size_t first = 0;  // level that is new
+      for (auto g = last; g > 0; --g) {
+        if (prefix == before[g]) {
+          first = g + 1;
+          break;
+        }
+        before[g] = prefix;
+        const auto parent = quotient(prefix, shapes.tables[g].j);
+        digits[g] = prefix - parent * shapes.tables[g].j;
+        prefix = parent;
+      }
+      if (first == 0 && prefix == before[0]) first = 1;
+      if (first == 0) before[0] = digits[0] = prefix;
+      for (auto g = first; g <= last; ++g) {
         auto& level = levels[g];
-        level.digits.push_back(prefix % shapes.tables[g].j);
+        level.digits.push_back(digits[g]);
         level.parents.push_back(g == 0 ? 0 : levels[g - 1].n() - 1);
         level.first_child.push_back(g == last ? k : levels[g + 1].n());
       }
     }
     for (size_t g = 0; g <= last; ++g) levels[g].first_child.push_back(g == last ? n : levels[g + 1].n());
+  }
+
+ private:
+  // Short numbers are divided several times as fast.
+  static int64_t quotient(int64_t a, int64_t b) {
+    if (static_cast<uint64_t>(a | b) >> 32 == 0) return static_cast<uint32_t>(a) / static_cast<uint32_t>(b);
+    return a / b;
   }
 };
 
@@ -251,14 +280,15 @@ Tables<T> tables_of(const std::vector<Tensor>& tensors) {
 // Calls work(first, n) for parts of ids in order, of which as much lies between the steps as the cache of a core holds:
 // larger blocks come fresh from the system, and the first touch of their pages costs more than the products.
 template <typename Work>
-void in_parts(const TableShapes& shapes, int64_t n, int64_t item, int64_t max_bytes, const Work& work) {
+void in_parts(const TableShapes& shapes, int64_t n, int64_t item, int64_t max_bytes, const Work& work,
+              int64_t least_bytes = 0) {
   double each = static_cast<double>(shapes.state(shapes.n() - 1));
   double n_prefixes = static_cast<double>(shapes.tables[0].j);
   for (size_t g = 1; g + 1 < shapes.n(); ++g) {
     n_prefixes *= static_cast<double>(shapes.tables[g].j);
     each += 2.0 * static_cast<double>(shapes.state(g)) * std::min(1.0, n_prefixes / static_cast<double>(n));
   }
-  const auto bytes = std::min<int64_t>(max_bytes, (int64_t{1} << 20) * at::get_num_threads());
+  const auto bytes = std::min(max_bytes, std::max((int64_t{1} << 20) * at::get_num_threads(), least_bytes));
   const auto part = std::max<int64_t>(1, static_cast<int64_t>(static_cast<double>(bytes / item) / each));
   for (int64_t first = 0; first < n; first += part) work(first, std::min(part, n - first));
 }
@@ -341,23 +371,33 @@ void rows_of_pairs(const int64_t* ids, int64_t n, const TableShapes& shapes, con
   });
 }
 
+// Rows are read and written one by one all over a batch: each number takes as long as so many products.
+constexpr int64_t products_of_a_number = 16;
+
+// The last level, from the states before it.
 template <typename T>
-void rows_in_order(const Tree& tree, const TableShapes& shapes, const Tables<T>& tables, T* out) {
+void write_rows(const Tree& tree, const TableShapes& shapes, const T* const* parents, const T* table, T* out) {
   const auto g = shapes.n() - 1;
-  Room room;
-  const States<T> states(room, tree, shapes, tables);
   const auto& leaves = tree.levels[g];
-  const RowMaker<T> make{shapes, tables[g]};
-  const auto dim = shapes.dim();
-  on_threads(leaves.n(), 16, is_large_work(leaves.n() * shapes.products(g)), [&](int64_t first, int64_t last) {
+  const RowMaker<T> make{shapes, table};
+  const auto dim = shapes.dim(), n_numbers = static_cast<int64_t>(tree.places.size()) * dim;
+  const auto work = leaves.n() * shapes.products(g) + n_numbers * products_of_a_number;
+  on_threads(leaves.n(), 16, is_large_work(work), [&](int64_t first, int64_t last) {
     std::vector<T> scratch(shapes.state(g));
     for (auto k = first; k < last; ++k) {
       auto place = leaves.first_child[k];
       T* const row = out + tree.places[place] * dim;
-      make(states.at[g - 1][leaves.parents[k]], leaves.digits[k], row, scratch.data());
+      make(parents[leaves.parents[k]], leaves.digits[k], row, scratch.data());
       while (++place < leaves.first_child[k + 1]) std::memcpy(out + tree.places[place] * dim, row, dim * sizeof(T));
     }
   });
+}
+
+template <typename T>
+void rows_in_order(const Tree& tree, const TableShapes& shapes, const Tables<T>& tables, T* out) {
+  Room room;
+  const States<T> states(room, tree, shapes, tables);
+  write_rows<T>(tree, shapes, states.at.back().data(), tables.back(), out);
 }
 
 // Whether reading the first slices in order saves more than the sorting costs.
@@ -398,19 +438,31 @@ std::vector<const T*> row_gradients(Room& room, const Tree& tree, const TableSha
   const auto& leaves = tree.levels[g];
   const auto& t = shapes.tables[g];
   const auto dim = shapes.dim(), lead = shapes.leads[g], size = shapes.state(g);
-  const bool is_padded = t.width != t.i || !shapes.places.empty(), all_fit = !is_padded && leaves.n() == static_cast<int64_t>(tree.places.size());
+  const bool is_padded = t.width != t.i || !shapes.places.empty();
+  const bool all_fit = !is_padded && leaves.n() == static_cast<int64_t>(tree.places.size());
   std::vector<const T*> at(leaves.n());
   T* const sums = all_fit ? nullptr : room.take<T>(leaves.n() * size);
   const auto add = row_adder<T>();
-  on_threads(leaves.n(), 64, !all_fit && is_large_work(8 * leaves.n() * size), [&](int64_t first, int64_t last) {
+  const auto n_places = static_cast<int64_t>(tree.places.size()), n_numbers = n_places * dim;
+  const auto ask_for = [&](int64_t at) {  // rows lie all over memory
+    if (at >= n_places) return;
+    for (int64_t k = 0; k < dim; k += 64 / static_cast<int64_t>(sizeof(T)))
+      __builtin_prefetch(grad + tree.places[at] * dim + k);
+  };
+  const bool is_large = !all_fit && is_large_work(n_numbers * products_of_a_number);
+  on_threads(leaves.n(), 64, is_large, [&](int64_t first, int64_t last) {
     std::vector<T> scratch(dim);
     for (auto k = first; k < last; ++k) {
       const auto start = leaves.first_child[k], stop = leaves.first_child[k + 1];
       const T* total = grad + tree.places[start] * dim;
+      ask_for(start + 4);
       if (stop > start + 1) {
         T* const sum = is_padded ? scratch.data() : sums + k * size;
         std::memcpy(sum, total, dim * sizeof(T));
-        for (auto place = start + 1; place < stop; ++place) add(sum, grad + tree.places[place] * dim, dim);
+        for (auto place = start + 1; place < stop; ++place) {
+          ask_for(place + 4);
+          add(sum, grad + tree.places[place] * dim, dim);
+        }
         total = sum;
       }
       at[k] = total;
@@ -509,40 +561,35 @@ void add_gradients(const Tree& tree, const TableShapes& shapes, const Tables<T>&
 // -- rows of cores, from their digits to their gradients ----------------------------------------------
 
 // The digits of each table that ids ask for.
-inline std::vector<Digits> digits_of(const Pairs& pairs, const TableShapes& shapes) {
-  std::vector<std::vector<char>> is_met;
-  for (const auto& table : shapes.tables) is_met.emplace_back(table.j, 0);
-  for (size_t k = 0; k < pairs.size(); ++k) {
-    auto id = pairs[k].first;
-    if (k > 0 && id == pairs[k - 1].first) continue;
-    for (auto g = shapes.n(); g-- > 0; id /= shapes.tables[g].j) is_met[g][id % shapes.tables[g].j] = 1;
-  }
+inline std::vector<Digits> digits_of(const Tree& tree, const TableShapes& shapes) {
   std::vector<Digits> digits(shapes.n());
-  for (size_t g = 0; g < shapes.n(); ++g)
+  for (size_t g = 0; g < shapes.n(); ++g) {
+    std::vector<char> is_met(shapes.tables[g].j, 0);
+    for (const auto digit : tree.levels[g].digits) is_met[digit] = 1;
     for (int64_t j = 0; j < shapes.tables[g].j; ++j)
-      if (is_met[g][j]) digits[g].push_back(j);
+      if (is_met[j]) digits[g].push_back(j);
+  }
   return digits;
 }
 
-// Chains from their last core, where that takes fewer products: ids and rows have their digits the other way round.
+// Ids in order, and the way through the chain: from its last core, where that takes less time; ids and rows then have
+// their digits the other way round.
 template <typename T>
 struct Direction {
-  bool is_turned;
+  bool is_turned = false;
   TableShapes shapes;
+  Pairs pairs;
+  std::optional<Tree> whole;  // of all ids
 
-  Direction(const std::vector<Tensor>& cores, int64_t n_ids) : is_turned(false) {
+  Direction(const Tensor& ids, const std::vector<Tensor>& cores) {
     std::vector<Sizes> forth, back;
     for (const auto& core : cores) forth.push_back(core.sizes().vec());
-    double turning = 0;  // slices are read and written across their rows: some 25 products for each number, twice
-    for (auto k = cores.size(); k-- > 0;) {
-      const auto& size = forth[k];
-      back.push_back({size[3], size[1], size[2], size[0]});
-      turning += 50.0 * static_cast<double>(size[0] * size[1] * size[3] * std::min(size[2], n_ids));
-    }
+    for (auto k = cores.size(); k-- > 0;) back.push_back({forth[k][3], forth[k][1], forth[k][2], forth[k][0]});
     shapes = TableShapes::of<T>(forth);
+    pairs = in_order(ids.const_data_ptr<int64_t>(), ids.numel(), shapes.n_ids() - 1);
+    whole.emplace(pairs.data(), ids.numel(), shapes);
     auto turned = TableShapes::of<T>(back);
-    is_turned = 4 * turned.work(n_ids) + turning < 4 * shapes.work(n_ids);
-    if (!is_turned) return;
+    if (!pays_to_turn(turned)) return;
     turned.places.resize(turned.dim());
     for (int64_t at = 0; at < turned.dim(); ++at) {
       int64_t rest = at, place = 0;
@@ -551,7 +598,10 @@ struct Direction {
         place = place * turned.tables[g].i + rest % turned.tables[g].i;
       turned.places[at] = place;
     }
+    is_turned = true;
     shapes = std::move(turned);
+    pairs = turned_order(ids);
+    whole.emplace(pairs.data(), ids.numel(), shapes);
   }
 
   Grid<const T> grid(const std::vector<Tensor>& cores, size_t g) const {
@@ -560,10 +610,20 @@ struct Direction {
     return {core.data, core.s, core.a, core.b, core.r, core.at_s, core.at_a, core.at_b, core.at_r};
   }
 
-  Pairs sorted(const Tensor& ids) const {
+ private:
+  bool pays_to_turn(const TableShapes& turned) const {
+    const auto n = whole->levels.back().n();
+    std::vector<double> n_nodes;
+    for (const auto& level : whole->levels) n_nodes.push_back(static_cast<double>(level.n()));
+    // Slices are read and written across their rows, and numbers of rows change places, forth and back.
+    double turning = 2.0 * products_of_a_number * static_cast<double>(n * shapes.dim());
+    for (const auto& t : shapes.tables) turning += 100.0 * static_cast<double>(t.r * t.i * t.s * std::min(t.j, n));
+    return 3 * turned.work(turned.most_nodes(n)) + turning < 3 * shapes.work(n_nodes);
+  }
+
+  Pairs turned_order(const Tensor& ids) const {
     const auto* const given = ids.const_data_ptr<int64_t>();
     const auto n = ids.numel();
-    if (!is_turned) return in_order(given, n, shapes.n_ids() - 1);
     std::vector<int64_t> found(n);
     for (int64_t k = 0; k < n; ++k) {
       auto rest = given[k];
@@ -576,21 +636,29 @@ struct Direction {
   }
 };
 
+// What ids ask for; kept for the way back, with the states where there are few.
+template <typename T>
+struct Asked final : torch::CustomClassHolder {
+  Direction<T> direction;
+  std::vector<Digits> digits;
+  std::vector<Tensor> states;  // of every level but the last, see lookup_once.h
+
+  Asked(const Tensor& ids, const std::vector<Tensor>& cores)
+      : direction(ids, cores), digits(digits_of(*direction.whole, direction.shapes)) {}
+  const TableShapes& shapes() const { return direction.shapes; }
+};
+
 // The tables of some ids, in memory of a room.
 template <typename T>
 struct CoreTables {
   Room room;
-  Direction<T> direction;
-  const TableShapes& shapes = direction.shapes;
-  Pairs pairs;
-  std::vector<Digits> digits;
   Tables<T> tables;
 
-  CoreTables(const Tensor& ids, const std::vector<Tensor>& cores)
-      : direction(cores, ids.numel()), pairs(direction.sorted(ids)), digits(digits_of(pairs, shapes)) {
+  CoreTables(const Asked<T>& asked, const std::vector<Tensor>& cores) {
     for (size_t g = 0; g < cores.size(); ++g) {
-      T* const table = room.take<T>(shapes.tables[g].j * shapes.tables[g].slice());
-      pack_slices<T>(direction.grid(cores, g), shapes.tables[g], digits[g], table);
+      const auto& t = asked.shapes().tables[g];
+      T* const table = room.take<T>(t.j * t.slice());
+      pack_slices<T>(asked.direction.grid(cores, g), t, asked.digits[g], table);
       tables.push_back(table);
     }
   }
@@ -598,36 +666,38 @@ struct CoreTables {
 
 // Into `out` (ids, dim).
 template <typename T>
-void rows_of_cores(const Tensor& ids, const std::vector<Tensor>& cores, int64_t max_bytes, const Tensor& out) {
-  const CoreTables<T> made(ids, cores);
-  all_rows(made.pairs, made.shapes, made.tables, max_bytes, out.template mutable_data_ptr<T>());
+void rows_in_parts(const Asked<T>& asked, const std::vector<Tensor>& cores, int64_t max_bytes, T* out) {
+  const CoreTables<T> made(asked, cores);
+  all_rows(asked.direction.pairs, asked.shapes(), made.tables, max_bytes, out);
 }
 
+// Into `out`, memory of every core's size.
 template <typename T>
-std::vector<Tensor> gradients_of_cores(const Tensor& ids, const std::vector<Tensor>& cores, const Tensor& grad,
-                                       int64_t max_bytes) {
-  CoreTables<T> made(ids, cores);
-  const auto& shapes = made.shapes;
+void gradients_in_parts(const Asked<T>& asked, const std::vector<Tensor>& cores, const T* grad, int64_t max_bytes,
+                        const std::vector<T*>& out) {
+  CoreTables<T> made(asked, cores);
+  const auto& shapes = asked.shapes();
+  const auto& pairs = asked.direction.pairs;
   Tables<T> transposed(shapes.n());
   std::vector<T*> sums;
   for (size_t g = 0; g < shapes.n(); ++g) {
     const auto& t = shapes.tables[g];
-    if (g > 0) transposed[g] = transposed_slices(made.room, made.tables[g], t, made.digits[g]);
+    if (g > 0) transposed[g] = transposed_slices(made.room, made.tables[g], t, asked.digits[g]);
     sums.push_back(made.room.template take<T>(t.j * t.slice()));
-    for (const auto j : made.digits[g]) std::fill(sums[g] + j * t.slice(), sums[g] + (j + 1) * t.slice(), T(0));
+    for (const auto j : asked.digits[g]) std::fill(sums[g] + j * t.slice(), sums[g] + (j + 1) * t.slice(), T(0));
   }
-  in_parts(shapes, ids.numel(), sizeof(T), max_bytes, [&](int64_t first, int64_t n_part) {
-    add_gradients<T>(Tree(made.pairs.data() + first, n_part, shapes), shapes, made.tables, transposed,
-                     grad.const_data_ptr<T>(), sums);
-  });
-  std::vector<Tensor> found;
-  for (const auto& core : cores) found.push_back(at::empty(core.sizes(), grad.options()));
+  // Every part reads all tables, and adds to all their gradients: tables larger than the cache make for larger parts.
+  const auto add = [&](int64_t first, int64_t n_part) {
+    add_gradients<T>(Tree(pairs.data() + first, n_part, shapes), shapes, made.tables, transposed, grad, sums);
+  };
+  const auto n = static_cast<int64_t>(pairs.size()), item = static_cast<int64_t>(sizeof(T));
+  in_parts(shapes, n, item, max_bytes, add, 2 * item * shapes.n_numbers());
+  const bool is_turned = asked.direction.is_turned;
   for (size_t g = 0; g < shapes.n(); ++g) {
-    const auto& core = found[made.direction.is_turned ? shapes.n() - 1 - g : g];
-    (made.direction.is_turned ? &unpack_turned<T> : &unpack_slices<T>)(sums[g], shapes.tables[g], made.digits[g],
-                                                                   core.template mutable_data_ptr<T>());
+    T* const gradient = out[is_turned ? shapes.n() - 1 - g : g];
+    if (gradient != nullptr)
+      (is_turned ? &unpack_turned<T> : &unpack_slices<T>)(sums[g], shapes.tables[g], asked.digits[g], gradient);
   }
-  return found;
 }
 
 }  // namespace tensortrain

@@ -50,13 +50,14 @@ inline std::optional<Tensor> merge_run(const std::vector<Tensor>& cores, const S
   return cores[0].scalar_type() == at::kFloat ? merged_run<float>(cores, steps) : merged_run<double>(cores, steps);
 }
 
-inline std::optional<std::vector<Tensor>> merge_run_backward(const std::vector<Tensor>& cores, const Sizes& steps,
-                                                             const Tensor& grad) {
+inline std::optional<std::vector<std::optional<Tensor>>> merge_run_backward(const std::vector<Tensor>& cores,
+                                                                            const Sizes& steps, const Tensor& grad,
+                                                                            const std::vector<bool>& needed) {
   if (!are_looked_up(cores) || !is_looked_up(grad, cores[0].scalar_type())) return std::nullopt;
   const py::gil_scoped_release unlocked;
   const at::AutoDispatchBelowADInplaceOrView below;
   const auto run = grad.scalar_type() == at::kFloat ? &merged_run_backward<float> : &merged_run_backward<double>;
-  return run(cores, steps, grad.contiguous());
+  return run(cores, steps, grad.contiguous(), needed);
 }
 
 inline void define_lookups(py::module_& m) {

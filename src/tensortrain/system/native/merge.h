@@ -12,6 +12,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <optional>
 #include <vector>
 
 namespace tensortrain {
@@ -216,14 +217,20 @@ class Merged {
     }
   }
 
-  // Gradients of the cores (r, i, j, s), after either run.
+  // Gradients of the cores (r, i, j, s), after either run; null in `out` where nobody wants one.
   void back(const Grid<const T>& grad, const std::vector<T*>& out) {
     std::vector<Grid<T>> grads(nodes_.size());
+    std::vector<char> is_wanted;
+    for (int64_t k = 0; k < size(); ++k)
+      is_wanted.push_back(k < n_ ? out[k] != nullptr : is_wanted[nodes_[k].left] || is_wanted[nodes_[k].right]);
     for (auto k = size() - 1; k >= n_; --k) {
+      if (!is_wanted[k]) continue;
       const auto &left = nodes_[nodes_[k].left].grid, &right = nodes_[nodes_[k].right].grid;
       const Grid<const T> here = k + 1 == size() ? grad : Grid<const T>(grads[k]);
-      merge_back_left<T>(left, right, here, grads[nodes_[k].left] = gradient(nodes_[k].left, out));
-      merge_back_right<T>(left, right, here, grads[nodes_[k].right] = gradient(nodes_[k].right, out));
+      if (is_wanted[nodes_[k].left])
+        merge_back_left<T>(left, right, here, grads[nodes_[k].left] = gradient(nodes_[k].left, out));
+      if (is_wanted[nodes_[k].right])
+        merge_back_right<T>(left, right, here, grads[nodes_[k].right] = gradient(nodes_[k].right, out));
     }
   }
 
@@ -258,13 +265,16 @@ Tensor merged_run(const std::vector<Tensor>& cores, const Sizes& steps) {
   return found;
 }
 
+// None for cores that need no gradient.
 template <typename T>
-std::vector<Tensor> merged_run_backward(const std::vector<Tensor>& cores, const Sizes& steps, const Tensor& grad) {
-  std::vector<Tensor> found;
-  std::vector<T*> out;
-  for (const auto& core : cores) {
-    found.push_back(at::empty(core.sizes(), core.options()));
-    out.push_back(found.back().template mutable_data_ptr<T>());
+std::vector<std::optional<Tensor>> merged_run_backward(const std::vector<Tensor>& cores, const Sizes& steps,
+                                                       const Tensor& grad, const std::vector<bool>& needed) {
+  std::vector<std::optional<Tensor>> found(cores.size());
+  std::vector<T*> out(cores.size(), nullptr);
+  for (size_t k = 0; k < cores.size(); ++k) {
+    if (!needed[k]) continue;
+    found[k] = at::empty(cores[k].sizes(), cores[k].options());
+    out[k] = found[k]->template mutable_data_ptr<T>();
   }
   Room room;
   Merged<T> merged(room, cores, steps);

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "layer_call.h"
-#include "lookup.h"
+#include "lookup_once.h"
 
 #include <ATen/ops/bmm.h>
 #include <ATen/ops/embedding.h>
@@ -35,15 +35,22 @@ inline std::pair<int64_t, int64_t> extent_of(const Tensor& ids) {
   return {low, high};
 }
 
-// (*ids, dim) from cores (r, i, j, s).
-inline Tensor plain_rows(const Tensor& ids, const Tensors& cores, int64_t max_bytes) {
+using Kept = c10::intrusive_ptr<torch::CustomClassHolder>;
+
+// (*ids, dim) from cores (r, i, j, s), and what the way back needs.
+inline std::pair<Tensor, Kept> plain_rows(const Tensor& ids, const Tensors& cores, int64_t max_bytes) {
   auto sizes = ids.sizes().vec();
   sizes.push_back(1);
   for (const auto& core : cores) sizes.back() *= core.size(1);
   const auto out = at::empty(sizes, cores[0].options());
-  const auto run = out.scalar_type() == at::kFloat ? &rows_of_cores<float> : &rows_of_cores<double>;
-  run(ids, cores, max_bytes, out);
-  return out;
+  if (out.scalar_type() == at::kFloat) return {out, Kept(rows_of_cores<float>(ids, cores, max_bytes, out))};
+  return {out, Kept(rows_of_cores<double>(ids, cores, max_bytes, out))};
+}
+
+template <typename T>
+Tensors plain_gradients(const Kept& kept, const Tensors& cores, const Tensor& grad, int64_t max_bytes,
+                        const std::vector<bool>& needed) {
+  return gradients_of_cores(static_cast<const Asked<T>&>(*kept), cores, grad, max_bytes, needed);
 }
 
 // The same by operations of torch, slice by slice.
@@ -76,7 +83,9 @@ struct RowsFunction : torch::autograd::Function<RowsFunction> {
     ctx->set_materialize_grads(false);
     ctx->save_for_backward(std::move(saved));
     ctx->saved_data["max_bytes"] = max_bytes;
-    return plain_rows(ids, cores.vec(), max_bytes);
+    auto [rows, kept] = plain_rows(ids, cores.vec(), max_bytes);
+    ctx->saved_data["kept"] = c10::IValue::make_capsule(std::move(kept));
+    return rows;
   }
 
   static Tensors backward(Context* ctx, Tensors grads) {
@@ -92,10 +101,12 @@ struct RowsFunction : torch::autograd::Function<RowsFunction> {
       return found;
     }
     const at::AutoDispatchBelowADInplaceOrView below;
-    const auto run = grad.scalar_type() == at::kFloat ? &gradients_of_cores<float> : &gradients_of_cores<double>;
-    auto made = run(ids, cores, grad.contiguous(), ctx->saved_data["max_bytes"].toInt());
-    for (size_t k = 0; k < cores.size(); ++k)
-      if (ctx->needs_input_grad(1 + k)) found[2 + k] = std::move(made[k]);
+    const auto run = grad.scalar_type() == at::kFloat ? &plain_gradients<float> : &plain_gradients<double>;
+    std::vector<bool> needed;
+    for (size_t k = 0; k < cores.size(); ++k) needed.push_back(ctx->needs_input_grad(1 + k));
+    auto made = run(ctx->saved_data["kept"].toCapsule(), cores, grad.contiguous(),
+                    ctx->saved_data["max_bytes"].toInt(), needed);
+    std::move(made.begin(), made.end(), found.begin() + 2);
     return found;
   }
 
@@ -122,7 +133,7 @@ inline std::optional<Tensor> rows_of(const Tensor& ids, const Tensors& cores, in
   if (c10::GradMode::is_enabled() && !c10::InferenceMode::is_enabled() && any_requires_grad(cores))
     return RowsFunction::apply(ids, max_bytes, at::TensorList(cores));
   const at::AutoDispatchBelowADInplaceOrView below;
-  return plain_rows(ids, cores, max_bytes);
+  return plain_rows(ids, cores, max_bytes).first;
 }
 
 // How an embedding was looked up last: from a table that lies ready, dense or in slices, or from its cores.

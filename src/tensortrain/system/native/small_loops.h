@@ -84,6 +84,49 @@ TT_TARGET void panel_product(int64_t m, int64_t n, int64_t k, int64_t n_terms, c
   if (at < n) columns<T, 1, 8>(m, k, n_terms, as, a_row, a_k, bs, at * k, lanes, c + at, c_row, adds);
 }
 
+// c (rows x 4) = a (rows x k) times four rows of b, each with each; k a multiple of the lanes.
+template <typename T, int rows>
+TT_TARGET inline __attribute__((always_inline)) void dots(int64_t k, const T* a, int64_t a_row, const T* b,
+                                                          int64_t b_row, T* c, int64_t c_row) {
+  typedef T Vector __attribute__((vector_size(32)));
+  constexpr int lanes = 32 / sizeof(T);
+  Vector sums[rows][4];
+  TT_UNROLL
+  for (int i = 0; i < rows; ++i)
+    TT_UNROLL
+    for (int v = 0; v < 4; ++v) sums[i][v] = Vector{};
+  for (int64_t l = 0; l < k; l += lanes) {
+    Vector right[4];
+    TT_UNROLL
+    for (int v = 0; v < 4; ++v) __builtin_memcpy(&right[v], b + v * b_row + l, sizeof(Vector));
+    TT_UNROLL
+    for (int i = 0; i < rows; ++i) {
+      Vector left;
+      __builtin_memcpy(&left, a + i * a_row + l, sizeof(Vector));
+      TT_UNROLL
+      for (int v = 0; v < 4; ++v) sums[i][v] += left * right[v];
+    }
+  }
+  TT_UNROLL
+  for (int i = 0; i < rows; ++i)
+    TT_UNROLL
+    for (int v = 0; v < 4; ++v) {
+      T total = 0;
+      TT_UNROLL
+      for (int at = 0; at < lanes; ++at) total += sums[i][v][at];
+      c[i * c_row + v] = total;
+    }
+}
+
+// The same for any number of rows of a.
+template <typename T>
+TT_TARGET void four_dots(int64_t m, int64_t k, const T* a, int64_t a_row, const T* b, int64_t b_row, T* c,
+                         int64_t c_row) {
+  int64_t i = 0;
+  for (; i + 2 <= m; i += 2) dots<T, 2>(k, a + i * a_row, a_row, b, b_row, c + i * c_row, c_row);
+  if (i < m) dots<T, 1>(k, a + i * a_row, a_row, b, b_row, c + i * c_row, c_row);
+}
+
 // c += a, n numbers.
 template <typename T>
 TT_TARGET void add_row(T* c, const T* a, int64_t n) {

@@ -63,6 +63,19 @@ inline PanelProduct<T> panel_product() {
   return &loops_plain::panel_product<T>;
 }
 
+// Rows of a times four rows of b: what a transposed b would give, without turning it.
+template <typename T>
+using Dots = void (*)(int64_t m, int64_t k, const T* a, int64_t a_row, const T* b, int64_t b_row, T* c, int64_t c_row);
+
+template <typename T>
+inline Dots<T> four_dots() {
+#if defined(__x86_64__)
+  static const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  if (has_avx2) return &loops_avx2::four_dots<T>;
+#endif
+  return &loops_plain::four_dots<T>;
+}
+
 // Where column `at` of row `k` lies in a matrix (n_rows, width) in panels; up to the panel's end a row goes on from there.
 template <typename T>
 inline int64_t in_panels(int64_t k, int64_t at, int64_t n_rows, int64_t width) {

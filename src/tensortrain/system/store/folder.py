@@ -44,6 +44,7 @@ except ImportError:  # Windows has no such locks
 
 TENSORS, RECIPE = "model.safetensors", "tensortrain.json"
 _STAGE, _BEFORE = ".tensortrain-save-", "before"
+_OF_TRANSFORMERS = "config.json"
 _CHUNK_BYTES = 2**22
 _LARGEST_RECIPE_BYTES = 2**26  # some 300,000 tensors; reading one takes about a second
 _WAIT_S = 60.0  # for the two renames of another save
@@ -296,6 +297,7 @@ def read_recipe(folder: Path) -> str:
 
 
 def _check_complete(folder: Path) -> None:
+    """Raise ``CheckpointError`` where something is missing."""
     if not folder.is_dir():
         raise CheckpointError(
             f"a checkpoint must be a folder: {folder} {'is a file' if folder.exists() else 'does not exist'}, expected "
@@ -305,9 +307,11 @@ def _check_complete(folder: Path) -> None:
     begun = (folder / RECIPE).is_file() and any(folder.glob(f"{_STAGE}*"))
     missing = [] if begun else [name for name in (TENSORS, RECIPE) if not (folder / name).is_file()]
     if missing:
+        theirs = " (the model's own save_pretrained, which made this folder, does not)"
         raise CheckpointError(
             f"a checkpoint must have its two files: {folder} has no {' and no '.join(missing)}, expected "
-            f"{TENSORS} and {RECIPE}. Save the model again with save_pretrained."
+            f"{TENSORS} and {RECIPE}. Save the model again with tensortrain.save_pretrained, which writes the forms of "
+            f"its layers{theirs if (folder / _OF_TRANSFORMERS).is_file() else ''}."
         )
 
 

@@ -1,0 +1,161 @@
+"""Attention heads that a model really can do with fewer directions of: tried on a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tensortrain.compression.narrow_heads import partial_maps, partial_scores
+from tensortrain.compression.survey.heads import AttentionHeads, find_heads
+from tensortrain.compression.survey.hidden import Run
+from tensortrain.compression.survey.layers import FoundLayer
+from tensortrain.compression.survey.moments import Calibration
+from tensortrain.compression.survey.proven import few, is_like, numbers
+from tensortrain.compression.swap import swap
+from tensortrain.compression.words import in_short
+from tensortrain.train.batches import run
+from tensortrain.train.modes import evaluating
+from tensortrain.train.preserve import preserved
+
+__all__ = ["proven_heads"]
+
+
+def proven_heads(
+    model: nn.Module,
+    calibration: Calibration,
+    layers: Mapping[str, FoundLayer],
+    choose: Callable[[list[AttentionHeads]], list[AttentionHeads]],
+    notes: list[str],
+) -> list[AttentionHeads]:
+    """Attention heads that directions can be taken out of: found by gradients, and tried on a batch.
+
+    Half of the directions, at random, are taken out for a moment: the model has to give what it gives where the
+    reader sees the heads' outputs without these. So it does if attention does the same to all numbers of a value, and
+    nothing else sees them; not where a norm, say, follows the heads. Of keys and queries both have to go for what goes
+    where the keys alone are without them, and a shift of all keys has to change nothing: not so where positions turn
+    them.
+
+    Args:
+        model: As before afterwards.
+        layers: Those of ``choose``, by name.
+        choose: Heads that are worth trying, of all found; no two of them around one layer.
+        notes: Takes in why nothing was found, where that was an error.
+
+    Cost: ``find_heads`` in eval and in train mode, and two forward passes, on two examples; two more for each
+    pair of layers where some of them fail.
+    """
+    batch = few(model, calibration.batches[0], with_labels=calibration.with_labels)
+
+    def on_batch(net: nn.Module) -> Any:
+        return run(net, batch, with_labels=calibration.with_labels)
+
+    with preserved(model):
+        try:
+            found = choose(_found(model, on_batch))
+        except Exception as error:  # as for hidden units
+            notes.append(f"Attention heads were not looked for: {in_short(error)}.")
+            return []
+        if not found or _computes_the_same(model, found, layers, on_batch):
+            return found
+        return [heads for heads in found if _computes_the_same(model, [heads], layers, on_batch)]
+
+
+def _found(model: nn.Module, on_batch: Run) -> list[AttentionHeads]:
+    """Those that are found in both modes, since training may read values elsewhere too."""
+    found = find_heads(model, on_batch)
+    try:
+        trained = find_heads(model, on_batch, training=True)
+    except Exception:  # a model that only ever runs in eval mode
+        return found
+    return [heads for heads in found if heads in trained]
+
+
+def _computes_the_same(
+    model: nn.Module, found: Sequence[AttentionHeads], layers: Mapping[str, FoundLayer], on_batch: Run
+) -> bool:
+    """Whether the model with half of the directions gives what it gives where nothing of the rest is handed on."""
+    bases = [_half(heads) for heads in found]
+    try:
+        with evaluating(model), torch.no_grad():
+            with _projected(model, found, bases):
+                wanted = numbers(on_batch(model))
+            with _narrowed(model, found, bases, layers):
+                given = numbers(on_batch(model))
+    except Exception:
+        return False
+    return len(wanted) == len(given) and all(is_like(a, b) for a, b in zip(wanted, given, strict=True))
+
+
+def _half(heads: AttentionHeads) -> list[Tensor]:
+    """Orthonormal rows of half of every head's directions, at random but the same each time."""
+    generator = torch.Generator().manual_seed(0)
+    squares = torch.randn(heads.n_groups, heads.size, heads.size, generator=generator, dtype=torch.float64)
+    n = max(1, heads.size // 2)
+    return [one.mT for one in torch.linalg.qr(squares)[0][..., :n]]
+
+
+@contextmanager
+def _projected(model: nn.Module, found: Sequence[AttentionHeads], bases: Sequence[Sequence[Tensor]]) -> Iterator[None]:
+    with ExitStack() as stack:
+        for heads, own in zip(found, bases, strict=True):
+            if heads.kind == "values":
+                hook = _projection(_wide(heads, own))
+                handle = model.get_submodule(heads.reader).register_forward_pre_hook(hook)
+            else:
+                hook = _projected_keys(torch.block_diag(*own))
+                handle = model.get_submodule(heads.maker).register_forward_hook(hook)
+            stack.callback(handle.remove)
+        yield
+
+
+def _wide(heads: AttentionHeads, bases: Sequence[Tensor]) -> Tensor:
+    """What all heads of the outputs keep, ``(K, n)``."""
+    return torch.block_diag(*(base for base in bases for _ in range(heads.per_group)))
+
+
+def _projection(chosen: Tensor) -> Callable[..., Any]:
+    def hook(module: nn.Module, args: tuple[Any, ...]) -> Any:
+        if not args:
+            return None
+        matrix = (chosen.mT @ chosen).to(args[0].device, args[0].dtype)
+        return (args[0] @ matrix, *args[1:])
+
+    return hook
+
+
+def _projected_keys(chosen: Tensor) -> Callable[..., Any]:
+    """Keys without some directions, and all of them shifted alike."""
+
+    def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        matrix = (chosen.mT @ chosen).to(output.device, output.dtype)
+        return output @ matrix + matrix.sum(dim=0) / len(matrix) ** 0.5
+
+    return hook
+
+
+@contextmanager
+def _narrowed(
+    model: nn.Module,
+    found: Sequence[AttentionHeads],
+    bases: Sequence[Sequence[Tensor]],
+    layers: Mapping[str, FoundLayer],
+) -> Iterator[None]:
+    built = []
+    for heads, own in zip(found, bases, strict=True):
+        maker, reader = layers[heads.maker], layers[heads.reader]
+        device = reader.kernel.device
+        if heads.kind == "scores":
+            turned = [base.to(device) for base in own]
+            built += partial_scores(heads, turned, turned, maker, reader)
+            continue
+        weight = reader.kernel.double() @ _wide(heads, own).mT.to(device)
+        built += partial_maps(heads, [base.to(device) for base in own], maker, reader, weight)
+    swap(model, built)
+    try:
+        yield
+    finally:
+        swap(model, [(names, new, old) for names, old, new in built])

@@ -1,0 +1,202 @@
+"""Large tensors that lie in files, mapped into memory: what is not looked at takes none.
+
+A parked tensor is a tensor like any other, on the CPU. Its numbers come from the file when they are read, and go there
+when they are written; after ``let_go`` they take no memory until they are needed again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import mmap
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tensortrain.system.storage import count_bytes, span_of
+
+__all__ = [
+    "LARGE_BYTES",
+    "activations_parked",
+    "are_large",
+    "can_park",
+    "is_parked",
+    "let_go",
+    "park",
+    "tidy",
+    "weights_parked",
+]
+
+LARGE_BYTES = 2**27  # what holds no more than this together is left in memory
+
+_CHUNK = 2**20  # numbers that are written at once
+_HELD_BYTES, _WORTH_BYTES = 2**24, 2**17  # of what backward needs: held in memory all the same; least size of a file
+_PREFIX = "tensortrain-parked-"
+
+
+def park(tensor: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
+    """A copy of a tensor in a file that nobody else sees, and that is gone with the tensor.
+
+    Where there is no room on the disk it lies in memory.
+    """
+    parked = _zeros(tensor.shape, dtype or tensor.dtype)
+    flat, source = parked.view(-1), tensor.detach().reshape(-1)
+    for start in range(0, len(flat), _CHUNK):
+        flat[start : start + _CHUNK] = source[start : start + _CHUNK]
+        let_go(parked)
+    return parked
+
+
+def _zeros(size: torch.Size, dtype: torch.dtype) -> Tensor:
+    try:
+        return _zeros_in_file(size, dtype) if size.numel() else torch.zeros(size, dtype=dtype)
+    except OSError:
+        return torch.zeros(size, dtype=dtype)
+
+
+def _zeros_in_file(size: torch.Size, dtype: torch.dtype) -> Tensor:
+    n_bytes = size.numel() * torch.empty((), dtype=dtype).element_size()
+    descriptor, name = tempfile.mkstemp(prefix=_PREFIX)
+    try:
+        try:
+            _reserve(descriptor, n_bytes)
+        finally:
+            os.close(descriptor)
+        # Torch keeps no descriptor open, as Python's mmap does: a process may have about a thousand.
+        return torch.from_file(name, shared=True, size=size.numel(), dtype=dtype).view(size)
+    finally:
+        with contextlib.suppress(OSError):  # some systems keep the names of mapped files
+            os.unlink(name)
+
+
+def let_go(*tensors: Tensor | None) -> None:
+    """Give back the memory of those that are parked; what was written to them stays in their files."""
+    for tensor in tensors:
+        if tensor is not None and is_parked(tensor):
+            _forget_pages(tensor.untyped_storage())
+
+
+def tidy() -> None:
+    """Give back to the system what the allocator keeps of memory that was freed: after large tensors that is much."""
+    trim = _malloc_trim()
+    if trim is not None:
+        trim(0)
+
+
+def are_large(tensors: Iterable[Tensor]) -> bool:
+    """Whether tensors hold so much together that copies of them lie in files."""
+    return count_bytes(tensors) > LARGE_BYTES
+
+
+def can_park(tensor: Tensor) -> bool:
+    """Whether a tensor is worth a file, and its memory is free once it has one."""
+    if not _is_plain(tensor) or tensor.is_inference():
+        return False
+    n_bytes = tensor.numel() * tensor.element_size()
+    own = tensor.untyped_storage().nbytes() == n_bytes and tensor.is_contiguous()
+    return own and n_bytes >= _WORTH_BYTES and not (tensor.is_conj() or tensor.is_neg() or is_parked(tensor))
+
+
+def is_parked(tensor: Tensor) -> bool:
+    """Whether a tensor lies in a file."""
+    if not _is_plain(tensor):
+        return False
+    name = tensor.untyped_storage().filename
+    return name is not None and os.path.basename(name).startswith(_PREFIX)
+
+
+@contextlib.contextmanager
+def weights_parked(whole: Iterable[Tensor]) -> Iterator[Callable[[Iterable[Tensor]], None]]:
+    """A function that puts parameters into files, where they are what they were; back in memory after an error.
+
+    Args:
+        whole: All that there is; where it is not large, nothing is put anywhere.
+    """
+    large, parked = are_large(whole), list[Tensor]()
+
+    def put(tensors: Iterable[Tensor]) -> None:
+        for tensor in (one for one in tensors if large and can_park(one)):
+            tensor.data = park(tensor.data)
+            parked.append(tensor)
+        if large:
+            tidy()
+
+    try:
+        yield put
+    except BaseException:
+        for tensor in parked:
+            tensor.data = tensor.data.clone()
+        raise
+
+
+@contextlib.contextmanager
+def activations_parked(parameters: Iterable[Tensor]) -> Iterator[None]:
+    """Inside, most of what autograd saves for the backward pass of a large model lies in files.
+
+    Args:
+        parameters: Of the model, which are there anyway.
+    """
+    parameters, room = list(parameters), _HELD_BYTES
+    own = {one.untyped_storage().data_ptr() for one in parameters if _is_plain(one)}
+
+    def pack(tensor: Tensor) -> Tensor:
+        nonlocal room
+        n_bytes = tensor.numel() * tensor.element_size()
+        if not _is_plain(tensor) or n_bytes < _WORTH_BYTES or tensor.untyped_storage().data_ptr() in own:
+            return tensor
+        repeats = tensor.untyped_storage().nbytes() < n_bytes
+        room -= 0 if repeats else n_bytes
+        return tensor if repeats or room > 0 else park(tensor)
+
+    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda parked: parked)
+    with hooks if are_large(parameters) else contextlib.nullcontext():
+        yield
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether it has memory of the ordinary kind, on the CPU."""
+    return tensor.device.type == "cpu" and not tensor.is_nested and span_of(tensor) is not None
+
+
+def _reserve(descriptor: int, n_bytes: int) -> None:
+    """Take the room on the disk now: writing to a map without room would end the process."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(descriptor, 0, n_bytes)
+    else:
+        os.truncate(descriptor, n_bytes)
+
+
+def _forget_pages(storage: torch.UntypedStorage) -> None:
+    advise = _madvise()
+    if advise is not None:  # elsewhere the system takes the memory when it has to
+        advise(storage.data_ptr(), storage.nbytes(), mmap.MADV_DONTNEED)
+
+
+@functools.cache
+def _madvise() -> Callable[[int, int, int], int] | None:
+    """The system's call for memory that is not needed for now."""
+    if not hasattr(mmap, "MADV_DONTNEED"):
+        return None
+    return _system_call("madvise", ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+
+
+@functools.cache
+def _malloc_trim() -> Callable[[int], int] | None:
+    """The call of GNU's library that empties its allocator."""
+    return _system_call("malloc_trim", ctypes.c_size_t) if sys.platform == "linux" else None
+
+
+def _system_call(name: str, *arguments: Any) -> Callable[..., int] | None:
+    try:
+        call = getattr(ctypes.CDLL(None), name)
+    except (OSError, AttributeError):
+        return None
+    call.argtypes = arguments
+    found: Callable[..., int] = call
+    return found

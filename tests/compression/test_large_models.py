@@ -1,0 +1,270 @@
+"""Plans of large models: what takes memory lies in files, what takes long is kept; and the plan stays the same."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from small_models import ConvNet, Tagger, TwoHeads, assert_unchanged, batches, decay_, mlp, snapshot
+from torch import Tensor, nn
+
+import tensortrain as tt
+from tensortrain.compression import Silent, plan_compression
+from tensortrain.compression.choose import planner
+from tensortrain.compression.survey import calibrate, moments
+from tensortrain.errors import CheckpointError
+from tensortrain.formats import weighted_rank, weighting
+from tensortrain.system import parking
+from tensortrain.system.parking import is_parked
+
+pytestmark = pytest.mark.usefixtures("double", "fixed_plans")
+
+
+class TinyDecoder(nn.Module):
+    """A table, gated units behind a norm, a head over many words."""
+
+    def __init__(self, n_words: int = 90, width: int = 12, tied: bool = False) -> None:
+        super().__init__()
+        self.table = nn.Embedding(n_words, width)
+        self.norm = nn.LayerNorm(width)
+        self.gate, self.up = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, 3 * width, bias=False)
+        self.down = nn.Linear(3 * width, width, bias=False)
+        self.head = nn.Linear(width, n_words, bias=False)
+        if tied:
+            self.head.weight = self.table.weight
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Any:
+        x = self.table(input_ids)
+        y = self.norm(x)
+        return self.head(x + self.down(nn.functional.silu(self.gate(y)) * self.up(y)))
+
+
+def texts(n: int, n_words: int = 60, length: int = 80) -> list[dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(3)
+    ids = [torch.randint(n_words, (3, length), generator=generator) for _ in range(n)]
+    return [{"input_ids": each, "attention_mask": (each > 5).long()} for each in ids]
+
+
+CASES = {
+    "convolutions": (ConvNet, lambda: batches(4, 5, 3, 8, 8)),
+    "a layer met twice": (TwoHeads, lambda: batches(4, 5, 24)),
+    "texts": (Tagger, lambda: texts(4)),
+    "units": (lambda: mlp(20, 48, 40, 6), lambda: batches(4, 9, 20)),
+    "a decoder": (TinyDecoder, lambda: texts(4)),
+    "a tied decoder": (lambda: TinyDecoder(tied=True), lambda: texts(4)),
+}
+each_case = pytest.mark.parametrize("case", list(CASES))
+
+
+@pytest.fixture
+def all_parked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything is large."""
+    for module, name, value in (
+        (parking, "LARGE_BYTES", 0),
+        (parking, "_HELD_BYTES", 0),
+        (parking, "_WORTH_BYTES", 1),
+        (moments, "_WORTH_PARKING", 1),
+        (calibrate, "_HELD_BYTES", 0),
+        (weighting, "_AT_ONCE", 40),
+        (weighted_rank, "_AT_ONCE", 40),
+    ):
+        monkeypatch.setattr(module, name, value)
+
+
+def made(case: str) -> tuple[nn.Module, list[Any]]:
+    torch.manual_seed(0)
+    build, data = CASES[case]
+    return decay_(build()), data()
+
+
+@each_case
+def test_the_plan_does_not_depend_on_where_numbers_lie(case, request) -> None:
+    model, data = made(case)
+    wanted = plan_compression(model, budget="1.5x", data=data)
+    request.getfixturevalue("all_parked")
+    before = snapshot(model)
+    found = plan_compression(model, budget="1.5x", data=data)
+    assert_unchanged(model, before)
+    assert found.layers
+    assert [layer.spec for layer in found.layers] == [layer.spec for layer in wanted.layers]
+    assert found.narrowed == wanted.narrowed
+    assert found.calibration is not None
+    grams = found.calibration.grams
+    assert grams
+    assert any(map(is_parked, grams.values()))
+    for name, gram in wanted.calibration.grams.items():
+        torch.testing.assert_close(grams[name], gram)
+    for name, gram in wanted.calibration.output_grams.items():
+        torch.testing.assert_close(found.calibration.output_grams[name], gram)
+
+
+@each_case
+def test_a_model_is_cut_in_place_as_a_copy_is(case, request) -> None:
+    model, data = made(case)
+    keywords: dict[str, Any] = {"budget": "1.5x", "data": data, "heal": False, "measure": False}
+    wanted = tt.compress(model, **keywords)
+    request.getfixturevalue("all_parked")
+    found = tt.compress(model, inplace=True, **keywords)
+    assert found.model is model
+    assert [layer.spec for layer in found.plan.layers] == [layer.spec for layer in wanted.plan.layers]
+    assert not any(map(is_parked, model.parameters()))
+    for name, value in wanted.model.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[name], value, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("failing", ["convolutions", "units", "a tied decoder"])
+def test_a_failure_leaves_a_large_model_as_it_was(failing, all_parked) -> None:
+    model, data = made(failing)
+    before, ids = snapshot(model), [id(p) for p in model.parameters()]
+
+    class Stops(Silent):
+        def on_end(self) -> None:
+            if self.name == "decompose":
+                raise RuntimeError("stopped")
+
+        def on_start(self, name: str, total: int | None) -> None:
+            self.name = name
+
+    keywords: dict[str, Any] = {"heal": False, "measure": False, "inplace": True}
+    with pytest.raises(RuntimeError, match="stopped"):
+        tt.compress(model, budget="1.5x", data=data, observer=Stops(), **keywords)
+    assert_unchanged(model, before)
+    assert [id(p) for p in model.parameters()] == ids
+    assert not any(map(is_parked, model.parameters()))
+
+
+def test_a_compared_original_lies_in_files(all_parked) -> None:
+    model, data = made("units")
+    result = tt.compress(model, budget="1.5x", data=data, heal={"steps": 2}, inplace=True)
+    assert result.report.latency
+    assert not any(map(is_parked, result.model.parameters()))
+
+
+def test_statistics_in_files_go_through_pickle(all_parked) -> None:
+    model, data = made("a decoder")
+    plan = plan_compression(model, budget="1.5x", data=data)
+    for again in (pickle.loads(pickle.dumps(plan)), copy.deepcopy(plan)):
+        assert again == plan
+        for name, gram in plan.calibration.grams.items():
+            assert torch.equal(again.calibration.grams[name], gram)
+
+
+# -- going on after a kill ------------------------------------------------------------------------------
+
+
+class Kill(BaseException):
+    """What no code of the package takes."""
+
+
+class Killer(Silent):
+    """Ends the work at one step of one piece of it, and notes what was said."""
+
+    def __init__(self, where: str = "", step: int = 0) -> None:
+        self.where, self.step, self.name = where, step, ""
+        self.said: list[str] = []
+        self.begun: list[str] = []
+
+    def on_start(self, name: str, total: int | None) -> None:
+        self.name = name
+        self.begun.append(name)
+
+    def on_step(self, n: int, **figures: float) -> None:
+        if self.name == self.where and n == self.step:
+            raise Kill
+
+    def message(self, text: str) -> None:
+        self.said.append(text)
+
+
+KILLS = [("calibrate", 2), ("gradients", 3), ("widths", 1), ("candidates", 1), ("candidates", 3)]
+
+
+@pytest.mark.parametrize("parked", [False, True])
+@pytest.mark.parametrize("where, step", KILLS)
+@pytest.mark.parametrize("case", ["units", "a decoder", "convolutions"])
+def test_a_killed_plan_goes_on(case, where, step, parked, tmp_path, request) -> None:
+    if parked:
+        request.getfixturevalue("all_parked")
+    model, data = made(case)
+    if where == "widths" and case == "convolutions":
+        pytest.skip("it has none")
+    whole = plan_compression(model, budget="1.5x", data=data)
+    with pytest.raises(Kill):
+        plan_compression(model, budget="1.5x", data=data, work_dir=tmp_path, observer=Killer(where, step))
+    after = Killer()
+    found = plan_compression(model, budget="1.5x", data=data, work_dir=tmp_path, observer=after)
+    assert found == whole
+    assert ("calibrate" in after.begun) == (where in ("calibrate", "gradients"))
+    assert not after.said
+
+
+def again(*args: Any, **keywords: Any) -> None:
+    raise AssertionError("done again")
+
+
+@each_case
+def test_nothing_is_done_twice_for_another_budget(case, tmp_path, monkeypatch) -> None:
+    model, data = made(case)
+    wanted = plan_compression(model, budget="1.3x", data=data)
+    plan_compression(model, budget="2x", data=data, work_dir=tmp_path)
+    for name in ("calibrate", "families", "widths_of"):
+        monkeypatch.setattr(planner, name, again)
+    found = plan_compression(model, budget="1.3x", data=data, work_dir=tmp_path)
+    assert found == wanted
+    for name, gram in wanted.calibration.grams.items():
+        assert torch.equal(found.calibration.grams[name], gram)
+    assert found.calibration.batches[0].__class__ is wanted.calibration.batches[0].__class__
+
+
+@pytest.mark.parametrize("other", ["weights", "data", "formats", "damaged"])
+def test_what_was_kept_of_another_planning_is_not_used(other, tmp_path) -> None:
+    model, data = made("units")
+    plan_compression(model, budget="1.5x", data=data, work_dir=tmp_path)
+    keywords: dict[str, Any] = {"formats": ("low_rank",)} if other == "formats" else {}
+    if other == "weights":
+        with torch.no_grad():
+            model[0].weight.mul_(1.5)
+    if other == "data":
+        data = batches(4, 9, 20)[1:]
+    if other == "damaged":
+        for path in tmp_path.iterdir():
+            path.write_bytes(path.read_bytes()[:-9])
+    observer = Killer()
+    found = plan_compression(model, budget="1.5x", data=data, work_dir=tmp_path, observer=observer, **keywords)
+    assert found == plan_compression(model, budget="1.5x", data=data, **keywords)
+    assert any("starts over" in text for text in observer.said)
+
+
+def test_batches_that_cannot_be_kept_are_no_error(tmp_path) -> None:
+    packed = [nn.utils.rnn.pack_sequence([torch.randn(3, 2)])]
+    lstm = nn.LSTM(2, 8)
+    observer = Killer()
+    plan = plan_compression(lstm, budget="1.2x", data=packed, work_dir=tmp_path, observer=observer)
+    assert any("not kept" in text for text in observer.said)
+    assert plan == plan_compression(lstm, budget="1.2x", data=packed, work_dir=tmp_path)
+
+
+def test_a_killed_compression_goes_on(tmp_path) -> None:
+    model, data = made("a decoder")
+    keywords: dict[str, Any] = {"budget": "1.5x", "data": data, "heal": False, "measure": False, "work_dir": tmp_path}
+    with pytest.raises(Kill):
+        tt.compress(model, observer=Killer("decompose", 1), **keywords)
+    after = Killer()
+    found = tt.compress(model, observer=after, **keywords)
+    assert "calibrate" not in after.begun
+    assert "decompose" in after.begun
+    wanted = tt.compress(model, **{**keywords, "work_dir": None})
+    for name, value in wanted.model.state_dict().items():
+        assert torch.equal(found.model.state_dict()[name], value)
+
+
+@pytest.mark.parametrize("call", [plan_compression, tt.compress])
+def test_a_working_folder_is_a_folder(call, tmp_path) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    for odd in (file, 3):
+        with pytest.raises(CheckpointError, match="folder"):
+            call(mlp(8, 8), budget="2x", work_dir=odd)

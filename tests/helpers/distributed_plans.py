@@ -1,0 +1,117 @@
+"""Plans, compressions and trainings of several processes that each see a part of the data."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from small_models import ConvNet, Tagger, batches, decay_, mlp
+from torch import Tensor, nn
+
+import tensortrain as tt
+from tensortrain.compression import CompressionPlan, alone, plan_compression
+from tensortrain.contract import CostModel, use_cost_model
+from tensortrain.train.loop import fit
+from tensortrain.train.losses import cross_entropy_loss
+
+N_BATCHES = 6
+
+
+class Experts(nn.Module):
+    """Two layers of which every batch meets one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList([nn.Linear(16, 24), nn.Linear(16, 24)])
+        self.head = nn.Linear(24, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.experts[int(x.flatten()[0] > 0)](x)))
+
+
+def tagged() -> list[dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(5)
+    ids = [torch.randint(60, (4, 9), generator=generator) for _ in range(N_BATCHES)]
+    return [{"input_ids": each, "attention_mask": (each > 5).long()} for each in ids]
+
+
+def for_experts() -> list[Tensor]:
+    """Batches of which the first process's meet one of them, those of the second process the other."""
+    generator = torch.Generator().manual_seed(6)
+    found = [torch.randn(5, 16, generator=generator, dtype=torch.float64) for _ in range(N_BATCHES)]
+    for k, batch in enumerate(found):
+        batch[0, 0] = 1.0 if k % 2 else -1.0
+    return found
+
+
+CASES: dict[str, tuple[Any, Any]] = {
+    "units": (lambda: mlp(20, 48, 40, 6), lambda: batches(N_BATCHES, 9, 20)),
+    "convolutions": (ConvNet, lambda: batches(N_BATCHES, 5, 3, 8, 8)),
+    "texts": (Tagger, tagged),
+    "experts": (Experts, for_experts),
+}
+
+
+def made(case: str) -> tuple[nn.Module, list[Any]]:
+    torch.manual_seed(0)
+    build, data = CASES[case]
+    return decay_(build()), data()
+
+
+def planned(case: str, rank: int = 0, n: int = 1, **keywords: Any) -> CompressionPlan:
+    model, data = made(case)
+    return plan_compression(model, budget="1.5x", data=data[rank::n], **keywords)
+
+
+def whole_batches() -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(7)
+    return [
+        (
+            torch.randn(8, 12, generator=generator, dtype=torch.float64),
+            torch.randint(5, (8,), generator=generator),
+        )
+        for _ in range(5)
+    ]
+
+
+def trained(rank: int = 0, n: int = 1, **keywords: Any) -> dict[str, Tensor]:
+    torch.manual_seed(rank)  # the first process's model counts
+    model = mlp(12, 9, 5)
+    data = [(x[rank::n], y[rank::n]) for x, y in whole_batches()]
+    fit(model, data, loss=cross_entropy_loss(), epochs=2, lr=0.05, optimizer="sgd", grad_clip=1.0, **keywords)
+    return model.state_dict()
+
+
+def work_together(rank: int, n: int, folder: str, timeout_s: float) -> None:
+    """What each process does; it saves what came out."""
+    torch.set_num_threads(1)
+    torch.set_default_dtype(torch.float64)
+    store, timeout = f"file://{Path(folder) / 'store'}", timedelta(seconds=timeout_s)
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=n, timeout=timeout)
+    try:
+        with use_cost_model(CostModel.reference("cpu")):
+            torch.save(_found(rank, n, Path(folder)), Path(folder) / f"{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+def _found(rank: int, n: int, folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for case in CASES:
+        plan = planned(case, rank, n)
+        assert plan.calibration is not None
+        found[case] = {"plan": plan.to_json(), "grams": plan.calibration.grams, "rows": plan.calibration.calls}
+        found[case]["output_grams"] = plan.calibration.output_grams
+    found["kept"] = [planned("units", rank, n, work_dir=folder / "work").to_json() for _ in range(2)]
+    found["trained"] = trained(rank, n, joined=True)
+    model, data = made("convolutions")
+    healed = tt.compress(model, budget="1.5x", data=data[rank::n], heal={"steps": 3}, measure=False)
+    found["healed"] = healed.model.state_dict()
+    found["losses"] = healed.report.healing
+    if rank == 0:  # the other one is not asked
+        with alone():
+            found["alone"] = planned("units").to_json()
+    return found

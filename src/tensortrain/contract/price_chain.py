@@ -267,7 +267,8 @@ class ChainPricer:
         """Flops and seconds of a plain dense layer."""
         m, n = self.shape.out_features, self.shape.in_features
         product = _Product(self.batch, m, n, 1, batched=False)
-        return product.flops * (3 if self.training else 1), self.product_s(product)
+        # It is called, and led back through, as a plan is.
+        return product.flops * (3 if self.training else 1), self.entry_s + self.product_s(product)
 
     def sliced(self) -> Iterator[ChainPlan]:
         """Build the weight slice by slice, of two halves that meet at the bond where that costs least."""

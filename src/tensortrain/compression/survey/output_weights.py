@@ -110,7 +110,7 @@ def weigh_outputs(
     observer.on_start("gradients", len(batches))
     try:
         for k, batch in enumerate(batches):
-            generator.manual_seed(k * n_processes() + own_rank())  # as one process that is given all of the batches
+            generator.manual_seed(_seed(k * n_processes() + own_rank()))  # as one process that has all of the batches
             with _frozen(model), activations_parked(model.parameters()):
                 count += _add_gradients(layers, batch, judge, along, found)
             found.tidy()
@@ -132,6 +132,11 @@ def weigh_outputs(
     for name, total in found.output_grams.items():
         found.layers[name].output_gram = total.div_(max(1, count))
         let_go(total)
+
+
+def _seed(k: int) -> int:
+    """One for each batch; torch's generator wants many bits to be set."""
+    return (k + 1) * 0x9E3779B97F4A7C15 % 2**63
 
 
 @contextmanager

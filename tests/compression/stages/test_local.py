@@ -182,8 +182,9 @@ def test_blocks_of_an_encoder_whose_positions_are_blanked_out() -> None:
 def test_half_models_are_trained_as_float32_copies(dtype: torch.dtype) -> None:
     ends = []
     for kind in (torch.float32, dtype):
-        model, data = tower().to(kind), [x.to(kind) for x in batches(8, 40, 8)]
-        small = cut(model, data)
+        model, data = tower(), batches(8, 40, 8)
+        small = cut(model, data).to(kind)  # one plan for all dtypes: the subject is the training
+        model, data = model.to(kind), [x.to(kind) for x in data]
         start, end, n_kept, _ = heal_locally_(material(model, small, data), SHORT, Silent())
         assert n_kept >= 1
         ends.append(end / start)

@@ -21,6 +21,7 @@ from gallery_case import Case
 from torch import Tensor, nn
 
 import tensortrain as tt
+from tensortrain.compression.computed import is_computed
 from tensortrain.compression.opened import opened_for_a_while
 from tensortrain.compression.survey.layers import find_layers
 from tensortrain.formats import energy
@@ -329,6 +330,8 @@ def traits_of_the_model_are_kept(run: Run) -> None:
     for result in (run.cut, run.blind, run.healed):
         modules = dict(result.model.named_modules())
         for name, module in run.model.named_modules():
+            if _is_within(name, _computed(run, result.plan)):
+                continue  # the weight is computed no more, and the layer plain
             assert modules[name].training == module.training, f"{name or 'the model'}: training mode"
             assert len(modules[name]._forward_hooks) == len(module._forward_hooks), f"{name}: hooks"
         parameters = dict(result.model.named_parameters())
@@ -367,11 +370,25 @@ def _check_same_outputs(run: Run, model: nn.Module) -> None:
         assert same_bits(run.outputs(model, batch), run.outputs(run.healed.model, batch))
 
 
+def _computed(run: Run, plan: tt.CompressionPlan) -> set[str]:
+    """Layers whose weight was computed at every call, and is not any more."""
+    return {name for name in plan.opened if is_computed(run.original.get_submodule(name))}
+
+
+def _is_within(name: str, layers: set[str]) -> bool:
+    return any(name == layer or name.startswith(f"{layer}.") for layer in layers)
+
+
 @check
 def undoing_gives_the_same_function(run: Run) -> None:
     assert not any(isinstance(module, tt.nn.FactorizedLayer) for module in run.undone.modules())
-    shapes = {name: value.shape for name, value in run.original.state_dict().items()}
-    assert {name: value.shape for name, value in run.undone.state_dict().items()} == shapes
+    narrowed = [name for one in run.cut.plan.narrowed for name in one.names]
+    changed = {*_computed(run, run.cut.plan), *narrowed}  # they stay plain, and narrow
+    shapes, now = (
+        {name: value.shape for name, value in net.state_dict().items() if not _is_within(name, changed)}
+        for net in (run.original, run.undone)
+    )
+    assert now == shapes
     for batch in run.held_back:
         new, old = run.outputs(run.undone, batch), run.outputs(run.loaded, batch)
         for name, y in old.items():

@@ -101,17 +101,17 @@ def inspect(model: nn.Module, example_inputs: Any = None) -> Inspection:
     Cost: one eigenvalue problem of the smaller side per layer, one forward pass.
     """
     check_module(model)
+    total = count_params(model)  # with what weights are computed from, which opened layers are without
     with opened_for_a_while(model) as opened:
-        found = _inspect(opened.model, example_inputs)
+        found = _inspect(opened.model, total, example_inputs)
     return replace(found, left_alone=opened.left_alone(found.left_alone))
 
 
-def _inspect(model: nn.Module, example_inputs: Any) -> Inspection:
+def _inspect(model: nn.Module, total: int, example_inputs: Any) -> Inspection:
     layers, left = find_layers(model)
     calibration = None
     if example_inputs is not None:
         calibration = calibrate(model, layers, [example_inputs], n_batches=1, grams=False)
-    total = count_params(model)
     rows = tuple(_row(layer, total, calibration) for layer in layers)
     return Inspection(rows, tuple(left), total)
 

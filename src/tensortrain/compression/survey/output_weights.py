@@ -28,6 +28,7 @@ __all__ = ["Judge", "OutputFunction", "Spreads", "sentence_embedding", "weigh_ou
 _AT_ONCE = 2**20  # gradients that are made doubles of
 
 Judge = Callable[[Any], dict[str, Tensor]]  # batch -> the outputs that count, by name
+Along = Callable[[Mapping[str, Tensor], Any], Tensor | None]  # (outputs, batch) -> them along a random direction
 
 
 class Spreads:
@@ -105,14 +106,13 @@ def weigh_outputs(
     found.output_scale = next(iter(scales.values()))
     found.in_nats = spreads.metric.in_nats(next(iter(scales)))
     shares = {name: math.sqrt(found.output_scale / scale) for name, scale in scales.items()}
-    generator, count, failed = torch.Generator(), 0, ""
-    along = partial(_along_random_directions, spreads.metric, shares, generator)
+    count, failed = 0, ""
+    along = partial(_along_random_directions, spreads.metric, shares, torch.Generator().manual_seed(0))
     observer.on_start("gradients", len(batches))
     try:
         for k, batch in enumerate(batches):
-            generator.manual_seed(_seed(k * n_processes() + own_rank()))  # as one process that has all of the batches
             with _frozen(model), activations_parked(model.parameters()):
-                count += _add_gradients(layers, batch, judge, along, found)
+                count += _add_gradients(layers, batch, judge, partial(_in_turn, along), found)
             found.tidy()
             observer.on_step(k + 1)
     except Exception as error:  # a part without a backward: inputs alone have to do
@@ -134,9 +134,16 @@ def weigh_outputs(
         let_go(total)
 
 
-def _seed(k: int) -> int:
-    """One for each batch; torch's generator wants many bits to be set."""
-    return (k + 1) * 0x9E3779B97F4A7C15 % 2**63
+def _in_turn(along: Along, outputs: Mapping[str, Tensor], batch: Any) -> Tensor | None:
+    """The draws of one process that is given the batches of all: those of the others, of one size, are passed over."""
+    with torch.no_grad():
+        for _ in range(own_rank()):
+            along(outputs, batch)
+    total = along(outputs, batch)
+    with torch.no_grad():
+        for _ in range(own_rank() + 1, n_processes()):
+            along(outputs, batch)
+    return total
 
 
 @contextmanager
@@ -156,7 +163,7 @@ def _add_gradients(
     layers: Sequence[FoundLayer],
     batch: Any,
     judge: Judge,
-    along: Callable[[Mapping[str, Tensor], Any], Tensor | None],
+    along: Along,
     found: Calibration,
 ) -> int:
     """Add the second moment of the gradients at every layer's output; give the number of examples."""

@@ -72,6 +72,12 @@ class Metric:
         along = torch.cat([self._direction(some, noise) for some, noise in noisy])
         return torch.dot(logits.reshape(-1), along.reshape(-1))  # of which the direction alone counts
 
+    def drawn_sizes(self, name: str, y: Tensor, batch: Any) -> tuple[tuple[int, ...], ...]:
+        """Sizes of the random numbers that ``along`` draws for an output, in their order."""
+        if not self.in_nats(name):
+            return (tuple(self._values(name, y, batch).shape),)
+        return tuple(tuple(some.shape) for some in _in_parts(self._logits(name, y, batch)))
+
     def _direction(self, logits: Tensor, noise: Tensor) -> Tensor:
         """A draw with the second moment of ``p - onehot(y)``, ``y ~ p``.
 

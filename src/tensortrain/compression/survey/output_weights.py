@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -28,6 +28,7 @@ __all__ = ["Judge", "OutputFunction", "Spreads", "sentence_embedding", "weigh_ou
 _AT_ONCE = 2**20  # gradients that are made doubles of
 
 Judge = Callable[[Any], dict[str, Tensor]]  # batch -> the outputs that count, by name
+Sizes = tuple[tuple[int, ...], ...]
 Along = Callable[[Mapping[str, Tensor], Any], Tensor | None]  # (outputs, batch) -> them along a random direction
 
 
@@ -38,10 +39,12 @@ class Spreads:
         self.metric = metric
         self.sums: dict[str, tuple[float, float]] = {}
         self.n_examples = 0
+        self.drawn: list[list[dict[str, Sizes]]] = [[]]  # by process and batch, what random directions draw
 
     def add(self, outputs: Mapping[str, Tensor], batch: Any) -> None:
         """Take in the outputs of one batch."""
         self.n_examples += max((y.shape[0] if y.ndim else 1 for y in outputs.values()), default=0)
+        self.drawn[0].append({name: self.metric.drawn_sizes(name, y, batch) for name, y in outputs.items()})
         for name, y in outputs.items():
             about, square = self.metric.spread(name, y, batch)
             known = self.sums.get(name, (0.0, 0.0))
@@ -49,13 +52,22 @@ class Spreads:
 
     def join(self) -> None:
         """Add up those of several processes."""
-        parts = gathered((self.sums, self.n_examples))
+        parts = gathered((self.sums, self.n_examples, self.drawn[0]))
         if len(parts) == 1:
             return
-        self.n_examples = sum(n for _, n in parts)
+        self.n_examples = sum(n for _, n, _ in parts)
+        self.drawn = [drawn for _, _, drawn in parts]
         for name in self.sums:
-            pairs = [sums[name] for sums, _ in parts if name in sums]
+            pairs = [sums[name] for sums, _, _ in parts if name in sums]
             self.sums[name] = (sum(about for about, _ in pairs), sum(square for _, square in pairs))
+
+    def pass_over(self, k: int, processes: Iterable[int], names: Collection[str], generator: torch.Generator) -> None:
+        """Draw what other processes draw for their batch of that number, so that all draw as one would."""
+        for process in processes:
+            batches = self.drawn[process]
+            for name, sizes in batches[k].items() if k < len(batches) else ():
+                for size in sizes if name in names else ():
+                    torch.randn(size, generator=generator)
 
     def scales(self) -> dict[str, float]:
         """Mean square about the mean per example; the mean square where an output hardly varies. None is 0."""
@@ -106,13 +118,15 @@ def weigh_outputs(
     found.output_scale = next(iter(scales.values()))
     found.in_nats = spreads.metric.in_nats(next(iter(scales)))
     shares = {name: math.sqrt(found.output_scale / scale) for name, scale in scales.items()}
-    count, failed = 0, ""
-    along = partial(_along_random_directions, spreads.metric, shares, torch.Generator().manual_seed(0))
+    count, failed, generator = 0, "", torch.Generator().manual_seed(0)
+    along = partial(_along_random_directions, spreads.metric, shares, generator)
     observer.on_start("gradients", len(batches))
     try:
         for k, batch in enumerate(batches):
             with _frozen(model), activations_parked(model.parameters()):
-                count += _add_gradients(layers, batch, judge, partial(_in_turn, along), found)
+                spreads.pass_over(k, range(own_rank()), shares, generator)
+                count += _add_gradients(layers, batch, judge, along, found)
+                spreads.pass_over(k, range(own_rank() + 1, n_processes()), shares, generator)
             found.tidy()
             observer.on_step(k + 1)
     except Exception as error:  # a part without a backward: inputs alone have to do
@@ -132,18 +146,6 @@ def weigh_outputs(
     for name, total in found.output_grams.items():
         found.layers[name].output_gram = total.div_(max(1, count))
         let_go(total)
-
-
-def _in_turn(along: Along, outputs: Mapping[str, Tensor], batch: Any) -> Tensor | None:
-    """The draws of one process that is given the batches of all: those of the others, of one size, are passed over."""
-    with torch.no_grad():
-        for _ in range(own_rank()):
-            along(outputs, batch)
-    total = along(outputs, batch)
-    with torch.no_grad():
-        for _ in range(own_rank() + 1, n_processes()):
-            along(outputs, batch)
-    return total
 
 
 @contextmanager

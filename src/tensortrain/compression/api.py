@@ -146,12 +146,16 @@ def compress(
         name=name,
         search=search,
     )
+    found = _result(model, options, todo)
+    found.report.provenance["wall_s"] = round(perf_counter() - start, 2)
+    return found
+
+
+def _result(model: nn.Module, options: CompressOptions, todo: Sequence[Any]) -> CompressionResult:
     with _same_batches(options):
         work = _carried_out(model, options, todo)
         applied = work.plan or _no_plan(work)
-        report = make_report(work, applied)
-    report.provenance["wall_s"] = round(perf_counter() - start, 2)
-    return CompressionResult(work.model, applied, report)
+        return CompressionResult(work.model, applied, make_report(work, applied))
 
 
 def plans_for(

@@ -14,6 +14,13 @@ pytestmark = pytest.mark.skipif(library() is None, reason="kernels are not built
 
 
 @pytest.fixture(autouse=True)
+def by_squares(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Squares as far as they go: by default they stop sooner, until cores of scales far apart come out right."""
+    monkeypatch.setattr("tensortrain.cores.rounding._WALK_UNIT", 1e-8)
+    monkeypatch.setattr("tensortrain.cores.rounding._ROOM", 0.15)
+
+
+@pytest.fixture(autouse=True)
 def _two_threads():
     before = torch.get_num_threads()
     torch.set_num_threads(2)

@@ -14,13 +14,6 @@ pytestmark = pytest.mark.skipif(library() is None, reason="kernels are not built
 
 
 @pytest.fixture(autouse=True)
-def by_squares(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Squares as far as they go: by default they stop sooner, until cores of scales far apart come out right."""
-    monkeypatch.setattr("tensortrain.cores.rounding._WALK_UNIT", 1e-8)
-    monkeypatch.setattr("tensortrain.cores.rounding._ROOM", 0.15)
-
-
-@pytest.fixture(autouse=True)
 def _two_threads():
     before = torch.get_num_threads()
     torch.set_num_threads(2)
@@ -161,3 +154,24 @@ def test_narrow_products_agree(modes, rank, dtype, tol, generator):
     size = norm([core.double() for core in x]) * norm([core.double() for core in y])
     difference = float(times_pow2(found[0].double(), found[1])) - float(times_pow2(*expected))
     assert abs(difference) <= tol * size
+
+
+def between(cores, spread, generator):
+    """The same train with a matrix and its inverse, of singular values so far apart, at every bond."""
+    cores = list(cores)
+    for k in range(len(cores) - 1):
+        r = cores[k].shape[-1]
+        turn = torch.linalg.qr(torch.randn(r, r, generator=generator, dtype=torch.float64)).Q
+        sizes = spread ** -torch.linspace(0, 1, r, dtype=torch.float64)
+        cores[k] = cores[k] @ (turn * sizes) @ turn.mT
+        cores[k + 1] = torch.einsum("ab,bns->ans", (turn / sizes) @ turn.mT, cores[k + 1])
+    return cores
+
+
+@pytest.mark.parametrize("spread", [1e5, 1e7, 1e9, 1e11])
+def test_norms_that_are_nothing_but_rounding_are_found_out(spread, generator):
+    for modes in ((6,) * 7, (9, 7, 8), (4,) * 12):
+        for _ in range(10):
+            cores = between(unit_train(modes, 4, generator), spread, generator)
+            found = round_cores(cores, (0, len(cores) - 1), eps=1e-5)
+            assert distance(found.cores, cores) <= found.bound

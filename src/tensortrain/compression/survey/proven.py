@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,9 @@ from tensortrain.train.modes import evaluating
 from tensortrain.train.outputs import counted
 from tensortrain.train.preserve import preserved
 
-__all__ = ["few", "is_like", "numbers", "proven_units"]
+__all__ = ["is_like", "numbers", "proven", "proven_units"]
+
+Group = TypeVar("Group")
 
 _FEW, _SHORT = 2, 32  # examples to try on, and places of a text
 
@@ -46,33 +48,52 @@ def proven_units(
     Cost: ``find_hidden_units`` in eval and in train mode, and two forward passes, on two examples; two more for each
     group of units where some of them fail.
     """
-    batch = few(model, calibration.batches[0], with_labels=calibration.with_labels)
+    return proven(model, calibration, find_hidden_units, choose, _computes_the_same, notes, "Hidden units")
+
+
+def proven(
+    model: nn.Module,
+    calibration: Calibration,
+    find: Callable[..., list[Group]],
+    choose: Callable[[list[Group]], list[Group]],
+    computes_the_same: Callable[[nn.Module, Sequence[Group], Run], bool],
+    notes: list[str],
+    what: str,
+) -> list[Group]:
+    """What can be taken out together: found in eval and in train mode, chosen, and tried on a batch.
+
+    Args:
+        find: ``(model, run, training=) -> what may be``.
+        computes_the_same: Whether the model does, with a part of these taken out.
+        what: They are, in a note.
+    """
+    batch = _few(model, calibration.batches[0], with_labels=calibration.with_labels)
 
     def on_batch(net: nn.Module) -> Any:
         return run(net, batch, with_labels=calibration.with_labels)
 
     with preserved(model), activations_parked(model.parameters()):
         try:
-            found = choose(_found(model, on_batch))
+            found = choose(_found(model, find, on_batch))
         except Exception as error:  # a part without gradients, or one that two examples do not serve
-            notes.append(f"Hidden units were not looked for: {in_short(error)}.")
+            notes.append(f"{what} were not looked for: {in_short(error)}.")
             return []
-        if not found or _computes_the_same(model, found, on_batch):
+        if not found or computes_the_same(model, found, on_batch):
             return found
-        return [units for units in found if _computes_the_same(model, [units], on_batch)]
+        return [one for one in found if computes_the_same(model, [one], on_batch)]
 
 
-def _found(model: nn.Module, on_batch: Run) -> list[HiddenUnits]:
-    """Those that are hidden in both modes: what only training reads, such as a loss beside, reads them too."""
-    found = find_hidden_units(model, on_batch)
+def _found(model: nn.Module, find: Callable[..., list[Group]], on_batch: Run) -> list[Group]:
+    """Those that are found in both modes: what only training reads, such as a loss beside, reads them too."""
+    found = find(model, on_batch)
     try:
-        trained = find_hidden_units(model, on_batch, training=True)
+        trained = find(model, on_batch, training=True)
     except Exception:  # a model that only ever runs in eval mode
         return found
-    return [units for units in found if units in trained]
+    return [one for one in found if one in trained]
 
 
-def few(model: nn.Module, batch: Any, *, with_labels: bool) -> Any:
+def _few(model: nn.Module, batch: Any, *, with_labels: bool) -> Any:
     n = n_examples(batch)
     cut = map_tensors(lambda x: x[:_FEW] if x.ndim and len(x) == n else x, batch) if n > _FEW else batch
     short = _short(cut)

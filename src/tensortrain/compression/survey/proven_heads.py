@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,12 +15,9 @@ from tensortrain.compression.survey.heads import AttentionHeads, find_heads
 from tensortrain.compression.survey.hidden import Run
 from tensortrain.compression.survey.layers import FoundLayer
 from tensortrain.compression.survey.moments import Calibration
-from tensortrain.compression.survey.proven import few, is_like, numbers
+from tensortrain.compression.survey.proven import is_like, numbers, proven
 from tensortrain.compression.swap import swap
-from tensortrain.compression.words import in_short
-from tensortrain.train.batches import run
 from tensortrain.train.modes import evaluating
-from tensortrain.train.preserve import preserved
 
 __all__ = ["proven_heads"]
 
@@ -48,34 +46,12 @@ def proven_heads(
     Cost: ``find_heads`` in eval and in train mode, and two forward passes, on two examples; two more for each
     pair of layers where some of them fail.
     """
-    batch = few(model, calibration.batches[0], with_labels=calibration.with_labels)
-
-    def on_batch(net: nn.Module) -> Any:
-        return run(net, batch, with_labels=calibration.with_labels)
-
-    with preserved(model):
-        try:
-            found = choose(_found(model, on_batch))
-        except Exception as error:  # as for hidden units
-            notes.append(f"Attention heads were not looked for: {in_short(error)}.")
-            return []
-        if not found or _computes_the_same(model, found, layers, on_batch):
-            return found
-        return [heads for heads in found if _computes_the_same(model, [heads], layers, on_batch)]
-
-
-def _found(model: nn.Module, on_batch: Run) -> list[AttentionHeads]:
-    """Those that are found in both modes, since training may read values elsewhere too."""
-    found = find_heads(model, on_batch)
-    try:
-        trained = find_heads(model, on_batch, training=True)
-    except Exception:  # a model that only ever runs in eval mode
-        return found
-    return [heads for heads in found if heads in trained]
+    same = partial(_computes_the_same, layers)
+    return proven(model, calibration, find_heads, choose, same, notes, "Attention heads")
 
 
 def _computes_the_same(
-    model: nn.Module, found: Sequence[AttentionHeads], layers: Mapping[str, FoundLayer], on_batch: Run
+    layers: Mapping[str, FoundLayer], model: nn.Module, found: Sequence[AttentionHeads], on_batch: Run
 ) -> bool:
     """Whether the model with half of the directions gives what it gives where nothing of the rest is handed on."""
     bases = [_half(heads) for heads in found]

@@ -331,7 +331,7 @@ def test_a_cache_is_left_out_and_blocks_that_need_one_are_no_chain(needs_cache: 
     assert bool(streams.chain) != needs_cache
     part = streams.part_of("blocks.2.layer")
     for _ in range(2):
-        assert torch.allclose(part.run_small(0), model(x))
+        torch.testing.assert_close(part.run_small(0), model(x))
 
 
 def test_a_decoder_with_a_cache_is_refitted() -> None:
@@ -388,8 +388,8 @@ def test_inputs_of_the_blocks_are_those_of_the_model_by_then() -> None:
     with torch.no_grad():
         small.stem.weight.mul_(3)
         part = streams.part_of("blocks.0")
-        assert torch.allclose(part.run_small(0), small.blocks[0](small.stem(x)))
-        assert torch.allclose(part.run_original(0), model.blocks[0](model.stem(x)))
+        torch.testing.assert_close(part.run_small(0), small.blocks[0](small.stem(x)))
+        torch.testing.assert_close(part.run_original(0), model.blocks[0](model.stem(x)))
 
 
 def test_a_single_image_has_the_equations_of_a_batch_of_one() -> None:

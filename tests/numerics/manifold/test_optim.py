@@ -161,7 +161,7 @@ def test_both_descend_on_layers(optimizer_of):
         losses.append(float(loss.detach()))
     assert losses[-1] < 0.9 * losses[0]
     with torch.no_grad():  # the cached weight of the layer follows the step
-        assert torch.allclose(model(x), model[2](torch.tanh(model[0].to_dense()(x))))
+        torch.testing.assert_close(model(x), model[2](torch.tanh(model[0].to_dense()(x))))
 
 
 def test_step_of_a_layer_is_that_of_its_weight():

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar, TypeVar
 
@@ -38,7 +38,8 @@ from tensortrain.nn.recurrent.cells import (
     torch_arguments,
     torch_weights,
 )
-from tensortrain.nn.recurrent.maps import MapOptions
+from tensortrain.nn.recurrent.maps import Apply, MapOptions
+from tensortrain.nn.recurrent.sequences import Spread, by_sequence, may_run, serves
 from tensortrain.nn.recurrent.ways import differentiable_twice, kernel_is_faster, may_take_kernel
 from tensortrain.system.tracing import is_traced, sizes_of
 
@@ -66,6 +67,15 @@ class _Layout:
     def split(self, x: Tensor) -> Sequence[Tensor]:
         # unbind, since indexing would fill a whole sequence of zeros at every step of the backward pass
         return x.unbind(self.axis) if self.batch_sizes is None else x.split(self.batch_sizes.tolist())
+
+    def first(self, x: Tensor, n_steps: int) -> tuple[Tensor, None, _Layout]:
+        """The first steps of a sequence alone, without a state."""
+        if n_steps >= self.n_steps:
+            return x, None, self
+        if self.batch_sizes is None:
+            return x.narrow(self.axis, 0, n_steps), None, replace(self, n_steps=n_steps)
+        some = self.batch_sizes[:n_steps]
+        return x[: int(some.sum())], None, replace(self, n_steps=n_steps, batch_sizes=some)
 
     def join(self, steps: Sequence[Tensor]) -> Tensor:
         return torch.stack(list(steps), self.axis) if self.batch_sizes is None else torch.cat(list(steps))
@@ -510,25 +520,51 @@ def _scan(
 def _step_by_step(cells: list[Cell], x: Tensor, state: State | None, layout: _Layout) -> tuple[Tensor, State]:
     """One layer, its input map on all steps at once; states ``(n_directions, b, size)``."""
     gates = [cell.ih(x) for cell in cells]
-    hidden = [cell.prepare(layout.batch) for cell in cells]
-    return _scan_all(cells, gates, hidden, state, layout)
+    if all(serves(cell, here) for cell, here in zip(cells, gates, strict=True)):
+        return _scan_all(cells, gates, [None] * len(cells), state, layout)
+    return _scan_all(cells, gates, [cell.prepare(layout.batch) for cell in cells], state, layout)
 
 
 def _scan_all(
     cells: Sequence[Cell], gates: Sequence[Tensor], hidden: Sequence[Any], state: State | None, layout: _Layout
 ) -> tuple[Tensor, State]:
+    """All directions; ``hidden`` None where the kernels may do all steps."""
     outputs, finals = [], []
     for direction, cell in enumerate(cells):
-        here = gates[direction]
+        here, apply = gates[direction], hidden[direction]
         if state is None:
             initial = cell.zero_state(layout.batch, here)
         else:
             initial = tuple(s[direction].to(here.dtype) for s in state)
-        steps, final = _scan(cell, layout.split(here), hidden[direction], initial, reverse=direction == 1)
-        outputs.append(layout.join(steps))
-        finals.append(final)
+        found = _by_kernels(cell, here, initial, layout, reverse=direction == 1) if apply is None else None
+        if found is None:
+            apply = cell.prepare(layout.batch) if apply is None else apply
+            found = _scanned(cell, here, apply, initial, layout, reverse=direction == 1)
+        outputs.append(found[0])
+        finals.append(found[1])
     output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
     return output, tuple(torch.stack(parts) for parts in zip(*finals, strict=True))
+
+
+def _scanned(
+    cell: Cell, gates: Tensor, hidden: Any, initial: State, layout: _Layout, *, reverse: bool
+) -> tuple[Tensor, State]:
+    """One direction, step by step."""
+    steps, final = _scan(cell, layout.split(gates), hidden, initial, reverse=reverse)
+    return layout.join(steps), final
+
+
+def _by_kernels(
+    cell: Cell, gates: Tensor, initial: State, layout: _Layout, *, reverse: bool
+) -> tuple[Tensor, State] | None:
+    """One direction in one call of the kernels; None where they do not serve."""
+
+    def recorded(gates: Tensor, hidden: Apply, state: State) -> tuple[Tensor, ...]:
+        output, final = _scanned(cell, gates, (hidden,), state, layout, reverse=reverse)
+        return output, *final
+
+    spread = Spread(layout.n_steps, layout.batch, layout.axis == 0, layout.batch_sizes)
+    return by_sequence(cell, gates, initial, spread, reverse=reverse, recorded=recorded)
 
 
 def _fit_kernel(cells: list[Cell], x: Tensor, layout: _Layout) -> bool:
@@ -538,7 +574,7 @@ def _fit_kernel(cells: list[Cell], x: Tensor, layout: _Layout) -> bool:
     if is_traced():
         return False
     rows = x.numel() // x.shape[-1]
-    if all(cell.fits_kernel(rows, layout.batch) for cell in cells):
+    if all(cell.fits_kernel(rows, layout.batch) for cell in cells) and not all(may_run(c, x.dtype) for c in cells):
         return True
     if not may_take_kernel(cells, x):
         return False
@@ -547,8 +583,8 @@ def _fit_kernel(cells: list[Cell], x: Tensor, layout: _Layout) -> bool:
         x,
         layout.batch,
         layout.n_steps,
-        by_kernel=lambda some, numbers: _torch_kernel(some, numbers, None, layout)[0],
-        by_steps=lambda some, numbers: _step_by_step(some, numbers, None, layout)[0],
+        by_kernel=lambda some, numbers, n: _torch_kernel(some, *layout.first(numbers, n))[0],
+        by_steps=lambda some, numbers, n: _step_by_step(some, *layout.first(numbers, n))[0],
     )
 
 

@@ -1,15 +1,16 @@
 """Which way a recurrent layer takes through a sequence: torch's own kernel on dense weights, or step by step.
 
 Torch's kernel does a whole sequence in one call, but needs dense maps: kept at inference, made anew from the cores in
-training. Step by step the input map runs factorized on all steps at once. The one with the shorter predicted time runs;
-where predictions lie close together, both are run once and the machine remembers which was faster.
+training. Step by step the input map runs factorized on all steps at once, and the hidden one at every step: in one call
+of our own kernels where they serve, else operation by operation. The one with the shorter predicted time runs; where
+predictions lie close together, both are run once and the machine remembers which was faster.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -20,6 +21,7 @@ from tensortrain.contract.grouped import can_group, is_batched
 from tensortrain.contract.trials import Notebook, best_seconds, can_time, timed, train_once, trial_key
 from tensortrain.nn.composite import Map, is_plain
 from tensortrain.nn.linear import Linear
+from tensortrain.nn.recurrent.sequences import may_run, serves_dtype, step_seconds
 from tensortrain.nn.runner import may_be_dense, power_of_two
 
 if TYPE_CHECKING:
@@ -27,13 +29,16 @@ if TYPE_CHECKING:
 
 __all__ = ["MapInCell", "Way", "differentiable_twice", "fused_step_is_faster", "kernel_is_faster", "may_take_kernel"]
 
-Way = Callable[[list[Any], Tensor], Tensor]  # outputs of one layer, from its cells and an input
+Way = Callable[[list[Any], Tensor, int], Tensor]  # outputs of one layer, from its cells and the first steps of an input
 
 _FAR_APART = 4.0  # predictions further apart than this decide without a trial
-_TOO_LONG_S = 0.2  # of one round of a trial, as predicted
+_TOO_LONG_S = 0.2  # of one round of a trial, as predicted: of a longer sequence the first steps are tried,
+_FEWEST_STEPS = 4  # unless they are fewer than these
 _CALLS = {"lstm": 14, "gru": 10}  # operations of one step; four for the others
+_CALLS_OF_TORCH = {"lstm": 1}  # of one step by torch's kernel; seven for the others
+_GATE_S = {torch.float32: 1.2e-9, torch.float64: 5e-9}  # of one gate of one row by our kernels
 _REBUILD_CALLS = 40  # operations, forward and backward
-_FOUND = Notebook("recurrent-1")
+_FOUND = Notebook("recurrent-2")
 _KNOWN: dict[Any, bool] = {}
 
 
@@ -55,7 +60,7 @@ def kernel_is_faster(cells: list[Cell], x: Tensor, batch: int, n_steps: int, *, 
         cells: Of one layer, one for each direction.
         x: Input of the layer; only its sizes count.
         batch, n_steps: Rows of a step, and steps.
-        by_kernel, by_steps: How the layer runs either way.
+        by_kernel, by_steps: How the layer runs either way, on so many of the first steps.
     """
     training = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in cells[0].parameters()))
     sizes = power_of_two(x.numel() // max(1, x.shape[-1])), power_of_two(batch), power_of_two(n_steps)
@@ -63,9 +68,11 @@ def kernel_is_faster(cells: list[Cell], x: Tensor, batch: int, n_steps: int, *, 
     if key not in _KNOWN:
         kernel_s, steps_s = _predicted_s(cells, x, batch, n_steps, training)
         apart = max(kernel_s, steps_s) / min(kernel_s, steps_s)
-        if apart > _FAR_APART or kernel_s + steps_s > _TOO_LONG_S or not can_time(x.device):
+        few = min(n_steps, int(n_steps * _TOO_LONG_S / (kernel_s + steps_s)))
+        if apart > _FAR_APART or few < min(n_steps, _FEWEST_STEPS) or not can_time(x.device):
             return kernel_s <= steps_s
-        _KNOWN[key] = _tried(key, cells, x, training, by_kernel, by_steps)
+        ways = tuple(partial(_first_steps, way, few) for way in (by_kernel, by_steps))
+        _KNOWN[key] = _tried(key, cells, x, training, *ways)
     return _KNOWN[key]
 
 
@@ -98,43 +105,59 @@ def _told_map(one: Map) -> Told:
 def _predicted_s(cells: Sequence[Cell], x: Tensor, batch: int, n_steps: int, training: bool) -> tuple[float, float]:
     """Seconds by torch's kernel, and step by step."""
     rows = x.numel() // max(1, x.shape[-1])
-    found = [
-        _times(_told_map(cell.ih), _told_map(cell.hh), str(cell.kernel), rows, batch, n_steps, x.dtype, training)
-        for cell in cells
-    ]
-    plans = [
-        cell.ih.plan(rows).predicted_s if isinstance(cell.ih, Linear) else one[2]
-        for cell, one in zip(cells, found, strict=True)
-    ]
-    return sum(one[0] for one in found), sum(one[1] for one in found) + sum(plans)
+    found = [_both_ways_s(cell, rows, batch, n_steps, x.dtype, training) for cell in cells]
+    return sum(kernel_s for kernel_s, _ in found), sum(steps_s for _, steps_s in found)
 
 
 def fused_step_is_faster(cell: Cell, rows: int, dtype: torch.dtype) -> bool:
-    """Whether one step by torch's function, on dense maps, is predicted to take less time than operation by operation.
+    """Whether one step by torch's function, on dense maps, is predicted to take less time than by the maps as they are.
 
     Both maps may be dense; see ``may_take_kernel``.
     """
     training = torch.is_grad_enabled() and any(p.requires_grad for p in cell.parameters())
     rows = power_of_two(rows)
-    fused_s, steps_s, dense_s = _times(
-        _told_map(cell.ih), _told_map(cell.hh), str(cell.kernel), rows, rows, 1, dtype, training
-    )
-    return fused_s <= steps_s + (cell.ih.plan(rows).predicted_s if isinstance(cell.ih, Linear) else dense_s)
+    fused_s, steps_s = _both_ways_s(cell, rows, rows, 1, dtype, training)
+    return fused_s <= steps_s
+
+
+def _both_ways_s(
+    cell: Cell, rows: int, batch: int, n_steps: int, dtype: torch.dtype, training: bool
+) -> tuple[float, float]:
+    """Seconds of one direction by torch's kernel on dense maps, and step by step."""
+    ih, hh, kernel = _told_map(cell.ih), _told_map(cell.hh), str(cell.kernel)
+    step_s = step_seconds(cell.hh, batch, dtype) if may_run(cell, dtype) else None
+    kernel_s, steps_s, dense_s = _times(ih, hh, kernel, rows, batch, n_steps, dtype, training, step_s)
+    return kernel_s, steps_s + (cell.ih.plan(rows).predicted_s if isinstance(cell.ih, Linear) else dense_s)
 
 
 @lru_cache(maxsize=4096)
 def _times(
-    ih: Told, hh: Told, kernel: str, rows: int, batch: int, n_steps: int, dtype: torch.dtype, training: bool
+    ih: Told,
+    hh: Told,
+    kernel: str,
+    rows: int,
+    batch: int,
+    n_steps: int,
+    dtype: torch.dtype,
+    training: bool,
+    step_s: float | None,
 ) -> tuple[float, float, float]:
-    """Seconds of torch's kernel on dense maps, of the steps without their input map, and of a dense input map."""
+    """Seconds of torch's kernel on dense maps, of the steps without their input map, and of a dense input map.
+
+    Args:
+        step_s: Of the hidden map's products in one step by our kernels; None where they do not serve.
+    """
     model, passes = cost_model("cpu"), 3 if training else 1
     dense_s = passes * model.gemm_s(rows, ih.out_features, ih.in_features, dtype=dtype)
-    recurrent_s = passes * n_steps * model.gemm_s(batch, hh.out_features, hh.in_features, dtype=dtype)
+    recurrent_s = model.gemm_s(batch, hh.out_features, hh.in_features, dtype=dtype)
+    kernel_s = recurrent_s + _CALLS_OF_TORCH.get(kernel, 7) * model.overhead_s
     rebuild_s = (_rebuild_s(ih, model, dtype) + _rebuild_s(hh, model, dtype)) if training else 0.0
-    n_calls = _CALLS.get(kernel, 4)
-    bytes_of_a_call = 2 * batch * ih.out_features * dtype.itemsize / n_calls
-    between_s = passes * n_steps * n_calls * model.stream_s(bytes_of_a_call)
-    return dense_s + recurrent_s + rebuild_s, recurrent_s + between_s, dense_s
+    if step_s is not None:
+        hidden_s = step_s + batch * ih.out_features * _GATE_S[dtype]
+    else:
+        n_calls = _CALLS.get(kernel, 4)
+        hidden_s = recurrent_s + n_calls * model.stream_s(2 * batch * ih.out_features * dtype.itemsize / n_calls)
+    return dense_s + passes * n_steps * kernel_s + rebuild_s, passes * n_steps * hidden_s, dense_s
 
 
 def _rebuild_s(one: Told, model: Any, dtype: torch.dtype) -> float:
@@ -178,18 +201,26 @@ class MapInCell(NamedTuple):
             rows: Of the input map.
             batch, n_steps: Rows of a step, and steps.
         """
+        dense_s = cost_model("cpu").gemm_s(batch, self.hh.out_features, self.hh.in_features, dtype=self.dtype)
+        served = self.kernel is not None and serves_dtype(self.dtype)
+        step_s = (
+            (dense_s if form is None or self.which == "ih" else step_seconds(form, batch, self.dtype))
+            if served
+            else None
+        )
         kernel_s, steps_s, input_s = _times(
-            self.ih, self.hh, str(self.kernel), rows, batch, n_steps, self.dtype, training=False
+            self.ih, self.hh, str(self.kernel), rows, batch, n_steps, self.dtype, training=False, step_s=step_s
         )
         whole_s = kernel_s if self.kernel is not None else steps_s + input_s
         own_s = input_s if self.which == "ih" else kernel_s - input_s
         if form is None:
             return own_s
         if self.which == "ih":
-            found_s = form.plan(rows).predicted_s
+            found_s = form.plan(rows).predicted_s + steps_s
         else:
-            found_s = self.blocks * n_steps * form.plan(batch).predicted_s
-        found_s += steps_s + input_s - own_s
+            found_s = steps_s + input_s
+            if step_s is None:
+                found_s += n_steps * (self.blocks * form.plan(batch).predicted_s - dense_s)
         if self.kernel is not None and may_be_dense(form):
             found_s = min(found_s, kernel_s)
         return own_s + found_s - whole_s
@@ -198,7 +229,11 @@ class MapInCell(NamedTuple):
 # -- tried ----------------------------------------------------------------------------------------------
 
 
-def _tried(key: Any, cells: list[Any], x: Tensor, training: bool, by_kernel: Way, by_steps: Way) -> bool:
+def _first_steps(way: Way, n_steps: int, cells: list[Any], x: Tensor) -> Tensor:
+    return way(cells, x, n_steps)
+
+
+def _tried(key: Any, cells: list[Any], x: Tensor, training: bool, by_kernel: Any, by_steps: Any) -> bool:
     """What an earlier process on this machine found, else what runs of both ways on copies of the cells show now."""
     noted = _FOUND.read(key, x.device)
     if isinstance(noted, bool):
@@ -208,7 +243,7 @@ def _tried(key: Any, cells: list[Any], x: Tensor, training: bool, by_kernel: Way
         numbers = torch.full(x.shape, 0.5, dtype=x.dtype)
     leaves = [numbers.requires_grad_(), *(p for cell in copies for p in cell.parameters() if p.requires_grad)]
 
-    def once(way: Way) -> None:
+    def once(way: Any) -> None:
         if training:
             train_once(lambda: way(copies, numbers).sum(), leaves, numbers.new_ones(()))
         else:

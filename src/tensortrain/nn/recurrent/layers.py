@@ -41,7 +41,7 @@ from tensortrain.nn.recurrent.cells import (
 from tensortrain.nn.recurrent.maps import Apply, MapOptions
 from tensortrain.nn.recurrent.sequences import Spread, by_sequence, may_run, serves
 from tensortrain.nn.recurrent.ways import differentiable_twice, kernel_is_faster, may_take_kernel
-from tensortrain.system.tracing import is_traced, sizes_of
+from tensortrain.system.tracing import is_traced, is_transformed, sizes_of
 
 __all__ = ["GRU", "LSTM", "RNN"]
 
@@ -571,13 +571,16 @@ def _fit_kernel(cells: list[Cell], x: Tensor, layout: _Layout) -> bool:
     """Whether torch's own kernel takes the whole sequence."""
     if torch._C._get_tracing_state() is not None:  # a loop would be recorded for one length
         return all(cell.kernel is not None and not cell.is_watched() for cell in cells)
-    if is_traced():
+    if is_traced() or is_transformed():  # torch's kernel has no rule for a batch of batches
         return False
     rows = x.numel() // x.shape[-1]
-    if all(cell.fits_kernel(rows, layout.batch) for cell in cells) and not all(may_run(c, x.dtype) for c in cells):
-        return True
-    if not may_take_kernel(cells, x):
-        return False
+    has_choice = x.numel() > 0 and may_take_kernel(cells, x)
+    if all(cell.fits_kernel(rows, layout.batch) for cell in cells):
+        return not (has_choice and all(may_run(cell, x.dtype) for cell in cells)) or _kernel_wins(cells, x, layout)
+    return has_choice and _kernel_wins(cells, x, layout)
+
+
+def _kernel_wins(cells: list[Cell], x: Tensor, layout: _Layout) -> bool:
     return kernel_is_faster(
         cells,
         x,

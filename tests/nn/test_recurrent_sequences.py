@@ -12,6 +12,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 import tensortrain as tt
 from tensortrain.nn.recurrent import layers, sequences
+from tensortrain.nn.recurrent.ways import DENSE_STEPS, STEPS
 from tensortrain.system.native import library, python_only
 
 pytestmark = pytest.mark.skipif(
@@ -22,11 +23,11 @@ KINDS = ["LSTM", "GRU", "RNN", "RNN relu"]
 
 
 @pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+def calls(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> list[Any]:
     """Every call of the kernels; torch's own is never taken, and no step is made in Python where they run."""
     found: list[Any] = []
     forward = sequences._Run.forward
-    monkeypatch.setattr(layers, "kernel_is_faster", lambda *args, **options: False)
+    monkeypatch.setattr(layers, "fastest_way", lambda *args: getattr(request, "param", STEPS))
     monkeypatch.setattr(
         sequences._Run, "forward", lambda self, *a, **o: (found.append(self), forward(self, *a, **o))[1]
     )
@@ -74,6 +75,7 @@ def with_gradients(layer: Any, x: Tensor, state: Any, pack: Tensor | None = None
 )
 @pytest.mark.parametrize("pack", [None, (6, 4, 4, 1)], ids=["padded", "packed"])
 @pytest.mark.parametrize("hidden", [6, 1, 11])
+@pytest.mark.parametrize("calls", [STEPS, DENSE_STEPS], indirect=True)
 def test_they_agree_with_the_steps(kind: str, options: Any, pack: Any, hidden: int, calls: list[Any]) -> None:
     layer = layer_of(kind, 6, hidden, **options)
     n = layer.num_layers * (1 + layer.bidirectional)

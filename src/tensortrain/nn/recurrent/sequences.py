@@ -88,13 +88,13 @@ def serves(cell: Cell, gates: Tensor) -> bool:
     return gates.is_cpu and gates.numel() > 0 and can_group() and may_run(cell, gates.dtype)
 
 
-def ready_map(one: Map, rows: int) -> Ready | None:
-    """The hidden map for steps of about so many rows; None where no sweep carries it."""
+def ready_map(one: Map, rows: int, *, dense: bool = False) -> Ready | None:
+    """The hidden map for steps of about so many rows, by its dense weight perhaps; None where no sweep carries it."""
     if not isinstance(one, Linear):
         return _dense(one) if is_plain(one) else None
     if not _has_sweep(one):
         return None
-    plan = plan_of_steps(one, rows)
+    plan = plan_of_steps(one, rows, dense=dense)
     sweep = compiled(plan, ready=True)
     if sweep is None:
         return None
@@ -102,13 +102,15 @@ def ready_map(one: Map, rows: int) -> Ready | None:
     return Ready(sweep, weights, lambda x, weights: plan.execute(x, (), weights))
 
 
-def plan_of_steps(one: Linear, rows: int) -> Plan:
+def plan_of_steps(one: Linear, rows: int, *, dense: bool = False) -> Plan:
     """The plan for a map that is applied at every step: its weights are made once, and no step is called from Python.
 
     Where a single call would multiply by the dense weight, the time between Python and its products may be why.
     """
     rows = max(1, rows)
     with torch.no_grad():  # the plan for weights that are kept, whether or not gradients are wanted
+        if dense and one.implementation == "auto":
+            return one.runner.plan(one, rows, force="dense")
         plan = one.plan(rows)
         if not plan.uses_dense or one.implementation != "auto":
             return plan
@@ -116,13 +118,13 @@ def plan_of_steps(one: Linear, rows: int) -> Plan:
     return other if _products_s(other) < _CLEARLY * _products_s(plan) else plan
 
 
-def step_seconds(one: Map, rows: int, dtype: torch.dtype) -> float | None:
+def step_seconds(one: Map, rows: int, dtype: torch.dtype, *, dense: bool = False) -> float | None:
     """Predicted for the products of one step by the kernels; None where no sweep carries the map."""
     if not isinstance(one, Linear):
         return float(cost_model("cpu").gemm_s(rows, one.out_features, one.in_features, dtype=dtype))
     if not _has_sweep(one):
         return None
-    plan = plan_of_steps(one, rows)
+    plan = plan_of_steps(one, rows, dense=dense)
     return None if compiled(plan, ready=True) is None else _products_s(plan)
 
 
@@ -144,7 +146,7 @@ def _dense(one: nn.Linear) -> Ready:
 
 
 def by_sequence(
-    cell: Cell, gates: Tensor, state: State, spread: Spread, *, reverse: bool, recorded: Recorded
+    cell: Cell, gates: Tensor, state: State, spread: Spread, *, reverse: bool, recorded: Recorded, dense: bool = False
 ) -> tuple[Tensor, State] | None:
     """All steps of one direction.
 
@@ -155,11 +157,12 @@ def by_sequence(
         spread: Where the rows lie.
         reverse: From the last step to the first.
         recorded: The same by operations of torch, from gates, weights, bias and states: for gradients of gradients.
+        dense: Multiply by the dense weight of the hidden map, where its plan may.
 
     Returns:
         tuple: Outputs ``(.., H)`` and the last state; None where the kernels do not serve these tensors.
     """
-    ready = ready_map(cell.hh, spread.batch)
+    ready = ready_map(cell.hh, spread.batch, dense=dense)
     if ready is None:
         return None
     numbers = [_KINDS.index(str(cell.kernel)), cell.hidden_size, *spread[:3], reverse]

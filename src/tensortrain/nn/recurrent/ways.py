@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -27,9 +27,25 @@ from tensortrain.nn.runner import may_be_dense, power_of_two
 if TYPE_CHECKING:
     from tensortrain.nn.recurrent.cells import Cell
 
-__all__ = ["MapInCell", "Way", "differentiable_twice", "fused_step_is_faster", "kernel_is_faster", "may_take_kernel"]
+__all__ = [
+    "DENSE_STEPS",
+    "KERNEL",
+    "STEPS",
+    "MapInCell",
+    "Run",
+    "differentiable_twice",
+    "fastest_way",
+    "fused_step_is_faster",
+    "may_take_kernel",
+    "ways_of",
+]
 
-Way = Callable[[list[Any], Tensor, int], Tensor]  # outputs of one layer, from its cells and the first steps of an input
+# Outputs of one layer by the way of this name, from its cells and so many of the first steps of an input.
+Run = Callable[[str, list[Any], Tensor, int], Tensor]
+
+KERNEL = "torch's kernel"
+STEPS = "steps"
+DENSE_STEPS = "steps, hidden maps dense"  # by our kernels
 
 _FAR_APART = 4.0  # predictions further apart than this decide without a trial
 _TOO_LONG_S = 0.2  # of one round of a trial, as predicted: of a longer sequence the first steps are tried,
@@ -39,7 +55,8 @@ _CALLS_OF_TORCH = {"lstm": 1}  # of one step by torch's kernel; seven for the ot
 _GATE_S = {torch.float32: 1.2e-9, torch.float64: 5e-9}  # of one gate of one row by our kernels
 _REBUILD_CALLS = 40  # operations, forward and backward
 _FOUND = Notebook("recurrent-2")
-_KNOWN: dict[Any, bool] = {}
+_KNOWN: dict[Any, str] = {}
+_LONG_WAY_S = 6e-5  # what steps take besides at inference, where torch's kernel is called the short way
 
 
 def may_take_kernel(cells: Sequence[Cell], x: Tensor) -> bool:
@@ -53,26 +70,49 @@ def _may_be_dense(one: Map) -> bool:
     return may_be_dense(one) if isinstance(one, Linear) else is_plain(one)
 
 
-def kernel_is_faster(cells: list[Cell], x: Tensor, batch: int, n_steps: int, *, by_kernel: Way, by_steps: Way) -> bool:
-    """Whether torch's kernel takes less time than the steps; see the module's docstring.
+def ways_of(cells: Sequence[Cell], x: Tensor, *, are_dense: bool) -> list[str]:
+    """The ways that one layer may take through an input.
 
     Args:
+        cells: Of the layer, one for each direction.
+        x: Its input.
+        are_dense: Whether all maps multiply by dense weights at these sizes.
+    """
+    are_served = x.is_cpu and all(may_run(cell, x.dtype) for cell in cells)
+    if x.numel() == 0 or not may_take_kernel(cells, x):
+        found = [KERNEL] if are_dense else [STEPS]
+    else:
+        found = [KERNEL, STEPS] if are_served or not are_dense else [KERNEL]
+    if STEPS in found and are_served and x.numel() > 0 and can_group() and any(_has_choice(cell.hh) for cell in cells):
+        found.append(DENSE_STEPS)
+    return found
+
+
+def _has_choice(one: Map) -> bool:
+    return isinstance(one, Linear) and one.implementation == "auto" and may_be_dense(one)
+
+
+def fastest_way(names: Sequence[str], cells: list[Cell], x: Tensor, batch: int, n_steps: int, run: Run) -> str:
+    """The way that takes the least time; see the module's docstring.
+
+    Args:
+        names: To choose from.
         cells: Of one layer, one for each direction.
         x: Input of the layer; only its sizes count.
         batch, n_steps: Rows of a step, and steps.
-        by_kernel, by_steps: How the layer runs either way, on so many of the first steps.
+        run: How the layer runs.
     """
     training = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in cells[0].parameters()))
     sizes = power_of_two(x.numel() // max(1, x.shape[-1])), power_of_two(batch), power_of_two(n_steps)
-    key = trial_key(x.device, *(_told(cell) for cell in cells), x.dtype, *sizes, training)
+    key = trial_key(x.device, *(_told(cell) for cell in cells), x.dtype, *sizes, training, *names)
     if key not in _KNOWN:
-        kernel_s, steps_s = _predicted_s(cells, x, batch, n_steps, training)
-        apart = max(kernel_s, steps_s) / min(kernel_s, steps_s)
-        few = min(n_steps, int(n_steps * _TOO_LONG_S / (kernel_s + steps_s)))
-        if apart > _FAR_APART or few < min(n_steps, _FEWEST_STEPS) or not can_time(x.device):
-            return kernel_s <= steps_s
-        ways = tuple(partial(_first_steps, way, few) for way in (by_kernel, by_steps))
-        _KNOWN[key] = _tried(key, cells, x, training, *ways)
+        seconds = _predicted_s(names, cells, x, batch, n_steps, training)
+        best = min(seconds, key=lambda name: seconds[name])
+        near = [name for name in names if seconds[name] <= _FAR_APART * seconds[best]]
+        few = min(n_steps, int(n_steps * _TOO_LONG_S / sum(seconds[name] for name in near)))
+        if len(near) == 1 or few < min(n_steps, _FEWEST_STEPS) or not can_time(x.device):
+            return best
+        _KNOWN[key] = _tried(key, near, cells, x, training, lambda name, some, numbers: run(name, some, numbers, few))
     return _KNOWN[key]
 
 
@@ -102,11 +142,17 @@ def _told_map(one: Map) -> Told:
 # -- predicted ------------------------------------------------------------------------------------------
 
 
-def _predicted_s(cells: Sequence[Cell], x: Tensor, batch: int, n_steps: int, training: bool) -> tuple[float, float]:
-    """Seconds by torch's kernel, and step by step."""
+def _predicted_s(
+    names: Sequence[str], cells: Sequence[Cell], x: Tensor, batch: int, n_steps: int, training: bool
+) -> dict[str, float]:
+    """Seconds by way."""
     rows = x.numel() // max(1, x.shape[-1])
-    found = [_both_ways_s(cell, rows, batch, n_steps, x.dtype, training) for cell in cells]
-    return sum(kernel_s for kernel_s, _ in found), sum(steps_s for _, steps_s in found)
+    found = dict.fromkeys(names, 0.0)
+    for cell in cells:
+        for name in names:
+            kernel_s, steps_s = _both_ways_s(cell, rows, batch, n_steps, x.dtype, training, dense=name == DENSE_STEPS)
+            found[name] += kernel_s if name == KERNEL else steps_s
+    return found
 
 
 def fused_step_is_faster(cell: Cell, rows: int, dtype: torch.dtype) -> bool:
@@ -121,12 +167,14 @@ def fused_step_is_faster(cell: Cell, rows: int, dtype: torch.dtype) -> bool:
 
 
 def _both_ways_s(
-    cell: Cell, rows: int, batch: int, n_steps: int, dtype: torch.dtype, training: bool
+    cell: Cell, rows: int, batch: int, n_steps: int, dtype: torch.dtype, training: bool, *, dense: bool = False
 ) -> tuple[float, float]:
-    """Seconds of one direction by torch's kernel on dense maps, and step by step."""
+    """Seconds of one direction by torch's kernel on dense maps, and step by step, with a dense hidden map perhaps."""
     ih, hh, kernel = _told_map(cell.ih), _told_map(cell.hh), str(cell.kernel)
-    step_s = step_seconds(cell.hh, batch, dtype) if may_run(cell, dtype) else None
+    step_s = step_seconds(cell.hh, batch, dtype, dense=dense) if may_run(cell, dtype) else None
     kernel_s, steps_s, dense_s = _times(ih, hh, kernel, rows, batch, n_steps, dtype, training, step_s)
+    if dense and training:
+        steps_s += _rebuild_s(hh, cost_model("cpu"), dtype)
     return kernel_s, steps_s + (cell.ih.plan(rows).predicted_s if isinstance(cell.ih, Linear) else dense_s)
 
 
@@ -232,30 +280,36 @@ class MapInCell(NamedTuple):
 # -- tried ----------------------------------------------------------------------------------------------
 
 
-def _first_steps(way: Way, n_steps: int, cells: list[Any], x: Tensor) -> Tensor:
-    return way(cells, x, n_steps)
-
-
-def _tried(key: Any, cells: list[Any], x: Tensor, training: bool, by_kernel: Any, by_steps: Any) -> bool:
-    """What an earlier process on this machine found, else what runs of both ways on copies of the cells show now."""
+def _tried(
+    key: Any,
+    names: list[str],
+    cells: list[Any],
+    x: Tensor,
+    training: bool,
+    run: Callable[[str, list[Any], Tensor], Tensor],
+) -> str:
+    """What an earlier process on this machine found, else what runs of all ways on copies of the cells show now."""
     noted = _FOUND.read(key, x.device)
-    if isinstance(noted, bool):
-        return noted
+    if noted in names:
+        return str(noted)
     with torch.inference_mode(False), torch.no_grad():
         copies = copy.deepcopy(cells)
         numbers = torch.full(x.shape, 0.5, dtype=x.dtype)
     leaves = [numbers.requires_grad_(), *(p for cell in copies for p in cell.parameters() if p.requires_grad)]
 
-    def once(way: Any) -> None:
+    def once(name: str) -> None:
         if training:
-            train_once(lambda: way(copies, numbers).sum(), leaves, numbers.new_ones(()))
+            train_once(lambda: run(name, copies, numbers).sum(), leaves, numbers.new_ones(()))
         else:
             with torch.no_grad():
-                way(copies, numbers)
+                run(name, copies, numbers)
 
-    kernel_s, steps_s = best_seconds((by_kernel, by_steps), lambda way: timed(lambda: once(way), x.device))
-    _FOUND.write(key, x.device, kernel_s <= steps_s)
-    return kernel_s <= steps_s
+    found = dict(zip(names, best_seconds(names, lambda name: timed(lambda: once(name), x.device)), strict=True))
+    if KERNEL in found and not training:
+        found = {name: seconds if name == KERNEL else seconds + _LONG_WAY_S for name, seconds in found.items()}
+    best = min(found, key=lambda name: found[name])
+    _FOUND.write(key, x.device, best)
+    return best
 
 
 # -- second derivatives ---------------------------------------------------------------------------------

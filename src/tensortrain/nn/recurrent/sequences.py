@@ -39,6 +39,7 @@ __all__ = [
 _KINDS = ("rnn_tanh", "rnn_relu", "gru", "lstm")  # in the order of recurrent.h
 _DTYPES = (torch.float32, torch.float64)
 _CLEARLY = 0.7  # predicted shares of a time below this decide
+_NEVER = 1e9  # is the dense weight worth it
 Recorded = Callable[..., tuple[Tensor, ...]]
 
 
@@ -88,13 +89,19 @@ def serves(cell: Cell, gates: Tensor) -> bool:
     return gates.is_cpu and gates.numel() > 0 and can_group() and may_run(cell, gates.dtype)
 
 
-def ready_map(one: Map, rows: int, *, dense: bool = False) -> Ready | None:
+def ready_map(one: Map, rows: int, n_steps: int, *, dense: bool = False) -> Ready | None:
     """The hidden map for steps of about so many rows, by its dense weight perhaps; None where no sweep carries it."""
     if not isinstance(one, Linear):
         return _dense(one) if is_plain(one) else None
     if not _has_sweep(one):
         return None
-    plan = plan_of_steps(one, rows, dense=dense)
+    # Where gradients are wanted, a dense weight and its gradient cost as much as so many rows as its rank.
+    makes_more = (
+        torch.is_grad_enabled()
+        and any(core.requires_grad for core in one.core_list())
+        and n_steps * rows <= max(one.spec.ranks)
+    )
+    plan = plan_of_steps(one, rows, dense=dense, least=_NEVER if makes_more else _CLEARLY)
     sweep = compiled(plan, ready=True)
     if sweep is None:
         return None
@@ -102,7 +109,7 @@ def ready_map(one: Map, rows: int, *, dense: bool = False) -> Ready | None:
     return Ready(sweep, weights, lambda x, weights: plan.execute(x, (), weights))
 
 
-def plan_of_steps(one: Linear, rows: int, *, dense: bool = False) -> Plan:
+def plan_of_steps(one: Linear, rows: int, *, dense: bool = False, least: float = _CLEARLY) -> Plan:
     """The plan for a map that is applied at every step: its weights are made once, and no step is called from Python.
 
     Where a single call would multiply by the dense weight, the time between Python and its products may be why.
@@ -115,7 +122,7 @@ def plan_of_steps(one: Linear, rows: int, *, dense: bool = False) -> Plan:
         if not plan.uses_dense or one.implementation != "auto":
             return plan
         other = one.runner.plan(one, rows, force="factorized")
-    return other if _products_s(other) < _CLEARLY * _products_s(plan) else plan
+    return other if _products_s(other) < least * _products_s(plan) else plan
 
 
 def step_seconds(one: Map, rows: int, dtype: torch.dtype, *, dense: bool = False) -> float | None:
@@ -162,7 +169,7 @@ def by_sequence(
     Returns:
         tuple: Outputs ``(.., H)`` and the last state; None where the kernels do not serve these tensors.
     """
-    ready = ready_map(cell.hh, spread.batch, dense=dense)
+    ready = ready_map(cell.hh, spread.batch, spread.n_steps, dense=dense)
     if ready is None:
         return None
     numbers = [_KINDS.index(str(cell.kernel)), cell.hidden_size, *spread[:3], reverse]

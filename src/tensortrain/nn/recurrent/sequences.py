@@ -7,13 +7,14 @@ no more than the gates. Where they do not serve, the caller goes step by step.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from tensortrain.contract import ChainPlan, Plan, cost_model
+from tensortrain.contract import Plan, cost_model
 from tensortrain.contract.compiled import compiled
 from tensortrain.contract.grouped import can_group, is_batched
 from tensortrain.nn.composite import Map, is_plain
@@ -140,9 +141,9 @@ def _has_sweep(one: Linear) -> bool:
 
 
 def _products_s(plan: Plan) -> float:
-    """Seconds of the products of a chain's plan; no end of them for another one, which no sweep carries."""
-    if not isinstance(plan, ChainPlan):
-        return float("inf")
+    """Seconds of a plan's products alone; no end of them where no sweep carries it."""
+    if compiled(plan, ready=True) is None:
+        return math.inf
     return float(sum(step.predicted_s for step in plan.steps))
 
 

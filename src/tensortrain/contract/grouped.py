@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 from tensortrain.system.native import library
 from tensortrain.system.tracing import is_traced, is_transformed
 
-__all__ = ["can_group", "grouped_product", "is_batched"]
+__all__ = ["can_group", "grouped_product", "is_batched", "is_wrapped"]
 
 
 def can_group() -> bool:
@@ -84,6 +84,13 @@ def is_batched(tensor: Tensor) -> bool:
     """Whether a tensor stands for many, as under ``vmap`` and ``is_grads_batched``."""
     functorch = torch._C._functorch
     return functorch.is_batchedtensor(tensor) or functorch.is_legacy_batchedtensor(tensor)
+
+
+def is_wrapped(tensor: Tensor) -> bool:
+    """Whether a tensor is more than its numbers: stands for many, is seen by a transform, or carries a tangent."""
+    if is_batched(tensor) or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        return True
+    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None
 
 
 def _recorded_table_grad(states: Tensor, grad: Tensor, table: Tensor, counts: Sequence[int]) -> Tensor:

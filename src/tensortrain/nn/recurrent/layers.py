@@ -181,7 +181,8 @@ class _Recurrent(CompositeLayer):
         if state is not None and sorted_indices is not None:
             self._check_states(state, (int(batch_sizes[0]),))
             state = tuple(s.index_select(1, sorted_indices) for s in state)
-        layout = _Layout(int(batch_sizes[0]), len(batch_sizes), batch_sizes=batch_sizes)
+        counts = batch_sizes.clone(memory_format=torch.contiguous_format)  # the way back reads them too
+        layout = _Layout(int(counts[0]), len(counts), batch_sizes=counts)
         output, final = self._run(data, state, layout)
         if unsorted_indices is not None:
             final = tuple(s.index_select(1, unsorted_indices) for s in final)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from tensortrain.contract import Plan, cost_model
 from tensortrain.contract.compiled import compiled
-from tensortrain.contract.grouped import can_group, is_batched
+from tensortrain.contract.grouped import can_group
 from tensortrain.nn.composite import Map, is_plain
 from tensortrain.nn.cores import are_plain
 from tensortrain.nn.linear import Linear
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Ready",
     "Spread",
+    "alias",
     "by_sequence",
     "may_run",
     "plan_of_steps",
@@ -217,10 +218,12 @@ class _Run(NamedTuple):
         )
         return found
 
-    def backward(self, tensors: Sequence[Tensor], out: Tensor, kept: list[Tensor], grads: list[Any]) -> list[Tensor]:
+    def backward(
+        self, tensors: Sequence[Tensor], out: Tensor, kept: list[Tensor], grads: list[Any]
+    ) -> list[Tensor] | None:
         _, weights, _, states = self.parts(tensors)
         kernels: Any = library()
-        found: list[Tensor] = kernels.recur_backward(
+        found: list[Tensor] | None = kernels.recur_backward(
             self.numbers, self.counts, self.ready.sweep, weights, states, out, kept, grads
         )
         return found
@@ -236,7 +239,7 @@ class _Sequence(torch.autograd.Function):
         ctx.run, ctx.n_tensors = run, len(tensors)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors, found[0], *found[n:])
-        return tuple(found[:n])
+        return found[0].clone(), *found[1:n]  # who is given the outputs may write to them
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -245,9 +248,12 @@ class _Sequence(torch.autograd.Function):
         given = [grad for grad in grads if grad is not None]
         if not given:
             return (None,) * (1 + len(tensors))
-        if torch.is_grad_enabled() or not all(map(_is_seen_whole, given)):
+        ours = None
+        if not torch.is_grad_enabled() and all(map(_is_ordinary, given)):
+            ours = run.backward(tensors, out, kept, list(grads))
+        if ours is None:
             return (None, *_recorded_grads(run, tensors, needed, grads))
-        dx, du, before, *of_states = run.backward(tensors, out, kept, list(grads))
+        dx, du, before, *of_states = ours
         gates, wanted = tensors[0], run.parts(needed)
         found: list[Tensor | None] = [dx.view(gates.shape) if wanted[0] else None]
         found += _weight_grads(run, tensors, wanted[1], before, du)
@@ -256,16 +262,13 @@ class _Sequence(torch.autograd.Function):
         return (None, *found)
 
 
-def _is_seen_whole(grad: Tensor) -> bool:
-    return _is_ordinary(grad) and not is_batched(grad)
-
-
 def _weight_grads(run: _Run, tensors: Sequence[Tensor], wanted: list[bool], x: Tensor, grad: Tensor) -> list[Any]:
     """Gradients of the hidden map's matrices: of all steps at once."""
     if not any(wanted):
         return [None] * len(wanted)
     with torch.enable_grad():
-        weights = [w.detach().requires_grad_(want) for w, want in zip(run.parts(tensors)[1], wanted, strict=True)]
+        given = zip(run.parts(tensors)[1], wanted, strict=True)
+        weights = [alias(w, wanted=True) if want else w.detach() for w, want in given]
         y = run.ready.product(x, weights)
     found = iter(torch.autograd.grad(y, [w for w in weights if w.requires_grad], grad))
     return [next(found) if want else None for want in wanted]
@@ -275,7 +278,7 @@ def _recorded_grads(run: _Run, tensors: Sequence[Tensor], needed: Sequence[bool]
     """The same by operations of torch: gradients that have gradients, or many at once."""
     again = torch.is_grad_enabled()
     with torch.enable_grad():
-        inputs = list(tensors) if again else [one.detach().requires_grad_(one.requires_grad) for one in tensors]
+        inputs = [alias(one, wanted=want) for one, want in zip(tensors, needed, strict=True)]
         gates, weights, bias, states = run.parts(inputs)
         output, *last = run.recorded(gates, lambda h: _with_bias(run.ready.product(h, weights), bias), tuple(states))
         outputs = [output.reshape(-1, output.shape[-1]), *last]
@@ -287,6 +290,20 @@ def _recorded_grads(run: _Run, tensors: Sequence[Tensor], needed: Sequence[bool]
         )
     )
     return [next(found) if want else None for want in needed]
+
+
+def alias(tensor: Tensor, *, wanted: bool) -> Tensor:
+    """The same numbers as an input of their own: what gradients are taken to, with gradients that go on to the tensor.
+
+    The history of one input may hold another one, as a state holds the weight of the call before; that way is not to be
+    counted again.
+
+    Args:
+        wanted: Whether a gradient is taken to it, though the tensor may have been frozen by now.
+    """
+    if tensor.requires_grad:
+        return tensor.view_as(tensor)
+    return tensor.detach().requires_grad_() if wanted else tensor
 
 
 def _with_bias(y: Tensor, bias: Tensor | None) -> Tensor:

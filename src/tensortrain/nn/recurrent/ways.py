@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from tensortrain.contract import cost_model
-from tensortrain.contract.grouped import can_group, is_batched
+from tensortrain.contract.grouped import can_group, is_wrapped
 from tensortrain.contract.trials import Notebook, best_seconds, can_time, timed, train_once, trial_key
 from tensortrain.nn.composite import Map, is_plain
 from tensortrain.nn.linear import Linear
-from tensortrain.nn.recurrent.sequences import may_run, serves_dtype, step_seconds
+from tensortrain.nn.recurrent.sequences import alias, may_run, serves_dtype, step_seconds
 from tensortrain.nn.runner import may_be_dense, power_of_two
 
 if TYPE_CHECKING:
@@ -341,9 +341,9 @@ class _Fused(torch.autograd.Function):
         saved = ctx.saved_tensors  # says so where the graph is gone, or what it needs was written to
         again = torch.is_grad_enabled()
         keeps = again or _keeps_graph()
-        if again or any(map(is_batched, grads)):
+        if again or any(map(is_wrapped, grads)):
             with torch.enable_grad():
-                inputs = list(saved) if again else [t.detach().requires_grad_(t.requires_grad) for t in saved]
+                inputs = [alias(one, wanted=want) for one, want in zip(saved, needed, strict=True)]
                 outputs = ctx.recorded(*inputs)
         else:
             inputs, outputs = ctx.inputs, ctx.outputs

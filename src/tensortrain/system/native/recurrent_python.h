@@ -7,12 +7,17 @@
 namespace tensortrain::recurrent {
 
 // Numbers of (kind, size, n_steps, batch, whether time comes first, whether it runs backwards), and of the examples of
-// every step where they are packed.
-inline Course course_of(const Sizes& numbers, const std::optional<Tensor>& counts) {
+// every step where they are packed; none where these are not the examples of a sequence that becomes narrower.
+inline std::optional<Course> course_of(const Sizes& numbers, const std::optional<Tensor>& counts) {
   Course course{static_cast<Kind>(numbers[0]), numbers[1], numbers[2], numbers[3], numbers[5] != 0, 1, {}, {}, numbers[3]};
   if (counts) {
-    const auto* const given = counts->const_data_ptr<int64_t>();
+    if (counts->numel() != course.n_steps) return std::nullopt;
+    const auto whole = counts->contiguous();
+    const auto* const given = whole.const_data_ptr<int64_t>();
     course.count.assign(given, given + course.n_steps);
+    // Rows that belong to no example would stay unwritten.
+    const bool shrinks = std::is_sorted(course.count.rbegin(), course.count.rend());
+    if (!shrinks || course.count.front() != course.batch || course.count.back() < 1) return std::nullopt;
     int64_t at = 0;
     for (const auto n : course.count) course.first.push_back(at), at += n;
   } else if (numbers[4] == 0) {
@@ -45,7 +50,9 @@ void by_dtype(const Tensor& like, const Run& run) {
 inline std::optional<Tensors> forward(const Sizes& numbers, const std::optional<Tensor>& counts,
                                       const c10::intrusive_ptr<Sweep>& sweep, const Tensors& given, const Bias& added,
                                       const Tensor& input, const Tensors& states, bool keeps) {
-  const auto course = course_of(numbers, counts);
+  const auto placed = course_of(numbers, counts);
+  if (!placed) return std::nullopt;
+  const auto& course = *placed;
   if (!fits(course, *sweep, given, added, input, states)) return std::nullopt;
   const py::gil_scoped_release unlocked;
   const at::AutoDispatchBelowADInplaceOrView below;
@@ -69,11 +76,16 @@ inline std::optional<Tensors> forward(const Sizes& numbers, const std::optional<
 }
 
 // Gradients of what the input map gave, of what the hidden map gave, the states that it was given, and gradients of the
-// first states. `kept` as forward left it, `grads` of the outputs and the last states.
-inline Tensors backward(const Sizes& numbers, const std::optional<Tensor>& counts, const c10::intrusive_ptr<Sweep>& sweep,
+// first states. `kept` as forward left it, `grads` of the outputs and the last states; nothing where one of these is more
+// than the numbers in its memory: negated, many at once, with a tangent.
+inline std::optional<Tensors> backward(const Sizes& numbers, const std::optional<Tensor>& counts, const c10::intrusive_ptr<Sweep>& sweep,
                         const Tensors& given, const Tensors& states, const Tensor& out, const Tensors& kept,
                         const std::vector<std::optional<Tensor>>& grads) {
-  const auto course = course_of(numbers, counts);
+  const auto placed = course_of(numbers, counts);
+  if (!placed) return std::nullopt;
+  for (const auto& one : grads)
+    if (one && !is_plain(*one)) return std::nullopt;
+  const auto& course = *placed;
   const py::gil_scoped_release unlocked;
   const at::AutoDispatchBelowADInplaceOrView below;
   const auto weights = contiguous_all(given), firsts = contiguous_all(states);

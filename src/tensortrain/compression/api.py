@@ -80,6 +80,7 @@ def compress(
     search: Search | None = None,
     observer: Observer | None = None,
     work_dir: str | Path | None = None,
+    measure_losses: bool = False,
 ) -> CompressionResult:
     """Make a trained model smaller, heal it, and report what was gained.
 
@@ -107,6 +108,7 @@ def compress(
         n_stages: In how many turns the model is compressed and healed, by equal ratios up to the budget. ``heal`` says
             how long each is healed. What earlier turns factorized is planned again in the later ones.
         work_dir: Folder from which a killed planning goes on, see ``plan_compression``.
+        measure_losses: Plan by losses that are measured, see ``plan_compression``.
 
     Returns:
         CompressionResult: ``model``, ``plan`` and ``report``. A bare layer comes back as the new layer.
@@ -145,6 +147,7 @@ def compress(
         seed=seed,
         name=name,
         search=search,
+        measure_losses=measure_losses,
     )
     found = _result(model, options, todo)
     found.report.provenance["wall_s"] = round(perf_counter() - start, 2)

@@ -138,14 +138,26 @@ def weigh_outputs(
     failures = [failed for _, failed in parts if failed]
     if failures:
         for moments in found.layers.values():
-            moments.output_gram = None
+            moments.output_gram = moments.row_squares = None
         found.notes.append(failures[0])
         return
     join_gradients(found, device_of(model))
+    _join_row_squares(found)
     count = sum(n for n, _ in parts)
     for name, total in found.output_grams.items():
         found.layers[name].output_gram = total.div_(max(1, count))
         let_go(total)
+
+
+def _join_row_squares(found: Calibration) -> None:
+    """Add up what came to the rows of tables in several processes."""
+    if n_processes() == 1:
+        return
+    squares = {name: moments.row_squares for name, moments in found.layers.items()}
+    parts = gathered({name: None if one is None else one.cpu() for name, one in squares.items()})
+    for name, moments in found.layers.items():
+        known = [one for part in parts if (one := part[name]) is not None]
+        moments.row_squares = torch.stack(known).sum(dim=0) if known else None
 
 
 @contextmanager
@@ -172,6 +184,14 @@ def _add_gradients(
     tags: list[Tensor] = []
 
     def watch(layer: FoundLayer) -> Callable[..., Any]:
+        moments = found.layers[layer.name]
+
+        def take(given: Any, gradient: Tensor) -> None:
+            moments.add_gradients(_moment(layer, gradient))
+            if layer.weight.kind == "embedding" and isinstance(given, Tensor) and given.shape == gradient.shape[:-1]:
+                rows = gradient.detach().float().nan_to_num(0.0, 0.0, 0.0)
+                moments.add_row_gradients(given.reshape(-1).long(), rows.reshape(-1, gradient.shape[-1]))
+
         def hook(module: nn.Module, args: Any, result: Any) -> Any:
             if not isinstance(result, Tensor) or result.is_nested or not result.is_floating_point():
                 return result
@@ -181,7 +201,7 @@ def _add_gradients(
             tagged = result + tag
             if not tagged.requires_grad:  # the model runs this part under no_grad
                 return result
-            tagged.register_hook(lambda gradient: found.layers[layer.name].add_gradients(_moment(layer, gradient)))
+            tagged.register_hook(partial(take, args[0] if args else None))
             return tagged
 
         return hook

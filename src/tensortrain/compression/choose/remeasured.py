@@ -21,7 +21,7 @@ from tensortrain.errors import TTError
 
 __all__ = ["Seen", "spent_again"]
 
-_ROUNDS = 4  # plans that are built and measured
+_ROUNDS = 3  # plans that are built and measured
 _MOST, _LEAST = 1e3, 1 / 16  # times what is usual of the measured layers: beyond it is chance
 _TINY = 1e-300
 

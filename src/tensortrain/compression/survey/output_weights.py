@@ -103,6 +103,8 @@ def weigh_outputs(
     judge: Judge,
     spreads: Spreads,
     observer: Observer,
+    *,
+    by_row: bool = False,
 ) -> None:
     """Fill ``found.output_grams`` and ``found.output_scale`` from the batches that it keeps.
 
@@ -125,7 +127,7 @@ def weigh_outputs(
         for k, batch in enumerate(batches):
             with _frozen(model), activations_parked(model.parameters()):
                 spreads.pass_over(k, range(own_rank()), shares, generator)
-                count += _add_gradients(layers, batch, judge, along, found)
+                count += _add_gradients(layers, batch, judge, along, found, by_row=by_row)
                 spreads.pass_over(k, range(own_rank() + 1, n_processes()), shares, generator)
             found.tidy()
             observer.on_step(k + 1)
@@ -179,6 +181,8 @@ def _add_gradients(
     judge: Judge,
     along: Along,
     found: Calibration,
+    *,
+    by_row: bool = False,
 ) -> int:
     """Add the second moment of the gradients at every layer's output; give the number of examples."""
     tags: list[Tensor] = []
@@ -188,7 +192,8 @@ def _add_gradients(
 
         def take(given: Any, gradient: Tensor) -> None:
             moments.add_gradients(_moment(layer, gradient))
-            if layer.weight.kind == "embedding" and isinstance(given, Tensor) and given.shape == gradient.shape[:-1]:
+            is_table = by_row and layer.weight.kind == "embedding"
+            if is_table and isinstance(given, Tensor) and given.shape == gradient.shape[:-1]:
                 rows = gradient.detach().float().nan_to_num(0.0, 0.0, 0.0)
                 moments.add_row_gradients(given.reshape(-1).long(), rows.reshape(-1, gradient.shape[-1]))
 

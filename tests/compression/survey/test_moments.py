@@ -9,13 +9,7 @@ import torch
 from torch import nn
 
 from tensortrain.compression.survey.layers import find_layers
-from tensortrain.compression.survey.moments import (
-    Calibration,
-    LayerMoments,
-    by_importance,
-    expected_shares,
-    second_moment,
-)
+from tensortrain.compression.survey.moments import Calibration, LayerMoments, second_moment
 from tensortrain.compression.survey.summaries import summarize
 
 ROWS = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 7.0]])
@@ -93,37 +87,3 @@ def test_patches_are_those_that_a_convolution_sees(mode: str, padding: int | str
     weight = conv.weight.detach().flatten(1)
     of_outputs = (weight @ moments.gram * weight).sum(dim=1) / moments.n_rows
     torch.testing.assert_close(of_outputs, conv(x).detach().square().mean(dim=(0, 2, 3)))
-
-
-def test_rows_of_a_table_count_by_the_gradients_at_their_own_places() -> None:
-    ids = torch.cat([torch.zeros(60, dtype=torch.long), torch.arange(1, 21)])
-    gradients = torch.where(ids == 0, 0.1, 3.0)[:, None] * torch.ones(2)
-    counts = torch.bincount(ids, minlength=22).double()
-    moments, counted = LayerMoments(), LayerMoments()
-    for one in (moments, counted):
-        one.add(counts.clone(), None, len(ids))
-    for part in (slice(0, 50), slice(50, None)):  # what several batches give adds up
-        moments.add_row_gradients(ids[part], gradients[part])
-    for one in (moments, counted):
-        one.finish(centred=False, counts=True)
-    assert counted.gram is not None
-    assert moments.gram is not None
-    torch.testing.assert_close(counted.gram, expected_shares(counts))
-    torch.testing.assert_close(moments.gram.sum(), torch.ones((), dtype=torch.float64))
-    assert counted.gram[0] > 40 * counted.gram[1]
-    # One that was met once matters nearly as much as one met sixty times, and so may one that was not met.
-    assert moments.gram[0] < 5 * moments.gram[1]
-    assert moments.gram[21] / moments.gram[0] > 10 * counted.gram[21] / counted.gram[0]
-    assert moments.row_squares is None
-
-
-def test_places_that_no_gradient_comes_to_say_nothing_of_an_id() -> None:
-    shares, counts = torch.full((4,), 0.25), torch.full((4,), 9.0)
-    moments = LayerMoments(gram=counts.clone())
-    gradients = torch.tensor([[2.0, 0.0], [0.0, 0.0], [1.0, 1.0], [0.0, 0.0]])
-    moments.add_row_gradients(torch.tensor([0, 1, 2, 0]), gradients)
-    assert moments.row_squares is not None
-    assert moments.row_squares.tolist() == [[4.0, 0.0, 2.0, 0.0], [1.0, 0.0, 1.0, 0.0]]
-    weighed = by_importance(shares, counts, moments.row_squares)
-    assert weighed[0] > weighed[1] == weighed[3] > weighed[2]
-    torch.testing.assert_close(by_importance(shares, counts, torch.zeros(2, 4)), shares)

@@ -31,7 +31,7 @@ __all__ = ["Folder"]
 T = TypeVar("T")
 
 _RECORDS = (Calibration, LayerMoments, Family, Widths, Width, HiddenUnits, Narrowing, ChannelOrder)
-_NOT_KEPT = ("parks", "layers", "batches", "held", "span", "row_squares")
+_NOT_KEPT = ("parks", "layers", "batches", "held", "span")
 
 
 @dataclass(frozen=True)

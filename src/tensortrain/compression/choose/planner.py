@@ -657,7 +657,6 @@ def _calibration(
             task=task,
             observer=options.observer,
             n_held=_HELD_BATCHES if options.measure_losses else 0,
-            by_row=options.measure_losses,
         )
         found = folder.calibration(make, parks=are_parked(layers))
         found.batches, found.held = (

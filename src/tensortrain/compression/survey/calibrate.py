@@ -42,7 +42,6 @@ def calibrate(
     n_batches: int = 16,
     keep_batches: int = 2,
     n_held: int = 0,
-    by_row: bool = False,
     grams: bool = True,
     gradient_batches: int = 6,
     output: Output | None = None,
@@ -58,7 +57,6 @@ def calibrate(
         data: Batches as for training; labels are not used.
         n_batches: How many batches to run, at least one; of several processes together.
         n_held: How many of those after them to keep for ``found.held``, which nothing is summed up of.
-        by_row: Rows of tables count by the gradients that come to each, not by how often they are met alone.
         grams: Off: record shapes alone.
         gradient_batches: How many of the batches also run backward, for ``output_grams``.
         output: Which outputs the model is judged by, see ``judged_outputs``; all when None.
@@ -93,7 +91,7 @@ def calibrate(
         join_inputs(found, spreads, device_of(model))
         seen.spreads.join()
         if grams and gradient_batches:
-            weigh_outputs(model, layers, found, gradient_batches, judge, seen.spreads, observer, by_row=by_row)
+            weigh_outputs(model, layers, found, gradient_batches, judge, seen.spreads, observer)
     found.batches = first_of(found.batches[:keep_batches])
     _settle_norms(model, found)
     for layer in layers:

@@ -15,14 +15,13 @@ from tensortrain.formats.whitening import DAMPING
 from tensortrain.system.parking import is_parked, let_go, park, tidy
 from tensortrain.system.processes import n_processes
 
-__all__ = ["Calibration", "LayerMoments", "by_importance", "expected_shares", "n_moments", "second_moment"]
+__all__ = ["Calibration", "LayerMoments", "expected_shares", "n_moments", "second_moment"]
 
 LARGEST_FULL_GRAM = 4608  # features: 170 MB in float64; above, only the diagonal is kept
 _MOST_UNMET = 0.5  # of all ids to come, however many of those met came once
 _LEAST_UNMET = 0.05  # of what they would be if all ids were alike: positions beyond short texts may come, too
 _EXACT = 1e-6  # of the mean square: what inputs bring from outside of the directions seen is rounding
 _WORTH_PARKING, _AT_ONCE = 2**17, 2**19  # numbers; of those parked, how many are added to at once
-_FEW = 8.0  # gradients that what is usual counts for, beside an id's own
 _CONSTANT = 1e-10  # of the second moment: an input that varies less is the same for all rows
 
 
@@ -42,8 +41,6 @@ class LayerMoments:
         structure: For a layer behind a flattening, the (channels, height, width) that were flattened.
         calls: How often the layer ran on the first batch.
         n_rows: Rows summed up.
-        row_squares: Of a table, by id: the squares of the gradients at its rows and how many there were, ``(2, N)``,
-            while the data runs.
         basis: ``(r, N)``: the directions that the inputs lie in, where these are few.
         outside: Share of the mean square that is to be expected in any other direction; None where there is no basis.
         span: These directions, while the data runs.
@@ -58,7 +55,6 @@ class LayerMoments:
     structure: tuple[int, ...] | None = None
     calls: int | None = None
     n_rows: int | None = None
-    row_squares: Tensor | None = None
     basis: Tensor | None = None
     outside: float | None = None
     span: Span | None = None
@@ -128,19 +124,6 @@ class LayerMoments:
         """Take in the second moment of the gradients of one call."""
         self.output_gram = self._added(self.output_gram, moment)
 
-    def add_row_gradients(self, ids: Tensor, rows: Tensor) -> None:
-        """Take in the gradients at the rows of a table that one call looked up; those that do not count have none.
-
-        Args:
-            ids: ``(n,)``.
-            rows: ``(n, M)``, gradients.
-        """
-        squares = rows.double().square().sum(dim=1)
-        n = len(self.gram) if self.gram is not None else int(ids.max()) + 1
-        both = [torch.bincount(ids, weights=each, minlength=n) for each in (squares, (squares > 0).double())]
-        more = torch.stack(both)
-        self.row_squares = more if self.row_squares is None else self.row_squares + more
-
     def _added(self, total: Tensor | None, more: Tensor) -> Tensor:
         """A sum in float64, which is nobody else's."""
         if total is not None:
@@ -164,19 +147,15 @@ class LayerMoments:
 
         Statistics of no rows, of NaN, or of inputs that never change say nothing about a layer: they are dropped.
         """
-        gram, mean, n_rows, squares = self.gram, self.mean, self.n_rows, self.row_squares
-        self.gram = self.mean = self.row_squares = None
+        gram, mean, n_rows = self.gram, self.mean, self.n_rows
+        self.gram = self.mean = None
         self._settle_span()
         if gram is None or not n_rows:
             return
         second = _trace(gram)
         if not math.isfinite(second) or second <= 0:
             return
-        if counts:
-            shares = expected_shares(gram)
-            gram = shares if squares is None else by_importance(shares, gram, squares)
-        else:
-            gram = gram.div_(n_rows)
+        gram = expected_shares(gram) if counts else gram.div_(n_rows)
         if mean is not None and centred:
             mean = mean / n_rows
             gram = gram.sub_(mean.square()) if gram.ndim == 1 else gram.addr_(mean, mean, alpha=-1)
@@ -216,36 +195,6 @@ def expected_shares(counts: Tensor) -> Tensor:
         return counts / total
     rest = (once / total).clamp(_LEAST_UNMET * float(unmet.double().mean()), _MOST_UNMET)
     return torch.where(unmet, rest / unmet.sum(), counts / total * (1 - rest))
-
-
-def by_importance(shares: Tensor, counts: Tensor, squares: Tensor) -> Tensor:
-    """Shares of the ids times the squares of the gradients that come to their rows, ``(N,)`` with sum 1.
-
-    What an id met a few times was given is drawn to what others met as often are given; one not met at all counts as
-    those met once do.
-
-    Args:
-        shares: How often each will be met.
-        counts: How often each was met.
-        squares: Sums of squares by id, and of how many gradients.
-
-    Example:
-        >>> shares, counts = torch.tensor([0.5, 0.5]), torch.tensor([8.0, 8.0])
-        >>> by_importance(shares, counts, torch.tensor([[1.0, 9.0], [1.0, 1.0]])).tolist()
-        [0.3, 0.7]
-    """
-    sums, met = squares.to(shares)
-    if not bool((sums > 0).any()):
-        return shares
-    level = (counts + 1).log2().floor().long()  # not met, once, up to 6 times, up to 14, ..
-    n_levels = int(level.max()) + 1
-    by_level = [torch.bincount(level, weights=each, minlength=n_levels) for each in (sums, met)]
-    whole = sums.sum() / met.sum()
-    usual = (by_level[0] + _FEW * whole) / (by_level[1] + _FEW)
-    usual[0] = usual[min(1, n_levels - 1)]
-    own = (sums + _FEW * usual[level]) / (met + _FEW)
-    weighed = shares * own
-    return weighed / weighed.sum()
 
 
 _FIGURES = {"grams": "gram", "means": "mean", "output_grams": "output_gram", "norms": "norm"}

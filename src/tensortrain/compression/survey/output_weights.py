@@ -103,8 +103,6 @@ def weigh_outputs(
     judge: Judge,
     spreads: Spreads,
     observer: Observer,
-    *,
-    by_row: bool = False,
 ) -> None:
     """Fill ``found.output_grams`` and ``found.output_scale`` from the batches that it keeps.
 
@@ -127,7 +125,7 @@ def weigh_outputs(
         for k, batch in enumerate(batches):
             with _frozen(model), activations_parked(model.parameters()):
                 spreads.pass_over(k, range(own_rank()), shares, generator)
-                count += _add_gradients(layers, batch, judge, along, found, by_row=by_row)
+                count += _add_gradients(layers, batch, judge, along, found)
                 spreads.pass_over(k, range(own_rank() + 1, n_processes()), shares, generator)
             found.tidy()
             observer.on_step(k + 1)
@@ -140,26 +138,14 @@ def weigh_outputs(
     failures = [failed for _, failed in parts if failed]
     if failures:
         for moments in found.layers.values():
-            moments.output_gram = moments.row_squares = None
+            moments.output_gram = None
         found.notes.append(failures[0])
         return
     join_gradients(found, device_of(model))
-    _join_row_squares(found)
     count = sum(n for n, _ in parts)
     for name, total in found.output_grams.items():
         found.layers[name].output_gram = total.div_(max(1, count))
         let_go(total)
-
-
-def _join_row_squares(found: Calibration) -> None:
-    """Add up what came to the rows of tables in several processes."""
-    if n_processes() == 1:
-        return
-    squares = {name: moments.row_squares for name, moments in found.layers.items()}
-    parts = gathered({name: None if one is None else one.cpu() for name, one in squares.items()})
-    for name, moments in found.layers.items():
-        known = [one for part in parts if (one := part[name]) is not None]
-        moments.row_squares = torch.stack(known).sum(dim=0) if known else None
 
 
 @contextmanager
@@ -181,22 +167,11 @@ def _add_gradients(
     judge: Judge,
     along: Along,
     found: Calibration,
-    *,
-    by_row: bool = False,
 ) -> int:
     """Add the second moment of the gradients at every layer's output; give the number of examples."""
     tags: list[Tensor] = []
 
     def watch(layer: FoundLayer) -> Callable[..., Any]:
-        moments = found.layers[layer.name]
-
-        def take(given: Any, gradient: Tensor) -> None:
-            moments.add_gradients(_moment(layer, gradient))
-            is_table = by_row and layer.weight.kind == "embedding"
-            if is_table and isinstance(given, Tensor) and given.shape == gradient.shape[:-1]:
-                rows = gradient.detach().float().nan_to_num(0.0, 0.0, 0.0)
-                moments.add_row_gradients(given.reshape(-1).long(), rows.reshape(-1, gradient.shape[-1]))
-
         def hook(module: nn.Module, args: Any, result: Any) -> Any:
             if not isinstance(result, Tensor) or result.is_nested or not result.is_floating_point():
                 return result
@@ -206,7 +181,7 @@ def _add_gradients(
             tagged = result + tag
             if not tagged.requires_grad:  # the model runs this part under no_grad
                 return result
-            tagged.register_hook(partial(take, args[0] if args else None))
+            tagged.register_hook(lambda gradient: found.layers[layer.name].add_gradients(_moment(layer, gradient)))
             return tagged
 
         return hook

@@ -149,16 +149,16 @@ def compress(
         search=search,
         measure_losses=measure_losses,
     )
-    found = _result(model, options, todo)
-    found.report.provenance["wall_s"] = round(perf_counter() - start, 2)
-    return found
+    return _result(model, options, todo, start)
 
 
-def _result(model: nn.Module, options: CompressOptions, todo: Sequence[Any]) -> CompressionResult:
+def _result(model: nn.Module, options: CompressOptions, todo: Sequence[Any], start: float) -> CompressionResult:
     with _same_batches(options):
         work = _carried_out(model, options, todo)
         applied = work.plan or _no_plan(work)
-        return CompressionResult(work.model, applied, make_report(work, applied))
+        report = make_report(work, applied)
+    report.provenance["wall_s"] = round(perf_counter() - start, 2)
+    return CompressionResult(work.model, applied, report)
 
 
 def plans_for(

@@ -5,7 +5,7 @@ that is alike at all of them adds up: behind the last layer of a sentence encode
 So every change of a plan is tried by itself, on batches that the plan has not seen, its layer's menu is scaled by what
 came out, and the budget is spent again. A new plan is taken only if all of it together spoils less than the one before.
 
-Source of the idea: curves of predicted losses, each scaled by one measured divergence (see docs/design.md).
+Source of the idea: predicted curves, each scaled by one measured divergence, as in github.com/lems-svd/lems.
 """
 
 from __future__ import annotations

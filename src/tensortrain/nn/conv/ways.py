@@ -122,7 +122,8 @@ class StepsWay(Way):
     def run(
         self, x: Tensor, prepared: tuple[Tensor, ...], bias: Tensor | None, options: ConvOptions, maker: Maker
     ) -> Tensor:
-        return _with_bias(maker.steps_from(x, prepared, options), bias)
+        y = _with_bias(maker.steps_from(x, prepared, options), bias)
+        return y if is_channels_last(x) else y.contiguous()  # as torch's: a model may take a view of it
 
     def ready(
         self, x: Tensor, prepared: tuple[Tensor, ...], options: ConvOptions

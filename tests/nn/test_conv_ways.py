@@ -275,6 +275,20 @@ def test_the_fastest_way_run_is_kept_and_its_time_is_told(timed: list[str]) -> N
         assert rel_error(layer(x), layer.to_dense()(x)) <= 1e-5
 
 
+def test_a_trial_counts_the_long_way_of_what_is_never_ready(monkeypatch: pytest.MonkeyPatch) -> None:
+    spent: list[float] = []
+    monkeypatch.setattr(choose, "_spend", spent.append)
+    layer, x = make(), torch.randn(1, 32, 6, 6, dtype=torch.float32)
+    with torch.no_grad():
+        ways = ways_of(layer, x)
+        request = choose.Request(layer.spec, layer.conv_options(), 1, (6, 6), 32 * 36, False, x.dtype, x.device)
+        calls = choose._calls(ways, request, layer)
+        for way, call in zip(ways, calls, strict=True):
+            spent.clear()
+            call()
+            assert bool(spent) == (way.name == "steps"), way.name
+
+
 def _fastest_of(monkeypatch: pytest.MonkeyPatch, tried: list[float], alone: list[float]) -> int:
     """Which call is kept, of given times among all of them and in turns with the first."""
     monkeypatch.setattr(choose, "seconds_in_use", lambda calls, timer: list(tried))

@@ -33,6 +33,7 @@ _FAR_TOO_LONG_S = 0.5  # likewise, of those few: with fewer examples
 _MOST_BYTES = 2**28  # of input, output and states: likewise
 _CLEARLY = 0.87  # what is not faster by so much than the dense kernel as torch runs it is left
 _MOST_DUELS = 3  # of the fastest with the dense kernel as torch runs it
+_LONG_WAY_S = 9e-5  # of a call that finds nothing ready: through plans and checks; seen on a CPU
 _MARGIN = 0.7  # untimed, a way has to be predicted so much faster than the dense kernel to run in its place
 _DISTURBED_S = 600  # after so long a trial beside other programs is made again
 _NOTES = Notebook("convolutions-4")  # since the fastest is tried against the dense kernel alone
@@ -258,10 +259,18 @@ def _inference(way: Way, numbers: _Numbers, options: ConvOptions, maker: Maker) 
         with torch.no_grad():
             if ready is None:
                 way.run(x, prepared, bias, options, maker)
+                _spend(_LONG_WAY_S)
             else:
                 ready(x, bias)
 
     return run
+
+
+def _spend(seconds: float) -> None:
+    """What a layer does before it runs such a way, and a trial does not."""
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        pass
 
 
 def _training_step(

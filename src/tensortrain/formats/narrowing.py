@@ -73,8 +73,10 @@ def narrowing(
     """
     device = gram.device
     rows = _weighed_rows(weight, output_gram)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram.double()))
+    lower = torch.linalg.cholesky(gram.double())
     del gram  # of many units it is as large as the layer
+    inverse = torch.cholesky_inverse(lower)
+    del lower
     here = torch.arange(len(inverse), device=device)
     order, losses = [], [torch.zeros(1, dtype=torch.float64, device=device)]
     while len(here) > protected:
@@ -86,7 +88,7 @@ def narrowing(
         stay = is_staying.nonzero().flatten()
         share = torch.linalg.solve(inverse[going][:, going], inverse[going][:, stay])  # what the others take over
         rows = rows[:, stay] - rows[:, going] @ share
-        less = inverse[stay][:, going]
+        less = inverse[stay[:, None], going]
         inverse = inverse[stay[:, None], stay].addmm_(less, share, alpha=-1)
         here = here[stay]
     rest = _costs(rows, inverse)
@@ -158,8 +160,10 @@ def refitted(weight: Tensor, gram: Tensor, kept: Tensor) -> Tensor:
 
     Source: arXiv:2408.09632, the Nystroem form of type I.
     """
-    lower = torch.linalg.cholesky(gram[kept][:, kept].double())
+    some = gram[kept].double()  # of many units every copy counts
     wide = weight.double().movedim(1, -1)  # m .. n
-    crossed = gram[kept].double() @ wide.reshape(-1, wide.shape[-1]).T
+    crossed = some @ wide.reshape(-1, wide.shape[-1]).T
+    lower = torch.linalg.cholesky(some[:, kept])
+    del some
     new = torch.cholesky_solve(crossed, lower).T
     return new.reshape(*wide.shape[:-1], len(kept)).movedim(-1, 1).to(weight.dtype)

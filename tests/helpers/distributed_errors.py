@@ -99,7 +99,9 @@ def _with_data(at: int, in_pass: int) -> Callable[[bool], Any]:
 
 def _other_widths(fails: bool) -> Any:
     model, data = made("units")
-    return tt.plan_compression(model, budget="1.5x", data=[(x[:, :-1],) for (x,) in data] if fails else data)
+    return tt.plan_compression(
+        model, budget="1.5x", data=[data[0], (data[1][0][:, :-1], data[1][1])] if fails else data
+    )
 
 
 def _with_output(at: int) -> Callable[[bool], Any]:
@@ -113,7 +115,7 @@ def _with_output(at: int) -> Callable[[bool], Any]:
             calls[0] += 1
             if fails and calls[0] == at:
                 raise Bad("output")
-            return model(*batch)
+            return model(batch[0])
 
         return tt.compress(model, budget="1.5x", data=data, heal=False, output=output, measure=True)
 
@@ -138,7 +140,7 @@ def _interrupted(fails: bool) -> Any:
     def output(model: nn.Module, batch: Any) -> Tensor:
         if fails:
             raise KeyboardInterrupt
-        return model(*batch)
+        return model(batch[0])
 
     return tt.plan_compression(model, budget="1.5x", data=data, output=output)
 
@@ -188,7 +190,8 @@ def _second_decomposition(fails: bool) -> Silent:
     return Second()
 
 
-RAISES: dict[str, tuple[Callable[[bool], Any], str, str]] = {  # what is done, the error's class, and some of its words
+# What is done, the class of the error, "" for any, and some of its words.
+RAISES: dict[str, tuple[Callable[[bool], Any], str, str]] = {
     "a loader, at once": (_with_data(0, 1), "Bad", "loader"),
     "a loader, calibrating": (_with_data(2, 2), "Bad", "loader"),
     "batches that do not fit": (_other_widths, "DataError", "batch"),
@@ -211,11 +214,12 @@ RAISES: dict[str, tuple[Callable[[bool], Any], str, str]] = {  # what is done, t
         "observer of heal",
     ),
     "an observer, healing locally": (
-        _with_observer("heal", 1, heal=HealLocally(steps=2, n_batches=2, n_held_back=1)),
+        _with_observer("heal locally", 1, heal=HealLocally(steps=2, n_batches=2, n_held_back=1)),
         "Bad",
-        "observer of heal",
+        "observer of heal locally",
     ),
-    "an output, calibrating": (_with_output(2), "DataError", "output"),
+    "an output, at once": (_with_output(2), "Bad", "output"),
+    "an output, calibrating": (_with_output(5), "", "output"),
     "a figure": (_figure_fails, "Bad", "figure"),
     "Ctrl-C": (_interrupted, "KeyboardInterrupt", ""),
     "what cannot be sent": (_cannot_be_sent, "TypeError", "pickle"),

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from tensortrain.cores.tolerance import compute_dtype
 from tensortrain.errors import DTypeError, NonFiniteError, ShapeError
+from tensortrain.system.parking import is_parked, let_go
 
 from .layout import order_gram, pad_gram
 from .spec import WeightShape
@@ -257,8 +258,16 @@ def times_moment(matrix: Tensor, moment: Tensor | None) -> Tensor:
     if moment is None:
         return matrix.double()
     if moment.ndim == 2 and matrix.dtype == torch.float32 and len(moment) >= _LARGE:
-        return (matrix @ moment.float()).double()
+        parts = moment.split(_LARGE) if is_parked(moment) else (moment,)
+        return torch.cat([_times_part(matrix, some) for some in parts], dim=1).double()
     return apply_root(matrix.double(), moment)
+
+
+def _times_part(matrix: Tensor, some: Tensor) -> Tensor:
+    """A matrix times some of the rows of a symmetric moment, as columns; a part that lies in a file goes at once."""
+    product = matrix @ some.float().mT
+    let_go(some)
+    return product
 
 
 PLAIN = Weighting()

@@ -148,7 +148,10 @@ def plan_compression(
         FilterError: A pattern matches no layer.
         NonFiniteError: A weight holds NaN or Inf.
 
-    Cost: singular values of every candidate matricization, plus ``n_batches`` forward passes and one per layer.
+    Cost: one pass forward over ``n_batches``, forward and backward over six of them, some ten passes over one batch or
+        less; then one eigenvalue problem of each layer's smaller side, of layers that other formats may suit their
+        decompositions too. The observer is told of every batch and layer, with the seconds that a layer took. Of a large
+        model no more is held than its weights and what one layer needs: very large weights are offered low rank alone.
     """
     return make_plan(
         model,

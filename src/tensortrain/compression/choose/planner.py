@@ -149,9 +149,9 @@ def plan_compression(
         NonFiniteError: A weight holds NaN or Inf.
 
     Cost: one pass forward over ``n_batches``, forward and backward over six of them, some ten passes over one batch or
-        less; then one eigenvalue problem of each layer's smaller side, of layers that other formats may suit their
-        decompositions too. The observer is told of every batch and layer, with the seconds that a layer took. Of a large
-        model no more is held than its weights and what one layer needs: very large weights are offered low rank alone.
+        less; then an eigenvalue problem of each layer's smaller side, and of layers that other formats may suit their
+        decompositions. The observer is told of every batch and layer, with the seconds that a layer took. Of a large
+        model no more is held than its weights and what one layer needs: large weights are offered low rank alone.
     """
     return make_plan(
         model,

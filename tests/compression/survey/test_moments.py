@@ -78,7 +78,7 @@ def test_a_weighting_is_the_same_object_while_the_moments_are() -> None:
     assert moments.weighting.outputs is moments.output_gram
 
 
-@pytest.mark.parametrize("name", ["tt", "tucker2", "low_rank"])
+@pytest.mark.parametrize("name", ["tt", "tt_separate", "low_rank"])
 def test_nothing_of_one_layer_is_left_for_the_next(name: str) -> None:
     """Not even until Python looks for circles of objects, which hold several copies of the weight."""
     layer = nn.Linear(12, 8)

@@ -59,7 +59,7 @@ from tensortrain.errors import BudgetError, TTError
 from tensortrain.nn import CompositeLayer
 from tensortrain.system.checkpoint import start_signature
 from tensortrain.system.observer import Observer, Silent
-from tensortrain.system.processes import first_of, n_processes
+from tensortrain.system.processes import first_of, n_processes, together
 from tensortrain.system.storage import count_bytes
 from tensortrain.train.batches import device_of, length_of, take, tensors_in, to_device
 from tensortrain.train.evaluation import Evaluate
@@ -157,7 +157,10 @@ def plan_compression(
         FilterError: A pattern matches no layer.
         NonFiniteError: A weight holds NaN or Inf.
 
-    Cost: singular values of every candidate matricization, plus ``n_batches`` forward passes and one per layer.
+    Cost: one pass forward over ``n_batches``, forward and backward over six of them, some ten passes over one batch or
+        less; then an eigenvalue problem of each layer's smaller side, and of layers that other formats may suit their
+        decompositions. The observer is told of every batch and layer, with the seconds that a layer took. Of a large
+        model no more is held than its weights and what one layer needs: large weights are offered low rank alone.
     """
     return make_plan(
         model,
@@ -194,14 +197,15 @@ def make_plans(model: nn.Module, options: PlanOptions, budgets: Sequence[BudgetL
     Raises:
         BudgetError: One of them cannot be read or reached.
     """
-    check_module(model)
-    model = uncompiled(model)
-    asked = [_read(model, each, options) for each in budgets]  # before anything that takes long
-    options = _adapted(options, asked)
-    with opened_for_a_while(model) as opened:
-        planning = _surveyed(opened, options, budgets)
-    planning.opened, planning.left = opened.names, opened.left_alone(planning.left)
-    return [_agreed(partial(planning.find, model, each), planning.calibration) for each in budgets]
+    with together():
+        check_module(model)
+        model = uncompiled(model)
+        asked = [_read(model, each, options) for each in budgets]  # before anything that takes long
+        options = _adapted(options, asked)
+        with opened_for_a_while(model) as opened:
+            planning = _surveyed(opened, options, budgets)
+        planning.opened, planning.left = opened.names, opened.left_alone(planning.left)
+        return [_agreed(partial(planning.find, model, each), planning.calibration) for each in budgets]
 
 
 def _agreed(find: Callable[[], CompressionPlan], calibration: Calibration | None) -> CompressionPlan:

@@ -73,8 +73,10 @@ class LayerMoments:
 
     def forget_derived(self) -> None:
         """Drop what was computed from the moments on the way, and their memory where they lie in files."""
-        self.__dict__.pop("_weighting", None)
-        let_go(self.gram, self.output_gram)
+        known: Weighting | None = self.__dict__.pop("_weighting", None)
+        if known is not None and self.parks:
+            known.forget()
+        let_go(self.gram, self.output_gram, self.basis)
         if self.parks:
             tidy()
 
@@ -112,7 +114,7 @@ class LayerMoments:
             table: That they are rows of, or sums of such.
         """
         if self.span is None and rows.shape[1] <= LARGEST_FULL_GRAM and n_processes() == 1:
-            self.span = Span(rows.shape[1])
+            self.span = Span(rows.shape[1], parks=self.parks)
         if self.span is not None:
             self.span.add(rows, table)
         # Where directions are missing, rounding must not look like some.

@@ -15,7 +15,16 @@ from torch import Tensor
 from tensortrain.system.native import library
 from tensortrain.system.tracing import can_look
 
-__all__ = ["balanced_walk", "dot_walk", "norm_walk", "orthogonal_walk", "product_walk", "rounding_walk", "serves"]
+__all__ = [
+    "balanced_walk",
+    "dot_walk",
+    "inner_walk",
+    "norm_walk",
+    "orthogonal_walk",
+    "product_walk",
+    "rounding_walk",
+    "serves",
+]
 
 
 def _kernels(cores: Sequence[Tensor], n_axes: int = 3) -> Any | None:
@@ -34,7 +43,13 @@ def serves(core: Tensor) -> bool:
 def dot_walk(bra: Sequence[Tensor], ket: Sequence[Tensor]) -> tuple[Tensor, Tensor] | None:
     """``(m, e)`` with ``<bra, ket> = m * 2**e``."""
     kernels = _kernels(bra)
-    return None if kernels is None else kernels.chain_dot(list(bra), list(ket))
+    return None if kernels is None else kernels.chain_dot(bra, ket)
+
+
+def inner_walk(bra: Sequence[Tensor], ket: Sequence[Tensor], n_axes: int) -> Tensor | None:
+    """``<bra, ket>`` itself, of cores with so many axes, where all axes but the ranks are the same in both."""
+    kernels = _kernels(bra, n_axes)
+    return None if kernels is None else kernels.chain_dot_whole(bra, ket, n_axes)
 
 
 def norm_walk(cores: Sequence[Tensor]) -> tuple[Tensor, Tensor] | None:

@@ -16,6 +16,7 @@ from tensortrain.system.native import library
 from tensortrain.system.tracing import can_look
 
 __all__ = [
+    "are_sound",
     "balanced_walk",
     "dot_walk",
     "inner_walk",
@@ -38,6 +39,14 @@ def _kernels(cores: Sequence[Tensor], n_axes: int = 3) -> Any | None:
 def serves(core: Tensor) -> bool:
     """Whether walks there are for chains of such cores."""
     return _kernels([core]) is not None
+
+
+def are_sound(cores: Sequence[Any], n_axes: int) -> bool:
+    """Whether these are known to be sound cores without a batch: what is not may be sound all the same."""
+    if not cores or not isinstance(cores[0], Tensor):
+        return False
+    kernels = _kernels(cores, n_axes)
+    return kernels is not None and kernels.chain_is_sound(cores, n_axes)
 
 
 def dot_walk(bra: Sequence[Tensor], ket: Sequence[Tensor]) -> tuple[Tensor, Tensor] | None:

@@ -14,6 +14,24 @@ namespace tensortrain::chain {
 
 namespace py = pybind11;
 
+// Whether these are plain cores of one dtype with so many axes, whose ranks are at least 1, meet, and are 1 at both ends.
+inline bool are_sound(const py::sequence& cores, Int n_axes) {
+  const size_t n = cores.size();
+  Int rank = 1;
+  std::optional<at::ScalarType> dtype;
+  for (size_t k = 0; k < n; ++k) {
+    const py::object one = cores[k];
+    if (!THPVariable_CheckExact(one.ptr())) return false;
+    const auto& core = THPVariable_Unpack(one.ptr());
+    if (!has_plain_keys(core) || core.dim() != n_axes || core.size(0) != rank) return false;
+    if (!dtype) dtype = core.scalar_type();
+    if (core.scalar_type() != *dtype) return false;
+    rank = core.size(-1);
+    if (rank < 1) return false;
+  }
+  return n > 0 && rank == 1 && (dtype == at::kDouble || dtype == at::kFloat);
+}
+
 // Whether a core lies column by column, as QR leaves it: its last axis apart, the others row by row.
 inline bool is_turned(const Tensor& core) {
   const auto sizes = core.sizes(), strides = core.strides();
@@ -284,6 +302,7 @@ inline std::unique_ptr<Walked> walk(const py::list& cores, Int hi, bool squares)
 
 inline void bind(py::module_& m) {
   py::class_<Walked>(m, "Rounding").def("cut", &Walked::cut).def("norm", &Walked::norm);
+  m.def("chain_is_sound", &are_sound);
   m.def("chain_dot", &dot_parts);
   m.def("chain_dot_whole", &dot_whole);
   m.def("chain_norm", &norm_parts);

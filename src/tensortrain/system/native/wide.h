@@ -33,7 +33,10 @@ TENSORTRAIN_LOOPS void pack_panel(const Matrix<T>& b, Int first, Int k, Int from
     }
     return;
   }
-  for (Int j = 0; j < room; ++j) {
+  Int whole = 0;
+  for (const auto turn = columns_to_rows<T>(); whole + lanes_of<T> <= width; whole += lanes_of<T>)
+    turn(b.data + (from + whole) * b.row + first, b.row, k, out + whole, room);
+  for (Int j = whole; j < room; ++j) {
     const T* const column = b.data + (from + j) * b.row + first;
     for (Int l = 0; l < k; ++l) out[l * room + j] = j < width ? column[l] : T(0);
   }

@@ -54,7 +54,7 @@ def dot(a: Any, b: Any, dims: Sequence[int] | int | None = None) -> Tensor | Ten
         (6.0, (2,))
     """
     checked_chain("dot", a, "the left operand")
-    # In one call, which looks at modes and dtypes itself: of many small cores these checks take longer than the product.
+    # In one call, which looks at modes and dtypes itself: of many small cores the checks take longer than the product.
     if dims is None and type(a) is type(b) and (found := inner_walk(a.cores, b.cores, len(a._axes))) is not None:
         return found
     check_same_kind("dot", a, b)

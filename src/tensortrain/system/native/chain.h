@@ -8,6 +8,7 @@
 
 #include "wide.h"
 
+#include <atomic>
 #include <limits>
 #include <mutex>
 #include <optional>
@@ -167,7 +168,12 @@ TENSORTRAIN_WIDE inline bool lies_between(const float* x, Int n, float low, floa
 template <typename T>
 bool is_moderate(const Core<T>& core, double limit) {
   const int most = static_cast<int>(limit);
-  return lies_between(core.data, core.size(), std::ldexp(T(1), -most), std::ldexp(T(1), most));
+  const T low = std::ldexp(T(1), -most), high = std::ldexp(T(1), most);
+  std::atomic<bool> holds{true};
+  on_rows(core.size(), 1, [&](Int from, Int to) {
+    if (!lies_between(core.data + from, to - from, low, high)) holds = false;
+  });
+  return holds;
 }
 
 template <typename T>

@@ -12,11 +12,12 @@ from torch.nn.utils.rnn import pack_padded_sequence
 import tensortrain as tt
 from tensortrain.nn.recurrent import layers, ways
 from tensortrain.nn.recurrent.cells import GRUCell, LSTMCell, RNNCell
+from tensortrain.nn.recurrent.ways import KERNEL, STEPS
 
 
 @pytest.fixture(params=[True, False], ids=["kernel", "steps"])
 def by_kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    monkeypatch.setattr(layers, "kernel_is_faster", lambda *args, **options: request.param)
+    monkeypatch.setattr(layers, "fastest_way", lambda *args: KERNEL if request.param else STEPS)
     return bool(request.param)
 
 
@@ -50,8 +51,8 @@ def test_gradients_of_torchs_kernel_have_gradients(options: dict[str, Any], monk
     torch.manual_seed(0)
     layer, x = tt.nn.LSTM(10, 6, rank=2, **options), torch.randn(4, 2, 10)
     found = []
-    for faster in (True, False):
-        monkeypatch.setattr(layers, "kernel_is_faster", lambda *args, faster=faster, **options: faster)
+    for way in (KERNEL, STEPS):
+        monkeypatch.setattr(layers, "fastest_way", lambda *args, way=way: way)
         cores = list(layer.parameters())
         first = torch.autograd.grad(layer(x)[0].square().sum(), cores, create_graph=True)
         found.append(torch.autograd.grad(sum(g.square().sum() for g in first), cores))
@@ -60,7 +61,7 @@ def test_gradients_of_torchs_kernel_have_gradients(options: dict[str, Any], monk
 
 
 def test_what_must_not_be_dense_goes_step_by_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layers, "kernel_is_faster", lambda *args, **options: pytest.fail("was asked"))
+    monkeypatch.setattr(layers, "fastest_way", lambda *args: pytest.fail("was asked"))
     x = torch.randn(3, 2, 16)
     tt.nn.GRU(16, 8, rank=2, implementation="factorized")(x)
     tt.nn.GRU(16, 8, rank=2, reset_after=False)(x)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -20,6 +20,7 @@ from tensortrain.nn.cores import is_watched as is_called
 from tensortrain.nn.inputs import check_plain_layout, is_plain_input, traceable
 from tensortrain.nn.linear import Linear
 from tensortrain.nn.recurrent.maps import Apply, MapOptions, blocks_of, dense_at, refill, repeated, reset_map
+from tensortrain.nn.recurrent.sequences import Spread, by_sequence, serves
 from tensortrain.nn.recurrent.ways import fused_step_is_faster, may_take_kernel
 from tensortrain.system.tracing import is_traced, sizes_of
 
@@ -102,6 +103,12 @@ class Cell(CompositeLayer):
         """The state before the first step."""
         return tuple(like.new_zeros(batch, size) for size in self.state_sizes())
 
+    def named_maps(self) -> Iterator[tuple[str, Map]]:
+        """Every linear map with its name, in order of definition; none of them lies deeper."""
+        for name, one in self._modules.items():
+            if isinstance(one, (Linear, nn.Linear)):
+                yield name, one
+
     def is_watched(self) -> bool:
         """Whether a map must be called, since something hangs on its call."""
         return any(is_watched(one) for _, one in self.named_maps())
@@ -136,8 +143,19 @@ class Cell(CompositeLayer):
             state = self.zero_state(x.shape[0], gates)
         else:
             state = tuple(s.to(gates.dtype) for s in state)
+        if not (torch.is_grad_enabled() and self._trains()) and serves(self, gates):
+            found = by_sequence(self, gates, state, Spread(1, x.shape[0]), reverse=False, recorded=self._recorded_step)
+            if found is not None:
+                return found[1]
         # A single step calls the map as a module: it alone knows what it keeps between calls.
         return self.step(gates, state, *blocks_of(self.hh, self.blocks()))
+
+    def _trains(self) -> bool:
+        return any(p.requires_grad for p in self.parameters())
+
+    def _recorded_step(self, gates: Tensor, hidden: Apply, state: State) -> tuple[Tensor, ...]:
+        found = self.step(gates, state, hidden)
+        return found[0], *found
 
     def _quick_step(self, x: Tensor, state: Any) -> Any:
         """A step by torch's function on weights that are kept: the short way at inference, where it ran before."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar, TypeVar
 
@@ -38,9 +38,10 @@ from tensortrain.nn.recurrent.cells import (
     torch_arguments,
     torch_weights,
 )
-from tensortrain.nn.recurrent.maps import MapOptions
-from tensortrain.nn.recurrent.ways import differentiable_twice, kernel_is_faster, may_take_kernel
-from tensortrain.system.tracing import is_traced, sizes_of
+from tensortrain.nn.recurrent.maps import Apply, MapOptions
+from tensortrain.nn.recurrent.sequences import Spread, by_sequence, serves
+from tensortrain.nn.recurrent.ways import DENSE_STEPS, KERNEL, STEPS, differentiable_twice, fastest_way, ways_of
+from tensortrain.system.tracing import is_traced, is_transformed, sizes_of
 
 __all__ = ["GRU", "LSTM", "RNN"]
 
@@ -66,6 +67,15 @@ class _Layout:
     def split(self, x: Tensor) -> Sequence[Tensor]:
         # unbind, since indexing would fill a whole sequence of zeros at every step of the backward pass
         return x.unbind(self.axis) if self.batch_sizes is None else x.split(self.batch_sizes.tolist())
+
+    def first(self, x: Tensor, n_steps: int) -> tuple[Tensor, None, _Layout]:
+        """The first steps of a sequence alone, without a state."""
+        if n_steps >= self.n_steps:
+            return x, None, self
+        if self.batch_sizes is None:
+            return x.narrow(self.axis, 0, n_steps), None, replace(self, n_steps=n_steps)
+        some = self.batch_sizes[:n_steps]
+        return x[: int(some.sum())], None, replace(self, n_steps=n_steps, batch_sizes=some)
 
     def join(self, steps: Sequence[Tensor]) -> Tensor:
         return torch.stack(list(steps), self.axis) if self.batch_sizes is None else torch.cat(list(steps))
@@ -191,9 +201,9 @@ class _Recurrent(CompositeLayer):
         for index in range(self.num_layers):
             cells: Any = [self.get_submodule(name) for name in self._cell_names(index)]
             here = None if state is None else tuple(s[index * n_directions :][:n_directions] for s in state)
-            is_fused = self._takes_kernel(cells, x, layout)
-            are_fused = are_fused and is_fused
-            x, final = (_torch_kernel if is_fused else _step_by_step)(cells, x, here, layout)
+            way = self._way(cells, x, layout)
+            are_fused = are_fused and way == KERNEL
+            x, final = _run_by(way, cells, x, here, layout)
             finals.append(final)
             if self.dropout and index < self.num_layers - 1:
                 x = F.dropout(x, self.dropout, self.training)
@@ -229,10 +239,10 @@ class _Recurrent(CompositeLayer):
         kernel: Any = getattr(torch, str(first.kernel))
         return kernel(x, state, weights, self.bias, self.num_layers, 0.0, False, self.bidirectional, self.batch_first)
 
-    def _takes_kernel(self, cells: list[Cell], x: Tensor, layout: _Layout) -> bool:
-        """Whether torch's own kernel does one layer, in one or both directions."""
+    def _way(self, cells: list[Cell], x: Tensor, layout: _Layout) -> str:
+        """How one layer runs, in one or both directions."""
         # (under autocast on a CPU, oneDNN refuses an LSTM and a GRU comes out in float32)
-        return not torch.is_autocast_enabled("cpu") and _fit_kernel(cells, x, layout)
+        return STEPS if torch.is_autocast_enabled("cpu") else _way_of(cells, x, layout)
 
     # -- checks --------------------------------------------------------------------------------------
 
@@ -507,49 +517,89 @@ def _scan(
     return outputs, state
 
 
-def _step_by_step(cells: list[Cell], x: Tensor, state: State | None, layout: _Layout) -> tuple[Tensor, State]:
+def _step_by_step(
+    cells: list[Cell], x: Tensor, state: State | None, layout: _Layout, *, dense: bool = False
+) -> tuple[Tensor, State]:
     """One layer, its input map on all steps at once; states ``(n_directions, b, size)``."""
     gates = [cell.ih(x) for cell in cells]
-    hidden = [cell.prepare(layout.batch) for cell in cells]
-    return _scan_all(cells, gates, hidden, state, layout)
+    if all(serves(cell, here) for cell, here in zip(cells, gates, strict=True)):
+        return _scan_all(cells, gates, [None] * len(cells), state, layout, dense=dense)
+    return _scan_all(cells, gates, [cell.prepare(layout.batch) for cell in cells], state, layout)
 
 
 def _scan_all(
-    cells: Sequence[Cell], gates: Sequence[Tensor], hidden: Sequence[Any], state: State | None, layout: _Layout
+    cells: Sequence[Cell],
+    gates: Sequence[Tensor],
+    hidden: Sequence[Any],
+    state: State | None,
+    layout: _Layout,
+    *,
+    dense: bool = False,
 ) -> tuple[Tensor, State]:
+    """All directions; ``hidden`` None where the kernels may do all steps, by dense hidden maps perhaps."""
     outputs, finals = [], []
     for direction, cell in enumerate(cells):
-        here = gates[direction]
+        here, apply = gates[direction], hidden[direction]
         if state is None:
             initial = cell.zero_state(layout.batch, here)
         else:
             initial = tuple(s[direction].to(here.dtype) for s in state)
-        steps, final = _scan(cell, layout.split(here), hidden[direction], initial, reverse=direction == 1)
-        outputs.append(layout.join(steps))
-        finals.append(final)
+        found = None
+        if apply is None:
+            found = _by_kernels(cell, here, initial, layout, reverse=direction == 1, dense=dense)
+        if found is None:
+            apply = cell.prepare(layout.batch) if apply is None else apply
+            found = _scanned(cell, here, apply, initial, layout, reverse=direction == 1)
+        outputs.append(found[0])
+        finals.append(found[1])
     output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
     return output, tuple(torch.stack(parts) for parts in zip(*finals, strict=True))
 
 
-def _fit_kernel(cells: list[Cell], x: Tensor, layout: _Layout) -> bool:
-    """Whether torch's own kernel takes the whole sequence."""
+def _scanned(
+    cell: Cell, gates: Tensor, hidden: Any, initial: State, layout: _Layout, *, reverse: bool
+) -> tuple[Tensor, State]:
+    """One direction, step by step."""
+    steps, final = _scan(cell, layout.split(gates), hidden, initial, reverse=reverse)
+    return layout.join(steps), final
+
+
+def _by_kernels(
+    cell: Cell, gates: Tensor, initial: State, layout: _Layout, *, reverse: bool, dense: bool
+) -> tuple[Tensor, State] | None:
+    """One direction in one call of the kernels; None where they do not serve."""
+
+    def recorded(gates: Tensor, hidden: Apply, state: State) -> tuple[Tensor, ...]:
+        output, final = _scanned(cell, gates, (hidden,), state, layout, reverse=reverse)
+        return output, *final
+
+    spread = Spread(layout.n_steps, layout.batch, layout.axis == 0, layout.batch_sizes)
+    return by_sequence(cell, gates, initial, spread, reverse=reverse, recorded=recorded, dense=dense)
+
+
+def _way_of(cells: list[Cell], x: Tensor, layout: _Layout) -> str:
     if torch._C._get_tracing_state() is not None:  # a loop would be recorded for one length
-        return all(cell.kernel is not None and not cell.is_watched() for cell in cells)
-    if is_traced():
-        return False
+        return KERNEL if all(cell.kernel is not None and not cell.is_watched() for cell in cells) else STEPS
+    if is_traced() or is_transformed():  # torch's kernel has no rule for a batch of batches
+        return STEPS
     rows = x.numel() // x.shape[-1]
-    if all(cell.fits_kernel(rows, layout.batch) for cell in cells):
-        return True
-    if not may_take_kernel(cells, x):
-        return False
-    return kernel_is_faster(
+    names = ways_of(cells, x, are_dense=all(cell.fits_kernel(rows, layout.batch) for cell in cells))
+    if len(names) == 1:
+        return names[0]
+    return fastest_way(
+        names,
         cells,
         x,
         layout.batch,
         layout.n_steps,
-        by_kernel=lambda some, numbers: _torch_kernel(some, numbers, None, layout)[0],
-        by_steps=lambda some, numbers: _step_by_step(some, numbers, None, layout)[0],
+        lambda name, some, numbers, n: _run_by(name, some, *layout.first(numbers, n))[0],
     )
+
+
+def _run_by(way: str, cells: list[Cell], x: Tensor, state: State | None, layout: _Layout) -> tuple[Tensor, State]:
+    if way == KERNEL:
+        return _torch_kernel(cells, x, state, layout)
+    return _step_by_step(cells, x, state, layout, dense=way == DENSE_STEPS)
 
 
 def _torch_kernel(cells: list[Cell], x: Tensor, state: State | None, layout: _Layout) -> tuple[Tensor, State]:

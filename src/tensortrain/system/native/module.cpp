@@ -5,6 +5,7 @@
 #include "grouped.h"
 #include "layer_call.h"
 #include "lookup_python.h"
+#include "recurrent_python.h"
 
 
 #include <map>
@@ -106,5 +107,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("multiply_groups_backward", &run_groups<multiply_groups_backward>);
   chain::bind(m);
   define_lookups(m);
+  recurrent::bind(m);
   m.def("count_optimizer_step", [] { ++n_optimizer_steps; });
 }

@@ -148,8 +148,8 @@ class SmallSweep {
 
   // Gradients of what is wanted: null pointers of the others. `kept` holds what forward left.
   void backward(const T* x, const T* grad_y, T* grad_x, const std::vector<T*>& grads) {
-    auto now = room_for<T>(layout_.scratch), next = room_for<T>(layout_.scratch);
-    turned_ = room_for<T>(layout_.scratch);
+    for (auto* const room : {&now_, &next_, &turned_})
+      if (!*room) *room = room_for<T>(layout_.scratch);
     const T* arriving = grad_y;
     for (size_t k = layout_.parts.size(); k-- > 0;) {
       const auto& part = layout_.parts[k];
@@ -158,9 +158,9 @@ class SmallSweep {
       if (any_wanted(k, grads)) weight_backward(part, arriving, operand, sweep_.steps[k], grads);
       if (k == 0 && !grad_x) return;
       if (k > 0 && !grad_x && !any_wanted_before(k, grads)) return;
-      operand_backward(part, arriving, k == 0 ? grad_x : now.get());
-      std::swap(now, next);
-      arriving = next.get();
+      operand_backward(part, arriving, k == 0 ? grad_x : now_.get());
+      std::swap(now_, next_);
+      arriving = next_.get();
     }
   }
 
@@ -324,7 +324,7 @@ class SmallSweep {
   const Layout& layout_;
   T* kept_;
   std::vector<const T*> given_;
-  Room scratch_, turned_;
+  Room scratch_, turned_, now_, next_;
 };
 
 // -- calls ------------------------------------------------------------------------------------------

@@ -21,12 +21,14 @@ from torch import nn
 
 import tensortrain as tt
 from tensortrain.compression import cross_entropy_loss, evaluate_accuracy, fit, provenance, write_text_atomic
+from tensortrain.compression.stages import Factorize, Heal
 from tensortrain.data import fashion_mnist, image_batches
 from tensortrain.networks import build
 from tensortrain.networks.conv_fc import DENSE_RECIPE
 
 HERE = Path(__file__).parent
 N_TRAIN, DENSE_EPOCHS, LR = 20_000, 5, 3e-3
+Ways = tuple[float, ...]
 
 
 class Experiment:
@@ -56,17 +58,23 @@ class Experiment:
         checkpoint.unlink(missing_ok=True)
         return model
 
-    def run(self, budget: str, epochs: int, n_stages: int, seed: int) -> dict[str, Any]:
-        """One compression, recorded."""
-        record = self.out / f"{budget}-{epochs}-{n_stages}-{seed}.json"
+    def run(self, budget: str, epochs: int, ways: Ways, seed: int) -> dict[str, Any]:
+        """One compression, recorded.
+
+        Args:
+            ways: Where the stages end, as parts of the way to the budget in equal ratios.
+        """
+        n_stages, heal = len(ways), {"epochs": epochs // len(ways), "lr": LR}
+        is_even = ways == _even(n_stages)
+        told = str(n_stages) if is_even else "+".join(map(str, ways))
+        record = self.out / f"{budget}-{epochs}-{told}-{seed}.json"
         if record.exists():
             return json.loads(record.read_text())
         result = tt.compress(
             self.dense(seed),
             budget=budget,
             data=self.train_data(seed),
-            heal={"epochs": epochs // n_stages, "lr": LR},
-            n_stages=n_stages,
+            **({"heal": heal, "n_stages": n_stages} if is_even else {"stages": _turns(ways, heal)}),
             evaluate=self.accuracy,
             metric_name="accuracy",
             checkpoint=self.out / f"{record.stem}.ckpt",
@@ -77,6 +85,7 @@ class Experiment:
         found = {
             "budget": budget,
             "n_stages": n_stages,
+            "ways": list(ways),
             "seed": seed,
             "params": report.params_after,
             "accuracy_before": report.metric_before,
@@ -95,23 +104,34 @@ class Experiment:
         return found
 
 
+def _even(n_stages: int) -> Ways:
+    """What ``n_stages`` of ``compress`` does."""
+    return tuple(n / n_stages for n in range(1, n_stages + 1))
+
+
+def _turns(ways: Ways, heal: dict[str, Any]) -> list[Any]:
+    return [each for way in ways for each in (Factorize(way=way), Heal(**heal))]
+
+
 def summarize(out: Path, target: Path) -> None:
     """Mean and spread over seeds, as JSON and on the terminal."""
     runs = [json.loads(path.read_text()) for path in sorted(out.glob("*x-*.json"))]
-    groups: dict[tuple[str, int, int], list[dict[str, Any]]] = {}
+    groups: dict[tuple[str, int, Ways], list[dict[str, Any]]] = {}
     for run in runs:
-        groups.setdefault((run["budget"], run["epochs_in_all"], run["n_stages"]), []).append(run)
+        ways = tuple(run.get("ways") or _even(run["n_stages"]))
+        groups.setdefault((run["budget"], run["epochs_in_all"], ways), []).append(run)
     rows = [
         {
             "budget": budget,
             "epochs_in_all": epochs,
-            "n_stages": n_stages,
+            "n_stages": len(ways),
+            "ways": list(ways),
             "n": len(found),
             "accuracy_mean": statistics.mean(run["accuracy_after"] for run in found),
             "loss_points_mean": statistics.mean(run["loss_points"] for run in found),
             "loss_points_std": statistics.stdev(run["loss_points"] for run in found) if len(found) > 1 else None,
         }
-        for (budget, epochs, n_stages), found in groups.items()
+        for (budget, epochs, ways), found in groups.items()
     ]
     summary = {"n_train": N_TRAIN, "dense_epochs": DENSE_EPOCHS, "rows": rows, "runs": runs, "provenance": provenance()}
     write_text_atomic(target / "stages.json", json.dumps(summary, indent=1) + "\n")
@@ -126,15 +146,21 @@ def main() -> None:
     parser.add_argument("--budget", action="append", help="default: 160x")
     parser.add_argument("--epochs", type=int, default=6, help="of healing, over all stages")
     parser.add_argument("--seed", type=int, action="append", help="default: 0")
+    parser.add_argument(
+        "--ways",
+        action="append",
+        type=lambda text: tuple(map(float, text.split("+"))),
+        help="where stages end, as 0.75+1; default: 1 and 0.5+1",
+    )
     parser.add_argument("--record", type=Path, default=HERE, help="where stages.json goes")
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
     experiment = Experiment(given.out, given.data)
     for seed in given.seed or [0]:
         for budget in given.budget or ["160x"]:
-            for n_stages in (1, 2):
-                found = experiment.run(budget, given.epochs, n_stages, seed)
-                print(f"seed {seed} {budget} in {n_stages}: {found['curve']}", flush=True)
+            for ways in given.ways or [_even(1), _even(2)]:
+                found = experiment.run(budget, given.epochs, ways, seed)
+                print(f"seed {seed} {budget} by {ways}: {found['curve']}", flush=True)
                 summarize(given.out, given.record)
 
 

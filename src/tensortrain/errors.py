@@ -18,6 +18,7 @@ __all__ = [
     "ModeIndexError",
     "NonFiniteError",
     "OptionalDependencyError",
+    "ProcessError",
     "RankError",
     "ShapeError",
     "TTError",
@@ -90,3 +91,19 @@ class OptionalDependencyError(TTError, ImportError):
 
 class KernelBuildError(TTError, RuntimeError):
     """The kernels could not be compiled on this machine."""
+
+
+class ProcessError(TTError, RuntimeError):
+    """Another one of the processes that work together has failed.
+
+    Attributes:
+        rank: Which one.
+        kind, text: The class and the words of its error.
+    """
+
+    def __init__(self, message: str = "", rank: int = 0, kind: str = "", text: str = "") -> None:
+        super().__init__(message, rank, kind, text)
+        self.rank, self.kind, self.text = rank, kind, text
+
+    def __str__(self) -> str:
+        return str(self.args[0])

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import tensortrain as tt
 from tensortrain.compression import Silent, plan_compression
 from tensortrain.compression.choose import planner
-from tensortrain.compression.survey import calibrate, moments
+from tensortrain.compression.survey import calibrate, fisher, moments, span
 from tensortrain.errors import CheckpointError
 from tensortrain.formats import weighted_rank, weighting
 from tensortrain.system import parking
@@ -67,8 +67,11 @@ def all_parked(monkeypatch: pytest.MonkeyPatch) -> None:
         (parking, "_HELD_BYTES", 0),
         (parking, "_WORTH_BYTES", 1),
         (moments, "_WORTH_PARKING", 1),
+        (span, "_WORTH_PARKING", 1),
+        (fisher, "_DOUBLES_AT_ONCE", 40),
         (calibrate, "_HELD_BYTES", 0),
         (weighting, "_AT_ONCE", 40),
+        (weighting, "_SOME_PARTS", 1),
         (weighted_rank, "_AT_ONCE", 40),
     ):
         monkeypatch.setattr(module, name, value)
@@ -150,6 +153,34 @@ def test_statistics_in_files_go_through_pickle(all_parked) -> None:
         assert again == plan
         for name, gram in plan.calibration.grams.items():
             assert torch.equal(again.calibration.grams[name], gram)
+
+
+class Counting(nn.Module):
+    """Counts its runs, and those with a backward pass."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net, self.forwards, self.backwards = net, 0.0, 0
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        self.forwards += input_ids.numel()
+        y: Tensor = self.net(input_ids, attention_mask)
+        if y.requires_grad:
+            y.register_hook(self._count)
+        return y
+
+    def _count(self, gradient: Tensor) -> None:
+        self.backwards += 1
+
+
+@pytest.mark.parametrize("n", [8, 16])
+def test_a_plan_takes_few_passes_over_the_data(n) -> None:
+    torch.manual_seed(0)
+    model, data = Counting(decay_(TinyDecoder())), texts(n)
+    plan_compression(model, budget="1.5x", data=data)
+    passes = model.forwards / sum(batch["input_ids"].numel() for batch in data)
+    assert passes <= 1 + 12 / n
+    assert model.backwards <= 6
 
 
 # -- going on after a kill ------------------------------------------------------------------------------

@@ -92,6 +92,37 @@ def test_long_calls_need_nobody_to_wake_them() -> None:
     assert clock.counts[0] == 1 + 3
 
 
+class LuckyClock(Clock):
+    """Calls of known lengths, some of which show less at first."""
+
+    def __init__(self, seconds: Sequence[float], lucky: dict[int, Sequence[float]]) -> None:
+        super().__init__(*seconds)
+        self.lucky = lucky
+
+    def __call__(self, k: int) -> float:
+        self.counts[k] += 1
+        early = self.lucky.get(k, ())
+        return early[self.counts[k] - 1] if self.counts[k] <= len(early) else self.seconds[k]
+
+
+def test_a_duel_is_told_by_the_medians() -> None:
+    assert trials.duel(1, 0, Clock(1e-3, 6e-4)) == (pytest.approx(6e-4), pytest.approx(1e-3))
+    assert trials.duel(0, 1, Clock(1e-3, 6e-4)) == (pytest.approx(1e-3), pytest.approx(6e-4))
+
+
+def test_a_duel_is_told_by_the_least_times_where_they_say_less_for_the_first() -> None:
+    # The other one was woken late in most turns, as beside other programs.
+    clock = LuckyClock((0.03, 0.04), {1: [0.025] * 2})
+    assert trials.duel(0, 1, clock) == (0.03, 0.025)
+
+
+def test_a_duel_of_long_calls_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trials, "_DUEL_S", -1.0)
+    clock = Clock(1.0, 2.0)
+    assert trials.duel(0, 1, clock) == (1.0, 2.0)
+    assert clock.counts == [3, 3]
+
+
 def test_a_rest_ends_though_the_process_is_busy(monkeypatch: pytest.MonkeyPatch) -> None:
     used = iter(range(10**6))
     monkeypatch.setattr(trials.time, "process_time", lambda: float(next(used)))

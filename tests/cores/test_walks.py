@@ -275,6 +275,74 @@ def test_inner_products_of_large_cores_agree(generator):
     assert float(found[0] / twin[0]) * 2.0 ** int(found[1] - twin[1]) == pytest.approx(1.0, rel=1e-10)
 
 
+def column_by_column(core):
+    """The same numbers as QR leaves them: the last axis apart from the others."""
+    return core.movedim(-1, 0).contiguous().movedim(0, -1)
+
+
+def every_second(core):
+    return torch.stack([core, core], dim=-1).flatten(-2)[..., ::2]
+
+
+@pytest.mark.parametrize("dtype, tol", [(torch.float64, 1e-12), (torch.float32, 2e-4)], ids=str)
+@pytest.mark.parametrize("modes, inner", [*CHAINS, ((30, 70, 40), (90, 80)), ((5, 4, 6), (150, 170))])
+def test_cores_may_lie_column_by_column(modes, inner, dtype, tol, generator):
+    x, y = chain(modes, inner, generator, dtype), chain(modes, inner[::-1], generator, dtype)
+    with python_only():
+        expected = value(dot_parts(x, y))
+    size = float(dense(x).double().norm() * dense(y).double().norm())
+    for left in (list, column_by_column, every_second):
+        for right in (list, column_by_column, every_second):
+            a = x if left is list else [left(core) for core in x]
+            b = y if right is list else [right(core) for core in y]
+            assert abs(float(walks.inner_walk(tuple(a), tuple(b), 3)) - expected) <= tol * size
+            assert abs(value(walks.dot_walk(a, b)) - expected) <= tol * size
+
+
+def test_far_apart_numbers_that_lie_column_by_column(generator):
+    x = [core.double() for core in far_apart(2.0**60)]
+    found, twin = both(lambda: dot_parts([column_by_column(core) for core in x], x))
+    assert float(found[0] / twin[0]) * 2.0 ** int(found[1] - twin[1]) == pytest.approx(1.0, rel=1e-12)
+    lying = [column_by_column(core) for core in chain((7, 8, 9), (12, 11), generator)]
+    a, b = both(lambda: round_cores(lying, (0, 2), eps=1e-6))
+    assert a.ranks == b.ranks
+    assert float((dense(a.cores) - dense(lying)).norm() / dense(lying).norm()) <= a.bound
+
+
+def test_inner_products_look_at_modes_and_axes_themselves(generator):
+    x = chain((3, 5, 4), (4, 6), generator)
+    matrix = [core.unflatten(1, (1, core.shape[1])) for core in x]
+    found = walks.inner_walk(matrix, [core.unflatten(1, (1, core.shape[1])) for core in x], 4)
+    assert float(found) == pytest.approx(float(dense(x).square().sum()), rel=1e-12)
+    assert walks.inner_walk(matrix, [core.unflatten(1, (core.shape[1], 1)) for core in x], 4) is None
+    assert walks.inner_walk(x, chain((3, 4, 4), (4, 6), generator), 3) is None
+    assert walks.inner_walk(x, x[:2], 3) is None
+    assert walks.inner_walk(x, [core.float() for core in x], 3) is None
+    assert walks.inner_walk([core[None] for core in x], [core[None] for core in x], 3) is None  # a batch
+    large = [2.0**500 * core for core in x]
+    assert math.isinf(float(walks.inner_walk(large, large, 3)))  # as the number itself
+
+
+def test_sound_cores_are_known_in_one_look(generator):
+    x = chain((3, 5, 4), (4, 6), generator)
+    assert walks.are_sound(x, 3)
+    assert walks.are_sound([column_by_column(core) for core in x], 3)
+    unsound = [
+        (x[:2], 3),  # ends in rank 6
+        ([x[0], x[2]], 3),  # ranks do not meet
+        ([x[0], x[1].float(), x[2]], 3),
+        ([core.to(torch.complex128) for core in x], 3),
+        ([core[None] for core in x], 3),
+        ([], 3),
+        ([1.0], 3),
+        ([x[0], x[1], x[2].numpy()], 3),
+        ([x[0], torch.view_as_complex(torch.stack([x[1], x[1]], -1)).conj().imag, x[2]], 3),  # lazily negative
+        ([torch.zeros(1, 3, 0).double(), torch.zeros(0, 4, 1).double()], 3),
+    ]
+    for cores, n_axes in unsound:
+        assert not walks.are_sound(cores, n_axes)
+
+
 def test_cores_whose_numbers_lie_far_apart_are_not_squared_away(generator):
     """A bond scaled by 1e12 one way and back again changes no bound and no rank."""
     x = chain((5, 6, 5, 4), (4, 6, 3), generator)

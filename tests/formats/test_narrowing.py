@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tensortrain.errors import RankError
-from tensortrain.formats.narrowing import narrowing, refitted
+from tensortrain.formats.narrowing import _moved_together, narrowing, refitted
 
 Matrices = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -89,3 +89,14 @@ def test_impossible_widths_are_refused() -> None:
     weight, gram, _ = problem(0)
     with pytest.raises(RankError, match="width"):
         narrowing(weight, gram).kept(0)
+
+
+@pytest.mark.parametrize("n, gone", [(1, []), (7, [0]), (7, [6]), (300, [3, 4, 150, 299]), (300, [*range(0, 300, 2)])])
+def test_what_stays_of_a_square_moves_together_in_its_memory(n: int, gone: list[int]) -> None:
+    square = torch.randn(n, n)
+    stay = torch.tensor([k for k in range(n) if k not in gone])
+    wanted, place = square[stay][:, stay], square.data_ptr()
+    found = _moved_together(square, stay)
+    assert torch.equal(found, wanted)
+    assert found.data_ptr() == place
+    assert found.is_contiguous()

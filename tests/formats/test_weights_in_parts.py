@@ -10,6 +10,8 @@ from tensortrain.formats import FactorSpec, Weighting, WeightShape, get_format
 from tensortrain.formats import weighted_rank as ranks
 from tensortrain.formats import weighting as weightings
 from tensortrain.formats.weighted_rank import WeightedMatrix
+from tensortrain.formats.weighting import times_moment
+from tensortrain.system.parking import park
 
 SHAPES = [("linear", 90, 14), ("linear", 14, 90), ("embedding", 14, 90), ("linear", 90, 1), ("linear", 1, 90)]
 MOMENTS = [("full", "each"), ("full", None), ("each", "full"), ("each", "each"), ("each", None), ("full", "full")]
@@ -32,6 +34,7 @@ def made(shape: tuple[str, int, int], kinds: tuple[str, str | None], dtype: torc
 @pytest.fixture
 def in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(weightings, "_AT_ONCE", 50)
+    monkeypatch.setattr(weightings, "_SOME_PARTS", 1)
     monkeypatch.setattr(ranks, "_AT_ONCE", 50)
 
 
@@ -68,3 +71,9 @@ def test_a_long_side_that_counts_alone_goes_in_parts(in_parts) -> None:
         weight, dense, inputs, outputs = made(shape, kinds, torch.float32)
         found = WeightedMatrix.of(dense, weight, Weighting(inputs, outputs))
         assert (found.weighted is None) == goes
+
+
+def test_a_moment_in_a_file_is_multiplied_part_by_part() -> None:
+    x, matrix = torch.randn(700, 600), torch.randn(7, 600)
+    moment = (x.T @ x).double()
+    torch.testing.assert_close(times_moment(matrix, park(moment)), times_moment(matrix, moment))

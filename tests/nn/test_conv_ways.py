@@ -61,6 +61,37 @@ def check(layer: Any, x: Tensor, tolerance: float = 1e-12) -> None:
                 assert some.numel() == 0 or rel_error(found, exact) <= tolerance, way.name
 
 
+# A kernel of one position or of one channel is contiguous with any strides along these axes, and with some of them it
+# is taken for a channels-last one.
+AMBIGUOUS: dict[str, tuple[Any, dict[str, Any], tuple[int, ...]]] = {
+    "1x1": (tt.nn.Conv2d, {"kernel_size": 1, "stride": 2}, (6, 5)),
+    "1x1, groups": (tt.nn.Conv2d, {"kernel_size": 1, "groups": 2, "padding": 1}, (6, 5)),
+    "depthwise": (tt.nn.Conv2d, {"kernel_size": 3, "groups": 4}, (6, 5)),
+    "line": (tt.nn.Conv1d, {"kernel_size": 1, "stride": 2}, (7,)),
+    "volume": (tt.nn.Conv3d, {"kernel_size": 1, "groups": 2}, (3, 2, 4)),
+    "transposed": (tt.nn.ConvTranspose2d, {"kernel_size": 1, "stride": 2}, (6, 5)),
+    "transposed, depthwise": (tt.nn.ConvTranspose2d, {"kernel_size": 3, "groups": 4}, (6, 5)),
+}
+
+
+@pytest.mark.parametrize("name", AMBIGUOUS)
+@pytest.mark.parametrize("format", FORMATS)
+def test_kernels_and_outputs_have_torchs_strides(format: str, name: str) -> None:
+    kind, options, spatial = AMBIGUOUS[name]
+    layer, x = kind(4, 8, rank=2, format=format, **options), torch.randn(2, 4, *spatial)
+    kernel = layer.dense_type(4, 8, **options).weight
+    dense = layer.to_dense()
+    assert layer.build_weight().stride() == dense.weight.stride() == kernel.stride()
+    for training in (False, True):
+        with torch.set_grad_enabled(training):
+            expected = dense(x)
+            assert layer(x).stride() == layer(x).stride() == expected.stride()
+            for way in ways_of(layer, x, training=training):
+                found = by_way(layer, way, x)
+                assert found.stride() == expected.stride(), way.name
+                assert rel_error(found, expected) <= 1e-12, way.name
+
+
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("name", OPTIONS)
 @pytest.mark.parametrize("format", FORMATS)
@@ -242,6 +273,48 @@ def test_the_fastest_way_run_is_kept_and_its_time_is_told(timed: list[str]) -> N
         assert (again.way.name, again.predicted_s) == (plan.way.name, pytest.approx(plan.predicted_s))
         assert len(timed) == n_run
         assert rel_error(layer(x), layer.to_dense()(x)) <= 1e-5
+
+
+def test_a_trial_counts_the_long_way_of_what_is_never_ready(monkeypatch: pytest.MonkeyPatch) -> None:
+    spent: list[float] = []
+    monkeypatch.setattr(choose, "_spend", spent.append)
+    layer, x = make(), torch.randn(1, 32, 6, 6, dtype=torch.float32)
+    with torch.no_grad():
+        ways = ways_of(layer, x)
+        request = choose.Request(layer.spec, layer.conv_options(), 1, (6, 6), 32 * 36, False, x.dtype, x.device)
+        calls = choose._calls(ways, request, layer)
+        for way, call in zip(ways, calls, strict=True):
+            spent.clear()
+            call()
+            assert bool(spent) == (way.name == "steps"), way.name
+
+
+def _fastest_of(monkeypatch: pytest.MonkeyPatch, tried: list[float], alone: list[float]) -> int:
+    """Which call is kept, of given times among all of them and in turns with the first."""
+    monkeypatch.setattr(choose, "seconds_in_use", lambda calls, timer: list(tried))
+    monkeypatch.setattr(choose, "duel", lambda call, other, timer: (alone[call], alone[other]))
+    seconds, found = choose._fastest(range(len(tried)), lambda call: 0.0)  # type: ignore[arg-type]
+    assert seconds[found] == min(alone[found], tried[found]) or found == 0
+    assert seconds[0] < float("inf")
+    return found
+
+
+@pytest.mark.parametrize(
+    ("tried", "alone", "found"),
+    [
+        ([1.0, 0.5, 0.7], [1.0, 0.5, 0.7], 1),
+        ([1.0, 0.5, 0.7], [1.0, 1.2, 0.7], 2),  # luck among many
+        ([1.0, 0.5, 0.7], [1.0, 0.95, 0.95], 0),
+        ([1.0, 0.95, 0.99], [1.0, 0.1, 0.1], 0),  # not worth the doubt
+        ([9.0, 5.0, 7.0], [1.0, 5.0, 7.0], 0),  # the first had bad luck
+        ([float("inf"), 0.5, 0.7], [0.4, 0.5, 0.7], 0),  # so bad that it was not tried again
+        ([float("inf"), 0.5, float("inf")], [1.0, 0.5, 2.0], 1),
+    ],
+)
+def test_a_way_has_to_beat_the_dense_kernel_in_turns_of_the_two(
+    monkeypatch: pytest.MonkeyPatch, tried: list[float], alone: list[float], found: int
+) -> None:
+    assert _fastest_of(monkeypatch, tried, alone) == found
 
 
 def test_a_trial_beside_other_programs_is_made_again(timed: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tensortrain.system import parking
 from tensortrain.system.parking import (
@@ -19,6 +19,7 @@ from tensortrain.system.parking import (
     can_park,
     is_parked,
     let_go,
+    let_go_after_use,
     park,
     weights_parked,
 )
@@ -153,6 +154,20 @@ def test_weights_are_put_back_into_memory_after_an_error(all_parked) -> None:
     assert net.weight is weight
     assert not is_parked(weight)
     assert torch.equal(weight, value)
+
+
+def test_weights_in_files_are_let_go_after_use(all_parked, monkeypatch) -> None:
+    net = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+    x, last = torch.randn(2, 4), net[2]
+    wanted = net(x)
+    last.weight.data = park(last.weight.data)
+    gone: list[Tensor] = []
+    monkeypatch.setattr(parking, "let_go", lambda *tensors: gone.extend(tensors))
+    with let_go_after_use(net):
+        assert torch.equal(net(x), wanted)
+        assert [id(one) for one in gone] == [id(last.weight), id(last.bias)]
+        assert not net[0]._forward_hooks
+    assert not last._forward_hooks
 
 
 def test_weights_of_a_small_model_are_left_alone() -> None:

@@ -30,6 +30,7 @@ from tensortrain.compression.survey.layers import check_module, count_params
 from tensortrain.errors import KindError, RankError
 from tensortrain.system.observer import Observer, Silent
 from tensortrain.system.parking import are_large, can_park, is_parked, park
+from tensortrain.system.processes import together
 from tensortrain.system.provenance import own_commit
 from tensortrain.system.seeds import seed_all
 from tensortrain.train.evaluation import Evaluate, evaluate_metric
@@ -80,6 +81,7 @@ def compress(
     search: Search | None = None,
     observer: Observer | None = None,
     work_dir: str | Path | None = None,
+    measure_losses: bool = False,
 ) -> CompressionResult:
     """Make a trained model smaller, heal it, and report what was gained.
 
@@ -107,6 +109,7 @@ def compress(
         n_stages: In how many turns the model is compressed and healed, by equal ratios up to the budget. ``heal`` says
             how long each is healed. What earlier turns factorized is planned again in the later ones.
         work_dir: Folder from which a killed planning goes on, see ``plan_compression``.
+        measure_losses: Plan by losses that are measured, see ``plan_compression``.
 
     Returns:
         CompressionResult: ``model``, ``plan`` and ``report``. A bare layer comes back as the new layer.
@@ -145,17 +148,24 @@ def compress(
         seed=seed,
         name=name,
         search=search,
+        measure_losses=measure_losses,
     )
-    found = _result(model, options, todo)
-    found.report.provenance["wall_s"] = round(perf_counter() - start, 2)
-    return found
+    return _result(model, options, todo, start)
 
 
-def _result(model: nn.Module, options: CompressOptions, todo: Sequence[Any]) -> CompressionResult:
-    with _same_batches(options):
+def _result(model: nn.Module, options: CompressOptions, todo: Sequence[Any], start: float) -> CompressionResult:
+    with together(_are_joined(todo, options)), _same_batches(options):
         work = _carried_out(model, options, todo)
         applied = work.plan or _no_plan(work)
-        return CompressionResult(work.model, applied, make_report(work, applied))
+        report = make_report(work, applied)
+    report.provenance["wall_s"] = round(perf_counter() - start, 2)
+    return CompressionResult(work.model, applied, report)
+
+
+def _are_joined(todo: Sequence[Any], options: CompressOptions) -> bool:
+    """Whether several processes exchange anything on the way: else each of them may compress a model by itself."""
+    plans = any(isinstance(each, Factorize) and each.plan is None for each in todo)
+    return plans or (options.data is not None and any(isinstance(each, Heal) for each in todo))
 
 
 def plans_for(
@@ -169,7 +179,7 @@ def plans_for(
     """The plans that ``compress`` makes with these keywords for each of several budgets, from one calibration."""
     check_module(model)
     options = CompressOptions(budget=budgets[0], observer=observer or Silent(), **keywords)
-    with _same_batches(options):
+    with together(), _same_batches(options):
         model = uncompiled(model)
         work = Work(model, model, options, task=options.known_task)
         work = prepare_stages(work, _stages(None, None, heal, options.data))

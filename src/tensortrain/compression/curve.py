@@ -14,6 +14,7 @@ from tensortrain.compression.api import CompressionResult, compress, plans_for
 from tensortrain.compression.choose.budget import BudgetLike
 from tensortrain.compression.report.report import CurvePoint, Report
 from tensortrain.errors import BudgetError, KindError
+from tensortrain.system.processes import together
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -153,12 +154,13 @@ def pareto(model: nn.Module, budgets: Sequence[BudgetLike], **keywords: Any) -> 
     """
     _check(budgets, keywords)
     judged = _judged_once(model, keywords)
-    plans = plans_for(model, budgets, **judged)
-    files = _files(keywords.get("checkpoint"), len(budgets))
-    results = [
-        compress(model, budget=budget, plan=plan, **{**judged, "checkpoint": file})
-        for budget, plan, file in zip(budgets, plans, files, strict=True)
-    ]
+    with together():
+        plans = plans_for(model, budgets, **judged)
+        files = _files(keywords.get("checkpoint"), len(budgets))
+        results = [
+            compress(model, budget=budget, plan=plan, **{**judged, "checkpoint": file})
+            for budget, plan, file in zip(budgets, plans, files, strict=True)
+        ]
     return Pareto(tuple(results))
 
 

@@ -16,6 +16,7 @@ from tensortrain.compression.survey.moments import LayerMoments
 from tensortrain.errors import ShapeError
 from tensortrain.formats.narrowing import refitted, shrunk
 from tensortrain.nn import is_transformers_conv1d
+from tensortrain.system.parking import let_go
 
 __all__ = ["SIZES", "Fitted", "Undo", "all_or_none", "check_units", "fitted", "narrow_"]
 
@@ -102,7 +103,10 @@ def fitted(
     if gram is None or gram.ndim == 1:
         new = old[:, places].clone()
     else:
-        new = refitted(old, shrunk(gram.to(old.device), moments.outside), places)
+        moment = shrunk(gram.to(old.device), moments.outside)
+        let_go(gram)
+        new = refitted(old, moment, places)
+        del moment
     shift: Tensor | None = None
     statistics: list[Statistic] = []
     if moments.mean is not None:

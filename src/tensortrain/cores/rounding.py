@@ -15,7 +15,7 @@ from tensortrain.cores.canonical import Span, singular_values_at
 from tensortrain.cores.linalg import choose_rank, cut, cut_along, cut_basis, gram_basis, reorthonormalized
 from tensortrain.cores.ranks import RankLike, count_params, max_ranks, ranks_within, resolve_ranks
 from tensortrain.cores.roots import Roots, Scaled, gram_roots, left_sizes, triangles
-from tensortrain.cores.scaling import split_pow2, times_pow2
+from tensortrain.cores.scaling import in_dtype, split_pow2, times_pow2
 from tensortrain.cores.sketch import OVERSAMPLING, Plain, sketched_cores
 from tensortrain.cores.tolerance import (
     ErrorBudget,
@@ -66,7 +66,7 @@ def round_cores(
     dtype = dtype or cores[0].dtype
     modes = [core.shape[-2] for core in cores]
     with torch.no_grad():
-        wide = [core.detach().to(compute_dtype(core.dtype)) for core in cores]
+        wide = in_dtype([core.detach() for core in cores], compute_dtype(cores[0].dtype))
         limits = max_ranks(modes) if max_rank is None else resolve_ranks(modes, max_rank)
         ranks = (*(core.shape[-3] for core in cores), 1)
         eps = checked_eps(eps, dtype, len(cores))
@@ -171,7 +171,7 @@ def _missing(sweep: Sweep) -> Tensor:
     result, behind orthonormal cores, is what the train itself holds there.
     """
     kept = sweep.cores[-1].norm().double() / sweep.norm
-    lost = sum((tail.double().square() for tail in sweep.tails), torch.zeros((), dtype=torch.float64))
+    lost = torch.stack([torch.zeros_like(kept), *sweep.tails]).square().sum()
     known = 2 * torch.finfo(torch.float64).eps * len(sweep.cores)  # the comparison is no better than its own rounding
     return ((1.0 - kept.square() - lost).abs() - known).clamp_min(0.0).sqrt()
 

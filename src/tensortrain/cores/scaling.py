@@ -12,6 +12,7 @@ from tensortrain.system.tracing import can_look, constant_when_traced
 
 __all__ = [
     "balanced_pow2",
+    "in_dtype",
     "keep_pow2",
     "multiplied_pow2",
     "place_pow2",
@@ -27,6 +28,11 @@ __all__ = [
 def work_dtype(dtype: torch.dtype) -> torch.dtype:
     """Dtype for arithmetic that LAPACK must know: half precisions are widened to float32."""
     return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+
+
+def in_dtype(cores: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """The cores in a dtype. Asking takes a tenth of the time of a conversion to what a core is already."""
+    return [core if core.dtype == dtype else core.to(dtype) for core in cores]
 
 
 def times_pow2(x: Tensor, exponent: Tensor | int) -> Tensor:

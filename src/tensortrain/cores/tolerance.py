@@ -21,7 +21,7 @@ from torch import Tensor
 
 from tensortrain.cores.algebra import add_cores
 from tensortrain.cores.canonical import norm_parts
-from tensortrain.cores.scaling import multiplied_pow2, shares_pow2, times_pow2
+from tensortrain.cores.scaling import in_dtype, multiplied_pow2, shares_pow2, times_pow2
 from tensortrain.cores.unfold import over_core
 from tensortrain.errors import RankError
 
@@ -239,7 +239,7 @@ def finish(sweep: Sweep, *, dtype: torch.dtype, budget: ErrorBudget) -> Finished
     """
     last = len(sweep.cores) - 1
     shares, single = shares_pow2(sweep.cores, sweep.exponent, last, dtype)
-    stored = [core.to(dtype) for core in multiplied_pow2(sweep.cores, shares)]
+    stored = in_dtype(multiplied_pow2(sweep.cores, shares), dtype)
     ranks = [*(core.shape[-3] for core in sweep.cores), 1]
     others = _total(sweep) + budget.arithmetic + _evaluation_error(dtype, ranks)
     casting: Tensor | float = 0.0

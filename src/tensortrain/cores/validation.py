@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tensortrain.cores.walks import are_sound
 from tensortrain.errors import DeviceError, DTypeError, KindError, ShapeError
 
 __all__ = ["DTYPES", "checked_center", "checked_cores"]
@@ -30,6 +31,8 @@ def checked_cores(cores: Any, axes: Sequence[str]) -> tuple[Tensor, ...]:
     out = tuple(cores)
     if not out:
         raise ShapeError("a train must have a core: cores has length 0, expected at least 1. Pass one core or more.")
+    if are_sound(out, len(axes)):  # in one look: of long trains these checks take longer than to walk through them
+        return out
     for k, core in enumerate(out):
         _check_core(core, k, axes)
     _check_ranks(out, len(axes))

@@ -15,7 +15,17 @@ from torch import Tensor
 from tensortrain.system.native import library
 from tensortrain.system.tracing import can_look
 
-__all__ = ["balanced_walk", "dot_walk", "norm_walk", "orthogonal_walk", "product_walk", "rounding_walk", "serves"]
+__all__ = [
+    "are_sound",
+    "balanced_walk",
+    "dot_walk",
+    "inner_walk",
+    "norm_walk",
+    "orthogonal_walk",
+    "product_walk",
+    "rounding_walk",
+    "serves",
+]
 
 
 def _kernels(cores: Sequence[Tensor], n_axes: int = 3) -> Any | None:
@@ -31,10 +41,24 @@ def serves(core: Tensor) -> bool:
     return _kernels([core]) is not None
 
 
+def are_sound(cores: Sequence[Any], n_axes: int) -> bool:
+    """Whether these are known to be sound cores without a batch: what is not may be sound all the same."""
+    if not cores or not isinstance(cores[0], Tensor):
+        return False
+    kernels = _kernels(cores, n_axes)
+    return kernels is not None and kernels.chain_is_sound(cores, n_axes)
+
+
 def dot_walk(bra: Sequence[Tensor], ket: Sequence[Tensor]) -> tuple[Tensor, Tensor] | None:
     """``(m, e)`` with ``<bra, ket> = m * 2**e``."""
     kernels = _kernels(bra)
-    return None if kernels is None else kernels.chain_dot(list(bra), list(ket))
+    return None if kernels is None else kernels.chain_dot(bra, ket)
+
+
+def inner_walk(bra: Sequence[Tensor], ket: Sequence[Tensor], n_axes: int) -> Tensor | None:
+    """``<bra, ket>`` itself, of cores with so many axes, where all axes but the ranks are the same in both."""
+    kernels = _kernels(bra, n_axes)
+    return None if kernels is None else kernels.chain_dot_whole(bra, ket, n_axes)
 
 
 def norm_walk(cores: Sequence[Tensor]) -> tuple[Tensor, Tensor] | None:

@@ -21,6 +21,7 @@ __all__ = ["SHRINKAGE", "Narrowing", "narrowing", "refitted", "shrunk"]
 LEAST_SHRINKAGE = 1e-6  # where no data will come
 SHRINKAGE = 1e-3  # of the mean diagonal: what few rows of data say about rare directions is not to be believed
 _POOL = 4  # times as many units are looked at as go at once
+_ROWS = 128  # that are moved at once
 _BLOCK = 8  # units taken away at once: as good as one at a time, at the speed of matrix products
 
 
@@ -73,8 +74,10 @@ def narrowing(
     """
     device = gram.device
     rows = _weighed_rows(weight, output_gram)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram.double()))
+    lower = torch.linalg.cholesky(gram.double())
     del gram  # of many units it is as large as the layer
+    inverse = torch.cholesky_inverse(lower).mT.contiguous()  # symmetric: in columns, as it comes, is as good
+    del lower
     here = torch.arange(len(inverse), device=device)
     order, losses = [], [torch.zeros(1, dtype=torch.float64, device=device)]
     while len(here) > protected:
@@ -85,12 +88,21 @@ def narrowing(
         is_staying[going] = False
         stay = is_staying.nonzero().flatten()
         share = torch.linalg.solve(inverse[going][:, going], inverse[going][:, stay])  # what the others take over
-        rows = rows[:, stay] - rows[:, going] @ share
-        less = inverse[stay][:, going]
-        inverse = inverse[stay[:, None], stay].addmm_(less, share, alpha=-1)
+        rows = rows[:, stay].addmm_(rows[:, going], share, alpha=-1)
+        less = inverse[stay[:, None], going]
+        inverse = _moved_together(inverse, stay).addmm_(less, share, alpha=-1)
         here = here[stay]
     rest = _costs(rows, inverse)
     return Narrowing(torch.cat([*order, here]), torch.cat([*losses, losses[-1][-1] + rest]))
+
+
+def _moved_together(square: Tensor, stay: Tensor) -> Tensor:
+    """The rows and columns that stay, in their order, at the front of the same memory; what was there is gone."""
+    n, flat = len(stay), square.view(-1)
+    for start in range(0, n, _ROWS):  # a row never goes where one lies that is still to come
+        some = square[stay[start : start + _ROWS]][:, stay]
+        flat[start * n : start * n + some.numel()] = some.reshape(-1)
+    return flat[: n * n].view(n, n)
 
 
 def shrunk(gram: Tensor, outside: float | None = None) -> Tensor:
@@ -158,8 +170,10 @@ def refitted(weight: Tensor, gram: Tensor, kept: Tensor) -> Tensor:
 
     Source: arXiv:2408.09632, the Nystroem form of type I.
     """
-    lower = torch.linalg.cholesky(gram[kept][:, kept].double())
+    some = gram[kept].double()  # of many units every copy counts
     wide = weight.double().movedim(1, -1)  # m .. n
-    crossed = gram[kept].double() @ wide.reshape(-1, wide.shape[-1]).T
+    crossed = some @ wide.reshape(-1, wide.shape[-1]).T
+    lower = torch.linalg.cholesky(some[:, kept])
+    del some
     new = torch.cholesky_solve(crossed, lower).T
     return new.reshape(*wide.shape[:-1], len(kept)).movedim(-1, 1).to(weight.dtype)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from tensortrain.cores.tolerance import compute_dtype
 from tensortrain.errors import DTypeError, NonFiniteError, ShapeError
+from tensortrain.system.parking import is_parked, let_go
 
 from .layout import order_gram, pad_gram
 from .spec import WeightShape
@@ -26,7 +27,8 @@ from .spec import WeightShape
 __all__ = ["PLAIN", "Weighting", "apply_root", "check_gram", "energy", "output_error", "times_moment"]
 
 _LARGE = 512  # inputs
-_AT_ONCE = 2**22  # numbers of a weight that are held several times
+_AT_ONCE = 2**20  # numbers of a weight that are held several times
+_SOME_PARTS = 4  # of fewer it is not worth the while
 _TINY = 1e-300  # what a vanishing weight is divided by
 
 
@@ -105,6 +107,22 @@ class Weighting:
         """What follows from the moments, which are not written to: looked at once for all formats that ask."""
         return {}
 
+    def forget(self) -> None:
+        """Drop what follows from the moments, which is several times as large and holds on to them."""
+        for one in self._derived.values():
+            if isinstance(one, Weighting) and one is not self:
+                one.forget()
+        self._derived.clear()
+        self._kept.clear()
+
+    def forget_norms(self) -> None:
+        """Drop the norms of single mode shapes: each holds a weight as it is seen in it."""
+        for key, one in list(self._derived.items()):
+            if isinstance(one, Weighting) and one is not self:
+                one.forget_norms()
+            elif isinstance(key, tuple) and key[0] == "norm":
+                del self._derived[key]
+
     def of_matrix(self, weight: WeightShape, n_outputs: int, n_inputs: int) -> Weighting:
         """Checked, in the order of the matrix's rows and columns and padded like it (see ``weight_to_matrix``)."""
         found = self.checked(weight)
@@ -175,7 +193,7 @@ class Weighting:
             n_parts = matrix.shape[0]
         else:
             n_parts = matrix.shape[1] if _counts_alone(self.inputs) else 1
-        return matrix.numel() > _AT_ONCE and n_parts > 1
+        return matrix.numel() > _SOME_PARTS * _AT_ONCE and n_parts > 1
 
     def _in_parts(self, matrix: Tensor) -> Iterator[tuple[Weighting, Tensor]]:
         """Parts of a matrix whose energies add up to that of the whole."""
@@ -240,8 +258,16 @@ def times_moment(matrix: Tensor, moment: Tensor | None) -> Tensor:
     if moment is None:
         return matrix.double()
     if moment.ndim == 2 and matrix.dtype == torch.float32 and len(moment) >= _LARGE:
-        return (matrix @ moment.float()).double()
+        parts = moment.split(_LARGE) if is_parked(moment) else (moment,)
+        return torch.cat([_times_part(matrix, some) for some in parts], dim=1).double()
     return apply_root(matrix.double(), moment)
+
+
+def _times_part(matrix: Tensor, some: Tensor) -> Tensor:
+    """A matrix times some of the rows of a symmetric moment, as columns; a part that lies in a file goes at once."""
+    product = matrix @ some.float().mT
+    let_go(some)
+    return product
 
 
 PLAIN = Weighting()

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tensortrain.system.storage import count_bytes, span_of
 
@@ -28,6 +28,7 @@ __all__ = [
     "can_park",
     "is_parked",
     "let_go",
+    "let_go_after_use",
     "park",
     "tidy",
     "weights_parked",
@@ -80,6 +81,23 @@ def let_go(*tensors: Tensor | None) -> None:
     for tensor in tensors:
         if tensor is not None and is_parked(tensor):
             _forget_pages(tensor.untyped_storage())
+
+
+@contextlib.contextmanager
+def let_go_after_use(model: nn.Module) -> Iterator[None]:
+    """Inside, weights that are parked take memory only while their own module runs."""
+    owners = [one for one in model.modules() if any(map(is_parked, one.parameters(recurse=False)))]
+    handles = [one.register_forward_hook(_let_go_of_own) for one in owners]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        let_go(*(parameter for one in owners for parameter in one.parameters(recurse=False)))
+
+
+def _let_go_of_own(module: nn.Module, args: Any, output: Any) -> None:
+    let_go(*module.parameters(recurse=False))
 
 
 def tidy() -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from tensortrain.cores.products import METHODS
 from tensortrain.cores.ranks import RankLike, max_ranks, resolve_ranks
 from tensortrain.cores.rounding import SQUARED_FLOOR
+from tensortrain.cores.scaling import in_dtype
 from tensortrain.cores.sketch import Hadamard, Matmul, Plain, Sum, Virtual
 from tensortrain.cores.tolerance import checked_eps, compute_dtype
 from tensortrain.cores.walks import serves
@@ -200,4 +201,4 @@ _CHEAP, _CHEAP_ENTRIES = 2.5e7, 8e6
 
 
 def _wide(cores: Sequence[Tensor]) -> list[Tensor]:
-    return [core.to(compute_dtype(core.dtype)) for core in cores]
+    return in_dtype(cores, compute_dtype(cores[0].dtype))

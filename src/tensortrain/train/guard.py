@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tensortrain.system.processes import gathered
+from tensortrain.system.processes import gathered, together
 from tensortrain.system.seeds import seed_all
 from tensortrain.train.batches import device_of, map_tensors, n_examples, to_device
 from tensortrain.train.held_back import has_rows, rows_of
@@ -110,8 +110,16 @@ class Guard:
             _put_back(model, self.first_state)
 
     def measure(self, model: nn.Module) -> Measured:
-        """The loss on all pieces; those on which nothing counts have no part."""
-        values, counts = [], []
+        """The loss on all pieces; those on which nothing counts have no part.
+
+        Of several processes, each with data of its own, all get that of all, or none does.
+        """
+        with together():
+            parts = gathered(self._own(model))
+        return Measured(*(tuple(itertools.chain(*column)) for column in zip(*parts, strict=True)))
+
+    def _own(self, model: nn.Module) -> tuple[list[float], list[int]]:
+        values, counts = list[float](), list[int]()
         with preserved(model), torch.set_grad_enabled(self.grad):
             model.eval()
             for piece in self.pieces:
@@ -120,8 +128,7 @@ class Guard:
                 if value is not None and n_examples(piece):
                     values.append(float(value.detach()))
                     counts.append(n_examples(piece))
-        parts = gathered((values, counts))  # of several processes, each with data of its own
-        return Measured(*(tuple(itertools.chain(*column)) for column in zip(*parts, strict=True)))
+        return values, counts
 
     def _measured(self, model: nn.Module) -> Measured:
         """At the end: a measure that fails by now, for whatever reason, decides for what was measured before."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from tensortrain.system.processes import gathered, n_processes, own_rank, summed_
+from tensortrain.system.processes import gathered, n_processes, own_rank, sum_
 
 __all__ = ["mean_buffers_", "mean_gradients_", "same_numbers_"]
 
@@ -19,7 +19,7 @@ def same_numbers_(model: nn.Module) -> None:
         return
     for tensor in (*model.parameters(), *model.buffers()):
         first = tensor.detach().clone() if own_rank() == 0 else torch.zeros_like(tensor)
-        tensor.copy_(summed_(first.contiguous()))
+        tensor.copy_(_summed(first))
 
 
 @torch.no_grad()
@@ -28,15 +28,30 @@ def mean_buffers_(model: nn.Module) -> None:
     n = n_processes()
     for buffer in model.buffers():
         if n > 1 and buffer.is_floating_point():
-            buffer.copy_(summed_(buffer.detach().clone().contiguous()) / n)
+            buffer.copy_(_summed(buffer.detach().clone()) / n)
 
 
 @torch.no_grad()
 def mean_gradients_(params: Sequence[Tensor], *, counts: bool) -> None:
-    """The mean of gradients over those processes where they count."""
+    """The mean of gradients over those processes where they count.
+
+    Raises:
+        ProcessError: Another process has failed; the gradients stay what they were.
+    """
     if n_processes() == 1:
         return
     n = max(1, sum(gathered(counts)))
-    for parameter in params:
-        own = parameter.grad if counts and parameter.grad is not None else torch.zeros_like(parameter)
-        parameter.grad = summed_(own.contiguous()) / n
+    own = [_own_gradient(parameter, counts).contiguous() for parameter in params]
+    sum_(own)
+    for parameter, total in zip(params, own, strict=True):
+        parameter.grad = total / n
+
+
+def _own_gradient(parameter: Tensor, counts: bool) -> Tensor:
+    return parameter.grad if counts and parameter.grad is not None else torch.zeros_like(parameter)
+
+
+def _summed(tensor: Tensor) -> Tensor:
+    total = tensor.contiguous()
+    sum_([total])
+    return total

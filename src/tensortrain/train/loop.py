@@ -21,7 +21,7 @@ from tensortrain.errors import CheckpointError, KindError, NonFiniteError
 from tensortrain.system.checkpoint import RunFile, start_signature
 from tensortrain.system.history import History
 from tensortrain.system.observer import Observer, Silent
-from tensortrain.system.processes import gathered
+from tensortrain.system.processes import gathered, together
 from tensortrain.system.seeds import seed_all
 from tensortrain.train.batches import device_of, length_of, no_batches, opened, to_device
 from tensortrain.train.evaluation import Evaluate
@@ -173,14 +173,15 @@ def fit(
 
 
 def _fit(model: nn.Module, data: Iterable[Any], loss: Loss, options: FitOptions) -> FitResult:
-    total = total_steps(data, options.epochs, options.steps)
-    if options.joined:
-        total = min(gathered(total))
-        same_numbers_(model)
-    with torch.inference_mode(False), torch.enable_grad(), float32_masters(model) as low_dtype:
-        trainer = _Trainer(model, data, loss, options, total, options.autocast_dtype or low_dtype)
-        with _seeded(options.seed, trainer.device), modes_kept(model):
-            return trainer.run()
+    with together(options.joined):
+        total = total_steps(data, options.epochs, options.steps)
+        if options.joined:
+            total = min(gathered(total))
+            same_numbers_(model)
+        with torch.inference_mode(False), torch.enable_grad(), float32_masters(model) as low_dtype:
+            trainer = _Trainer(model, data, loss, options, total, options.autocast_dtype or low_dtype)
+            with _seeded(options.seed, trainer.device), modes_kept(model):
+                return trainer.run()
 
 
 @contextlib.contextmanager
@@ -234,7 +235,8 @@ class _Trainer:
         if self.file is not None:
             self.file.written_at = self.mark
         try:
-            self._run_epochs()
+            with together(self.options.joined):
+                self._run_epochs()
         except (Exception, KeyboardInterrupt) as error:
             if self.monitor is None:  # nobody takes it
                 raise

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import tensortrain as tt
 from tensortrain.compression import apply_plan_, plan_compression
-from tensortrain.compression.report.alone import losses_alone
+from tensortrain.compression.report.alone import loss_together, losses_alone
 from tensortrain.viz import write_html
 
 pytestmark = pytest.mark.usefixtures("double", "fixed_plans")
@@ -115,6 +115,21 @@ def test_the_report_holds_both(inplace: bool, tmp_path: Any) -> None:
     page = (tmp_path / "page.html").read_text()
     assert "Loss predicted" in page
     assert f"compressed: {layers[0].why}" in page
+
+
+def test_other_batches_count_by_their_mean_and_all_changes_can_be_measured_together() -> None:
+    model, _, plan = planned("mlp")
+    small = apply_plan_(copy.deepcopy(model), plan)
+    others = batches(3, 32, 64)
+    each = [losses_alone(model, small, plan, batches=[one]) for one in others]
+    found = losses_alone(model, small, plan, batches=others)
+    assert found == pytest.approx({name: sum(one[name] for one in each) / 3 for name in found})
+    assert found != pytest.approx(losses_alone(model, small, plan))
+    net = nn.Linear(64, 64)
+    one_change = plan_compression(net, budget="2x", data=others, allow_slower=True)
+    cut = apply_plan_(copy.deepcopy(net), one_change)
+    alone = losses_alone(net, cut, one_change, batches=others)
+    assert [loss_together(net, cut, one_change, batches=others)] == pytest.approx(list(alone.values()))
 
 
 def test_without_data_or_without_measuring_there_is_none() -> None:

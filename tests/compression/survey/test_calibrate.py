@@ -37,6 +37,15 @@ def covariance(rows: Tensor) -> Tensor:
     return centred.T @ centred / rows.shape[0]
 
 
+def test_batches_that_come_after_those_summed_up_are_held_back() -> None:
+    data = batches(5, 20, 4, 12)
+    found = calibrated(nn.Linear(12, 5), data, n_batches=2, n_held=2)
+    assert [one is other for one, other in zip(found.held, data[2:4], strict=True)] == [True, True]
+    alike = calibrated(nn.Linear(12, 5), data, n_batches=2)
+    torch.testing.assert_close(found.grams[""], alike.grams[""])
+    assert alike.held == calibrated(nn.Linear(12, 5), data[:2], n_batches=2, n_held=2).held == []
+
+
 # -- inputs ---------------------------------------------------------------------------------------------
 
 

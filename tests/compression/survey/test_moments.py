@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import gc
 import pickle
+import weakref
 
 import pytest
 import torch
 from torch import nn
 
+import tensortrain as tt
 from tensortrain.compression.survey.layers import find_layers
 from tensortrain.compression.survey.moments import Calibration, LayerMoments, second_moment
 from tensortrain.compression.survey.summaries import summarize
+from tensortrain.formats import get_format
 
 ROWS = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 7.0]])
 
@@ -72,6 +76,23 @@ def test_a_weighting_is_the_same_object_while_the_moments_are() -> None:
     moments.output_gram = torch.eye(3).double()
     assert moments.weighting is not again
     assert moments.weighting.outputs is moments.output_gram
+
+
+@pytest.mark.parametrize("name", ["tt", "tt_separate", "low_rank"])
+def test_nothing_of_one_layer_is_left_for_the_next(name: str) -> None:
+    """Not even until Python looks for circles of objects, which hold several copies of the weight."""
+    layer = nn.Linear(12, 8)
+    fmt, weight = get_format(name), tt.nn.Linear.weight_shape_of(layer)
+    x, y = torch.randn(50, 12).double(), torch.randn(50, 8).double()
+    moments = LayerMoments(gram=x.T @ x, output_gram=y.T @ y, parks=True)
+    gc.disable()
+    try:
+        fmt.spectra(layer.weight.detach(), fmt.spec(weight, rank=1), weighting=moments.weighting)
+        left = weakref.ref(moments.weighting)
+        moments.forget_derived()
+        assert left() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("mode", ["zeros", "circular", "reflect", "replicate"])

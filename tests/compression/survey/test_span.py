@@ -9,11 +9,13 @@ import torch
 from torch import Tensor, nn
 
 import tensortrain as tt
+from tensortrain.compression.survey import span as spans
 from tensortrain.compression.survey.calibrate import calibrate
 from tensortrain.compression.survey.layers import find_layers
 from tensortrain.compression.survey.moments import LayerMoments
 from tensortrain.compression.survey.span import Span
 from tensortrain.formats.whitening import DAMPING
+from tensortrain.system.parking import is_parked
 
 
 def spanned(n_features: int, *calls: Tensor) -> Span:
@@ -28,6 +30,22 @@ def test_rows_of_few_vectors_span_no_more_than_these() -> None:
     span = spanned(40, *(table[torch.randint(9, (50,))] for _ in range(6)))
     assert span.rank == 9
     assert span.unexplained() < 1e-10
+
+
+def test_directions_in_files_are_those_in_memory(monkeypatch) -> None:
+    monkeypatch.setattr(spans, "_WORTH_PARKING", 1)
+    calls = [torch.randn(3, 40).double() for _ in range(4)]
+    calls.append(calls[0].flip(0))
+    there = Span(40, parks=True)
+    for rows in calls:
+        there.add(rows)
+    here = spanned(40, *calls)
+    assert there.basis is not None
+    assert here.basis is not None
+    assert is_parked(there.basis)
+    assert not is_parked(here.basis)
+    assert torch.equal(there.basis, here.basis)
+    assert there.unexplained() == here.unexplained()
 
 
 def test_sums_of_two_tables_span_what_both_do() -> None:

@@ -55,7 +55,8 @@ _FAR, _LIKE_LOW_RANK = 1.2, 1.0
 _NEAR = 1.2  # times the best error of its size, from which a better order of the channels may take a train
 # Unfoldings with both sides above this take minutes to decompose, and ranks there never pay.
 _LARGEST_UNFOLDING = 2600
-_LARGE_WEIGHT = 2**22  # numbers
+_LARGE_WEIGHT = 2**20  # numbers
+_MUCH = 2**18  # numbers of a weight: what is kept of each mode shape for later is as large
 
 
 def default_formats() -> tuple[str, ...]:
@@ -237,6 +238,8 @@ def families(
             else:
                 family = replace(family, marks=_marks(points, placed, weighed))
                 best.add(points, family.marks)
+            if weight.n_params > _MUCH:
+                weighting.forget_norms()
             found.append(family)
             found += _with_hot_rows(family, layer, dense, weighting)
     return found

@@ -91,6 +91,10 @@ class Menu:
         """All that it can become; None is the layer as it is."""
         return (None, *self.candidates, *self.widths)
 
+    def scaled(self, times: float) -> Menu:
+        """The menu of a layer that loses so many times what was predicted of it."""
+        return replace(self, weight=self.weight * times, reach=None if self.reach is None else self.reach * times)
+
     def with_candidates(self, *, growth: float, wide: bool) -> Menu:
         """The menu filled in, ranks growing by such steps."""
         found = [one for family in self.families for one in family.candidates(growth=growth, wide=wide)]

@@ -31,7 +31,7 @@ __all__ = ["Folder"]
 T = TypeVar("T")
 
 _RECORDS = (Calibration, LayerMoments, Family, Widths, Width, HiddenUnits, Narrowing, ChannelOrder)
-_NOT_KEPT = ("parks", "layers", "batches", "span")
+_NOT_KEPT = ("parks", "layers", "batches", "held", "span")
 
 
 @dataclass(frozen=True)
@@ -74,13 +74,16 @@ class Folder:
         found = self._read("calibration", lambda tree: self._calibration_from(tree, parks))
         if not all(gathered(found is not None)):
             found = make()
-            if not all(map(_is_plain, found.batches)):
+            if not all(map(_is_plain, (*found.batches, *found.held))):
                 self.observer.message("Statistics are not kept: only batches of tensors, lists, tuples and dicts are.")
                 return found
             for k, moments in enumerate(found.layers.values()):
                 self._write(f"moments-{k}", moments)
                 moments.set_aside()
-            self._write("calibration", {**_as_tree(found), "batches": found.batches, "names": list(found.layers)})
+            self._write(
+                "calibration",
+                {**_as_tree(found), "batches": found.batches, "held": found.held, "names": list(found.layers)},
+            )
         assert found is not None
         return found
 

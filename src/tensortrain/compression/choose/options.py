@@ -43,6 +43,7 @@ class PlanOptions:
     way: float = 1.0
     search: Search | None = None
     work_dir: str | Path | None = None
+    measure_losses: bool = False
 
     def __post_init__(self) -> None:
         if self.work_dir is not None and (not isinstance(self.work_dir, (str, Path)) or Path(self.work_dir).is_file()):

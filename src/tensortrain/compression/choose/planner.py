@@ -39,11 +39,14 @@ from tensortrain.compression.choose.load import loads_of
 from tensortrain.compression.choose.options import PlanOptions
 from tensortrain.compression.choose.plan import CompressionPlan, n_saved
 from tensortrain.compression.choose.proving import Proving
+from tensortrain.compression.choose.remeasured import Seen, spent_again
 from tensortrain.compression.choose.structure import Search
 from tensortrain.compression.choose.weights import weigh_layers
 from tensortrain.compression.choose.widths import Width, Widths, disjoint, widths_of
 from tensortrain.compression.choose.within import Planned, find_plan
 from tensortrain.compression.opened import Opened, opened_for_a_while
+from tensortrain.compression.proof import apply_proven
+from tensortrain.compression.report.alone import loss_together, losses_alone
 from tensortrain.compression.survey.calibrate import are_parked, calibrate
 from tensortrain.compression.survey.heads import AttentionHeads
 from tensortrain.compression.survey.hidden import HiddenUnits
@@ -56,7 +59,7 @@ from tensortrain.errors import BudgetError, TTError
 from tensortrain.nn import CompositeLayer
 from tensortrain.system.checkpoint import start_signature
 from tensortrain.system.observer import Observer, Silent
-from tensortrain.system.processes import first_of, n_processes
+from tensortrain.system.processes import first_of, n_processes, together
 from tensortrain.system.storage import count_bytes
 from tensortrain.train.batches import device_of, length_of, take, tensors_in, to_device
 from tensortrain.train.evaluation import Evaluate
@@ -76,6 +79,7 @@ _SPENT = 0.95
 # What is still left is spent on larger forms of what was chosen, in steps that give round ranks, then in any.
 _FINER = (0.02, 0.0)
 _ALL_BUT = 0.005
+_HELD_BATCHES = 2  # that losses are measured on
 _FLOPS_NOT_KNOWN_YET = 10**15
 
 
@@ -98,6 +102,7 @@ def plan_compression(
     search: Search | None = None,
     observer: Observer | None = None,
     work_dir: str | Path | None = None,
+    measure_losses: bool = False,
 ) -> CompressionPlan:
     """Choose format, modes and ranks of every layer so that the model fits a budget. Changes nothing.
 
@@ -139,6 +144,10 @@ def plan_compression(
             layers, by which such a layer gathers. It takes seconds to a minute for a layer; None is the usual menu.
         work_dir: Folder for what takes long: statistics of the layers, and what their menus are made of. After a kill
             the same call goes on from there and gives the same plan, as does one with another budget.
+        measure_losses: Carry the plan out on a copy of the model, measure what each change spoils by itself on two
+            further batches of ``data`` (those seen before where there are no more), and plan again with what was seen,
+            up to three times; the plan that spoils least in all is taken. It takes a copy of the model, and as long
+            as that many compressions. For a budget in one size; in several processes it is left out.
 
     Returns:
         CompressionPlan: Print it, save it as JSON, or hand it to ``apply_plan_``.
@@ -148,7 +157,10 @@ def plan_compression(
         FilterError: A pattern matches no layer.
         NonFiniteError: A weight holds NaN or Inf.
 
-    Cost: singular values of every candidate matricization, plus ``n_batches`` forward passes and one per layer.
+    Cost: one pass forward over ``n_batches``, forward and backward over six of them, some ten passes over one batch or
+        less; then an eigenvalue problem of each layer's smaller side, and of layers that other formats may suit their
+        decompositions. The observer is told of every batch and layer, with the seconds that a layer took. Of a large
+        model no more is held than its weights and what one layer needs: large weights are offered low rank alone.
     """
     return make_plan(
         model,
@@ -169,6 +181,7 @@ def plan_compression(
             search=search,
             observer=observer or Silent(),
             work_dir=work_dir,
+            measure_losses=measure_losses,
         ),
     )
 
@@ -184,14 +197,15 @@ def make_plans(model: nn.Module, options: PlanOptions, budgets: Sequence[BudgetL
     Raises:
         BudgetError: One of them cannot be read or reached.
     """
-    check_module(model)
-    model = uncompiled(model)
-    asked = [_read(model, each, options) for each in budgets]  # before anything that takes long
-    options = _adapted(options, asked)
-    with opened_for_a_while(model) as opened:
-        planning = _surveyed(opened, options, budgets)
-    planning.opened, planning.left = opened.names, opened.left_alone(planning.left)
-    return [_agreed(partial(planning.find, model, each), planning.calibration) for each in budgets]
+    with together():
+        check_module(model)
+        model = uncompiled(model)
+        asked = [_read(model, each, options) for each in budgets]  # before anything that takes long
+        options = _adapted(options, asked)
+        with opened_for_a_while(model) as opened:
+            planning = _surveyed(opened, options, budgets)
+        planning.opened, planning.left = opened.names, opened.left_alone(planning.left)
+        return [_agreed(partial(planning.find, model, each), planning.calibration) for each in budgets]
 
 
 def _agreed(find: Callable[[], CompressionPlan], calibration: Calibration | None) -> CompressionPlan:
@@ -311,6 +325,10 @@ class Planning:
         if goals.is_measured or len(goals.counted) > 1:
             return replace(find_plan(self, goals, self._proving(model, goals)), budget=goals.text)
         (limit,) = goals.counted
+        measured, note = self._measured(model, limit)
+        return measured._within(limit, (note,) if note else ())
+
+    def _within(self, limit: Budget, notes: tuple[str, ...]) -> CompressionPlan:
         found, full = self.plan(limit), {"params": self.now.params, "bytes": self.now.n_bytes}
         note = unspent_note(
             limit,
@@ -319,7 +337,42 @@ class Planning:
             slower=self.slower[limit],
             is_exact=found.loss == 0,
         )
-        return replace(found.plan, notes=(*found.plan.notes, note)) if note else found.plan
+        notes = (*found.plan.notes, *notes, *((note,) if note else ()))
+        return replace(found.plan, notes=notes)
+
+    def _measured(self, model: nn.Module, limit: Budget) -> tuple[Planning, str]:
+        """The same with menus scaled by losses that were measured, and what to say of it; unchanged without these."""
+        batches = self._batches_to_measure_by()
+        if not batches:
+            return self, ""
+        made: dict[tuple[Any, ...], Planning] = {(): self}
+
+        def plans(times: Mapping[str, float], usual: float) -> CompressionPlan:
+            return made.setdefault((*times.items(), usual), self._scaled(times, usual)).plan(limit).plan
+
+        def look(plan: CompressionPlan) -> Seen:
+            how: dict[str, Any] = {"batches": batches}
+            built, plan, _ = apply_proven(model, plan, inplace=False, observer=Silent())
+            asked = model, built, plan, self.options.output, self.task
+            return Seen(loss_together(*asked, **how), losses_alone(*asked, **how))
+
+        times, usual, spoiled = spent_again(plans, self.plan(limit).plan, look)
+        best = made[(*times.items(), usual) if times else ()]
+        if best is self:
+            return self, ""
+        said = f"it spoils {min(spoiled):.3g} of the output there, the plan by predictions alone {spoiled[0]:.3g}"
+        return best, f"Losses of the layers were measured on {len(batches)} batches held back: {said}."
+
+    def _batches_to_measure_by(self) -> Sequence[Any]:
+        found = self.calibration
+        asked = self.options.measure_losses and found is not None and bool(found.output_grams)
+        if not asked or found is None or n_processes() > 1:
+            return ()
+        return found.held or found.batches
+
+    def _scaled(self, times: Mapping[str, float], usual: float) -> Planning:
+        menus = [menu.scaled(times.get(menu.layer.name, usual)) for menu in self.menus]
+        return replace(self, menus=menus, filled={}, made={}, slower={})
 
     def plan(self, budget: Budget) -> Planned:
         """The best plan within one limit.
@@ -607,9 +660,12 @@ def _calibration(
             with_labels=task is not None and task.with_labels,
             task=task,
             observer=options.observer,
+            n_held=_HELD_BATCHES if options.measure_losses else 0,
         )
         found = folder.calibration(make, parks=are_parked(layers))
-        found.batches = [to_device(batch, device_of(model)) for batch in found.batches]
+        found.batches, found.held = (
+            [to_device(batch, device_of(model)) for batch in some] for some in (found.batches, found.held)
+        )
         return found
     if options.example_inputs is not None:
         example = [options.example_inputs]

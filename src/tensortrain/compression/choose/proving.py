@@ -22,7 +22,7 @@ from tensortrain.train.evaluation import Evaluate, evaluate_metric
 from tensortrain.train.modes import evaluating
 from tensortrain.train.preserve import checked_copy, preserved
 
-__all__ = ["Proving", "time_ms"]
+__all__ = ["Proving", "time_ms", "what_it_does"]
 
 
 @dataclass
@@ -51,14 +51,14 @@ class Proving:
 
     def latency_ms(self, plan: CompressionPlan) -> float:
         """Milliseconds of one forward pass of the compressed model."""
-        key = _what_it_does(plan)
+        key = what_it_does(plan)
         if key not in self._times:
             self._times[key] = time_ms(self._built(plan), self._call)
         return self._times[key]
 
     def sketched_ms(self, plan: CompressionPlan) -> float:
         """The same of a model whose new layers hold any numbers, which spares the decompositions."""
-        key = _what_it_does(plan)
+        key = what_it_does(plan)
         if key not in self._sketched:
             self._sketched[key] = self._time_of_shapes(plan)
         return self._sketched[key]
@@ -72,7 +72,7 @@ class Proving:
 
     def figure(self, plan: CompressionPlan) -> float:
         """What ``evaluate`` gives for the compressed model."""
-        key = _what_it_does(plan)
+        key = what_it_does(plan)
         if key not in self._figures:
             self._figures[key] = self._judged(self._built(plan))
         return self._figures[key]
@@ -91,7 +91,7 @@ class Proving:
         return found
 
     def _built(self, plan: CompressionPlan) -> nn.Module:
-        key = _what_it_does(plan)
+        key = what_it_does(plan)
         if self._last is None or self._last[0] != key:
             self._last = None  # room for the next one
             self.n_built += 1
@@ -134,7 +134,7 @@ def time_ms(model: nn.Module, call: Parts) -> float:
             ) from error
 
 
-def _what_it_does(plan: CompressionPlan) -> CompressionPlan:
+def what_it_does(plan: CompressionPlan) -> CompressionPlan:
     """A plan without what is only told about it: two that change the same are equal then."""
     layers = tuple(replace(layer, decision="", rel_error=None, loss=None, spectra=(), why="") for layer in plan.layers)
     return replace(plan, layers=layers, budget="", notes=(), left_alone=(), calibration=None)

@@ -17,6 +17,7 @@ from tensortrain.compression.survey.hidden import HiddenUnits
 from tensortrain.compression.survey.layers import FoundLayer
 from tensortrain.compression.survey.moments import LayerMoments
 from tensortrain.formats.narrowing import Narrowing, narrowing, shrunk
+from tensortrain.system.parking import let_go
 
 __all__ = ["Width", "Widths", "channel_gram", "disjoint", "widths_of"]
 
@@ -115,12 +116,15 @@ def widths_of(model: nn.Module, units: HiddenUnits, layers: Members, moments: La
     Cost: O(n^3 + m n^2) flops for n units that m outputs are made of.
     """
     reader = layers[units.reader]
-    gram = channel_gram(reader, moments).to(reader.kernel.device)
+    gram = shrunk(channel_gram(reader, moments).to(reader.kernel.device), moments.outside)
+    let_go(moments.gram)
     outputs = moments.output_gram
     outputs = torch.diag(outputs) if outputs is not None and outputs.ndim == 1 else outputs
     outputs = None if outputs is None else shrunk(outputs)
     block = max(_ROUND, -(-units.n_units // _MOST_BLOCKS))
-    order = narrowing(reader.kernel, shrunk(gram, moments.outside), outputs, block=block)
+    rows, moment = reader.kernel, [gram]
+    del gram  # it is as large as the layer, and goes as soon as it is not needed
+    order = narrowing(rows, moment.pop(), outputs, block=block)
     n_between = sum(p.numel() for name in units.between for p in model.get_submodule(name).parameters(recurse=False))
     biases = sum(p.numel() for name in units.makers for p in _beside_weight(layers[name]))
     widths = _widths(units.n_units)

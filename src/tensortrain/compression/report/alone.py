@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from functools import partial
 from time import perf_counter
 from typing import Any
@@ -23,7 +25,7 @@ from tensortrain.train.outputs import Output, judged_outputs
 from tensortrain.train.preserve import preserved
 from tensortrain.train.task import Task, TaskName
 
-__all__ = ["losses_alone"]
+__all__ = ["loss_together", "losses_alone"]
 
 _MOST_S = 10.0  # beyond it the rest goes unmeasured: a report must not take longer than the work
 _STATISTICS = ("running_mean", "running_var")
@@ -35,6 +37,8 @@ def losses_alone(
     plan: CompressionPlan,
     output: Output | None = None,
     task: TaskName | Task | None = None,
+    *,
+    batches: Sequence[Any] | None = None,
 ) -> dict[str, float]:
     """Share of the original's output that each new layer spoils where it is the only one, on one batch of the data.
 
@@ -45,6 +49,7 @@ def losses_alone(
         original: Not changed; new layers answer in the place of its own, one at a time.
         compressed: As it was cut, not healed yet.
         plan: What was applied, with its calibration.
+        batches: Others than the first of the calibration; the mean over them counts, however long it takes.
 
     Returns:
         dict: By name of the layer; without those that there was no time for.
@@ -52,25 +57,65 @@ def losses_alone(
     Cost: one forward pass a layer or group of layers, at most some seconds.
     """
     calibration = plan.calibration
-    if calibration is None or not calibration.batches:
+    most_s = math.inf if batches else _MOST_S  # a plan must not depend on how long it took
+    batches = batches or (calibration.batches[:1] if calibration is not None else [])
+    if calibration is None or not batches:
         return {}
-    batch = to_device(calibration.batches[0], device_of(original))
     found: dict[str, float] = {}
     with opened_for_a_while(original) as opened, preserved(opened.model), torch.no_grad():
         net = opened.model
         net.eval()
-
-        def outputs() -> Mapping[str, Tensor]:
-            return judged_outputs(net, batch, output, with_labels=calibration.with_labels)[0]
-
-        wanted, start = outputs(), perf_counter()
-        metric = Metric(net, task if isinstance(task, Task) else task_on_batch(net, batch, task=task, output=output))
+        outputs, start = _Outputs.of(net, batches, output, task, calibration.with_labels), perf_counter()
         for name, changed in _changes(net, compressed, plan):
-            if perf_counter() - start > _MOST_S:
+            if perf_counter() - start > most_s:
                 break
             with changed, _statistics_of(net, compressed, calibration.of(name).norm):
-                found[name] = _spoiled(metric, outputs(), wanted, batch)
+                found[name] = outputs.spoiled_by(net)
     return found
+
+
+def loss_together(
+    original: nn.Module,
+    compressed: nn.Module,
+    plan: CompressionPlan,
+    output: Output | None = None,
+    task: TaskName | Task | None = None,
+    *,
+    batches: Sequence[Any],
+) -> float:
+    """Share of the original's output that a compressed model spoils, measured as by ``losses_alone``."""
+    with_labels = plan.calibration is not None and plan.calibration.with_labels
+    with preserved(original), preserved(compressed), torch.no_grad():
+        original.eval()
+        compressed.eval()
+        return _Outputs.of(original, batches, output, task, with_labels).spoiled_by(compressed)
+
+
+@dataclass(frozen=True)
+class _Outputs:
+    """What a model gives for some batches, and how far others are from that."""
+
+    batches: Sequence[Any]
+    wanted: Sequence[Mapping[str, Tensor]]
+    metric: Metric
+    given: Callable[[nn.Module, Any], Mapping[str, Tensor]]
+
+    @classmethod
+    def of(
+        cls, net: nn.Module, batches: Sequence[Any], output: Output | None, task: Any, with_labels: bool
+    ) -> _Outputs:
+        moved = [to_device(batch, device_of(net)) for batch in batches]
+
+        def given(model: nn.Module, batch: Any) -> Mapping[str, Tensor]:
+            return judged_outputs(model, batch, output, with_labels=with_labels)[0]
+
+        known = task if isinstance(task, Task) else task_on_batch(net, moved[0], task=task, output=output)
+        return cls(moved, [given(net, batch) for batch in moved], Metric(net, known), given)
+
+    def spoiled_by(self, model: nn.Module) -> float:
+        pairs = zip(self.batches, self.wanted, strict=True)
+        losses = [_spoiled(self.metric, self.given(model, batch), wanted, batch) for batch, wanted in pairs]
+        return sum(losses) / len(losses)
 
 
 def _changes(

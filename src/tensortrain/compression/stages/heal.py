@@ -16,15 +16,15 @@ from tensortrain.compression.stages.base import Work, stage
 from tensortrain.compression.stages.refit import Refit, refitted
 from tensortrain.compression.survey.task import FIRST, task_on_data
 from tensortrain.compression.words import in_short
-from tensortrain.errors import DataError, KindError, RankError
+from tensortrain.errors import DataError, KindError, ProcessError, RankError
 from tensortrain.system.observer import Observer, Silent
-from tensortrain.system.processes import n_processes
+from tensortrain.system.processes import n_processes, together
 from tensortrain.train.batches import device_of, length_of, n_examples, take, to_device
 from tensortrain.train.batchnorm import reestimate_batchnorm_
 from tensortrain.train.evaluation import Evaluate
 from tensortrain.train.guard import Guard
 from tensortrain.train.held_back import hold_back
-from tensortrain.train.joined import mean_buffers_
+from tensortrain.train.joined import mean_buffers_, same_numbers_
 from tensortrain.train.loop import FitResult, fit
 from tensortrain.train.losses import ALPHA, TEMPERATURE, Loss, distillation_loss, feature_loss
 from tensortrain.train.modes import TrainModes
@@ -163,27 +163,52 @@ def heal_(
     Raises:
         DataError, KindError: See ``check_healing``; the model was not changed.
     """
-    settings = (settings or Heal()).with_length(data)
-    task = check_healing(teacher, data, settings, task=task, output=output, trained=model)
+    with together():
+        settings = (settings or Heal()).with_length(data)
+        task = check_healing(teacher, data, settings, task=task, output=output, trained=model)
+        loss = _loss(settings, teacher, task, output)
+        return _healed(model, teacher, data, settings, loss, evaluate, checkpoint, seed, observer)
+
+
+def _healed(
+    model: nn.Module,
+    teacher: nn.Module,
+    data: Iterable[Any],
+    settings: Heal,
+    loss: Loss,
+    evaluate: Evaluate | None,
+    checkpoint: str | Path | None,
+    seed: int | None,
+    observer: Observer | None,
+) -> FitResult:
+    """``heal_`` with what was checked."""
     with preserved(teacher):  # the losses run it, in eval mode
         if settings.only_statistics:
             reestimate_batchnorm_(model, data, n_batches=settings.batchnorm_batches)
             mean_buffers_(model)
             return FitResult([], 0, 0.0)
-        loss = _loss(settings, teacher, task, output)
         rest, held, really = hold_back(data, total_steps(data, settings.epochs, settings.steps))
         rest, guard = _guarded(model, data, rest, held, loss, really)
         try:
-            reestimate_batchnorm_(model, rest, n_batches=settings.batchnorm_batches)
-            mean_buffers_(model)
-            guard.begin(model)
-            result = _fit(model, rest, loss, settings, evaluate, checkpoint, seed, observer, guard)
-        except KeyboardInterrupt as error:
+            with together():
+                reestimate_batchnorm_(model, rest, n_batches=settings.batchnorm_batches)
+                mean_buffers_(model)
+                guard.begin(model)
+                result = _fit(model, rest, loss, settings, evaluate, checkpoint, seed, observer, guard)
+        except (KeyboardInterrupt, ProcessError) as error:
+            if not _is_interrupt(error):
+                raise
             guard.failed(error, 0)
             result = FitResult([], 0, 0.0)
         mean_buffers_(model)
+        same_numbers_(model)  # where one failed in the middle of a step
         guard.finish(model)
     return replace(result, notes=(*result.notes, *guard.notes))
+
+
+def _is_interrupt(error: BaseException) -> bool:
+    """Whether it is Ctrl-C, here or in another process."""
+    return isinstance(error, KeyboardInterrupt) or getattr(error, "kind", "") == KeyboardInterrupt.__name__
 
 
 def _guarded(

@@ -14,6 +14,7 @@ from tensortrain.compression.opened import opened_for_a_while
 from tensortrain.compression.stages.base import Work
 from tensortrain.compression.stages.held_outputs import HeldOutputs, Judge, split_batches
 from tensortrain.compression.survey.task import task_on_data
+from tensortrain.system.parking import let_go_after_use
 from tensortrain.train.preserve import preserved
 
 __all__ = ["Material", "material", "running"]
@@ -68,7 +69,7 @@ def material(work: Work, n_batches: int, n_held_back: int) -> Iterator[Material 
 
 @contextmanager
 def running(model: nn.Module) -> Iterator[None]:
-    """In eval mode; all but the parameters as before afterwards."""
-    with preserved(model):
+    """In eval mode; all but the parameters as before afterwards. What lies in files takes no memory for long."""
+    with preserved(model), let_go_after_use(model):
         model.eval()
         yield

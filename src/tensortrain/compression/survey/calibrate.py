@@ -41,6 +41,7 @@ def calibrate(
     *,
     n_batches: int = 16,
     keep_batches: int = 2,
+    n_held: int = 0,
     grams: bool = True,
     gradient_batches: int = 6,
     output: Output | None = None,
@@ -55,6 +56,7 @@ def calibrate(
     Args:
         data: Batches as for training; labels are not used.
         n_batches: How many batches to run, at least one; of several processes together.
+        n_held: How many of those after them to keep for ``found.held``, which nothing is summed up of.
         grams: Off: record shapes alone.
         gradient_batches: How many of the batches also run backward, for ``output_grams``.
         output: Which outputs the model is judged by, see ``judged_outputs``; all when None.
@@ -85,7 +87,7 @@ def calibrate(
     with preserved(model):
         model.eval()
         with _watched(heads, spreads):
-            seen.run(data, own_share(n_batches), kept, observer)
+            seen.run(data, own_share(n_batches), kept, observer, n_held=n_held)
         join_inputs(found, spreads, device_of(model))
         seen.spreads.join()
         if grams and gradient_batches:
@@ -149,8 +151,8 @@ class _Pass:
     looked_up: dict[int, tuple[Tensor, int, Tensor]] = field(default_factory=dict)
 
     @torch.no_grad()
-    def run(self, data: Iterable[Any], n_batches: int, kept: int, observer: Observer) -> None:
-        """Run the batches, and keep the first of them.
+    def run(self, data: Iterable[Any], n_batches: int, kept: int, observer: Observer, *, n_held: int = 0) -> None:
+        """Run the batches, and keep the first of them, and some that come after them.
 
         Raises:
             DataError: There is no batch with an example.
@@ -165,6 +167,7 @@ class _Pass:
                     if n_examples(batch):
                         self._run_one(to_device(batch, device_of(self.model)), kept)
                         self.found.tidy()
+                self.found.held = [batch for batch in itertools.islice(batches, n_held) if n_examples(batch)]
         finally:
             for handle in handles:
                 handle.remove()

@@ -21,7 +21,8 @@ from tensortrain.train.task import Task, as_logits
 
 __all__ = ["Metric"]
 
-_AT_ONCE = 2**21  # logits that are made doubles of
+_AT_ONCE = 2**21  # logits that noise is drawn for
+_DOUBLES_AT_ONCE = 2**18  # logits that are made doubles of
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,8 @@ class Metric:
         if not self.in_nats(name):
             return spread(self._values(name, y, batch))
         logits = self._logits(name, y, batch)
-        mean = logits.mean(dim=0, dtype=torch.float64)
+        (total,) = _summed([some.sum(dim=0)] for some in _in_double(logits))
+        mean = total / len(logits)
         about, whole = _summed(self._energies(some, some - mean, some) for some in _in_double(logits))
         return about, whole
 
@@ -125,13 +127,13 @@ class Metric:
         return positions(self.task, name, y, batch, read_batch(self.model, batch).labels)
 
 
-def _in_parts(logits: Tensor) -> tuple[Tensor, ...]:
+def _in_parts(logits: Tensor, n: int = _AT_ONCE) -> tuple[Tensor, ...]:
     """Rows of logits, some at a time: of a large vocabulary all of them would be larger than the model's layers."""
-    return logits.split(max(1, _AT_ONCE // max(1, logits.shape[-1])))
+    return logits.split(max(1, n // max(1, logits.shape[-1])))
 
 
 def _in_double(logits: Tensor) -> Iterator[Tensor]:
-    return (some.double() for some in _in_parts(logits))
+    return (some.double() for some in _in_parts(logits, _DOUBLES_AT_ONCE))
 
 
 def _summed(parts: Iterable[Sequence[Tensor]]) -> list[Tensor]:

@@ -73,8 +73,10 @@ class LayerMoments:
 
     def forget_derived(self) -> None:
         """Drop what was computed from the moments on the way, and their memory where they lie in files."""
-        self.__dict__.pop("_weighting", None)
-        let_go(self.gram, self.output_gram)
+        known: Weighting | None = self.__dict__.pop("_weighting", None)
+        if known is not None and self.parks:
+            known.forget()
+        let_go(self.gram, self.output_gram, self.basis)
         if self.parks:
             tidy()
 
@@ -112,7 +114,7 @@ class LayerMoments:
             table: That they are rows of, or sums of such.
         """
         if self.span is None and rows.shape[1] <= LARGEST_FULL_GRAM and n_processes() == 1:
-            self.span = Span(rows.shape[1])
+            self.span = Span(rows.shape[1], parks=self.parks)
         if self.span is not None:
             self.span.add(rows, table)
         # Where directions are missing, rounding must not look like some.
@@ -226,6 +228,7 @@ class Calibration:
             Kullback-Leibler divergence per example, summed over the positions that count; else it is the squared
             change of the output.
         batches: The batches kept for measuring sensitivities.
+        held: Some that came after all that were summed up.
         unseen: Layers that no rows, or only equal ones, came to.
         unmeasured: Layers of a kind for which input moments are not taken.
         notes: What was left out.
@@ -237,6 +240,7 @@ class Calibration:
     output_scale: float = 1.0
     in_nats: bool = False
     batches: list[Any] = field(default_factory=list)
+    held: list[Any] = field(default_factory=list)
     unseen: list[str] = field(default_factory=list)
     unmeasured: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -270,7 +274,7 @@ class Calibration:
         for names, figure in _FIGURES.items():
             for name, value in state.pop(names, {}).items():
                 setattr(layers.setdefault(name, LayerMoments()), figure, value)
-        self.__dict__.update({"in_nats": False, **state})
+        self.__dict__.update({"in_nats": False, "held": [], **state})
 
 
 def n_moments(*sides: int) -> int:

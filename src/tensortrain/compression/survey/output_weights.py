@@ -123,15 +123,17 @@ def weigh_outputs(
     observer.on_start("gradients", len(batches))
     try:
         for k, batch in enumerate(batches):
-            with _frozen(model), activations_parked(model.parameters()):
-                spreads.pass_over(k, range(own_rank()), shares, generator)
-                count += _add_gradients(layers, batch, judge, along, found)
-                spreads.pass_over(k, range(own_rank() + 1, n_processes()), shares, generator)
+            try:
+                with _frozen(model), activations_parked(model.parameters()):
+                    spreads.pass_over(k, range(own_rank()), shares, generator)
+                    count += _add_gradients(layers, batch, judge, along, found)
+                    spreads.pass_over(k, range(own_rank() + 1, n_processes()), shares, generator)
+            except Exception as error:  # a part without a backward: inputs alone have to do
+                reason = " ".join(str(error).split())
+                failed = f"Layers are weighed by inputs alone: no gradients ({type(error).__name__}: {reason:.120})."
+                break
             found.tidy()
             observer.on_step(k + 1)
-    except Exception as error:  # a part without a backward: inputs alone have to do
-        reason = " ".join(str(error).split())
-        failed = f"Layers are weighed by inputs alone: no gradients ({type(error).__name__}: {reason:.120})."
     finally:
         observer.on_end()
     parts = gathered((count, failed))

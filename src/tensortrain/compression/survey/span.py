@@ -13,14 +13,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tensortrain.system.parking import let_go, park
+
 __all__ = ["Span"]
 
 _MOST = 1024  # directions that are kept track of
 _SAME = 1e-8  # of a row's square: less outside of a span is rounding
+_WORTH_PARKING = 2**17  # numbers
 
 
 class Span:
     """The directions that rows were seen in, as long as they are at most half of all.
+
+    Args:
+        parks: Many of them lie in a file: those of all layers of a model would be larger than it.
 
     Example:
         >>> span = Span(6)
@@ -30,7 +36,8 @@ class Span:
         (2, 0.0)
     """
 
-    def __init__(self, n_features: int) -> None:
+    def __init__(self, n_features: int, *, parks: bool = False) -> None:
+        self.parks = parks
         self.most = min(n_features // 2, _MOST)
         self._none = torch.zeros(0, n_features, dtype=torch.float64)
         self.basis: Tensor | None = self._none
@@ -86,12 +93,19 @@ class Span:
         outside, squares = _outside(wide, known).square().sum(dim=1), wide.square().sum(dim=1)
         self._shares.append((float(outside.sum()), float(squares.sum())))
         new = wide[outside > _SAME * squares]
+        if not len(new):
+            let_go(self.basis)
+            return
         for part in new.split(self.most + 1):
             known = torch.cat([known, _fresh(part, known)])
             if len(known) > self.most:
                 self.basis = None
                 return
-        self.basis = known
+        self.basis = self._kept(known)
+
+    def _kept(self, basis: Tensor) -> Tensor:
+        is_parked = self.parks and basis.numel() >= _WORTH_PARKING and basis.device.type == "cpu"
+        return park(basis) if is_parked else basis
 
 
 def _outside(rows: Tensor, basis: Tensor) -> Tensor:

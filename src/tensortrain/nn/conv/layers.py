@@ -22,7 +22,17 @@ from tensortrain.nn.conv.options import ConvOptions
 from tensortrain.nn.conv.plan import ConvPlan, out_size
 from tensortrain.nn.conv.quick import keep_quick
 from tensortrain.nn.conv.traced import dense_work, name_when_traced, rounded, run_hops, told
-from tensortrain.nn.conv.ways import DenseWay, HopsWay, Layout, StepsWay, Way, can_filter, can_pack, is_channels_last
+from tensortrain.nn.conv.ways import (
+    DenseWay,
+    HopsWay,
+    Layout,
+    StepsWay,
+    Way,
+    can_filter,
+    can_pack,
+    in_torchs_layout,
+    is_channels_last,
+)
 from tensortrain.nn.cores import are_plain
 from tensortrain.nn.inputs import check_plain_layout, once, traceable
 from tensortrain.nn.runner import FEW_WHEN_TRACED, Runner, device_type_of, may_be_dense, trains
@@ -210,7 +220,7 @@ class ConvLayer(FactorizedLayer):
 
     def dense_from(self, cores: Sequence[Tensor]) -> Tensor:
         """The kernel that cores make, in torch's layout."""
-        return self.format.to_dense(cores, self.spec).contiguous()
+        return in_torchs_layout(self.format.to_dense(cores, self.spec))
 
     def build_weight(self) -> Tensor:
         return self.dense_from(self.core_list())

@@ -22,6 +22,7 @@ from tensortrain.nn.base import Implementation, Init, as_tuple
 from tensortrain.nn.conv.layers import ConvLayer, Convolve, Size
 from tensortrain.nn.conv.options import ConvOptions
 from tensortrain.nn.conv.plan import transposed_out_size
+from tensortrain.nn.conv.ways import in_torchs_layout
 from tensortrain.nn.inputs import once, traceable
 from tensortrain.nn.runner import Runner
 from tensortrain.system.tracing import sizes_of
@@ -133,7 +134,7 @@ class _ConvTransposeNd(ConvLayer):
         return swap_channels(super().kernel_of(layer), layer.groups)
 
     def dense_from(self, cores: Sequence[Tensor]) -> Tensor:
-        return swap_channels(self.format.to_dense(cores, self.spec), self.groups).contiguous()
+        return in_torchs_layout(swap_channels(self.format.to_dense(cores, self.spec), self.groups))
 
     # -- how it runs ---------------------------------------------------------------------------------
 

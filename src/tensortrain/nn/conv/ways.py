@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -16,7 +17,18 @@ from tensortrain.contract.hops import ConvNetwork, Hop
 from tensortrain.nn.conv.options import ConvOptions
 from tensortrain.system.native import library
 
-__all__ = ["DenseWay", "HopsWay", "Layout", "Maker", "StepsWay", "Way", "can_filter", "can_pack", "is_channels_last"]
+__all__ = [
+    "DenseWay",
+    "HopsWay",
+    "Layout",
+    "Maker",
+    "StepsWay",
+    "Way",
+    "can_filter",
+    "can_pack",
+    "in_torchs_layout",
+    "is_channels_last",
+]
 
 # Of the states: as torch lays them out; the same with 1x1 products as convolutions of the library, or with our own
 # kernel for convolutions of few channels; channels last; channels last with kernels that the library has laid out for
@@ -110,7 +122,8 @@ class StepsWay(Way):
     def run(
         self, x: Tensor, prepared: tuple[Tensor, ...], bias: Tensor | None, options: ConvOptions, maker: Maker
     ) -> Tensor:
-        return _with_bias(maker.steps_from(x, prepared, options), bias)
+        y = _with_bias(maker.steps_from(x, prepared, options), bias)
+        return y if is_channels_last(x) else y.contiguous()  # as torch's: a model may take a view of it
 
     def ready(
         self, x: Tensor, prepared: tuple[Tensor, ...], options: ConvOptions
@@ -152,7 +165,7 @@ class DenseWay(Way):
 
     def _merged(self, network: ConvNetwork, cores: Sequence[Tensor], options: ConvOptions) -> Tensor:
         matrix = network.merged(cores, transposed=options.is_transposed)
-        return matrix.reshape(matrix.shape[0], -1, *options.kernel)
+        return in_torchs_layout(matrix.reshape(matrix.shape[0], -1, *options.kernel))
 
     def run(
         self, x: Tensor, prepared: tuple[Tensor, ...], bias: Tensor | None, options: ConvOptions, maker: Maker
@@ -235,7 +248,7 @@ class HopsWay(Way):
         else:
             weight = weight.reshape(groups * new, summed, *kernel)
         if self.layout in ("plain", "library", "filters"):
-            return weight.contiguous()
+            return in_torchs_layout(weight)
         return _laid_out(weight, options.along(hop.along), groups, self.packs)
 
     def run(
@@ -369,6 +382,17 @@ def _rows_product(x: Tensor, weight: Tensor, bias: Tensor | None, *, is_given: b
         y = torch.bmm(rows, weight.T.expand(rows.shape[0], -1, -1))
         y = y if bias is None else y + bias
     return y.transpose(1, 2).unflatten(2, x.shape[2:])
+
+
+def in_torchs_layout(weight: Tensor) -> Tensor:
+    """A kernel with the strides that torch's own have, differentiably.
+
+    Along an axis of size 1 every stride is contiguous. But a kernel of a single position, or of a single channel, with
+    the strides of a channels-last one is taken for that: the input is copied, and the output comes channels last.
+    """
+    weight = weight.contiguous()
+    is_ambiguous = weight.shape[1] == 1 or math.prod(weight.shape[2:]) == 1
+    return weight.flatten().view(weight.shape) if is_ambiguous else weight
 
 
 def _format_of(n_axes: int) -> torch.memory_format:

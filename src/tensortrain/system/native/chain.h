@@ -8,6 +8,7 @@
 
 #include "wide.h"
 
+#include <atomic>
 #include <limits>
 #include <mutex>
 #include <optional>
@@ -18,11 +19,12 @@ namespace tensortrain::chain {
 using lapack::multiply;
 using lapack::turn;
 
-// (r, n, s), row by row.
+// (r, n, s), row by row; `turned` column by column, as QR leaves it: (s, r, n) in memory.
 template <typename T>
 struct Core {
   const T* data;
   Int r, n, s;
+  bool turned = false;
   Int size() const { return r * n * s; }
 };
 
@@ -103,6 +105,7 @@ void on_rows(Int rows, Int size, const Work& work) {
 
 template <typename T>
 Ends all_ends_of(const T* x, Int n) {
+  if (n < 1 << 16) return ends_of(x, n);
   Ends all;
   std::mutex lock;
   on_rows(n, 1, [&](Int from, Int to) {
@@ -165,7 +168,12 @@ TENSORTRAIN_WIDE inline bool lies_between(const float* x, Int n, float low, floa
 template <typename T>
 bool is_moderate(const Core<T>& core, double limit) {
   const int most = static_cast<int>(limit);
-  return lies_between(core.data, core.size(), std::ldexp(T(1), -most), std::ldexp(T(1), most));
+  const T low = std::ldexp(T(1), -most), high = std::ldexp(T(1), most);
+  std::atomic<bool> holds{true};
+  on_rows(core.size(), 1, [&](Int from, Int to) {
+    if (!lies_between(core.data + from, to - from, low, high)) holds = false;
+  });
+  return holds;
 }
 
 template <typename T>
@@ -190,7 +198,8 @@ T times_pow2(T x, int32_t e) {
 // `core[r, .., s] 2**waiting[r] = made[r, .., s] 2**after[s]`; waiting becomes after.
 template <typename T>
 Made<T> weighed(const Core<T>& core, Exponents& waiting) {
-  const auto [data, r, n, s] = core;
+  const T* const data = core.data;
+  const Int r = core.r, n = core.n, s = core.s;
   Buffer<T> largest(r * s, 0);
   for (Int i = 0; i < r; ++i)
     for (Int j = 0; j < n; ++j)
@@ -271,24 +280,66 @@ struct Value {
   int64_t exponent;
 };
 
-// env (t, r) past bra (t, n, u) and ket (r, n, s) to (u, s).
+// Rows from .. to of a core (r n, s) that lies column by column.
 template <typename T>
-void past_pair(Buffer<T>& env, const Core<T>& bra, const Core<T>& ket, Buffer<T>& half, Buffer<T>& next) {
-  half.resize(bra.r * ket.n * ket.s);
-  put_product(half.data(), ket.n * ket.s, {env.data(), ket.r}, {ket.data, ket.n * ket.s}, bra.r, ket.n * ket.s, ket.r);
-  next.resize(bra.s * ket.s);
-  put_product(next.data(), ket.s, {bra.data, bra.s, true}, {half.data(), ket.s}, bra.s, ket.s, bra.r * bra.n);
-  env.swap(next);
+TENSORTRAIN_LOOPS void turn_rows(const Core<T>& core, Int from, Int to, T* __restrict out) {
+  constexpr Int block = 16;
+  const Int rows = core.r * core.n, s = core.s;
+  const T* const __restrict data = core.data;
+  for (Int i = from; i < to; i += block)
+    for (Int k = 0; k < s; k += block) {
+      const Int i_end = std::min(i + block, to), k_end = std::min(k + block, s);
+      for (Int y = i; y < i_end; ++y)
+        for (Int x = k; x < k_end; ++x) out[y * s + x] = data[x * rows + y];
+    }
+}
+
+// What products of a pair of cores are made in.
+template <typename T>
+struct PairRoom {
+  Buffer<T> half, next, rows;
+};
+
+// (r n, s) of a core, however it lies.
+template <typename T>
+Matrix<T> unfolded(const Core<T>& core) {
+  return core.turned ? Matrix<T>{core.data, core.r * core.n, true} : Matrix<T>{core.data, core.s};
+}
+
+// env (t, r) past bra (t, n, u) and ket (r, n, s) to (u, s). One of them is multiplied by its rows, which a core that
+// lies column by column does not have: of two such cores one is turned.
+template <typename T>
+void past_pair(Buffer<T>& env, const Core<T>& bra, Core<T> ket, PairRoom<T>& room) {
+  const Int t = bra.r, r = ket.r, n = ket.n, u = bra.s, s = ket.s;
+  if (bra.turned && ket.turned) {
+    room.rows.resize(ket.size());
+    on_rows(r * n, s, [&](Int from, Int to) { turn_rows(ket, from, to, room.rows.data()); });
+    ket = {room.rows.data(), r, n, s};
+  }
+  room.next.resize(u * s);
+  if (ket.turned) {
+    room.half.resize(r * n * u);
+    put_product(room.half.data(), n * u, {env.data(), r, true}, {bra.data, n * u}, r, n * u, t);
+    put_product(room.next.data(), s, {room.half.data(), u, true}, unfolded(ket), u, s, r * n);
+  } else {
+    room.half.resize(t * n * s);
+    put_product(room.half.data(), n * s, {env.data(), r}, {ket.data, n * s}, t, n * s, r);
+    auto left = unfolded(bra);
+    left.transposed = !left.transposed;
+    put_product(room.next.data(), s, left, {room.half.data(), s}, u, s, t * n);
+  }
+  env.swap(room.next);
 }
 
 template <typename T>
 std::optional<Value<T>> dot_plainly(const Cores<T>& bra, const Cores<T>& ket) {
   const double limit = limit_of<T>(2);
-  Buffer<T> env{T(1)}, half, next;
+  Buffer<T> env{T(1)};
+  PairRoom<T> room;
   int64_t exponent = 0;
   for (size_t k = 0; k < bra.size(); ++k) {
     if (!is_moderate(bra[k], limit) || (bra[k].data != ket[k].data && !is_moderate(ket[k], limit))) return std::nullopt;
-    past_pair(env, bra[k], ket[k], half, next);
+    past_pair(env, bra[k], ket[k], room);
     if (!settle(env, bra[k].s * ket[k].s, limit, exponent)) return std::nullopt;
   }
   exponent += split_whole(env.data(), 1);
@@ -296,16 +347,27 @@ std::optional<Value<T>> dot_plainly(const Cores<T>& bra, const Cores<T>& ket) {
 }
 
 template <typename T>
+Made<T> in_rows(const Core<T>& core) {
+  Made<T> out{Buffer<T>(core.size()), core.r, core.n, core.s};
+  if (core.turned)
+    turn_rows(core, 0, core.r * core.n, out.data.data());
+  else
+    std::copy_n(core.data, core.size(), out.data.data());
+  return out;
+}
+
+template <typename T>
 Value<T> dot_keeping(const Cores<T>& bra, const Cores<T>& ket) {
-  Buffer<T> env{T(1)}, half, next;
+  Buffer<T> env{T(1)};
+  PairRoom<T> room;
   Exponents of_bra, of_ket;
   for (size_t k = 0; k < bra.size(); ++k) {
     if (k) {
       add(of_bra, split(env.data(), bra[k].r, ket[k].r, false));
       add(of_ket, split(env.data(), bra[k].r, ket[k].r, true));
     }
-    const auto left = weighed(bra[k], of_bra), right = weighed(ket[k], of_ket);
-    past_pair(env, left.view(), right.view(), half, next);
+    const auto left = weighed(in_rows(bra[k]).view(), of_bra), right = weighed(in_rows(ket[k]).view(), of_ket);
+    past_pair(env, left.view(), right.view(), room);
   }
   const int64_t exponent = split_whole(env.data(), 1);
   return Value<T>{env[0], exponent + plain(of_bra[0]) + plain(of_ket[0])};

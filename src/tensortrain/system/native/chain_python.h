@@ -14,20 +14,75 @@ namespace tensortrain::chain {
 
 namespace py = pybind11;
 
+// Whether these are plain cores of one dtype with so many axes, whose ranks are at least 1, meet, and are 1 at both ends.
+inline bool are_sound(const py::sequence& cores, Int n_axes) {
+  const size_t n = cores.size();
+  Int rank = 1;
+  std::optional<at::ScalarType> dtype;
+  for (size_t k = 0; k < n; ++k) {
+    const py::object one = cores[k];
+    if (!THPVariable_CheckExact(one.ptr())) return false;
+    const auto& core = THPVariable_Unpack(one.ptr());
+    if (!has_plain_keys(core) || core.dim() != n_axes || core.size(0) != rank) return false;
+    if (!dtype) dtype = core.scalar_type();
+    if (core.scalar_type() != *dtype) return false;
+    rank = core.size(-1);
+    if (rank < 1) return false;
+  }
+  return n > 0 && rank == 1 && (dtype == at::kDouble || dtype == at::kFloat);
+}
+
+// Whether a core lies column by column, as QR leaves it: its last axis apart, the others row by row.
+inline bool is_turned(const Tensor& core) {
+  const auto sizes = core.sizes(), strides = core.strides();
+  const Int last = core.dim() - 1;
+  Int stride = 1;
+  for (Int k = last - 1; k >= 0; --k) {
+    if (sizes[k] > 1 && strides[k] != stride) return false;
+    stride *= sizes[k];
+  }
+  return sizes[last] == 1 || strides[last] == stride;
+}
+
+template <typename T>
+Core<T> core_of(const Tensor& core) {
+  const Int r = core.size(0), s = core.size(-1);
+  return {core.const_data_ptr<T>(), r, core.numel() / (r * s), s, !core.is_contiguous()};
+}
+
+template <typename T>
+Tensor turned_rows(const Tensor& given) {
+  auto out = at::detail::empty_cpu(given.sizes(), given.scalar_type());
+  const auto core = core_of<T>(given);
+  T* const to = out.mutable_data_ptr<T>();
+  on_rows(core.r * core.n, core.s, [&](Int first, Int last) { turn_rows(core, first, last, to); });
+  return out;
+}
+
+// Row by row: torch's own way takes several times as long for all those that QR has left.
+inline Tensor in_rows(const Tensor& core) {
+  if (core.is_contiguous()) return core;
+  if (core.scalar_type() == at::kDouble && is_turned(core)) return turned_rows<double>(core);
+  if (core.scalar_type() == at::kFloat && is_turned(core)) return turned_rows<float>(core);
+  return core.contiguous();
+}
+
 // The cores of a chain and the tensors that hold them; nothing where one of them is not plain or would be recorded.
 struct Given {
   std::vector<Tensor> held;
 
-  static std::optional<Given> of(const py::list& list, Int n_axes = 3) {
+  // Where they `may_lie` as QR leaves them, they are not brought into rows.
+  static std::optional<Given> of(const py::sequence& list, Int n_axes = 3, bool may_lie = false) {
     Given given;
     if (list.empty() || !lapack::has_lapack() || !is_undisturbed()) return std::nullopt;
     const bool records = c10::GradMode::is_enabled() && !c10::InferenceMode::is_enabled();
+    given.held.reserve(list.size());
     for (const auto one : list) {
       if (!THPVariable_CheckExact(one.ptr())) return std::nullopt;
       const auto& core = THPVariable_Unpack(one.ptr());
       if (!is_plain(core) || core.dim() != n_axes || core.numel() == 0 || core.numel() > (1 << 30)) return std::nullopt;
       if (core.is_conj() || core.is_neg() || (records && core.requires_grad())) return std::nullopt;
-      given.held.push_back(core.is_contiguous() ? core : core.contiguous());
+      given.held.push_back(may_lie && is_turned(core) ? core : in_rows(core));
     }
     const auto dtype = given.held[0].scalar_type();
     if (dtype != at::kDouble && dtype != at::kFloat) return std::nullopt;
@@ -49,8 +104,7 @@ struct Given {
   template <typename T>
   Cores<T> cores() const {
     Cores<T> found;
-    for (const auto& core : held)
-      found.push_back({core.const_data_ptr<T>(), core.size(0), core.size(1), core.size(2)});
+    for (const auto& core : held) found.push_back(core_of<T>(core));
     return found;
   }
 };
@@ -92,18 +146,48 @@ Parts parts_of(const std::optional<Value<T>>& value) {
   return std::make_pair(tensor_of(&value->mantissa, {}), tensor_of(&exponent, {}));
 }
 
-inline Parts dot_parts(const py::list& bra, const py::list& ket) {
-  const auto left = Given::of(bra), right = Given::of(ket);
-  if (!left || !right || left->held.size() != right->held.size() || left->is_double() != right->is_double())
-    return std::nullopt;
-  for (size_t k = 0; k < left->held.size(); ++k)
-    if (left->held[k].size(1) != right->held[k].size(1)) return std::nullopt;
-  if (left->held[0].size(0) != 1 || right->held[0].size(0) != 1 || left->held.back().size(2) != 1 ||
-      right->held.back().size(2) != 1)
-    return std::nullopt;
+// Two chains of equal modes and ends of rank 1.
+struct Pair {
+  Given left, right;
+
+  static std::optional<Pair> of(const py::sequence& bra, const py::sequence& ket, Int n_axes) {
+    auto left = Given::of(bra, n_axes, true), right = left ? Given::of(ket, n_axes, true) : std::nullopt;
+    if (!right || left->held.size() != right->held.size() || left->is_double() != right->is_double())
+      return std::nullopt;
+    for (size_t k = 0; k < left->held.size(); ++k)
+      for (Int axis = 1; axis + 1 < n_axes; ++axis)
+        if (left->held[k].size(axis) != right->held[k].size(axis)) return std::nullopt;
+    for (const auto* const one : {&*left, &*right})
+      if (one->held[0].size(0) != 1 || one->held.back().size(-1) != 1) return std::nullopt;
+    return Pair{std::move(*left), std::move(*right)};
+  }
+
+  template <typename T>
+  std::optional<Value<T>> dot() const {
+    return chain::dot(left.cores<T>(), right.cores<T>());
+  }
+};
+
+inline Parts dot_parts(const py::sequence& bra, const py::sequence& ket) {
+  const auto pair = Pair::of(bra, ket, 3);
+  if (!pair) return std::nullopt;
   const py::gil_scoped_release unlocked;
-  return left->is_double() ? parts_of(dot(left->cores<double>(), right->cores<double>()))
-                           : parts_of(dot(left->cores<float>(), right->cores<float>()));
+  return pair->left.is_double() ? parts_of(pair->dot<double>()) : parts_of(pair->dot<float>());
+}
+
+template <typename T>
+std::optional<Tensor> whole_of(const std::optional<Value<T>>& value) {
+  if (!value) return std::nullopt;
+  const T whole = std::ldexp(value->mantissa, static_cast<int>(std::clamp<int64_t>(value->exponent, -1 << 24, 1 << 24)));
+  return tensor_of(&whole, {});
+}
+
+// The inner product itself, of cores (r, n, s) or (r, i, j, s): nothing where the steps in Python have to look at them.
+inline std::optional<Tensor> dot_whole(const py::sequence& bra, const py::sequence& ket, Int n_axes) {
+  const auto pair = Pair::of(bra, ket, n_axes);
+  if (!pair) return std::nullopt;
+  const py::gil_scoped_release unlocked;
+  return pair->left.is_double() ? whole_of(pair->dot<double>()) : whole_of(pair->dot<float>());
 }
 
 inline Parts norm_parts(const py::list& cores) {
@@ -218,7 +302,9 @@ inline std::unique_ptr<Walked> walk(const py::list& cores, Int hi, bool squares)
 
 inline void bind(py::module_& m) {
   py::class_<Walked>(m, "Rounding").def("cut", &Walked::cut).def("norm", &Walked::norm);
+  m.def("chain_is_sound", &are_sound);
   m.def("chain_dot", &dot_parts);
+  m.def("chain_dot_whole", &dot_whole);
   m.def("chain_norm", &norm_parts);
   m.def("chain_product", &product_cores);
   m.def("chain_orthogonal", &orthogonal_cores);

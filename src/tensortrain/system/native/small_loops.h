@@ -142,3 +142,30 @@ TT_TARGET void add_row(T* c, const T* a, int64_t n) {
   }
   for (; at < n; ++at) c[at] += a[at];
 }
+
+// Columns of k numbers, lying `apart`, as rows of so many numbers: out (k, lanes), its rows `out_row` from each other.
+template <typename T>
+TT_TARGET void columns_to_rows(const T* columns, int64_t apart, int64_t k, T* out, int64_t out_row) {
+  constexpr int64_t lanes = 32 / sizeof(T);
+  int64_t l = 0;
+#if defined(__GNUC__) && !defined(__clang__)
+  if constexpr (sizeof(T) == 8) {
+    typedef T Vector __attribute__((vector_size(32)));
+    typedef long long Places __attribute__((vector_size(32)));
+    constexpr Places even = {0, 4, 2, 6}, odd = {1, 5, 3, 7}, low = {0, 1, 4, 5}, high = {2, 3, 6, 7};
+    for (; l + 4 <= k; l += 4) {
+      Vector a[4];
+      TT_UNROLL
+      for (int j = 0; j < 4; ++j) __builtin_memcpy(&a[j], columns + j * apart + l, sizeof(Vector));
+      const Vector first = __builtin_shuffle(a[0], a[1], even), second = __builtin_shuffle(a[0], a[1], odd);
+      const Vector third = __builtin_shuffle(a[2], a[3], even), fourth = __builtin_shuffle(a[2], a[3], odd);
+      const Vector rows[4] = {__builtin_shuffle(first, third, low), __builtin_shuffle(second, fourth, low),
+                              __builtin_shuffle(first, third, high), __builtin_shuffle(second, fourth, high)};
+      TT_UNROLL
+      for (int j = 0; j < 4; ++j) __builtin_memcpy(out + (l + j) * out_row, &rows[j], sizeof(Vector));
+    }
+  }
+#endif
+  for (int64_t j = 0; j < lanes; ++j)
+    for (int64_t at = l; at < k; ++at) out[at * out_row + j] = columns[j * apart + at];
+}

@@ -76,6 +76,18 @@ inline Dots<T> four_dots() {
   return &loops_plain::four_dots<T>;
 }
 
+template <typename T>
+using ColumnsToRows = void (*)(const T* columns, int64_t apart, int64_t k, T* out, int64_t out_row);
+
+template <typename T>
+inline ColumnsToRows<T> columns_to_rows() {
+#if defined(__x86_64__)
+  static const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  if (has_avx2) return &loops_avx2::columns_to_rows<T>;
+#endif
+  return &loops_plain::columns_to_rows<T>;
+}
+
 // Where column `at` of row `k` lies in a matrix (n_rows, width) in panels; up to the panel's end a row goes on from there.
 template <typename T>
 inline int64_t in_panels(int64_t k, int64_t at, int64_t n_rows, int64_t width) {

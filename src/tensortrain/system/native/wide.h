@@ -33,7 +33,10 @@ TENSORTRAIN_LOOPS void pack_panel(const Matrix<T>& b, Int first, Int k, Int from
     }
     return;
   }
-  for (Int j = 0; j < room; ++j) {
+  Int whole = 0;
+  for (const auto turn = columns_to_rows<T>(); whole + lanes_of<T> <= width; whole += lanes_of<T>)
+    turn(b.data + (from + whole) * b.row + first, b.row, k, out + whole, room);
+  for (Int j = whole; j < room; ++j) {
     const T* const column = b.data + (from + j) * b.row + first;
     for (Int l = 0; l < k; ++l) out[l * room + j] = j < width ? column[l] : T(0);
   }
@@ -82,8 +85,9 @@ void put_zeros(T* c, Int ldc, Int m, Int n) {
 // The same by all threads: each takes rows, or columns, or terms of the sums, whichever are the most.
 template <typename T>
 void multiply_wide(T* c, Int ldc, const Matrix<T>& a, const Matrix<T>& b, Int m, Int n, Int k, bool adds) {
+  if (m * n * k < 500000) return multiply_panels(c, ldc, a, b, m, n, k, adds);
   const Int n_threads = at::get_num_threads();
-  if (n_threads < 2 || m * n * k < 500000) return multiply_panels(c, ldc, a, b, m, n, k, adds);
+  if (n_threads < 2) return multiply_panels(c, ldc, a, b, m, n, k, adds);
   const auto start_of = [&](Int part, Int size) { return part == n_threads ? size : part * size / n_threads / 24 * 24; };
   const auto moved = [](const Matrix<T>& x, Int rows, Int columns) {
     return Matrix<T>{x.data + (x.transposed ? columns * x.row + rows : rows * x.row + columns), x.row, x.transposed};

@@ -24,7 +24,7 @@ _NEW_NAMES: dict[str, set[str]] = {
     "tensortrain": {"Pareto", "networks", "pareto"},
     "tensortrain.contract": {"ChainPlan", "ChainShape", "Plan"},
     "tensortrain.data": set(),
-    "tensortrain.errors": set(),
+    "tensortrain.errors": {"ProcessError"},
     "tensortrain.formats": {"PLAIN", "Fit", "Weighting"},
     "tensortrain.io": set(),
     "tensortrain.manifold": set(),

@@ -88,7 +88,8 @@ def may_run(cell: Cell, dtype: torch.dtype) -> bool:
 
 def serves(cell: Cell, gates: Tensor) -> bool:
     """Whether the kernels may do the steps after these gates, and nothing looks on that they would escape."""
-    return gates.is_cpu and gates.numel() > 0 and can_group() and may_run(cell, gates.dtype)
+    # (first of all: sizes of a traced tensor are none to ask for)
+    return can_group() and gates.is_cpu and gates.numel() > 0 and may_run(cell, gates.dtype)
 
 
 def ready_map(one: Map, rows: int, n_steps: int, *, dense: bool = False) -> Ready | None:

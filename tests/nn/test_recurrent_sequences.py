@@ -221,6 +221,7 @@ def test_single_steps_run_by_them_too(kind: str, calls: list[Any], monkeypatch: 
     assert calls
 
 
+@pytest.mark.usefixtures("fixed_plans")
 def test_the_hidden_map_is_factorized_where_its_products_take_clearly_less() -> None:
     layer = layer_of("LSTM", 64, 512, rank=4, dtype=torch.float32)
     one = layer.l0.hh

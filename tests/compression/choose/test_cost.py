@@ -85,6 +85,7 @@ def test_other_layers_take_no_turns() -> None:
     assert all(load.turn is None for _, load in loads(model, batches(2, 6, 20)).values())
 
 
+@pytest.mark.usefixtures("fixed_plans")
 @pytest.mark.parametrize("kind", [nn.GRU, nn.LSTM])
 def test_a_form_that_may_be_dense_is_as_fast_as_the_kernel_and_one_that_may_not_pays_for_its_steps(kind: Any) -> None:
     with opened_for_a_while(nn.Sequential(kind(64, 96))) as opened:

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import tensortrain as tt
+from tensortrain.errors import DTypeError
 from tensortrain.nn.recurrent import layers, sequences
-from tensortrain.nn.recurrent.ways import DENSE_STEPS, STEPS
+from tensortrain.nn.recurrent.ways import DENSE_STEPS, KERNEL, STEPS
 from tensortrain.system.native import library, python_only
 
 pytestmark = pytest.mark.skipif(
@@ -236,3 +237,51 @@ def test_copies_and_pickles_are_whole(calls: list[Any]) -> None:
     with torch.no_grad():
         y = layer(x)[0]
         assert torch.equal(copy.deepcopy(layer)(x)[0], y)
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
+@pytest.mark.parametrize("options", [{}, {"num_layers": 2, "bidirectional": True, "batch_first": True, "bias": False}])
+def test_later_calls_of_a_size_take_a_short_way(
+    kind: str, options: Any, calls: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer, x = layer_of(kind, 5, 6, **options), torch.randn(4, 3, 5, dtype=torch.float64)
+    n = layer.num_layers * (1 + layer.bidirectional)
+    h = torch.randn(n, 4 if layer.batch_first else 3, 6, dtype=torch.float64)
+    state = (h, h + 1) if kind == "LSTM" else h
+    long_ways: list[str] = []
+    run = type(layer)._run
+    monkeypatch.setattr(type(layer), "_run", lambda self, *a: (long_ways.append("long"), run(self, *a))[1])
+    with torch.no_grad():
+        for given in (None, state):
+            first = outputs_of(layer(x, given))
+            agree(outputs_of(layer(x, given)), first)
+            agree(first, outputs_of(layer.to_dense()(x, given)))
+        layer.l0.hh.cores[0].mul_(2)
+        changed = outputs_of(layer(x))
+        agree(changed, outputs_of(layer.to_dense()(x)))
+        assert len(long_ways) == 1  # the first of all
+        seen: list[Any] = []
+        layer.l0.hh.register_forward_hook(lambda *a: seen.append(1))
+        agree(outputs_of(layer(x)), changed)
+        assert len(seen) == 4 if not layer.batch_first else len(seen) == 3  # every step
+        with pytest.raises(DTypeError):
+            layer(x.float())
+
+
+@pytest.mark.parametrize("options", [{"proj_size": 3}, {"reset_after": False}], ids=["projected", "published"])
+def test_other_steps_have_no_short_way(options: Any, calls: list[Any]) -> None:
+    layer = layer_of("LSTM" if "proj_size" in options else "GRU", 5, 6, **options)
+    x = torch.randn(4, 3, 5, dtype=torch.float64)
+    with torch.no_grad():
+        first = outputs_of(layer(x))
+        agree(outputs_of(layer(x)), first)
+    assert not calls
+
+
+def test_layers_above_run_like_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[list[str]] = []
+    monkeypatch.setattr(layers, "fastest_way", lambda names, *args: (asked.append(list(names)), names[0])[1])
+    layer = tt.nn.LSTM(5, 6, 3, compress="both", rank=2)
+    with torch.no_grad():
+        layer(torch.randn(4, 3, 5))
+    assert asked == [[KERNEL, STEPS, DENSE_STEPS]]  # torch's kernel, and nothing to choose above it

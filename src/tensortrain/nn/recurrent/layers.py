@@ -85,6 +85,9 @@ class _Recurrent(CompositeLayer):
     cell_type: ClassVar[type[Cell]]
     proj_size: int = 0
     _quick: frozenset[Any] = frozenset()  # sizes and settings at which torch's kernel did all layers
+    _quick_steps: Mapping[
+        Any, tuple[bool, ...]
+    ] = {}  # those at which ours did; per layer, whether by dense hidden maps
     torch_arguments: ClassVar[tuple[str, ...]] = (
         "input_size",
         "hidden_size",
@@ -198,52 +201,92 @@ class _Recurrent(CompositeLayer):
         if state is not None:
             batch = layout.batch if layout.batch_sizes is not None else sizes_of(x)[1 - layout.axis]
             self._check_states(state, (batch,))
-        n_directions, finals, sizes, are_fused = 1 + self.bidirectional, [], tuple(x.shape), True
+        n_directions, finals, sizes, ways = 1 + self.bidirectional, [], tuple(x.shape), list[str]()
         for index in range(self.num_layers):
             cells: Any = [self.get_submodule(name) for name in self._cell_names(index)]
             here = None if state is None else tuple(s[index * n_directions :][:n_directions] for s in state)
-            way = self._way(cells, x, layout)
-            are_fused = are_fused and way == KERNEL
-            x, final = _run_by(way, cells, x, here, layout)
+            ways.append(self._way(cells, x, layout, ways))
+            x, final = _run_by(ways[-1], cells, x, here, layout)
             finals.append(final)
             if self.dropout and index < self.num_layers - 1:
                 x = F.dropout(x, self.dropout, self.training)
-        if are_fused and layout.batch_sizes is None and not torch.is_grad_enabled() and not is_traced():
-            self._quick = remembered(self._quick, (sizes, _settings(self._cell_list())))
+        if layout.batch_sizes is None and not torch.is_grad_enabled() and not is_traced():
+            self._remember(ways, (sizes, _settings(self._cell_list())))
         return x, tuple(torch.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(*finals, strict=True))
 
+    def _remember(self, ways: list[str], call: Any) -> None:
+        """Leave a short way to the next input of this size, where torch's kernel did all layers, or ours did."""
+        if set(ways) == {KERNEL}:
+            self._quick = remembered(self._quick, call)
+        elif KERNEL not in ways:
+            others = {} if len(self._quick_steps) >= 64 else self._quick_steps
+            self._quick_steps = {**others, call: tuple(way == DENSE_STEPS for way in ways)}
+
     def _quick_sequence(self, x: Any, state: Any) -> Any:
-        """All layers by torch's kernel on weights that are kept: the short way at inference, where it ran before."""
-        if type(x) is not Tensor or x.ndim != 3 or not self._quick or not may_be_quick(x):
+        """All layers by kernels, on weights that are kept: the short way at inference, where it ran before."""
+        if type(x) is not Tensor or x.ndim != 3 or not (self._quick or self._quick_steps) or not may_be_quick(x):
             return None
         cells = self._cell_list()
-        if (self.dropout and self.training) or (tuple(x.shape), _settings(cells)) not in self._quick:
+        call = tuple(x.shape), _settings(cells)
+        by_torch, are_dense = call in self._quick, self._quick_steps.get(call)
+        if (self.dropout and self.training) or not (by_torch or are_dense):
             return None
+        states = self._quick_states(x, state)
+        if states is None:
+            return None
+        return self._by_kernel(x, states, cells) if by_torch else self._by_own_kernels(x, states, cells, are_dense)
+
+    def _quick_states(self, x: Tensor, state: Any) -> tuple[Tensor, ...] | None:
+        """The first states of all layers, if they are plain ones."""
+        size = (self.num_layers * (1 + self.bidirectional), x.shape[1 - self.batch_first], self.hidden_size)
+        n_states = self.cell_type.n_states
+        if state is None:
+            return (x.new_zeros(size),) * n_states
+        parts = (state,) if n_states == 1 else tuple(state)
+        if len(parts) != n_states:
+            return None
+        if any(type(part) is not Tensor or part.shape != size or part.dtype != x.dtype for part in parts):
+            return None
+        return parts
+
+    def _by_own_kernels(self, x: Tensor, states: tuple[Tensor, ...], cells: list[Cell], are_dense: Any) -> Any:
+        if next(cells[0].hh.parameters()).dtype != x.dtype:
+            return None
+        n_directions, n_steps = 1 + self.bidirectional, x.shape[int(self.batch_first)]
+        spread = Spread(n_steps, x.shape[1 - self.batch_first], not self.batch_first)
+        finals: list[State] = []
+        for dense in are_dense:
+            outputs = []
+            for direction in range(n_directions):
+                cell = cells[len(finals)]
+                if not serves(cell, x):
+                    return None
+                first = tuple(state[len(finals)] for state in states)
+                found = by_sequence(
+                    cell, cell.ih(x), first, spread, reverse=direction == 1, recorded=_never_recorded, dense=dense
+                )
+                if found is None:
+                    return None
+                outputs.append(found[0])
+                finals.append(found[1])
+            x = outputs[0] if n_directions == 1 else torch.cat(outputs, dim=-1)
+        return x, *(torch.stack(parts) for parts in zip(*finals, strict=True))
+
+    def _by_kernel(self, x: Tensor, states: tuple[Tensor, ...], cells: list[Cell]) -> Any:
         weights: list[Tensor] = []
         for cell in cells:
             kept = cell.kept_weights()
             if kept is None or kept[0].dtype != x.dtype:
                 return None
             weights += kept
-        size = (self.num_layers * (1 + self.bidirectional), x.shape[1 - self.batch_first], self.hidden_size)
-        n_states = self.cell_type.n_states
-        if state is None:
-            zeros = x.new_zeros(size)
-            return self._by_kernel(x, zeros if n_states == 1 else (zeros,) * n_states, cells[0], weights)
-        parts = (state,) if n_states == 1 else state
-        if any(type(part) is not Tensor or part.shape != size or part.dtype != x.dtype for part in parts):
-            return None
-        return self._by_kernel(x, state, cells[0], weights)
+        kernel: Any = getattr(torch, str(cells[0].kernel))
+        first = states[0] if len(states) == 1 else states
+        return kernel(x, first, weights, self.bias, self.num_layers, 0.0, False, self.bidirectional, self.batch_first)
 
-    def _by_kernel(self, x: Tensor, state: Any, first: Cell, weights: list[Tensor]) -> Any:
-        """All layers by torch's kernel, without gradients."""
-        kernel: Any = getattr(torch, str(first.kernel))
-        return kernel(x, state, weights, self.bias, self.num_layers, 0.0, False, self.bidirectional, self.batch_first)
-
-    def _way(self, cells: list[Cell], x: Tensor, layout: _Layout) -> str:
-        """How one layer runs, in one or both directions."""
+    def _way(self, cells: list[Cell], x: Tensor, layout: _Layout, below: list[str]) -> str:
+        """How one layer runs, in one or both directions, above others that ran in these ways."""
         # (under autocast on a CPU, oneDNN refuses an LSTM and a GRU comes out in float32)
-        return STEPS if torch.is_autocast_enabled("cpu") else _way_of(cells, x, layout)
+        return STEPS if torch.is_autocast_enabled("cpu") else _way_of(cells, x, layout, below)
 
     # -- checks --------------------------------------------------------------------------------------
 
@@ -557,6 +600,10 @@ def _scan_all(
     return output, tuple(torch.stack(parts) for parts in zip(*finals, strict=True))
 
 
+def _never_recorded(gates: Tensor, hidden: Apply, state: State) -> tuple[Tensor, ...]:
+    raise AssertionError("without gradients nothing is recorded")
+
+
 def _scanned(
     cell: Cell, gates: Tensor, hidden: Any, initial: State, layout: _Layout, *, reverse: bool
 ) -> tuple[Tensor, State]:
@@ -578,13 +625,16 @@ def _by_kernels(
     return by_sequence(cell, gates, initial, spread, reverse=reverse, recorded=recorded, dense=dense)
 
 
-def _way_of(cells: list[Cell], x: Tensor, layout: _Layout) -> str:
+def _way_of(cells: list[Cell], x: Tensor, layout: _Layout, below: list[str]) -> str:
     if torch._C._get_tracing_state() is not None:  # a loop would be recorded for one length
         return KERNEL if all(cell.kernel is not None and not cell.is_watched() for cell in cells) else STEPS
     if is_traced() or is_transformed():  # torch's kernel has no rule for a batch of batches
         return STEPS
     rows = x.numel() // x.shape[-1]
     names = ways_of(cells, x, are_dense=all(cell.fits_kernel(rows, layout.batch) for cell in cells))
+    if below:  # two kinds of kernels in turns keep waking each other's threads
+        alike = [name for name in names if (name == KERNEL) == (below[0] == KERNEL)]
+        names = alike or names
     if len(names) == 1:
         return names[0]
     return fastest_way(

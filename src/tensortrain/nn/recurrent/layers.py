@@ -85,9 +85,8 @@ class _Recurrent(CompositeLayer):
     cell_type: ClassVar[type[Cell]]
     proj_size: int = 0
     _quick: frozenset[Any] = frozenset()  # sizes and settings at which torch's kernel did all layers
-    _quick_steps: Mapping[
-        Any, tuple[bool, ...]
-    ] = {}  # those at which ours did; per layer, whether by dense hidden maps
+    # those at which our own kernels did, with whether the hidden maps of each layer were dense
+    _quick_steps: Mapping[Any, tuple[bool, ...]] = {}
     torch_arguments: ClassVar[tuple[str, ...]] = (
         "input_size",
         "hidden_size",

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from tensortrain.contract import Chain, CostModel, cost, cost_model, plan_chain, use_cost_model
+from tensortrain.contract.price_chain import ChainPricer, _Product
 from tensortrain.system.machine import Watch
 
 MODEL = CostModel.reference("cpu")
@@ -92,7 +93,7 @@ def test_plans_follow_the_model_in_force() -> None:
 def test_file_round_trip(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert cost_model("cpu") == MODEL
     (file,) = empty_cache.iterdir()
-    assert file.name.startswith("cost-model-4-")
+    assert file.name.startswith("cost-model-5-")
     assert file.suffix == ".json"
     cost._KNOWN.clear()
     forbid_measuring(monkeypatch)
@@ -161,7 +162,7 @@ def test_what_was_measured_beside_other_programs_is_the_best_of_a_few_and_holds_
     cost._KNOWN.clear()
     assert cost.cost_model() == MODEL  # from the file
     cost._KNOWN.clear()
-    (file,) = empty_cache.glob("cost-model-4-*.json")
+    (file,) = empty_cache.glob("cost-model-5-*.json")
     os.utime(file, (0, 0))
     tries.extend([MODEL, slow, slow])
     assert cost.cost_model() == MODEL
@@ -182,8 +183,8 @@ def test_a_table_gives_what_was_measured_at_its_sizes_and_lies_between_them_else
 
 
 def test_products_of_a_batch_have_a_table_of_their_own() -> None:
-    n = len(list(itertools.product(*cost._BATCHED_AT)))
-    model = replace(MODEL, gemm_table=(1.0,) * 150, batched_table=(1.0,) * n)
+    n_single, n = (len(list(itertools.product(*grid))) for grid in (cost._GEMM_AT, cost._BATCHED_AT))
+    model = replace(MODEL, gemm_table=(1.0,) * n_single, batched_table=(1.0,) * n)
     twice = replace(model, batched_table=(2.0,) * n)
     assert twice.gemm_s(9, 9, 9) == model.gemm_s(9, 9, 9)
     assert twice.gemm_s(9, 9, 9, batch=70) == pytest.approx(2 * model.gemm_s(9, 9, 9, batch=70))
@@ -208,3 +209,41 @@ def test_a_measured_training_step_has_its_way_back_priced_once() -> None:
         before, after = (plan_chain(chain, cost_model=one, training=True, **options) for one in (model, slow))
         assert after.predicted_s - before.predicted_s == pytest.approx(1.0, rel=1e-3)
         assert plan_chain(chain, cost_model=slow, **options) == plan_chain(chain, cost_model=model, **options)
+
+
+def _price(batch: int, training: bool, by_kernels: bool) -> ChainPricer:
+    tables = {
+        name: (1.0,) * len(list(itertools.product(*grid)))
+        for name, grid in (("gemm_table", cost._GEMM_AT), ("batched_table", cost._BATCHED_AT))
+    }
+    chain = Chain((6, 5, 4), (3, 4, 6), (1, 7, 5, 1))
+    model = replace(MODEL, **tables)
+    return ChainPricer(chain, batch, torch.float32, "cpu", training, model, by_kernels)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_small_layers_of_kernels_pay_for_every_product_of_a_batch(training: bool) -> None:
+    pricer = _price(2, training, by_kernels=True)
+    few, many = (_Product(lead, 30, 20, 4, batched=True) for lead in (4, 400))
+    assert pricer.is_small(few)
+    assert pricer.is_small(many)
+    ratio = pricer.small_product_s(many, is_copied=False) / pricer.small_product_s(few, is_copied=False)
+    assert 20 < ratio <= 100
+    assert pricer.small_product_s(few, is_copied=True) > pricer.small_product_s(few, is_copied=False)
+
+
+def test_columns_narrower_than_a_vector_take_as_long_as_a_whole_one() -> None:
+    pricer = _price(2, False, by_kernels=True)
+    narrow, whole, wider = (_Product(9, 50, 60, width, batched=True) for width in (3, 16, 17))
+    assert pricer.small_product_s(narrow, is_copied=False) == pricer.small_product_s(whole, is_copied=False)
+    assert pricer.small_product_s(wider, is_copied=False) > pricer.small_product_s(whole, is_copied=False)
+
+
+def test_large_layers_and_layers_without_kernels_keep_their_prices() -> None:
+    product = _Product(4, 30, 20, 4, batched=True)
+    assert not _price(2, True, by_kernels=False).is_small(product)
+    assert not _price(2**18, True, by_kernels=True).is_small(product)
+    assert not _price(2, True, by_kernels=True).is_small(_Product(4, 3000, 2000, 4, batched=True))
+    whole = _Product(2, 120, 72, 1, batched=False)  # at inference a dense layer's product
+    assert _price(2, True, by_kernels=True).is_small(whole)
+    assert not _price(2, False, by_kernels=True).is_small(whole)

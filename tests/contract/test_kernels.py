@@ -826,3 +826,15 @@ def test_a_broken_library_is_passed_by(elsewhere: Path, layer: tt.nn.Linear) -> 
     assert not loading.look_again()
     assert kernels.library() is None
     assert layer(torch.randn(2, 24, dtype=torch.float64)).shape == (2, 12)
+
+
+@built
+def test_small_layers_leave_the_number_of_threads_of_the_library_as_it_was() -> None:
+    """Their products run on one thread; large ones of others are shared among as many threads as before."""
+    found = torch.__config__.parallel_info()
+    layer = tt.nn.Linear(60, 42, rank=7, in_modes=(12, 5), out_modes=(7, 6), implementation="factorized")
+    x = torch.randn(16, 60, requires_grad=True)
+    layer(x).sum().backward()
+    with torch.no_grad():
+        layer(x)
+    assert torch.__config__.parallel_info() == found

@@ -34,11 +34,16 @@ _FRESH_BYTES = 32 * 2**20
 _CONV_HALF_FAN = 60.0
 _CONV_HALF_OUTS = 8.0
 _CONV_CALLS = 12
-# Sizes at which products are timed, ``(m, n, k)`` and ``(batch, m, n, k)``: few of them suit the width of a vector, as
-# few of anybody's do. Libraries fall off between such sizes by factors that no formula of ours knows.
-_GEMM_AT = ((1, 2, 12, 90, 700, 6000), (5, 11, 45, 200, 1500), (5, 11, 45, 200, 1500))
-_BATCHED_AT = ((1, 40, 2000), (4, 11, 45, 200), (2, 5, 11, 45, 200), (4, 11, 45, 200))
-_MOST_FLOPS, _MOST_NUMEL = 2e7, 2**20  # of one that is timed
+# Sizes at which products are timed, ``(m, n, k)`` and ``(batch, m, n, k)``. Libraries fall off between the widths that
+# suit a vector and those that do not by factors that no formula of ours knows, so both kinds of widths are here.
+_GEMM_AT = ((1, 2, 12, 90, 700, 6000), (3, 5, 8, 11, 16, 45, 200, 1500), (5, 11, 45, 200, 1500))
+_BATCHED_AT = (
+    (1, 8, 64, 512, 4000),
+    (2, 4, 8, 24, 70, 250),
+    (2, 5, 8, 11, 16, 25, 45, 100, 200),
+    (2, 5, 16, 60, 220),
+)
+_MOST_FLOPS, _MOST_NUMEL = 3e8, 2**22  # of one that is timed
 _COPIED_AT = ((256, 4, 4, 4, 16), (256, 11, 53, 1, 6), (38, 7, 7, 15, 4), (44, 1, 437, 1, 37), (1, 93, 12, 11, 17))
 
 
@@ -356,7 +361,7 @@ class _Stopwatch:
                 smaller = (tuple(i - (place == j) for j, i in enumerate(at)) for place in range(len(at)) if at[place])
                 found[at] = math.exp(statistics.fmean(math.log(found[one]) for one in smaller))
             else:
-                seconds = self.seconds(*_product_of(pools, *sizes), turns=1, burst_s=1e-3)
+                seconds = self.seconds(*_product_of(pools, *sizes), burst_s=4e-4)
                 batch, m, n, k = sizes if in_batch else (1, *sizes)
                 found[at] = seconds / flat.gemm_s(m, n, k, batch=batch, batched=in_batch)
         return tuple(found.values())
@@ -486,7 +491,7 @@ def _round2(value: Any) -> Any:
 
 
 def _cache_file(key: str) -> Path:
-    return known_file("cost-model-4", key)
+    return known_file("cost-model-5", key)
 
 
 def _measure_and_store(device: torch.device, path: Path) -> CostModel:

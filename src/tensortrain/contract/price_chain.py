@@ -29,6 +29,16 @@ _VIEW_CALLS_TRAINING = 16
 _VIEW_CALLS_OF_KERNELS = 1
 _VIEW_CALLS_TRAINING_OF_KERNELS = 5
 
+# Small layers run on plain memory by one thread, one call of BLAS after the other (system/native/small.h): up to so
+# many flops and numbers. Costs are in calls of a small operation and were fitted to some 400 plans of 60 layers.
+_SMALL_FLOPS, _SMALL_NUMBERS = 4_000_000, 2**19
+_SMALL_RATE, _SMALL_RATE_TRAINING = 0.65, 0.4  # of the rate at which one thread multiplies large matrices
+_VECTOR_BYTES = 64  # narrower columns take as long
+_STEP_CALLS, _STEP_CALLS_TRAINING = 0.05, 1.2
+_PRODUCT_CALLS, _PRODUCT_CALLS_TRAINING = 0.12, 0.25
+_MERGE_CALLS = 3.1
+_CALLS_A_COPIED_NUMBER = 2.7e-4
+
 
 @dataclass(frozen=True)
 class _Product:
@@ -56,9 +66,13 @@ class _Product:
         return self.lead * self.rows * self.width
 
     @property
+    def operand_numel(self) -> int:
+        return self.lead * self.columns * self.width
+
+    @property
     def numel(self) -> int:
         """Entries read and written."""
-        return self.out_numel + self.lead * self.columns * self.width + self.rows * self.columns
+        return self.out_numel + self.operand_numel + self.rows * self.columns
 
     @property
     def weight_grad_numel(self) -> int:
@@ -197,8 +211,13 @@ class ChainPricer:
         layout_bytes: int,
     ) -> Step:
         item, passes = self.dtype.itemsize, 3 if self.training else 1
-        prepare_s = self.merge_s(*span) + 2 * self.copy_s(layout_bytes) if self.training else 0.0
-        copies_s = self.copy_s(copied_bytes) * (2 if self.training else 1)
+        if self.is_small(product):
+            prepare_s = self.small_merge_s(*span) if self.training else 0.0
+            product_s = self.small_product_s(product, is_copied=kind == "copied")
+        else:
+            prepare_s = self.merge_s(*span) + 2 * self.copy_s(layout_bytes) if self.training else 0.0
+            copies_s = self.copy_s(copied_bytes) * (2 if self.training else 1)
+            product_s = self.product_s(product) + copies_s + self.views_s
         batch, m, n, k = product.gemm
         return Step(
             *span,
@@ -210,7 +229,7 @@ class ChainPricer:
             n=n,
             flops=passes * product.flops + (self.merge_flops(*span) if self.training else 0),
             moved_bytes=passes * item * product.numel + copied_bytes * (2 if self.training else 1),
-            predicted_s=self.product_s(product) + copies_s + prepare_s + self.views_s,
+            predicted_s=product_s + prepare_s,
             state_bytes=item * product.out_numel,
             extra_bytes=copied_bytes // 2,
             weight_grad_bytes=item * product.weight_grad_numel if self.training else 0,
@@ -225,9 +244,63 @@ class ChainPricer:
             return seconds
         if not product.batched:
             return seconds + self.gemm_s(m, k, n) + self.gemm_s(n, k, m)
-        # The gradient of a weight shared by the batch is a batch of products and then their sum.
+        return seconds + self.gemm_s(k, n, m, batch, True) + self.shared_grad_s(product)
+
+    def shared_grad_s(self, product: _Product) -> float:
+        """The gradient of a weight that is shared by a batch: a batch of products and their sum, or, where that moves
+        less, one product of the operands laid side by side."""
+        batch, m, n, k = product.gemm
+        if batch == 1:
+            return self.gemm_s(m, k, n)
+        if self.by_kernels and m * k > (m + k) * n:
+            moved = 2 * self.dtype.itemsize * batch * n
+            return self.copy_s(moved * m) + self.copy_s(moved * k) + self.gemm_s(m, k, n * batch)
         summed = self.model.stream_s(self.dtype.itemsize * product.weight_grad_numel)
-        return seconds + self.gemm_s(k, n, m, batch, True) + self.gemm_s(m, k, n, batch, True) + summed
+        return self.gemm_s(m, k, n, batch, True) + summed
+
+    def is_small(self, product: _Product) -> bool:
+        """Whether the kernels take a step of a small layer, of which there is a price of its own.
+
+        Not at inference on the whole weight: that is the product of a dense layer.
+        """
+        return (
+            self.by_kernels
+            and (self.training or product.rows < self.shape.out_features or product.columns < self.shape.in_features)
+            and bool(self.model.gemm_table)
+            and self.dtype in (torch.float32, torch.float64)
+            and product.flops <= _SMALL_FLOPS
+            and max(product.out_numel, product.operand_numel) <= _SMALL_NUMBERS
+            and self.batch * max(self.shape.in_features, self.shape.out_features) <= _SMALL_NUMBERS
+        )
+
+    def small_product_s(self, product: _Product, *, is_copied: bool) -> float:
+        """A product on plain memory, its copies, and at training the two products that lead back."""
+        _, m, n, k = product.gemm
+        calls = _STEP_CALLS_TRAINING if self.training else _STEP_CALLS
+        n_products = product.lead if product.batched else 1
+        calls += n_products * (_PRODUCT_CALLS_TRAINING if self.training else _PRODUCT_CALLS)
+        if is_copied:
+            calls += _CALLS_A_COPIED_NUMBER * (product.operand_numel + product.out_numel)
+        flops = 2.0 * n_products * m * k * self.whole_vectors(n)
+        if self.training:
+            flops += 2.0 * n_products * (k * m * self.whole_vectors(n) + m * n * self.whole_vectors(k))
+        return calls * self.model.overhead_s + flops / self.small_flops_s
+
+    def small_merge_s(self, start: int, stop: int) -> float:
+        return sum(
+            _MERGE_CALLS * self.model.overhead_s + 6.0 * one.m * one.n * one.k / self.small_flops_s
+            for one in self.merges(start, stop)
+        )
+
+    @property
+    def small_flops_s(self) -> float:
+        """Rate of one thread at small products."""
+        share = _SMALL_RATE_TRAINING if self.training else _SMALL_RATE
+        return share * self.model.gemm_flops_s * self.model._dtype_rate(self.dtype) / torch.get_num_threads()
+
+    def whole_vectors(self, n: int) -> int:
+        lanes = _VECTOR_BYTES // self.dtype.itemsize
+        return -(-n // lanes) * lanes
 
     def gemm_s(self, m: int, n: int, k: int, batch: int = 1, batched: bool = False) -> float:
         return self.model.gemm_s(m, n, k, batch=batch, batched=batched, dtype=self.dtype)
@@ -282,7 +355,8 @@ class ChainPricer:
         product = _Product(self.batch, chain.out_features, chain.in_features, 1, batched=False)
         step = self.step("linear", whole, (chain.in_features, 1), product, 0, 0)
         # Without views around it, the call is that of a dense layer.
-        step = replace(step, predicted_s=step.predicted_s - self.views_s)
+        views_s = 0.0 if self.is_small(product) else self.views_s
+        step = replace(step, predicted_s=step.predicted_s - views_s)
         weight_bytes = self.dtype.itemsize * chain.dense_numel
         # In training the weight, its gradient, and that gradient sorted by cores are alive together.
         peak_bytes = weight_bytes * (3 if self.training and chain.order > 1 else 1)

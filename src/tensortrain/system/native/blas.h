@@ -21,6 +21,7 @@ TENSORTRAIN_WEAK void sgemv_(const char*, const int*, const int*, const float*, 
                              const int*, const float*, float*, const int*);
 TENSORTRAIN_WEAK void dgemv_(const char*, const int*, const int*, const double*, const double*, const int*,
                              const double*, const int*, const double*, double*, const int*);
+TENSORTRAIN_WEAK int MKL_Set_Num_Threads_Local(int);  // gives what held before; 0 stands for the number of the process
 }
 #endif
 
@@ -28,11 +29,31 @@ namespace tensortrain {
 
 #ifdef TENSORTRAIN_WITHOUT_BLAS
 inline bool has_blas() { return false; }
+struct OneThread {
+  explicit OneThread(bool) {}
+};
 template <typename T>
 void blas_gemm(char, char, int, int, int, T, const T*, int, const T*, int, T, T*, int) {}
 template <typename T>
 void blas_gemv(char, int, int, T, const T*, int, const T*, int, T, T*, int) {}
 #else
+// While it lives, BLAS runs on the thread that asked: waking others for a small product takes longer than the product.
+class OneThread {
+ public:
+  explicit OneThread(bool is_small) : is_set_(is_small && MKL_Set_Num_Threads_Local != nullptr) {
+    if (is_set_) before_ = MKL_Set_Num_Threads_Local(1);
+  }
+  ~OneThread() {
+    if (is_set_) MKL_Set_Num_Threads_Local(before_);
+  }
+  OneThread(const OneThread&) = delete;
+  OneThread& operator=(const OneThread&) = delete;
+
+ private:
+  bool is_set_;
+  int before_ = 0;
+};
+
 inline bool has_blas() { return sgemm_ != nullptr && dgemm_ != nullptr && sgemv_ != nullptr && dgemv_ != nullptr; }
 
 inline void blas_gemm(char ta, char tb, int m, int n, int k, float alpha, const float* a, int lda, const float* b,
@@ -53,6 +74,9 @@ inline void blas_gemv(char t, int m, int n, double alpha, const double* a, int l
 }
 #endif
 
+// Up to so many multiplications one thread is the faster: a second one takes about three microseconds to wake.
+constexpr int64_t products_of_one_thread = 500'000;
+
 // A matrix as it lies in memory, row after row; `transposed` takes it as its transpose.
 template <typename T>
 struct Matrix {
@@ -67,6 +91,7 @@ void multiply_into(T* c, int64_t ldc, const Matrix<T>& a, const Matrix<T>& b, in
                    T beta = T(0)) {
   const auto lda = static_cast<int>(a.row), ldb = static_cast<int>(b.row);
   const auto M = static_cast<int>(m), N = static_cast<int>(n), K = static_cast<int>(k);
+  const OneThread alone(m * n * k <= products_of_one_thread);
   // BLAS takes columns one after the other: to it, all matrices are their transposes.
   if (m == 1) {
     blas_gemv(b.transposed ? 'T' : 'N', b.transposed ? K : N, b.transposed ? N : K, T(1), b.data, ldb, a.data,

@@ -68,20 +68,45 @@ class Watch:
 
     def __init__(self) -> None:
         self._began, self._before = time.perf_counter(), _times_interrupted()
+        self._used_before = _seconds_used()
 
     def is_alone(self) -> bool:
         """Whether this process has had its processors to itself so far."""
         seconds = time.perf_counter() - self._began
         # An idle machine interrupts a few times a second for its own sake.
-        return _times_interrupted() - self._before <= 10 + _USUAL_PER_S * seconds
+        if _times_interrupted() - self._before > 10 + _USUAL_PER_S * seconds:
+            return False
+        # Who waits for others at a barrier is not interrupted.
+        return seconds < _FEWEST_S or self._others(seconds) < _OTHERS_AT_MOST
+
+    def _others(self, seconds: float) -> float:
+        """Processors that others kept from this process's threads, on average; 0 where the system does not tell."""
+        if not self._used_before or not (now := _seconds_used()):
+            return 0.0
+        by_all, by_this = (after - before for after, before in zip(now, self._used_before, strict=True))
+        theirs = (by_all - by_this) / seconds
+        return theirs if theirs + torch.get_num_threads() > (os.cpu_count() or 1) else 0.0
 
 
 _USUAL_PER_S = 25
+_FEWEST_S = 0.5  # the system counts hundredths of a second
+_OTHERS_AT_MOST = 0.15
 
 
 def _times_interrupted() -> int:
     """How often the system has taken the processor from this process; 0 where it does not count."""
     return 0 if resource is None else resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
+
+
+def _seconds_used() -> tuple[float, float] | None:
+    """Seconds that the processors have worked so far, for everybody and for this process; where Linux tells."""
+    try:
+        with open("/proc/stat", encoding="ascii") as stat:
+            user, nice, system, _idle, _waiting, *rest = (int(word) for word in stat.readline().split()[1:9])
+        ticks = user + nice + system + sum(rest)  # interrupts, and what the host took away
+        return ticks / os.sysconf("SC_CLK_TCK"), time.process_time()
+    except (OSError, ValueError, AttributeError):
+        return None
 
 
 def known_file(name: str, key: str) -> Path:

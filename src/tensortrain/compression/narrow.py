@@ -18,13 +18,24 @@ from tensortrain.formats.narrowing import refitted, shrunk
 from tensortrain.nn import is_transformers_conv1d
 from tensortrain.system.parking import let_go
 
-__all__ = ["SIZES", "Fitted", "Undo", "all_or_none", "check_units", "fitted", "narrow_"]
+__all__ = [
+    "SIZES",
+    "Fitted",
+    "Undo",
+    "all_or_none",
+    "check_units",
+    "fitted",
+    "narrow_",
+    "put",
+    "remember",
+    "resize",
+]
 
 Undo = Callable[[], None]
 
 _MADE = ("out_features", "out_channels", "num_features", "nf", "num_parameters")
 _READ = ("in_features", "in_channels", "nx")
-SIZES = (*_MADE, *_READ, "groups")  # attributes of layers that narrowing changes
+SIZES = (*_MADE, *_READ, "groups", "hidden_size", "input_size")  # attributes of layers that narrowing changes
 
 
 @torch.no_grad()
@@ -49,14 +60,14 @@ def narrow_(
     """
     reader = model.get_submodule(units.reader)
     _check(reader, units, kept, weight)
-    undo = [_remember(model.get_submodule(name)) for name in (*units.makers, *units.between, units.reader)]
+    undo = [remember(model.get_submodule(name)) for name in (*units.makers, *units.between, units.reader)]
     for name in (*units.makers, *units.between):
         _keep_channels(model.get_submodule(name), kept, units.n_units)
     _read_fewer(reader, weight)
     if bias_shift is not None:
         old = reader.bias
         assert isinstance(old, Tensor)
-        _put(reader, "bias", old + bias_shift.to(old.device, old.dtype))
+        put(reader, "bias", old + bias_shift.to(old.device, old.dtype))
 
     def back() -> None:
         for one in undo:
@@ -159,7 +170,7 @@ def _torch_layout(layer: nn.Module) -> Tensor:
     return weight.T if is_transformers_conv1d(layer) else weight
 
 
-def _remember(layer: nn.Module) -> Undo:
+def remember(layer: nn.Module) -> Undo:
     """What puts a layer back: its tensors and the attributes that tell its size."""
     state, parameters, buffers = dict(layer.__dict__), dict(layer._parameters), dict(layer._buffers)
 
@@ -182,17 +193,17 @@ def _keep_channels(layer: nn.Module, kept: Tensor, before: int) -> None:
     for name, parameter in list(layer._parameters.items()):
         if parameter is not None and (parameter.ndim > 0 and parameter.numel() > 1):
             axis = 1 if is_conv1d and name == "weight" else 0
-            _put(layer, name, parameter.index_select(axis, kept.to(parameter.device)))
+            put(layer, name, parameter.index_select(axis, kept.to(parameter.device)))
     for name, buffer in list(layer._buffers.items()):
         if buffer is not None and buffer.ndim > 0:
             layer._buffers[name] = buffer.index_select(0, kept.to(buffer.device))
     sizes = [size for size in _MADE if getattr(layer, size, 0) == before]
     if getattr(layer, "groups", 1) > 1:  # a depthwise convolution
         sizes += ["in_channels", "groups"]
-    _resize(layer, sizes, n)
+    resize(layer, sizes, n)
 
 
-def _resize(layer: nn.Module, sizes: Sequence[str], n: int) -> None:
+def resize(layer: nn.Module, sizes: Sequence[str], n: int) -> None:
     """Another size under some names, and a note of what it was when the model was built, for checkpoints."""
     known: dict[str, int] = vars(layer).get("narrowed_from", {})
     vars(layer)["narrowed_from"] = {size: getattr(layer, size) for size in sizes} | known
@@ -203,11 +214,12 @@ def _resize(layer: nn.Module, sizes: Sequence[str], n: int) -> None:
 def _read_fewer(reader: nn.Module, weight: Tensor) -> None:
     old = _torch_layout(reader)
     new = weight.to(old.device, old.dtype)
-    _put(reader, "weight", (new.T if is_transformers_conv1d(reader) else new).contiguous())
-    _resize(reader, [size for size in _READ if hasattr(reader, size)], weight.shape[1])
+    put(reader, "weight", (new.T if is_transformers_conv1d(reader) else new).contiguous())
+    resize(reader, [size for size in _READ if hasattr(reader, size)], weight.shape[1])
 
 
-def _put(layer: nn.Module, name: str, value: Tensor) -> None:
+def put(layer: nn.Module, name: str, value: Tensor) -> None:
+    """Another parameter under a name, trained where the old one was."""
     old = layer._parameters[name]
     assert old is not None
     layer._parameters[name] = nn.Parameter(value.contiguous(), requires_grad=old.requires_grad)

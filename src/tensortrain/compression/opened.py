@@ -72,6 +72,8 @@ class Opened:
         Returns:
             Module: The model.
         """
+        if not changed_too:
+            self._close_narrowed()
         back = [(names, new, old) for names, old, new in self.layers if changed_too or not _is_changed(new)]
         for _, new, old in back:
             move_hooks(new, old)
@@ -80,6 +82,13 @@ class Opened:
         self.layers = [one for one in self.layers if not changed_too and _is_changed(one[2])]
         self._put_computed_back(changed_too)
         return self.model
+
+    def _close_narrowed(self) -> None:
+        """Put smaller layers of torch in the place of those that were narrowed and hold dense maps alone."""
+        narrowed = [one for one in self.layers if _lost_units(*one[1:]) and not _is_changed(one[2])]
+        built = [(names, new, _smaller(old, new)) for names, old, new in narrowed]
+        self.model = swap(self.model, built)
+        self.layers = [one for one in self.layers if not any(one is other for other in narrowed)]
 
     def _put_computed_back(self, changed_too: bool) -> None:
         """What computes a weight is back in its place, where the layer was not replaced or narrowed meanwhile."""
@@ -249,6 +258,21 @@ def _hung(layer: nn.Module, registries: tuple[Any, ...]) -> list[str]:
     usual = fresh_twin(layer)
     own = {*vars(usual), *usual._parameters, *usual._buffers, *usual._modules}
     return [name for registry in registries for name in registry if name not in own]
+
+
+def _lost_units(old: nn.Module, new: nn.Module) -> bool:
+    sizes = ("input_size", "hidden_size")
+    return any(getattr(old, name, None) != getattr(new, name, None) for name in sizes)
+
+
+def _smaller(old: nn.Module, new: Any) -> nn.Module:
+    """Torch's layer of the sizes of an opened one, with what hung on the one that was opened."""
+    with torch.random.fork_rng(devices=[]):
+        found: nn.Module = new.to_dense()
+    vars(found).update({name: vars(new)[name] for name in _hung(old, (vars(old),)) if name in vars(new)})
+    vars(found)["narrowed_from"] = vars(new)["narrowed_from"]
+    move_hooks(new, found)
+    return found.train(new.training)
 
 
 def _is_narrow(one: ComputedLayer) -> bool:

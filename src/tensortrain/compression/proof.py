@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from torch import nn
 
-from tensortrain.compression.choose.plan import CompressionPlan, Narrowed, NarrowedHeads, n_saved
+from tensortrain.compression.choose.plan import CompressionPlan, Group, n_saved
 from tensortrain.compression.surgery import apply_plan_
 from tensortrain.compression.survey.runs import layers_that_run
 from tensortrain.compression.words import in_short
@@ -40,9 +40,8 @@ def apply_proven(
     if error is None:
         return compressed, plan, _idle(plan, names, ran, seen)
     culprits = [] if inplace else [name for name in names if _fails_alone(model, plan, name)]
-    together: list[Narrowed | NarrowedHeads] = [*plan.narrowed, *plan.heads]
-    stuck = [] if inplace else [one for one in together if _fails_narrowed(model, plan, one)]
-    if len(culprits) + len(stuck) in (0, len(names) + len(together)):
+    stuck = [] if inplace else [one for one in plan.groups if _fails_narrowed(model, plan, one)]
+    if len(culprits) + len(stuck) in (0, len(names) + len(plan.groups)):
         raise _does_not_run(error, culprits)
     plan = _without(plan, [*culprits, *(name for one in stuck for name in one.names)], error)
     compressed = apply_plan_(checked_copy(model), plan, observer=observer)
@@ -80,14 +79,12 @@ def _seen(compressed: nn.Module, plan: CompressionPlan, names: Sequence[str]) ->
 
 def _fails_alone(model: nn.Module, plan: CompressionPlan, name: str) -> bool:
     layers = tuple(layer for layer in plan.layers if layer.name == name)
-    alone = replace(plan, layers=layers, narrowed=(), heads=())
+    alone = replace(plan, layers=layers).with_groups(())
     return _seen(apply_plan_(checked_copy(model), alone), plan, [])[1] is not None
 
 
-def _fails_narrowed(model: nn.Module, plan: CompressionPlan, one: Narrowed | NarrowedHeads) -> bool:
-    units = (one,) if isinstance(one, Narrowed) else ()
-    heads = (one,) if isinstance(one, NarrowedHeads) else ()
-    alone = replace(plan, layers=(), narrowed=units, heads=heads)
+def _fails_narrowed(model: nn.Module, plan: CompressionPlan, one: Group) -> bool:
+    alone = replace(plan, layers=()).with_groups([one])
     return _seen(apply_plan_(checked_copy(model), alone), plan, [])[1] is not None
 
 
@@ -95,13 +92,11 @@ def _without(plan: CompressionPlan, culprits: Sequence[str], error: Exception) -
     """The plan with some layers left dense."""
     why = f"the model does not run with another layer in its place ({in_short(error)})"
     layers = [layer.left_dense(why) if layer.name in culprits else layer for layer in plan.layers]
-    narrowed = [one for one in plan.narrowed if not set(one.names) & set(culprits)]
-    heads = [one for one in plan.heads if not set(one.names) & set(culprits)]
-    after = plan.params_before - n_saved(layers, narrowed)
+    small = plan.with_groups([one for one in plan.groups if not set(one.names) & set(culprits)])
+    after = plan.params_before - n_saved(layers, small.narrowed)
     note = f"The model does not run without its own {', '.join(map(repr, culprits))} ({in_short(error)}): left dense, "
     note += "so the budget may be missed. Leave them out with exclude= to spend it on the others."
-    plan = replace(plan, layers=tuple(layers), narrowed=tuple(narrowed), heads=tuple(heads))
-    return replace(plan, params_after=after, notes=(*plan.notes, note))
+    return replace(small, layers=tuple(layers), params_after=after, notes=(*plan.notes, note))
 
 
 def _idle(plan: CompressionPlan, names: Sequence[str], ran: set[str], seen: set[str]) -> list[str]:

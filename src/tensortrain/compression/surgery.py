@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from time import perf_counter
 from typing import Any, cast
 
@@ -13,14 +13,16 @@ from torch import Tensor, nn
 
 from tensortrain.compression.carry import cannot_carry, carry
 from tensortrain.compression.choose.candidates import cold_weighting
-from tensortrain.compression.choose.plan import CompressionPlan, LayerPlan
+from tensortrain.compression.choose.plan import CompressionPlan, Group, LayerPlan, Narrowed, NarrowedHeads
 from tensortrain.compression.made_up import Statistic, make_up
 from tensortrain.compression.narrow import Fitted, all_or_none, check_units, fitted, narrow_
 from tensortrain.compression.narrow_heads import check_heads, narrowed_heads
+from tensortrain.compression.narrow_recurrent import FittedMap, check_recurrent, fitted_recurrent, narrow_recurrent_
 from tensortrain.compression.opened import close_composites, open_layers
 from tensortrain.compression.retie import retie
 from tensortrain.compression.survey.layers import FoundLayer, check_module, find_layers
 from tensortrain.compression.survey.moments import Calibration, LayerMoments
+from tensortrain.compression.survey.recurrent import RecurrentUnits
 from tensortrain.compression.swap import Built, swap
 from tensortrain.errors import ShapeError
 from tensortrain.formats import Weighting
@@ -84,18 +86,31 @@ def _apply(model: nn.Module, plan: CompressionPlan, observer: Observer, build: B
         check_units(one.units, found)
     for those in plan.heads:
         check_heads(those.heads, found)
+    for each in plan.recurrent:
+        check_recurrent(each.units, found)
     with weights_parked(model.parameters()) as put_aside:
-        built, narrow, statistics = _prepared(model, plan, work, found, observer, build or _build, put_aside)
+        ready = _prepared(model, plan, work, found, observer, build or _build, put_aside)
         with all_or_none() as undo:
-            for fit in narrow:
+            for fit in ready.narrow:
                 old = [model.get_submodule(name)._parameters["weight"] for name in fit.units.makers]
                 undo.append(narrow_(model, fit.units, fit.kept, fit.weight, fit.bias_shift))
                 put_aside(weight for weight in old if weight is not None)
-            changed = swap(model, built)
-    for buffer, value in statistics:
+            undo += [narrow_recurrent_(model, units, maps) for units, maps in ready.recurrent]
+            changed = swap(model, ready.built)
+    for buffer, value in ready.statistics:
         buffer.copy_(value)
     retie(changed)
     return changed
+
+
+@dataclass
+class _Ready:
+    """All that a plan puts into a model."""
+
+    built: list[Built] = field(default_factory=list)
+    narrow: list[Fitted] = field(default_factory=list)
+    recurrent: list[tuple[RecurrentUnits, dict[str, FittedMap]]] = field(default_factory=list)
+    statistics: list[Statistic] = field(default_factory=list)
 
 
 def _prepared(
@@ -106,41 +121,51 @@ def _prepared(
     observer: Observer,
     build: Build,
     put_aside: Callable[[Iterable[Tensor]], None],
-) -> tuple[list[Built], list[Fitted], list[Statistic]]:
+) -> _Ready:
     """All that a plan puts into a model; nothing of the model is changed yet.
 
     Args:
         put_aside: Is given the weights that are not needed any more but to go back after an error.
     """
     calibration = plan.calibration or Calibration()
-    built: list[Built] = []
-    narrow: list[Fitted] = []
-    statistics: list[Statistic] = []
-    observer.on_start("decompose", len(work) + len(plan.narrowed) + len(plan.heads))
+    ready = _Ready()
+    observer.on_start("decompose", len(work) + len(plan.groups))
     try:
         for k, (layer, entry) in enumerate(work):
             moments, began = calibration.of(layer.name), perf_counter()
             new = build(layer, entry, moments.weighting)
-            statistics += _keep_moments(model, layer, new, moments)
+            ready.statistics += _keep_moments(model, layer, new, moments)
             moments.forget_derived()
-            built.append((layer.names, layer.module, new))
+            ready.built.append((layer.names, layer.module, new))
             if layer.head is not None:
-                built.append((layer.head.names, layer.head.module, _tied(layer.head.module, new)))
+                ready.built.append((layer.head.names, layer.head.module, _tied(layer.head.module, new)))
             put_aside(p for name, p in layer.module.named_parameters(recurse=False) if name == "weight")
             observer.on_step(k + 1, seconds=perf_counter() - began)
-        for k, one in enumerate(plan.narrowed):
-            narrow.append(fitted(model, one.units, one.kept, found, calibration.of(one.units.reader)))
-            statistics += narrow[-1].statistics
-            put_aside(p for p in [model.get_submodule(one.units.reader)._parameters["weight"]] if p is not None)
+        for k, one in enumerate(plan.groups):
+            _prepare_group(ready, model, one, found, calibration)
+            if isinstance(one, Narrowed):
+                put_aside(p for p in [model.get_submodule(one.units.reader)._parameters["weight"]] if p is not None)
             observer.on_step(len(work) + k + 1)
-        for k, those in enumerate(plan.heads):
-            maps, more = narrowed_heads(model, those.heads, those.kept, found, calibration.of(those.heads.judged))
-            built += maps
-            statistics += more
-            observer.on_step(len(work) + len(plan.narrowed) + k + 1)
     finally:
         observer.on_end()
-    return built, narrow, statistics
+    return ready
+
+
+def _prepare_group(
+    ready: _Ready, model: nn.Module, one: Group, found: Mapping[str, FoundLayer], calibration: Calibration
+) -> None:
+    """What layers that are narrowed together become."""
+    if isinstance(one, Narrowed):
+        ready.narrow.append(fitted(model, one.units, one.kept, found, calibration.of(one.units.reader)))
+        ready.statistics += ready.narrow[-1].statistics
+    elif isinstance(one, NarrowedHeads):
+        built, statistics = narrowed_heads(model, one.heads, one.kept, found, calibration.of(one.heads.judged))
+        ready.built += built
+        ready.statistics += statistics
+    else:
+        maps, statistics = fitted_recurrent(model, one.units, one.kept, found, calibration)
+        ready.recurrent.append((one.units, maps))
+        ready.statistics += statistics
 
 
 def to_dense_(model: nn.Module, *, only: Collection[str] | None = None) -> nn.Module:

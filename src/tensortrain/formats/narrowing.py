@@ -16,7 +16,7 @@ from torch import Tensor
 from tensortrain.cores.linalg import gram_root
 from tensortrain.errors import RankError
 
-__all__ = ["SHRINKAGE", "Narrowing", "narrowing", "refitted", "shrunk"]
+__all__ = ["SHRINKAGE", "Narrowing", "narrowing", "refitted", "shrunk", "weighed_rows"]
 
 LEAST_SHRINKAGE = 1e-6  # where no data will come
 SHRINKAGE = 1e-3  # of the mean diagonal: what few rows of data say about rare directions is not to be believed
@@ -73,7 +73,7 @@ def narrowing(
         [2, 0, 1]
     """
     device = gram.device
-    rows = _weighed_rows(weight, output_gram)
+    rows = weighed_rows(weight, output_gram)
     lower = torch.linalg.cholesky(gram.double())
     del gram  # of many units it is as large as the layer
     inverse = torch.cholesky_inverse(lower).mT.contiguous()  # symmetric: in columns, as it comes, is as good
@@ -118,7 +118,7 @@ def shrunk(gram: Tensor, outside: float | None = None) -> Tensor:
     return found
 
 
-def _weighed_rows(weight: Tensor, output_gram: Tensor | None) -> Tensor:
+def weighed_rows(weight: Tensor, output_gram: Tensor | None) -> Tensor:
     """``C W`` with ``F = C^T C``: errors of outputs as plain squares, ``(rows, n)``."""
     wide = weight.detach().double()
     if output_gram is not None:

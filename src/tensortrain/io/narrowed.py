@@ -66,6 +66,8 @@ def narrowed_twin(old: Any, entry: LayerEntry, stored: StoredTensors, folder: Pa
     new: nn.Module = kind.__new__(kind)
     vars(new).update(vars(old))
     vars(new).update({**sizes, "narrowed_from": before})
+    if isinstance(old, nn.RNNBase):  # which keeps its parameters in a list, too
+        vars(new)["_flat_weights"] = list(old._flat_weights)
     for kind in ("_parameters", "_buffers"):
         vars(new)[kind] = {name: _empty(tensor, name, entry, stored) for name, tensor in vars(old)[kind].items()}
     return new

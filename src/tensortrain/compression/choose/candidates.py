@@ -30,6 +30,8 @@ from tensortrain.nn.embedding.layers import hottest
 __all__ = [
     "HEADS",
     "NARROW",
+    "NARROWING",
+    "RECURRENT",
     "Candidate",
     "Family",
     "candidates",
@@ -43,6 +45,8 @@ __all__ = [
 
 NARROW = "narrow"  # beside the formats: fewer hidden units, of layers that stay dense
 HEADS = "heads"  # the same of attention heads; by hand, since on the sentence encoder it lost more than was predicted
+RECURRENT = "recurrent"  # of recurrent layers
+NARROWING = (NARROW, HEADS, RECURRENT)
 DEFAULT_FORMATS = ("low_rank", "tucker2", "tt", NARROW)
 _MOST_SPECTRUM_POINTS = 64
 _HOT_SHIFTS = (7, 6, 5, 4)  # of a table's rows 1 in 2^7 stay as they are, 1 in 2^6, ..
@@ -70,7 +74,7 @@ def factoring(formats: Sequence[str]) -> tuple[str, ...]:
     Raises:
         KindError: One is not known.
     """
-    names = tuple(name for name in formats if name not in (NARROW, HEADS))
+    names = tuple(name for name in formats if name not in NARROWING)
     for name in names:
         get_format(name)
     return names
@@ -325,7 +329,7 @@ def least_params(weight: WeightShape, formats: Sequence[str], search: Search | N
     Mode shapes that follow the structure of the inputs need data; prime factors are as small as those get.
     """
     least = weight.n_params
-    if (NARROW in formats or HEADS in formats) and weight.kind != "embedding":
+    if {*NARROWING} & {*formats} and weight.kind != "embedding":
         least //= max(weight.out_features, weight.in_features)  # one unit is left of those that it makes or reads
     formats = factoring(formats)
     if weight.kind == "linear" and "tt" in formats:

@@ -18,14 +18,15 @@ from tensortrain.compression.choose.clock import Clock, Family, family_of
 from tensortrain.compression.choose.cost import LayerCost, spec_cost
 from tensortrain.compression.choose.head_widths import HeadWidths
 from tensortrain.compression.choose.load import Load
-from tensortrain.compression.choose.plan import LayerPlan, Narrowed, NarrowedHeads
+from tensortrain.compression.choose.plan import LayerPlan, Narrowed, NarrowedHeads, NarrowedRecurrent
+from tensortrain.compression.choose.recurrent_widths import RecurrentWidths
 from tensortrain.compression.choose.why import why_not_other
 from tensortrain.compression.choose.widths import Width, Widths
 from tensortrain.compression.survey.layers import FoundLayer
 from tensortrain.errors import BudgetError
 from tensortrain.formats import FactorSpec, get_format
 
-__all__ = ["Choice", "Chooser", "Menu"]
+__all__ = ["AnyWidths", "Choice", "Chooser", "Menu"]
 
 _SLACK = 0.01  # of the whole model's time: what a layer, or all together, may lose before they count as slower
 # What counts of a squared error where the healing is long, for a weight of full matrix rank: this share of that of the
@@ -46,6 +47,7 @@ _ID_BYTES, _PLACE_BYTES = 8, 4  # of the number of a row that is kept, of that o
 
 Array: TypeAlias = "np.ndarray[Any, Any]"
 Pick: TypeAlias = "Candidate | Width | None"
+AnyWidths: TypeAlias = Widths | HeadWidths | RecurrentWidths
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,7 @@ class Choice:
     layers: Sequence[LayerPlan]
     narrowed: Sequence[Narrowed] = ()
     heads: Sequence[NarrowedHeads] = ()
+    recurrent: Sequence[NarrowedRecurrent] = ()
 
 
 @dataclass(frozen=True)
@@ -147,7 +150,7 @@ class Chooser:
     allow_slower: bool
     long_healing: bool
     beyond_reach: Callable[[], str]
-    hidden: Sequence[Widths | HeadWidths] = ()
+    hidden: Sequence[AnyWidths] = ()
     banned: dict[str, dict[Family, int]] = field(init=False)
     clock: Clock = field(default_factory=Clock)
     known: dict[tuple[str, FactorSpec, int], LayerCost] = field(default_factory=dict)
@@ -188,11 +191,14 @@ class Chooser:
         finer.banned = {name: dict(families) for name, families in self.banned.items()}
         return finer, finer.choose()
 
-    def _narrowed(self, picks: Sequence[Pick]) -> tuple[list[Narrowed], list[NarrowedHeads]]:
+    def _narrowed(
+        self, picks: Sequence[Pick]
+    ) -> tuple[list[Narrowed], list[NarrowedHeads], list[NarrowedRecurrent]]:
         by_name = {menu.layer.name: pick for menu, pick in zip(self.menus, picks, strict=True)}
         chosen = [(one, pick.n_units) for one in self.hidden if isinstance(pick := by_name[one.reader], Width)]
         units = [Narrowed.of(one, n) for one, n in chosen if isinstance(one, Widths)]
-        return units, [NarrowedHeads.of(one, n) for one, n in chosen if isinstance(one, HeadWidths)]
+        heads = [NarrowedHeads.of(one, n) for one, n in chosen if isinstance(one, HeadWidths)]
+        return units, heads, [NarrowedRecurrent.of(one, n) for one, n in chosen if isinstance(one, RecurrentWidths)]
 
     def _struck_off(self, picks: Sequence[Pick]) -> bool:
         """Whether some picks are too slow, which are then banned with all larger ones of their family."""

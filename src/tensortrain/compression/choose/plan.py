@@ -6,24 +6,26 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 from tensortrain.compression.choose.candidates import NARROW
 from tensortrain.compression.choose.head_widths import HeadWidths
+from tensortrain.compression.choose.recurrent_widths import RecurrentWidths
 from tensortrain.compression.choose.widths import Width, Widths
 from tensortrain.compression.survey.heads import AttentionHeads
 from tensortrain.compression.survey.hidden import HiddenUnits
 from tensortrain.compression.survey.layers import FoundLayer, LeftAlone
 from tensortrain.compression.survey.moments import Calibration
+from tensortrain.compression.survey.recurrent import RecurrentUnits
 from tensortrain.errors import CheckpointError
 from tensortrain.formats import FactorSpec, get_format
 from tensortrain.formats.channel_order import ChannelOrder
 from tensortrain.nn.base import Implementation
 from tensortrain.system.records import read_record, to_plain
 
-__all__ = ["CompressionPlan", "LayerPlan", "Narrowed", "NarrowedHeads", "n_saved"]
+__all__ = ["CompressionPlan", "Group", "LayerPlan", "Narrowed", "NarrowedHeads", "NarrowedRecurrent", "n_saved"]
 
-_VERSION = 5
+_VERSION = 6
 _NARROWED = "narrowed"
 _KEPT = (
     "budget",
@@ -37,9 +39,11 @@ _KEPT = (
     "opened",
     "narrowed",
     "heads",
+    "recurrent",
 )
 _NEW_OF_LAYERS = ("hot_ids", "in_order", "out_order", "head", "loss", "why")  # written where they say something
-_ADDED = ("opened", "narrowed", "heads")  # by versions 3 to 5: maps of recurrent layers, hidden units, heads
+# By versions 3 to 6: maps of recurrent layers, hidden units, heads, units of recurrent layers.
+_ADDED = ("opened", "narrowed", "heads", "recurrent")
 
 
 @dataclass(frozen=True)
@@ -127,6 +131,7 @@ class LayerPlan:
         """The same layer with fewer of the hidden units that it makes or reads."""
         fixed = self.params_before - math.prod(self.shape) if width.reads else 0  # the bias of the reader stays
         n = round(width.share * (self.params_before - fixed)) + fixed
+        n = self.params_before - math.prod(self.shape) + width.n_params if width.with_bias else n
         error = math.sqrt(width.error) if width.reads or width.judges else None
         what = f"{width.n_units:,} units ({width.share:.0%})"
         said = f"{_NARROWED}: {what}"
@@ -198,6 +203,37 @@ class NarrowedHeads:
         return cls(widths.heads, widths.kept(n_directions))
 
 
+@dataclass(frozen=True)
+class NarrowedRecurrent:
+    """Recurrent layers of which hidden units go, equally many of every cell.
+
+    Attributes:
+        kept: Numbers of the units that remain, by cell.
+    """
+
+    units: RecurrentUnits
+    kept: tuple[tuple[int, ...], ...]
+
+    def __post_init__(self) -> None:
+        sizes = {len(some) for some in self.kept}
+        n_cells = self.units.n_layers * self.units.n_directions
+        known = all(0 <= unit < self.units.n_units for some in self.kept for unit in some)
+        if len(self.kept) != n_cells or len(sizes) != 1 or sizes == {0} or not known:
+            raise ValueError("all cells of a recurrent layer keep equally many of their units")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return self.units.names
+
+    @classmethod
+    def of(cls, widths: RecurrentWidths, n_units: int) -> NarrowedRecurrent:
+        """Those that are best kept at a width."""
+        return cls(widths.units, widths.kept(n_units))
+
+
+Group: TypeAlias = Narrowed | NarrowedHeads | NarrowedRecurrent  # layers that are narrowed together
+
+
 def n_saved(layers: Sequence[LayerPlan], narrowed: Sequence[Narrowed]) -> int:
     """Parameters that a plan takes away."""
     return sum(one.params_before - one.params_after for one in layers) + sum(one.n_between for one in narrowed)
@@ -217,6 +253,7 @@ class CompressionPlan:
             weight is computed at every call (weight norm, pruning) and plain from then on.
         narrowed: Hidden units of which some go.
         heads: Attention heads of which some directions go.
+        recurrent: Recurrent layers of which hidden units go.
         calibration: The input statistics it was made with; not part of the text.
     """
 
@@ -232,6 +269,21 @@ class CompressionPlan:
     opened: tuple[str, ...] = ()
     narrowed: tuple[Narrowed, ...] = ()
     heads: tuple[NarrowedHeads, ...] = ()
+    recurrent: tuple[NarrowedRecurrent, ...] = ()
+
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        """All layers that are narrowed together, of every kind."""
+        return (*self.narrowed, *self.heads, *self.recurrent)
+
+    def with_groups(self, groups: Sequence[Group]) -> CompressionPlan:
+        """The same plan with these layers narrowed together."""
+        return replace(
+            self,
+            narrowed=tuple(one for one in groups if isinstance(one, Narrowed)),
+            heads=tuple(one for one in groups if isinstance(one, NarrowedHeads)),
+            recurrent=tuple(one for one in groups if isinstance(one, NarrowedRecurrent)),
+        )
 
     @property
     def compression(self) -> float:
@@ -255,6 +307,7 @@ class CompressionPlan:
         """
         changed = [layer.name for layer in self.layers if layer.spec is not None]
         changed += [name for one in self.narrowed for name in (*one.names, *one.units.between)]
+        changed += [name for one in self.recurrent for name in one.names]
         reached = tuple(n for n in names if any(name == n or name.startswith(f"{n}." if n else "") for name in changed))
         own = {layer.name for layer in self.layers}
         gone = sum(n for name, n in (beside or {}).items() if name in reached and name not in own)

@@ -22,41 +22,34 @@ from tensortrain.compression.choose.beyond_reach import (
 from tensortrain.compression.choose.budget import Budget, BudgetLike, Measure, read_budget
 from tensortrain.compression.choose.candidates import (
     DEFAULT_FORMATS,
-    HEADS,
-    NARROW,
     factoring,
     families,
     formats_worth_trying,
     least_params,
 )
-from tensortrain.compression.choose.chooser import Choice, Chooser, Menu
+from tensortrain.compression.choose.chooser import AnyWidths, Choice, Chooser, Menu
 from tensortrain.compression.choose.clock import Clock
 from tensortrain.compression.choose.cost import dense_cost
 from tensortrain.compression.choose.folder import Folder
 from tensortrain.compression.choose.goals import Goals, Sizes, read_goals
-from tensortrain.compression.choose.head_widths import HeadWidths, apart, head_widths_of
 from tensortrain.compression.choose.load import loads_of
 from tensortrain.compression.choose.options import PlanOptions
 from tensortrain.compression.choose.plan import CompressionPlan, n_saved
 from tensortrain.compression.choose.proving import Proving
 from tensortrain.compression.choose.remeasured import Seen, spent_again
 from tensortrain.compression.choose.structure import Search
+from tensortrain.compression.choose.together import widths_together
 from tensortrain.compression.choose.weights import weigh_layers
-from tensortrain.compression.choose.widths import Width, Widths, disjoint, widths_of
+from tensortrain.compression.choose.widths import Width
 from tensortrain.compression.choose.within import Planned, find_plan
 from tensortrain.compression.opened import Opened, opened_for_a_while
 from tensortrain.compression.proof import apply_proven
 from tensortrain.compression.report.alone import loss_together, losses_alone
 from tensortrain.compression.survey.calibrate import are_parked, calibrate
-from tensortrain.compression.survey.heads import AttentionHeads
-from tensortrain.compression.survey.hidden import HiddenUnits
 from tensortrain.compression.survey.layers import FoundLayer, LeftAlone, check_module, count_params, find_layers
 from tensortrain.compression.survey.moments import Calibration, LayerMoments
-from tensortrain.compression.survey.proven import proven_units
-from tensortrain.compression.survey.proven_heads import proven_heads
 from tensortrain.compression.survey.task import FIRST, first_with_example, task_on_batch
 from tensortrain.errors import BudgetError, TTError
-from tensortrain.nn import CompositeLayer
 from tensortrain.system.checkpoint import start_signature
 from tensortrain.system.observer import Observer, Silent
 from tensortrain.system.processes import first_of, n_processes, together
@@ -263,7 +256,7 @@ def _surveyed(opened: Opened, options: PlanOptions, budgets: Sequence[BudgetLike
     calibration = _calibration(model, layers, data, task, options, folder)
     menus, unseen = _menus(model, layers, calibration, options)
     menus = [replace(menu, beside=beside.get(menu.layer.name, (0, 0))) for menu in menus]
-    hidden = _hidden(model, layers, calibration, options, folder)
+    hidden = widths_together(model, layers, calibration, options, folder)
     flops = sum(menu.dense.flops or 0 for menu in menus) if calibration is not None else None
     now = replace(_sizes(model).with_more(beside.values()), flops=flops)
     for each in budgets:
@@ -302,7 +295,7 @@ class Planning:
     options: PlanOptions
     now: Sizes
     menus: Sequence[Menu]
-    hidden: Sequence[Widths | HeadWidths]
+    hidden: Sequence[AnyWidths]
     calibration: Calibration | None
     task: Task | None
     beyond_reach: Callable[[], str]
@@ -434,6 +427,7 @@ class Planning:
             self.notes,
             narrowed=tuple(choice.narrowed),
             heads=tuple(choice.heads),
+            recurrent=tuple(choice.recurrent),
         )
         return plan.with_opened(self.opened, self.left, {name: n for name, (n, _) in self.beside.items()})
 
@@ -501,54 +495,7 @@ def _folder(
     return folder
 
 
-def _hidden(
-    model: nn.Module,
-    layers: Sequence[FoundLayer],
-    calibration: Calibration | None,
-    options: PlanOptions,
-    folder: Folder,
-) -> list[Widths | HeadWidths]:
-    """Units and attention heads to narrow at, where that is asked for and what comes to their readers is known.
-
-    Before a long healing they are left whole: training finds other uses for them.
-    """
-    asked = {NARROW, HEADS} & {*options.formats}
-    if not asked or calibration is None or not calibration.grams or options.will_heal == "long":
-        return []
-    by_name = {layer.name: layer for layer in layers if not _stands_open(model, layer)}
-    notes = calibration.notes
-    found: list[HiddenUnits] = []
-    heads: list[AttentionHeads] = []
-    if NARROW in asked:
-        found = proven_units(model, calibration, lambda all_of: disjoint(all_of, by_name, calibration.layers), notes)
-    taken = {name for units in found for name in (*units.makers, units.reader)}
-    if HEADS in asked:
-        heads = proven_heads(
-            model, calibration, by_name, lambda all_of: apart(all_of, by_name, calibration.layers, taken), notes
-        )
-    options.observer.on_start("widths", len(found) + len(heads))
-    widths: list[Widths | HeadWidths] = []
-    for k, units in enumerate(found):
-        moments, began = calibration.of(units.reader), perf_counter()
-        widths.append(folder.widths(k, units, partial(widths_of, model, units, by_name, moments)))
-        moments.set_aside()
-        options.observer.on_step(len(widths), seconds=perf_counter() - began)
-    for one in heads:
-        moments, began = calibration.of(one.judged), perf_counter()
-        widths.append(head_widths_of(one, by_name, moments, allow_slower=options.allow_slower))
-        moments.set_aside()
-        options.observer.on_step(len(widths), seconds=perf_counter() - began)
-    options.observer.on_end()
-    return [one for one in widths if one.menus[one.reader]]
-
-
-def _stands_open(model: nn.Module, layer: FoundLayer) -> bool:
-    """Whether it is a map of a layer that is put together again, where it has the size that all maps have."""
-    outer = [name for name, module in model.named_modules() if isinstance(module, CompositeLayer)]
-    return any(layer.name.startswith(f"{name}." if name else "") for name in outer)
-
-
-def _widths_on(menu: Menu, hidden: Sequence[Widths | HeadWidths]) -> Sequence[Width]:
+def _widths_on(menu: Menu, hidden: Sequence[AnyWidths]) -> Sequence[Width]:
     return next((one.menus[menu.layer.name] for one in hidden if menu.layer.name in one.menus), ())
 
 
@@ -569,7 +516,7 @@ def _kept_bytes(layer: FoundLayer) -> int:
 
 def _with_families(
     menus: Sequence[Menu],
-    hidden: Sequence[Widths | HeadWidths],
+    hidden: Sequence[AnyWidths],
     calibration: Calibration | None,
     options: PlanOptions,
     folder: Folder,

@@ -41,6 +41,7 @@ class Width:
         judges: Whether errors are told at the layer though it reads none of them, as at the keys of attention.
         time: Share of the layer's time, where that is another one than of the units.
         index_bytes: What the layer keeps beside its parameters.
+        with_bias: ``n_params`` is less by what goes of the layer's own bias, and by nothing else beside its weight.
     """
 
     n_units: int
@@ -51,6 +52,7 @@ class Width:
     judges: bool = False
     time: float | None = None
     index_bytes: int = 0
+    with_bias: bool = False
 
     @property
     def seconds(self) -> float:

@@ -135,7 +135,7 @@ class Trace:
         makers = self._makers(x, axis)
         if not makers or any(m in self.twice or self._n_made(m) != n for m in makers):
             return None
-        between = self._between(x)
+        between = self.between(x)
         if between is None or not self._seen_by_reader_alone(makers, reader):
             return None
         return HiddenUnits(tuple(makers), tuple(between), reader, n)
@@ -168,7 +168,7 @@ class Trace:
                 found.add(name)
         return found
 
-    def _between(self, x: Tensor) -> list[str] | None:
+    def between(self, x: Tensor) -> list[str] | None:
         """Layers with numbers of channels on the way; ``None`` if other parameters take part."""
         known = {id(p): name for name, one in self.channelwise.items() for p in one.parameters(recurse=False)}
         parameters = [p for p in self.model.parameters() if p.requires_grad]

@@ -1,0 +1,90 @@
+"""Everything in a model that several layers can be narrowed at together, with what every width costs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from time import perf_counter
+from typing import TypeAlias
+
+from torch import nn
+
+from tensortrain.compression.choose.candidates import HEADS, NARROW, NARROWING, RECURRENT
+from tensortrain.compression.choose.chooser import AnyWidths
+from tensortrain.compression.choose.folder import Folder
+from tensortrain.compression.choose.head_widths import apart, head_widths_of
+from tensortrain.compression.choose.options import PlanOptions
+from tensortrain.compression.choose.recurrent_widths import recurrent_widths_of, standing_apart
+from tensortrain.compression.choose.widths import Members, disjoint, widths_of
+from tensortrain.compression.survey.layers import FoundLayer
+from tensortrain.compression.survey.moments import Calibration
+from tensortrain.compression.survey.proven import proven_units
+from tensortrain.compression.survey.proven_heads import proven_heads
+from tensortrain.compression.survey.proven_recurrent import proven_recurrent
+from tensortrain.nn import CompositeLayer
+
+__all__ = ["widths_together"]
+
+Job: TypeAlias = tuple[Sequence[str], Callable[[], AnyWidths]]  # names of the layers whose moments are read
+
+
+def widths_together(
+    model: nn.Module,
+    layers: Sequence[FoundLayer],
+    calibration: Calibration | None,
+    options: PlanOptions,
+    folder: Folder,
+) -> list[AnyWidths]:
+    """Units and attention heads to narrow at, where that is asked for and what comes to their readers is known.
+
+    Before a long healing they are left whole: training finds other uses for them.
+    """
+    asked = {*NARROWING} & {*options.formats}
+    if not asked or calibration is None or not calibration.grams or options.will_heal == "long":
+        return []
+    jobs = list(_jobs(model, layers, calibration, options, folder))
+    options.observer.on_start("widths", len(jobs))
+    found = []
+    for names, make in jobs:
+        began = perf_counter()
+        found.append(make())
+        for name in names:
+            calibration.of(name).set_aside()
+        options.observer.on_step(len(found), seconds=perf_counter() - began)
+    options.observer.on_end()
+    return [one for one in found if one.menus[one.reader]]
+
+
+def _jobs(
+    model: nn.Module, layers: Sequence[FoundLayer], calibration: Calibration, options: PlanOptions, folder: Folder
+) -> Iterator[Job]:
+    """What is found, kind after kind; a layer is narrowed at in one way."""
+    known, notes = calibration.layers, calibration.notes
+    every = {layer.name: layer for layer in layers}
+    free = {layer.name: layer for layer in layers if not _stands_open(model, layer)}
+    if RECURRENT in options.formats:
+        chosen = partial(standing_apart, layers=every, moments=calibration)
+        for units in proven_recurrent(model, calibration, chosen, notes):
+            free = _without(free, units.names)
+            yield units.names, partial(recurrent_widths_of, model, units, every, calibration)
+    if NARROW in options.formats:
+        found = proven_units(model, calibration, partial(disjoint, layers=dict(free), moments=known), notes)
+        for k, units in enumerate(found):
+            free = _without(free, (*units.makers, units.reader))
+            make = partial(widths_of, model, units, every, calibration.of(units.reader))
+            yield (units.reader,), partial(folder.widths, k, units, make)
+    if HEADS in options.formats:
+        fit = partial(apart, layers=dict(free), moments=known, taken=set())
+        for heads in proven_heads(model, calibration, free, fit, notes):
+            moments = calibration.of(heads.judged)
+            yield (heads.judged,), partial(head_widths_of, heads, every, moments, allow_slower=options.allow_slower)
+
+
+def _without(layers: Members, names: Sequence[str]) -> dict[str, FoundLayer]:
+    return {name: layer for name, layer in layers.items() if name not in names}
+
+
+def _stands_open(model: nn.Module, layer: FoundLayer) -> bool:
+    """Whether it is a map of a layer that is put together again, where it has the size that all maps have."""
+    outer = [name for name, module in model.named_modules() if isinstance(module, CompositeLayer)]
+    return any(layer.name.startswith(f"{name}." if name else "") for name in outer)

@@ -25,8 +25,10 @@ __all__ = [
     "all_or_none",
     "check_units",
     "fitted",
+    "keep_channels",
     "narrow_",
     "put",
+    "read_fewer",
     "remember",
     "resize",
 ]
@@ -62,8 +64,8 @@ def narrow_(
     _check(reader, units, kept, weight)
     undo = [remember(model.get_submodule(name)) for name in (*units.makers, *units.between, units.reader)]
     for name in (*units.makers, *units.between):
-        _keep_channels(model.get_submodule(name), kept, units.n_units)
-    _read_fewer(reader, weight)
+        keep_channels(model.get_submodule(name), kept, units.n_units)
+    read_fewer(reader, weight)
     if bias_shift is not None:
         old = reader.bias
         assert isinstance(old, Tensor)
@@ -186,7 +188,7 @@ def remember(layer: nn.Module) -> Undo:
     return back
 
 
-def _keep_channels(layer: nn.Module, kept: Tensor, before: int) -> None:
+def keep_channels(layer: nn.Module, kept: Tensor, before: int) -> None:
     """Fewer outputs of a layer, or fewer channels of one that works on each by itself."""
     n = len(kept)
     is_conv1d = is_transformers_conv1d(layer)
@@ -211,7 +213,8 @@ def resize(layer: nn.Module, sizes: Sequence[str], n: int) -> None:
         setattr(layer, size, n)
 
 
-def _read_fewer(reader: nn.Module, weight: Tensor) -> None:
+def read_fewer(reader: nn.Module, weight: Tensor) -> None:
+    """Another weight with fewer inputs, in the layout of ``torch.nn.Linear`` or of the layer's convolution."""
     old = _torch_layout(reader)
     new = weight.to(old.device, old.dtype)
     put(reader, "weight", (new.T if is_transformers_conv1d(reader) else new).contiguous())

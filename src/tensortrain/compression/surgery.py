@@ -13,11 +13,19 @@ from torch import Tensor, nn
 
 from tensortrain.compression.carry import cannot_carry, carry
 from tensortrain.compression.choose.candidates import cold_weighting
-from tensortrain.compression.choose.plan import CompressionPlan, Group, LayerPlan, Narrowed, NarrowedHeads
+from tensortrain.compression.choose.plan import (
+    CompressionPlan,
+    Group,
+    LayerPlan,
+    Narrowed,
+    NarrowedHeads,
+    NarrowedRecurrent,
+)
 from tensortrain.compression.made_up import Statistic, make_up
 from tensortrain.compression.narrow import Fitted, all_or_none, check_units, fitted, narrow_
 from tensortrain.compression.narrow_heads import check_heads, narrowed_heads
 from tensortrain.compression.narrow_recurrent import FittedMap, check_recurrent, fitted_recurrent, narrow_recurrent_
+from tensortrain.compression.narrow_whole_heads import FewerHeads, check_whole_heads, fewer_heads, narrow_whole_heads_
 from tensortrain.compression.opened import close_composites, open_layers
 from tensortrain.compression.retie import retie
 from tensortrain.compression.survey.layers import FoundLayer, check_module, find_layers
@@ -82,12 +90,8 @@ def _applied(model: nn.Module, plan: CompressionPlan, apply: Callable[[nn.Module
 def _apply(model: nn.Module, plan: CompressionPlan, observer: Observer, build: Build | None = None) -> nn.Module:
     found = {layer.name: layer for layer in find_layers(model)[0]}
     work = [(_checked(entry, found), entry) for entry in plan.layers if entry.spec is not None]
-    for one in plan.narrowed:
-        check_units(one.units, found)
-    for those in plan.heads:
-        check_heads(those.heads, found)
-    for each in plan.recurrent:
-        check_recurrent(each.units, found)
+    for one in plan.groups:
+        _check_group(one, found)
     with weights_parked(model.parameters()) as put_aside:
         ready = _prepared(model, plan, work, found, observer, build or _build, put_aside)
         with all_or_none() as undo:
@@ -96,6 +100,7 @@ def _apply(model: nn.Module, plan: CompressionPlan, observer: Observer, build: B
                 undo.append(narrow_(model, fit.units, fit.kept, fit.weight, fit.bias_shift))
                 put_aside(weight for weight in old if weight is not None)
             undo += [narrow_recurrent_(model, units, maps) for units, maps in ready.recurrent]
+            undo += [narrow_whole_heads_(model, fewer) for fewer in ready.whole_heads]
             changed = swap(model, ready.built)
     for buffer, value in ready.statistics:
         buffer.copy_(value)
@@ -110,7 +115,20 @@ class _Ready:
     built: list[Built] = field(default_factory=list)
     narrow: list[Fitted] = field(default_factory=list)
     recurrent: list[tuple[RecurrentUnits, dict[str, FittedMap]]] = field(default_factory=list)
+    whole_heads: list[FewerHeads] = field(default_factory=list)
     statistics: list[Statistic] = field(default_factory=list)
+
+
+def _check_group(one: Group, found: Mapping[str, FoundLayer]) -> None:
+    """Raise ``ShapeError`` where a model lacks one of the layers that are narrowed together."""
+    if isinstance(one, Narrowed):
+        check_units(one.units, found)
+    elif isinstance(one, NarrowedHeads):
+        check_heads(one.heads, found)
+    elif isinstance(one, NarrowedRecurrent):
+        check_recurrent(one.units, found)
+    else:
+        check_whole_heads(one.heads, found)
 
 
 def _prepared(
@@ -162,9 +180,13 @@ def _prepare_group(
         built, statistics = narrowed_heads(model, one.heads, one.kept, found, calibration.of(one.heads.judged))
         ready.built += built
         ready.statistics += statistics
-    else:
+    elif isinstance(one, NarrowedRecurrent):
         maps, statistics = fitted_recurrent(model, one.units, one.kept, found, calibration)
         ready.recurrent.append((one.units, maps))
+        ready.statistics += statistics
+    else:
+        fewer, statistics = fewer_heads(model, one.heads, one.kept, found, calibration.of(one.heads.reader))
+        ready.whole_heads.append(fewer)
         ready.statistics += statistics
 
 

@@ -8,6 +8,7 @@ what the others make up for (optimal brain surgeon).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 from tensortrain.cores.linalg import gram_root
 from tensortrain.errors import RankError
 
-__all__ = ["SHRINKAGE", "Narrowing", "narrowing", "refitted", "shrunk", "weighed_rows"]
+__all__ = ["SHRINKAGE", "Narrowing", "narrowing", "narrowing_of_blocks", "refitted", "shrunk", "weighed_rows"]
 
 LEAST_SHRINKAGE = 1e-6  # where no data will come
 SHRINKAGE = 1e-3  # of the mean diagonal: what few rows of data say about rare directions is not to be believed
@@ -94,6 +95,36 @@ def narrowing(
         here = here[stay]
     rest = _costs(rows, inverse)
     return Narrowing(torch.cat([*order, here]), torch.cat([*losses, losses[-1][-1] + rest]))
+
+
+def narrowing_of_blocks(
+    weight: Tensor, gram: Tensor, output_gram: Tensor | None, blocks: Sequence[Sequence[int]]
+) -> Narrowing:
+    """The same where units go in blocks that stand together, as the numbers of an attention head do.
+
+    Args:
+        weight, gram, output_gram: As ``narrowing``.
+        blocks: Numbers of the units of each.
+
+    Returns:
+        Narrowing: Of the blocks.
+
+    Cost: O(n^3 + m n^2) flops for n units.
+    """
+    rows = weighed_rows(weight, output_gram)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram.double()))
+    here = [torch.tensor(list(block), device=gram.device) for block in blocks]
+    left, order, losses = list(range(len(blocks))), [], [0.0]
+    while left:
+        costs = [float(_costs(rows[:, here[k]], inverse[here[k]][:, here[k]])[-1]) for k in left]
+        best = min(range(len(left)), key=costs.__getitem__)
+        going = here[left[best]]
+        share = torch.linalg.solve(inverse[going][:, going], inverse[going])  # what the others take over
+        rows = rows - rows[:, going] @ share
+        inverse = inverse - inverse[:, going] @ share
+        order.append(left.pop(best))
+        losses.append(losses[-1] + costs[best])
+    return Narrowing(torch.tensor(order), torch.tensor(losses, dtype=torch.float64))
 
 
 def _moved_together(square: Tensor, stay: Tensor) -> Tensor:

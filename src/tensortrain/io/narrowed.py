@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +10,14 @@ import torch
 from torch import nn
 
 from tensortrain.compression.narrow import SIZES
+from tensortrain.compression.narrow_whole_heads import HEAD_SIZES
 from tensortrain.errors import CheckpointError
 from tensortrain.io.partial import is_partial, partial_entry, partial_twin
 from tensortrain.nn import FactorizedLayer, PartialLinear
 from tensortrain.system.store.recipe import LayerEntry
 from tensortrain.system.store.stored import StoredTensors
 
-__all__ = ["narrowed_entries", "narrowed_twin"]
+__all__ = ["are_sizes", "check_sizes", "narrowed_entries", "narrowed_twin"]
 
 
 def narrowed_entries(model: nn.Module) -> tuple[LayerEntry, ...]:
@@ -23,7 +25,7 @@ def narrowed_entries(model: nn.Module) -> tuple[LayerEntry, ...]:
     names: dict[int, list[str]] = {}
     layers: dict[int, nn.Module] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        narrowed = any(size in getattr(module, "narrowed_from", ()) for size in SIZES)
+        narrowed = any(size in getattr(module, "narrowed_from", ()) for size in (*SIZES, *HEAD_SIZES))
         if name and (narrowed or isinstance(module, PartialLinear)):
             names.setdefault(id(module), []).append(name)
             layers[id(module)] = module
@@ -52,14 +54,7 @@ def narrowed_twin(old: Any, entry: LayerEntry, stored: StoredTensors, folder: Pa
     if is_partial(entry):
         return partial_twin(old, entry, folder)
     sizes = entry.config
-    before = {size: getattr(old, size, None) for size in sizes}
-    fits = type(old).__name__ == entry.kind and sizes and all(size in SIZES for size in sizes)
-    if not fits or not all(_is_narrower(sizes[size], before[size]) for size in sizes):
-        raise CheckpointError(
-            f"a narrowed layer must be one of its model: {entry.names[0]!r:.80} is a {entry.kind:.40} with "
-            f"{sizes!s:.120} in {folder}, and a {type(old).__name__} with {before!s:.120} in the model. Pass the model "
-            "that was saved, in the shape it had."
-        )
+    before = check_sizes(old, entry, folder, SIZES)
     if before == sizes:
         return None
     kind: Any = type(old)
@@ -71,6 +66,31 @@ def narrowed_twin(old: Any, entry: LayerEntry, stored: StoredTensors, folder: Pa
     for kind in ("_parameters", "_buffers"):
         vars(new)[kind] = {name: _empty(tensor, name, entry, stored) for name, tensor in vars(old)[kind].items()}
     return new
+
+
+def are_sizes(entry: LayerEntry) -> bool:
+    """Whether an entry of a recipe holds nothing but how many heads a part of a model counts."""
+    return bool(entry.config) and all(size in HEAD_SIZES for size in entry.config)
+
+
+def check_sizes(
+    old: Any, entry: LayerEntry, folder: Path, known: Sequence[str] = HEAD_SIZES
+) -> dict[str, Any]:
+    """The sizes of a part of the model under the names of a recipe.
+
+    Raises:
+        CheckpointError: It is another part, or has smaller sizes.
+    """
+    sizes = entry.config
+    before = {size: getattr(old, size, None) for size in sizes}
+    fits = type(old).__name__ == entry.kind and sizes and all(size in known for size in sizes)
+    if not fits or not all(_is_narrower(sizes[size], before[size]) for size in sizes):
+        raise CheckpointError(
+            f"a narrowed layer must be one of its model: {entry.names[0]!r:.80} is a {entry.kind:.40} with "
+            f"{sizes!s:.120} in {folder}, and a {type(old).__name__} with {before!s:.120} in the model. Pass the model "
+            "that was saved, in the shape it had."
+        )
+    return before
 
 
 def _is_narrower(now: object, before: object) -> bool:

@@ -20,7 +20,7 @@ from tensortrain.errors import CheckpointError
 from tensortrain.io.composites import build_composite, dense_twin
 from tensortrain.io.heads import tied_to
 from tensortrain.io.layers import check_counterpart, has_config
-from tensortrain.io.narrowed import narrowed_twin
+from tensortrain.io.narrowed import are_sizes, check_sizes, narrowed_twin
 from tensortrain.nn import CompositeLayer, FactorizedLayer, TiedHead
 from tensortrain.nn.counterparts import is_transformers_conv1d
 from tensortrain.nn.opening import composite_of, fresh_twin
@@ -133,6 +133,23 @@ class Fill(Change):
         self.tensor.grad = self.old[1]
 
 
+class Resize(Change):
+    """Other sizes on a part of the model that holds no numbers of its own."""
+
+    def __init__(self, module: nn.Module, sizes: Mapping[str, Any], before: Mapping[str, Any]) -> None:
+        known = vars(module).get("narrowed_from", {})
+        self.module, self.new = module, {**sizes, "narrowed_from": {**before, **known}}
+        self.old = {name: vars(module)[name] for name in self.new if name in vars(module)}
+
+    def make(self) -> None:
+        vars(self.module).update(self.new)
+
+    def undo(self) -> None:
+        for name in self.new:
+            vars(self.module).pop(name, None)
+        vars(self.module).update(self.old)
+
+
 def _same_form(a: Tensor, b: Tensor) -> bool:
     return (a.shape, a.stride(), a.dtype, a.device) == (b.shape, b.stride(), b.dtype, b.device)
 
@@ -168,7 +185,19 @@ def changes(
     swaps = _swaps(skeleton, recipe, layers, stored, folder)
     targets = _targets(skeleton, swaps)
     _check_names(targets, stored, folder)
-    return [*_surgery(skeleton, swaps), *_assignments(targets, stored, folder, adopt)]
+    return [*_surgery(skeleton, swaps), *_resizes(skeleton, recipe, folder), *_assignments(targets, stored, folder, adopt)]
+
+
+def _resizes(skeleton: nn.Module, recipe: Recipe, folder: Path) -> Iterator[Change]:
+    """How many heads parts of the model count."""
+    modules = dict(skeleton.named_modules(remove_duplicate=False))
+    for entry in recipe.narrowed:
+        if are_sizes(entry):
+            part = modules.get(entry.names[0])
+            before = check_sizes(part, entry, folder)
+            assert part is not None
+            if before != entry.config:
+                yield Resize(part, entry.config, before)
 
 
 def _swaps(
@@ -179,6 +208,8 @@ def _swaps(
     maps = {name: (entry, layer) for entry, layer in layers for name in entry.names}
     swaps: dict[str, nn.Module] = {}
     for entry in recipe.narrowed:  # some of which were factorized after that
+        if are_sizes(entry):
+            continue
         old = modules.get(entry.names[0])
         _swap_all(entry, narrowed_twin(old, entry, stored, folder), swaps, modules)
     for entry in recipe.composites:

@@ -32,6 +32,7 @@ __all__ = [
     "NARROW",
     "NARROWING",
     "RECURRENT",
+    "WHOLE_HEADS",
     "Candidate",
     "Family",
     "candidates",
@@ -46,7 +47,8 @@ __all__ = [
 NARROW = "narrow"  # beside the formats: fewer hidden units, of layers that stay dense
 HEADS = "heads"  # the same of attention heads; by hand, since on the sentence encoder it lost more than was predicted
 RECURRENT = "recurrent"  # of recurrent layers
-NARROWING = (NARROW, HEADS, RECURRENT)
+WHOLE_HEADS = "whole_heads"
+NARROWING = (NARROW, HEADS, RECURRENT, WHOLE_HEADS)
 DEFAULT_FORMATS = ("low_rank", "tucker2", "tt", NARROW)
 _MOST_SPECTRUM_POINTS = 64
 _HOT_SHIFTS = (7, 6, 5, 4)  # of a table's rows 1 in 2^7 stay as they are, 1 in 2^6, ..

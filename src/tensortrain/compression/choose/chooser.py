@@ -18,8 +18,15 @@ from tensortrain.compression.choose.clock import Clock, Family, family_of
 from tensortrain.compression.choose.cost import LayerCost, spec_cost
 from tensortrain.compression.choose.head_widths import HeadWidths
 from tensortrain.compression.choose.load import Load
-from tensortrain.compression.choose.plan import LayerPlan, Narrowed, NarrowedHeads, NarrowedRecurrent
+from tensortrain.compression.choose.plan import (
+    LayerPlan,
+    Narrowed,
+    NarrowedHeads,
+    NarrowedRecurrent,
+    NarrowedWholeHeads,
+)
 from tensortrain.compression.choose.recurrent_widths import RecurrentWidths
+from tensortrain.compression.choose.whole_head_widths import WholeHeadWidths
 from tensortrain.compression.choose.why import why_not_other
 from tensortrain.compression.choose.widths import Width, Widths
 from tensortrain.compression.survey.layers import FoundLayer
@@ -47,7 +54,7 @@ _ID_BYTES, _PLACE_BYTES = 8, 4  # of the number of a row that is kept, of that o
 
 Array: TypeAlias = "np.ndarray[Any, Any]"
 Pick: TypeAlias = "Candidate | Width | None"
-AnyWidths: TypeAlias = Widths | HeadWidths | RecurrentWidths
+AnyWidths: TypeAlias = Widths | HeadWidths | RecurrentWidths | WholeHeadWidths
 
 
 @dataclass(frozen=True)
@@ -58,6 +65,7 @@ class Choice:
     narrowed: Sequence[Narrowed] = ()
     heads: Sequence[NarrowedHeads] = ()
     recurrent: Sequence[NarrowedRecurrent] = ()
+    whole_heads: Sequence[NarrowedWholeHeads] = ()
 
 
 @dataclass(frozen=True)
@@ -174,7 +182,7 @@ class Chooser:
             if not self._struck_off(picks):
                 self.picks = picks
                 layers = [self._plan(menu, pick) for menu, pick in zip(self.menus, picks, strict=True)]
-                return Choice(layers, *self._narrowed(picks))
+                return Choice(layers, **self._narrowed(picks))
 
     def spend_rest(self, growth: float) -> tuple[Chooser, Choice]:
         """Go on from what was chosen in finer steps of the ranks, as far as the budget goes and nothing gets slower.
@@ -191,14 +199,16 @@ class Chooser:
         finer.banned = {name: dict(families) for name, families in self.banned.items()}
         return finer, finer.choose()
 
-    def _narrowed(
-        self, picks: Sequence[Pick]
-    ) -> tuple[list[Narrowed], list[NarrowedHeads], list[NarrowedRecurrent]]:
+    def _narrowed(self, picks: Sequence[Pick]) -> dict[str, list[Any]]:
+        """What is narrowed together, by the fields of a choice."""
         by_name = {menu.layer.name: pick for menu, pick in zip(self.menus, picks, strict=True)}
         chosen = [(one, pick.n_units) for one in self.hidden if isinstance(pick := by_name[one.reader], Width)]
-        units = [Narrowed.of(one, n) for one, n in chosen if isinstance(one, Widths)]
-        heads = [NarrowedHeads.of(one, n) for one, n in chosen if isinstance(one, HeadWidths)]
-        return units, heads, [NarrowedRecurrent.of(one, n) for one, n in chosen if isinstance(one, RecurrentWidths)]
+        return {
+            "narrowed": [Narrowed.of(one, n) for one, n in chosen if isinstance(one, Widths)],
+            "heads": [NarrowedHeads.of(one, n) for one, n in chosen if isinstance(one, HeadWidths)],
+            "recurrent": [NarrowedRecurrent.of(one, n) for one, n in chosen if isinstance(one, RecurrentWidths)],
+            "whole_heads": [NarrowedWholeHeads.of(one, n) for one, n in chosen if isinstance(one, WholeHeadWidths)],
+        }
 
     def _struck_off(self, picks: Sequence[Pick]) -> bool:
         """Whether some picks are too slow, which are then banned with all larger ones of their family."""

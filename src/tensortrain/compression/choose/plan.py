@@ -11,21 +11,32 @@ from typing import Any, TypeAlias
 from tensortrain.compression.choose.candidates import NARROW
 from tensortrain.compression.choose.head_widths import HeadWidths
 from tensortrain.compression.choose.recurrent_widths import RecurrentWidths
+from tensortrain.compression.choose.whole_head_widths import WholeHeadWidths
 from tensortrain.compression.choose.widths import Width, Widths
 from tensortrain.compression.survey.heads import AttentionHeads
 from tensortrain.compression.survey.hidden import HiddenUnits
 from tensortrain.compression.survey.layers import FoundLayer, LeftAlone
 from tensortrain.compression.survey.moments import Calibration
 from tensortrain.compression.survey.recurrent import RecurrentUnits
+from tensortrain.compression.survey.whole_heads import WholeHeads
 from tensortrain.errors import CheckpointError
 from tensortrain.formats import FactorSpec, get_format
 from tensortrain.formats.channel_order import ChannelOrder
 from tensortrain.nn.base import Implementation
 from tensortrain.system.records import read_record, to_plain
 
-__all__ = ["CompressionPlan", "Group", "LayerPlan", "Narrowed", "NarrowedHeads", "NarrowedRecurrent", "n_saved"]
+__all__ = [
+    "CompressionPlan",
+    "Group",
+    "LayerPlan",
+    "Narrowed",
+    "NarrowedHeads",
+    "NarrowedRecurrent",
+    "NarrowedWholeHeads",
+    "n_saved",
+]
 
-_VERSION = 6
+_VERSION = 7
 _NARROWED = "narrowed"
 _KEPT = (
     "budget",
@@ -40,10 +51,11 @@ _KEPT = (
     "narrowed",
     "heads",
     "recurrent",
+    "whole_heads",
 )
 _NEW_OF_LAYERS = ("hot_ids", "in_order", "out_order", "head", "loss", "why")  # written where they say something
-# By versions 3 to 6: maps of recurrent layers, hidden units, heads, units of recurrent layers.
-_ADDED = ("opened", "narrowed", "heads", "recurrent")
+# By versions 3 to 7: maps of recurrent layers, hidden units, heads, units of recurrent layers, whole heads.
+_ADDED = ("opened", "narrowed", "heads", "recurrent", "whole_heads")
 
 
 @dataclass(frozen=True)
@@ -231,7 +243,32 @@ class NarrowedRecurrent:
         return cls(widths.units, widths.kept(n_units))
 
 
-Group: TypeAlias = Narrowed | NarrowedHeads | NarrowedRecurrent  # layers that are narrowed together
+@dataclass(frozen=True)
+class NarrowedWholeHeads:
+    """Attention that does without some of its heads.
+
+    Attributes:
+        kept: Numbers of the groups of heads that remain.
+    """
+
+    heads: WholeHeads
+    kept: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if not self.kept or sorted({*self.kept}) != [*self.kept] or not set(self.kept) <= {*range(self.heads.n_groups)}:
+            raise ValueError("attention keeps between one and all of its heads, named once each and in order")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return self.heads.names
+
+    @classmethod
+    def of(cls, widths: WholeHeadWidths, n_groups: int) -> NarrowedWholeHeads:
+        """Those that are best kept of so many."""
+        return cls(widths.heads, widths.kept(n_groups))
+
+
+Group: TypeAlias = Narrowed | NarrowedHeads | NarrowedRecurrent | NarrowedWholeHeads  # layers that are narrowed together
 
 
 def n_saved(layers: Sequence[LayerPlan], narrowed: Sequence[Narrowed]) -> int:
@@ -254,6 +291,7 @@ class CompressionPlan:
         narrowed: Hidden units of which some go.
         heads: Attention heads of which some directions go.
         recurrent: Recurrent layers of which hidden units go.
+        whole_heads: Attention of which whole heads go.
         calibration: The input statistics it was made with; not part of the text.
     """
 
@@ -270,11 +308,12 @@ class CompressionPlan:
     narrowed: tuple[Narrowed, ...] = ()
     heads: tuple[NarrowedHeads, ...] = ()
     recurrent: tuple[NarrowedRecurrent, ...] = ()
+    whole_heads: tuple[NarrowedWholeHeads, ...] = ()
 
     @property
     def groups(self) -> tuple[Group, ...]:
         """All layers that are narrowed together, of every kind."""
-        return (*self.narrowed, *self.heads, *self.recurrent)
+        return (*self.narrowed, *self.heads, *self.recurrent, *self.whole_heads)
 
     def with_groups(self, groups: Sequence[Group]) -> CompressionPlan:
         """The same plan with these layers narrowed together."""
@@ -283,6 +322,7 @@ class CompressionPlan:
             narrowed=tuple(one for one in groups if isinstance(one, Narrowed)),
             heads=tuple(one for one in groups if isinstance(one, NarrowedHeads)),
             recurrent=tuple(one for one in groups if isinstance(one, NarrowedRecurrent)),
+            whole_heads=tuple(one for one in groups if isinstance(one, NarrowedWholeHeads)),
         )
 
     @property
@@ -307,7 +347,7 @@ class CompressionPlan:
         """
         changed = [layer.name for layer in self.layers if layer.spec is not None]
         changed += [name for one in self.narrowed for name in (*one.names, *one.units.between)]
-        changed += [name for one in self.recurrent for name in one.names]
+        changed += [name for one in (*self.recurrent, *self.whole_heads) for name in one.names]
         reached = tuple(n for n in names if any(name == n or name.startswith(f"{n}." if n else "") for name in changed))
         own = {layer.name for layer in self.layers}
         gone = sum(n for name, n in (beside or {}).items() if name in reached and name not in own)

@@ -428,6 +428,7 @@ class Planning:
             narrowed=tuple(choice.narrowed),
             heads=tuple(choice.heads),
             recurrent=tuple(choice.recurrent),
+            whole_heads=tuple(choice.whole_heads),
         )
         return plan.with_opened(self.opened, self.left, {name: n for name, (n, _) in self.beside.items()})
 

@@ -9,18 +9,20 @@ from typing import TypeAlias
 
 from torch import nn
 
-from tensortrain.compression.choose.candidates import HEADS, NARROW, NARROWING, RECURRENT
+from tensortrain.compression.choose.candidates import HEADS, NARROW, NARROWING, RECURRENT, WHOLE_HEADS
 from tensortrain.compression.choose.chooser import AnyWidths
 from tensortrain.compression.choose.folder import Folder
 from tensortrain.compression.choose.head_widths import apart, head_widths_of
 from tensortrain.compression.choose.options import PlanOptions
 from tensortrain.compression.choose.recurrent_widths import recurrent_widths_of, standing_apart
+from tensortrain.compression.choose.whole_head_widths import apart_whole, whole_head_widths_of
 from tensortrain.compression.choose.widths import Members, disjoint, widths_of
 from tensortrain.compression.survey.layers import FoundLayer
 from tensortrain.compression.survey.moments import Calibration
 from tensortrain.compression.survey.proven import proven_units
 from tensortrain.compression.survey.proven_heads import proven_heads
 from tensortrain.compression.survey.proven_recurrent import proven_recurrent
+from tensortrain.compression.survey.proven_whole_heads import proven_whole_heads
 from tensortrain.nn import CompositeLayer
 
 __all__ = ["widths_together"]
@@ -73,6 +75,11 @@ def _jobs(
             free = _without(free, (*units.makers, units.reader))
             make = partial(widths_of, model, units, every, calibration.of(units.reader))
             yield (units.reader,), partial(folder.widths, k, units, make)
+    if WHOLE_HEADS in options.formats:
+        whole = partial(apart_whole, layers=dict(free), moments=known)
+        for some in proven_whole_heads(model, calibration, whole, notes):
+            free = _without(free, some.names)
+            yield (some.reader,), partial(whole_head_widths_of, some, every, calibration.of(some.reader))
     if HEADS in options.formats:
         fit = partial(apart, layers=dict(free), moments=known, taken=set())
         for heads in proven_heads(model, calibration, free, fit, notes):

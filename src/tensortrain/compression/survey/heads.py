@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tensortrain.compression.survey.hidden import Run, Trace, channel_axis, traced
 
-__all__ = ["AttentionHeads", "find_heads"]
+__all__ = ["AttentionHeads", "Place", "find_heads", "heads_of", "touched"]
 
 Place = tuple[str, int]  # a layer, and the number of one of its outputs
 
@@ -74,22 +74,22 @@ def find_heads(model: nn.Module, run: Run, *, training: bool = False) -> list[At
     Args, Cost: as ``find_hidden_units``; a few backward passes for each layer that reads heads.
     """
     with traced(model, run, training=training) as trace:
-        return [heads for name in trace.order for heads in _heads_of(trace, name)]
+        return [heads for name in trace.order for heads in heads_of(trace, name)]
 
 
-def _heads_of(trace: Trace, reader: str) -> list[AttentionHeads]:
+def heads_of(trace: Trace, reader: str) -> list[AttentionHeads]:
     """The values and the scores of the heads that a layer reads, if it reads any."""
     x = trace.inputs[reader]
     if reader in trace.twice or not x.requires_grad or channel_axis(trace.parts[reader]) != -1 or x.shape[-1] < 2:
         return []
-    first, second = _touched(trace, x, 0), _touched(trace, x, 1)
+    first, second = touched(trace, x, 0), touched(trace, x, 1)
     shared = first & second
     if not shared or len(first - shared) != 1 or len(second - shared) != 1:
         return []
     (maker, start), (other, following) = (*(first - shared), *(second - shared))
     if maker != other or following != start + 1 or maker in trace.twice:
         return []
-    size = next((d for d in _divisors(x.shape[-1]) if d > 1 and not shared <= _touched(trace, x, d)), x.shape[-1])
+    size = next((d for d in _divisors(x.shape[-1]) if d > 1 and not shared <= touched(trace, x, d)), x.shape[-1])
     values = _laid_out(trace, reader, maker, start, size)
     scores = None if values is None else _scores(trace, values, shared)
     return [one for one in (values, scores) if one is not None]
@@ -127,11 +127,11 @@ def _laid_out(trace: Trace, reader: str, maker: str, start: int, size: int) -> A
 
 def _value_of(trace: Trace, x: Tensor, at: int, maker: str) -> int | None:
     """The maker's output that number ``at`` of the reader's input depends on, and its neighbour does not."""
-    own = {place for place in _touched(trace, x, at) - _touched(trace, x, at + 1) if place[0] == maker}
+    own = {place for place in touched(trace, x, at) - touched(trace, x, at + 1) if place[0] == maker}
     return own.pop()[1] if len(own) == 1 else None
 
 
-def _touched(trace: Trace, x: Tensor, at: int) -> set[Place]:
+def touched(trace: Trace, x: Tensor, at: int) -> set[Place]:
     """The outputs of layers that one number of a tensor depends on, at any position."""
     if at >= x.shape[-1]:
         return set()

@@ -20,6 +20,7 @@ from tensortrain.compression.swap import Built
 from tensortrain.errors import ShapeError
 from tensortrain.formats.head_narrowing import head_bases, refit_heads, score_bases
 from tensortrain.formats.narrowing import SHRINKAGE, shrunk
+from tensortrain.formats.rotary_pairs import kept_pairs
 from tensortrain.formats.weighting import times_moment
 from tensortrain.nn import PartialLinear
 
@@ -29,6 +30,7 @@ __all__ = [
     "head_moments",
     "narrowed_heads",
     "partial_maps",
+    "partial_pairs",
     "partial_scores",
     "score_moments",
 ]
@@ -60,6 +62,10 @@ def narrowed_heads(
     """
     check_heads(heads, layers)
     maker, reader = layers[heads.maker], layers[heads.reader]
+    if heads.pairing is not None:
+        pairing, both = heads.pairing, zip(*score_moments(heads, maker, reader, moments), kept, strict=True)
+        numbers = [kept_pairs(key, gradient, pairing, k) for key, gradient, k in both]
+        return partial_pairs(heads, numbers, maker, reader), []
     if heads.kind == "scores":
         keys, queries = score_bases(*score_moments(heads, maker, reader, moments), kept)
         return partial_scores(heads, keys, queries, maker, reader), []
@@ -168,6 +174,25 @@ def partial_scores(
     each = [heads.read(head) for head in range(heads.n_heads)]
     repeated = [queries[head // heads.per_group] for head in range(heads.n_heads)]
     return [_turned(maker, own, keys), _turned(reader, each, repeated)]
+
+
+def partial_pairs(
+    heads: AttentionHeads, numbers: Sequence[Sequence[int]], maker: FoundLayer, reader: FoundLayer
+) -> list[Built]:
+    """New layers of keys and queries that make some numbers of their heads, by head of the keys, as they were."""
+    keys = [places[k] for group, some in enumerate(numbers) for places in [heads.made(group)] for k in some]
+    queries = [
+        heads.read(head)[k] for head in range(heads.n_heads) for k in numbers[head // heads.per_group]
+    ]
+    own = {k for group in range(heads.n_groups) for k in heads.made(group)}
+    keys += [k for k in range(maker.weight.out_features) if k not in own]
+    return [_making(maker, sorted(keys)), _making(reader, sorted(queries))]
+
+
+def _making(layer: FoundLayer, made: Sequence[int]) -> Built:
+    bias = layer.module._parameters.get("bias")
+    rows = list(made)
+    return layer.names, layer.module, _like(layer, layer.kernel[rows], None if bias is None else bias[rows], made=rows)
 
 
 def _turned(layer: FoundLayer, places: Sequence[range], bases: Sequence[Tensor]) -> Built:

@@ -15,6 +15,7 @@ from tensortrain.compression.survey.heads import AttentionHeads
 from tensortrain.compression.survey.layers import FoundLayer
 from tensortrain.compression.survey.moments import LayerMoments
 from tensortrain.formats.head_narrowing import HeadSteps, head_steps, score_steps
+from tensortrain.formats.rotary_pairs import pair_steps
 
 __all__ = ["HeadWidths", "apart", "head_widths_of"]
 
@@ -86,6 +87,8 @@ def head_widths_of(heads: AttentionHeads, layers: Members, moments: LayerMoments
 
 
 def _steps(heads: AttentionHeads, maker: FoundLayer, reader: FoundLayer, moments: LayerMoments) -> HeadSteps:
+    if heads.pairing is not None:
+        return pair_steps(*score_moments(heads, maker, reader, moments), heads.pairing)
     if heads.kind == "scores":
         return score_steps(*score_moments(heads, maker, reader, moments))
     gram, outputs = head_moments(heads, maker, reader, moments)

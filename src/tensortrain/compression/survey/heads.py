@@ -7,15 +7,17 @@ on number i of its values alone, and on all queries and keys of that head.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from tensortrain.compression.survey.hidden import Run, Trace, channel_axis, traced
+from tensortrain.formats.rotary_pairs import Pairing
 
-__all__ = ["AttentionHeads", "Place", "find_heads", "heads_of", "touched"]
+__all__ = ["AttentionHeads", "HeadKind", "Place", "find_heads", "heads_of", "touched"]
 
+HeadKind: TypeAlias = Literal["values", "scores", "halves", "neighbours"]
 Place = tuple[str, int]  # a layer, and the number of one of its outputs
 
 
@@ -30,7 +32,8 @@ class AttentionHeads:
         n_groups: Heads of the maker; each serves ``n_heads / n_groups`` heads in a row.
         size: Numbers of a head.
         start, step: Number of the maker's output where its first head begins, and from one to the next.
-        kind: What the heads are made of.
+        kind: What the heads are made of: values; scores, in any basis; or scores of numbers that positions turn in
+            pairs, number i with i + size / 2 ("halves") or the one beside it ("neighbours").
     """
 
     maker: str
@@ -40,7 +43,7 @@ class AttentionHeads:
     size: int
     start: int
     step: int
-    kind: Literal["values", "scores"] = "values"
+    kind: HeadKind = "values"
 
     @property
     def names(self) -> tuple[str, str]:
@@ -50,6 +53,11 @@ class AttentionHeads:
     def judged(self) -> str:
         """The layer in whose inputs and outputs errors are told: the reader of values, the keys of scores."""
         return self.reader if self.kind == "values" else self.maker
+
+    @property
+    def pairing(self) -> Pairing | None:
+        """How positions turn numbers of the heads together, where they do."""
+        return self.kind if self.kind in ("halves", "neighbours") else None
 
     @property
     def per_group(self) -> int:

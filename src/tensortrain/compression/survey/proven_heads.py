@@ -4,22 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tensortrain.compression.narrow_heads import partial_maps, partial_scores
+from tensortrain.compression.narrow_heads import partial_maps, partial_pairs, partial_scores
 from tensortrain.compression.survey.heads import AttentionHeads, find_heads
 from tensortrain.compression.survey.hidden import Run
 from tensortrain.compression.survey.layers import FoundLayer
 from tensortrain.compression.survey.moments import Calibration
 from tensortrain.compression.survey.proven import is_like, numbers, proven
 from tensortrain.compression.swap import swap
+from tensortrain.formats.rotary_pairs import Pairing, pairs_of
 from tensortrain.train.modes import evaluating
 
 __all__ = ["proven_heads"]
+
+_PAIRINGS: tuple[Pairing, ...] = ("halves", "neighbours")
 
 
 def proven_heads(
@@ -47,7 +51,20 @@ def proven_heads(
     pair of layers where some of them fail.
     """
     same = partial(_computes_the_same, layers)
-    return proven(model, calibration, find_heads, choose, same, notes, "Attention heads")
+    tried: list[AttentionHeads] = []
+
+    def noted(found: list[AttentionHeads]) -> list[AttentionHeads]:
+        tried[:] = choose(found)
+        return list(tried)
+
+    found = proven(model, calibration, find_heads, noted, same, notes, "Attention heads")
+    turned = [one for one in tried if one.kind == "scores" and one.size % 2 == 0 and one not in found]
+    for pairing in _PAIRINGS if turned else ():
+        pairs = [replace(one, kind=pairing) for one in turned]
+        more = proven(model, calibration, lambda *_, pairs=pairs, **__: pairs, list, same, notes, "Rotary pairs")
+        found += more
+        turned = [one for one in turned if replace(one, kind=pairing) not in more]
+    return found
 
 
 def _computes_the_same(
@@ -67,11 +84,18 @@ def _computes_the_same(
 
 
 def _half(heads: AttentionHeads) -> list[Tensor]:
-    """Orthonormal rows of half of every head's directions, at random but the same each time."""
+    """Orthonormal rows of half of every head's directions, at random but the same each time; of pairs, some whole."""
+    if heads.pairing is not None:
+        pairs = pairs_of(heads.size, heads.pairing)
+        return [_one_hot(pairs[group % 2 :: 2] if len(pairs) > 1 else pairs, heads.size) for group in range(heads.n_groups)]
     generator = torch.Generator().manual_seed(0)
     squares = torch.randn(heads.n_groups, heads.size, heads.size, generator=generator, dtype=torch.float64)
     n = max(1, heads.size // 2)
     return [one.mT for one in torch.linalg.qr(squares)[0][..., :n]]
+
+
+def _one_hot(numbers: Tensor, size: int) -> Tensor:
+    return torch.eye(size, dtype=torch.float64)[numbers.flatten().sort().values]
 
 
 @contextmanager
@@ -82,7 +106,7 @@ def _projected(model: nn.Module, found: Sequence[AttentionHeads], bases: Sequenc
                 hook = _projection(_wide(heads, own))
                 handle = model.get_submodule(heads.reader).register_forward_pre_hook(hook)
             else:
-                hook = _projected_keys(torch.block_diag(*own))
+                hook = _projected_keys(torch.block_diag(*own), shift=heads.pairing is None)
                 handle = model.get_submodule(heads.maker).register_forward_hook(hook)
             stack.callback(handle.remove)
         yield
@@ -103,12 +127,12 @@ def _projection(chosen: Tensor) -> Callable[..., Any]:
     return hook
 
 
-def _projected_keys(chosen: Tensor) -> Callable[..., Any]:
-    """Keys without some directions, and all of them shifted alike."""
+def _projected_keys(chosen: Tensor, *, shift: bool) -> Callable[..., Any]:
+    """Keys without some directions, and all of them shifted alike if asked for."""
 
     def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         matrix = (chosen.mT @ chosen).to(output.device, output.dtype)
-        return output @ matrix + matrix.sum(dim=0) / len(matrix) ** 0.5
+        return output @ matrix + (matrix.sum(dim=0) / len(matrix) ** 0.5 if shift else 0)
 
     return hook
 
@@ -124,6 +148,10 @@ def _narrowed(
     for heads, own in zip(found, bases, strict=True):
         maker, reader = layers[heads.maker], layers[heads.reader]
         device = reader.kernel.device
+        if heads.pairing is not None:
+            numbers = [base.argmax(dim=1).tolist() for base in own]
+            built += partial_pairs(heads, numbers, maker, reader)
+            continue
         if heads.kind == "scores":
             turned = [base.to(device) for base in own]
             built += partial_scores(heads, turned, turned, maker, reader)

@@ -145,7 +145,9 @@ def test_what_is_left_alone_has_its_reason(net: Any, why: str) -> None:
     assert len(notes) == 1
     assert "'rnn'" in notes[0]
     assert why in notes[0]
-    plan = tt.plan_compression(seeded(make, *given, **how), budget=1.0, data=batches(), formats=("low_rank", *RECURRENT))
+    plan = tt.plan_compression(
+        seeded(make, *given, **how), budget=1.0, data=batches(), formats=("low_rank", *RECURRENT)
+    )
     assert why in " ".join(plan.notes)
 
 
@@ -219,7 +221,9 @@ def test_units_that_nobody_reads_go_for_nothing(kind: Any, given: dict[str, Any]
         net.head.weight[:, is_dead.repeat(net.head.weight.shape[1] // H)] = 0
     data = [x.double() for x in batches()]
     whole = sum(p.numel() for p in net.parameters())
-    half = sum(p.numel() for p in by_hand(net, [list(kept)] * net.rnn.num_layers * (1 + net.rnn.bidirectional)).parameters())
+    half = sum(
+        p.numel() for p in by_hand(net, [list(kept)] * net.rnn.num_layers * (1 + net.rnn.bidirectional)).parameters()
+    )
     result = compressed(net, {"params": half}, data=data)
     assert all(some == tuple(kept) for some in result.plan.recurrent[0].kept)
     assert rel(result.model(data[0]), net(data[0])) < 1e-6  # the second moments are shrunk a little
@@ -229,7 +233,7 @@ def test_units_that_nobody_reads_go_for_nothing(kind: Any, given: dict[str, Any]
 def test_units_that_are_sums_of_others_are_made_up_for() -> None:
     net: Any = seeded(Net, nn.GRU)
     with torch.no_grad():
-        for name, p in net.rnn.named_parameters():
+        for p in net.rnn.parameters():
             rows = [g + u % (H // 2) for g in range(0, len(p), H) for u in range(H)]
             p.copy_(p[rows])  # twins that do the same, each read with a weight of its own
     data = batches()

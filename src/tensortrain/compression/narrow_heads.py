@@ -181,9 +181,7 @@ def partial_pairs(
 ) -> list[Built]:
     """New layers of keys and queries that make some numbers of their heads, by head of the keys, as they were."""
     keys = [places[k] for group, some in enumerate(numbers) for places in [heads.made(group)] for k in some]
-    queries = [
-        heads.read(head)[k] for head in range(heads.n_heads) for k in numbers[head // heads.per_group]
-    ]
+    queries = [heads.read(head)[k] for head in range(heads.n_heads) for k in numbers[head // heads.per_group]]
     own = {k for group in range(heads.n_groups) for k in heads.made(group)}
     keys += [k for k in range(maker.weight.out_features) if k not in own]
     return [_making(maker, sorted(keys)), _making(reader, sorted(queries))]

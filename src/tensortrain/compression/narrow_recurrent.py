@@ -18,7 +18,15 @@ from tensortrain.compression.survey.recurrent import RecurrentUnits
 from tensortrain.errors import ShapeError
 from tensortrain.nn import GRUCell, LSTMCell, RNNCell, is_transformers_conv1d
 
-__all__ = ["FittedMap", "check_recurrent", "cut_maps", "fitted_recurrent", "gate_rows", "narrow_recurrent_", "places_of"]
+__all__ = [
+    "FittedMap",
+    "check_recurrent",
+    "cut_maps",
+    "fitted_recurrent",
+    "gate_rows",
+    "narrow_recurrent_",
+    "places_of",
+]
 
 Kept = Sequence[Sequence[int]]
 
@@ -63,7 +71,9 @@ def fitted_recurrent(
     found: dict[str, FittedMap] = {}
     statistics: list[Statistic] = []
     for name, places in _read(units, kept).items():
-        fit = fitted(model, HiddenUnits((), (), name, layers[name].weight.in_features), places, layers, moments.of(name))
+        fit = fitted(
+            model, HiddenUnits((), (), name, layers[name].weight.in_features), places, layers, moments.of(name)
+        )
         found[name] = FittedMap(fit.weight, _shifted(layers[name].module, fit.bias_shift))
         statistics += fit.statistics
     for cell, some in zip(units.all_cells, kept, strict=True):
@@ -175,7 +185,7 @@ def check_recurrent(units: RecurrentUnits, layers: Mapping[str, FoundLayer]) -> 
     """Raise ``ShapeError`` where a model lacks one of the layers around some units, or has other sizes."""
     sizes = {f"{cell}.hh": units.n_units for cell in units.all_cells}
     for index in range(units.n_layers):
-        sizes |= {name: units.n_directions * units.n_units for name in units.readers_of(index)}
+        sizes |= dict.fromkeys(units.readers_of(index), units.n_directions * units.n_units)
     for name in units.names:
         found = layers[name].weight.in_features if name in layers else None
         if found is None or found != sizes.get(name, found):

@@ -8,6 +8,7 @@ from dataclasses import replace
 from torch import nn
 
 from tensortrain.compression.choose.plan import CompressionPlan, Group, n_saved
+from tensortrain.compression.config import config_notes
 from tensortrain.compression.surgery import apply_plan_
 from tensortrain.compression.survey.runs import layers_that_run
 from tensortrain.compression.words import in_short
@@ -38,7 +39,7 @@ def apply_proven(
     compressed = apply_plan_(model if inplace else checked_copy(model), plan, observer=observer)
     seen, error = _seen(compressed, plan, names)
     if error is None:
-        return compressed, plan, _idle(plan, names, ran, seen)
+        return compressed, plan, [*_idle(plan, names, ran, seen), *config_notes(compressed)]
     culprits = [] if inplace else [name for name in names if _fails_alone(model, plan, name)]
     stuck = [] if inplace else [one for one in plan.groups if _fails_narrowed(model, plan, one)]
     if len(culprits) + len(stuck) in (0, len(names) + len(plan.groups)):
@@ -49,7 +50,7 @@ def apply_proven(
     seen, error = _seen(compressed, plan, names)
     if error is not None:
         raise _does_not_run(error, culprits)
-    return compressed, plan, _idle(plan, names, ran, seen)
+    return compressed, plan, [*_idle(plan, names, ran, seen), *config_notes(compressed)]
 
 
 def _once(model: nn.Module, plan: CompressionPlan) -> None:

@@ -21,6 +21,7 @@ from tensortrain.compression.choose.plan import (
     NarrowedHeads,
     NarrowedRecurrent,
 )
+from tensortrain.compression.config import tell_configs_
 from tensortrain.compression.made_up import Statistic, make_up
 from tensortrain.compression.narrow import Fitted, all_or_none, check_units, fitted, narrow_
 from tensortrain.compression.narrow_heads import check_heads, narrowed_heads
@@ -102,6 +103,8 @@ def _apply(model: nn.Module, plan: CompressionPlan, observer: Observer, build: B
             undo += [narrow_recurrent_(model, units, maps) for units, maps in ready.recurrent]
             undo += [narrow_whole_heads_(model, fewer) for fewer in ready.whole_heads]
             changed = swap(model, ready.built)
+            if plan.groups:
+                undo.append(tell_configs_(changed, plan.groups))
     for buffer, value in ready.statistics:
         buffer.copy_(value)
     retie(changed)

@@ -73,9 +73,7 @@ def are_sizes(entry: LayerEntry) -> bool:
     return bool(entry.config) and all(size in HEAD_SIZES for size in entry.config)
 
 
-def check_sizes(
-    old: Any, entry: LayerEntry, folder: Path, known: Sequence[str] = HEAD_SIZES
-) -> dict[str, Any]:
+def check_sizes(old: Any, entry: LayerEntry, folder: Path, known: Sequence[str] = HEAD_SIZES) -> dict[str, Any]:
     """The sizes of a part of the model under the names of a recipe.
 
     Raises:

@@ -185,7 +185,11 @@ def changes(
     swaps = _swaps(skeleton, recipe, layers, stored, folder)
     targets = _targets(skeleton, swaps)
     _check_names(targets, stored, folder)
-    return [*_surgery(skeleton, swaps), *_resizes(skeleton, recipe, folder), *_assignments(targets, stored, folder, adopt)]
+    return [
+        *_surgery(skeleton, swaps),
+        *_resizes(skeleton, recipe, folder),
+        *_assignments(targets, stored, folder, adopt),
+    ]
 
 
 def _resizes(skeleton: nn.Module, recipe: Recipe, folder: Path) -> Iterator[Change]:

@@ -268,7 +268,9 @@ class NarrowedWholeHeads:
         return cls(widths.heads, widths.kept(n_groups))
 
 
-Group: TypeAlias = Narrowed | NarrowedHeads | NarrowedRecurrent | NarrowedWholeHeads  # layers that are narrowed together
+Group: TypeAlias = (
+    Narrowed | NarrowedHeads | NarrowedRecurrent | NarrowedWholeHeads
+)  # layers that are narrowed together
 
 
 def n_saved(layers: Sequence[LayerPlan], narrowed: Sequence[Narrowed]) -> int:
@@ -347,7 +349,8 @@ class CompressionPlan:
         """
         changed = [layer.name for layer in self.layers if layer.spec is not None]
         changed += [name for one in self.narrowed for name in (*one.names, *one.units.between)]
-        changed += [name for one in (*self.recurrent, *self.whole_heads) for name in one.names]
+        changed += [name for one in self.recurrent for name in one.names]
+        changed += [name for one in self.whole_heads for name in one.names]
         reached = tuple(n for n in names if any(name == n or name.startswith(f"{n}." if n else "") for name in changed))
         own = {layer.name for layer in self.layers}
         gone = sum(n for name, n in (beside or {}).items() if name in reached and name not in own)

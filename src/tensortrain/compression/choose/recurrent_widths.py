@@ -50,9 +50,7 @@ class RecurrentWidths:
         return tuple(tuple(order.kept(n_units).tolist()) for order in self.orders)
 
 
-def standing_apart(
-    found: Sequence[RecurrentUnits], layers: Members, moments: Calibration
-) -> list[RecurrentUnits]:
+def standing_apart(found: Sequence[RecurrentUnits], layers: Members, moments: Calibration) -> list[RecurrentUnits]:
     """The units around layers that may be changed; of those that share a layer, the ones with most parameters.
 
     Args:

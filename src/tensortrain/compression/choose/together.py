@@ -66,9 +66,9 @@ def _jobs(
     free = {layer.name: layer for layer in layers if not _stands_open(model, layer)}
     if RECURRENT in options.formats:
         chosen = partial(standing_apart, layers=every, moments=calibration)
-        for units in proven_recurrent(model, calibration, chosen, notes):
-            free = _without(free, units.names)
-            yield units.names, partial(recurrent_widths_of, model, units, every, calibration)
+        for cells in proven_recurrent(model, calibration, chosen, notes):
+            free = _without(free, cells.names)
+            yield cells.names, partial(recurrent_widths_of, model, cells, every, calibration)
     if NARROW in options.formats:
         found = proven_units(model, calibration, partial(disjoint, layers=dict(free), moments=known), notes)
         for k, units in enumerate(found):

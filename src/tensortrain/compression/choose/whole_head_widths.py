@@ -42,9 +42,7 @@ class WholeHeadWidths:
         return tuple(self.order.kept(n_groups).tolist())
 
 
-def apart_whole(
-    found: Sequence[WholeHeads], layers: Members, moments: Mapping[str, LayerMoments]
-) -> list[WholeHeads]:
+def apart_whole(found: Sequence[WholeHeads], layers: Members, moments: Mapping[str, LayerMoments]) -> list[WholeHeads]:
     """The heads around layers that may be changed and that no others share.
 
     Args:

@@ -109,10 +109,12 @@ def _scores(trace: Trace, values: AttentionHeads, shared: set[Place]) -> Attenti
     if len(names) != 2 or values.maker in names or any(name in trace.twice for name in names):
         return None
     query, key = names
-    size = len(shared) // 2
-    sizes = {query: values.n_heads * size, key: values.n_groups * size}
-    first = {(name, k) for name in names for k in range(size)}
-    if shared != first or any(trace.leaves[name].shape[-1] != n for name, n in sizes.items()):
+    for size in (len(shared) // 2, values.size):  # numbers that nothing comes from do not show
+        sizes = {query: values.n_heads * size, key: values.n_groups * size}
+        first = {(name, k) for name in names for k in range(size)}
+        if shared <= first and all(trace.leaves[name].shape[-1] == n for name, n in sizes.items()):
+            break
+    else:
         return None
     return AttentionHeads(key, query, values.n_heads, values.n_groups, size, 0, size, "scores")
 

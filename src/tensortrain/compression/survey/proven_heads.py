@@ -87,7 +87,9 @@ def _half(heads: AttentionHeads) -> list[Tensor]:
     """Orthonormal rows of half of every head's directions, at random but the same each time; of pairs, some whole."""
     if heads.pairing is not None:
         pairs = pairs_of(heads.size, heads.pairing)
-        return [_one_hot(pairs[group % 2 :: 2] if len(pairs) > 1 else pairs, heads.size) for group in range(heads.n_groups)]
+        return [
+            _one_hot(pairs[group % 2 :: 2] if len(pairs) > 1 else pairs, heads.size) for group in range(heads.n_groups)
+        ]
     generator = torch.Generator().manual_seed(0)
     squares = torch.randn(heads.n_groups, heads.size, heads.size, generator=generator, dtype=torch.float64)
     n = max(1, heads.size // 2)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import tensortrain as tt
 from tensortrain.compression import Silent, plan_compression
-from tensortrain.compression.choose import planner
+from tensortrain.compression.choose import planner, together
 from tensortrain.compression.survey import calibrate, fisher, moments, span
 from tensortrain.errors import CheckpointError
 from tensortrain.formats import weighted_rank, weighting
@@ -241,8 +241,8 @@ def test_nothing_is_done_twice_for_another_budget(case, tmp_path, monkeypatch) -
     model, data = made(case)
     wanted = plan_compression(model, budget="1.3x", data=data)
     plan_compression(model, budget="2x", data=data, work_dir=tmp_path)
-    for name in ("calibrate", "families", "widths_of"):
-        monkeypatch.setattr(planner, name, again)
+    for module, name in ((planner, "calibrate"), (planner, "families"), (together, "widths_of")):
+        monkeypatch.setattr(module, name, again)
     found = plan_compression(model, budget="1.3x", data=data, work_dir=tmp_path)
     assert found == wanted
     for name, gram in wanted.calibration.grams.items():

@@ -243,6 +243,35 @@ def test_units_that_are_sums_of_others_are_made_up_for() -> None:
     assert rel(cut(data[0]), net(data[0])) > 5 * rel(result.model(data[0]), net(data[0]))
 
 
+class Filtered(nn.Module):
+    """A convolution over time reads the units."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn, self.conv = nn.GRU(6, H, batch_first=True), nn.Conv1d(H, 5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(self.rnn(x)[0].transpose(1, 2))
+
+
+def test_losses_at_convolutions_are_those_of_what_is_built() -> None:
+    net: Any = seeded(Filtered)
+    data = batches()
+    with torch.no_grad():
+        net.conv.weight[:, ::2] *= 1e-4
+    result = compressed(net, "1.6x", data=data)
+    assert result.plan.recurrent
+    assert result.model.conv.in_channels == result.model.rnn.hidden_size < H
+    entry = {layer.name: layer for layer in result.plan.layers}["conv"]
+    seen = torch.cat([net.rnn(x)[0].transpose(1, 2).unfold(2, 3, 1) for x in data])  # b h t 3
+    (kept,) = result.plan.recurrent[0].kept
+    wanted = torch.einsum("bhtk,ohk->bto", seen - seen.mean((0, 2), keepdim=True), net.conv.weight)
+    given = torch.einsum(
+        "bhtk,ohk->bto", (seen - seen.mean((0, 2), keepdim=True))[:, list(kept)], result.model.conv.weight
+    )
+    assert 0.3 * rel(given, wanted) < entry.rel_error < 3 * rel(given, wanted)  # outputs count differently
+
+
 # -- plans ---------------------------------------------------------------------------------------------
 
 

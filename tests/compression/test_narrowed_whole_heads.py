@@ -339,3 +339,71 @@ def test_a_report_says_so_and_another_model_of_the_config_is_left_alone() -> Non
 
 def test_layers_of_a_plan_are_still_there() -> None:
     assert {layer.name for layer in find_layers(attends())[0]} >= {"0.q", "2.o"}
+
+
+# -- torch's attention ---------------------------------------------------------------------------------
+
+
+class Looks(nn.Module):
+    """Attention of torch, its weights given on or not."""
+
+    def __init__(self, *, need_weights: bool = False, **how: Any) -> None:
+        super().__init__()
+        self.attention, self.norm = nn.MultiheadAttention(24, 4, batch_first=True, **how), nn.LayerNorm(24)
+        self.need_weights = need_weights
+
+    def forward(self, x: Tensor) -> Any:
+        y, weights = self.attention(x, x, x, need_weights=self.need_weights)
+        return (self.norm(x + y), weights) if self.need_weights else self.norm(x + y)
+
+
+def encoder() -> nn.Module:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(24, 4, 48, batch_first=True)
+    return nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
+
+
+@pytest.mark.parametrize("make", [Looks, encoder])
+def test_attention_of_torch_does_with_fewer_heads(make: Any, tmp_path) -> None:  # type: ignore[no-untyped-def]
+    torch.manual_seed(0)
+    net, x = make().eval(), batches()[0]
+    result = compressed(net, "1.15x", include="*att*")
+    small = result.model
+    assert result.plan.whole_heads
+    assert result.plan.params_after == count_params(small) <= count_params(net) / 1.15
+    (first, *_) = [part for part in small.modules() if isinstance(part, tt.nn.MultiheadAttention)]
+    assert first.num_heads < 4
+    assert first.head_dim == 6
+    assert type(first.q_proj) is nn.Linear
+    assert first.q_proj.out_features == first.out_proj.in_features == 6 * first.num_heads
+    assert rel(small(x), net(x)) < 0.5
+    tt.save_pretrained(small, tmp_path / "a")
+    loaded = tt.load_pretrained(tmp_path / "a", model=make)
+    assert torch.equal(loaded(x), small(x))
+    tt.save_pretrained(loaded, tmp_path / "b")
+    again = tt.load_pretrained(tmp_path / "b", model=loaded)
+    assert torch.equal(again(x), small(x))
+    assert torch.equal(tt.to_dense_(copy.deepcopy(small))(x), small(x))  # torch's layer cannot hold them
+
+
+def test_heads_of_torch_that_nobody_reads_go_for_nothing() -> None:
+    torch.manual_seed(0)
+    net: Any = Looks().eval().double()
+    with torch.no_grad():
+        net.attention.out_proj.weight[:, 6:12] = 0
+    data = [x.double() for x in batches()]
+    result = compressed(net, {"params": count_params(net) - 3 * 6 * 25 - 6 * 24}, data=data)
+    assert [one.kept for one in result.plan.whole_heads] == [(0, 2, 3)]
+    assert rel(result.model(data[0]), net(data[0])) < 1e-6
+    torch.manual_seed(1)
+    whole = compressed(Looks().eval(), 1.0).model
+    assert type(whole.attention) is nn.MultiheadAttention  # of which nothing went
+
+
+def test_weights_that_are_means_over_heads_keep_them_all() -> None:
+    torch.manual_seed(0)
+    plan = tt.plan_compression(
+        Looks(need_weights=True).eval(), budget=1.0, data=batches(), formats=("low_rank", *WHOLE)
+    )
+    assert not plan.whole_heads
+    assert any("attention heads before" in note for note in plan.notes)

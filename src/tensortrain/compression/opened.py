@@ -74,12 +74,12 @@ class Opened:
         """
         if not changed_too:
             self._close_narrowed()
-        back = [(names, new, old) for names, old, new in self.layers if changed_too or not _is_changed(new)]
+        back = [(names, new, old) for names, old, new in self.layers if changed_too or not _is_other(old, new)]
         for _, new, old in back:
             move_hooks(new, old)
             old.train(new.training)
         self.model = swap(self.model, back)
-        self.layers = [one for one in self.layers if not changed_too and _is_changed(one[2])]
+        self.layers = [one for one in self.layers if not changed_too and _is_other(*one[1:])]
         self._put_computed_back(changed_too)
         return self.model
 
@@ -258,6 +258,11 @@ def _hung(layer: nn.Module, registries: tuple[Any, ...]) -> list[str]:
     usual = fresh_twin(layer)
     own = {*vars(usual), *usual._parameters, *usual._buffers, *usual._modules}
     return [name for registry in registries for name in registry if name not in own]
+
+
+def _is_other(old: nn.Module, new: CompositeLayer) -> bool:
+    """Whether torch's layer cannot stand for an opened one any more: a map was factorized, or heads are gone."""
+    return _is_changed(new) or getattr(old, "num_heads", 0) != getattr(new, "num_heads", 0)
 
 
 def _lost_units(old: nn.Module, new: nn.Module) -> bool:

@@ -24,6 +24,7 @@ from tensortrain.system.store.recipe import LayerEntry, as_json
 __all__ = ["COMPOSITES", "build_composite", "composite_entries", "dense_twin"]
 
 Maps = Mapping[str, tuple[LayerEntry, FactorizedLayer]]
+Narrow = Mapping[str, Mapping[str, Any]]  # sizes by name
 
 COMPOSITES: dict[str, type[CompositeLayer]] = {
     cls.__name__: cls
@@ -76,12 +77,16 @@ def _arguments(cls: type[CompositeLayer], module: Any) -> dict[str, Any]:
     return arguments
 
 
-def build_composite(old: nn.Module | None, entry: LayerEntry, maps: Maps, folder: Path) -> CompositeLayer | None:
+def build_composite(
+    old: nn.Module | None, entry: LayerEntry, maps: Maps, folder: Path, narrow: Narrow | None = None
+) -> CompositeLayer | None:
     """The layer of a recipe on the meta device, in the place of ``old``; None where that has the form already.
 
     Args:
         maps: The factorized layers of the recipe, by all their names.
+        narrow: Sizes of the narrowed layers of the recipe, by all their names: attention with fewer heads.
     """
+    narrow = narrow or {}
     name = entry.names[0]
     cls = COMPOSITES.get(entry.kind)
     if cls is None or type(old) not in (cls, cls.dense_type):
@@ -90,20 +95,30 @@ def build_composite(old: nn.Module | None, entry: LayerEntry, maps: Maps, folder
             f"a layer of several maps must replace one of its kind: the model has {found} at {name!r:.80}, expected "
             f"the {entry.kind!r:.60} that {folder} names. Pass the model that was saved."
         )
-    facts = as_json(_facts(cls, old))
+    facts = as_json(_facts(cls, old)) | _fewer_heads(old, narrow.get(name, {}))
     if facts != entry.config:
         raise CheckpointError(
             f"a layer must have the arguments of the one it replaces: {name!r} in {folder} has "
             f"{first_difference(entry.config, facts)} in the model. Pass the model that was saved."
         )
-    if isinstance(old, cls) and _has_form(name, old, maps):
+    if isinstance(old, cls) and _has_form(name, old, maps, narrow):
         return None
-    return _filled(name, _empty(cls, old, entry, folder), maps, folder)
+    return _filled(name, _empty(cls, old, entry, folder), maps, folder, narrow)
 
 
-def _has_form(name: str, old: CompositeLayer, maps: Mapping[str, Any]) -> bool:
+def _fewer_heads(old: Any, sizes: Mapping[str, Any]) -> dict[str, Any]:
+    """The number of heads of attention that does without some."""
+    n = sizes.get("num_heads")
+    return {"num_heads": n} if type(n) is int and 1 <= n <= getattr(old, "num_heads", 0) else {}
+
+
+def _has_form(name: str, old: CompositeLayer, maps: Mapping[str, Any], narrow: Narrow) -> bool:
     lead = f"{name}." if name else ""
-    return all(isinstance(one, FactorizedLayer) == (lead + own in maps) for own, one in old.named_maps())
+    return all(
+        isinstance(one, FactorizedLayer) == (lead + own in maps)
+        and all(getattr(one, size, None) == n for size, n in narrow.get(lead + own, {}).items())
+        for own, one in old.named_maps()
+    )
 
 
 def _empty(cls: type[CompositeLayer], old: Any, entry: LayerEntry, folder: Path) -> CompositeLayer:
@@ -125,7 +140,7 @@ def _empty(cls: type[CompositeLayer], old: Any, entry: LayerEntry, folder: Path)
     return new
 
 
-def _filled(name: str, new: CompositeLayer, maps: Maps, folder: Path) -> CompositeLayer:
+def _filled(name: str, new: CompositeLayer, maps: Maps, folder: Path, narrow: Narrow) -> CompositeLayer:
     lead = f"{name}." if name else ""
     for own, one in list(new.named_maps()):
         parent, _, child = own.rpartition(".")
@@ -134,9 +149,17 @@ def _filled(name: str, new: CompositeLayer, maps: Maps, folder: Path) -> Composi
             check_counterpart(lead + own, one, *known, folder)
             setattr(new.get_submodule(parent), child, known[1])
         elif isinstance(one, FactorizedLayer):
-            dense = nn.Linear(one.in_features, one.out_features, one.bias is not None, device="meta")
+            whole = {"in_features": one.in_features, "out_features": one.out_features}
+            sizes = {size: _no_more(narrow.get(lead + own, {}).get(size, n), n) for size, n in whole.items()}
+            dense = nn.Linear(**sizes, bias=one.bias is not None, device="meta")
+            if sizes != whole:
+                vars(dense)["narrowed_from"] = {size: n for size, n in whole.items() if sizes[size] != n}
             setattr(new.get_submodule(parent), child, dense)
     return new
+
+
+def _no_more(n: Any, most: int) -> int:
+    return n if type(n) is int and 1 <= n <= most else most
 
 
 def dense_twin(old: nn.Module) -> nn.Module | None:

@@ -210,14 +210,15 @@ def _swaps(
     """Name -> the module that is to be there, for all names that get another, or one of another form."""
     modules = dict(skeleton.named_modules(remove_duplicate=False))
     maps = {name: (entry, layer) for entry, layer in layers for name in entry.names}
+    narrow = {name: entry.config for entry in recipe.narrowed for name in entry.names}
     swaps: dict[str, nn.Module] = {}
     for entry in recipe.narrowed:  # some of which were factorized after that
-        if are_sizes(entry):
+        if are_sizes(entry) or _is_inside(entry, recipe.composites):
             continue
         old = modules.get(entry.names[0])
         _swap_all(entry, narrowed_twin(old, entry, stored, folder), swaps, modules)
     for entry in recipe.composites:
-        new = build_composite(modules.get(entry.names[0]), entry, maps, folder)
+        new = build_composite(modules.get(entry.names[0]), entry, maps, folder, narrow)
         _swap_all(entry, new, swaps, modules)
     for entry, layer in layers:
         if all(modules.get(name) is layer for name in entry.names):
@@ -235,6 +236,11 @@ def _swaps(
         if name not in known and name in modules and _is_dense_in(name, module, stored):
             _swap(name, dense_twin(module), swaps, modules)
     return swaps
+
+
+def _is_inside(entry: LayerEntry, composites: Sequence[LayerEntry]) -> bool:
+    """Whether a layer is a map of one of several maps, which is built with it."""
+    return any(entry.names[0].startswith(f"{name}.") for one in composites for name in one.names)
 
 
 def _take_over(old: nn.Module, new: FactorizedLayer) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from tensortrain.compression.choose.widths import Members, Width
+from tensortrain.compression.choose.widths import Members, Width, channel_gram
 from tensortrain.compression.narrow_recurrent import FittedMap, fitted_recurrent, gate_rows, places_of
 from tensortrain.compression.survey.layers import FoundLayer
 from tensortrain.compression.survey.moments import Calibration
@@ -96,14 +96,14 @@ def _order(units: RecurrentUnits, k: int, layers: Members, moments: Calibration)
     for name, block in [(f"{cell}.hh", range(units.n_units)), *((n, places) for n in units.readers_of(index))]:
         known, kernel = moments.of(name), layers[name].kernel
         outputs = known.output_gram
-        outputs = torch.diag(outputs) if outputs is not None and outputs.ndim == 1 else outputs
-        rows.append(weighed_rows(kernel[:, list(block)], None if outputs is None else shrunk(outputs)))
-        grams.append(_full(known.gram)[list(block)][:, list(block)])
+        gram = channel_gram(layers[name], known).to(kernel.device)
+        weighs = None if outputs is None else shrunk(_full(outputs).to(kernel.device))
+        rows.append(weighed_rows(kernel[:, list(block)], weighs))
+        grams.append(gram[list(block)][:, list(block)])
     return narrowing(torch.cat(rows), shrunk(torch.stack(grams).mean(dim=0)))
 
 
-def _full(gram: Tensor | None) -> Tensor:
-    assert gram is not None
+def _full(gram: Tensor) -> Tensor:
     return torch.diag(gram) if gram.ndim == 1 else gram
 
 
@@ -141,5 +141,7 @@ def _change(
     change = torch.zeros_like(old)
     change[rows] = old[rows]
     new = fit.weight.flatten(1).to(old.dtype)
+    per_unit = new.shape[1] // len(columns)  # places of a convolution's kernel
+    columns = [k * per_unit + place for k in columns for place in range(per_unit)]
     change[torch.tensor(rows)[:, None], torch.tensor(columns)] -= new
     return change

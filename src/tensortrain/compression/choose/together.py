@@ -23,7 +23,7 @@ from tensortrain.compression.survey.proven import proven_units
 from tensortrain.compression.survey.proven_heads import proven_heads
 from tensortrain.compression.survey.proven_recurrent import proven_recurrent
 from tensortrain.compression.survey.proven_whole_heads import proven_whole_heads
-from tensortrain.nn import CompositeLayer
+from tensortrain.nn import CompositeLayer, MultiheadAttention
 
 __all__ = ["widths_together"]
 
@@ -76,7 +76,7 @@ def _jobs(
             make = partial(widths_of, model, units, every, calibration.of(units.reader))
             yield (units.reader,), partial(folder.widths, k, units, make)
     if WHOLE_HEADS in options.formats:
-        whole = partial(apart_whole, layers=dict(free), moments=known)
+        whole = partial(apart_whole, layers=free | _of_attention(model, layers), moments=known)
         for some in proven_whole_heads(model, calibration, whole, notes):
             free = _without(free, some.names)
             yield (some.reader,), partial(whole_head_widths_of, some, every, calibration.of(some.reader))
@@ -89,6 +89,12 @@ def _jobs(
 
 def _without(layers: Members, names: Sequence[str]) -> dict[str, FoundLayer]:
     return {name: layer for name, layer in layers.items() if name not in names}
+
+
+def _of_attention(model: nn.Module, layers: Sequence[FoundLayer]) -> dict[str, FoundLayer]:
+    """Maps of attention that stands open, by name; without positions of its own, which all heads share."""
+    outer = [name for name, part in model.named_modules() if type(part) is MultiheadAttention and part.bias_k is None]
+    return {one.name: one for one in layers if one.name.rpartition(".")[0] in outer}
 
 
 def _stands_open(model: nn.Module, layer: FoundLayer) -> bool:

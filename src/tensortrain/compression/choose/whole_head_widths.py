@@ -72,7 +72,7 @@ def whole_head_widths_of(heads: WholeHeads, layers: Members, moments: LayerMomen
     assert gram is not None
     gram = shrunk((torch.diag(gram) if gram.ndim == 1 else gram).to(reader.kernel.device), moments.outside)
     outputs = torch.diag(outputs) if outputs is not None and outputs.ndim == 1 else outputs
-    outputs = None if outputs is None else shrunk(outputs)
+    outputs = None if outputs is None else shrunk(outputs.to(reader.kernel.device))
     blocks = [heads.read([group]) for group in range(heads.n_groups)]
     order = narrowing_of_blocks(reader.kernel.flatten(1), gram, outputs, blocks)
     widths = range(1, heads.n_groups)

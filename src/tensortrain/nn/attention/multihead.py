@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tensortrain.errors import DTypeError, ShapeError
+from tensortrain.errors import DTypeError, KindError, ShapeError
 from tensortrain.formats import Rank
 from tensortrain.nn.base import Implementation, Init
 from tensortrain.nn.composite import CompositeLayer, Map, linear_of, weight_of
@@ -299,7 +299,16 @@ class MultiheadAttention(CompositeLayer):
         return layer._take_rest(dense)
 
     def to_dense(self) -> Any:
-        """Torch's layer with the same weights."""
+        """Torch's layer with the same weights.
+
+        Raises:
+            KindError: Some heads were taken out, and torch's layer has all that its size is made of.
+        """
+        if self.num_heads * self.head_dim != self.embed_dim:
+            raise KindError(
+                f"torch's attention has as many heads as make up its size: this one has {self.num_heads} of "
+                f"{self.head_dim} numbers, expected {self.embed_dim} in all. Keep it as it is: its maps are dense."
+            )
         weight = weight_of(self.out_proj)
         has = {"bias": self.out_proj.bias is not None, "add_bias_kv": self.bias_k is not None}
         arguments: Any = {name: getattr(self, name) for name in self.torch_arguments} | has

@@ -158,6 +158,25 @@ def test_projected_outputs_stay() -> None:
     assert "projected" in notes[0]
 
 
+class Stepwise(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell, self.head = nn.GRUCell(6, H), nn.Linear(H, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = None
+        for step in x.unbind(1):
+            h = self.cell(step, h)
+        return self.head(h)
+
+
+def test_cells_stay() -> None:
+    notes: list[str] = []
+    assert not proven(seeded(Stepwise), notes)
+    assert len(notes) == 1
+    assert "state of a cell" in notes[0]
+
+
 class _First(nn.Module):
     def forward(self, x: Any) -> Tensor:
         return x[0]

@@ -17,7 +17,7 @@ from torch import Tensor
 from tensortrain.cores.linalg import gram_root
 from tensortrain.errors import RankError
 
-__all__ = ["SHRINKAGE", "Narrowing", "narrowing", "narrowing_of_blocks", "refitted", "shrunk", "weighed_rows"]
+__all__ = ["SHRINKAGE", "Narrowing", "narrowing", "narrowing_of_blocks", "refitted", "shrunk"]
 
 LEAST_SHRINKAGE = 1e-6  # where no data will come
 SHRINKAGE = 1e-3  # of the mean diagonal: what few rows of data say about rare directions is not to be believed
@@ -74,7 +74,7 @@ def narrowing(
         [2, 0, 1]
     """
     device = gram.device
-    rows = weighed_rows(weight, output_gram)
+    rows = _weighed_rows(weight, output_gram)
     lower = torch.linalg.cholesky(gram.double())
     del gram  # of many units it is as large as the layer
     inverse = torch.cholesky_inverse(lower).mT.contiguous()  # symmetric: in columns, as it comes, is as good
@@ -111,7 +111,7 @@ def narrowing_of_blocks(
 
     Cost: O(n^3 + m n^2) flops for n units.
     """
-    rows = weighed_rows(weight, output_gram)
+    rows = _weighed_rows(weight, output_gram)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram.double()))
     here = [torch.tensor(list(block), device=gram.device) for block in blocks]
     left, order, losses = list(range(len(blocks))), [], [0.0]
@@ -149,7 +149,7 @@ def shrunk(gram: Tensor, outside: float | None = None) -> Tensor:
     return found
 
 
-def weighed_rows(weight: Tensor, output_gram: Tensor | None) -> Tensor:
+def _weighed_rows(weight: Tensor, output_gram: Tensor | None) -> Tensor:
     """``C W`` with ``F = C^T C``: errors of outputs as plain squares, ``(rows, n)``."""
     wide = weight.detach().double()
     if output_gram is not None:

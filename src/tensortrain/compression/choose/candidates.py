@@ -46,8 +46,8 @@ __all__ = [
 
 NARROW = "narrow"  # beside the formats: fewer hidden units, of layers that stay dense
 HEADS = "heads"  # the same of attention heads; by hand, since on the sentence encoder it lost more than was predicted
-RECURRENT = "recurrent"  # of recurrent layers
-WHOLE_HEADS = "whole_heads"
+RECURRENT = "recurrent"  # of recurrent layers; by hand, as on stacked LSTMs it was not chosen or lost more
+WHOLE_HEADS = "whole_heads"  # by hand, as on the sentence encoder none was chosen
 NARROWING = (NARROW, HEADS, RECURRENT, WHOLE_HEADS)
 DEFAULT_FORMATS = ("low_rank", "tucker2", "tt", NARROW)
 _MOST_SPECTRUM_POINTS = 64

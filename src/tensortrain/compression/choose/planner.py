@@ -118,8 +118,9 @@ def plan_compression(
               Alone, it asks for the smallest model; beside other limits it has to hold as well.
         data: Calibration batches, as for training (labels are not used).
         example_inputs: A batch to take shapes from, when there is no ``data``.
-        formats: Names to choose among; ``"narrow"`` is fewer hidden units, of layers that stay dense;
-            ``"heads"``, which has to be asked for, fewer directions of attention heads.
+        formats: Names to choose among; ``"narrow"`` is fewer hidden units, of layers that stay dense. To be asked for:
+            ``"recurrent"``, the same of recurrent layers; ``"whole_heads"``, fewer attention heads; ``"heads"``, fewer
+            directions of these, or rotary pairs.
         include, exclude: Layer names or fnmatch patterns.
         allow_slower: Take candidates that are slower than the dense layer. Without it a layer, and all together, may
             lose at most 1 % of the whole model's time, and of plans of like error (within 5 %) the fastest is taken.

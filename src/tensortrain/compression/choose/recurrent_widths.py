@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -16,12 +17,16 @@ from tensortrain.compression.narrow_recurrent import FittedMap, fitted_recurrent
 from tensortrain.compression.survey.layers import FoundLayer
 from tensortrain.compression.survey.moments import Calibration
 from tensortrain.compression.survey.recurrent import RecurrentUnits
-from tensortrain.formats.narrowing import Narrowing, narrowing, shrunk, weighed_rows
+from tensortrain.cores.linalg import gram_root
+from tensortrain.formats.narrowing import Narrowing, narrowing, shrunk
 
 __all__ = ["RecurrentWidths", "recurrent_widths_of", "standing_apart"]
 
-_MOST_WIDTHS = 32  # the layers are fitted anew at each
+_MOST_WIDTHS = 32
 _ROUND = 8
+# Of a layer of more units errors are looked at where these shares are left, each time with all maps fitted anew; between
+# these they are taken for straight.
+_ALL, _SHARES = 48, (1 / 16, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4, 7 / 8, 15 / 16)
 
 
 @dataclass(frozen=True)
@@ -73,57 +78,84 @@ def recurrent_widths_of(
 ) -> RecurrentWidths:
     """What every width of a recurrent layer costs and loses.
 
-    Cost: O(n^3) flops for n units, for every cell and at every width.
+    Cost: O(n^3) flops for n units, for every cell and at every one of some nine widths.
     """
     n = units.n_units
-    step = max(1, -(-n // _MOST_WIDTHS))
-    step = -(-step // _ROUND) * _ROUND if n >= 16 * _ROUND else step
     orders = tuple(_order(units, k, layers, moments) for k in range(len(units.all_cells)))
-    menus: dict[str, list[Width]] = {name: [] for name in units.names}
-    for k in range(step, n, step):
+    probes = _probes(n)
+    seen: dict[str, list[float]] = {name: [] for name in units.names}
+    for k in probes:
         kept = tuple(tuple(order.kept(k).tolist()) for order in orders)
         fits, _ = fitted_recurrent(model, units, kept, layers, moments)
         for name, fit in fits.items():
-            menus[name].append(_width(name, k, fit, units, kept, layers[name], moments))
-    return RecurrentWidths(units, orders, {name: tuple(widths) for name, widths in menus.items()})
+            seen[name].append(_error(name, fit, units, kept, layers[name], moments))
+    widths = sorted({*range(_step(n), n, _step(n)), *probes})
+    menus = {}
+    for name, errors in seen.items():
+        between = np.interp(widths, [*probes, n], [*errors, 0.0])
+        pairs = zip(widths, between.tolist(), strict=True)
+        menus[name] = tuple(_width(name, k, error, units, layers[name]) for k, error in pairs)
+    return RecurrentWidths(units, orders, menus)
+
+
+def _step(n: int) -> int:
+    step = max(1, -(-n // _MOST_WIDTHS))
+    return -(-step // _ROUND) * _ROUND if n > 16 * _ROUND else step
+
+
+def _probes(n: int) -> list[int]:
+    """Widths at which errors are looked at, the widest ones more closely; all of a small layer."""
+    if n <= _ALL:
+        return list(range(_step(n), n, _step(n)))
+    rounded = (round(n * share / _ROUND) * _ROUND for share in _SHARES)
+    return sorted({k for k in rounded if 0 < k < n})
 
 
 def _order(units: RecurrentUnits, k: int, layers: Members, moments: Calibration) -> Narrowing:
     """In which the units of one cell go: those first whose loss costs least at all that read them."""
     cell, index, direction = units.all_cells[k], k // units.n_directions, k % units.n_directions
-    places = range(direction * units.n_units, (direction + 1) * units.n_units)
-    rows, grams = [], []
-    for name, block in [(f"{cell}.hh", range(units.n_units)), *((n, places) for n in units.readers_of(index))]:
-        known, kernel = moments.of(name), layers[name].kernel
-        outputs = known.output_gram
-        gram = channel_gram(layers[name], known).to(kernel.device)
-        weighs = None if outputs is None else shrunk(_full(outputs).to(kernel.device))
-        rows.append(weighed_rows(kernel[:, list(block)], weighs))
-        grams.append(gram[list(block)][:, list(block)])
-    return narrowing(torch.cat(rows), shrunk(torch.stack(grams).mean(dim=0)))
+    places = list(range(direction * units.n_units, (direction + 1) * units.n_units))
+    weighed, grams = [], []
+    for name, block in [(f"{cell}.hh", list(range(units.n_units))), *((n, places) for n in units.readers_of(index))]:
+        kernel, outputs = layers[name].kernel[:, block].double(), moments.of(name).output_gram
+        wide = kernel.movedim(1, -1).reshape(len(kernel), -1)  # a convolution's places as inputs of their own
+        moved = wide if outputs is None else shrunk(_full(outputs).to(wide.device)) @ wide
+        rows, others = (x.reshape(-1, len(block)) for x in (wide, moved))
+        weighed.append(rows.mT @ others)
+        grams.append(channel_gram(layers[name], moments.of(name)).to(wide.device)[block][:, block])
+    gram = shrunk(torch.stack(grams).mean(dim=0))
+    # Only W^T F W counts of what reads the units, and it is no larger than they are many.
+    return narrowing(gram_root(torch.stack(weighed).sum(dim=0)).mT, gram)
 
 
 def _full(gram: Tensor) -> Tensor:
     return torch.diag(gram) if gram.ndim == 1 else gram
 
 
-def _width(
+def _error(
     name: str,
-    k: int,
     fit: FittedMap,
     units: RecurrentUnits,
     kept: Sequence[Sequence[int]],
     layer: FoundLayer,
     moments: Calibration,
-) -> Width:
+) -> float:
+    """Squared error of a map's outputs that remain, relative to all of it."""
     old = layer.kernel.flatten(1)
-    n_gone = 0 if fit.bias is None or name in units.readers else len(old) - len(fit.bias)
     change = _change(name, fit, units, kept, old)
     weighting = moments.of(name).weighting
     whole = weighting.energy_of_weight(old)
-    error = 0.0 if change is None or whole <= 0 else weighting.energy_of_weight(change) / whole
-    n_params = fit.weight.numel() - n_gone
-    return Width(k, fit.weight.numel() / old.numel(), n_params, error, change is not None, with_bias=True)
+    return 0.0 if change is None or whole <= 0 else weighting.energy(change) / whole
+
+
+def _width(name: str, k: int, error: float, units: RecurrentUnits, layer: FoundLayer) -> Width:
+    n_outputs, n_inputs = layer.weight.out_features, layer.weight.fan_in
+    is_map = name not in units.readers
+    rows = n_outputs // units.n_units * k if is_map else n_outputs
+    reads = not (is_map and name in (f"{cell}.ih" for cell in units.cells(0)))
+    columns = n_inputs // units.n_units * k if reads else n_inputs
+    n_gone = 0 if layer.module._parameters.get("bias") is None else n_outputs - rows
+    return Width(k, rows * columns / (n_outputs * n_inputs), rows * columns - n_gone, error, reads, with_bias=True)
 
 
 def _change(

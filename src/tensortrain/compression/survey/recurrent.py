@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from tensortrain.compression.survey.hidden import Run, Trace, channel_axis, some_channels, traced
-from tensortrain.nn import GRU, LSTM, RNN
+from tensortrain.nn import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
 
 __all__ = ["RecurrentUnits", "find_recurrent_units"]
 
 _KINDS = (GRU, LSTM, RNN)
+_CELLS = (GRUCell, LSTMCell, RNNCell)
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,9 @@ def find_recurrent_units(
     """
     seen = {name: _Seen(part) for name, part in model.named_modules() if name and type(part) in _KINDS}
     notes = [] if notes is None else notes
+    for name, part in model.named_modules():
+        if type(part) in _CELLS and name.rpartition(".")[0] not in seen:
+            _note(notes, name, "the state of a cell is made and kept by other code")
     with ExitStack() as stack:
         for one in seen.values():
             stack.callback(one.layer.register_forward_hook(one.cut, with_kwargs=True).remove)
@@ -85,9 +89,16 @@ def find_recurrent_units(
                 units = _units_of(trace, name, one)
                 if isinstance(units, RecurrentUnits):
                     found.append(units)
-                elif (note := f"The hidden units of {name!r} are left as they are: {units}.") not in notes:
-                    notes.append(note)
+                else:
+                    _note(notes, name, units)
             return found
+
+
+def _note(notes: list[str], name: str, why: str) -> None:
+    """Say why a layer is left alone, once."""
+    note = f"The hidden units of {name!r} are left as they are: {why}."
+    if note not in notes:
+        notes.append(note)
 
 
 @dataclass

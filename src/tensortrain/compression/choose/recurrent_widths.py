@@ -24,8 +24,8 @@ __all__ = ["RecurrentWidths", "recurrent_widths_of", "standing_apart"]
 
 _MOST_WIDTHS = 32
 _ROUND = 8
-# Of a layer of more units errors are looked at where these shares are left, each time with all maps fitted anew; between
-# these they are taken for straight.
+# Of a layer of more units errors are looked at where these shares are left, each time with all maps fitted anew;
+# between these they are taken for straight.
 _ALL, _SHARES = 48, (1 / 16, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4, 7 / 8, 15 / 16)
 
 

@@ -101,7 +101,7 @@ def _turns(call: Callable[..., Any], x: torch.Tensor, rounds: int, training: boo
 
 
 def _error(found: torch.Tensor, exact: torch.Tensor) -> float:
-    return float((found - exact).norm() / exact.norm().clamp_min(1e-30))
+    return float(((found - exact).norm() / exact.norm().clamp_min(1e-30)).detach())
 
 
 def _ours(found: dict[str, Any]) -> dict[str, Any]:

@@ -86,9 +86,15 @@ def _recipe(kernels: Any, network: tuple[Legs, ...], sizes: Sizes, wanted: tuple
     results: list[int] = []
     for one in wanted:
         places = list(one.cores)  # of the operands of its products, by their numbers there
-        for product in one.products(network, sizes):
+        products, last = one.products(network, sizes), [numbers[leg] for leg in one.legs]
+        # What lies between has its bonds in front, and then its legs as the weight has them: it needs no sorting to be
+        # multiplied by, and runs of the weight stay runs.
+        order = {leg: last.index(leg) if leg in last else -1 for leg in range(len(sizes))}.__getitem__
+        for product in products:
             pair = [places[k] for k in product.operands]
             made = [string.ascii_letters.index(letter) for letter in product.equation.split("->")[1]]
+            if product is not products[-1]:
+                made.sort(key=order)
             if not _is_plain([tensors[k] for k in pair], made):
                 return None
             steps.append((pair[0], pair[1] if len(pair) > 1 else -1))

@@ -279,9 +279,11 @@ def _training_step(
 ) -> Callable[[], object]:
     x, cores, bias = numbers.x, numbers.cores, numbers.bias
     at_once = _at_once(way, numbers, options)
+    others_are_short = x.is_cpu and library() is not None
 
     def run() -> Tensor:
-        _spend(_LONG_WAY_S)
+        if others_are_short:
+            _spend(_LONG_WAY_S)
         return way.run(x, way.prepare(maker, cores, options), bias, options, maker)
 
     return lambda: train_once(at_once or run, leaves, seed)

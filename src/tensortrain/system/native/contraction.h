@@ -66,7 +66,6 @@ void each(const Legs& legs, size_t n, std::array<int64_t, 3> at, const Work& wor
 }
 
 constexpr int64_t many_entries = 1 << 17;  // of which threads take parts
-constexpr int64_t many_flops = 2000000;    // likewise: below this, waking a thread takes as long as the product
 
 // The same, with the first leg divided among threads where there are many entries in all.
 template <typename Work>
@@ -80,13 +79,21 @@ void each_on_threads(const Legs& legs, size_t n, int64_t entries, const Work& wo
 
 // -- sorting ----------------------------------------------------------------------------------------
 
+// A short run: a call of memcpy would take longer.
+template <typename T>
+inline void copy_run(const T* from, T* to, int64_t n) {
+  constexpr int64_t lanes = 16 / sizeof(T);
+  int64_t k = 0;
+  for (; k + lanes <= n; k += lanes) __builtin_memcpy(to + k, from + k, 16);
+  for (; k < n; ++k) to[k] = from[k];
+}
+
 // rows x columns, each with its steps.
 template <typename T>
 TENSORTRAIN_LOOPS inline void copy_plane(const T* from, int64_t from_row, int64_t from_column, T* to, int64_t to_row,
                                          int64_t to_column, int64_t rows, int64_t columns) {
   if (from_column == 1 && to_column == 1) {
-    for (int64_t i = 0; i < rows; ++i)
-      for (int64_t j = 0; j < columns; ++j) to[i * to_row + j] = from[i * from_row + j];
+    for (int64_t i = 0; i < rows; ++i) copy_run(from + i * from_row, to + i * to_row, columns);
   } else if (to_column == 1) {
     for (int64_t i = 0; i < rows; ++i)
       for (int64_t j = 0; j < columns; ++j) to[i * to_row + j] = from[i * from_row + j * from_column];
@@ -274,7 +281,6 @@ class Gemm {
   template <typename T>
   void run(const T* a, const T* b, T* c) const {
     Room room;
-    const lapack::Alone alone(2 * m_ * n_ * k_ < many_flops);
     T* const own_a = a_.is_direct() ? nullptr : room.take<T>(a_.size());
     T* const own_b = b_.is_direct() ? nullptr : room.take<T>(b_.size());
     T* const own_c = c_.is_direct() ? nullptr : room.take<T>(c_.size());

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import tensortrain as tt
 from tensortrain.formats import format_names, get_format
 
-__all__ = ["FIXED", "FORMATS", "ConvCase", "dense_of", "layer_of", "peers_of", "random_cases"]
+__all__ = ["FIXED", "FORMATS", "ConvCase", "dense_of", "layer_of", "peers_of", "random_cases", "small_cases"]
 
 FORMATS = tuple(name for name in format_names() if "conv" in get_format(name).kinds)
 _OURS: dict[int, Any] = {1: tt.nn.Conv1d, 2: tt.nn.Conv2d, 3: tt.nn.Conv3d}
@@ -92,6 +92,21 @@ def random_cases(seed: int, count: int) -> list[ConvCase]:
     return [_drawn(rng) for _ in range(count)]
 
 
+def small_cases(seed: int, count: int) -> list[ConvCase]:
+    """Convolutions so small that what happens around them takes as long; the same ones for the same seed."""
+    rng = random.Random(seed)
+    return [_drawn_small(rng) for _ in range(count)]
+
+
+def _drawn_small(rng: random.Random) -> ConvCase:
+    n_axes, groups = rng.choice((2, 2, 2, 2, 1, 3)), rng.choice((1, 1, 1, 1, 2))
+    inputs, outputs = (groups * round(2 ** rng.uniform(3, 6) / groups) for _ in range(2))
+    side = {1: rng.randint(28, 400), 2: rng.randint(7, 28), 3: rng.randint(4, 9)}[n_axes]
+    kernel, stride = rng.choice((1, 3, 3, 3, 5) if n_axes < 3 else (1, 3)), rng.choice((1, 1, 1, 2))
+    batch, share = rng.choice((1, 2, 4, 8)), rng.choice((0.05, 0.1, 0.25, 0.5))
+    return ConvCase(inputs, outputs, kernel, (side,) * n_axes, batch, stride, 1, groups, share)
+
+
 def _drawn(rng: random.Random) -> ConvCase:
     n_axes = rng.choice((2, 2, 2, 2, 1, 3))
     groups = rng.choice((1, 1, 1, 1, 2, 4))
@@ -134,7 +149,7 @@ def _along(case: ConvCase, axis: int) -> dict[str, Any]:
 def _kernel(case: ConvCase, outputs: int, inputs: int, axis: int | None) -> Tensor:
     n_axes = len(case.spatial)
     sizes = [case.kernel if axis in (None, k) else 1 for k in range(n_axes)] if axis != -1 else [1] * n_axes
-    return torch.randn(outputs, inputs, *sizes) / math.sqrt(inputs)
+    return nn.Parameter(torch.randn(outputs, inputs, *sizes) / math.sqrt(inputs))
 
 
 def _cp_chain(case: ConvCase) -> Callable[[Tensor], Tensor]:
@@ -142,7 +157,7 @@ def _cp_chain(case: ConvCase) -> Callable[[Tensor], Tensor]:
     rank = max(1, case.n_params // (case.inputs + case.outputs + n_axes * case.kernel))
     first, last = _kernel(case, rank, case.inputs, -1), _kernel(case, case.outputs, rank, -1)
     middle = [_kernel(case, rank, 1, axis) for axis in range(n_axes)]
-    options, bias = [_along(case, axis) for axis in range(n_axes)], torch.randn(case.outputs)
+    options, bias = [_along(case, axis) for axis in range(n_axes)], nn.Parameter(torch.randn(case.outputs))
 
     def run(x: Tensor) -> Tensor:
         x = convolve(x, first)
@@ -159,7 +174,7 @@ def _tucker_chain(case: ConvCase) -> Callable[[Tensor], Tensor]:
     r_in = max(1, int((math.sqrt(b * b + 4 * a * case.n_params) - b) / (2 * a)))
     r_out = max(1, int(ratio * r_in))
     first, last = _kernel(case, r_in, case.inputs, -1), _kernel(case, case.outputs, r_out, -1)
-    middle, bias = _kernel(case, r_out, r_in, None), torch.randn(case.outputs)
+    middle, bias = _kernel(case, r_out, r_in, None), nn.Parameter(torch.randn(case.outputs))
     option = {"stride": case.stride, "padding": case.dilation * (case.kernel - 1) // 2, "dilation": case.dilation}
 
     def run(x: Tensor) -> Tensor:
@@ -174,7 +189,7 @@ def _tt_chain(case: ConvCase) -> Callable[[Tensor], Tensor]:
     rank = max(1, int((math.sqrt(b * b + 4 * a * case.n_params) - b) / (2 * a)))
     first, last = _kernel(case, rank, case.inputs, -1), _kernel(case, case.outputs, rank, -1)
     middle = [_kernel(case, rank, rank, axis) for axis in range(n_axes)]
-    options, bias = [_along(case, axis) for axis in range(n_axes)], torch.randn(case.outputs)
+    options, bias = [_along(case, axis) for axis in range(n_axes)], nn.Parameter(torch.randn(case.outputs))
 
     def run(x: Tensor) -> Tensor:
         x = convolve(x, first)

@@ -2,6 +2,7 @@
 
     python benchmarks/convs.py --threads 2 --out benchmarks/results/convs.json      # the record
     python benchmarks/convs.py --random 30 --seed 20261128                          # other shapes
+    python benchmarks/convs.py --small 30 --seed 20261128 --training                # small ones, forward and backward
     python benchmarks/convs.py --show benchmarks/results/convs.json                 # the table of docs/formats.md
 
 Every contender sleeps before its turn, since the threads of the one before spin for a while and would slow it down.
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from conv_cases import FIXED, FORMATS, ConvCase, dense_of, layer_of, peers_of, random_cases
+from conv_cases import FIXED, FORMATS, ConvCase, dense_of, layer_of, peers_of, random_cases, small_cases
 from timing import Turns, take_turns
 
 from tensortrain.system.files import write_text_atomic
@@ -41,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
     torch.set_num_threads(1 if args.cpu_time else args.threads)
     if args.cpu_time:
         time.perf_counter = time.thread_time  # for the trials of layers, too
-    chosen = random_cases(args.seed, args.random) if args.random else FIXED
+    chosen = random_cases(args.seed, args.random) if args.random else small_cases(args.seed, args.small) or FIXED
     cases = [case for case in chosen if args.case in case.name]
     record: dict[str, Any] = {
         "clock": "cpu" if args.cpu_time else "wall",
@@ -61,14 +62,14 @@ def main(argv: list[str] | None = None) -> int:
 
 def measure(case: ConvCase, formats: Sequence[str], rounds: int, *, training: bool = False) -> dict[str, Any]:
     """Times of one case: torch's layer, ours in every format, the peers' chains."""
-    dense, x = dense_of(case), case.input()
+    dense, x = dense_of(case), case.input().requires_grad_(training)
     layers = {name: layer_of(case, name) for name in formats}
     with torch.set_grad_enabled(training):
         for name, layer in layers.items():
             error = _error(layer(x), layer.to_dense()(x))
             if error > TOL:
                 raise SystemExit(f"{case.name}: {name} errs by {error:.1e}")
-        peers = {} if training else peers_of(case)
+        peers = peers_of(case)
         calls = {"dense": dense, **layers, **peers}
         turns = {name: _turns(call, x, rounds, training) for name, call in calls.items()}
         take_turns(turns)
@@ -100,7 +101,7 @@ def _turns(call: Callable[..., Any], x: torch.Tensor, rounds: int, training: boo
 
 
 def _error(found: torch.Tensor, exact: torch.Tensor) -> float:
-    return float((found - exact).norm() / exact.norm().clamp_min(1e-30))
+    return float(((found - exact).norm() / exact.norm().clamp_min(1e-30)).detach())
 
 
 def _ours(found: dict[str, Any]) -> dict[str, Any]:
@@ -150,6 +151,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--random", type=int, default=0, metavar="N", help="N random convolutions, not the fixed ones")
+    parser.add_argument("--small", type=int, default=0, metavar="N", help="N small convolutions, not the fixed ones")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--formats", nargs="+", default=list(FORMATS), choices=FORMATS)
     parser.add_argument("--case", default="", help="only cases whose name holds this")

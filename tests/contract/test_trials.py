@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tensortrain.contract import trials
-from tensortrain.contract.trials import Notebook, best_seconds, trial_key
+from tensortrain.contract.trials import Notebook, best_seconds, seconds_in_use, trial_key
 
 CPU = torch.device("cpu")
 
@@ -103,6 +103,12 @@ class LuckyClock(Clock):
         self.counts[k] += 1
         early = self.lucky.get(k, ())
         return early[self.counts[k] - 1] if self.counts[k] <= len(early) else self.seconds[k]
+
+
+def test_a_first_call_that_pays_for_the_start_of_the_process_is_tried_once_more() -> None:
+    cold = iter([9.0, 0.1, 0.1, 0.1])
+    seconds = seconds_in_use([0, 1], lambda k: next(cold) if k == 0 else 0.15)
+    assert seconds == [0.1, 0.15]
 
 
 def test_a_duel_is_told_by_the_medians() -> None:

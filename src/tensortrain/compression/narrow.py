@@ -16,6 +16,7 @@ from tensortrain.compression.survey.moments import LayerMoments
 from tensortrain.errors import ShapeError
 from tensortrain.formats.narrowing import refitted, shrunk
 from tensortrain.nn import is_transformers_conv1d
+from tensortrain.system.offloading import is_offloaded, offload
 from tensortrain.system.parking import let_go
 
 __all__ = [
@@ -63,13 +64,17 @@ def narrow_(
     reader = model.get_submodule(units.reader)
     _check(reader, units, kept, weight)
     undo = [remember(model.get_submodule(name)) for name in (*units.makers, *units.between, units.reader)]
-    for name in (*units.makers, *units.between):
-        keep_channels(model.get_submodule(name), kept, units.n_units)
+    parts = [model.get_submodule(name) for name in (*units.makers, *units.between)]
+    offloaded = [one for one in (*parts, reader) if is_offloaded(one)]
+    for part in parts:
+        keep_channels(part, kept, units.n_units)
     read_fewer(reader, weight)
     if bias_shift is not None:
         old = reader.bias
         assert isinstance(old, Tensor)
         put(reader, "bias", old + bias_shift.to(old.device, old.dtype))
+    for one in offloaded:  # where its weight was, the new one goes too
+        offload(one)
 
     def back() -> None:
         for one in undo:

@@ -37,6 +37,7 @@ from tensortrain.errors import ShapeError
 from tensortrain.formats import Weighting
 from tensortrain.nn import Embedding, FactorizedLayer, Linear, TiedHead, dense_twin
 from tensortrain.system.observer import Observer, Silent
+from tensortrain.system.offloading import is_offloaded, let_go_of_weights, offload
 from tensortrain.system.parking import weights_parked
 
 __all__ = ["apply_plan_", "apply_shapes_", "to_dense_"]
@@ -161,11 +162,16 @@ def _prepared(
             if layer.head is not None:
                 ready.built.append((layer.head.names, layer.head.module, _tied(layer.head.module, new)))
             put_aside(p for name, p in layer.module.named_parameters(recurse=False) if name == "weight")
+            if is_offloaded(layer.module):
+                let_go_of_weights(layer.module)
+                offload(new)
             observer.on_step(k + 1, seconds=perf_counter() - began)
         for k, one in enumerate(plan.groups):
             _prepare_group(ready, model, one, found, calibration)
             if isinstance(one, Narrowed):
-                put_aside(p for p in [model.get_submodule(one.units.reader)._parameters["weight"]] if p is not None)
+                reader = model.get_submodule(one.units.reader)
+                put_aside(p for p in [reader._parameters["weight"]] if p is not None)
+                let_go_of_weights(reader)
             observer.on_step(len(work) + k + 1)
     finally:
         observer.on_end()

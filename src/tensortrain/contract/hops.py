@@ -16,10 +16,9 @@ from functools import lru_cache
 from itertools import product
 from math import prod
 
-from torch import Tensor
-
 from tensortrain.contract.cost import CostModel
-from tensortrain.contract.products import Legs, Product, Sizes, contraction, contraction_flops, run
+from tensortrain.contract.products import Legs, Product, Sizes, contraction_flops
+from tensortrain.contract.weights import Wanted
 
 __all__ = ["ConvNetwork", "Hop", "Load", "hop_candidates"]
 
@@ -58,23 +57,15 @@ class ConvNetwork:
         cores = tuple(("g", *legs) for legs in self.cores)
         return ConvNetwork(cores, ("g", *self.out_legs), ("g", *self.in_legs), self.axes, (*self.sizes, ("g", groups)))
 
-    def views(self, cores: Sequence[Tensor]) -> list[Tensor]:
-        """Cores with one axis per leg, from ones that have axes of size one, or several legs on one axis."""
-        known = dict(self.sizes)
-        return [core.reshape([known[leg] for leg in legs]) for core, legs in zip(cores, self.cores, strict=True)]
-
-    def merged(self, cores: Sequence[Tensor], *, transposed: bool = False) -> Tensor:
-        """All cores together, differentiably: the dense kernel as torch's convolutions take it, as a matrix.
-
-        Its rows are the first channels of torch's layout, of all groups.
-        """
+    def dense(self, *, transposed: bool = False) -> Wanted:
+        """The dense kernel of all cores, as torch's convolutions take it."""
         groups = tuple(leg for leg in self.out_legs if leg in self.in_legs)
         outs, ins = (tuple(leg for leg in legs if leg not in groups) for legs in (self.out_legs, self.in_legs))
         first, second = (ins, outs) if transposed else (outs, ins)
         known = dict(self.sizes)
         legs = (*groups, *first, *second, *(leg for leg in self.axes if leg in known))
-        weight = run(contraction(self.cores, legs, self.sizes), self.views(cores))
-        return weight.reshape(self.size((*groups, *first)), -1)
+        shape = self.size((*groups, *first)), self.size(second), *(known.get(leg, 1) for leg in self.axes)
+        return Wanted(tuple(range(len(self.cores))), legs, shape)
 
 
 @dataclass(frozen=True)
@@ -107,7 +98,7 @@ class Hop:
         cores: Which.
         permute: Order of the state's legs to bring them into first; empty where they lie well.
         sizes: Of the state then: ``(carried before, groups, summed, carried after)``.
-        weight_legs: ``(groups, new, summed, axes)`` of the weight.
+        weight_legs: Groups, new ones, summed ones and axes of the weight.
         weight_sizes: ``(groups, new, summed)``.
         along: Numbers of the axes it convolves along; empty for a product at every position.
         legs: Of the state afterwards.
@@ -119,7 +110,7 @@ class Hop:
     cores: tuple[int, ...]
     permute: tuple[int, ...]
     sizes: tuple[int, int, int, int]
-    weight_legs: Legs
+    weight_legs: tuple[Legs, Legs, Legs, Legs]
     weight_sizes: tuple[int, int, int]
     along: tuple[int, ...]
     legs: Legs
@@ -132,16 +123,11 @@ class Hop:
         """Whether no leg of the state is carried along."""
         return self.sizes[0] == self.sizes[3] == 1 and not self.permute
 
-    def merge(self, network: ConvNetwork, cores: Sequence[Tensor]) -> Tensor:
-        """The weight ``(groups, new, summed, *along)``, differentiably."""
-        steps = _merging(network, self.cores, self.weight_legs)
-        weight = run(steps, [cores[k] for k in self.cores])
-        known = dict(network.sizes)
-        return weight.reshape(*self.weight_sizes, *(known.get(network.axes[axis], 1) for axis in self.along))
-
-
-def _merging(network: ConvNetwork, which: tuple[int, ...], legs: Legs) -> tuple[Product, ...]:
-    return contraction(tuple(network.cores[k] for k in which), legs, network.sizes)
+    def weight(self, shape: tuple[int, ...], *, summed_first: bool = False) -> Wanted:
+        """Its weight: groups, then new and summed legs in either order, then the axes."""
+        groups, new, summed, axes = self.weight_legs
+        both = (*summed, *new) if summed_first else (*new, *summed)
+        return Wanted(self.cores, (*groups, *both, *axes), shape)
 
 
 @lru_cache(maxsize=1024)
@@ -264,7 +250,8 @@ class _Planner:
         k = self._size(axes)
         flops = 2 * self.load.batch * a * b * g * n * i * k * (ins if self.load.transposed else outs)
         moved = self.load.batch * a * b * g * (i * ins + n * outs) + g * n * i * k
-        weight_legs = (*groups, *new, *summed, *(self.network.axes[axis] for axis in along if self._is_borne(axis)))
+        borne = tuple(self.network.axes[axis] for axis in along if self._is_borne(axis))
+        weight_legs = tuple(groups), tuple(new), tuple(summed), borne
         seconds = self._seconds((a, g, i, b), n, flops, ins, outs, k, convolves=bool(along))
         if permute:
             seconds += (3 if self.load.training else 1) * self._copy_s(self.load.batch * a * g * i * b * ins)
@@ -272,7 +259,7 @@ class _Planner:
             seconds += self._copy_s(self.load.batch * self._size(legs) * outs)
         cores = tuple(sorted(which))
         if self.load.training:
-            seconds += self._merge_s(cores, weight_legs, g * n * i)
+            seconds += self._merge_s(cores, tuple(leg for legs in weight_legs for leg in legs), g * n * i)
         return Hop(cores, permute, (a, g, i, b), weight_legs, (g, n, i), along, legs, flops, moved, seconds)
 
     def _is_borne(self, axis: int) -> bool:
@@ -331,7 +318,7 @@ class _Planner:
 
     def _merge_s(self, cores: tuple[int, ...], legs: Legs, numel: int) -> float:
         """Merging the weight in every call, and the gradients through that."""
-        steps = _merging(self.network, cores, legs)
+        steps: tuple[Product, ...] = Wanted(cores, legs, ()).products(self.network.cores, self.network.sizes)
         flops = contraction_flops(steps) if len(cores) > 1 else 0
         copied = numel * self.load.itemsize
         calls = 3 * len(steps) * _HOP_S * self.model.overhead_s

@@ -389,21 +389,26 @@ def _undone(cores: list[Tensor], norm: KroneckerNorm) -> list[Tensor]:
     return balance_chain(cores)
 
 
-def balance_chain(cores: Sequence[Tensor]) -> list[Tensor]:
+def balance_chain(cores: Sequence[Tensor], *, are_own: bool = False) -> list[Tensor]:
     """Share the scale of every bond index evenly between its two cores; the product stays the same.
 
     Gradients of a core grow with the norms of the others, so an unbalanced chain trains at unequal speeds.
     A diagonal gauge per bond suffices: for two cores it splits the singular values about as
     ``sqrt(s) sqrt(s)``. Gauges are powers of two, so that nothing is rounded and a promised error holds.
+
+    Args:
+        are_own: The cores are nobody else's, and written to: those of a large table would not be held twice.
     """
-    cores = list(cores)
+    cores = list(cores) if are_own else [core.clone() for core in cores]
     for _ in range(3):  # converges linearly; three sweeps leave a few per cent
         for k in range(len(cores) - 1):
             left = cores[k].flatten(0, -2).norm(dim=0)
             right = cores[k + 1].flatten(1).norm(dim=1)
             gauge = torch.where((left > 0) & (right > 0), _nearest_pow2((right / left).sqrt()), 1.0)
-            cores[k] = cores[k] * gauge
-            cores[k + 1] = cores[k + 1] / gauge.reshape(-1, *[1] * (cores[k + 1].ndim - 1))
+            below = gauge.reshape(-1, *[1] * (cores[k + 1].ndim - 1))
+            # A gauge of another dtype would make torch compute, and hold, copies in that.
+            cores[k].mul_(gauge.to(cores[k].dtype))
+            cores[k + 1].div_(below.to(cores[k + 1].dtype))
     return cores
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tensortrain.errors import NonFiniteError, ShapeError
+from tensortrain.system.finite import are_finite
 
 from .spec import WeightShape
 
@@ -22,7 +23,7 @@ def check_dense(dense: Tensor, weight: WeightShape) -> None:
             f"a dense weight must have its layer's shape: found {tuple(dense.shape)}, expected "
             f"{weight.dense_shape}. Pass the layer's own weight."
         )
-    if not bool(torch.isfinite(dense).all()):  # one host sync per decomposition
+    if not are_finite(dense):  # one host sync per decomposition
         raise NonFiniteError(
             f"a weight must be finite: found {int((~torch.isfinite(dense)).sum())} NaN or Inf among "
             f"{dense.numel()} entries. Repair or retrain the layer before it is compressed."

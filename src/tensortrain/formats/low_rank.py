@@ -105,8 +105,9 @@ class LowRank(ChainFormat):
             return super().factorize_group(dense, spec, eps=eps, weighting=weighting)
         matrix = WeightedMatrix.of(dense, spec.weight, weighting)
         outputs, inputs = matrix.truncated(spec.ranks[1])
-        inputs = self._in_chain_order(inputs, spec)
-        found = self._fit(balance_chain([inputs.T[None, None], outputs.T[:, :, None, None]]), 0.0, spec, dense.dtype)
+        cores = [self._in_chain_order(inputs, spec).T[None, None], outputs.T[:, :, None, None]]
+        del outputs, inputs
+        found = self._fit(balance_chain(cores, are_own=True), 0.0, spec, dense.dtype)
         return Fit(found.spec, found.cores, matrix.rel_error(*self._factors(found)))
 
     def _factors(self, found: Fit) -> tuple[Tensor, Tensor]:

@@ -112,7 +112,10 @@ class WeightedMatrix:
         """``W^T C`` of a wide matrix, ``W C`` of another; in parts, in the precision that it will be stored in."""
         if self.weighted is not None:
             return self._long @ factor
-        return torch.cat([(some.double() @ factor).to(some.dtype) for some in _in_parts(self._long)])
+        found = factor.new_empty(len(self._long), factor.shape[1], dtype=self._long.dtype)
+        for some, place in zip(_in_parts(self._long), _in_parts(found, like=self._long), strict=True):
+            place.copy_(some.double() @ factor)
+        return found
 
     def _inner_in_parts(self) -> Tensor:
         """``W H W^T`` of a wide matrix, ``W^T F W`` of another, with damped moments; the longer side counts alone."""

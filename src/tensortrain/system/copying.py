@@ -15,7 +15,7 @@ from tensortrain.system.aliases import Reference, find_aliases, function_in, rea
 from tensortrain.system.parking import can_park, park
 from tensortrain.system.storage import overlaps, repeats
 
-__all__ = ["copy_model"]
+__all__ = ["copy_model", "tensors_of"]
 
 M = TypeVar("M", bound=nn.Module)
 _MOST_ROUNDS = 8  # closures within closures
@@ -34,7 +34,7 @@ def copy_model(model: M, *, parks: bool = False) -> M:
     Cost: the model's memory once more, and a walk over what hangs on it.
     """
     memo: Memo = {}
-    tensors = _tensors(model)
+    tensors = tensors_of(model)
     _copy_shared(tensors, memo)
     _copy_odd(tensors, memo)
     if parks:
@@ -73,7 +73,7 @@ def _copy_odd(tensors: Sequence[Tensor], memo: Memo) -> None:
             memo[id(tensor)] = _like(tensor.detach().clone(), tensor)
 
 
-def _tensors(model: nn.Module) -> list[Tensor]:
+def tensors_of(model: nn.Module) -> list[Tensor]:
     """Every tensor that hangs on a model, once."""
     loose = [tensor for _, tensor in find_aliases(model, {}).tensors]
     unique = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers(), *loose)}

@@ -29,6 +29,7 @@ __all__ = [
     "is_parked",
     "let_go",
     "let_go_after_use",
+    "memory_given_back",
     "park",
     "tidy",
     "weights_parked",
@@ -39,6 +40,11 @@ LARGE_BYTES = 2**27  # what holds no more than this together is left in memory
 _CHUNK = 2**20  # numbers that are written at once
 _HELD_BYTES, _WORTH_BYTES = 2**24, 2**17  # of what backward needs: held in memory all the same; least size of a file
 _PREFIX = "tensortrain-parked-"
+# GNU's allocator keeps what was freed of blocks up to the size of the largest that was freed, 32 MB at most, between
+# others that are still used: as much as half a GB beside a model of that size.
+_MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1  # of mallopt
+_OWN_MAP_BYTES, _USUAL_MAP_BYTES = 2**20, 2**25
+_OWN_SETTINGS = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES")
 
 
 def park(tensor: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
@@ -105,6 +111,35 @@ def tidy() -> None:
     trim = _malloc_trim()
     if trim is not None:
         trim(0)
+
+
+@contextlib.contextmanager
+def memory_given_back(whole: Iterable[Tensor]) -> Iterator[None]:
+    """Inside, memory of several megabytes goes back to the system as soon as it is freed.
+
+    Args:
+        whole: Parameters of the model that is worked on; where they are not large, nothing changes.
+    """
+    option = _mallopt() if are_large(whole) and not any(name in os.environ for name in _OWN_SETTINGS) else None
+    if option is None or _given_back.depth:
+        yield
+        return
+    _given_back.depth += 1
+    option(_MMAP_THRESHOLD, _OWN_MAP_BYTES)
+    option(_TRIM_THRESHOLD, _OWN_MAP_BYTES)
+    try:
+        yield
+    finally:
+        _given_back.depth -= 1
+        option(_MMAP_THRESHOLD, _USUAL_MAP_BYTES)  # where large tensors take the allocator anyway
+        option(_TRIM_THRESHOLD, 2 * _USUAL_MAP_BYTES)
+
+
+class _Depth:
+    depth = 0
+
+
+_given_back = _Depth()
 
 
 def are_large(tensors: Iterable[Tensor]) -> bool:
@@ -208,6 +243,12 @@ def _madvise() -> Callable[[int, int, int], int] | None:
 def _malloc_trim() -> Callable[[int], int] | None:
     """The call of GNU's library that empties its allocator."""
     return _system_call("malloc_trim", ctypes.c_size_t) if sys.platform == "linux" else None
+
+
+@functools.cache
+def _mallopt() -> Callable[[int, int], int] | None:
+    """The call that sets GNU's allocator."""
+    return _system_call("mallopt", ctypes.c_int, ctypes.c_int) if sys.platform == "linux" else None
 
 
 def _system_call(name: str, *arguments: Any) -> Callable[..., int] | None:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tensortrain.errors import KindError, RankError, ShapeError
+from tensortrain.system.finite import finite
 from tensortrain.train.batches import n_examples, read_batch, run
 from tensortrain.train.outputs import Output, counted, judged_outputs, named_tensors, relative_distance
 from tensortrain.train.task import IGNORED, Task, as_logits, label_loss, own_loss, task_of_outputs
@@ -333,7 +334,7 @@ def _kl(task: Task, student: Tensor, teacher: Tensor, mask: Tensor | None, tempe
 def unmasked(logits: Tensor, counts: Tensor) -> Tensor:
     """Logits in float32 at least, the entries that do not count far below all others."""
     logits = logits if logits.dtype == torch.float64 else logits.float()
-    good = counts & torch.isfinite(logits.detach())
+    good = counts & finite(logits)
     if good.device.type == "cpu" and bool(good.all()):  # of a large vocabulary a copy takes much memory
         return logits
     return torch.where(good, logits, _MASKED_LOGIT)

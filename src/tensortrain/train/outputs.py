@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tensortrain.errors import FilterError, KindError
+from tensortrain.system.finite import finite
 from tensortrain.train.batches import run
 
 __all__ = [
@@ -159,16 +160,16 @@ def check_output(output: object) -> None:
 @torch.no_grad()
 def counted(y: Tensor) -> Tensor:
     """Which entries of an output count: finite ones that are no masks (-inf, or numbers such as -1e9)."""
-    finite = torch.isfinite(y)
+    is_finite = finite(y)
     if y.device.type == "cpu" and not bool((y < _LEAST_MASK).any()):  # on other devices a look costs more than the rest
-        return finite
+        return is_finite
     sizes = y.detach().abs().flatten()
     sizes = sizes[:: -(-sizes.numel() // _SAMPLE) or 1].float()
     sizes = sizes[torch.isfinite(sizes) & (sizes > 0)]
     if not sizes.numel():
-        return finite
+        return is_finite
     small = torch.quantile(sizes, 0.1)
-    return finite & ~((y < _LEAST_MASK) & (y < -_MASKED * small))
+    return is_finite & ~((y < _LEAST_MASK) & (y < -_MASKED * small))
 
 
 def spread(y: Tensor) -> tuple[Tensor, Tensor]:
@@ -187,7 +188,7 @@ def relative_distance(student: Tensor, teacher: Tensor) -> Tensor:
     """Squared distance of two outputs over the spread of the teacher's about its mean example."""
     teacher = teacher.detach()
     counts = counted(teacher)
-    mask = counts & torch.isfinite(student.detach())
+    mask = counts & finite(student)
     about, square = _spread(teacher, counts)
     scale = torch.where(about > CONSTANT * square, about, square)
     scale = torch.where(scale > 0, scale, float(max(1, teacher.numel())))

@@ -52,6 +52,8 @@ from tensortrain.compression.survey.task import FIRST, first_with_example, task_
 from tensortrain.errors import BudgetError, TTError
 from tensortrain.system.checkpoint import start_signature
 from tensortrain.system.observer import Observer, Silent
+from tensortrain.system.offloading import let_go_of_weights
+from tensortrain.system.parking import let_go, memory_given_back
 from tensortrain.system.processes import first_of, n_processes, together
 from tensortrain.system.storage import count_bytes
 from tensortrain.train.batches import device_of, length_of, take, tensors_in, to_device
@@ -196,7 +198,7 @@ def make_plans(model: nn.Module, options: PlanOptions, budgets: Sequence[BudgetL
         model = uncompiled(model)
         asked = [_read(model, each, options) for each in budgets]  # before anything that takes long
         options = _adapted(options, asked)
-        with opened_for_a_while(model) as opened:
+        with memory_given_back(model.parameters()), opened_for_a_while(model) as opened:
             planning = _surveyed(opened, options, budgets)
         planning.opened, planning.left = opened.names, opened.left_alone(planning.left)
         return [_agreed(partial(planning.find, model, each), planning.calibration) for each in budgets]
@@ -493,6 +495,7 @@ def _folder(
         "output": getattr(options.output, "__qualname__", options.output),
     }
     folder = Folder(Path(options.work_dir), settings, start_signature(model.parameters()), options.observer)
+    let_go(*model.parameters())
     folder.begin()
     return folder
 
@@ -535,6 +538,7 @@ def _with_families(
         how: dict[str, Any] = {"formats": few, "structure": moments.structure, "wide": wide, "search": options.search}
         found = folder.families(k, partial(families, menu.layer, weighting=moments.weighting, **how))
         moments.forget_derived()
+        let_go_of_weights(menu.layer.module)
         filled.append(replace(menu, families=found, widths=_widths_on(menu, hidden)))
         options.observer.on_step(k + 1, seconds=perf_counter() - began)
     options.observer.on_end()

@@ -24,6 +24,7 @@ from tensortrain.compression.survey.proven_heads import proven_heads
 from tensortrain.compression.survey.proven_recurrent import proven_recurrent
 from tensortrain.compression.survey.proven_whole_heads import proven_whole_heads
 from tensortrain.nn import CompositeLayer, MultiheadAttention
+from tensortrain.system.offloading import let_go_of_weights
 
 __all__ = ["widths_together"]
 
@@ -52,6 +53,7 @@ def widths_together(
         found.append(make())
         for name in names:
             calibration.of(name).set_aside()
+            let_go_of_weights(model.get_submodule(name))
         options.observer.on_step(len(found), seconds=perf_counter() - began)
     options.observer.on_end()
     return [one for one in found if one.menus[one.reader]]

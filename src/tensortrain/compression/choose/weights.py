@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from tensortrain.compression.survey.layers import FoundLayer
 from tensortrain.compression.survey.moments import Calibration
 from tensortrain.compression.words import named
+from tensortrain.system.offloading import let_go_of_weights
 
 __all__ = ["carried", "weigh_layers"]
 
@@ -29,6 +30,7 @@ def weigh_layers(
     for layer in layers:
         found[layer.name] = carried(layer, calibration)
         calibration.of(layer.name).set_aside()
+        let_go_of_weights(layer.module)
     known = sorted(weight for weight in found.values() if 0 < weight < math.inf)
     usual = known[len(known) // 2] if known else 1.0
     unknown = dict.fromkeys(calibration.grams, usual * (_OFF_THE_PATH if narrowed else 1.0))

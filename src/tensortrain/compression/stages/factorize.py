@@ -15,6 +15,8 @@ from tensortrain.compression.report.alone import losses_alone
 from tensortrain.compression.stages.base import Work, stage
 from tensortrain.compression.surgery import to_dense_
 from tensortrain.compression.words import named
+from tensortrain.nn import FactorizedLayer
+from tensortrain.system.offloading import bring_back, weights_offloaded
 
 __all__ = ["Factorize"]
 
@@ -39,6 +41,18 @@ class Factorize:
 
 @stage(Factorize, outcome="before healing", copies=True)
 def _factorize(work: Work, settings: Factorize) -> Work:
+    if not work.options.inplace:
+        return _planned(work, settings)
+    with weights_offloaded(work.model, but_not=lambda module: isinstance(module, FactorizedLayer)):
+        done = _planned(work, settings)
+        for module in done.model.modules():
+            if isinstance(module, FactorizedLayer):
+                module.clear_cache()  # made on the way: copies of cores, which are about to move
+        bring_back(done.model)
+    return done
+
+
+def _planned(work: Work, settings: Factorize) -> Work:
     if settings.plan is not None:
         return _applied(work, settings.plan)
     is_turn = settings.way < 1 or work.plan is not None

@@ -62,17 +62,18 @@ class Metric:
         (energy,) = _summed(self._energies(some, changed - some) for some, changed in zip(*pairs, strict=True))
         return float(energy / scale)
 
-    def along(self, name: str, y: Tensor, batch: Any, generator: torch.Generator) -> Tensor:
-        """The output along a random direction whose second moment is the metric."""
+    def along(self, name: str, y: Tensor, batch: Any, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """The places of an output that count, and a random direction of theirs whose second moment is the metric."""
         if not self.in_nats(name):
             values = self._values(name, y, batch)
             noise = torch.randn(values.shape, generator=generator).to(values)
-            return (torch.where(counted(values), values, 0) * noise).sum()
+            return values, torch.where(counted(values), noise, 0)
         logits = self._logits(name, y, batch)
-        parts = (some.detach() for some in _in_parts(logits))
-        noisy = ((some, torch.randn(some.shape, generator=generator).to(some)) for some in parts)
-        along = torch.cat([self._direction(some, noise) for some, noise in noisy])
-        return torch.dot(logits.reshape(-1), along.reshape(-1))  # of which the direction alone counts
+        along = torch.empty_like(logits, memory_format=torch.contiguous_format)
+        for some, place in zip(_in_parts(logits.detach()), _in_parts(along), strict=True):
+            noise = torch.randn(some.shape, generator=generator).to(some)
+            place.copy_(self._direction(some, noise))
+        return logits, along
 
     def drawn_sizes(self, name: str, y: Tensor, batch: Any) -> tuple[tuple[int, ...], ...]:
         """Sizes of the random numbers that ``along`` draws for an output, in their order."""
@@ -112,7 +113,7 @@ class Metric:
         rows = as_logits(self.task, y)
         rows = unmasked(rows, counted(rows))
         mask = self._mask(name, y, batch)
-        return rows if mask is None or bool(mask.all()) else rows[mask.reshape(-1)]
+        return rows if mask is None else _some_rows(rows, mask.reshape(-1))
 
     def _values(self, name: str, y: Tensor, batch: Any) -> Tensor:
         """The places of an output that count; of an embedding, its direction alone."""
@@ -125,6 +126,15 @@ class Metric:
         if self.task is None:
             return None
         return positions(self.task, name, y, batch, read_batch(self.model, batch).labels)
+
+
+def _some_rows(rows: Tensor, mask: Tensor) -> Tensor:
+    """The rows that count; of one text that goes on to its end they are no copy, which would be large."""
+    places = mask.nonzero().flatten()
+    n = len(places)
+    if n and int(places[-1] - places[0]) == n - 1:
+        return rows.narrow(0, int(places[0]), n)
+    return rows[places]
 
 
 def _in_parts(logits: Tensor, n: int = _AT_ONCE) -> tuple[Tensor, ...]:

@@ -6,7 +6,6 @@ import fnmatch
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from tensortrain.compression.carry import cannot_carry
@@ -16,6 +15,7 @@ from tensortrain.errors import FilterError, KindError, NonFiniteError
 from tensortrain.formats import WeightShape
 from tensortrain.nn import FactorizedLayer, TiedHead, counterpart
 from tensortrain.system.aliases import find_aliases
+from tensortrain.system.finite import are_finite
 from tensortrain.system.storage import count_numbers
 
 __all__ = ["FoundLayer", "LeftAlone", "check_finite", "check_module", "count_params", "find_layers", "part_of"]
@@ -162,7 +162,7 @@ def check_module(model: object) -> None:
 
 def check_finite(name: str, weight: Tensor) -> None:
     """Raise ``NonFiniteError`` where a layer's weight holds NaN or Inf."""
-    if not bool(torch.isfinite(weight).all()):  # one host sync per layer
+    if not are_finite(weight):  # one host sync per layer
         raise NonFiniteError(
             f"weights must be finite: layer {name!r} holds NaN or Inf. Repair or retrain it, or exclude it."
         )

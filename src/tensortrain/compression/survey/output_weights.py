@@ -18,6 +18,7 @@ from tensortrain.compression.survey.layers import FoundLayer
 from tensortrain.compression.survey.moments import Calibration, n_moments, second_moment
 from tensortrain.errors import KindError
 from tensortrain.system.observer import Observer
+from tensortrain.system.offloading import let_go_of_weights
 from tensortrain.system.parking import activations_parked, let_go
 from tensortrain.system.processes import gathered, n_processes, own_rank, own_share
 from tensortrain.train.batches import device_of, run
@@ -29,7 +30,8 @@ _AT_ONCE = 2**20  # gradients that are made doubles of
 
 Judge = Callable[[Any], dict[str, Tensor]]  # batch -> the outputs that count, by name
 Sizes = tuple[tuple[int, ...], ...]
-Along = Callable[[Mapping[str, Tensor], Any], Tensor | None]  # (outputs, batch) -> them along a random direction
+# (outputs, batch) -> what of them counts, and a random direction for each
+Along = Callable[[Mapping[str, Tensor], Any], tuple[list[Tensor], list[Tensor]]]
 
 
 class Spreads:
@@ -172,6 +174,13 @@ def _add_gradients(
 ) -> int:
     """Add the second moment of the gradients at every layer's output; give the number of examples."""
     tags: list[Tensor] = []
+    last: list[nn.Module] = []  # that backward has come to, whose weights it needs no more
+
+    def take_in(layer: FoundLayer, gradient: Tensor) -> None:
+        for module in last:
+            let_go_of_weights(module)
+        last[:] = [layer.module]
+        found.layers[layer.name].add_gradients(_moment(layer, gradient))
 
     def watch(layer: FoundLayer) -> Callable[..., Any]:
         def hook(module: nn.Module, args: Any, result: Any) -> Any:
@@ -183,7 +192,7 @@ def _add_gradients(
             tagged = result + tag
             if not tagged.requires_grad:  # the model runs this part under no_grad
                 return result
-            tagged.register_hook(lambda gradient: found.layers[layer.name].add_gradients(_moment(layer, gradient)))
+            tagged.register_hook(partial(take_in, layer))
             return tagged
 
         return hook
@@ -193,25 +202,29 @@ def _add_gradients(
         # cuDNN has no backward for recurrent layers in eval mode
         with torch.inference_mode(False), torch.enable_grad(), torch.backends.cudnn.flags(enabled=False):
             outputs = judge(batch)
-            total = along(outputs, batch)
+            count = max((y.shape[0] if y.ndim else 1 for y in outputs.values()), default=0)
+            values, directions = along(outputs, batch)
+            del outputs
             found.tidy()
-            if total is not None:  # labels picked by argmax have no gradient
-                torch.autograd.grad(total, tags, allow_unused=True)
+            if values:  # labels picked by argmax have no gradient
+                torch.autograd.grad(values, tags, directions, allow_unused=True)
+                for module in last:
+                    let_go_of_weights(module)
     finally:
         for handle in handles:
             handle.remove()
-    return max((y.shape[0] if y.ndim else 1 for y in outputs.values()), default=0)
+    return count
 
 
 def _along_random_directions(
     metric: Metric, shares: Mapping[str, float], generator: torch.Generator, outputs: Mapping[str, Tensor], batch: Any
-) -> Tensor | None:
-    total: Tensor | None = None
+) -> tuple[list[Tensor], list[Tensor]]:
+    pairs = []
     for name, y in outputs.items():
         if y.requires_grad and name in shares:
-            along = metric.along(name, y, batch, generator) * shares[name]
-            total = along if total is None else total + along
-    return total
+            values, direction = metric.along(name, y, batch, generator)
+            pairs.append((values, direction.mul_(shares[name])))
+    return [values for values, _ in pairs], [direction for _, direction in pairs]
 
 
 def _moment(layer: FoundLayer, gradient: Tensor) -> Tensor:

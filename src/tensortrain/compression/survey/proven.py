@@ -15,7 +15,7 @@ from tensortrain.compression.survey.hidden import HiddenUnits, Run, channel_axis
 from tensortrain.compression.survey.moments import Calibration
 from tensortrain.compression.words import in_short
 from tensortrain.nn import is_transformers_conv1d
-from tensortrain.system.parking import activations_parked
+from tensortrain.system.parking import activations_parked, let_go
 from tensortrain.train.batches import map_tensors, n_examples, run, tensors_in
 from tensortrain.train.modes import evaluating
 from tensortrain.train.outputs import counted
@@ -181,7 +181,9 @@ def _narrowed(model: nn.Module, groups: Sequence[HiddenUnits]) -> Iterator[None]
             reader: Any = model.get_submodule(units.reader)
             kept = some_channels(units.n_units, reader.weight.device).nonzero().flatten()
             weight = reader.weight.T if is_transformers_conv1d(reader) else reader.weight
+            let_go_of = [model.get_submodule(name)._parameters["weight"] for name in (*units.makers, units.reader)]
             undo.append(narrow_(model, units, kept, weight.detach()[:, kept]))
+            let_go(*let_go_of)  # what is as it was takes no memory meanwhile
         yield
     finally:
         for back in reversed(undo):

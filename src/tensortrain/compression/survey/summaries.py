@@ -14,6 +14,7 @@ from torch.nn.modules.conv import _ConvNd
 from tensortrain.compression.survey.layers import FoundLayer
 from tensortrain.compression.survey.moments import LayerMoments
 from tensortrain.errors import NonFiniteError
+from tensortrain.system.finite import finite
 
 __all__ = ["is_summarized", "padded", "patches_of", "summarize"]
 
@@ -98,7 +99,7 @@ def _finite(layer: FoundLayer, rows: Tensor) -> Tensor:
     Raises:
         NonFiniteError: There is none.
     """
-    good = torch.isfinite(rows).all(dim=1)
+    good = finite(rows).all(dim=1)
     if bool(good.all()):  # one host sync per layer and batch
         return rows
     if not bool(good.any()):

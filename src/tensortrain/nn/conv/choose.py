@@ -20,8 +20,9 @@ from torch import Tensor
 from tensortrain.contract.trials import Notebook, can_time, duel, seconds_in_use, timed, train_once, trial_key
 from tensortrain.formats import FactorSpec
 from tensortrain.nn.conv.options import ConvOptions
-from tensortrain.nn.conv.ways import Maker, Way
+from tensortrain.nn.conv.ways import DenseWay, Maker, Way
 from tensortrain.system.machine import Watch
+from tensortrain.system.native import library
 
 __all__ = ["Found", "Request", "bucket", "fastest_way"]
 
@@ -36,7 +37,7 @@ _MOST_DUELS = 3  # of the fastest with the dense kernel as torch runs it
 _LONG_WAY_S = 9e-5  # of a call that finds nothing ready: through plans and checks; seen on a CPU
 _MARGIN = 0.7  # untimed, a way has to be predicted so much faster than the dense kernel to run in its place
 _DISTURBED_S = 600  # after so long a trial beside other programs is made again
-_NOTES = Notebook("convolutions-4")  # since the fastest is tried against the dense kernel alone
+_NOTES = Notebook("convolutions-5")  # since training takes a short way
 _KNOWN: dict[Any, _Trial] = {}
 
 
@@ -277,8 +278,26 @@ def _training_step(
     way: Way, numbers: _Numbers, leaves: Sequence[Tensor], seed: Tensor, options: ConvOptions, maker: Maker
 ) -> Callable[[], object]:
     x, cores, bias = numbers.x, numbers.cores, numbers.bias
+    at_once = _at_once(way, numbers, options)
+    others_are_short = x.is_cpu and library() is not None
 
     def run() -> Tensor:
+        if others_are_short:
+            _spend(_LONG_WAY_S)
         return way.run(x, way.prepare(maker, cores, options), bias, options, maker)
 
-    return lambda: train_once(run, leaves, seed)
+    return lambda: train_once(at_once or run, leaves, seed)
+
+
+def _at_once(way: Way, numbers: _Numbers, options: ConvOptions) -> Callable[[], Tensor] | None:
+    """The way forward in one call of the kernels, as layers take it from their second step on."""
+    x, cores, bias = numbers.x, numbers.cores, numbers.bias
+    kernels = library()
+    recipe = None if kernels is None or not x.is_cpu else way.recipe(options)
+    if kernels is None or recipe is None or x.dtype not in (torch.float32, torch.float64):
+        return None
+    if isinstance(way, DenseWay) and way.is_torchs_own(options):
+        told = options.stride, options.padding, options.dilation, way.groups
+        return lambda: kernels.convolve_contracted(recipe, cores, x, bias, *told)
+    rest = way.by_weights(options)
+    return lambda: rest(x, bias, kernels.contract_cores(recipe, cores))

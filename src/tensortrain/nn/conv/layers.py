@@ -20,7 +20,7 @@ from tensortrain.nn.base import FactorizedLayer, Implementation, Init, as_tuple
 from tensortrain.nn.conv.choose import Found, Request, fastest_way, predicted
 from tensortrain.nn.conv.options import ConvOptions
 from tensortrain.nn.conv.plan import ConvPlan, out_size
-from tensortrain.nn.conv.quick import keep_quick
+from tensortrain.nn.conv.quick import forget_weights, keep_quick, keep_training
 from tensortrain.nn.conv.traced import dense_work, name_when_traced, rounded, run_hops, told
 from tensortrain.nn.conv.ways import (
     DenseWay,
@@ -36,6 +36,7 @@ from tensortrain.nn.conv.ways import (
 from tensortrain.nn.cores import are_plain
 from tensortrain.nn.inputs import check_plain_layout, once, traceable
 from tensortrain.nn.runner import FEW_WHEN_TRACED, Runner, device_type_of, may_be_dense, trains
+from tensortrain.system.native import library
 from tensortrain.system.tracing import is_traced, is_transformed, sizes_of, static_power_of_two
 
 __all__ = ["Conv1d", "Conv2d", "Conv3d", "ConvLayer"]
@@ -166,27 +167,32 @@ class ConvLayer(FactorizedLayer):
         if more is not None:
             options = self.conv_options(more)
         if plan.key.training:
-            self.runner.cache.clear()  # the cores are about to change
-            self.runner.quick_calls.clear()
-            self.runner.way = None
+            forget_weights(self)
             prepared = way.prepare(self, self.core_list(), options)
         elif way.name == "dense plain":
             prepared = (self.runner.dense_weight(self),)
         else:
             prepared = self.runner.cached(self, way.name, lambda: way.prepare(self, self.core_list(), options))
         y = way.run(x, prepared, self.bias, options, self)
-        if not plan.key.training and more is None:
-            self._keep_quick(x, plan, prepared)
+        if more is None:
+            self._keep_short(x, plan, prepared)
         return y
 
-    def _keep_quick(self, x: Tensor, plan: ConvPlan, prepared: tuple[Tensor, ...]) -> None:
+    def _keep_short(self, x: Tensor, plan: ConvPlan, prepared: tuple[Tensor, ...]) -> None:
         """Let the next input of this shape take the short way, where layer and input are ordinary ones."""
-        if not _is_ordinary(x, any_dtype=True) or self.stand_ins is not None or not are_plain(self.cores):
+        training = plan.key.training
+        if torch.is_grad_enabled() != training or not _is_plain(x):
+            return
+        if self.stand_ins is not None or not are_plain(self.cores):
             return
         cores = self.core_list()
         if any(core.is_inference() or type(core) not in (Tensor, nn.Parameter) for core in cores):
             return
-        if x.device.type == "cpu" and cores[0].device.type == "cpu":
+        if x.device.type != "cpu" or cores[0].device.type != "cpu":
+            return
+        if training:
+            keep_training(self, x, plan)
+        else:
             keep_quick(self, x, plan, prepared, cores)
 
     def _run_traced(self, x: Tensor, more: tuple[int, ...] | None) -> Tensor:
@@ -331,7 +337,10 @@ class ConvLayer(FactorizedLayer):
             layouts += [] if self.conv_options().is_transposed else ["library"]
         ways: list[Way] = [DenseWay(self.groups, flops, 0, seconds, layout) for layout in layouts]
         network = self._network if key is not None and load.training else None
-        return ways if network is None else [*ways, DenseWay(self.groups, flops, 0, seconds, "plain", network)]
+        if network is None:
+            return ways
+        merged: list[Way] = [DenseWay(self.groups, flops, 0, seconds, layout, network) for layout in layouts]
+        return [*merged, *ways] if _are_served(self.cores[0]) else [*ways, *merged]
 
     @property
     def _network(self) -> ConvNetwork | None:
@@ -518,15 +527,21 @@ class Conv3d(_ConvNd):
     dense_type = nn.Conv3d
 
 
-def _is_ordinary(x: Tensor, *, any_dtype: bool = False) -> bool:
-    """Whether nothing looks on that would have to see, or to differentiate, every operation on an input."""
-    if torch.is_grad_enabled() or type(x) is not Tensor or x.numel() == 0:
+def _is_ordinary(x: Tensor) -> bool:
+    """Whether an input may meet kernels that the library has laid out for itself: nobody would differentiate them."""
+    return not torch.is_grad_enabled() and x.dtype == torch.float32 and _is_plain(x)
+
+
+def _is_plain(x: Tensor) -> bool:
+    """Whether nothing looks on that would have to see every operation on an input."""
+    if type(x) is not Tensor or x.numel() == 0 or is_transformed() or torch.is_autocast_enabled("cpu"):
         return False
-    if x.dtype != torch.float32 and not any_dtype:
-        return False
-    if is_transformed() or forward_ad._current_level >= 0 or torch.is_autocast_enabled("cpu"):
-        return False
-    return _get_current_dispatch_mode() is None
+    return forward_ad._current_level < 0 and _get_current_dispatch_mode() is None
+
+
+def _are_served(core: Tensor) -> bool:
+    """Whether the kernels make weights of such cores, in less time than torch's operations one by one."""
+    return core.is_cpu and core.dtype in (torch.float32, torch.float64) and library() is not None
 
 
 def _check_channels(in_channels: int, out_channels: int, groups: int) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from tensortrain.contract.cache import n_optimizer_steps
+from tensortrain.nn.conv.options import ConvOptions
 from tensortrain.nn.conv.ways import DenseWay
 from tensortrain.nn.cores import PLAIN_LISTS, are_plain
 from tensortrain.system.native import library
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from tensortrain.nn.conv.layers import ConvLayer
     from tensortrain.nn.conv.plan import ConvPlan
 
-__all__ = ["keep_quick", "quick"]
+__all__ = ["forget_weights", "keep_quick", "keep_training", "quick"]
 
 _MOST_KEPT = 64  # shapes of inputs that find something ready
 
@@ -102,16 +103,56 @@ def keep_quick(layer: ConvLayer, x: Tensor, plan: ConvPlan, prepared: tuple[Tens
         runner.way = quick
         return
     n_optimizer_steps()  # counted from now on
-    settings = [layer.implementation, layer.dense_limit_bytes, layer.may_time_plans]
-    if not isinstance(runner.way, kernels.ConvWay) or runner.way.options != settings:
-        kernels.know_core_lists(*PLAIN_LISTS)
-        runner.way = kernels.ConvWay(settings)
-    is_torchs_own = isinstance(way, DenseWay) and way.layout == "plain" and options.padding_mode == "zeros"
-    if is_torchs_own and isinstance(options.padding, tuple) and not options.is_transposed:
-        numbers = options.stride, options.padding, options.dilation
-        runner.way.keep_dense(x, cores, prepared[0], *numbers, layer.groups)
+    short = _current_way(layer, kernels)
+    if isinstance(way, DenseWay) and way.is_torchs_own(options):
+        short.keep_dense(x, cores, prepared[0], *_numbers(layer, options))
     else:
-        runner.way.keep_call(x, cores, call)
+        short.keep_call(x, cores, call)
+
+
+def keep_training(layer: ConvLayer, x: Tensor, plan: ConvPlan) -> None:
+    """Let the next input of this shape go one step forward in one call, where the kernels are built.
+
+    Args:
+        layer: On the CPU; its cores are plain parameters.
+        x: The input that was just served.
+        plan: By which.
+    """
+    way, options, kernels = plan.way, plan.options, library()
+    assert way is not None
+    assert options is not None
+    recipe = way.recipe(options) if kernels is not None else None
+    if recipe is None:
+        return
+    short = _current_way(layer, kernels)
+    if isinstance(way, DenseWay) and way.is_torchs_own(options):
+        short.train_dense(x, recipe, *_numbers(layer, options))
+    else:
+        short.train_call(x, recipe, way.by_weights(options))
+
+
+def forget_weights(layer: ConvLayer) -> None:
+    """Let go of all weights that follow from the cores, which are about to change."""
+    runner, kernels = layer.runner, library()
+    runner.cache.clear()
+    runner.quick_calls.clear()
+    if kernels is not None and isinstance(runner.way, kernels.ConvWay):
+        runner.way.forget_weights()
+    else:
+        runner.way = None
+
+
+def _current_way(layer: ConvLayer, kernels: Any) -> Any:
+    """The kernels' short way, a new one where settings of the layer have changed."""
+    settings = [layer.implementation, layer.dense_limit_bytes, layer.may_time_plans]
+    if not isinstance(layer.runner.way, kernels.ConvWay) or layer.runner.way.options != settings:
+        kernels.know_core_lists(*PLAIN_LISTS)
+        layer.runner.way = kernels.ConvWay(settings)
+    return layer.runner.way
+
+
+def _numbers(layer: ConvLayer, options: ConvOptions) -> tuple[Any, ...]:
+    return options.stride, options.padding, options.dilation, layer.groups
 
 
 def quick(layer: ConvLayer, x: Any) -> Tensor | None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from tensortrain.contract.hops import ConvNetwork, Hop
+from tensortrain.contract.weights import Wanted, made_weights, recipe_of
 from tensortrain.nn.conv.options import ConvOptions
 from tensortrain.system.native import library
 
@@ -100,6 +101,14 @@ class Way(ABC):
         """The same as ``run`` for inputs of the shape of ``x``, without the layer; None where it needs that."""
         return lambda other, bias: self.run(other, prepared, bias, options, None)  # type: ignore[arg-type]
 
+    def recipe(self, options: ConvOptions) -> Any | None:
+        """How the kernels make its weights from the cores in every call of training; None where they do not."""
+        return None
+
+    def by_weights(self, options: ConvOptions) -> Callable[[Tensor, Tensor | None, Sequence[Tensor]], Tensor]:
+        """The rest of a call, by the weights of the recipe."""
+        return lambda x, bias, weights: self.run(x, tuple(weights), bias, options, None)  # type: ignore[arg-type]
+
 
 @dataclass(frozen=True)
 class StepsWay(Way):
@@ -158,14 +167,36 @@ class DenseWay(Way):
         return "dense, kept"
 
     def prepare(self, maker: Maker, cores: Sequence[Tensor], options: ConvOptions) -> tuple[Tensor, ...]:
-        weight = maker.dense_from(cores) if self.network is None else self._merged(self.network, cores, options)
-        if self.layout == "library":
-            return (weight.flatten(1),)
-        return (weight if self.layout == "plain" else _laid_out(weight, options, self.groups, self.packs),)
+        network = self.network
+        if network is None:
+            weight = maker.dense_from(cores)
+        else:
+            (weight,) = made_weights(network.cores, network.sizes, (self._wanted(network, options),), cores)
+        return (self._finished(weight, options),)
 
-    def _merged(self, network: ConvNetwork, cores: Sequence[Tensor], options: ConvOptions) -> Tensor:
-        matrix = network.merged(cores, transposed=options.is_transposed)
-        return in_torchs_layout(matrix.reshape(matrix.shape[0], -1, *options.kernel))
+    def _wanted(self, network: ConvNetwork, options: ConvOptions) -> Wanted:
+        return network.dense(transposed=options.is_transposed)
+
+    def _finished(self, weight: Tensor, options: ConvOptions) -> Tensor:
+        if self.layout == "library":
+            return weight.flatten(1)
+        return weight if self.layout == "plain" else _laid_out(weight, options, self.groups, self.packs)
+
+    def recipe(self, options: ConvOptions) -> Any | None:
+        network = self.network
+        return None if network is None else recipe_of(network.cores, network.sizes, (self._wanted(network, options),))
+
+    def by_weights(self, options: ConvOptions) -> Callable[[Tensor, Tensor | None, Sequence[Tensor]], Tensor]:
+        def run(x: Tensor, bias: Tensor | None, weights: Sequence[Tensor]) -> Tensor:
+            return self.run(x, (self._finished(weights[0], options),), bias, options, None)  # type: ignore[arg-type]
+
+        return run
+
+    def is_torchs_own(self, options: ConvOptions) -> bool:
+        """Whether all it does with the kernel is one plain convolution of torch's."""
+        if self.layout != "plain" or options.padding_mode != "zeros":
+            return False
+        return isinstance(options.padding, tuple) and not options.is_transposed
 
     def run(
         self, x: Tensor, prepared: tuple[Tensor, ...], bias: Tensor | None, options: ConvOptions, maker: Maker
@@ -231,25 +262,44 @@ class HopsWay(Way):
         return all(hop.is_plain and (hop.along or hop.sizes[1] == 1) for hop in self.hops)
 
     def prepare(self, maker: Maker, cores: Sequence[Tensor], options: ConvOptions) -> tuple[Tensor, ...]:
-        views = self.network.views(cores)
-        return tuple(self._prepared(hop, hop.merge(self.network, views), options) for hop in self.hops)
+        made = made_weights(self.network.cores, self.network.sizes, self._wanted(options.is_transposed), cores)
+        return self._finished(made, self._parts(options))
 
-    def _prepared(self, hop: Hop, weight: Tensor, options: ConvOptions) -> Tensor:
-        groups, new, summed = hop.weight_sizes
-        if not hop.along:
-            if self.layout == "all packed":
-                return _laid_out(weight.reshape(groups * new, summed, 1, 1), _POINT, groups, packed=True)
-            if self.layout != "library":
-                return weight.reshape(*((groups,) if groups > 1 else ()), new, summed).contiguous()
-            return weight.reshape(groups * new, summed, 1, 1)
-        kernel = self._kernel(hop)
-        if options.is_transposed:
-            weight = weight.transpose(1, 2).reshape(groups * summed, new, *kernel)
-        else:
-            weight = weight.reshape(groups * new, summed, *kernel)
+    def _wanted(self, transposed: bool) -> tuple[Wanted, ...]:
+        """The weights of the hops as torch's products and convolutions take them."""
+        found = []
+        for hop in self.hops:
+            groups, new, summed = hop.weight_sizes
+            if hop.along and transposed:
+                shape: tuple[int, ...] = (groups * summed, new, *self._kernel(hop))
+            elif hop.along:
+                shape = (groups * new, summed, *self._kernel(hop))
+            elif self.layout in ("library", "all packed"):
+                shape = (groups * new, summed, 1, 1)
+            else:
+                shape = (*((groups,) if groups > 1 else ()), new, summed)
+            found.append(hop.weight(shape, summed_first=bool(hop.along) and transposed))
+        return tuple(found)
+
+    def _finished(self, made: Sequence[Tensor], parts: Sequence[ConvOptions]) -> tuple[Tensor, ...]:
+        """The same in the layout of the way."""
         if self.layout in ("plain", "library", "filters"):
-            return in_torchs_layout(weight)
-        return _laid_out(weight, options.along(hop.along), groups, self.packs)
+            return tuple(made)
+        found = []
+        for hop, weight, options in zip(self.hops, made, parts, strict=True):
+            if hop.along:
+                weight = _laid_out(weight, options, hop.sizes[1], self.packs)
+            elif self.layout == "all packed":
+                weight = _laid_out(weight, _POINT, hop.sizes[1], packed=True)
+            found.append(weight)
+        return tuple(found)
+
+    def recipe(self, options: ConvOptions) -> Any | None:
+        return recipe_of(self.network.cores, self.network.sizes, self._wanted(options.is_transposed))
+
+    def by_weights(self, options: ConvOptions) -> Callable[[Tensor, Tensor | None, Sequence[Tensor]], Tensor]:
+        parts, run, finished = self._parts(options), self._run, self._finished
+        return lambda x, bias, weights: run(x, finished(weights, parts), bias, parts)
 
     def run(
         self, x: Tensor, prepared: tuple[Tensor, ...], bias: Tensor | None, options: ConvOptions, maker: Maker

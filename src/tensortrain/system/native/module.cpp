@@ -96,7 +96,14 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def_readonly("options", &ConvWay::options)
       .def("keep_dense", &ConvWay::keep_dense)
       .def("keep_call", &ConvWay::keep_call)
+      .def("train_dense", &ConvWay::train_dense)
+      .def("train_call", &ConvWay::train_call)
+      .def("forget_weights", &ConvWay::forget_weights)
       .def("__reduce__", [](const py::object&) { return py::make_tuple(py::type::of(py::none()), py::tuple()); });
+  py::class_<Contraction, c10::intrusive_ptr<Contraction>>(m, "Contraction");
+  m.def("make_contraction", &make_contraction);
+  m.def("contract_cores", &contract_cores);
+  m.def("convolve_contracted", &convolve_contracted);
   m.def("filter", &filters::run);
   m.def("know_core_lists", &know_core_lists);
   m.def("set_idle", [](bool value) { is_idle = value; });

@@ -166,3 +166,68 @@ def test_a_core_that_changed_before_the_way_back_is_refused() -> None:
         cores[1].mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         rows.sum().backward()
+
+
+def test_chains_begin_at_either_end() -> None:
+    wide_first = ChainShape((40, 3, 2), (4, 5, 6), (1, 9, 7, 1))  # rows come out of the last product either way
+    wide_last = ChainShape((2, 3, 40), (4, 5, 6), (1, 9, 7, 1))
+    thin = ChainShape((5, 1, 3), (6, 1, 7), (1, 4, 3, 1))  # a core that no digit chooses from
+    torch.manual_seed(0)
+    for chain in (wide_first, wide_last, thin, ChainShape((5, 1, 1), (3, 1, 1), (1, 1, 4, 1))):
+        for n in (1, 3, 400):
+            assert_gradients_as_of_the_table(torch.randint(chain.in_features, (n,)), cores_of(chain), chain)
+
+
+# -- tables of low rank -------------------------------------------------------------------------------
+
+
+def low_rank_rows(ids: Tensor, *cores: Tensor, max_bytes: int = 2**26) -> Tensor:
+    rows = kernels.library().look_up_cores(ids, list(cores), max_bytes)  # type: ignore[union-attr]
+    assert isinstance(rows, Tensor)
+    return rows
+
+
+def low_rank_cores(n: int, dim: int, rank: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    return [torch.randn(size, rank, dtype=dtype, requires_grad=True) for size in (n, dim)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("dim", "rank"), [(1, 1), (17, 5), (64, 16), (300, 33)])
+def test_rows_of_low_rank_and_their_gradients(dim: int, rank: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    cores = low_rank_cores(90, dim, rank, dtype)
+    for sizes, max_bytes in (((1,), 2**26), ((3, 40), 2**26), ((700,), 2**12)):
+        ids, grad = torch.randint(90, sizes), torch.randn(*sizes, dim, dtype=dtype)
+        rows, table = low_rank_rows(ids, *cores, max_bytes=max_bytes), cores[0] @ cores[1].T
+        torch.testing.assert_close(rows, table[ids])
+        found = torch.autograd.grad(rows, cores, grad)
+        for one, other in zip(found, torch.autograd.grad(table[ids], cores, grad), strict=True):
+            tolerance = 1e-12 if dtype == torch.float64 else 1e-5  # 1.6e-6 seen
+            assert float((one - other).norm()) <= tolerance * float(other.norm())
+
+
+def test_rows_of_low_rank_have_second_derivatives() -> None:
+    ids, cores = torch.tensor([[0, 5], [5, 2]]), low_rank_cores(6, 4, 3)
+    assert torch.autograd.gradgradcheck(lambda *given: low_rank_rows(ids, *given), cores)
+    rows, grads = low_rank_rows(ids, *cores), torch.randn(3, 2, 2, 4, dtype=torch.float64)
+    found = torch.autograd.grad(rows, cores, grads, is_grads_batched=True, retain_graph=True)
+    for k, grad in enumerate(grads):
+        for many, one in zip(found, torch.autograd.grad(rows, cores, grad, retain_graph=True), strict=True):
+            torch.testing.assert_close(many[k], one)
+
+
+@pytest.mark.parametrize("trained", [0, 1])
+def test_frozen_matrices_of_low_rank_get_no_gradient(trained: int) -> None:
+    cores = [core.requires_grad_(k == trained) for k, core in enumerate(low_rank_cores(6, 4, 3))]
+    low_rank_rows(torch.tensor([1, 1, 4]), *cores).sum().backward()
+    assert [core.grad is not None for core in cores] == [k == trained for k in range(2)]
+
+
+# -- predicted times ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("n_rows", "n_ids"), [(200, 50), (5000, 4096), (10**6, 16), (10**6, 4096)])
+def test_expected_distinct_ids_are_those_of_a_text(n_rows: int, n_ids: int) -> None:
+    law = 1 / torch.arange(1, n_rows + 1, dtype=torch.float64)
+    expected = float((1 - (1 - law / law.sum()) ** n_ids).sum())
+    assert 0.8 * expected < row_kernels.distinct_ids(n_ids, n_rows) < 1.25 * expected

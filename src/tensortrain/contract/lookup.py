@@ -13,15 +13,17 @@ from torch.utils.checkpoint import checkpoint
 from tensortrain.contract.cost import CostModel, cost_model
 from tensortrain.contract.grouped import can_group, grouped_product
 from tensortrain.contract.merge import merge_cores, merge_order, run_numel
-from tensortrain.contract.row_kernels import kernel_rows, range_of
+from tensortrain.contract.row_kernels import distinct_ids, kernel_rows, picked_rows_s, range_of
 from tensortrain.contract.shape import ChainShape
 from tensortrain.errors import DTypeError, ModeIndexError, ShapeError
 from tensortrain.system.tracing import is_traced
 
-__all__ = ["chain_lookup", "lookup_groups"]
+__all__ = ["chain_lookup", "lookup_groups", "lookup_s"]
 
 # What is copied in the time that a small product of its own takes.
 _BYTES_PER_CALL = 5e4
+# Small operations of one lookup that is not by the kernels.
+_CALLS = 50
 # Fewer distinct ids than this are multiplied sooner than their common digits are found.
 _MIN_SHARED = 256
 
@@ -107,6 +109,15 @@ def _planned_rows(
 def _tables(cores: Sequence[Tensor], groups: Sequence[tuple[int, int]]) -> list[Tensor]:
     """Merged cores as tables of slices ``(j, r, i, s)``."""
     return [core.permute(2, 0, 1, 3) for core in merge_cores(cores, groups)]
+
+
+def lookup_s(chain: ChainShape, n_ids: int, dtype: torch.dtype, model: CostModel, *, on_cpu: bool = True) -> float:
+    """Predicted seconds of ``chain_lookup`` by operations of torch, without gradients."""
+    n = distinct_ids(n_ids, chain.in_features)
+    groups = lookup_groups(chain, _power_of_two(n), dtype, False, 2**26, model, on_cpu)
+    seconds = sum(_group_s(chain, *group, n, dtype, False, model, on_cpu) for group in groups)
+    n_bytes = n_ids * chain.out_features * dtype.itemsize
+    return seconds + _CALLS * model.overhead_s + picked_rows_s(n_ids, n_bytes // max(1, n_ids), model)
 
 
 @lru_cache(maxsize=1024)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from math import prod
+from math import log, prod
 
 import torch
 from torch import Tensor
@@ -17,11 +17,15 @@ from tensortrain.system.native import library
 
 __all__ = [
     "Groups",
+    "distinct_ids",
     "kept_groups",
+    "kept_rows_s",
     "kernel_rows",
     "merged_shapes",
     "packed_tables",
+    "picked_rows_s",
     "range_of",
+    "rows_of_cores",
     "rows_of_packed",
     "serve_rows",
 ]
@@ -30,9 +34,11 @@ Groups = tuple[tuple[int, int], ...]
 _PLAIN = (Tensor, torch.nn.Parameter)  # subclasses see every operation
 
 _LANES_BYTES = 32  # of a vector: slices are filled up to whole ones
-_SMALL_RATE = 0.6  # of the rate of large products that the kernels' small ones reach
+_SMALL_RATE = 1.1  # of the rate of large products that the kernels' small ones reach, with vectors of 64 bytes
 _MANY_IDS = 1 << 16
-_NODE_S = 4e-8  # to find the digits of one prefix and to start its product
+_NODE_S = 2e-8  # to find the digits of one prefix and to start its product
+_PICK_S = 1e-9  # to find one row of a table
+_SORT_S = 8e-9  # to put one id in its place
 
 
 # -- which cores are merged -----------------------------------------------------------------------------
@@ -72,6 +78,33 @@ def _rows_s(chain: ChainShape, start: int, stop: int, n_ids: int, dtype: torch.d
     return n * (products + n_bytes / model.cache_bandwidth_bytes_s + _NODE_S)
 
 
+# -- predicted times ------------------------------------------------------------------------------------
+
+
+def distinct_ids(n_ids: int, n_rows: int) -> int:
+    """About how many of so many ids differ where the k-th row is asked for with probability 1/k, as words of a text."""
+    harmonic = log(n_rows) + 0.58
+    surely = n_ids / harmonic  # rows up to here are met about once or more often
+    rest = log(max(1.0, n_rows / max(surely, 1.0)))
+    return max(1, min(n_ids, n_rows, round(surely * (1 + rest))))
+
+
+def picked_rows_s(n_ids: int, row_bytes: int, model: CostModel) -> float:
+    """Copy rows of a dense table, which lie all over it; without the call."""
+    n_bytes = 2.0 * n_ids * row_bytes
+    rate = model.cache_bandwidth_bytes_s if n_bytes <= 4 * model.cache_bytes else model.bandwidth_bytes_s
+    return n_ids * _PICK_S + n_bytes / rate
+
+
+def kept_rows_s(chain: ChainShape, groups: Groups, n_ids: int, dtype: torch.dtype, model: CostModel) -> float:
+    """Rows by the kernels, from merged cores that lie ready; without the call."""
+    seconds = n_ids * _SORT_S + picked_rows_s(n_ids, chain.out_features * dtype.itemsize, model)
+    for start, stop in groups:
+        n_prefixes = prod(chain.in_modes[:stop])
+        seconds += _rows_s(chain, start, stop, distinct_ids(n_ids, n_prefixes), dtype, model)
+    return seconds
+
+
 def _whole_lanes(n: int, dtype: torch.dtype) -> int:
     lanes = max(1, _LANES_BYTES // dtype.itemsize)
     return -(-n // lanes) * lanes
@@ -92,7 +125,12 @@ def kernel_rows(ids: Tensor, cores: Sequence[Tensor], chain: ChainShape, max_byt
 
     Nothing is merged: common leading digits are multiplied once, and slices that no id asks for are not looked at.
     """
-    if not serve_rows(ids, cores[0]) or chain.order < 2 or not all(type(core) in _PLAIN for core in cores):
+    return rows_of_cores(ids, cores, max_bytes) if serve_rows(ids, cores[0]) and chain.order > 1 else None
+
+
+def rows_of_cores(ids: Tensor, cores: Sequence[Tensor], max_bytes: int) -> Tensor | None:
+    """The same of ids and cores that ``serve_rows``; cores of a chain, or the two matrices of a table of low rank."""
+    if not all(type(core) in _PLAIN for core in cores):
         return None
     rows: Tensor | None = library().look_up_cores(ids, list(cores), max_bytes)  # type: ignore[union-attr]
     return rows

@@ -12,12 +12,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 
-from tensortrain.contract import ChainShape, cost_model
+from tensortrain.contract import ChainShape, CostModel, cost_model
+from tensortrain.contract.lookup import lookup_s
 from tensortrain.contract.row_kernels import (
     kept_groups,
+    kept_rows_s,
     merged_shapes,
     packed_tables,
+    picked_rows_s,
     range_of,
+    rows_of_cores,
     rows_of_packed,
     serve_rows,
 )
@@ -41,6 +45,10 @@ from tensortrain.system.tracing import is_traced
 __all__ = ["Embedding", "hottest"]
 
 _MAX_BYTES = 2**26  # between the steps of a lookup
+_CALLS, _PYTHON_CALLS = (
+    1.6,
+    5.0,
+)  # small operations that the call of a layer takes, by the kernels' short way and without
 
 
 class Embedding(FactorizedLayer):
@@ -431,9 +439,7 @@ class Embedding(FactorizedLayer):
             return None
         chain = _row_chain(self.spec)
         if chain is None or chain.order < 2:
-            if self.format.looks_up_by_product:
-                self._keep_way(None)
-            return None
+            return self._rows_by_product(ids) if self.format.looks_up_by_product else None
         if trains(self):
             self._keep_way(None)
             return None
@@ -441,6 +447,14 @@ class Embedding(FactorizedLayer):
         tables = self.runner.cached(self, ("rows", groups), lambda: packed_tables(self.plan_cores(), groups))
         rows = rows_of_packed(ids.reshape(-1).long(), tables, chain, groups)
         self._keep_way(("rows", groups), merged_shapes(chain, groups))
+        return None if rows is None else rows.reshape(*ids.shape, self.embedding_dim)
+
+    def _rows_by_product(self, ids: Tensor) -> Tensor | None:
+        """In training, rows of two matrices as the short way takes them, so that every call gives the same bits."""
+        self._keep_way(None)
+        if not trains(self):
+            return None
+        rows = rows_of_cores(ids.reshape(-1).long(), self.core_list(), _MAX_BYTES)
         return None if rows is None else rows.reshape(*ids.shape, self.embedding_dim)
 
     def _keep_way(self, kept: Any, shapes: Sequence[Sequence[int]] = ()) -> None:
@@ -459,7 +473,9 @@ class Embedding(FactorizedLayer):
             if found is not None:
                 tables = [found] if isinstance(found, Tensor) else list(found)
                 way.keep_tables(tables, [list(shape) for shape in shapes], self.num_embeddings, _MAX_BYTES, cores)
-        elif all(one is other for one, other in zip(self.plan_cores(), cores, strict=True)):
+        elif self.format.looks_up_by_product or all(
+            one is other for one, other in zip(self.plan_cores(), cores, strict=True)
+        ):
             way.keep_training(self.num_embeddings, _MAX_BYTES)
 
     def _runs_dense(self) -> bool:
@@ -495,18 +511,27 @@ class Embedding(FactorizedLayer):
         return Runner(None)  # rows are looked up, see ``LookupPlan``
 
     def plan(self, batch: int = 1) -> LookupPlan:
-        """How this many ids are looked up."""
+        """How this many ids are looked up, drawn as words of a text are: the k-th with probability 1/k."""
         dense = self._runs_dense()
-        products = _row_products(self.spec)
-        size = self.cores[0].element_size()
-        row_bytes = batch * self.embedding_dim * size
+        row_bytes = self.embedding_dim * self.cores[0].element_size()
         model = cost_model(device_type_of(self))
-        dense_s = model.copy_s(row_bytes)
-        factorized_s = dense_s + model.gemm_s(
-            batch, self.embedding_dim, max(1, products // self.embedding_dim), dtype=self.cores[0].dtype
-        )
-        flops = 0 if dense else 2 * batch * products
-        return LookupPlan("dense" if dense else "factorized", batch, flops, row_bytes, factorized_s, dense_s)
+        call_s = (_CALLS if library() is not None else _PYTHON_CALLS) * model.overhead_s
+        dense_s = call_s + picked_rows_s(batch, row_bytes, model)
+        factorized_s = call_s + self._factorized_s(batch, model)
+        flops = 0 if dense else 2 * batch * _row_products(self.spec)
+        return LookupPlan("dense" if dense else "factorized", batch, flops, batch * row_bytes, factorized_s, dense_s)
+
+    def _factorized_s(self, batch: int, model: CostModel) -> float:
+        """Predicted seconds of rows from cores, without the call of the layer."""
+        core, chain = self.cores[0], _row_chain(self.spec)
+        if chain is not None and chain.order > 1:
+            if library() is None or not core.is_cpu:
+                return lookup_s(chain, batch, core.dtype, model, on_cpu=core.is_cpu)
+            groups = kept_groups(chain, core.dtype, self.kept_limit_bytes, model)
+            return kept_rows_s(chain, groups, batch, core.dtype, model)
+        rank = max(1, _row_products(self.spec) // self.embedding_dim)
+        picked_s = picked_rows_s(batch, rank * core.element_size(), model)
+        return picked_s + model.gemm_s(batch, self.embedding_dim, rank, dtype=core.dtype)
 
     def extra_repr(self) -> str:
         padding = "" if self.padding_idx is None else f", padding_idx={self.padding_idx}"

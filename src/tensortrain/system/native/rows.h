@@ -2,7 +2,7 @@
 #pragma once
 
 #include "layer_call.h"
-#include "lookup_once.h"
+#include "lookup_cores.h"
 
 #include <ATen/ops/bmm.h>
 #include <ATen/ops/embedding.h>
@@ -37,24 +37,27 @@ inline std::pair<int64_t, int64_t> extent_of(const Tensor& ids) {
 
 using Kept = c10::intrusive_ptr<torch::CustomClassHolder>;
 
-// (*ids, dim) from cores (r, i, j, s), and what the way back needs.
+inline bool is_low_rank(const Tensors& cores) { return cores.size() == 2 && cores[0].dim() == 2; }
+
+// (*ids, dim) from cores (r, i, j, s), or from the two matrices of a table of low rank, and what the way back needs.
 inline std::pair<Tensor, Kept> plain_rows(const Tensor& ids, const Tensors& cores, int64_t max_bytes) {
   auto sizes = ids.sizes().vec();
   sizes.push_back(1);
-  for (const auto& core : cores) sizes.back() *= core.size(1);
+  for (const auto& core : cores) sizes.back() *= core.dim() == 4 ? core.size(1) : 1;
+  if (is_low_rank(cores)) sizes.back() = cores[1].size(0);
   const auto out = at::empty(sizes, cores[0].options());
   if (out.scalar_type() == at::kFloat) return {out, Kept(rows_of_cores<float>(ids, cores, max_bytes, out))};
   return {out, Kept(rows_of_cores<double>(ids, cores, max_bytes, out))};
 }
 
 template <typename T>
-Tensors plain_gradients(const Kept& kept, const Tensors& cores, const Tensor& grad, int64_t max_bytes,
-                        const std::vector<bool>& needed) {
-  return gradients_of_cores(static_cast<const Asked<T>&>(*kept), cores, grad, max_bytes, needed);
+Tensors plain_gradients(const Kept& kept, const Tensors& cores, const Tensor& grad, const std::vector<bool>& needed) {
+  return gradients_of_cores(static_cast<const Asked<T>&>(*kept), cores, grad, needed);
 }
 
 // The same by operations of torch, slice by slice.
 inline Tensor recorded_rows(const Tensor& ids, const Tensors& cores) {
+  if (is_low_rank(cores)) return at::linear(at::embedding(cores[0], ids), cores[1]);
   Tensors digits(cores.size());
   auto rest = ids.reshape({-1});
   for (auto k = cores.size(); k-- > 0;) {
@@ -82,7 +85,6 @@ struct RowsFunction : torch::autograd::Function<RowsFunction> {
     saved.insert(saved.end(), cores.begin(), cores.end());
     ctx->set_materialize_grads(false);
     ctx->save_for_backward(std::move(saved));
-    ctx->saved_data["max_bytes"] = max_bytes;
     auto [rows, kept] = plain_rows(ids, cores.vec(), max_bytes);
     ctx->saved_data["kept"] = c10::IValue::make_capsule(std::move(kept));
     return rows;
@@ -104,8 +106,7 @@ struct RowsFunction : torch::autograd::Function<RowsFunction> {
     const auto run = grad.scalar_type() == at::kFloat ? &plain_gradients<float> : &plain_gradients<double>;
     std::vector<bool> needed;
     for (size_t k = 0; k < cores.size(); ++k) needed.push_back(ctx->needs_input_grad(1 + k));
-    auto made = run(ctx->saved_data["kept"].toCapsule(), cores, grad.contiguous(),
-                    ctx->saved_data["max_bytes"].toInt(), needed);
+    auto made = run(ctx->saved_data["kept"].toCapsule(), cores, grad.contiguous(), needed);
     std::move(made.begin(), made.end(), found.begin() + 2);
     return found;
   }
@@ -164,8 +165,8 @@ class RowsWay {
     if (!is_undisturbed() || !is_plain(ids) || ids.numel() == 0) return std::nullopt;
     const bool records = c10::GradMode::is_enabled() && any_requires_grad(cores);
     const bool is_ready = !records && !kept_.tables.empty() && is_current(cores);
-    if (!is_ready && by_product_) return of_two(ids, cores);
     if (records) return trains_ && is_within(ids) ? rows_of(ids, cores, max_bytes_) : std::nullopt;
+    if (!is_ready && by_product_) return of_two(ids, cores);
     if (!is_ready) return std::nullopt;
     if (kept_.tables.size() > 1) return is_within(ids) ? of_slices(ids) : std::nullopt;
     try {
@@ -190,7 +191,7 @@ class RowsWay {
   }
 
   std::optional<Tensor> of_two(const Tensor& ids, const Tensors& cores) const {
-    if (cores.size() != 2 || cores[0].dim() != 2 || !are_looked_up(cores) || !is_within(ids)) return std::nullopt;
+    if (!is_low_rank(cores) || !are_looked_up(cores) || !is_within(ids)) return std::nullopt;
     return at::linear(at::embedding(cores[0], ids), cores[1]);
   }
 

@@ -1,13 +1,13 @@
 // Included once for every set of instructions, see small_products.h: in a namespace of its own, with TT_TARGET the
-// attribute of its functions. Therefore no "#pragma once".
+// attribute of its functions and TT_VECTOR_BYTES the size of its vectors. Therefore no "#pragma once".
 
 // rows x (vectors * lanes) of C, in registers while the terms and k run. A has any strides, B and C lie row by row.
-template <typename T, int rows, int vectors>
+template <typename T, int rows, int vectors, int bytes>
 TT_TARGET inline __attribute__((always_inline)) void tile(int64_t k, int64_t n_terms, const T* const* as, int64_t a_at,
                                                           int64_t a_row, int64_t a_k, const T* const* bs, int64_t b_at,
                                                           int64_t b_row, T* c, int64_t c_row, bool adds) {
-  typedef T Vector __attribute__((vector_size(32)));
-  constexpr int lanes = 32 / sizeof(T);
+  typedef T Vector __attribute__((vector_size(bytes)));
+  constexpr int lanes = bytes / sizeof(T);
   Vector sums[rows][vectors];
   TT_UNROLL
   for (int i = 0; i < rows; ++i)
@@ -39,26 +39,37 @@ TT_TARGET inline __attribute__((always_inline)) void tile(int64_t k, int64_t n_t
     for (int v = 0; v < vectors; ++v) __builtin_memcpy(c + i * c_row + v * lanes, &sums[i][v], sizeof(Vector));
 }
 
-// All rows of one or two columns of vectors. Eight to twelve sums keep both units for products busy.
-template <typename T, int vectors, int most>
+// All rows of one or two columns of vectors. Eight to twelve sums keep both units for products busy; rows that are left
+// over would not, so that all tiles get about as many.
+template <typename T, int vectors, int most, int bytes>
 TT_TARGET inline void columns(int64_t m, int64_t k, int64_t n_terms, const T* const* as, int64_t a_row, int64_t a_k,
                               const T* const* bs, int64_t b_at, int64_t b_row, T* c, int64_t c_row, bool adds) {
-  int64_t i = 0;
-  // Two sums of one or two rows keep no unit busy: seven or eight rows are taken as four and the others.
-  for (; i + most <= m && !(most == 6 && (m - i == 7 || m - i == 8)); i += most)
-    tile<T, most, vectors>(k, n_terms, as, i * a_row, a_row, a_k, bs, b_at, b_row, c + i * c_row, c_row, adds);
-  for (; i + 4 <= m; i += 4)
-    tile<T, 4, vectors>(k, n_terms, as, i * a_row, a_row, a_k, bs, b_at, b_row, c + i * c_row, c_row, adds);
-  switch (m - i) {
-    case 3:
-      return tile<T, 3, vectors>(k, n_terms, as, i * a_row, a_row, a_k, bs, b_at, b_row, c + i * c_row, c_row, adds);
-    case 2:
-      return tile<T, 2, vectors>(k, n_terms, as, i * a_row, a_row, a_k, bs, b_at, b_row, c + i * c_row, c_row, adds);
-    case 1:
-      return tile<T, 1, vectors>(k, n_terms, as, i * a_row, a_row, a_k, bs, b_at, b_row, c + i * c_row, c_row, adds);
-    default:
-      return;
+  int64_t n_tiles = (m + most - 1) / most;
+  for (int64_t i = 0; i < m; --n_tiles) {
+    const auto here = (m - i + n_tiles - 1) / n_tiles;
+    switch (here) {
+#define TT_ROWS(n)                                                                                                 \
+  case n:                                                                                                          \
+    if constexpr (n <= most)                                                                                       \
+      tile<T, n, vectors, bytes>(k, n_terms, as, i * a_row, a_row, a_k, bs, b_at, b_row, c + i * c_row, c_row, adds); \
+    break;
+      TT_ROWS(1) TT_ROWS(2) TT_ROWS(3) TT_ROWS(4) TT_ROWS(5) TT_ROWS(6)
+      TT_ROWS(7) TT_ROWS(8) TT_ROWS(9) TT_ROWS(10) TT_ROWS(11) TT_ROWS(12)
+#undef TT_ROWS
+    }
+    i += here;
   }
+}
+
+// The same of two vectors of 32 bytes, which are one of 64.
+template <typename T>
+TT_TARGET inline void two_vectors(int64_t m, int64_t k, int64_t n_terms, const T* const* as, int64_t a_row, int64_t a_k,
+                                  const T* const* bs, int64_t b_at, int64_t b_row, T* c, int64_t c_row, bool adds) {
+#if TT_VECTOR_BYTES == 64
+  columns<T, 1, 12, 64>(m, k, n_terms, as, a_row, a_k, bs, b_at, b_row, c, c_row, adds);
+#else
+  columns<T, 2, 6, 32>(m, k, n_terms, as, a_row, a_k, bs, b_at, b_row, c, c_row, adds);
+#endif
 }
 
 // C (m x n) = or += the sum of all A (m x k) B (k x n), n a multiple of the lanes.
@@ -67,9 +78,13 @@ TT_TARGET void product(int64_t m, int64_t n, int64_t k, int64_t n_terms, const T
                        int64_t a_k, const T* const* bs, int64_t b_row, T* c, int64_t c_row, bool adds) {
   constexpr int64_t lanes = 32 / sizeof(T);
   int64_t at = 0;
+#if TT_VECTOR_BYTES == 64
+  for (; at + 4 * lanes <= n; at += 4 * lanes)
+    columns<T, 2, 12, 64>(m, k, n_terms, as, a_row, a_k, bs, at, b_row, c + at, c_row, adds);
+#endif
   for (; at + 2 * lanes <= n; at += 2 * lanes)
-    columns<T, 2, 6>(m, k, n_terms, as, a_row, a_k, bs, at, b_row, c + at, c_row, adds);
-  if (at < n) columns<T, 1, 8>(m, k, n_terms, as, a_row, a_k, bs, at, b_row, c + at, c_row, adds);
+    two_vectors<T>(m, k, n_terms, as, a_row, a_k, bs, at, b_row, c + at, c_row, adds);
+  if (at < n) columns<T, 1, 8, 32>(m, k, n_terms, as, a_row, a_k, bs, at, b_row, c + at, c_row, adds);
 }
 
 // The same where each B lies in panels: two vectors of each of its rows, one row after the other, then the next two.
@@ -80,51 +95,8 @@ TT_TARGET void panel_product(int64_t m, int64_t n, int64_t k, int64_t n_terms, c
   constexpr int64_t lanes = 32 / sizeof(T);
   int64_t at = 0;
   for (; at + 2 * lanes <= n; at += 2 * lanes)
-    columns<T, 2, 6>(m, k, n_terms, as, a_row, a_k, bs, at * k, 2 * lanes, c + at, c_row, adds);
-  if (at < n) columns<T, 1, 8>(m, k, n_terms, as, a_row, a_k, bs, at * k, lanes, c + at, c_row, adds);
-}
-
-// c (rows x 4) = a (rows x k) times four rows of b, each with each; k a multiple of the lanes.
-template <typename T, int rows>
-TT_TARGET inline __attribute__((always_inline)) void dots(int64_t k, const T* a, int64_t a_row, const T* b,
-                                                          int64_t b_row, T* c, int64_t c_row) {
-  typedef T Vector __attribute__((vector_size(32)));
-  constexpr int lanes = 32 / sizeof(T);
-  Vector sums[rows][4];
-  TT_UNROLL
-  for (int i = 0; i < rows; ++i)
-    TT_UNROLL
-    for (int v = 0; v < 4; ++v) sums[i][v] = Vector{};
-  for (int64_t l = 0; l < k; l += lanes) {
-    Vector right[4];
-    TT_UNROLL
-    for (int v = 0; v < 4; ++v) __builtin_memcpy(&right[v], b + v * b_row + l, sizeof(Vector));
-    TT_UNROLL
-    for (int i = 0; i < rows; ++i) {
-      Vector left;
-      __builtin_memcpy(&left, a + i * a_row + l, sizeof(Vector));
-      TT_UNROLL
-      for (int v = 0; v < 4; ++v) sums[i][v] += left * right[v];
-    }
-  }
-  TT_UNROLL
-  for (int i = 0; i < rows; ++i)
-    TT_UNROLL
-    for (int v = 0; v < 4; ++v) {
-      T total = 0;
-      TT_UNROLL
-      for (int at = 0; at < lanes; ++at) total += sums[i][v][at];
-      c[i * c_row + v] = total;
-    }
-}
-
-// The same for any number of rows of a.
-template <typename T>
-TT_TARGET void four_dots(int64_t m, int64_t k, const T* a, int64_t a_row, const T* b, int64_t b_row, T* c,
-                         int64_t c_row) {
-  int64_t i = 0;
-  for (; i + 2 <= m; i += 2) dots<T, 2>(k, a + i * a_row, a_row, b, b_row, c + i * c_row, c_row);
-  if (i < m) dots<T, 1>(k, a + i * a_row, a_row, b, b_row, c + i * c_row, c_row);
+    two_vectors<T>(m, k, n_terms, as, a_row, a_k, bs, at * k, 2 * lanes, c + at, c_row, adds);
+  if (at < n) columns<T, 1, 8, 32>(m, k, n_terms, as, a_row, a_k, bs, at * k, lanes, c + at, c_row, adds);
 }
 
 // c += a, n numbers.
@@ -143,29 +115,71 @@ TT_TARGET void add_row(T* c, const T* a, int64_t n) {
   for (; at < n; ++at) c[at] += a[at];
 }
 
+#if defined(__GNUC__) && !defined(__clang__)
+// A square of whole vectors, turned.
+TT_TARGET inline void turn_square(const float* from, int64_t from_row, float* to, int64_t to_row) {
+  typedef float Vector __attribute__((vector_size(32)));
+  typedef int Places __attribute__((vector_size(32)));
+  constexpr Places even = {0, 8, 1, 9, 4, 12, 5, 13}, odd = {2, 10, 3, 11, 6, 14, 7, 15};
+  constexpr Places first = {0, 1, 8, 9, 4, 5, 12, 13}, second = {2, 3, 10, 11, 6, 7, 14, 15};
+  constexpr Places low = {0, 1, 2, 3, 8, 9, 10, 11}, high = {4, 5, 6, 7, 12, 13, 14, 15};
+  Vector a[8], b[8];
+  TT_UNROLL
+  for (int k = 0; k < 8; ++k) __builtin_memcpy(&a[k], from + k * from_row, sizeof(Vector));
+  TT_UNROLL
+  for (int k = 0; k < 8; k += 2) b[k] = __builtin_shuffle(a[k], a[k + 1], even), b[k + 1] = __builtin_shuffle(a[k], a[k + 1], odd);
+  TT_UNROLL
+  for (int k = 0; k < 8; k += 4)
+    TT_UNROLL
+    for (int one = 0; one < 2; ++one) {
+      a[k + 2 * one] = __builtin_shuffle(b[k + one], b[k + 2 + one], first);
+      a[k + 2 * one + 1] = __builtin_shuffle(b[k + one], b[k + 2 + one], second);
+    }
+  TT_UNROLL
+  for (int k = 0; k < 4; ++k) {
+    const Vector near = __builtin_shuffle(a[k], a[k + 4], low), far = __builtin_shuffle(a[k], a[k + 4], high);
+    __builtin_memcpy(to + k * to_row, &near, sizeof(Vector));
+    __builtin_memcpy(to + (k + 4) * to_row, &far, sizeof(Vector));
+  }
+}
+
+TT_TARGET inline void turn_square(const double* from, int64_t from_row, double* to, int64_t to_row) {
+  typedef double Vector __attribute__((vector_size(32)));
+  typedef long long Places __attribute__((vector_size(32)));
+  constexpr Places even = {0, 4, 2, 6}, odd = {1, 5, 3, 7}, low = {0, 1, 4, 5}, high = {2, 3, 6, 7};
+  Vector a[4];
+  TT_UNROLL
+  for (int k = 0; k < 4; ++k) __builtin_memcpy(&a[k], from + k * from_row, sizeof(Vector));
+  const Vector first = __builtin_shuffle(a[0], a[1], even), second = __builtin_shuffle(a[0], a[1], odd);
+  const Vector third = __builtin_shuffle(a[2], a[3], even), fourth = __builtin_shuffle(a[2], a[3], odd);
+  const Vector rows[4] = {__builtin_shuffle(first, third, low), __builtin_shuffle(second, fourth, low),
+                          __builtin_shuffle(first, third, high), __builtin_shuffle(second, fourth, high)};
+  TT_UNROLL
+  for (int k = 0; k < 4; ++k) __builtin_memcpy(to + k * to_row, &rows[k], sizeof(Vector));
+}
+#else
+template <typename T>
+TT_TARGET inline void turn_square(const T* from, int64_t from_row, T* to, int64_t to_row) {
+  constexpr int64_t lanes = 32 / sizeof(T);
+  for (int64_t at = 0; at < lanes; ++at)
+    for (int64_t k = 0; k < lanes; ++k) to[at * to_row + k] = from[k * from_row + at];
+}
+#endif
+
+// A block (n_rows, n), turned.
+template <typename T>
+TT_TARGET void turn_block(int64_t n_rows, int64_t n, const T* from, int64_t from_row, T* to, int64_t to_row) {
+  constexpr int64_t lanes = 32 / sizeof(T);
+  const auto whole = n / lanes * lanes, whole_rows = n_rows / lanes * lanes;
+  for (int64_t k = 0; k < whole_rows; k += lanes)
+    for (int64_t at = 0; at < whole; at += lanes)
+      turn_square(from + k * from_row + at, from_row, to + at * to_row + k, to_row);
+  for (int64_t at = 0; at < n; ++at)
+    for (auto k = at < whole ? whole_rows : 0; k < n_rows; ++k) to[at * to_row + k] = from[k * from_row + at];
+}
+
 // Columns of k numbers, lying `apart`, as rows of so many numbers: out (k, lanes), its rows `out_row` from each other.
 template <typename T>
 TT_TARGET void columns_to_rows(const T* columns, int64_t apart, int64_t k, T* out, int64_t out_row) {
-  constexpr int64_t lanes = 32 / sizeof(T);
-  int64_t l = 0;
-#if defined(__GNUC__) && !defined(__clang__)
-  if constexpr (sizeof(T) == 8) {
-    typedef T Vector __attribute__((vector_size(32)));
-    typedef long long Places __attribute__((vector_size(32)));
-    constexpr Places even = {0, 4, 2, 6}, odd = {1, 5, 3, 7}, low = {0, 1, 4, 5}, high = {2, 3, 6, 7};
-    for (; l + 4 <= k; l += 4) {
-      Vector a[4];
-      TT_UNROLL
-      for (int j = 0; j < 4; ++j) __builtin_memcpy(&a[j], columns + j * apart + l, sizeof(Vector));
-      const Vector first = __builtin_shuffle(a[0], a[1], even), second = __builtin_shuffle(a[0], a[1], odd);
-      const Vector third = __builtin_shuffle(a[2], a[3], even), fourth = __builtin_shuffle(a[2], a[3], odd);
-      const Vector rows[4] = {__builtin_shuffle(first, third, low), __builtin_shuffle(second, fourth, low),
-                              __builtin_shuffle(first, third, high), __builtin_shuffle(second, fourth, high)};
-      TT_UNROLL
-      for (int j = 0; j < 4; ++j) __builtin_memcpy(out + (l + j) * out_row, &rows[j], sizeof(Vector));
-    }
-  }
-#endif
-  for (int64_t j = 0; j < lanes; ++j)
-    for (int64_t at = l; at < k; ++at) out[at * out_row + j] = columns[j * apart + at];
+  turn_block(int64_t{32 / sizeof(T)}, k, columns, apart, out, out_row);
 }

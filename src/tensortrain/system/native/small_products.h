@@ -1,6 +1,8 @@
 // Products of matrices so small that a call of BLAS costs more than the product.
 #pragma once
 
+#include "processor.h"
+
 #include <cstdint>
 #include <cstring>
 
@@ -15,6 +17,7 @@ namespace tensortrain {
 
 namespace loops_plain {
 #define TT_TARGET
+#define TT_VECTOR_BYTES 32
 #include "small_loops.h"
 #undef TT_TARGET
 }  // namespace loops_plain
@@ -25,6 +28,22 @@ namespace loops_avx2 {
 #include "small_loops.h"
 #undef TT_TARGET
 }  // namespace loops_avx2
+#undef TT_VECTOR_BYTES
+
+namespace loops_avx512 {
+#define TT_TARGET __attribute__((target("avx2,fma,avx512f,avx512vl,avx512dq,avx512bw")))
+#define TT_VECTOR_BYTES 64
+#include "small_loops.h"
+#undef TT_TARGET
+}  // namespace loops_avx512
+#endif
+#undef TT_VECTOR_BYTES
+
+// One of the loops, for the processor at hand.
+#if defined(__x86_64__)
+#define TT_LOOP(name) (has_avx512() ? &loops_avx512::name<T> : has_avx2() ? &loops_avx2::name<T> : &loops_plain::name<T>)
+#else
+#define TT_LOOP(name) (&loops_plain::name<T>)
 #endif
 
 template <typename T>
@@ -40,14 +59,9 @@ inline int64_t whole_lanes(int64_t n) {
   return (n + lanes_of<T> - 1) / lanes_of<T> * lanes_of<T>;
 }
 
-// The loops for the processor at hand.
 template <typename T>
 inline Product<T> small_product() {
-#if defined(__x86_64__)
-  static const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  if (has_avx2) return &loops_avx2::product<T>;
-#endif
-  return &loops_plain::product<T>;
+  return TT_LOOP(product);
 }
 
 template <typename T>
@@ -56,24 +70,7 @@ using PanelProduct = void (*)(int64_t m, int64_t n, int64_t k, int64_t n_terms, 
 
 template <typename T>
 inline PanelProduct<T> panel_product() {
-#if defined(__x86_64__)
-  static const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  if (has_avx2) return &loops_avx2::panel_product<T>;
-#endif
-  return &loops_plain::panel_product<T>;
-}
-
-// Rows of a times four rows of b: what a transposed b would give, without turning it.
-template <typename T>
-using Dots = void (*)(int64_t m, int64_t k, const T* a, int64_t a_row, const T* b, int64_t b_row, T* c, int64_t c_row);
-
-template <typename T>
-inline Dots<T> four_dots() {
-#if defined(__x86_64__)
-  static const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  if (has_avx2) return &loops_avx2::four_dots<T>;
-#endif
-  return &loops_plain::four_dots<T>;
+  return TT_LOOP(panel_product);
 }
 
 template <typename T>
@@ -81,11 +78,15 @@ using ColumnsToRows = void (*)(const T* columns, int64_t apart, int64_t k, T* ou
 
 template <typename T>
 inline ColumnsToRows<T> columns_to_rows() {
-#if defined(__x86_64__)
-  static const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  if (has_avx2) return &loops_avx2::columns_to_rows<T>;
-#endif
-  return &loops_plain::columns_to_rows<T>;
+  return TT_LOOP(columns_to_rows);
+}
+
+template <typename T>
+using Turner = void (*)(int64_t n_rows, int64_t n, const T* from, int64_t from_row, T* to, int64_t to_row);
+
+template <typename T>
+inline Turner<T> block_turner() {
+  return TT_LOOP(turn_block);
 }
 
 // Where column `at` of row `k` lies in a matrix (n_rows, width) in panels; up to the panel's end a row goes on from there.
@@ -109,11 +110,7 @@ using Adder = void (*)(T* c, const T* a, int64_t n);
 
 template <typename T>
 inline Adder<T> row_adder() {
-#if defined(__x86_64__)
-  static const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  if (has_avx2) return &loops_avx2::add_row<T>;
-#endif
-  return &loops_plain::add_row<T>;
+  return TT_LOOP(add_row);
 }
 
 }  // namespace tensortrain

@@ -83,7 +83,9 @@ def _put_into_files(weights: Iterable[Tensor]) -> None:
 
 def _put_into_memory(weights: Iterable[Tensor]) -> None:
     for weight in filter(is_parked, weights):
-        weight.data = weight.data.clone()
+        old = weight.data
+        weight.data = old.clone()
+        let_go(old)  # which something else may still hold
     tidy()
 
 

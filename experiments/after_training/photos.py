@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections import OrderedDict
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +68,8 @@ class MobileNetV2(nn.Module):
 
 
 def photos(config: Mapping[str, Any]) -> Subject:
-    """``top1``: share of crops with the original's likeliest class; ``kl`` there, ``kl_other`` on pictures of clothes.
+    """``top1``: share of crops with the original's likeliest class; ``kl`` there, ``kl_other`` on pictures of clothes;
+    ``probe``: what a linear classifier of clothes reaches on the features.
 
     Crops for calibration, for batch norms and for judging are drawn apart, but from the same photos. Batch norms are
     moved by what the compression shifts on theirs: set anew there, they would spoil the original itself (41 %).
@@ -83,9 +86,12 @@ def photos(config: Mapping[str, Any]) -> Subject:
     data = list(_crops(n * config["calibration_batches"], size, seed=2).split(n))
     settling = list(_crops(config["settling"], size, seed=3).split(50))
 
+    probe = Probe.of(config["probe"], model)
+
     def judge(changed: nn.Module) -> dict[str, float]:
         found = [in_batches(changed, x, 50) for x in (judged, clothes)]
         return {
+            "probe": probe.accuracy(changed),
             "top1": float((found[0].argmax(-1) == references[0].argmax(-1)).float().mean()),
             "kl": divergence(references[0], found[0]),
             "kl_other": divergence(references[1], found[1]),
@@ -97,6 +103,54 @@ def photos(config: Mapping[str, Any]) -> Subject:
     return Subject(
         model, data, judge, options={"n_batches": config["calibration_batches"], "task": "classify"}, settle=settle
     )
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A linear classifier of Fashion-MNIST, trained anew on the features of every model.
+
+    Batch norms are moved on some of the training images, without labels: the compressed model meets these pictures for
+    the first time.
+    """
+
+    original: nn.Module
+    settling: list[Tensor]
+    train: tuple[Tensor, Tensor]
+    test: tuple[Tensor, Tensor]
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any], original: nn.Module) -> Probe:
+        data, n, size = fashion_mnist(), config["train"], config["size"]
+        train = _shown(data.train_images[:n], size), data.train_labels[:n].long()
+        test = _shown(data.test_images[: config["test"]], size), data.test_labels[: config["test"]].long()
+        return cls(original, list(train[0][: config["settling"]].split(50)), train, test)
+
+    def accuracy(self, model: nn.Module) -> float:
+        settled = copy.deepcopy(model)
+        if model is not self.original:
+            reestimate_batchnorm_(settled, self.settling, like=self.original)
+        settled.classifier = nn.Identity()  # what is left gives the features
+        x, given = (in_batches(settled, images, 50).double() for images in (self.train[0], self.test[0]))
+        mean, std = x.mean(0), x.std(0) + 1e-3
+        classifier = _fitted((x - mean) / std, self.train[1])
+        return float((classifier((given - mean) / std).argmax(-1) == self.test[1]).double().mean())
+
+
+def _fitted(x: Tensor, labels: Tensor) -> nn.Linear:
+    """Logistic regression, to the end; a little weight decay for features that outnumber what is known of them."""
+    classifier = nn.Linear(x.shape[1], 10, dtype=x.dtype)
+    for parameter in classifier.parameters():
+        nn.init.zeros_(parameter)
+    optimizer = torch.optim.LBFGS(classifier.parameters(), max_iter=60, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(classifier(x), labels) + 1e-2 * classifier.weight.square().sum() / 2
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return classifier.requires_grad_(False)
 
 
 def _crops(n: int, size: int, *, seed: int) -> Tensor:
@@ -119,8 +173,11 @@ def _crops(n: int, size: int, *, seed: int) -> Tensor:
 
 
 def _clothes(n: int, size: int) -> Tensor:
-    images = fashion_mnist().test_images[:n, None].float() / 255
-    grown = nn.functional.interpolate(images, size=(size, size), mode="bilinear")
+    return _shown(fashion_mnist().test_images[:n], size)
+
+
+def _shown(images: Tensor, size: int) -> Tensor:
+    grown = nn.functional.interpolate(images[:, None].float() / 255, size=(size, size), mode="bilinear")
     return _normalised(grown.expand(-1, 3, -1, -1))
 
 

@@ -292,7 +292,8 @@ def test_surgery_itself_keeps_no_dense_weight() -> None:
 def test_a_flops_budget_never_builds_the_dense_weight() -> None:
     model = decay_(mlp(64, 64, 64))
     data = batches(2, 8, 64)
-    result = compress(model, budget={"flops": "4x"}, data=data, allow_slower=True, heal=False, measure=False)
+    how = {"formats": ("low_rank", "tt"), "allow_slower": True, "heal": False, "measure": False}
+    result = compress(model, budget={"flops": "4x"}, data=data, **how)
     result.model(data[0][0])
     assert {layer.implementation for layer in factorized(result.model)} == {"factorized"}
     assert resident_bytes(result.model) < 0.5 * resident_bytes(model)

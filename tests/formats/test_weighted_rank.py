@@ -195,3 +195,20 @@ def test_a_direction_that_was_not_met_but_can_come_is_kept_at_full_rank() -> Non
     matrix = WeightedMatrix.of(weight, WeightShape("linear", 20, 32), Weighting(x.T @ x / 100, basis=basis))
     a, b = matrix.truncated(6)
     torch.testing.assert_close(basis @ (a @ b).T, basis @ weight.T, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["wide", "tall", "wide kernel", "table"])
+def test_matrices_of_asked_errors_are_the_truncations_of_their_ranks(name: str) -> None:
+    weight = WEIGHTS[name]
+    dense = torch.randn(weight.dense_shape)
+    for weighting in weightings(weight)[1:4]:
+        matrix = WeightedMatrix.of(dense, weight, weighting)
+        found = matrix.at_errors((0.2, 0.5, 0.51))
+        errors = [matrix.rel_error(*pair) for pair in found]
+        assert errors == sorted(errors, reverse=True)
+        assert len({len(inputs) for _, inputs in found}) == len(found)  # of ranks that come out alike one
+        for outputs, inputs in found:
+            wanted = matrix.truncated(len(inputs))
+            assert rel_error(outputs @ inputs, wanted[0] @ wanted[1]) <= 1e-9
+    assert WeightedMatrix.of(torch.zeros_like(dense), weight, weighting).at_errors((0.2,)) is not None
+    assert WeightedMatrix.of(dense, weight, weighting).at_errors((0.0,)) == []

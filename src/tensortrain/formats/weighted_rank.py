@@ -82,7 +82,23 @@ class WeightedMatrix:
     def truncated(self, rank: int) -> tuple[Tensor, Tensor]:
         """Factors ``(M, r)`` and ``(r, N)`` of the best matrix of that rank."""
         gram, factor = self._gram()
-        leading = torch.linalg.eigh(gram)[1].flip(1)[:, :rank]
+        return self._on(torch.linalg.eigh(gram)[1].flip(1)[:, :rank], factor)
+
+    def at_errors(self, errors: Sequence[float]) -> list[tuple[Tensor, Tensor]]:
+        """The same of ranks whose predicted errors are about these, from one decomposition; none of full rank."""
+        gram, factor = self._gram()
+        values, vectors = torch.linalg.eigh(gram)
+        squares = values.flip(0).clamp_min(0)
+        tails = 1 - squares.cumsum(dim=0) / squares.sum().clamp_min(_TINY)
+        ranks = sorted({1 + int((tails.clamp_min(0).sqrt() - error).abs().argmin()) for error in errors})
+        ranks = [rank for rank in ranks if rank < len(values)]
+        if not ranks:
+            return []
+        outputs, inputs = self._on(vectors.flip(1)[:, : ranks[-1]], factor)
+        return [(outputs[:, :rank], inputs[:rank]) for rank in ranks]
+
+    def _on(self, leading: Tensor, factor: _Factor) -> tuple[Tensor, Tensor]:
+        """The matrix projected on leading directions, as factors."""
         if self._is_wide:
             return factor.divide(leading), self._transposed_times(factor.multiply(leading)).T
         return self._transposed_times(factor.multiply(leading)), factor.divide(leading).T

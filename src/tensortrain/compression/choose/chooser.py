@@ -17,6 +17,7 @@ from tensortrain.compression.choose.candidates import Family as Forms
 from tensortrain.compression.choose.clock import Clock, Family, family_of
 from tensortrain.compression.choose.cost import LayerCost, spec_cost
 from tensortrain.compression.choose.head_widths import HeadWidths
+from tensortrain.compression.choose.heights import AS_PREDICTED, Heights
 from tensortrain.compression.choose.load import Load
 from tensortrain.compression.choose.plan import (
     LayerPlan,
@@ -83,6 +84,7 @@ class Menu:
         families: What its smaller forms are made of.
         candidates: The smaller forms.
         widths: What it can be narrowed to, together with other layers.
+        heights: How often its smaller forms lose what is predicted of them.
     """
 
     layer: FoundLayer
@@ -96,6 +98,7 @@ class Menu:
     item_bytes: int = 4
     kept_bytes: int = 0
     beside: tuple[int, int] = (0, 0)
+    heights: Heights = AS_PREDICTED
 
     @property
     def choices(self) -> tuple[Pick, ...]:
@@ -105,6 +108,10 @@ class Menu:
     def scaled(self, times: float) -> Menu:
         """The menu of a layer that loses so many times what was predicted of it."""
         return replace(self, weight=self.weight * times, reach=None if self.reach is None else self.reach * times)
+
+    def squared_error(self, rel_error: float) -> float:
+        """What a smaller form's error counts as."""
+        return self.heights.of(rel_error**2)
 
     def with_candidates(self, *, growth: float, wide: bool) -> Menu:
         """The menu filled in, ranks growing by such steps."""
@@ -126,7 +133,7 @@ class Menu:
 
     def expected_errors(self, *, long_healing: bool) -> list[float]:
         """Relative squared errors of the candidates, as far as healing will leave them."""
-        own = [candidate.point.rel_error**2 for candidate in self.candidates]
+        own = [self.squared_error(candidate.point.rel_error) for candidate in self.candidates]
         if not long_healing:
             return own
         full = min(self.layer.weight.one_group().out_features, self.layer.weight.in_features)
@@ -541,8 +548,14 @@ class Chooser:
             hot_ids=pick.hot_ids,
             in_order=pick.order.inputs or (),
             out_order=pick.order.outputs or (),
-            loss=menu.reach * pick.point.rel_error**2 if menu.reach is not None else None,
-            why=why_not_other(pick, menu.candidates, dense_params=menu.layer.weight.n_params, reach=menu.reach),
+            loss=menu.reach * menu.squared_error(pick.point.rel_error) if menu.reach is not None else None,
+            why=why_not_other(
+                pick,
+                menu.candidates,
+                dense_params=menu.layer.weight.n_params,
+                reach=menu.reach,
+                squared=menu.squared_error,
+            ),
         )
 
 

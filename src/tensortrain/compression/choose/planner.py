@@ -39,6 +39,7 @@ from tensortrain.compression.choose.proving import Proving
 from tensortrain.compression.choose.remeasured import Seen, spent_again
 from tensortrain.compression.choose.structure import Search
 from tensortrain.compression.choose.together import widths_together
+from tensortrain.compression.choose.tried import tried
 from tensortrain.compression.choose.weights import weigh_layers
 from tensortrain.compression.choose.widths import Width
 from tensortrain.compression.choose.within import Planned, find_plan
@@ -264,10 +265,11 @@ def _surveyed(opened: Opened, options: PlanOptions, budgets: Sequence[BudgetLike
     now = replace(_sizes(model).with_more(beside.values()), flops=flops)
     for each in budgets:
         _goals(each, now, options)  # flops are known by now
+    menus = _with_families(menus, hidden, calibration, options, folder, wide=options.will_heal == "long")
     return Planning(
         options,
         now,
-        _with_families(menus, hidden, calibration, options, folder, wide=options.will_heal == "long"),
+        tried(model, menus, hidden, calibration, task, options),
         hidden,
         calibration,
         task,
@@ -613,7 +615,7 @@ def _calibration(
             with_labels=task is not None and task.with_labels,
             task=task,
             observer=options.observer,
-            n_held=_HELD_BATCHES if options.measure_losses else 0,
+            n_held=0 if options.will_heal else _HELD_BATCHES,
         )
         found = folder.calibration(make, parks=are_parked(layers))
         found.batches, found.held = (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from tensortrain.compression.choose.candidates import Candidate
 
@@ -11,7 +11,14 @@ __all__ = ["why_not_other"]
 Form = tuple[int, float]  # parameters, and the share of the output that is predicted to be spoiled
 
 
-def why_not_other(pick: Candidate, candidates: Sequence[Candidate], *, dense_params: int, reach: float | None) -> str:
+def why_not_other(
+    pick: Candidate,
+    candidates: Sequence[Candidate],
+    *,
+    dense_params: int,
+    reach: float | None,
+    squared: Callable[[float], float] = lambda error: error**2,
+) -> str:
     """One sentence: what the next larger form would have saved, and the next smaller one cost.
 
     Over all layers of a plan these prices are alike, as far as menus allow: that is why the ranks are what they are.
@@ -19,11 +26,12 @@ def why_not_other(pick: Candidate, candidates: Sequence[Candidate], *, dense_par
     Args:
         candidates: The layer's menu; the dense weight of ``dense_params`` is on it too.
         reach: What losing the layer wholly would change of the output; nothing is said where that is not known.
+        squared: What part of that a form's relative error spoils.
     """
     if reach is None:
         return ""
-    here = (pick.point.n_params, reach * pick.point.rel_error**2)
-    forms = [(dense_params, 0.0), *((one.point.n_params, reach * one.point.rel_error**2) for one in candidates)]
+    here = (pick.point.n_params, reach * squared(pick.point.rel_error))
+    forms = [(dense_params, 0.0), *((one.point.n_params, reach * squared(one.point.rel_error)) for one in candidates)]
     return "; ".join(_told(here, forms))
 
 

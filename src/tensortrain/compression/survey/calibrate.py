@@ -87,7 +87,7 @@ def calibrate(
     with preserved(model):
         model.eval()
         with _watched(heads, spreads):
-            seen.run(data, own_share(n_batches), kept, observer, n_held=n_held)
+            seen.run(data, own_share(n_batches), kept, observer, n_held=own_share(n_held) if n_held else 0)
         join_inputs(found, spreads, device_of(model))
         seen.spreads.join()
         if grams and gradient_batches:

@@ -227,8 +227,9 @@ class Calibration:
         in_nats: The (first) output holds class probabilities: half of what ``output_grams`` predict of a change is its
             Kullback-Leibler divergence per example, summed over the positions that count; else it is the squared
             change of the output.
+        output_shares: By name of an output, how much a change of it counts beside one of the first.
         batches: The batches kept for measuring sensitivities.
-        held: Some that came after all that were summed up.
+        held: Some that came after all that were summed up; of several processes each has its own.
         unseen: Layers that no rows, or only equal ones, came to.
         unmeasured: Layers of a kind for which input moments are not taken.
         notes: What was left out.
@@ -238,6 +239,7 @@ class Calibration:
     layers: dict[str, LayerMoments] = field(default_factory=dict)
     n_examples: int = 1
     output_scale: float = 1.0
+    output_shares: dict[str, float] = field(default_factory=dict)
     in_nats: bool = False
     batches: list[Any] = field(default_factory=list)
     held: list[Any] = field(default_factory=list)
@@ -274,7 +276,7 @@ class Calibration:
         for names, figure in _FIGURES.items():
             for name, value in state.pop(names, {}).items():
                 setattr(layers.setdefault(name, LayerMoments()), figure, value)
-        self.__dict__.update({"in_nats": False, "held": [], **state})
+        self.__dict__.update({"in_nats": False, "held": [], "output_shares": {}, **state})
 
 
 def n_moments(*sides: int) -> int:

@@ -24,12 +24,23 @@ from tensortrain.system.processes import gathered, n_processes, own_rank, own_sh
 from tensortrain.train.batches import device_of, run
 from tensortrain.train.outputs import CONSTANT, OutputFunction
 
-__all__ = ["Judge", "OutputFunction", "Spreads", "sentence_embedding", "weigh_outputs"]
+__all__ = [
+    "Judge",
+    "OutputFunction",
+    "Spreads",
+    "along_random_directions",
+    "frozen",
+    "go_backward",
+    "sentence_embedding",
+    "weigh_outputs",
+]
 
 _AT_ONCE = 2**20  # gradients that are made doubles of
 
 Judge = Callable[[Any], dict[str, Tensor]]  # batch -> the outputs that count, by name
 Sizes = tuple[tuple[int, ...], ...]
+Take = Callable[[Tensor], None]
+Taken = Callable[[FoundLayer, Any, Tensor], Take | None]  # (layer, input, output) -> what the gradients are handed to
 # (outputs, batch) -> what of them counts, and a random direction for each
 Along = Callable[[Mapping[str, Tensor], Any], tuple[list[Tensor], list[Tensor]]]
 
@@ -120,15 +131,24 @@ def weigh_outputs(
     found.output_scale = next(iter(scales.values()))
     found.in_nats = spreads.metric.in_nats(next(iter(scales)))
     shares = {name: math.sqrt(found.output_scale / scale) for name, scale in scales.items()}
+    found.output_shares = shares
     count, failed, generator = 0, "", torch.Generator().manual_seed(0)
-    along = partial(_along_random_directions, spreads.metric, shares, generator)
+
+    def along(outputs: Mapping[str, Tensor], batch: Any) -> tuple[list[Tensor], list[Tensor]]:
+        drawn = along_random_directions(spreads.metric, shares, generator, outputs, batch)
+        found.tidy()
+        return drawn
+
+    def taken(layer: FoundLayer, x: Any, result: Tensor) -> Take:
+        return lambda gradient: found.layers[layer.name].add_gradients(_moment(layer, gradient))
+
     observer.on_start("gradients", len(batches))
     try:
         for k, batch in enumerate(batches):
             try:
-                with _frozen(model), activations_parked(model.parameters()):
+                with frozen(model), activations_parked(model.parameters()):
                     spreads.pass_over(k, range(own_rank()), shares, generator)
-                    count += _add_gradients(layers, batch, judge, along, found)
+                    count += go_backward(layers, batch, judge, along, taken)
                     spreads.pass_over(k, range(own_rank() + 1, n_processes()), shares, generator)
             except Exception as error:  # a part without a backward: inputs alone have to do
                 reason = " ".join(str(error).split())
@@ -153,7 +173,7 @@ def weigh_outputs(
 
 
 @contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
+def frozen(model: nn.Module) -> Iterator[None]:
     """No parameter with gradients inside: backward does not need what comes to the layers then."""
     trained = [p for p in model.parameters() if p.requires_grad]
     for parameter in trained:
@@ -165,25 +185,30 @@ def _frozen(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def _add_gradients(
-    layers: Sequence[FoundLayer],
-    batch: Any,
-    judge: Judge,
-    along: Along,
-    found: Calibration,
+def go_backward(
+    layers: Sequence[FoundLayer], batch: Any, judge: Judge, along: Along, taken: Taken, *, times: int = 1
 ) -> int:
-    """Add the second moment of the gradients at every layer's output; give the number of examples."""
+    """Go backward from a random direction of the outputs, and hand on what comes to every layer's output.
+
+    Args:
+        along: Draws the direction.
+        taken: Told of every call of a layer, gives what its gradients are handed to.
+        times: How many directions are drawn.
+
+    Returns:
+        The number of examples.
+    """
     tags: list[Tensor] = []
     last: list[nn.Module] = []  # that backward has come to, whose weights it needs no more
 
-    def take_in(layer: FoundLayer, gradient: Tensor) -> None:
-        for module in last:
-            let_go_of_weights(module)
-        last[:] = [layer.module]
-        found.layers[layer.name].add_gradients(_moment(layer, gradient))
+    def take_in(module: nn.Module, take: Take, gradient: Tensor) -> None:
+        for one in last:
+            let_go_of_weights(one)
+        last[:] = [module]
+        take(gradient)
 
     def watch(layer: FoundLayer) -> Callable[..., Any]:
-        def hook(module: nn.Module, args: Any, result: Any) -> Any:
+        def hook(module: nn.Module, args: Any, kwargs: Any, result: Any) -> Any:
             if not isinstance(result, Tensor) or result.is_nested or not result.is_floating_point():
                 return result
             # Adding a zero that wants a gradient makes the result want one too, frozen weights or not.
@@ -192,33 +217,38 @@ def _add_gradients(
             tagged = result + tag
             if not tagged.requires_grad:  # the model runs this part under no_grad
                 return result
-            tagged.register_hook(partial(take_in, layer))
+            take = taken(layer, args[0] if args else next(iter(kwargs.values()), None), result.detach())
+            if take is not None:
+                tagged.register_hook(partial(take_in, layer.module, take))
             return tagged
 
         return hook
 
-    handles = [layer.module.register_forward_hook(watch(layer)) for layer in layers]
+    handles = [layer.module.register_forward_hook(watch(layer), with_kwargs=True) for layer in layers]
     try:
         # cuDNN has no backward for recurrent layers in eval mode
         with torch.inference_mode(False), torch.enable_grad(), torch.backends.cudnn.flags(enabled=False):
             outputs = judge(batch)
             count = max((y.shape[0] if y.ndim else 1 for y in outputs.values()), default=0)
-            values, directions = along(outputs, batch)
-            del outputs
-            found.tidy()
-            if values:  # labels picked by argmax have no gradient
-                torch.autograd.grad(values, tags, directions, allow_unused=True)
-                for module in last:
-                    let_go_of_weights(module)
+            for k in range(times):
+                values, directions = along(outputs, batch)
+                is_last = k + 1 == times
+                if is_last:
+                    del outputs
+                if values:  # labels picked by argmax have no gradient
+                    torch.autograd.grad(values, tags, directions, allow_unused=True, retain_graph=not is_last)
+                    for module in last:
+                        let_go_of_weights(module)
     finally:
         for handle in handles:
             handle.remove()
     return count
 
 
-def _along_random_directions(
+def along_random_directions(
     metric: Metric, shares: Mapping[str, float], generator: torch.Generator, outputs: Mapping[str, Tensor], batch: Any
 ) -> tuple[list[Tensor], list[Tensor]]:
+    """What counts of the outputs that have a gradient, and a random direction for each, times their shares."""
     pairs = []
     for name, y in outputs.items():
         if y.requires_grad and name in shares:

@@ -37,7 +37,7 @@ from tensortrain.train.preserve import preserved
 
 __all__ = ["Trial", "losses_of"]
 
-_SAMPLES = 64  # examples times random directions, at least: a mean of their squares is known to a fifth
+_SAMPLES = 128  # examples times random directions, at least: a mean of their squares is known to an eighth
 _MOST_DIRECTIONS = 4
 # Squares of normal numbers are as uneven as if a third of them were alike and the others nothing. Of a classifier that
 # is certain of nearly all examples a few decide, and two batches do not tell which.

@@ -99,8 +99,12 @@ class _Sum:
         products = (gradient * error).float().nan_to_num(0.0, 0.0, 0.0).sum(dim=axis)
         more = _by_example(products, n)
         known = self.by_example
-        together = known is not None and len(known) == len(more)
-        self.by_example = known + more if together else more if known is None else (known.sum() + more.sum())[None]
+        if known is None:
+            self.by_example = more
+        elif len(known) == len(more):
+            self.by_example = known + more
+        else:  # where one call tells examples apart and another does not
+            self.by_example = (known.sum() + more.sum())[None]
 
     def settle(self) -> None:
         if self.by_example is not None:

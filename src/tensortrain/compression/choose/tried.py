@@ -30,6 +30,7 @@ from tensortrain.compression.survey.tried import Trial, losses_of
 from tensortrain.formats.weighted_rank import WeightedMatrix
 from tensortrain.system.parking import park
 from tensortrain.system.processes import gathered
+from tensortrain.system.storage import count_bytes
 from tensortrain.train.outputs import judged_outputs
 from tensortrain.train.task import Task
 
@@ -38,6 +39,7 @@ __all__ = ["Times", "tried"]
 # Relative errors of the forms that are tried: plans of a half to four fifths of the size choose between them. The
 # smaller the error, the more of it lies where second moments see least.
 _ERRORS, _NARROW_ERRORS = (0.05, 0.25), (0.02, 0.15)
+_MOST_BYTES = 2**28  # of a model: of larger ones the errors at all positions take more than the plan may hold
 _ALIKE = 2.0  # what is seen of all layers differs by no more: predictions tell them apart as well
 _MOST, _LEAST = 1e3, 1 / 16  # times what is usual of the layers: beyond it is chance
 
@@ -96,12 +98,11 @@ def tried(
     """Menus with the losses that were seen; the same where nothing was, or no other than predicted.
 
     Nothing is seen where the data ends with the batches of the calibration. A model that will be healed is not looked
-    at: its losses before that decide little.
+    at, since its losses before that decide little; nor a large one.
 
     Cost: one decomposition of each layer, and one pass forward and some backward over two batches.
     """
-    known = calibration is not None and bool(calibration.output_grams) and any(gathered(len(calibration.held)))
-    if calibration is None or not known or options.will_heal:
+    if calibration is None or options.will_heal or not _can_be_seen(model, calibration):
         return list(menus)
     layers = {menu.layer.name: menu.layer for menu in menus}
     forms = [form for menu in menus if _is_told(menu) for form in _factored(menu.layer, calibration)]
@@ -118,6 +119,11 @@ def tried(
     enough = 2 * sum(loss is not None for loss in seen) >= len(seen)
     times = Times.of(marks[False], marks[True]) if enough else None
     return list(menus) if times is None else [times.on(menu) for menu in menus]
+
+
+def _can_be_seen(model: nn.Module, calibration: Calibration) -> bool:
+    is_small = count_bytes(model.parameters()) <= _MOST_BYTES
+    return is_small and bool(calibration.output_grams) and any(gathered(len(calibration.held)))
 
 
 def _outputs(model: nn.Module, options: PlanOptions, with_labels: bool, batch: object) -> dict[str, Tensor]:

@@ -130,8 +130,7 @@ def weigh_outputs(
         return
     found.output_scale = next(iter(scales.values()))
     found.in_nats = spreads.metric.in_nats(next(iter(scales)))
-    shares = {name: math.sqrt(found.output_scale / scale) for name, scale in scales.items()}
-    found.output_shares = shares
+    shares = found.output_shares = {name: math.sqrt(found.output_scale / scale) for name, scale in scales.items()}
     count, failed, generator = 0, "", torch.Generator().manual_seed(0)
 
     def along(outputs: Mapping[str, Tensor], batch: Any) -> tuple[list[Tensor], list[Tensor]]:

@@ -135,6 +135,11 @@ class WeightCache:
             self.holder.forget_weights()
 
     @property
+    def values(self) -> object:
+        """What is kept, as one object: another one, once it was dropped or made anew."""
+        return self._values
+
+    @property
     def nbytes(self) -> int:
         """Bytes held beyond the sources themselves."""
         shared = {stamp.storage.data_ptr() for stamp in self._stamps}

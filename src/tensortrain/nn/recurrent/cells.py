@@ -20,7 +20,8 @@ from tensortrain.nn.cores import is_watched as is_called
 from tensortrain.nn.inputs import check_plain_layout, is_plain_input, traceable
 from tensortrain.nn.linear import Linear
 from tensortrain.nn.recurrent.maps import Apply, MapOptions, blocks_of, dense_at, refill, repeated, reset_map
-from tensortrain.nn.recurrent.sequences import Spread, by_sequence, serves
+from tensortrain.nn.recurrent.quick import keep_directions
+from tensortrain.nn.recurrent.sequences import Spread, direction_of, serves
 from tensortrain.nn.recurrent.ways import fused_step_is_faster, may_take_kernel
 from tensortrain.system.tracing import is_traced, sizes_of
 
@@ -44,7 +45,10 @@ class Cell(CompositeLayer):
 
     ih: Map
     hh: Map
-    _quick: frozenset[Any] = frozenset()  # rows and settings at which torch's function made a step of kept weights
+    _short_way: Any = None  # of the kernels, for sizes met before; see quick.py
+    _short_way_guard: Mapping[str, Any] | None = None
+    # Without kernels: rows and settings at which torch's function made a step of kept weights.
+    _quick: frozenset[Any] = frozenset()
 
     def __init__(self, input_size: int, hidden_size: int, bias: bool = True, **options: Any) -> None:
         super().__init__()
@@ -134,8 +138,31 @@ class Cell(CompositeLayer):
         if state is not None:
             check_state(state, [(*sizes[:-1], size) for size in self.state_sizes()], kind)
             state = tuple(s.reshape(-1, s.shape[-1]) for s in state)
-        state = self._fused_step(batched, state) if self.fits_fused_step(batched) else self._step_of(batched, state)
+        state = self._next(x, batched, state)
         return state if x.ndim == 2 else tuple(s.squeeze(0) for s in state)
+
+    def _next(self, x: Tensor, batched: Tensor, state: State | None) -> State:
+        """The state after one from ``batched``, which is the input with a batch axis."""
+        if serves(self, batched):
+            found = self._step_by_kernels(x, batched, state)
+            if found is not None:
+                return found
+        return self._fused_step(batched, state) if self.fits_fused_step(batched) else self._step_of(batched, state)
+
+    def _step_by_kernels(self, x: Tensor, batched: Tensor, state: State | None) -> State | None:
+        if state is None:
+            state = self.zero_state(batched.shape[0], batched)
+        way = direction_of(self, Spread(1, batched.shape[0]), reverse=False)
+        found = None if way is None else way.run(batched, tuple(s.to(batched.dtype) for s in state))
+        if found is None:
+            return None
+        keep_directions(self, x, [way], self.guard())  # type: ignore[list-item]
+        return found[1]
+
+    def guard(self) -> dict[str, Any]:
+        """What of the cell a short way through it depends on."""
+        names = ("hidden_size", "nonlinearity", "reset_after", "proj_size")
+        return {name: self.__dict__[name] for name in names if name in self.__dict__}
 
     def _step_of(self, x: Tensor, state: State | None) -> State:
         gates = self.ih(x)
@@ -143,19 +170,16 @@ class Cell(CompositeLayer):
             state = self.zero_state(x.shape[0], gates)
         else:
             state = tuple(s.to(gates.dtype) for s in state)
-        if not (torch.is_grad_enabled() and self._trains()) and serves(self, gates):
-            found = by_sequence(self, gates, state, Spread(1, x.shape[0]), reverse=False, recorded=self._recorded_step)
-            if found is not None:
-                return found[1]
         # A single step calls the map as a module: it alone knows what it keeps between calls.
         return self.step(gates, state, *blocks_of(self.hh, self.blocks()))
 
-    def _trains(self) -> bool:
-        return any(p.requires_grad for p in self.parameters())
+    def clear_cache(self) -> None:
+        super().clear_cache()
+        self._short_way = None
 
-    def _recorded_step(self, gates: Tensor, hidden: Apply, state: State) -> tuple[Tensor, ...]:
-        found = self.step(gates, state, hidden)
-        return found[0], *found
+    def _shortly(self, x: Any, state: Any) -> Any:
+        """What the module returns, where an earlier call has left a short way to it; else None."""
+        return self._quick_step(x, state) if self._short_way is None else self._short_way(self, x, state)
 
     def _quick_step(self, x: Tensor, state: Any) -> Any:
         """A step by torch's function on weights that are kept: the short way at inference, where it ran before."""
@@ -277,7 +301,7 @@ class _OneState(Cell):
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         if not is_dynamo_compiling():
-            found: Tensor | None = self._quick_step(input, hx)
+            found: Tensor | None = self._shortly(input, hx)
             if found is not None:
                 return found
         return self._forward(input, hx)
@@ -443,7 +467,7 @@ class LSTMCell(Cell):
 
     def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
         if not is_dynamo_compiling():
-            found: tuple[Tensor, Tensor] | None = self._quick_step(input, hx)
+            found: tuple[Tensor, Tensor] | None = self._shortly(input, hx)
             if found is not None:
                 return found
         return self._forward(input, hx)

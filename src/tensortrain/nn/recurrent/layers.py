@@ -38,9 +38,11 @@ from tensortrain.nn.recurrent.cells import (
     torch_arguments,
     torch_weights,
 )
-from tensortrain.nn.recurrent.maps import Apply, MapOptions
-from tensortrain.nn.recurrent.sequences import Spread, by_sequence, serves
+from tensortrain.nn.recurrent.maps import MapOptions
+from tensortrain.nn.recurrent.quick import keep_directions, keep_weights
+from tensortrain.nn.recurrent.sequences import Direction, Spread, direction_of, serves
 from tensortrain.nn.recurrent.ways import DENSE_STEPS, KERNEL, STEPS, differentiable_twice, fastest_way, ways_of
+from tensortrain.system.native import library
 from tensortrain.system.tracing import is_traced, is_transformed, sizes_of
 
 __all__ = ["GRU", "LSTM", "RNN"]
@@ -77,6 +79,9 @@ class _Layout:
         some = self.batch_sizes[:n_steps]
         return x[: int(some.sum())], None, replace(self, n_steps=n_steps, batch_sizes=some)
 
+    def spread(self) -> Spread:
+        return Spread(self.n_steps, self.batch, self.axis == 0, self.batch_sizes)
+
     def join(self, steps: Sequence[Tensor]) -> Tensor:
         return torch.stack(list(steps), self.axis) if self.batch_sizes is None else torch.cat(list(steps))
 
@@ -84,9 +89,10 @@ class _Layout:
 class _Recurrent(CompositeLayer):
     cell_type: ClassVar[type[Cell]]
     proj_size: int = 0
-    _quick: frozenset[Any] = frozenset()  # sizes and settings at which torch's kernel did all layers
-    # those at which our own kernels did, with whether the hidden maps of each layer were dense
-    _quick_steps: Mapping[Any, tuple[bool, ...]] = {}
+    _short_way: Any = None  # of the kernels, for sizes met before; see quick.py
+    _short_way_guard: Mapping[str, Any] | None = None
+    # Without kernels: sizes and settings at which torch's kernel did all layers.
+    _quick: frozenset[Any] = frozenset()
     torch_arguments: ClassVar[tuple[str, ...]] = (
         "input_size",
         "hidden_size",
@@ -200,7 +206,7 @@ class _Recurrent(CompositeLayer):
         if state is not None:
             batch = layout.batch if layout.batch_sizes is not None else sizes_of(x)[1 - layout.axis]
             self._check_states(state, (batch,))
-        n_directions, finals, sizes, ways = 1 + self.bidirectional, [], tuple(x.shape), list[str]()
+        n_directions, finals, given, ways = 1 + self.bidirectional, [], x, list[str]()
         for index in range(self.num_layers):
             cells: Any = [self.get_submodule(name) for name in self._cell_names(index)]
             here = None if state is None else tuple(s[index * n_directions :][:n_directions] for s in state)
@@ -209,31 +215,60 @@ class _Recurrent(CompositeLayer):
             finals.append(final)
             if self.dropout and index < self.num_layers - 1:
                 x = F.dropout(x, self.dropout, self.training)
-        if layout.batch_sizes is None and not torch.is_grad_enabled() and not is_traced():
-            self._remember(ways, (sizes, _settings(self._cell_list())))
+        if layout.batch_sizes is None and can_group() and not (self.dropout and self.training):
+            self._remember(ways, given, layout)
         return x, tuple(torch.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(*finals, strict=True))
 
-    def _remember(self, ways: list[str], call: Any) -> None:
+    def _remember(self, ways: list[str], x: Tensor, layout: _Layout) -> None:
         """Leave a short way to the next input of this size, where torch's kernel did all layers, or ours did."""
-        if set(ways) == {KERNEL}:
-            self._quick = remembered(self._quick, call)
-        elif KERNEL not in ways:
-            others = {} if len(self._quick_steps) >= 64 else self._quick_steps
-            self._quick_steps = {**others, call: tuple(way == DENSE_STEPS for way in ways)}
+        cells, are_kernels = self._cell_list(), {way == KERNEL for way in ways}
+        if torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters()):
+            if self._short_way is not None:
+                self._short_way.forget()  # weights leave memory when training goes on
+            if True in are_kernels:  # rebuilds its weights
+                return
+        elif are_kernels == {True}:
+            if library() is None:
+                self._quick = remembered(self._quick, (tuple(x.shape), _settings(cells)))
+            elif all(cell.output_size == cell.hidden_size for cell in cells):
+                keep_weights(self, x, cells, self._guard(), self._names())
+        if are_kernels == {False} and all(serves(cell, x) for cell in cells):
+            n = 1 + self.bidirectional
+            found = [
+                direction_of(cell, layout.spread(), reverse=k % n == 1, dense=ways[k // n] == DENSE_STEPS)
+                for k, cell in enumerate(cells)
+            ]
+            if None not in found:
+                keep_directions(self, x, found, self._guard(), self._names())  # type: ignore[arg-type]
+
+    def _names(self) -> list[str]:
+        return [name for index in range(self.num_layers) for name in self._cell_names(index)]
+
+    def _guard(self) -> dict[str, Any]:
+        """What of the layer a short way through it depends on."""
+        names = ("input_size", "hidden_size", "num_layers", "batch_first", "bidirectional", "dropout")
+        return {name: self.__dict__[name] for name in (*names, *(("training",) if self.dropout else ()))}
+
+    def clear_cache(self) -> None:
+        super().clear_cache()
+        self._short_way = None
+
+    def _shortly(self, x: Any, state: Any) -> Any:
+        """What the layer returns, where an earlier call has left a short way to it; else None."""
+        if self._short_way is not None:
+            return self._short_way(self, x, state)
+        found = self._quick_sequence(x, state)
+        return found if found is None or len(found) == 2 else (found[0], found[1:])
 
     def _quick_sequence(self, x: Any, state: Any) -> Any:
-        """All layers by kernels, on weights that are kept: the short way at inference, where it ran before."""
-        if type(x) is not Tensor or x.ndim != 3 or not (self._quick or self._quick_steps) or not may_be_quick(x):
+        """All layers by torch's kernel, on weights that are kept: the short way at inference without our kernels."""
+        if type(x) is not Tensor or x.ndim != 3 or not self._quick or not may_be_quick(x):
             return None
         cells = self._cell_list()
-        call = tuple(x.shape), _settings(cells)
-        by_torch, are_dense = call in self._quick, self._quick_steps.get(call)
-        if (self.dropout and self.training) or not (by_torch or are_dense):
+        if (self.dropout and self.training) or (tuple(x.shape), _settings(cells)) not in self._quick:
             return None
         states = self._quick_states(x, state)
-        if states is None:
-            return None
-        return self._by_kernel(x, states, cells) if by_torch else self._by_own_kernels(x, states, cells, are_dense)
+        return None if states is None else self._by_kernel(x, states, cells)
 
     def _quick_states(self, x: Tensor, state: Any) -> tuple[Tensor, ...] | None:
         """The first states of all layers, if they are plain ones."""
@@ -247,29 +282,6 @@ class _Recurrent(CompositeLayer):
         if any(type(part) is not Tensor or part.shape != size or part.dtype != x.dtype for part in parts):
             return None
         return parts
-
-    def _by_own_kernels(self, x: Tensor, states: tuple[Tensor, ...], cells: list[Cell], are_dense: Any) -> Any:
-        if next(cells[0].hh.parameters()).dtype != x.dtype:
-            return None
-        n_directions, n_steps = 1 + self.bidirectional, x.shape[int(self.batch_first)]
-        spread = Spread(n_steps, x.shape[1 - self.batch_first], not self.batch_first)
-        finals: list[State] = []
-        for dense in are_dense:
-            outputs = []
-            for direction in range(n_directions):
-                cell = cells[len(finals)]
-                if not serves(cell, x):
-                    return None
-                first = tuple(state[len(finals)] for state in states)
-                found = by_sequence(
-                    cell, cell.ih(x), first, spread, reverse=direction == 1, recorded=_never_recorded, dense=dense
-                )
-                if found is None:
-                    return None
-                outputs.append(found[0])
-                finals.append(found[1])
-            x = outputs[0] if n_directions == 1 else torch.cat(outputs, dim=-1)
-        return x, *(torch.stack(parts) for parts in zip(*finals, strict=True))
 
     def _by_kernel(self, x: Tensor, states: tuple[Tensor, ...], cells: list[Cell]) -> Any:
         weights: list[Tensor] = []
@@ -389,7 +401,7 @@ class _OneState(_Recurrent):
         self, input: Tensor | PackedSequence, hx: Tensor | None = None
     ) -> tuple[Tensor | PackedSequence, Tensor]:
         if not is_dynamo_compiling():
-            found: tuple[Tensor, Tensor] | None = self._quick_sequence(input, hx)
+            found: tuple[Tensor, Tensor] | None = self._shortly(input, hx)
             if found is not None:
                 return found
         return self._long_way(input, hx)
@@ -517,9 +529,9 @@ class LSTM(_Recurrent):
         self, input: Tensor | PackedSequence, hx: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor | PackedSequence, tuple[Tensor, Tensor]]:
         if not is_dynamo_compiling():
-            found = self._quick_sequence(input, hx)
+            found: tuple[Tensor, tuple[Tensor, Tensor]] | None = self._shortly(input, hx)
             if found is not None:
-                return found[0], found[1:]
+                return found
         return self._long_way(input, hx)
 
     @traceable
@@ -564,64 +576,52 @@ def _step_by_step(
     cells: list[Cell], x: Tensor, state: State | None, layout: _Layout, *, dense: bool = False
 ) -> tuple[Tensor, State]:
     """One layer, its input map on all steps at once; states ``(n_directions, b, size)``."""
+    found = None
+    if all(serves(cell, x) for cell in cells):
+        directions = [direction_of(cell, layout.spread(), reverse=k == 1, dense=dense) for k, cell in enumerate(cells)]
+        if None not in directions:
+            found = _by_kernels(directions, x, state, layout)  # type: ignore[arg-type]
+    if found is not None:
+        return found
     gates = [cell.ih(x) for cell in cells]
-    if all(serves(cell, here) for cell, here in zip(cells, gates, strict=True)):
-        return _scan_all(cells, gates, [None] * len(cells), state, layout, dense=dense)
     return _scan_all(cells, gates, [cell.prepare(layout.batch) for cell in cells], state, layout)
 
 
-def _scan_all(
-    cells: Sequence[Cell],
-    gates: Sequence[Tensor],
-    hidden: Sequence[Any],
-    state: State | None,
-    layout: _Layout,
-    *,
-    dense: bool = False,
-) -> tuple[Tensor, State]:
-    """All directions; ``hidden`` None where the kernels may do all steps, by dense hidden maps perhaps."""
-    outputs, finals = [], []
-    for direction, cell in enumerate(cells):
-        here, apply = gates[direction], hidden[direction]
-        if state is None:
-            initial = cell.zero_state(layout.batch, here)
-        else:
-            initial = tuple(s[direction].to(here.dtype) for s in state)
-        found = None
-        if apply is None:
-            found = _by_kernels(cell, here, initial, layout, reverse=direction == 1, dense=dense)
-        if found is None:
-            apply = cell.prepare(layout.batch) if apply is None else apply
-            found = _scanned(cell, here, apply, initial, layout, reverse=direction == 1)
-        outputs.append(found[0])
-        finals.append(found[1])
+def _by_kernels(
+    directions: list[Direction], x: Tensor, state: State | None, layout: _Layout
+) -> tuple[Tensor, State] | None:
+    """One layer, each direction in one call of the kernels; None where they do not serve these tensors."""
+    found = []
+    for k, one in enumerate(directions):
+        first = one.cell.zero_state(layout.batch, x) if state is None else tuple(s[k].to(x.dtype) for s in state)
+        ran = one.run(x, first)
+        if ran is None:
+            return None
+        found.append(ran)
+    return _together([output for output, _ in found], [final for _, final in found])
+
+
+def _together(outputs: list[Tensor], finals: list[State]) -> tuple[Tensor, State]:
+    """Outputs and last states of all directions."""
     output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
     return output, tuple(torch.stack(parts) for parts in zip(*finals, strict=True))
 
 
-def _never_recorded(gates: Tensor, hidden: Apply, state: State) -> tuple[Tensor, ...]:
-    raise AssertionError("without gradients nothing is recorded")
-
-
-def _scanned(
-    cell: Cell, gates: Tensor, hidden: Any, initial: State, layout: _Layout, *, reverse: bool
+def _scan_all(
+    cells: Sequence[Cell], gates: Sequence[Tensor], hidden: Sequence[Any], state: State | None, layout: _Layout
 ) -> tuple[Tensor, State]:
-    """One direction, step by step."""
-    steps, final = _scan(cell, layout.split(gates), hidden, initial, reverse=reverse)
-    return layout.join(steps), final
-
-
-def _by_kernels(
-    cell: Cell, gates: Tensor, initial: State, layout: _Layout, *, reverse: bool, dense: bool
-) -> tuple[Tensor, State] | None:
-    """One direction in one call of the kernels; None where they do not serve."""
-
-    def recorded(gates: Tensor, hidden: Apply, state: State) -> tuple[Tensor, ...]:
-        output, final = _scanned(cell, gates, (hidden,), state, layout, reverse=reverse)
-        return output, *final
-
-    spread = Spread(layout.n_steps, layout.batch, layout.axis == 0, layout.batch_sizes)
-    return by_sequence(cell, gates, initial, spread, reverse=reverse, recorded=recorded, dense=dense)
+    """All directions, step by step."""
+    outputs, finals = [], []
+    for direction, cell in enumerate(cells):
+        here = gates[direction]
+        if state is None:
+            initial = cell.zero_state(layout.batch, here)
+        else:
+            initial = tuple(s[direction].to(here.dtype) for s in state)
+        steps, final = _scan(cell, layout.split(here), hidden[direction], initial, reverse=direction == 1)
+        outputs.append(layout.join(steps))
+        finals.append(final)
+    return _together(outputs, finals)
 
 
 def _way_of(cells: list[Cell], x: Tensor, layout: _Layout, below: list[str]) -> str:
@@ -642,8 +642,23 @@ def _way_of(cells: list[Cell], x: Tensor, layout: _Layout, below: list[str]) -> 
         x,
         layout.batch,
         layout.n_steps,
-        lambda name, some, numbers, n: _run_by(name, some, *layout.first(numbers, n))[0],
+        lambda name, some, numbers, n: _repeated(name, some, *layout.first(numbers, n)),
     )
+
+
+def _repeated(way: str, cells: list[Cell], x: Tensor, _: State | None, layout: _Layout) -> Callable[[], Tensor]:
+    """The outputs of a layer, as a later call of the same size makes them by this way: by what lies ready."""
+    if way != KERNEL and all(serves(cell, x) for cell in cells):
+        dense = way == DENSE_STEPS
+        ready = [direction_of(cell, layout.spread(), reverse=k == 1, dense=dense) for k, cell in enumerate(cells)]
+        if all(one is not None and one.input is not None for one in ready):
+            run: Any = partial(_by_kernels, ready, x, None, layout)  # type: ignore[arg-type]
+            return lambda: run()[0]
+    if way == KERNEL and not torch.is_grad_enabled():
+        first, weights = cells[0], [weight for cell in cells for weight in cell._weights().values()]
+        zeros = tuple(x.new_zeros(len(cells), layout.batch, size) for size in first.state_sizes())
+        return lambda: _fused(cells, layout, x, *zeros, *weights)[0]
+    return lambda: _run_by(way, cells, x, None, layout)[0]
 
 
 def _run_by(way: str, cells: list[Cell], x: Tensor, state: State | None, layout: _Layout) -> tuple[Tensor, State]:

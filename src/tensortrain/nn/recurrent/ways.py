@@ -40,8 +40,9 @@ __all__ = [
     "ways_of",
 ]
 
-# Outputs of one layer by the way of this name, from its cells and so many of the first steps of an input.
-Run = Callable[[str, list[Any], Tensor, int], Tensor]
+# What gives the outputs of one layer by the way of this name, again and again, from its cells and so many of the first
+# steps of an input.
+Run = Callable[[str, list[Any], Tensor, int], Callable[[], Tensor]]
 
 KERNEL = "torch's kernel"
 STEPS = "steps"
@@ -54,9 +55,8 @@ _CALLS = {"lstm": 14, "gru": 10}  # operations of one step; four for the others
 _CALLS_OF_TORCH = {"lstm": 1}  # of one step by torch's kernel; seven for the others
 _GATE_S = {torch.float32: 1.2e-9, torch.float64: 5e-9}  # of one gate of one row by our kernels
 _REBUILD_CALLS = 40  # operations, forward and backward
-_FOUND = Notebook("recurrent-3")
+_FOUND = Notebook("recurrent-4")
 _KNOWN: dict[Any, str] = {}
-_SHORT_WAY_S = 3e-5  # what the short way of our kernels takes at inference beyond that of torch's; seen on a CPU
 
 
 def may_take_kernel(cells: Sequence[Cell], x: Tensor) -> bool:
@@ -286,7 +286,7 @@ def _tried(
     cells: list[Any],
     x: Tensor,
     training: bool,
-    run: Callable[[str, list[Any], Tensor], Tensor],
+    run: Callable[[str, list[Any], Tensor], Callable[[], Tensor]],
 ) -> str:
     """What an earlier process on this machine found, else what runs of all ways on copies of the cells show now."""
     noted = _FOUND.read(key, x.device)
@@ -297,16 +297,17 @@ def _tried(
         numbers = torch.full(x.shape, 0.5, dtype=x.dtype)
     leaves = [numbers.requires_grad_(), *(p for cell in copies for p in cell.parameters() if p.requires_grad)]
 
+    with torch.set_grad_enabled(training):
+        calls = {name: run(name, copies, numbers) for name in names}
+
     def once(name: str) -> None:
         if training:
-            train_once(lambda: run(name, copies, numbers).sum(), leaves, numbers.new_ones(()))
+            train_once(lambda: calls[name]().sum(), leaves, numbers.new_ones(()))
         else:
             with torch.no_grad():
-                run(name, copies, numbers)
+                calls[name]()
 
     found = dict(zip(names, best_seconds(names, lambda name: timed(lambda: once(name), x.device)), strict=True))
-    if KERNEL in found and not training:
-        found = {name: seconds if name == KERNEL else seconds + _SHORT_WAY_S for name, seconds in found.items()}
     best = min(found, key=lambda name: found[name])
     _FOUND.write(key, x.device, best)
     return best

@@ -4,6 +4,7 @@
 // numbers in a row; a block of outputs stays in registers while the taps pass by.
 #pragma once
 
+#include "processor.h"
 #include "short_way.h"
 #include "threads.h"
 
@@ -92,8 +93,7 @@ constexpr size_t register_bytes = 32;
 template <typename T>
 void rows(const Geometry& g, const Plane& plane, const Group<T>& group) {
 #ifdef TENSORTRAIN_HAS_WIDE
-  static const bool is_wide = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  if (is_wide) return wide::rows(g, plane, group);
+  if (has_avx2()) return wide::rows(g, plane, group);
 #endif
   narrow::rows(g, plane, group);
 }

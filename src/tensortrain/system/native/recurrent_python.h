@@ -1,117 +1,64 @@
-// What Python sees of recurrent.h.
+// What Python sees of recurrent_function.h: a direction of a layer, and the short way through whole layers and cells.
 #pragma once
 
-#include "layer_call.h"
-#include "recurrent.h"
+#include "recurrent_call.h"
 
 namespace tensortrain::recurrent {
 
 // Numbers of (kind, size, n_steps, batch, whether time comes first, whether it runs backwards), and of the examples of
 // every step where they are packed; none where these are not the examples of a sequence that becomes narrower.
 inline std::optional<Course> course_of(const Sizes& numbers, const std::optional<Tensor>& counts) {
-  Course course{static_cast<Kind>(numbers[0]), numbers[1], numbers[2], numbers[3], numbers[5] != 0, 1, {}, {}, numbers[3]};
+  auto course = course_of(numbers);
   if (counts) {
     if (counts->numel() != course.n_steps) return std::nullopt;
     const auto whole = counts->contiguous();
     const auto* const given = whole.const_data_ptr<int64_t>();
-    course.count.assign(given, given + course.n_steps);
+    course.pack({given, given + course.n_steps});
+    course.stride = 1;
     // Rows that belong to no example would stay unwritten.
     const bool shrinks = std::is_sorted(course.count.rbegin(), course.count.rend());
     if (!shrinks || course.count.front() != course.batch || course.count.back() < 1) return std::nullopt;
-    int64_t at = 0;
-    for (const auto n : course.count) course.first.push_back(at), at += n;
-  } else if (numbers[4] == 0) {
-    course.stride = course.n_steps, course.step_rows = 1;
   }
   return course;
 }
 
-inline bool fits(const Course& course, const Sweep& sweep, const Tensors& weights, const Bias& bias, const Tensor& gates,
-                 const Tensors& states) {
-  const auto dtype = gates.scalar_type();
-  const auto is_like = [dtype](const Tensor& one) { return is_plain(one) && one.scalar_type() == dtype; };
-  if (!has_blas() || !is_undisturbed() || (dtype != at::kFloat && dtype != at::kDouble)) return false;
-  if (!is_like(gates) || gates.numel() == 0 || !sweep.ready || weights.size() != sweep.shapes.size()) return false;
-  if (sweep.in_features != course.size || sweep.out_features != gates_of(course.kind) * course.size) return false;
-  if (gates.numel() != course.rows() * sweep.out_features) return false;
-  for (size_t k = 0; k < weights.size(); ++k)
-    if (!is_like(weights[k]) || weights[k].sizes() != sweep.shapes[k]) return false;
-  for (const auto& state : states)
-    if (!is_like(state) || state.numel() != course.batch * course.size) return false;
-  return !bias || (is_like(*bias) && bias->numel() == sweep.out_features);
-}
+// (sweep, ready sweep, whether stored tensors are turned, tensors, bias) as sequences.py gives it.
+struct GivenMap {
+  Map map;
+  Tensors tensors;
+  Bias bias;
 
-template <typename Run>
-void by_dtype(const Tensor& like, const Run& run) {
-  like.scalar_type() == at::kFloat ? run(0.0f) : run(0.0);
-}
+  explicit GivenMap(const py::object& given) {
+    if (given.is_none()) return;
+    const auto parts = given.cast<py::tuple>();
+    map = {parts[0].cast<c10::intrusive_ptr<Sweep>>(), parts[1].cast<c10::intrusive_ptr<Sweep>>(), parts[2].cast<bool>()};
+    tensors = parts[3].cast<Tensors>();
+    bias = parts[4].cast<Bias>();
+  }
+};
 
-// Outputs (rows, size), the last states, and where gradients will be wanted, what the way back takes.
-inline std::optional<Tensors> forward(const Sizes& numbers, const std::optional<Tensor>& counts,
-                                      const c10::intrusive_ptr<Sweep>& sweep, const Tensors& given, const Bias& added,
-                                      const Tensor& input, const Tensors& states, bool keeps) {
-  const auto placed = course_of(numbers, counts);
-  if (!placed) return std::nullopt;
-  const auto& course = *placed;
-  if (!fits(course, *sweep, given, added, input, states)) return std::nullopt;
+// The last states, then the outputs as rows; nothing where the tensors are no plain ones.
+inline std::optional<Tensors> run(const Sizes& numbers, const std::optional<Tensor>& counts, const py::object& input_map,
+                                  const py::object& hidden_map, const Tensor& x, const Tensors& states) {
+  const auto course = course_of(numbers, counts);
+  if (!course) return std::nullopt;
+  const GivenMap input(input_map), hidden(hidden_map);
+  const Job job{*course, input.map, hidden.map, input.bias.has_value(), hidden.bias.has_value(), true};
+  auto all = together(x, states, input.bias, hidden.bias, input.tensors, hidden.tensors);
+  if (states.size() != job.n_states() || all.size() != job.n_tensors() || !fits(job, all)) return std::nullopt;
   const py::gil_scoped_release unlocked;
-  const at::AutoDispatchBelowADInplaceOrView below;
-  const auto gates = input.contiguous(), bias = added ? added->contiguous() : Tensor();
-  const auto weights = contiguous_all(given);
-  const auto rows = course.rows(), width = sweep->out_features;
-  const bool keeps_gates = keeps && gates_of(course.kind) > 1;
-  Tensors found{at::empty({rows, course.size}, gates.options())};
-  for (const auto& state : states) found.push_back(state.contiguous().clone());
-  const Tensors last(found.begin() + 1, found.end());
-  const auto kept_gates = keeps_gates ? at::empty({rows, width}, gates.options()) : Tensor();
-  const auto kept_state = keeps_gates ? at::empty({rows, course.size}, gates.options()) : Tensor();
-  by_dtype(gates, [&](auto zero) {
-    const Call call{course, *sweep, weights, bias};
-    by_examples(call, [&](int64_t from, int64_t to) {
-      forward_part<decltype(zero)>(call, gates, last, found[0], kept_gates, kept_state, from, to);
-    });
-  });
-  if (keeps_gates) found.insert(found.end(), {kept_gates, kept_state});
-  return found;
-}
-
-// Gradients of what the input map gave, of what the hidden map gave, the states that it was given, and gradients of the
-// first states. `kept` as forward left it, `grads` of the outputs and the last states; nothing where one of these is more
-// than the numbers in its memory: negated, many at once, with a tangent.
-inline std::optional<Tensors> backward(const Sizes& numbers, const std::optional<Tensor>& counts, const c10::intrusive_ptr<Sweep>& sweep,
-                        const Tensors& given, const Tensors& states, const Tensor& out, const Tensors& kept,
-                        const std::vector<std::optional<Tensor>>& grads) {
-  const auto placed = course_of(numbers, counts);
-  if (!placed) return std::nullopt;
-  for (const auto& one : grads)
-    if (one && !is_plain(*one)) return std::nullopt;
-  const auto& course = *placed;
-  const py::gil_scoped_release unlocked;
-  const at::AutoDispatchBelowADInplaceOrView below;
-  const auto weights = contiguous_all(given), firsts = contiguous_all(states);
-  const auto rows = course.rows();
-  Found found;
-  found.dx = at::empty({rows, sweep->out_features}, out.options());
-  found.du = course.kind == Kind::gru ? at::empty({rows, sweep->out_features}, out.options()) : found.dx;
-  found.before = at::empty({rows, course.size}, out.options());
-  for (size_t k = 1; k < grads.size(); ++k)
-    found.states.push_back(grads[k] ? grads[k]->contiguous().clone() : at::zeros({course.batch, course.size}, out.options()));
-  const auto grad = grads[0] ? grads[0]->contiguous() : Tensor();
-  by_dtype(out, [&](auto zero) {
-    const Call call{course, *sweep, weights, Tensor()};
-    by_examples(call, [&](int64_t from, int64_t to) {
-      backward_part<decltype(zero)>(call, grad, firsts, out, kept.empty() ? Tensor() : kept[0],
-                                    kept.empty() ? Tensor() : kept[1], found, from, to);
-    });
-  });
-  Tensors all{found.dx, found.du, found.before};
-  all.insert(all.end(), found.states.begin(), found.states.end());
-  return all;
+  return call(job, std::move(all));
 }
 
 inline void bind(py::module_& m) {
-  m.def("recur", &forward);
-  m.def("recur_backward", &backward);
+  m.def("recur", &run);
+  py::class_<RecurrentWay>(m, "RecurrentWay", py::custom_type_setup([](PyHeapTypeObject* type) {
+                             type->ht_type.tp_call = &call_recurrent;
+                           }))
+      .def(py::init<py::tuple, py::list, py::dict, py::dict>())
+      .def("keep", &RecurrentWay::keep)
+      .def("forget", &RecurrentWay::forget)
+      .def("__reduce__", [](const py::object&) { return py::make_tuple(py::type::of(py::none()), py::tuple()); });
 }
 
 }  // namespace tensortrain::recurrent

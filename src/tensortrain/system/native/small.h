@@ -129,13 +129,32 @@ class SmallSweep {
       : sweep_(sweep), layout_(layout), kept_(kept) {
     for (const auto& tensor : tensors) given_.push_back(tensor.template const_data_ptr<T>());
   }
+  SmallSweep(const Sweep& sweep, const Layout& layout, std::vector<const T*> given, T* kept)
+      : sweep_(sweep), layout_(layout), kept_(kept), given_(std::move(given)) {}
 
   void forward(const T* x, const T* bias, T* y, int64_t n_numbers) {
+    merge();
+    multiply_all(x, bias, y, n_numbers);
+  }
+
+  // The matrices of all steps, made of the cores.
+  void merge() {
+    for (const auto& part : layout_.parts) make_matrix(part);
+  }
+
+  // Where they lie then.
+  std::vector<const T*> matrices() const {
+    std::vector<const T*> found;
+    for (const auto& part : layout_.parts) found.push_back(at(part.matrix));
+    return found;
+  }
+
+  // The products by these matrices.
+  void multiply_all(const T* x, const T* bias, T* y, int64_t n_numbers) {
     const auto& parts = layout_.parts;
     const T* state = x;
     for (size_t k = 0; k < parts.size(); ++k) {
       const auto& part = parts[k];
-      make_matrix(part);
       T* const out = part.product < 0 ? y : kept_ + part.product;
       state = part.copied ? copied_operand(part, state) : state;
       multiply(part, state, out);

@@ -14,8 +14,7 @@ using lapack::Int;
 // Loops of our own use vectors of 32 bytes: with wider ones BLAS is the faster.
 inline bool has_wide_products() {
 #if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
-  static const bool found = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                            !__builtin_cpu_supports("avx512f");
+  static const bool found = has_avx2() && !__builtin_cpu_supports("avx512f");
   return found;
 #else
   return false;

@@ -1,6 +1,8 @@
 // Products of plain matrices in memory, by the BLAS that comes with torch: without a tensor around each of them.
 #pragma once
 
+#include <ATen/Parallel.h>
+
 #include <cstdint>
 
 // Weak: where torch exports none of them, the address is null and the way through tensors is taken.
@@ -37,11 +39,14 @@ void blas_gemm(char, char, int, int, int, T, const T*, int, const T*, int, T, T*
 template <typename T>
 void blas_gemv(char, int, int, T, const T*, int, const T*, int, T, T*, int) {}
 #else
-// While it lives, BLAS runs on the thread that asked: waking others for a small product takes longer than the product.
+// While it lives, BLAS and LAPACK run on the thread that asked: waking others for a small matrix takes longer than the
+// work.
 class OneThread {
  public:
   explicit OneThread(bool is_small) : is_set_(is_small && MKL_Set_Num_Threads_Local != nullptr) {
-    if (is_set_) before_ = MKL_Set_Num_Threads_Local(1);
+    if (!is_set_) return;
+    at::get_num_threads();  // torch asks BLAS how many threads there are when it is first asked itself: not in here
+    before_ = MKL_Set_Num_Threads_Local(1);
   }
   ~OneThread() {
     if (is_set_) MKL_Set_Num_Threads_Local(before_);

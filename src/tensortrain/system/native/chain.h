@@ -376,7 +376,7 @@ Value<T> dot_keeping(const Cores<T>& bra, const Cores<T>& ket) {
 // <bra, ket> = mantissa 2**exponent; nothing where an entry is not finite.
 template <typename T>
 std::optional<Value<T>> dot(const Cores<T>& bra, const Cores<T>& ket) {
-  const lapack::Alone alone(are_small(bra) && are_small(ket));
+  const OneThread alone(are_small(bra) && are_small(ket));
   if (auto found = dot_plainly(bra, ket)) return found;
   if (!is_finite(bra) || !is_finite(ket)) return std::nullopt;
   return dot_keeping(bra, ket);

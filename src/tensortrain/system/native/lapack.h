@@ -28,8 +28,6 @@
 #endif
 
 #ifndef TENSORTRAIN_WITHOUT_BLAS
-extern "C" TENSORTRAIN_WEAK int MKL_Set_Num_Threads_Local(int);
-
 #define TENSORTRAIN_DECLARE(T, gemm, trsm, geqrf, orgqr, gesdd, potrf)                                               \
   extern "C" {                                                                                                       \
   TENSORTRAIN_WEAK void gemm(const char*, const char*, const int*, const int*, const int*, const T*, const T*,       \
@@ -96,27 +94,6 @@ struct Unwritten : std::allocator<T> {
 
 template <typename T>
 using Buffer = std::vector<T, Unwritten<T>>;
-
-// While it lives LAPACK keeps to this thread, where it is asked to: several share small matrices in more time than one
-// needs for them.
-class Alone {
- public:
-#ifndef TENSORTRAIN_WITHOUT_BLAS
-  explicit Alone(bool is_small) : holds_(is_small && MKL_Set_Num_Threads_Local != nullptr) {
-    if (holds_) before_ = MKL_Set_Num_Threads_Local(1);
-  }
-  ~Alone() {
-    if (holds_) MKL_Set_Num_Threads_Local(before_);
-  }
-#else
-  explicit Alone(bool) {}
-#endif
-  Alone(const Alone&) = delete;
-
- private:
-  bool holds_ = false;
-  int before_ = 0;
-};
 
 inline bool has_lapack() { return Of<double>::is_there() && Of<float>::is_there(); }
 

@@ -36,7 +36,7 @@ class Rounding : public Cuts {
       is_safe = parts_.back().is_moderate();
     }
     if (!is_safe) return;
-    const lapack::Alone alone(are_small(cores_));
+    const OneThread alone(are_small(cores_));
     squares_ ? find_squares() : find_roots();
   }
 
@@ -53,7 +53,7 @@ class Rounding : public Cuts {
   // values come along; else a bond at which nothing is to be cut gets any basis.
   Result cut(double share, const std::vector<Int>& caps, bool needs_values) {
     const Int d = static_cast<Int>(cores_.size());
-    const lapack::Alone alone(are_small(cores_));
+    const OneThread alone(are_small(cores_));
     Result out;
     current_.assign(cores_[0].data, cores_[0].data + cores_[0].size());
     Buffer<double> left{1.0};

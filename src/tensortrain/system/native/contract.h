@@ -56,7 +56,7 @@ class Contraction : public c10::intrusive_ptr_target {
   void forward(const std::vector<const T*>& inputs, T* kept, const std::vector<T*>& out) const {
     const auto values = values_of<T>(inputs, kept, out);
     for (const auto& step : steps_)
-      step.forward.run(values[step.a], step.b < 0 ? nullptr : static_cast<const T*>(values[step.b]), values[step.c]);
+      step.run<T>(values[step.a], step.b < 0 ? nullptr : values[step.b], values[step.c]);
   }
 
   // Gradients of the inputs from those of what was wanted; null where there is none, or nobody wants it.
@@ -72,16 +72,16 @@ class Contraction : public c10::intrusive_ptr_target {
     for (auto* place : out) is_wanted.push_back(place != nullptr);
     for (const auto& step : steps_) is_wanted.push_back(is_wanted[step.a] || (step.b >= 0 && is_wanted[step.b]));
     for (size_t k = 0; k < wanted.size(); ++k) given[wanted[k]] = grads[k];
-    const auto into = [&](int64_t k) {
+    const auto into = [&](int64_t k) -> T* {
+      if (k < 0 || !is_wanted[k]) return nullptr;
       if (found[k] == nullptr) found[k] = room.take<T>(numels[k]);
-      return given[k] = found[k], found[k];
+      given[k] = found[k];
+      return found[k];
     };
     for (auto step = steps_.rbegin(); step != steps_.rend(); ++step) {
       const T* const grad = given[step->c];
-      if (grad == nullptr) continue;
-      const T* const b = step->b < 0 ? nullptr : values[step->b];
-      if (is_wanted[step->a]) step->to_a.run(grad, b, into(step->a));
-      if (step->b >= 0 && is_wanted[step->b]) step->to_b.run(static_cast<const T*>(values[step->a]), grad, into(step->b));
+      if (grad == nullptr || !is_wanted[step->c]) continue;
+      step->back<T>(values[step->a], step->b < 0 ? nullptr : values[step->b], grad, into(step->a), into(step->b));
     }
   }
 

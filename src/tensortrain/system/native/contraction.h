@@ -195,6 +195,12 @@ class Loops {
 
 // -- products of matrices ---------------------------------------------------------------------------
 
+template <typename T>
+Matrix<T> turned(Matrix<T> matrix) {
+  matrix.transposed = !matrix.transposed;
+  return matrix;
+}
+
 // One of the three matrices of a product: as it lies, or sorted on its way.
 class Side {
  public:
@@ -245,8 +251,14 @@ class Side {
   void put(const T* room, T* data) const {
     if (!is_direct_) out_.run(room, data);
   }
-  int64_t step() const { return step_; }
-  bool is_turned() const { return is_turned_; }
+  // A product with k sums, written to such a place.
+  template <typename T>
+  void multiply(T* out, const Matrix<T>& x, const Matrix<T>& y, int64_t k) const {
+    if (is_turned_)
+      multiply_into(out, step_, turned(y), turned(x), n_columns_, n_rows_, k);
+    else
+      multiply_into(out, step_, x, y, n_rows_, n_columns_, k);
+  }
 
  private:
   bool is_direct_ = false, is_turned_ = false;
@@ -285,15 +297,32 @@ class Gemm {
     T* const own_b = b_.is_direct() ? nullptr : room.take<T>(b_.size());
     T* const own_c = c_.is_direct() ? nullptr : room.take<T>(c_.size());
     each(batch_, batch_.size(), {0, 0, 0}, [&](const std::array<int64_t, 3>& at) {
-      auto x = a_.taken(a + at[left], own_a), y = b_.taken(b + at[right], own_b);
+      const auto x = a_.taken(a + at[left], own_a), y = b_.taken(b + at[right], own_b);
       T* const out = c_.place(c + at[result], own_c);
-      if (c_.is_turned()) {
-        x.transposed = !x.transposed, y.transposed = !y.transposed;
-        multiply_into(out, c_.step(), y, x, n_, m_, k_);
-      } else {
-        multiply_into(out, c_.step(), x, y, m_, n_, k_);
-      }
+      c_.multiply(out, x, y, k_);
       c_.put(own_c, c + at[result]);
+    });
+  }
+
+  // Gradients of both operands, or of one where the other's place is null. Each matrix is sorted once.
+  template <typename T>
+  void back(const T* a, const T* b, const T* grad, T* to_a, T* to_b) const {
+    Room room;
+    const auto own = [&](const Side& side, bool is_used) {
+      return side.is_direct() || !is_used ? nullptr : room.take<T>(side.size());
+    };
+    T *const own_a = own(a_, to_b), *const own_b = own(b_, to_a), *const own_c = own(c_, true);
+    T *const made_a = own(a_, to_a), *const made_b = own(b_, to_b);
+    each(batch_, batch_.size(), {0, 0, 0}, [&](const std::array<int64_t, 3>& at) {
+      const auto z = c_.taken(grad + at[result], own_c);
+      if (to_a != nullptr) {
+        a_.multiply(a_.place(to_a + at[left], made_a), z, turned(b_.taken(b + at[right], own_b)), n_);
+        a_.put(made_a, to_a + at[left]);
+      }
+      if (to_b != nullptr) {
+        b_.multiply(b_.place(to_b + at[right], made_b), turned(a_.taken(a + at[left], own_a)), z, m_);
+        b_.put(made_b, to_b + at[right]);
+      }
     });
   }
 
@@ -334,6 +363,9 @@ class Product {
       loops_.run(a, b, c);
   }
 
+  // Null where it is none.
+  const Gemm* as_gemm() const { return is_gemm_ ? &gemm_ : nullptr; }
+
  private:
   bool is_sorting_ = false, is_gemm_ = false;
   Sorting sorting_;
@@ -341,20 +373,34 @@ class Product {
   Gemm gemm_;
 };
 
-// One step of a contraction, and its gradients: of the left operand and of the right one.
-struct Step {
-  int64_t a, b, c;  // numbers of tensors; b is -1 where a is but sorted
-  Product forward, to_a, to_b;
+// One step of a contraction, and its gradients.
+class Step {
+ public:
+  const int64_t a, b, c;  // numbers of tensors; b is -1 where a is but sorted
 
-  Step(int64_t a, int64_t b, int64_t c, const Legs& legs) : a(a), b(b), c(c), forward(legs, b >= 0) {
-    const auto turned = [&legs](int x, int y, int z) {
+  Step(int64_t a, int64_t b, int64_t c, const Legs& legs) : a(a), b(b), c(c), forward_(legs, b >= 0) {
+    const auto placed = [&legs](int x, int y, int z) {
       Legs found;
       for (const auto& leg : legs) found.push_back({leg.size, {leg.at[x], leg.at[y], leg.at[z]}});
       return found;
     };
-    to_a = Product(turned(result, right, left), b >= 0);
-    if (b >= 0) to_b = Product(turned(left, result, right), true);
+    to_a_ = Product(placed(result, right, left), b >= 0);
+    if (b >= 0) to_b_ = Product(placed(left, result, right), true);
   }
+
+  template <typename T>
+  void run(const T* left, const T* right, T* out) const { forward_.run(left, right, out); }
+
+  // Null where nobody wants a gradient.
+  template <typename T>
+  void back(const T* left, const T* right, const T* grad, T* to_left, T* to_right) const {
+    if (const auto* const gemm = forward_.as_gemm()) return gemm->back(left, right, grad, to_left, to_right);
+    if (to_left != nullptr) to_a_.run(grad, right, to_left);
+    if (to_right != nullptr) to_b_.run(left, grad, to_right);
+  }
+
+ private:
+  Product forward_, to_a_, to_b_;
 };
 
 }  // namespace tensortrain::contraction

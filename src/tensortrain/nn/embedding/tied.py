@@ -127,8 +127,9 @@ class TiedHead(Traced):
         assert table.hot_ids is not None
         # Rows not in use have the id -1: they go to a column past the vocabulary, which is cut off again.
         columns = table.hot_ids.masked_fill(table.hot_ids < 0, self.out_features)
-        wider = F.pad(logits, (0, 1)).index_copy(-1, columns, F.linear(h, table.hot_weight).to(logits.dtype))
-        return wider[..., : self.out_features]
+        of_hot_rows = F.linear(h, table.hot_weight).to(logits.dtype)
+        logits = F.pad(logits, (0, 1))  # of long texts they take more than the layers: no third copy
+        return logits.index_copy_(-1, columns, of_hot_rows)[..., : self.out_features]
 
     def plan(self, batch: int = 1, *, force: str | None = None) -> Plan:
         """How the logits of this many rows are computed.

@@ -23,6 +23,7 @@ from tensortrain.io.restore import changes, commit
 from tensortrain.io.sources import build_empty, build_from_source, describe_source
 from tensortrain.nn import FactorizedLayer
 from tensortrain.system.files import sync
+from tensortrain.system.store.doors import doors
 from tensortrain.system.store.folder import (
     RECIPE,
     TENSORS,
@@ -194,3 +195,6 @@ def _skeleton(
         return build_empty(model, where=where)
     n_bytes = sum(tensor.nbytes for tensor in stored.tensors.values())
     return build_from_source(recipe.source, where=where, n_tensors=len(stored.names), n_bytes=n_bytes)
+
+
+doors.save, doors.load = save_pretrained, load_pretrained

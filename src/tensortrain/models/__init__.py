@@ -6,8 +6,10 @@ import warnings
 from typing import Any
 
 from tensortrain import networks
+from tensortrain.models.born import BornMachine
+from tensortrain.models.classifier import MPSClassifier
 
-__all__: list[str] = []
+__all__ = ["BornMachine", "MPSClassifier"]
 
 
 def __getattr__(name: str) -> Any:

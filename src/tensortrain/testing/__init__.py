@@ -14,6 +14,7 @@ from tensortrain.testing.layers import (
     assert_gradcheck,
     dense_parts,
 )
+from tensortrain.testing.models import ModelSuite
 
 __all__ = [
     "IMPLEMENTATIONS",
@@ -21,6 +22,7 @@ __all__ = [
     "ChainSuite",
     "FormatSuite",
     "LayerSuite",
+    "ModelSuite",
     "assert_agrees",
     "assert_gradcheck",
     "check_refused",

@@ -1,6 +1,7 @@
 // What Python sees of the kernels.
 #include "chain_python.h"
 #include "conv_call.h"
+#include "data_walk.h"
 #include "filters.h"
 #include "grouped.h"
 #include "layer_call.h"
@@ -113,6 +114,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("multiply_groups", &run_groups<multiply_groups>);
   m.def("multiply_groups_backward", &run_groups<multiply_groups_backward>);
   chain::bind(m);
+  data_walk::bind(m);
   define_lookups(m);
   recurrent::bind(m);
   m.def("count_optimizer_step", [] { ++n_optimizer_steps; });

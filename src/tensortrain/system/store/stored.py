@@ -22,6 +22,7 @@ from tensortrain.system.store.storable import check_storable, check_whole
 __all__ = ["StoredTensors", "identity_of", "listed", "named_tensors", "read_tensors", "write_tensors"]
 
 _LARGEST_HEADER_BYTES = 10**8 + 8  # what safetensors reads
+_PAIR = {"complex128": (2,)}  # what is stored as pairs of numbers
 
 
 class StoredTensors:
@@ -109,12 +110,17 @@ def write_tensors(stored: StoredTensors, path: Path) -> None:
 
 def _unshared(tensor: Tensor, places: set[int]) -> Tensor:
     """On the CPU, in C order, in a storage of its own, which is what safetensors takes."""
-    plain = tensor.cpu().contiguous()
+    plain = _as_pairs(tensor.cpu().contiguous())
     place = plain.untyped_storage().data_ptr()
     if plain.untyped_storage().nbytes() != plain.nbytes or (place in places and plain.numel()):
         return plain.clone(memory_format=torch.contiguous_format)
     places.add(place)
     return plain
+
+
+def _as_pairs(tensor: Tensor) -> Tensor:
+    """Double complex numbers, which safetensors lacks, as pairs of real ones."""
+    return torch.view_as_real(tensor) if tensor.dtype == torch.complex128 else tensor
 
 
 def read_tensors(path: Path, recipe: Recipe) -> StoredTensors:
@@ -168,7 +174,7 @@ def _check_header(file: Any, recipe: Recipe, path: Path) -> None:
     for name, entry in recipe.tensors.items():
         part = file.get_slice(name)
         shape = tuple(part.get_shape())
-        if shape != entry.shape:
+        if shape != entry.shape + _PAIR.get(entry.dtype, ()):
             raise _disagree(path, f"{name} of shape {shape} and {entry.shape}")
         if part.get_dtype() != _safetensors_dtype(entry.dtype):
             raise _disagree(path, f"{name} of dtype {part.get_dtype()} and {entry.dtype}")
@@ -177,6 +183,7 @@ def _check_header(file: Any, recipe: Recipe, path: Path) -> None:
 def _safetensors_dtype(name: str) -> str:
     from safetensors.torch import _TYPES
 
+    name = "float64" if name in _PAIR else name
     return next((code for code, dtype in _TYPES.items() if dtype == dtype_named(name)), name)
 
 
@@ -196,6 +203,8 @@ def _aliases(metadata: Mapping[str, str], recipe: Recipe, path: Path) -> dict[st
 
 def _laid_out(tensor: Tensor, entry: TensorEntry) -> Tensor:
     """A copy with the strides it was saved with; the file can go while the model lives."""
+    if entry.dtype in _PAIR:
+        tensor = torch.view_as_complex(tensor.clone())  # in the file they lie on borders of 8 bytes, pairs want 16
     if entry.stride is None:
         return tensor.clone()
     return torch.empty_strided(entry.shape, entry.stride, dtype=tensor.dtype).copy_(tensor)

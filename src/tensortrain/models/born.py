@@ -1,0 +1,313 @@
+"""Born machines: trains whose squared entries are the probabilities of strings."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from tensortrain.errors import DataError, KindError, RankError
+from tensortrain.models.base import TensorModel, chain_ranks, check_choice, checked_values
+from tensortrain.models.born_fit import BornFit
+from tensortrain.models.laws import LAWS, Law
+from tensortrain.networks import register
+from tensortrain.system.history import History
+from tensortrain.tensor import TensorTrain
+
+__all__ = ["BornMachine"]
+
+Kind = Literal["real", "complex", "positive", "purified"]
+
+
+@register("born-machine")
+class BornMachine(TensorModel):
+    r"""A train as a law on strings: :math:`P(x) = |\psi(x)|^2 / Z`, whose sum :math:`Z` is exact.
+
+    Every number that other models of densities estimate is computed here: likelihoods, marginals, conditionals,
+    entropies; samples are exact and independent. Any parameters make a valid law.
+
+    Args:
+        n_sites: Length of the strings.
+        n_values: Values of a site, ``0 .. n_values - 1``.
+        bond_dim: Ranks between sites, one for all or ``n_sites - 1`` of them.
+        kind: ``"real"`` and ``"complex"`` amplitudes; ``"positive"``: non-negative cores whose entries are the
+            probabilities, a hidden Markov model; ``"purified"``: amplitudes with a second index at every site that is
+            summed out.
+        purification: Size of that index.
+        generator: Of the first parameters: near the uniform law.
+        device, dtype: As in torch; ``dtype`` is real for every kind.
+
+    Shapes: strings ``(b, n_sites)`` int64; parameters ``cores`` of ``(r, n_values, s)``.
+
+    Cost: O(b n_sites r^2) flops for ``log_prob``, O(n_sites r^3) for the sum, O(n r^2 n_sites) for n samples.
+
+    Source: Han et al., Phys. Rev. X 8, 031012 (2018); Glasser et al., NeurIPS 2019, arXiv:1907.03741 (purified).
+
+    Example:
+        >>> model = BornMachine(4, bond_dim=2, generator=torch.Generator().manual_seed(0))
+        >>> history = model.fit(torch.tensor([[0, 0, 0, 0], [1, 1, 1, 1]]), n_sweeps=8)
+        >>> round(history.nll[-1], 4), model.ranks  # ln 2: each string has one half
+        (0.6931, (1, 2, 2, 2, 1))
+    """
+
+    def __init__(
+        self,
+        n_sites: int,
+        n_values: int = 2,
+        *,
+        bond_dim: int | Sequence[int] = 2,
+        kind: Kind | str = "real",
+        purification: int = 2,
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_choice(kind, tuple(LAWS), "kind")
+        dtype = dtype or torch.get_default_dtype()
+        for name, size in (("n_sites", n_sites), ("n_values", n_values), ("purification", purification)):
+            if not isinstance(size, int) or size < 1:
+                raise RankError(f"sizes must be whole numbers of 1 or more: {name} has {size!r}. Pass a larger one.")
+        if not dtype.is_floating_point:
+            raise KindError(
+                f"a Born machine takes a real dtype: dtype has {dtype}, expected float32 or float64. Complex "
+                "amplitudes come with kind='complex'."
+            )
+        self.n_sites, self.n_values, self.kind = n_sites, n_values, str(kind)
+        self.purification = purification if kind == "purified" else 1
+        modes = [n_values * self.purification] * n_sites
+        shapes = zip(chain_ranks(bond_dim, modes), modes, chain_ranks(bond_dim, modes)[1:], strict=False)
+        made = [_near_uniform(*shape, generator, dtype, device) for shape in shapes]
+        self._take([core.to(self._law.dtype(dtype)) for core in made])
+
+    @classmethod
+    def from_train(cls, x: TensorTrain, *, kind: Kind | str = "real") -> BornMachine:
+        """The law of a train: of its squared moduli, or with ``kind="positive"`` of its entries.
+
+        Args:
+            x: Equal modes; for ``"positive"`` cores without negative entries.
+
+        Raises:
+            DataError: It has modes of several sizes, or a negative core where none may be.
+        """
+        if len(set(x.shape)) != 1 or x.batch_shape:
+            raise DataError(
+                f"a Born machine has one alphabet: the train has modes {x.shape}, expected equal ones and no batch. "
+                "Pad the modes with tensortrain.pad."
+            )
+        if kind == "positive" and any(core.is_complex() or bool((core < 0).any()) for core in x.cores):
+            raise DataError("a hidden Markov model has no negative cores: the train has some. Use kind='real'.")
+        kind = "complex" if x.dtype.is_complex and kind == "real" else kind
+        real = x.cores[0].real.dtype if x.dtype.is_complex else x.dtype
+        model = cls(len(x.shape), x.shape[0], kind=kind, dtype=real, device="meta")
+        model._take(model._law.parameters([core.to(model._law.dtype(real)) for core in x.cores], x.shape[0]))
+        return model
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return {
+            "n_sites": self.n_sites,
+            "n_values": self.n_values,
+            "bond_dim": list(self.ranks),
+            "kind": self.kind,
+            "purification": self.purification,
+        }
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """With a 1 at both ends."""
+        return (1, *(core.shape[-1] for core in self.cores))
+
+    @property
+    def state(self) -> TensorTrain:
+        """The train behind it: of norm 1, or for ``"positive"`` the probabilities up to a factor."""
+        cores = [core.detach() for core in self._law.cores(list(self.cores))]
+        train = TensorTrain(tuple(cores))
+        return train if self.kind == "positive" else train.normalize()
+
+    def entropy(self, bond: int) -> Tensor:
+        """Entanglement entropy, in nats, with ``bond`` sites to the left, ``1 .. n_sites - 1``."""
+        return self.state.normalize().entropy(bond)
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """Logarithms of probabilities, in nats.
+
+        Args:
+            x: ``(b, n_sites)`` int64.
+
+        Returns:
+            Tensor: ``(b,)``, differentiable in the cores; minus infinity where there is no mass, never NaN.
+
+        Raises:
+            DataError: ``x`` has another shape, or a value outside the alphabet.
+        """
+        return self._log_prob(checked_values(x, self.n_sites, self.n_values))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``log_prob(x)``."""
+        return self.log_prob(x)
+
+    def nll(self, x: Tensor) -> Tensor:
+        """The mean of ``-log_prob(x)``, in nats."""
+        return -self.log_prob(x).mean()
+
+    def log_marginal(self, x: Tensor) -> Tensor:
+        """Logarithms of the probabilities of parts of strings.
+
+        Args:
+            x: ``(b, n_sites)`` int64, with -1 where a site is summed out.
+
+        Returns:
+            Tensor: ``(b,)``, differentiable in the cores.
+
+        Cost: O(b n_sites r^3) flops for amplitudes.
+        """
+        values = checked_values(x, self.n_sites, self.n_values, least=-1)
+        if not bool((values < 0).any()):
+            return self._log_prob(values)
+        cores = self._law.cores(list(self.cores))
+        return self._law.log_sum(cores, values, self.n_values) - self._law.log_total(cores)
+
+    def sample(self, n: int, *, given: Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:
+        """Draw exact, independent strings.
+
+        Args:
+            n: How many.
+            given: ``(n_sites,)`` or ``(n, n_sites)`` int64: a condition, with -1 where a site is free.
+            generator: Of the random numbers.
+
+        Returns:
+            Tensor: ``(n, n_sites)`` int64.
+
+        Raises:
+            DataError: The condition has probability zero, or a value outside the alphabet.
+
+        Cost: O(n n_sites r^2) flops; O(n n_sites r^3) where every sample has a condition of its own.
+        """
+        if given is not None:
+            rows = given if isinstance(given, Tensor) and given.ndim == 2 else _as_row(given)
+            given = checked_values(rows, self.n_sites, self.n_values, least=-1, name="given").to(self.cores[0].device)
+            if given.shape[0] not in (1, n):
+                raise DataError(
+                    f"a condition must be one for all samples or one each: given has {given.shape[0]} rows, expected 1 "
+                    f"or {n}. Pass (n_sites,) or (n, n_sites)."
+                )
+        with torch.no_grad():
+            return self._law.sample(self._law.cores(list(self.cores)), n, given, self.n_values, generator)
+
+    def fit(
+        self,
+        x: Tensor,
+        *,
+        method: Literal["two-site", "adam"] | str | None = None,
+        max_bond: int | None = None,
+        cutoff: float = 1e-3,
+        n_sweeps: int = 10,
+        n_steps: int = 10,
+        lr: float | None = None,
+        batch_size: int | None = None,
+        validation: Tensor | None = None,
+        patience: int | None = None,
+        checkpoint: str | Path | None = None,
+        observer: Callable[[History], object] | None = None,
+        generator: torch.Generator | None = None,
+    ) -> History:
+        """Learn from strings, in place, by maximum likelihood.
+
+        Args:
+            x: ``(b, n_sites)`` int64, the training data.
+            method: ``"two-site"`` (real and complex; the default there): sweeps there and back that improve two
+                neighbouring sites at a time, and choose the ranks by singular values. ``"adam"``: all cores at once,
+                at fixed ranks.
+            max_bond: Cap on every rank, all along.
+            cutoff: Of two-site sweeps: largest root-sum-square of the singular values that a split cuts, a share of
+                the norm.
+            n_sweeps: Sweeps, or passes over the data.
+            n_steps: Of two-site sweeps: steps at every pair of sites.
+            lr: Length of a step; 0.05 for two sites and 0.01 for Adam by default.
+            batch_size: Of Adam; all of ``x`` by default.
+            validation: Strings whose likelihood is watched.
+            patience: End after so many sweeps in which ``validation`` did not get better.
+            checkpoint: File with which the same call on the same starting model goes on after a kill, to equal bits.
+            observer: Called with the history after every sweep; what it raises passes through.
+            generator: Decides the order of batches.
+
+        Returns:
+            History: for every sweep ``nll`` and ``validation_nll``, means in nats, and ``ranks``.
+
+        Raises:
+            DataError: ``x`` is empty, or has values outside the alphabet.
+            KindError: The method is not known, or not for this kind.
+
+        Source: Han et al. 2018, section III (two-site gradients; adaptive bonds).
+        """
+        data = checked_values(x, self.n_sites, self.n_values)
+        if data.shape[0] == 0:
+            raise DataError("a fit must have data: x has no strings, expected one or more. Pass (b, n_sites).")
+        held = (
+            None if validation is None else checked_values(validation, self.n_sites, self.n_values, name="validation")
+        )
+        method = method or ("two-site" if self._law.takes_sweeps else "adam")
+        check_choice(method, ("two-site", "adam"), "method")
+        if method == "two-site" and not self._law.takes_sweeps:
+            raise KindError(
+                f"two-site sweeps need amplitudes without a sum inside: kind has {self.kind!r}, expected 'real' or "
+                "'complex'. Use method='adam'."
+            )
+        device = self.cores[0].device
+        job = BornFit(
+            self,
+            data.to(device),
+            None if held is None else held.to(device),
+            max_bond=max_bond,
+            n_sweeps=n_sweeps,
+            patience=patience,
+            checkpoint=None if checkpoint is None else Path(checkpoint),
+            observer=observer,
+            generator=generator,
+        )
+        if method == "adam":
+            return job.by_adam(0.01 if lr is None else lr, batch_size)
+        return job.by_sweeps(cutoff, n_steps, 0.05 if lr is None else lr)
+
+    @property
+    def _law(self) -> Law:
+        return LAWS[self.kind]
+
+    def _take(self, parameters: Sequence[Tensor]) -> None:
+        """Put parameters ``(r, n, s)``, or with a purification in the modes, in place of those there are."""
+        if self._law.n_axes == 4 and parameters[0].ndim == 3:
+            parameters = [core.unflatten(1, (self.n_values, self.purification)) for core in parameters]
+        self.cores = nn.ParameterList([nn.Parameter(core) for core in parameters])
+
+    def _log_prob(self, x: Tensor) -> Tensor:
+        cores = self._law.cores(list(self.cores))
+        x = x.to(cores[0].device)
+        if self.kind == "purified":
+            weight = self._law.log_sum(cores, x, self.n_values)
+        else:
+            weight = self._law.log_weight(cores, x)
+        return weight - self._law.log_total(cores)
+
+    def extra_repr(self) -> str:
+        """What a print of the model shows."""
+        return f"n_sites={self.n_sites}, n_values={self.n_values}, kind={self.kind!r}, max_rank={max(self.ranks)}"
+
+
+def _as_row(given: Any) -> Any:
+    return given.unsqueeze(0) if isinstance(given, Tensor) and given.ndim == 1 else given
+
+
+def _near_uniform(
+    r: int, n: int, s: int, generator: torch.Generator | None, dtype: torch.dtype, device: torch.device | str | None
+) -> Tensor:
+    """A core near the identity in every slice, with positive noise that is small beside it in sum."""
+    noise = torch.rand(r, n, s, generator=generator, dtype=dtype, device=device) * (0.5 / max(r, s))
+    eye = torch.eye(r, s, dtype=dtype, device=device)
+    if r == 1 or s == 1:
+        eye = torch.ones(r, s, dtype=dtype, device=device) / math.sqrt(max(r, s))
+    return (eye[:, None] + noise) / math.sqrt(n)

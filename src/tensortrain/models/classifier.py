@@ -1,0 +1,304 @@
+"""Classifiers whose weight, one entry for every product of features, is a train."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from tensortrain.cores.halves import data_halves, outer
+from tensortrain.cores.scaling import times_pow2
+from tensortrain.cores.split import split
+from tensortrain.cores.unfold import absorb_left, absorb_right
+from tensortrain.errors import DataError, KindError, ModeIndexError, RankError
+from tensortrain.models.base import TensorModel, chain_ranks, check_choice, checked_labels
+from tensortrain.models.classifier_fit import ClassifierFit
+from tensortrain.models.features import FeatureMap, constant_of
+from tensortrain.networks import register
+from tensortrain.system.history import History
+
+__all__ = ["MPSClassifier"]
+
+_NOISE = 0.02  # of first cores, beside slices that leave a state as it is
+
+
+@register("mps-classifier")
+class MPSClassifier(TensorModel):
+    r"""Scores :math:`f^l(x) = \langle W^l, \phi(x_1) \circ .. \circ \phi(x_n) \rangle` with a train ``W``.
+
+    Every feature becomes a short vector, and their product, an entry for every combination, meets a weight of that
+    size, which exists as cores alone.
+
+    Args:
+        n_features: Numbers that an example has, in [0, 1].
+        n_classes: Classes, ``0 .. n_classes - 1``.
+        bond_dim: Ranks between sites, one for all or ``n_features - 1`` of them.
+        feature_map: ``"trig"``, ``"linear"`` (1 - x, x), ``"poly"`` (1, x), ``"fourier"``, ``"one-hot"`` (x is 0 or 1),
+            or a module ``(b, n) -> (b, n, m)``.
+        label: Site whose core has the axis of classes: its number, ``"middle"`` or ``"last"``; ``"per-class"``: a
+            train for each class.
+        generator, device, dtype: Of the first parameters.
+
+    Shapes: ``cores`` are ``(r, m, s)``, the one of the label ``(n_classes, r, m, s)``; of ``"per-class"`` all are.
+
+    Cost: O(b n_features m r^2) flops forward, twice that backward.
+
+    Source: Stoudenmire and Schwab, NIPS 2016, arXiv:1605.05775; Efthymiou et al., arXiv:1906.06329 (all cores at once).
+
+    Example:
+        >>> model = MPSClassifier(64, 10, bond_dim=8)
+        >>> model(torch.rand(5, 64)).shape
+        torch.Size([5, 10])
+    """
+
+    def __init__(
+        self,
+        n_features: int,
+        n_classes: int,
+        *,
+        bond_dim: int | Sequence[int] = 10,
+        feature_map: str | nn.Module = "trig",
+        label: int | str = "middle",
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        for name, size in (("n_features", n_features), ("n_classes", n_classes)):
+            if not isinstance(size, int) or size < 1:
+                raise RankError(f"sizes must be whole numbers of 1 or more: {name} has {size!r}. Pass a larger one.")
+        self.n_features, self.n_classes = n_features, n_classes
+        self.features = FeatureMap(feature_map)
+        self.label = self._site(label)
+        dtype = dtype or torch.get_default_dtype()
+        ranks = _ranks(bond_dim, n_features)
+        constant = constant_of(self.features, dtype, device)
+        made = []
+        for k, (r, s) in enumerate(itertools.pairwise(ranks)):
+            n_labels = n_classes if self.label is None or k == self.label else None
+            made.append(_first_core(r, s, constant, n_labels, k == self.label, generator))
+        self._take(made)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        if self.features.module is not None:
+            raise KindError(
+                "a model that names itself needs a named feature map: feature_map is a module, expected one of the "
+                "names. Save it with tensortrain.save_pretrained and load it with model=."
+            )
+        return {
+            "n_features": self.n_features,
+            "n_classes": self.n_classes,
+            "bond_dim": list(self.ranks),
+            "feature_map": self.features.kind,
+            "label": "per-class" if self.label is None else self.label,
+        }
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """With a 1 at both ends."""
+        return (1, *(core.shape[-1] for core in self.cores))
+
+    def forward(self, x: Tensor, *, missing: Tensor | None = None) -> Tensor:
+        """Scores, the bare values of the network.
+
+        Args:
+            x: ``(b, n_features)`` in [0, 1].
+            missing: ``(b, n_features)`` bool: features that an example lacks; the mean of their vectors over [0, 1]
+                stands in for them, so that they are summed out.
+
+        Returns:
+            Tensor: ``(b, n_classes)``.
+
+        Raises:
+            DataError: ``x`` has another shape, NaN, or numbers outside [0, 1].
+        """
+        return self._scores(self._vectors(x, missing))
+
+    def fit(
+        self,
+        x: Tensor,
+        y: Tensor,
+        *,
+        method: Literal["two-site", "adam"] | str = "two-site",
+        max_bond: int | None = None,
+        cutoff: float = 1e-4,
+        n_sweeps: int = 3,
+        n_steps: int = 3,
+        ridge: float = 1e-6,
+        lr: float = 1e-3,
+        batch_size: int = 128,
+        validation: tuple[Tensor, Tensor] | None = None,
+        checkpoint: str | Path | None = None,
+        observer: Callable[[History], object] | None = None,
+        generator: torch.Generator | None = None,
+    ) -> History:
+        """Learn from examples, in place.
+
+        Args:
+            x: ``(b, n_features)`` in [0, 1].
+            y: ``(b,)`` int64.
+            method: ``"two-site"``: sweeps there and back that fit the tensor of two sites to the labels by least
+                squares, and choose the ranks by singular values; the label moves along, and stays at the first site.
+                ``"adam"``: all cores at once, by cross entropy, at fixed ranks.
+            max_bond: Cap on every rank of two-site sweeps; the present largest one by default.
+            cutoff: Largest root-sum-square of the singular values that a split cuts, a share of the norm.
+            n_sweeps: Sweeps, or passes over the data.
+            n_steps: Steps of conjugate gradients at every pair of sites.
+            ridge: Weight of the squared norm in the least squares, beside a mean over examples.
+            lr, batch_size: Of Adam.
+            validation: Examples and labels to watch.
+            checkpoint: File with which the same call on the same starting model goes on after a kill, to equal bits.
+            observer: Called with the history after every sweep; what it raises passes through.
+            generator: Decides the order of batches.
+
+        Returns:
+            History: for every sweep ``loss``, ``accuracy``, ``ranks``, and ``validation_accuracy``.
+
+        Raises:
+            DataError: There are no examples, or they do not fit.
+            KindError: The method is not known, or not for this label.
+
+        Cost: O(b n_features m^2 r^2 n_classes) flops for a two-site sweep, and memory for b n_features r numbers.
+        """
+        check_choice(method, ("two-site", "adam"), "method")
+        self._check(x)
+        labels = checked_labels(y, x.shape[0], self.n_classes)
+        if x.shape[0] == 0:
+            raise DataError("a fit must have data: x has no examples, expected one or more. Pass (b, n_features).")
+        if validation is not None:
+            self._check(validation[0])
+            validation = (validation[0], checked_labels(validation[1], validation[0].shape[0], self.n_classes))
+        if method == "two-site" and self.label is None:
+            raise KindError(
+                "two-site sweeps need one train with a label: label is 'per-class', expected a site. Use method='adam'."
+            )
+        job = ClassifierFit(self, x, labels, validation, n_sweeps, checkpoint, observer, generator)
+        if method == "adam":
+            return job.by_adam(lr, batch_size)
+        return job.by_sweeps(max_bond or max(self.ranks), cutoff, n_steps, ridge)
+
+    @torch.no_grad()
+    def move_label_(self, site: int) -> MPSClassifier:
+        """Move the axis of classes to another core, in place; outputs stay the same.
+
+        Args:
+            site: Number of the core, from 0.
+
+        Raises:
+            ModeIndexError: There is no such core.
+            KindError: Every class has a train of its own.
+        """
+        if self.label is None:
+            raise KindError("a label that moves needs one train: label is 'per-class', expected a site. Build it anew.")
+        target = self._site(site)
+        assert target is not None
+        cores = [core.detach() for core in self.cores]
+        while self.label < target:
+            found = split(cores[self.label], n_sites=1, n_labels=1)
+            cores[self.label : self.label + 2] = found.left, absorb_left(found.right, cores[self.label + 1])
+            self.label += 1
+        while self.label > target:
+            found = split(cores[self.label], n_sites=1, to_right=False, n_labels=1)
+            cores[self.label - 1 : self.label + 1] = absorb_right(cores[self.label - 1], found.left), found.right
+            self.label -= 1
+        self._take(cores)
+        return self
+
+    def _scores(self, vectors: Tensor) -> Tensor:
+        """Scores ``(b, n_classes)`` of vectors ``(n_features, b, m)``."""
+        if self.label is None:
+            return torch.stack(
+                [_value([core[k] for core in self.cores], vectors) for k in range(self.n_classes)], dim=1
+            )
+        k, core = self.label, self.cores[self.label]
+        others = [*list(self.cores)[:k], *list(self.cores)[k + 1 :]]
+        if not others:
+            return (vectors[0] @ core[:, 0, :, 0].T).to(core.dtype)
+        found = data_halves(others, vectors, k)
+        here = core.to(found.left.dtype)
+        seen = outer(found.left, vectors[k].to(found.left.dtype)) @ here.flatten(1, 2).movedim(0, 1).flatten(1)
+        scores = (seen.unflatten(-1, (self.n_classes, -1)) * found.right.unsqueeze(1)).sum(-1)
+        return _held(scores, found.exponent).to(core.dtype)
+
+    def _vectors(self, x: Tensor, missing: Tensor | None = None) -> Tensor:
+        """``(n_features, b, m)``."""
+        self._check(x)
+        vectors = self.features(x.to(self.cores[0].dtype) if self.features.module is None else x)
+        if missing is None:
+            return vectors
+        if missing.shape != x.shape or missing.dtype != torch.bool:
+            raise DataError(
+                f"missing features must be marked one by one: missing has {missing.dtype} of shape "
+                f"{tuple(missing.shape)}, expected bool of shape {tuple(x.shape)}. Pass x.isnan() and fill x."
+            )
+        mean = self.features.mean().to(vectors.device, vectors.dtype)
+        return torch.where(missing.T[..., None], mean, vectors)
+
+    def _check(self, x: object) -> None:
+        if not isinstance(x, Tensor) or x.ndim != 2 or x.shape[1] != self.n_features:
+            found = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+            raise DataError(
+                f"examples must have {self.n_features} features: x has {found}, expected (b, {self.n_features}). "
+                "Flatten images with x.flatten(1)."
+            )
+        if not x.is_floating_point() and self.features.kind != "one-hot":
+            raise DataError(f"features must be numbers with a fraction: x has {x.dtype}. Convert it with x.float().")
+        self.features.check(x)
+
+    def _site(self, label: int | str) -> int | None:
+        if isinstance(label, str):
+            check_choice(label, ("middle", "last", "per-class"), "label")
+            return {"middle": self.n_features // 2, "last": self.n_features - 1}.get(label)
+        if not 0 <= label < self.n_features:
+            raise ModeIndexError(
+                f"a label must sit on a core: label has {label}, expected 0 to {self.n_features - 1}. Or 'middle'."
+            )
+        return label
+
+    def _take(self, cores: Sequence[Tensor]) -> None:
+        self.cores = nn.ParameterList([nn.Parameter(core) for core in cores])
+
+    def extra_repr(self) -> str:
+        """What a print of the model shows."""
+        return (
+            f"n_features={self.n_features}, n_classes={self.n_classes}, max_rank={max(self.ranks)}, label={self.label}"
+        )
+
+
+def _value(cores: Sequence[Tensor], vectors: Tensor) -> Tensor:
+    found = data_halves(cores, vectors, len(cores) // 2)
+    return _held((found.left * found.right).sum(-1, keepdim=True), found.exponent)[:, 0].to(cores[0].dtype)
+
+
+def _held(mantissa: Tensor, exponent: Tensor) -> Tensor:
+    """``mantissa * 2**exponent``, kept finite where it would leave the range."""
+    top = math.frexp(torch.finfo(mantissa.dtype).max)[1]
+    room = top - 1 - torch.frexp(mantissa.detach().abs().amax(-1)).exponent
+    return times_pow2(mantissa, torch.minimum(exponent, room))
+
+
+def _ranks(bond_dim: int | Sequence[int], order: int) -> tuple[int, ...]:
+    """One number stays as it is at the ends too: cores of one shape."""
+    if isinstance(bond_dim, int):
+        bond_dim = [bond_dim] * (order - 1)
+    return chain_ranks(list(bond_dim), [1] * order)
+
+
+def _first_core(
+    r: int, s: int, constant: Tensor, n_labels: int | None, is_label: bool, generator: torch.Generator | None
+) -> Tensor:
+    """The identity in the direction of the constant, and noise."""
+    shape = (() if n_labels is None else (n_labels,)) + (r, constant.shape[0], s)
+    noise = torch.randn(shape, generator=generator, dtype=constant.dtype, device=constant.device)
+    if is_label:
+        return noise / max(r, s) / constant.shape[0] ** 0.5
+    eye = torch.eye(r, s, dtype=constant.dtype, device=constant.device)
+    if r == 1 or s == 1:
+        eye = torch.ones_like(eye) / max(r, s) ** 0.5
+    return eye[:, None] * constant[None, :, None] + _NOISE * noise

@@ -1,0 +1,264 @@
+"""Born machines: every number against enumeration, exact samples, and what they learn."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from scipy import stats
+from torch import Tensor
+
+import tensortrain as tt
+from tensortrain.errors import DataError, KindError, RankError
+from tensortrain.models import BornMachine
+from tensortrain.testing import ModelSuite
+
+KINDS = ("real", "complex", "positive", "purified")
+
+
+def strings(n_sites: int, n_values: int = 2) -> Tensor:
+    return torch.tensor(list(itertools.product(range(n_values), repeat=n_sites)))
+
+
+def bars_and_stripes(n: int) -> Tensor:
+    rows = {tuple(bit for bit in bits for _ in range(n)) for bits in itertools.product((0, 1), repeat=n)}
+    columns = {tuple(bits) * n for bits in itertools.product((0, 1), repeat=n)}
+    return torch.tensor(sorted(rows | columns))
+
+
+def machine(
+    kind: str, n_sites: int = 5, n_values: int = 3, dtype: torch.dtype = torch.float64, seed: int = 0
+) -> BornMachine:
+    """A model with parameters far from the first ones."""
+    model = BornMachine(n_sites, n_values, bond_dim=3, kind=kind, dtype=dtype, device="cpu")
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for core in model.cores:
+            core.copy_(torch.randn(core.shape, generator=generator, dtype=torch.float64))
+            if core.is_complex():
+                core.add_(1j * torch.randn(core.shape, generator=generator, dtype=torch.float64))
+    return model
+
+
+def by_enumeration(model: BornMachine) -> Tensor:
+    """Probabilities of all strings, ``(n_values,) * n_sites``, from the parameters by one dense contraction."""
+    cores = [core.detach() for core in model.cores]
+    if model.kind == "positive":
+        cores = [core.square() for core in cores]
+    latent = model.kind == "purified"
+    whole = cores[0][0]
+    for core in cores[1:]:
+        whole = torch.tensordot(whole, core, dims=1)
+    whole = whole[..., 0]
+    weights = whole if model.kind == "positive" else whole.abs().square()
+    if latent:
+        weights = weights.sum(dim=tuple(range(1, 2 * model.n_sites, 2)))
+    return weights / weights.sum()
+
+
+class BornSuite(ModelSuite):
+    kind = "real"
+
+    def make(self, dtype: torch.dtype) -> BornMachine:
+        return machine(self.kind, dtype=dtype)
+
+    def data(self, dtype: torch.dtype) -> Tensor:
+        return strings(5, 3)[::17]
+
+    def exact(self, model: BornMachine, data: Tensor) -> Tensor:
+        return by_enumeration(model)[tuple(data.T)].log()
+
+    def learn(self, model: BornMachine, **options: object) -> object:
+        return model.fit(strings(5, 3)[::7], n_sweeps=3, **options)
+
+    def bad(self, model: BornMachine):
+        good = strings(5, 3)
+        yield DataError, model.log_prob, (good + 1,)
+        yield DataError, model.log_prob, (good - 1,)
+        yield DataError, model.log_prob, (good.double(),)
+        yield DataError, model.log_prob, (good[:, :4],)
+        yield DataError, model.log_prob, (good[0],)
+        yield DataError, model.log_marginal, (good - 2,)
+        yield DataError, model.fit, (good[:0],)
+        yield DataError, model.fit, (good * 9,)
+        yield DataError, model.sample, (2,), {"given": torch.tensor([7, -1, -1, -1, -1])}
+        yield DataError, model.sample, (2,), {"given": good[:5]}
+        yield KindError, model.fit, (good,), {"method": "magic"}
+        yield RankError, model.fit, (good,), {"max_bond": 0}
+
+
+class TestReal(BornSuite):
+    pass
+
+
+class TestComplex(BornSuite):
+    kind = "complex"
+
+
+class TestPositive(BornSuite):
+    kind = "positive"
+
+
+class TestPurified(BornSuite):
+    kind = "purified"
+
+
+class TestRealByAdam(BornSuite):
+    def learn(self, model: BornMachine, **options: object) -> object:
+        generator = torch.Generator().manual_seed(3)
+        return model.fit(strings(5, 3)[::7], method="adam", batch_size=8, n_sweeps=3, generator=generator, **options)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_marginals_agree_with_sums(kind: str) -> None:
+    model = machine(kind)
+    p = by_enumeration(model)
+    for mask in itertools.product((0, 1), repeat=5):
+        open_sites = [k for k in range(5) if mask[k]]
+        x = strings(5, 3)[::29].clone()
+        x[:, open_sites] = -1
+        summed = p.sum(dim=open_sites, keepdim=True).expand(p.shape) if open_sites else p
+        exact = summed[tuple(x.clamp_min(0).T)].log()
+        torch.testing.assert_close(model.log_marginal(x).detach(), exact, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_samples_have_the_law(kind: str) -> None:
+    model = machine(kind, n_sites=4)
+    p = by_enumeration(model).flatten()
+    drawn = model.sample(20_000, generator=torch.Generator().manual_seed(1))
+    assert drawn.dtype == torch.int64
+    assert drawn.shape == (20_000, 4)
+    counts = torch.bincount((drawn * torch.tensor([27, 9, 3, 1])).sum(1), minlength=81).double()
+    seen = p * 20_000 >= 5
+    rest = torch.tensor([counts[~seen].sum(), p[~seen].sum() * 20_000])
+    found = [*counts[seen].tolist(), rest[0].item()] if rest[1] >= 1 else counts[seen].tolist()
+    expected = [*(p[seen] * 20_000).tolist(), rest[1].item()] if rest[1] >= 1 else (p[seen] * 20_000).tolist()
+    expected = [value * sum(found) / sum(expected) for value in expected]
+    assert stats.chisquare(found, expected).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_conditions_hold_wherever_they_lie(kind: str) -> None:
+    model = machine(kind, n_sites=4)
+    p = by_enumeration(model)
+    given = torch.tensor([-1, 2, -1, 1])
+    drawn = model.sample(6000, given=given, generator=torch.Generator().manual_seed(2))
+    assert bool((drawn[:, 1] == 2).all())
+    assert bool((drawn[:, 3] == 1).all())
+    law = p[:, 2, :, 1] / p[:, 2, :, 1].sum()
+    counts = torch.bincount(drawn[:, 0] * 3 + drawn[:, 2], minlength=9).double() / 6000
+    spread = (law.flatten() * (1 - law.flatten()) / 6000).sqrt()
+    assert bool(((counts - law.flatten()).abs() <= 4.5 * spread + 1e-12).all())
+
+
+def test_a_condition_of_probability_zero_is_refused() -> None:
+    model = BornMachine.from_train(tt.TensorTrain([torch.eye(2)[None], torch.eye(2)[..., None]]))  # 00 or 11
+    with pytest.raises(DataError, match="probability"):
+        model.sample(3, given=torch.tensor([0, 1]))
+    assert model.log_prob(torch.tensor([[0, 1], [0, 0]])).tolist() == pytest.approx([-math.inf, -math.log(2)])
+    assert model.sample(3, given=torch.tensor([-1, 1])).tolist() == [[1, 1]] * 3
+
+
+def test_no_gradient_is_nan_where_a_string_has_no_mass() -> None:
+    model = BornMachine.from_train(tt.TensorTrain([torch.eye(2)[None], torch.eye(2)[..., None]]))
+    model.log_prob(torch.tensor([[0, 1], [0, 0]]))[1].backward()
+    assert all(bool(torch.isfinite(core.grad).all()) for core in model.cores)
+
+
+def test_thousands_of_sites_in_single_precision() -> None:
+    model = BornMachine(2500, bond_dim=4, dtype=torch.float32, generator=torch.Generator().manual_seed(0))
+    x = model.sample(4, generator=torch.Generator().manual_seed(0))
+    found = model.log_prob(x)
+    assert bool(torch.isfinite(found).all())
+    assert float(found.detach().mean()) == pytest.approx(-2500 * math.log(2), rel=0.1)  # near the uniform law at first
+    found.sum().backward()
+    assert all(bool(torch.isfinite(core.grad).all()) for core in model.cores)
+
+
+def test_bars_and_stripes_are_learnt_exactly() -> None:
+    x = bars_and_stripes(4)
+    for seed in range(3):
+        model = BornMachine(16, bond_dim=2, generator=torch.Generator().manual_seed(seed))
+        history = model.fit(x, n_sweeps=4)
+        assert -1e-5 <= history.nll[-1] - math.log(30) < 1e-4
+        assert model.ranks == (1, 2, 4, 8, 15, 16, 16, 16, 15, 16, 16, 16, 15, 8, 4, 2, 1)
+        assert history.nll[-1] == pytest.approx(float(model.nll(x).detach()), abs=1e-6)
+        drawn = model.sample(10_000, generator=torch.Generator().manual_seed(seed))
+        place = {tuple(row): k for k, row in enumerate(x.tolist())}
+        counts = [0] * 30
+        for row in drawn.tolist():
+            counts[place[tuple(row)]] += 1
+        assert stats.chisquare(counts).pvalue > 0.01
+        half = x.clone()
+        half[:, 8:] = -1
+        completed = model.sample(30, given=half, generator=torch.Generator().manual_seed(seed))
+        assert all(tuple(row) in place for row in completed.tolist())
+
+
+def test_ranks_stay_below_the_cap() -> None:
+    seen = []
+    model = BornMachine(9, bond_dim=2)
+    model.fit(bars_and_stripes(3), n_sweeps=3, max_bond=4, observer=lambda history: seen.append(max(history.ranks[-1])))
+    assert max(seen) <= 4
+    assert max(model.ranks) <= 4
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_adam_comes_near_the_entropy(kind: str) -> None:
+    torch.manual_seed(0)
+    x = torch.tensor([[0, 1, 1, 0], [1, 1, 0, 0], [1, 0, 0, 1]])
+    model = BornMachine(4, bond_dim=4, kind=kind, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    history = model.fit(x, method="adam", n_sweeps=400, lr=0.05)
+    assert history.nll[-1] == pytest.approx(math.log(3), abs=0.02)
+    assert history.nll[-1] == pytest.approx(float(model.nll(x).detach()), abs=1e-9)
+
+
+def test_validation_is_watched_and_ends_a_fit() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = (torch.rand(60, 12, generator=generator) < 0.3).long()
+    history = BornMachine(12).fit(x[:30], validation=x[30:], n_sweeps=30, patience=2)
+    assert len(history.validation_nll) == len(history) < 30
+    assert history.stop == "validation"
+
+
+@pytest.mark.parametrize("method", ["two-site", "adam"])
+def test_sweeps_need_amplitudes(method: str) -> None:
+    model = BornMachine(3, kind="positive")
+    if method == "two-site":
+        with pytest.raises(KindError, match="adam"):
+            model.fit(strings(3), method=method)
+    else:
+        assert len(model.fit(strings(3), method=method, n_sweeps=2)) == 2
+
+
+def test_a_train_is_its_law() -> None:
+    x = tt.randn((3, 3, 3, 3), 2, dtype=torch.complex128)
+    model = BornMachine.from_train(x)
+    dense = x.to_dense().abs().square()
+    exact = (dense / dense.sum()).flatten().log()
+    torch.testing.assert_close(model.log_prob(strings(4, 3)).detach(), exact)
+    assert float(model.state.norm()) == pytest.approx(1)
+    torch.testing.assert_close(model.entropy(2), x.normalize().entropy(2))
+    with pytest.raises(DataError, match="alphabet"):
+        BornMachine.from_train(tt.randn((2, 3), 2))
+    with pytest.raises(DataError, match="negative"):
+        BornMachine.from_train(tt.randn((3, 3), 2), kind="positive")
+
+
+def test_the_state_of_a_hidden_markov_model_is_its_probabilities() -> None:
+    model = machine("positive")
+    dense = model.state.to_dense()
+    assert bool((dense >= 0).all())
+    torch.testing.assert_close(dense / dense.sum(), by_enumeration(model))
+
+
+def test_one_site() -> None:
+    model = BornMachine(1, 4)
+    x = torch.tensor([[0], [0], [0], [2]])
+    model.fit(x, n_sweeps=60)
+    torch.testing.assert_close(
+        model.log_prob(torch.tensor([[0], [2]])).exp().detach(), torch.tensor([0.75, 0.25]), atol=0.02, rtol=0
+    )

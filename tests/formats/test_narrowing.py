@@ -100,3 +100,19 @@ def test_what_stays_of_a_square_moves_together_in_its_memory(n: int, gone: list[
     assert torch.equal(found, wanted)
     assert found.data_ptr() == place
     assert found.is_contiguous()
+
+
+def test_many_blocks_leave_the_losses_of_the_layers_built_and_the_weight_as_it_was() -> None:
+    """Units that are gone stay among the others for a while, and must not count."""
+    weight, gram, outputs = problem(5, n=96, m=1)
+    weight = weight.T.contiguous().T  # as the units lie while they go
+    before, given = weight.clone(), gram.clone()
+    found = narrowing(weight, gram, None, block=3, protected=5)
+    assert torch.equal(weight, before)
+    assert torch.equal(gram, given)
+    assert sorted(found.order.tolist()) == list(range(96))
+    whole = torch.eye(1, dtype=torch.float64)
+    for width in (93, 80, 51, 17, 6, 5, 1):
+        expected = true_loss(weight, gram, whole, found.kept(width))
+        assert found.loss(width) == pytest.approx(expected, rel=1e-8, abs=1e-9)
+    assert outputs.shape == (1, 1)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tensortrain.errors import NonFiniteError, ShapeError
 from tensortrain.formats import ChainFormat, Weighting, WeightShape, get_format, output_error
-from tensortrain.formats.whitening import DAMPING, kronecker_factors, root_and_inverse
+from tensortrain.formats.whitening import DAMPING, KroneckerNorm, kronecker_factors, root_and_inverse
 from tensortrain.testing import rel_error
 
 FORMATS = ("tt", "tt_naive", "tucker2", "low_rank", "tucker", "kronecker")
@@ -352,3 +352,20 @@ def test_a_moment_with_nan_is_refused(name: str) -> None:
     gram = torch.eye(n_inputs(weight)).index_fill(0, torch.tensor(1), float("inf"))
     with pytest.raises(NonFiniteError, match="second moment"):
         get_format(format).factorize(torch.randn(weight.dense_shape), weight, rank=2, gram=gram)
+
+
+@pytest.mark.parametrize("n_seen", [1, 3, 400])
+def test_a_sketch_tells_errors_to_some_per_cent_where_few_samples_weigh_the_outputs(
+    n_seen: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Moments of fewer gradients than outputs are singular, and in float32 a little worse than that."""
+    x, g = samples(40).double(), torch.randn(300, n_seen).float()
+    moment, matrix = (g @ g.T).double(), torch.randn(300, 40)
+    moment = moment - 1e-6 * moment.diagonal().mean() * torch.eye(300, dtype=torch.float64)
+    monkeypatch.setattr("tensortrain.formats.whitening.root_and_inverse", None)  # a triangle has to do
+    weighting = Weighting(x @ x.T / 400, moment)
+    norm = KroneckerNorm.of(weighting, WeightShape("linear", 300, 40), (300,), (40,))
+    difference = matrix * torch.rand(300, 40)
+    assert norm.sketched_error(difference, matrix) == pytest.approx(norm.error(difference, matrix), rel=0.35)
+    norm.sketched_error(0.5 * difference, matrix)
+    assert sum(key == ("sketch", 300) for key in norm.weighting._derived) == 1

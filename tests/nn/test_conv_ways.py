@@ -275,6 +275,23 @@ def test_the_fastest_way_run_is_kept_and_its_time_is_told(timed: list[str]) -> N
         assert rel_error(layer(x), layer.to_dense()(x)) <= 1e-5
 
 
+def test_a_rough_trial_runs_fewer_ways_and_is_kept_by_nobody(timed: list[str]) -> None:
+    with torch.no_grad():
+        with choose.roughly():
+            rough = make().plan(2, (8, 8))
+        n_rough = len(timed)
+        assert rough.is_measured
+        assert timed[0] == "dense plain"
+        assert not choose._KNOWN
+        plan = make().plan(2, (8, 8))
+        assert len(timed) - n_rough > n_rough
+        assert plan.is_measured
+        n_run = len(timed)
+        with choose.roughly():  # what is known exactly is used
+            assert make().plan(2, (8, 8)).way.name == plan.way.name
+        assert len(timed) == n_run
+
+
 def test_a_trial_counts_the_long_way_of_what_is_never_ready(monkeypatch: pytest.MonkeyPatch) -> None:
     spent: list[float] = []
     monkeypatch.setattr(choose, "_spend", spent.append)

@@ -90,7 +90,9 @@ def best_seconds(calls: Sequence[Any], timer: Callable[[Any], float]) -> list[fl
     return best
 
 
-def seconds_in_use(calls: Sequence[Any], timer: Callable[[Any], float]) -> list[float]:
+def seconds_in_use(
+    calls: Sequence[Any], timer: Callable[[Any], float], *, most_turns: int = _MOST_TURNS
+) -> list[float]:
     """Seconds per call of each of several calls, as benchmarks and a model at work see them.
 
     Each has turns of a few calls in a row, of which the first, that wakes threads and fills caches, does not count. The
@@ -99,6 +101,7 @@ def seconds_in_use(calls: Sequence[Any], timer: Callable[[Any], float]) -> list[
     Args:
         calls: What ``timer`` takes.
         timer: Gives the seconds of one call.
+        most_turns: Of each call; the later ones are for those near the fastest.
 
     Returns:
         list: Medians of the turns; those far behind are infinite.
@@ -108,7 +111,7 @@ def seconds_in_use(calls: Sequence[Any], timer: Callable[[Any], float]) -> list[
     once = _once(calls, timer)
     turns: dict[int, list[float]] = {k: [seconds] if seconds > _LONG_S else [] for k, seconds in once.items()}
     start = time.perf_counter()
-    for turn in range(_MOST_TURNS):
+    for turn in range(most_turns):
         for k in once:
             if turn == 0 or _is_near(turns, k, _BEHIND if turn == 1 else _NEARLY):
                 turns[k].append(_one_turn(calls[k], once[k], timer))

@@ -203,7 +203,9 @@ class ChainFormat(Format):
     def probe(self, dense: Tensor, spec: FactorSpec, weighting: Weighting = PLAIN) -> float:
         if weighting.is_plain or spec.weight.groups > 1:
             return super().probe(dense, spec, weighting)
-        matrix = self.to_matrix(dense.detach(), spec).double()
+        # An error to some per cent needs no more digits than the weight has.
+        is_single = dense.dtype == torch.float32 and max(self.rank_caps(spec)) >= _LARGE_SIDE
+        matrix = self.to_matrix(dense.detach(), spec).to(torch.float32 if is_single else torch.float64)
         norm = self._norm(spec, weighting)
         cores = self._roughly(norm.whitened(dense, matrix), spec, norm)
         # Not refined: a candidate's errors at other ranks are inferred from a few probes, and what least squares

@@ -23,6 +23,7 @@ LEAST_SHRINKAGE = 1e-6  # where no data will come
 SHRINKAGE = 1e-3  # of the mean diagonal: what few rows of data say about rare directions is not to be believed
 _POOL = 4  # times as many units are looked at as go at once
 _ROWS = 128  # that are moved at once
+_SPARSE = 0.875  # when fewer of the units are left, they are moved together
 _BLOCK = 8  # units taken away at once: as good as one at a time, at the speed of matrix products
 
 
@@ -74,27 +75,38 @@ def narrowing(
         [2, 0, 1]
     """
     device = gram.device
-    rows = _weighed_rows(weight, output_gram)
+    rows = _weighed_rows(weight, output_gram).mT.clone(memory_format=torch.contiguous_format)  # a unit each
     lower = torch.linalg.cholesky(gram.double())
     del gram  # of many units it is as large as the layer
     inverse = torch.cholesky_inverse(lower).mT.contiguous()  # symmetric: in columns, as it comes, is as good
     del lower
     here = torch.arange(len(inverse), device=device)
+    is_here = torch.ones(len(inverse), dtype=torch.bool, device=device)
     order, losses = [], [torch.zeros(1, dtype=torch.float64, device=device)]
-    while len(here) > protected:
-        going = _next_to_go(rows, inverse, min(block, len(here) - protected))
+    n_left = len(here)
+    while n_left > protected:
+        going = _next_to_go(rows, inverse, is_here, min(block, n_left - protected))
         order.append(here[going])
-        losses.append(losses[-1][-1] + _costs(rows[:, going], inverse[going][:, going]))
-        is_staying = torch.ones(len(here), dtype=torch.bool, device=device)
-        is_staying[going] = False
-        stay = is_staying.nonzero().flatten()
-        share = torch.linalg.solve(inverse[going][:, going], inverse[going][:, stay])  # what the others take over
-        rows = rows[:, stay].addmm_(rows[:, going], share, alpha=-1)
-        less = inverse[stay[:, None], going]
-        inverse = _moved_together(inverse, stay).addmm_(less, share, alpha=-1)
-        here = here[stay]
-    rest = _costs(rows, inverse)
-    return Narrowing(torch.cat([*order, here]), torch.cat([*losses, losses[-1][-1] + rest]))
+        losses.append(losses[-1][-1] + _costs(rows[going], inverse[going][:, going]))
+        _take_away(rows, inverse, going)
+        is_here[going] = False
+        n_left -= len(going)
+        if n_left < _SPARSE * len(here):
+            stay = is_here.nonzero().flatten()
+            rows, inverse, here, is_here = rows[stay], _moved_together(inverse, stay), here[stay], is_here[stay]
+    stay = is_here.nonzero().flatten()
+    rest = _costs(rows[stay], inverse[stay][:, stay])
+    return Narrowing(torch.cat([*order, here[stay]]), torch.cat([*losses, losses[-1][-1] + rest]))
+
+
+def _take_away(rows: Tensor, inverse: Tensor, going: Tensor) -> None:
+    """Let the other units take over what some did; of these, nothing is left but ones on the diagonal."""
+    less = inverse[going]
+    share = torch.linalg.solve(less[:, going], less)  # what the others take over
+    rows.addmm_(share.mT, rows[going], alpha=-1)
+    inverse.addmm_(less.mT, share, alpha=-1)
+    rows[going], inverse[going], inverse[:, going] = 0.0, 0.0, 0.0
+    inverse[going, going] = 1.0
 
 
 def narrowing_of_blocks(
@@ -116,7 +128,7 @@ def narrowing_of_blocks(
     here = [torch.tensor(list(block), device=gram.device) for block in blocks]
     left, order, losses = list(range(len(blocks))), [], [0.0]
     while left:
-        costs = [float(_costs(rows[:, here[k]], inverse[here[k]][:, here[k]])[-1]) for k in left]
+        costs = [float(_costs(rows[:, here[k]].mT, inverse[here[k]][:, here[k]])[-1]) for k in left]
         best = min(range(len(left)), key=costs.__getitem__)
         going = here[left[best]]
         share = torch.linalg.solve(inverse[going][:, going], inverse[going])  # what the others take over
@@ -158,14 +170,16 @@ def _weighed_rows(weight: Tensor, output_gram: Tensor | None) -> Tensor:
     return wide.movedim(1, -1).reshape(-1, weight.shape[1])
 
 
-def _next_to_go(rows: Tensor, inverse: Tensor, n_going: int) -> Tensor:
+def _next_to_go(rows: Tensor, inverse: Tensor, is_here: Tensor, n_going: int) -> Tensor:
     """Units that cost least, one after another: when one of two like units has gone, the other is worth more.
 
     They are looked for among some more that seem to cost least at first.
     """
-    scores = rows.square().sum(dim=0) / inverse.diagonal()
-    pool = scores.topk(min(_POOL * n_going, len(scores)), largest=False).indices
-    products, inner = rows[:, pool].mT @ rows[:, pool], inverse[pool][:, pool]
+    scores = torch.linalg.vector_norm(rows, dim=1).square_() / inverse.diagonal()
+    scores[~is_here] = torch.inf
+    pool = scores.topk(min(_POOL * n_going, int(is_here.sum())), largest=False).indices
+    some = rows[pool]
+    products, inner = some @ some.mT, inverse[pool][:, pool]
     free = torch.zeros(len(pool), dtype=rows.dtype, device=rows.device)  # infinite for those that have gone
     going = []
     for _ in range(n_going):
@@ -184,10 +198,10 @@ def _both(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _costs(rows: Tensor, inverse: Tensor) -> Tensor:
-    """Error of doing without some units, the first one, the first two, .., all of them."""
+    """Error of doing without some units, the first one, the first two, .., all of them; a row is a unit's."""
     lower = torch.linalg.cholesky(inverse)
-    # Column k of the whitened rows is what unit k costs once those before it are gone.
-    whitened = torch.linalg.solve_triangular(lower, rows.mT, upper=False)
+    # Row k of the whitened rows is what unit k costs once those before it are gone.
+    whitened = torch.linalg.solve_triangular(lower, rows, upper=False)
     return 0.5 * whitened.square().sum(dim=1).cumsum(dim=0)
 
 

@@ -122,7 +122,7 @@ class Tucker2(Format):
         ranks, cores = self._fitted(dense, spec, None, weighting, n_sweeps=1)
         matrix = dense.detach().flatten(1)
         difference = self._difference(cores, replace(spec, ranks=ranks), matrix)
-        mix = sketch(weighting.outputs, matrix)
+        mix = sketch(weighting, matrix)
         inputs = Weighting(weighting.inputs)
         return inputs.size(mix @ difference) / max(inputs.size(mix @ matrix.to(mix.dtype)), _TINY)
 

@@ -40,6 +40,7 @@ Side = Literal["in", "out"]
 Modes = tuple[int, ...]
 _SKETCH = 96
 _BARELY = 1e-10  # damping that no error shows
+_HARDLY = 1e-6, 1e-4, 1e-3  # that errors known to some per cent do not show
 DAMPING = 1e-2  # of the mean diagonal: keeps directions that few calibration samples saw (paper's advice)
 
 
@@ -74,6 +75,24 @@ def _factor_of(gram: Tensor, *, damping: float = DAMPING) -> tuple[Tensor, Tenso
     damped.diagonal().add_(damping * gram.diagonal().mean().clamp_min(torch.finfo(gram.dtype).tiny))
     factor, failed = torch.linalg.cholesky_ex(damped)
     return root_and_inverse(gram, damping=damping) if bool(failed) else (factor, None)
+
+
+def _nearly_factor_of(gram: Tensor) -> Tensor:
+    """``C`` with ``C C^T`` about the second moment: of few samples that is singular, and damped as little as it needs.
+
+    A triangle costs a hundredth of a root, which is left for moments that are indefinite.
+    """
+    if gram.ndim == 1:
+        return _factor_of(gram, damping=_BARELY)[0]
+    mean = gram.diagonal().mean().clamp_min(torch.finfo(gram.dtype).tiny)
+    damped, added = (gram + gram.T) / 2, 0.0
+    for damping in (_BARELY, *_HARDLY):
+        damped.diagonal().add_((damping - added) * mean)
+        added = damping
+        factor, failed = torch.linalg.cholesky_ex(damped)
+        if not bool(failed):
+            return factor
+    return root_and_inverse(gram, damping=_BARELY)[0]
 
 
 def _inverse_of(factor: Tensor) -> Tensor:
@@ -233,7 +252,7 @@ class KroneckerNorm:
 
     def sketched_error(self, difference: Tensor, matrix: Tensor) -> float:
         """The same to some per cent, from a few random combinations of the outputs."""
-        mix = sketch(self.weighting.outputs, matrix)
+        mix = sketch(self.weighting, matrix)
         return Weighting(self.gram).rel_error(mix @ difference, mix @ matrix)
 
 
@@ -243,13 +262,17 @@ def _random_rows(matrix: Tensor) -> Tensor:
     return torch.randn(_SKETCH, len(matrix), dtype=torch.float64, generator=generator).to(matrix.device)
 
 
-def sketch(outputs: Tensor | None, matrix: Tensor) -> Tensor:
-    """Random combinations of the outputs that weigh them by their moment, in float32 at least."""
-    mix = _random_rows(matrix)
-    if outputs is not None:
-        factor = factor_and_inverse(outputs, damping=_BARELY)[0]
-        mix = mix * factor if factor.ndim == 1 else mix @ factor.T
-    return mix.to(torch.promote_types(matrix.dtype, torch.float32))
+def sketch(weighting: Weighting, matrix: Tensor) -> Tensor:
+    """Random combinations of the outputs that weigh them by their moment, in float32 at least; found once."""
+    key = ("sketch", len(matrix))
+    if key not in weighting._derived:
+        mix = _random_rows(matrix)
+        if weighting.outputs is not None:
+            factor = _nearly_factor_of(weighting.outputs)
+            mix = mix * factor if factor.ndim == 1 else mix @ factor.T
+        weighting._derived[key] = mix
+    found: Tensor = weighting._derived[key]
+    return found.to(torch.promote_types(matrix.dtype, torch.float32))
 
 
 class _Root:

@@ -191,3 +191,26 @@ def test_the_report_tells_what_narrowing_spoils() -> None:
         if layer.name in readers(result.plan):
             assert layer.predicted_loss is not None
             assert layer.measured_loss is not None
+
+
+def test_of_a_large_model_a_few_examples_are_run_and_all_layers_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _, plan = planned("mlp")
+    assert plan.calibration is not None
+    (batch, *_) = plan.calibration.batches
+    small, few = apply_plan_(copy.deepcopy(model), plan), [tensor[:4] for tensor in batch]
+    monkeypatch.setattr("tensortrain.compression.report.alone._MOST_FLOPS", 1.0)
+    found = losses_alone(model, small, plan)
+    assert set(found) == {layer.name for layer in plan.layers if layer.spec is not None} | readers(plan)
+    assert found == pytest.approx(losses_alone(model, small, plan, batches=[few]))
+    assert found != pytest.approx(losses_alone(model, small, plan, batches=[batch]))
+
+
+def test_a_batch_whose_tensors_share_no_axis_is_run_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _, plan = planned("mlp")
+    assert plan.calibration is not None
+    x, y = plan.calibration.batches[0]
+    plan.calibration.batches[0] = x, y.new_zeros(len(x) + 1)
+    small = apply_plan_(copy.deepcopy(model), plan)
+    whole = losses_alone(model, small, plan, task="regress")
+    monkeypatch.setattr("tensortrain.compression.report.alone._MOST_FLOPS", 1.0)
+    assert losses_alone(model, small, plan, task="regress") == pytest.approx(whole)

@@ -108,3 +108,13 @@ def test_patches_are_those_that_a_convolution_sees(mode: str, padding: int | str
     weight = conv.weight.detach().flatten(1)
     of_outputs = (weight @ moments.gram * weight).sum(dim=1) / moments.n_rows
     torch.testing.assert_close(of_outputs, conv(x).detach().square().mean(dim=(0, 2, 3)))
+
+
+@pytest.mark.parametrize("n", [7, 1023, 1024, 1201])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_products_of_many_columns_are_those_of_few(n: int, dtype: torch.dtype) -> None:
+    rows = torch.randn(9, 2 * n).to(dtype)[:, ::2]
+    found = second_moment(rows)
+    assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    torch.testing.assert_close(found, (rows.double().T @ rows.double()).to(found.dtype))
+    assert second_moment(rows[:0]).count_nonzero() == 0

@@ -20,6 +20,7 @@ from tensortrain.contract.cost import is_measured
 from tensortrain.contract.trials import Notebook, timed, trial_key
 from tensortrain.formats import FactorSpec
 from tensortrain.nn import ConvLayer
+from tensortrain.nn.conv.choose import roughly
 from tensortrain.system.timing import usual_seconds
 
 __all__ = ["can_time", "told", "trial_seconds"]
@@ -92,7 +93,7 @@ def _measured(layer: FoundLayer, specs: Sequence[FactorSpec], load: Load) -> lis
         for parameter in (parameter for module in modules for parameter in module.parameters()):
             parameter.fill_(0.01)
         x = torch.full((load.rows, _n_channels(layer), *load.spatial), 0.5, dtype=weight.dtype)
-        with torch.autocast("cpu", enabled=False):
+        with torch.autocast("cpu", enabled=False), roughly():
             return _in_turns([_call(module.eval(), x) for module in modules])
 
 

@@ -20,7 +20,7 @@ from tensortrain.compression.survey.fisher import Metric
 from tensortrain.compression.survey.layers import part_of
 from tensortrain.compression.survey.task import task_on_batch
 from tensortrain.nn import FactorizedLayer, TiedHead
-from tensortrain.train.batches import device_of, to_device
+from tensortrain.train.batches import device_of, map_tensors, n_examples, tensors_in, to_device
 from tensortrain.train.outputs import Output, judged_outputs
 from tensortrain.train.preserve import preserved
 from tensortrain.train.task import Task, TaskName
@@ -28,6 +28,9 @@ from tensortrain.train.task import Task, TaskName
 __all__ = ["loss_together", "losses_alone"]
 
 _MOST_S = 10.0  # beyond it the rest goes unmeasured: a report must not take longer than the work
+# Of all passes over a batch, from which on it is cut to some of its examples, and how many are left at least: more say
+# little more of a layer than these, and a layer at the end that there is no time for is told of by nothing.
+_MOST_FLOPS, _FEWEST = 4e11, 4
 _STATISTICS = ("running_mean", "running_var")
 
 
@@ -54,11 +57,11 @@ def losses_alone(
     Returns:
         dict: By name of the layer; without those that there was no time for.
 
-    Cost: one forward pass a layer or group of layers, at most some seconds.
+    Cost: one forward pass a layer or group of layers, at most some seconds: of a large model over a few examples.
     """
     calibration = plan.calibration
     most_s = math.inf if batches else _MOST_S  # a plan must not depend on how long it took
-    batches = batches or (calibration.batches[:1] if calibration is not None else [])
+    batches = batches or ([_some_of(one, plan) for one in calibration.batches[:1]] if calibration is not None else [])
     if calibration is None or not batches:
         return {}
     found: dict[str, float] = {}
@@ -89,6 +92,18 @@ def loss_together(
         original.eval()
         compressed.eval()
         return _Outputs.of(original, batches, output, task, with_labels).spoiled_by(compressed)
+
+
+def _some_of(batch: Any, plan: CompressionPlan) -> Any:
+    """As many examples of a batch as a pass for every change can go over in a few seconds."""
+    n, n_passes = n_examples(batch), len(plan.narrowed) + sum(layer.spec is not None for layer in plan.layers)
+    flops = n_passes * sum(layer.flops_before or 0 for layer in plan.layers)
+    few = max(_FEWEST, int(_MOST_FLOPS / max(1, flops)))
+    tensors = tensors_in(batch)
+    if few >= n or not all(tensor.layout is torch.strided and tensor.shape[:1] == (n,) for tensor in tensors):
+        return batch
+    cut = map_tensors(lambda tensor: tensor[:few], batch)
+    return cut if n_examples(cut) == few else batch
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ from tensortrain.train.preserve import preserved
 
 __all__ = ["make_report"]
 
-_MOST_TIMING_S, _FEWEST_RUNS = 2.0, 3  # of turns per batch size: the report must not take longer than the work
+_MOST_TIMING_S, _FEWEST_RUNS = 1.2, 3  # of turns per batch size: the report must not take longer than the work
 
 
 def make_report(work: Work, plan: CompressionPlan) -> Report:

@@ -22,6 +22,7 @@ _MOST_UNMET = 0.5  # of all ids to come, however many of those met came once
 _LEAST_UNMET = 0.05  # of what they would be if all ids were alike: positions beyond short texts may come, too
 _EXACT = 1e-6  # of the mean square: what inputs bring from outside of the directions seen is rounding
 _WORTH_PARKING, _AT_ONCE = 2**17, 2**19  # numbers; of those parked, how many are added to at once
+_MANY_COLUMNS, _BLOCKS = 1024, 8  # of a product with itself that is made in blocks
 _CONSTANT = 1e-10  # of the second moment: an input that varies less is the same for all rows
 
 
@@ -289,7 +290,20 @@ def second_moment(rows: Tensor) -> Tensor:
     if rows.shape[1] > LARGEST_FULL_GRAM:
         return rows.double().square().sum(dim=0)
     rows = rows.float() if rows.dtype in (torch.float16, torch.bfloat16) else rows
-    return rows.T @ rows
+    return _inner_products(rows)
+
+
+def _inner_products(rows: Tensor) -> Tensor:
+    """``X^T X``, of many columns block by block below the diagonal and mirrored: little more than half the flops."""
+    n = rows.shape[1]
+    if n < _MANY_COLUMNS:
+        return rows.T @ rows
+    found, step = rows.new_empty(n, n), -(-n // _BLOCKS)
+    for start in range(0, n, step):
+        end = min(start + step, n)
+        torch.mm(rows[:, start:end].T, rows[:, :end], out=found[start:end, :end])
+        found[:start, start:end] = found[start:end, :start].T
+    return found
 
 
 def _trace(gram: Tensor) -> float:

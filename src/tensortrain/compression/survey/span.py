@@ -86,7 +86,7 @@ class Span:
             return
         known = self.basis.to(rows.device)
         some = rows[:: max(1, len(rows) // (self.most + 1))][: self.most + 1]
-        if not len(known) and len(some) > self.most and len(_fresh(some.double(), known)) > self.most:
+        if not len(known) and len(some) > self.most and int(_adds(some.double()).sum()) > self.most:
             self.basis = None  # most layers end here
             return
         wide = rows.double()
@@ -116,11 +116,20 @@ def _outside(rows: Tensor, basis: Tensor) -> Tensor:
 def _fresh(rows: Tensor, basis: Tensor) -> Tensor:
     """An orthonormal basis of what rows add to one, ``(k, N)``."""
     rest = _outside(rows, basis)
-    size = rows.square().sum(dim=1)
-    gram = rest @ rest.T
+    rest = rest[_adds(rest, rows.square().sum(dim=1))]
+    return torch.linalg.qr(_outside(rest, basis).T).Q.T
+
+
+def _adds(rows: Tensor, size: Tensor | None = None) -> Tensor:
+    """Which of some rows have something outside of the rows before them, ``(n,)``.
+
+    Args:
+        size: Of each, squared, with what was taken away of it before.
+    """
+    gram = rows @ rows.T
+    size = gram.diagonal().clone() if size is None else size
     gram.diagonal().add_(_SAME**2 * size + torch.finfo(gram.dtype).tiny)
     # Squares on the diagonal are what each row has outside of the rows before it.
     factor, failed = torch.linalg.cholesky_ex(gram)
-    own = factor.diagonal().square() if not bool(failed) else torch.linalg.qr(rest.T).R.diagonal().square()
-    rest = rest[(own > _SAME * size) & (size > 0)]
-    return torch.linalg.qr(_outside(rest, basis).T).Q.T
+    own = factor.diagonal().square() if not bool(failed) else torch.linalg.qr(rows.T).R.diagonal().square()
+    return (own > _SAME * size) & (size > 0)

@@ -7,9 +7,11 @@ through the dense kernel as torch runs it is always among those tried, where the
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
@@ -24,11 +26,12 @@ from tensortrain.nn.conv.ways import DenseWay, Maker, Way
 from tensortrain.system.machine import Watch
 from tensortrain.system.native import library
 
-__all__ = ["Found", "Request", "bucket", "fastest_way"]
+__all__ = ["Found", "Request", "bucket", "fastest_way", "roughly"]
 
 _MOST_TRIED = 12
 _LIKELY = 4.0  # a prediction so many times longer than the best one is not tried
 _LEAST_TRIED = 3  # beside the dense kernel
+_ROUGHLY_TRIED = 4  # likewise, where a rough answer will do
 _TOO_LONG_S = 0.25  # of one round as predicted: fewer ways are tried then
 _FAR_TOO_LONG_S = 0.5  # likewise, of those few: with fewer examples
 _MOST_BYTES = 2**28  # of input, output and states: likewise
@@ -39,6 +42,7 @@ _MARGIN = 0.7  # untimed, a way has to be predicted so much faster than the dens
 _DISTURBED_S = 600  # after so long a trial beside other programs is made again
 _NOTES = Notebook("convolutions-5")  # since training takes a short way
 _KNOWN: dict[Any, _Trial] = {}
+_IS_ROUGH: ContextVar[bool] = ContextVar("_IS_ROUGH", default=False)
 
 
 @dataclass(frozen=True)
@@ -117,13 +121,28 @@ def fastest_way(request: Request, ways: Sequence[Way], maker: Maker, *, may_time
     key = _key(request, ways)
     known = _KNOWN.get(key)
     if known is None or all(way.name != known.name for way in ways):
-        known = _recalled(ways, request, key) or _tried(ways, request, maker, key)
+        recalled = _recalled(ways, request, key)
+        known = recalled or _tried(ways, request, maker, key)
         if known is None:
             return predicted(ways)
-        _KNOWN[key] = known
+        if recalled or not _IS_ROUGH.get():
+            _KNOWN[key] = known
     way = next(way for way in ways if way.name == known.name)
     seconds = {name: each * request.n_positions for name, each in known.seconds.items()}
     return Found(way, seconds, is_measured=True)
+
+
+@contextlib.contextmanager
+def roughly() -> Iterator[None]:
+    """Inside, the likeliest ways alone are tried, for a shorter time, and what is found is not kept.
+
+    For layers that stand for others of about their size for a while.
+    """
+    token = _IS_ROUGH.set(True)
+    try:
+        yield
+    finally:
+        _IS_ROUGH.reset(token)
 
 
 def predicted(ways: Sequence[Way]) -> Found:
@@ -160,7 +179,8 @@ def _recalled(ways: Sequence[Way], request: Request, key: Any) -> _Trial | None:
 
 def _tried(ways: Sequence[Way], request: Request, maker: Maker, key: Any) -> _Trial | None:
     """What a trial finds; None where it would take too much time or memory."""
-    tried = _in_time(_likely(ways))
+    is_rough = _IS_ROUGH.get()
+    tried = _in_time(_likely(ways, _ROUGHLY_TRIED) if is_rough else _likely(ways))
     small = _smaller(request, tried)
     if small is None:
         return None
@@ -168,7 +188,8 @@ def _tried(ways: Sequence[Way], request: Request, maker: Maker, key: Any) -> _Tr
     try:
         with torch.autocast(request.device.type, enabled=False):
             calls = _calls(tried, small, maker)
-            best, found = _fastest(calls, lambda call: timed(call, request.device))
+            find = _fastest_once if is_rough else _fastest
+            best, found = find(calls, lambda call: timed(call, request.device))
     except torch.OutOfMemoryError:
         return None
     earlier = _recalled(ways, request, key)  # another process was at it at the same time
@@ -176,8 +197,9 @@ def _tried(ways: Sequence[Way], request: Request, maker: Maker, key: Any) -> _Tr
         return earlier
     told = zip(tried, best, strict=True)
     each = {way.name: seconds / small.n_positions for way, seconds in told if seconds < math.inf}
-    made = {"alone": watch.is_alone(), "made": time.time()}
-    _NOTES.write(key, request.device, {"way": tried[found].name, "seconds": each, **made})
+    if not is_rough:
+        made = {"alone": watch.is_alone(), "made": time.time()}
+        _NOTES.write(key, request.device, {"way": tried[found].name, "seconds": each, **made})
     return _Trial(tried[found].name, each)
 
 
@@ -194,12 +216,20 @@ def _fastest(calls: Sequence[Callable[[], object]], timer: Callable[[Any], float
     return best, 0
 
 
-def _likely(ways: Sequence[Way]) -> list[Way]:
+def _fastest_once(calls: Sequence[Callable[[], object]], timer: Callable[[Any], float]) -> tuple[list[float], int]:
+    """The same from one turn of each, which luck may decide where two are nearly equal."""
+    best = seconds_in_use(calls, timer, most_turns=1)
+    found = min(range(len(calls)), key=best.__getitem__)
+    return best, found if best[found] < _CLEARLY * best[0] else 0
+
+
+def _likely(ways: Sequence[Way], most: int = _MOST_TRIED) -> list[Way]:
+    """The first way, those through the dense kernel, and the others that are predicted to be fast."""
     limit = _LIKELY * min(way.predicted_s for way in ways)
     others = [way for way in ways[1:] if way.predicted_s <= limit]
     dense = [way for way in others if way.uses_dense]
     rest = sorted((way for way in others if not way.uses_dense), key=lambda way: way.predicted_s)
-    return [ways[0], *dense, *rest[:_MOST_TRIED]]
+    return [ways[0], *dense, *rest[:most]]
 
 
 def _in_time(ways: Sequence[Way]) -> list[Way]:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import copy
 import os
 import pickle
+import platform
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -175,3 +178,27 @@ def test_weights_of_a_small_model_are_left_alone() -> None:
     with weights_parked(net.parameters()) as put:
         put(net.parameters())
     assert not is_parked(net.weight)
+
+
+_STEPS = """
+import resource, sys, torch
+from tensortrain.system.parking import reuse_freed_memory
+if sys.argv[1] == "kept":
+    reuse_freed_memory()
+def step():
+    some = [torch.zeros(3 * 2**18) for _ in range(4)]  # of 3 MB
+for _ in range(5):
+    step()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(5):
+    step()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators have rules of their own")
+@pytest.mark.parametrize("kept", ["kept", "as it is"])
+def test_freed_memory_is_there_for_the_next_step(kept: str) -> None:
+    places = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_", "LD_PRE"))}
+    found = subprocess.run([sys.executable, "-c", _STEPS, kept], env=places, capture_output=True, text=True, check=True)
+    assert (int(found.stdout) < 500) == (kept == "kept")  # 15,000 pages are written to

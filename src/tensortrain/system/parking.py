@@ -31,6 +31,7 @@ __all__ = [
     "let_go_after_use",
     "memory_given_back",
     "park",
+    "reuse_freed_memory",
     "tidy",
     "weights_parked",
 ]
@@ -44,6 +45,7 @@ _PREFIX = "tensortrain-parked-"
 # others that are still used: as much as half a GB beside a model of that size.
 _MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1  # of mallopt
 _OWN_MAP_BYTES, _USUAL_MAP_BYTES = 2**20, 2**25
+_KEPT_BYTES = 2**24  # as large as tensors of a small model's training step are together
 _OWN_SETTINGS = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES")
 
 
@@ -111,6 +113,18 @@ def tidy() -> None:
     trim = _malloc_trim()
     if trim is not None:
         trim(0)
+
+
+@functools.cache
+def reuse_freed_memory() -> None:
+    """Let the allocator keep some megabytes of freed memory for the next call, in place of asking the system again.
+
+    GNU's allocator gives back what is freed at the end of its memory beyond twice the largest block that was freed so
+    far. A training step with a few blocks of that size would pay for hundreds of page faults every time; one block that
+    nobody has written to, and that costs nothing, makes room for them. Once in a process.
+    """
+    if sys.platform == "linux":
+        torch.empty(_KEPT_BYTES, dtype=torch.uint8)
 
 
 @contextlib.contextmanager

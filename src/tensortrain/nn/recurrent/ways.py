@@ -23,6 +23,7 @@ from tensortrain.nn.composite import Map, is_plain
 from tensortrain.nn.linear import Linear
 from tensortrain.nn.recurrent.sequences import alias, may_run, serves_dtype, step_seconds
 from tensortrain.nn.runner import may_be_dense, power_of_two
+from tensortrain.system.parking import reuse_freed_memory
 
 if TYPE_CHECKING:
     from tensortrain.nn.recurrent.cells import Cell
@@ -112,6 +113,7 @@ def fastest_way(names: Sequence[str], cells: list[Cell], x: Tensor, batch: int, 
         few = min(n_steps, int(n_steps * _TOO_LONG_S / sum(seconds[name] for name in near)))
         if len(near) == 1 or few < min(n_steps, _FEWEST_STEPS) or not can_time(x.device):
             return best
+        reuse_freed_memory()  # the kernel's workspace is as large as all else
         _KNOWN[key] = _tried(key, near, cells, x, training, lambda name, some, numbers: run(name, some, numbers, few))
     return _KNOWN[key]
 

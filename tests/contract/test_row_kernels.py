@@ -178,6 +178,81 @@ def test_chains_begin_at_either_end() -> None:
             assert_gradients_as_of_the_table(torch.randint(chain.in_features, (n,)), cores_of(chain), chain)
 
 
+@pytest.mark.parametrize("ranks", [(1, 70, 33, 1), (1, 33, 70, 1), (1, 2, 65, 1), (1, 1, 3, 1)])
+def test_widths_between_those_of_vectors(ranks: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    for outs in ((5, 7, 3), (2, 3, 1), (9, 1, 11)):
+        chain = ChainShape(outs, (5, 4, 6), ranks)
+        for n in (4, 300):
+            assert_gradients_as_of_the_table(torch.randint(chain.in_features, (n,)), cores_of(chain), chain)
+
+
+# -- bags ---------------------------------------------------------------------------------------------
+
+BAG_IDS, ENDS = torch.tensor([0, 7, 7, 3, 119, 7, 3, 5, 119]), torch.tensor([0, 3, 3, 4, 9])
+BAG_CHAIN = ChainShape((2, 3, 4), (4, 5, 6), (1, 3, 5, 1))
+
+
+def bags(cores: list[Tensor], weights: Tensor | None = None, *, is_mean: bool = False) -> Tensor:
+    options = {"has_end": True, "is_mean": is_mean, "padding_idx": 3, "max_bytes": 2**26}
+    found = row_kernels.bags_of_cores(BAG_IDS, ENDS, weights, cores, **options)
+    assert found is not None
+    return found
+
+
+def dense_bags(cores: list[Tensor], weights: Tensor | None = None, *, is_mean: bool = False) -> Tensor:
+    return torch.nn.functional.embedding_bag(
+        BAG_IDS,
+        chain_to_dense(cores).T,
+        ENDS,
+        mode="mean" if is_mean else "sum",
+        per_sample_weights=weights,
+        include_last_offset=True,
+        padding_idx=3,
+    )
+
+
+@pytest.mark.parametrize("with_weights", [False, True])
+@pytest.mark.parametrize("is_mean", [False, True])
+def test_bags_are_those_of_the_table(is_mean: bool, with_weights: bool) -> None:
+    torch.manual_seed(0)
+    cores = cores_of(BAG_CHAIN)
+    weights = torch.randn(9, dtype=torch.float64, requires_grad=True) if with_weights and not is_mean else None
+    found, wanted = (of(cores, weights, is_mean=is_mean) for of in (bags, dense_bags))
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+    assert torch.equal(found[[1, 2]], torch.zeros(2, 24, dtype=torch.float64))  # without ids, and of padding alone
+    inputs, grad = [*cores, *([] if weights is None else [weights])], torch.randn(4, 24, dtype=torch.float64)
+    for _ in range(2):
+        ours = torch.autograd.grad(found, inputs, grad, retain_graph=True)
+        for one, other in zip(ours, torch.autograd.grad(wanted, inputs, grad, retain_graph=True), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+def test_bags_have_second_derivatives() -> None:
+    torch.manual_seed(0)
+    cores, weights = cores_of(BAG_CHAIN), torch.randn(9, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(lambda given, *cores: bags(list(cores), given), (weights, *cores))
+    sums, grads = bags(cores, weights), torch.randn(3, 4, 24, dtype=torch.float64)
+    found = torch.autograd.grad(sums, (weights, *cores), grads, is_grads_batched=True, retain_graph=True)
+    for k, grad in enumerate(grads):
+        for many, one in zip(found, torch.autograd.grad(sums, (weights, *cores), grad, retain_graph=True), strict=True):
+            torch.testing.assert_close(many[k], one)
+
+
+@pytest.mark.parametrize("trained", [0, 1, 2, 3])
+def test_frozen_parts_of_bags_get_no_gradient(trained: int) -> None:
+    cores, weights = cores_of(BAG_CHAIN), torch.randn(9, dtype=torch.float64)
+    leaves = [core.requires_grad_(k == trained) for k, core in enumerate((*cores, weights))]
+    bags(cores, weights).sum().backward()
+    assert [leaf.grad is not None for leaf in leaves] == [k == trained for k in range(4)]
+
+
+def test_bags_of_padding_alone_are_left_to_torch() -> None:
+    options = {"has_end": False, "is_mean": False, "padding_idx": 3, "max_bytes": 2**26}
+    found = row_kernels.bags_of_cores(torch.tensor([3]), torch.tensor([0]), None, cores_of(BAG_CHAIN), **options)
+    assert found is None
+
+
 # -- tables of low rank -------------------------------------------------------------------------------
 
 

@@ -150,7 +150,7 @@ def test_many_rows_are_taken_in_parts(
 
 
 def test_distinct_rows_are_looked_up_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    layer, seen = make(implementation="factorized"), []
+    layer, seen = make(mode="max", implementation="factorized"), []
     lookup = type(layer.format).lookup
 
     def spy(self: Any, ids: Tensor, *rest: Any) -> Tensor:

@@ -17,6 +17,7 @@ from tensortrain.system.native import library
 
 __all__ = [
     "Groups",
+    "bags_of_cores",
     "distinct_ids",
     "kept_groups",
     "kept_rows_s",
@@ -134,6 +135,27 @@ def rows_of_cores(ids: Tensor, cores: Sequence[Tensor], max_bytes: int) -> Tenso
         return None
     rows: Tensor | None = library().look_up_cores(ids, list(cores), max_bytes)  # type: ignore[union-attr]
     return rows
+
+
+def bags_of_cores(
+    ids: Tensor,
+    offsets: Tensor,
+    weights: Tensor | None,
+    cores: Sequence[Tensor],
+    *,
+    has_end: bool,
+    is_mean: bool,
+    padding_idx: int | None,
+    max_bytes: int,
+) -> Tensor | None:
+    """Sums or means of rows over bags of known ids, differentiable in cores and weights; ``None`` where not served."""
+    if not all(type(one) in _PLAIN for one in (*cores, *(() if weights is None else (weights,)))):
+        return None
+    options = has_end, is_mean, -1 if padding_idx is None else padding_idx
+    bags: Tensor | None = library().bag_cores(  # type: ignore[union-attr]
+        ids, offsets, weights, options, list(cores), max_bytes
+    )
+    return bags
 
 
 def packed_tables(cores: Sequence[Tensor], groups: Groups) -> tuple[Tensor, ...]:

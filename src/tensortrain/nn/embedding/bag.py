@@ -10,13 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 
-from tensortrain.contract.row_kernels import range_of
+from tensortrain.contract.row_kernels import bags_of_cores, range_of, serve_rows
 from tensortrain.errors import DTypeError, ShapeError
 from tensortrain.formats import Rank
 from tensortrain.nn.base import Implementation, Init, Self
 from tensortrain.nn.cores import are_plain, list_cores
 from tensortrain.nn.embedding.layers import Embedding, check_sparse, check_table, frequencies, scale_gradient
 from tensortrain.nn.inputs import check_plain_layout, once, traceable
+from tensortrain.nn.runner import trains
 from tensortrain.system.tracing import is_traced, sizes_of
 
 __all__ = ["EmbeddingBag"]
@@ -213,6 +214,9 @@ class EmbeddingBag(Embedding):
             table = self.runner.dense_weight(self)
             self._keep_way("dense")
             return self._reduce(ids, table, offsets, weights, last, self.padding_idx)
+        bags = self._bags_by_kernels(ids, offsets, weights, last) if plain and not is_traced() else None
+        if bags is not None:
+            return bags
         rows = self._rows_by_way(ids) if plain and not is_traced() else None
         if rows is not None:
             places = torch.arange(ids.shape[0], device=ids.device)
@@ -227,6 +231,21 @@ class EmbeddingBag(Embedding):
         if self.scale_grad_by_freq:
             rows = scale_gradient(rows, self._counts(ids, places, distinct))
         return self._reduce(places, rows, offsets, weights, last, None if self.padding_idx is None else 0)
+
+    def _bags_by_kernels(self, ids: Tensor, offsets: Tensor, weights: Tensor | None, last: bool) -> Tensor | None:
+        """In training, sums and means in one native call each way; ``None`` where the kernels do not serve them."""
+        if self.mode == "max" or not trains(self) or not serve_rows(ids, self.cores[0]) or not self._lie_as_looked_up():
+            return None
+        return bags_of_cores(
+            ids,
+            offsets,
+            weights,
+            self.core_list(),
+            has_end=last,
+            is_mean=self.mode == "mean",
+            padding_idx=self.padding_idx,
+            max_bytes=_MAX_ROW_BYTES,
+        )
 
     def _bytes_of(self, ids: Tensor) -> int:
         """Of the rows of so many ids."""

@@ -457,6 +457,15 @@ class Embedding(FactorizedLayer):
         rows = rows_of_cores(ids.reshape(-1).long(), self.core_list(), _MAX_BYTES)
         return None if rows is None else rows.reshape(*ids.shape, self.embedding_dim)
 
+    def _lie_as_looked_up(self) -> bool:
+        """Whether the kernels read the parameters as they are: cores of a chain, or the two matrices of low rank."""
+        if self.format.looks_up_by_product:
+            return True
+        chain = _row_chain(self.spec)
+        if chain is None or chain.order < 2:
+            return False
+        return all(one is other for one, other in zip(self.plan_cores(), self.core_list(), strict=True))
+
     def _keep_way(self, kept: Any, shapes: Sequence[Sequence[int]] = ()) -> None:
         """Let the next call read what is kept under this tag, or the cores where it is None, without a look around."""
         runner, cores, kernels = self.runner, self.core_list(), library()
@@ -473,9 +482,7 @@ class Embedding(FactorizedLayer):
             if found is not None:
                 tables = [found] if isinstance(found, Tensor) else list(found)
                 way.keep_tables(tables, [list(shape) for shape in shapes], self.num_embeddings, _MAX_BYTES, cores)
-        elif self.format.looks_up_by_product or all(
-            one is other for one, other in zip(self.plan_cores(), cores, strict=True)
-        ):
+        elif self._lie_as_looked_up():
             way.keep_training(self.num_embeddings, _MAX_BYTES)
 
     def _runs_dense(self) -> bool:

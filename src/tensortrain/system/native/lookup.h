@@ -122,6 +122,12 @@ inline Pairs in_order(const int64_t* ids, int64_t n, int64_t most) {
   return pairs;
 }
 
+// Short numbers are divided several times as fast.
+inline int64_t quotient(int64_t a, int64_t b) {
+  if (static_cast<uint64_t>(a | b) >> 32 == 0) return static_cast<uint32_t>(a) / static_cast<uint32_t>(b);
+  return a / b;
+}
+
 // Distinct prefixes of ids in order, level by level; children of a node follow each other.
 struct Tree {
   struct Level {
@@ -163,13 +169,6 @@ struct Tree {
       }
     }
     for (size_t g = 0; g <= last; ++g) levels[g].first_child.push_back(g == last ? n : levels[g + 1].n());
-  }
-
- private:
-  // Short numbers are divided several times as fast.
-  static int64_t quotient(int64_t a, int64_t b) {
-    if (static_cast<uint64_t>(a | b) >> 32 == 0) return static_cast<uint32_t>(a) / static_cast<uint32_t>(b);
-    return a / b;
   }
 };
 

@@ -1,7 +1,7 @@
 // What Python sees of lookups: calls that answer None where the tensors at hand are not what the loops take.
 #pragma once
 
-#include "rows.h"
+#include "bags.h"
 
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
@@ -42,6 +42,13 @@ inline std::optional<Tensor> look_up_cores(const Tensor& ids, const std::vector<
   return rows_of(ids, cores, max_bytes);
 }
 
+inline std::optional<Tensor> bag_cores(const Tensor& ids, const Tensor& offsets, const std::optional<Tensor>& weights,
+                                       const std::tuple<bool, bool, int64_t>& options, const Tensors& cores,
+                                       int64_t max_bytes) {
+  const py::gil_scoped_release unlocked;
+  return bags_of_cores(ids, offsets, weights, options, cores, max_bytes);
+}
+
 // A run of cores as one, merged by the given steps.
 inline std::optional<Tensor> merge_run(const std::vector<Tensor>& cores, const Sizes& steps) {
   if (!are_looked_up(cores)) return std::nullopt;
@@ -76,6 +83,7 @@ inline void define_lookups(py::module_& m) {
   m.def("pack_cores", &pack_cores);
   m.def("look_up", &look_up);
   m.def("look_up_cores", &look_up_cores);
+  m.def("bag_cores", &bag_cores);
   m.def("merge_run", &merge_run);
   m.def("merge_run_backward", &merge_run_backward);
 }

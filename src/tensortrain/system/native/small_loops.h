@@ -1,20 +1,23 @@
 // Included once for every set of instructions, see small_products.h: in a namespace of its own, with TT_TARGET the
 // attribute of its functions and TT_VECTOR_BYTES the size of its vectors. Therefore no "#pragma once".
 
-// rows x (vectors * lanes) of C, in registers while the terms and k run. A has any strides, B and C lie row by row.
+// rows x vectors of C, in registers while the terms and k run. A has any strides, B and C lie row by row. The last vector
+// begins at column `last`: where a matrix ends within a vector, that one begins earlier and shares columns with the other.
 template <typename T, int rows, int vectors, int bytes>
 TT_TARGET inline __attribute__((always_inline)) void tile(int64_t k, int64_t n_terms, const T* const* as, int64_t a_at,
                                                           int64_t a_row, int64_t a_k, const T* const* bs, int64_t b_at,
-                                                          int64_t b_row, T* c, int64_t c_row, bool adds) {
+                                                          int64_t b_row, T* c, int64_t c_row, int64_t last, bool adds) {
   typedef T Vector __attribute__((vector_size(bytes)));
   constexpr int lanes = bytes / sizeof(T);
+  const int64_t starts[2] = {vectors == 1 ? last : 0, last};
+  static_assert(vectors <= 2 && lanes > 0, "one or two vectors");
   Vector sums[rows][vectors];
   TT_UNROLL
   for (int i = 0; i < rows; ++i)
     TT_UNROLL
     for (int v = 0; v < vectors; ++v) {
       if (adds)
-        __builtin_memcpy(&sums[i][v], c + i * c_row + v * lanes, sizeof(Vector));
+        __builtin_memcpy(&sums[i][v], c + i * c_row + starts[v], sizeof(Vector));
       else
         sums[i][v] = Vector{};
     }
@@ -24,7 +27,7 @@ TT_TARGET inline __attribute__((always_inline)) void tile(int64_t k, int64_t n_t
     for (int64_t l = 0; l < k; ++l) {
       Vector right[vectors];
       TT_UNROLL
-      for (int v = 0; v < vectors; ++v) __builtin_memcpy(&right[v], b + l * b_row + v * lanes, sizeof(Vector));
+      for (int v = 0; v < vectors; ++v) __builtin_memcpy(&right[v], b + l * b_row + starts[v], sizeof(Vector));
       TT_UNROLL
       for (int i = 0; i < rows; ++i) {
         const T left = a[i * a_row + l * a_k];
@@ -36,22 +39,24 @@ TT_TARGET inline __attribute__((always_inline)) void tile(int64_t k, int64_t n_t
   TT_UNROLL
   for (int i = 0; i < rows; ++i)
     TT_UNROLL
-    for (int v = 0; v < vectors; ++v) __builtin_memcpy(c + i * c_row + v * lanes, &sums[i][v], sizeof(Vector));
+    for (int v = 0; v < vectors; ++v) __builtin_memcpy(c + i * c_row + starts[v], &sums[i][v], sizeof(Vector));
 }
 
 // All rows of one or two columns of vectors. Eight to twelve sums keep both units for products busy; rows that are left
 // over would not, so that all tiles get about as many.
 template <typename T, int vectors, int most, int bytes>
 TT_TARGET inline void columns(int64_t m, int64_t k, int64_t n_terms, const T* const* as, int64_t a_row, int64_t a_k,
-                              const T* const* bs, int64_t b_at, int64_t b_row, T* c, int64_t c_row, bool adds) {
+                              const T* const* bs, int64_t b_at, int64_t b_row, T* c, int64_t c_row, int64_t last,
+                              bool adds) {
   int64_t n_tiles = (m + most - 1) / most;
   for (int64_t i = 0; i < m; --n_tiles) {
     const auto here = (m - i + n_tiles - 1) / n_tiles;
     switch (here) {
-#define TT_ROWS(n)                                                                                                 \
-  case n:                                                                                                          \
-    if constexpr (n <= most)                                                                                       \
-      tile<T, n, vectors, bytes>(k, n_terms, as, i * a_row, a_row, a_k, bs, b_at, b_row, c + i * c_row, c_row, adds); \
+#define TT_ROWS(n)                                                                                                  \
+  case n:                                                                                                           \
+    if constexpr (n <= most)                                                                                        \
+      tile<T, n, vectors, bytes>(k, n_terms, as, i * a_row, a_row, a_k, bs, b_at, b_row, c + i * c_row, c_row, last, \
+                                 adds);                                                                             \
     break;
       TT_ROWS(1) TT_ROWS(2) TT_ROWS(3) TT_ROWS(4) TT_ROWS(5) TT_ROWS(6)
       TT_ROWS(7) TT_ROWS(8) TT_ROWS(9) TT_ROWS(10) TT_ROWS(11) TT_ROWS(12)
@@ -66,25 +71,40 @@ template <typename T>
 TT_TARGET inline void two_vectors(int64_t m, int64_t k, int64_t n_terms, const T* const* as, int64_t a_row, int64_t a_k,
                                   const T* const* bs, int64_t b_at, int64_t b_row, T* c, int64_t c_row, bool adds) {
 #if TT_VECTOR_BYTES == 64
-  columns<T, 1, 12, 64>(m, k, n_terms, as, a_row, a_k, bs, b_at, b_row, c, c_row, adds);
+  columns<T, 1, 12, 64>(m, k, n_terms, as, a_row, a_k, bs, b_at, b_row, c, c_row, 0, adds);
 #else
-  columns<T, 2, 6, 32>(m, k, n_terms, as, a_row, a_k, bs, b_at, b_row, c, c_row, adds);
+  columns<T, 2, 6, 32>(m, k, n_terms, as, a_row, a_k, bs, b_at, b_row, c, c_row, 32 / sizeof(T), adds);
 #endif
 }
 
-// C (m x n) = or += the sum of all A (m x k) B (k x n), n a multiple of the lanes.
+// All columns, by vectors of so many bytes. Columns that two vectors share are in one tile, or they would be added twice.
+template <typename T, int most, int bytes>
+TT_TARGET inline void by_vectors(int64_t m, int64_t n, int64_t k, int64_t n_terms, const T* const* as, int64_t a_row,
+                                 int64_t a_k, const T* const* bs, int64_t b_row, T* c, int64_t c_row, bool adds) {
+  constexpr int64_t lanes = bytes / sizeof(T);
+  int64_t at = 0;
+  if ((n + lanes - 1) / lanes % 2 != 0) {
+    columns<T, 1, 12, bytes>(m, k, n_terms, as, a_row, a_k, bs, 0, b_row, c, c_row, 0, adds);
+    at = lanes;
+  }
+  for (; at < n; at += 2 * lanes) {
+    const auto last = (at + 2 * lanes <= n ? at + lanes : n - lanes) - at;
+    columns<T, 2, most, bytes>(m, k, n_terms, as, a_row, a_k, bs, at, b_row, c + at, c_row, last, adds);
+  }
+}
+
+// C (m x n) = or += the sum of all A (m x k) B (k x n). No number outside the matrices is read or written.
 template <typename T>
 TT_TARGET void product(int64_t m, int64_t n, int64_t k, int64_t n_terms, const T* const* as, int64_t a_row,
                        int64_t a_k, const T* const* bs, int64_t b_row, T* c, int64_t c_row, bool adds) {
   constexpr int64_t lanes = 32 / sizeof(T);
-  int64_t at = 0;
 #if TT_VECTOR_BYTES == 64
-  for (; at + 4 * lanes <= n; at += 4 * lanes)
-    columns<T, 2, 12, 64>(m, k, n_terms, as, a_row, a_k, bs, at, b_row, c + at, c_row, adds);
+  if (n >= 2 * lanes) return by_vectors<T, 12, 64>(m, n, k, n_terms, as, a_row, a_k, bs, b_row, c, c_row, adds);
 #endif
-  for (; at + 2 * lanes <= n; at += 2 * lanes)
-    two_vectors<T>(m, k, n_terms, as, a_row, a_k, bs, at, b_row, c + at, c_row, adds);
-  if (at < n) columns<T, 1, 8, 32>(m, k, n_terms, as, a_row, a_k, bs, at, b_row, c + at, c_row, adds);
+  if (n >= lanes) return by_vectors<T, 6, 32>(m, n, k, n_terms, as, a_row, a_k, bs, b_row, c, c_row, adds);
+  if (n >= lanes / 2) return by_vectors<T, 6, 16>(m, n, k, n_terms, as, a_row, a_k, bs, b_row, c, c_row, adds);
+  for (int64_t at = 0; at < n; ++at)
+    columns<T, 1, 8, sizeof(T)>(m, k, n_terms, as, a_row, a_k, bs, at, b_row, c + at, c_row, 0, adds);
 }
 
 // The same where each B lies in panels: two vectors of each of its rows, one row after the other, then the next two.
@@ -96,7 +116,7 @@ TT_TARGET void panel_product(int64_t m, int64_t n, int64_t k, int64_t n_terms, c
   int64_t at = 0;
   for (; at + 2 * lanes <= n; at += 2 * lanes)
     two_vectors<T>(m, k, n_terms, as, a_row, a_k, bs, at * k, 2 * lanes, c + at, c_row, adds);
-  if (at < n) columns<T, 1, 8, 32>(m, k, n_terms, as, a_row, a_k, bs, at * k, lanes, c + at, c_row, adds);
+  if (at < n) columns<T, 1, 8, 32>(m, k, n_terms, as, a_row, a_k, bs, at * k, lanes, c + at, c_row, 0, adds);
 }
 
 // c += a, n numbers.

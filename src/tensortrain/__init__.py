@@ -24,6 +24,7 @@ from .compression import (
 from .compression import stages as stages
 from .errors import TTError
 from .io import load_pretrained, save_pretrained
+from .numerics.ordering import mutual_information, order_sites
 from .system.native import build as build_kernels
 from .tensor import (
     Approximation,
@@ -75,9 +76,11 @@ __all__ = [
     "manifold",
     "matmul",
     "models",
+    "mutual_information",
     "networks",
     "nn",
     "ones",
+    "order_sites",
     "pad",
     "pareto",
     "plan_compression",

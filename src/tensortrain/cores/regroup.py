@@ -13,7 +13,7 @@ from tensortrain.cores.split import split
 from tensortrain.cores.tolerance import checked_eps, compute_dtype
 from tensortrain.errors import ModeIndexError, ShapeError
 
-__all__ = ["dense_to_paired", "paired_to_dense", "permuted", "reshaped", "reshaped_matrix"]
+__all__ = ["dense_to_paired", "paired_to_dense", "permuted", "reshaped", "reshaped_matrix", "swap_neighbours"]
 
 _ROUNDING = 1e-15  # relative size of singular values that an SVD in float64 makes where there are none
 
@@ -49,12 +49,17 @@ def permuted(
         return cores, center
     dtype, wide = cores[0].dtype, compute_dtype(cores[0].dtype)
     # The cut of one swap is not orthogonal to that of the next: the tolerances add up.
-    share = max(checked_eps(eps, dtype, len(cores)) / len(swaps), _ROUNDING)
+    share = checked_eps(eps, dtype, len(cores)) / len(swaps)
     x = Gauged.of([core.to(wide) for core in cores], center if wide == dtype else None, center=swaps[0])
     for k in swaps:
-        found = split(x.local(k, 2).transpose(-3, -2), tol=share)
-        x.put(k, (found.left, found.right), center=k + 1)
+        swap_neighbours(x, k, share)
     return x.stored(dtype)
+
+
+def swap_neighbours(x: Gauged, k: int, tol: float) -> None:
+    """Exchange modes k and k + 1, in place: cut to a share of the norm, with the center at core k + 1 afterwards."""
+    found = split(x.local(k, 2).transpose(-3, -2), tol=max(tol, _ROUNDING))
+    x.put(k, (found.left, found.right), center=k + 1)
 
 
 def _checked_modes(shape: Sequence[int], modes: Sequence[int]) -> tuple[int, ...]:

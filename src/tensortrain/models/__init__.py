@@ -8,8 +8,9 @@ from typing import Any
 from tensortrain import networks
 from tensortrain.models.born import BornMachine
 from tensortrain.models.classifier import MPSClassifier
+from tensortrain.models.nonlinear import NonlinearTT
 
-__all__ = ["BornMachine", "MPSClassifier"]
+__all__ = ["BornMachine", "MPSClassifier", "NonlinearTT"]
 
 
 def __getattr__(name: str) -> Any:

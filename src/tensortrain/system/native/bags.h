@@ -86,14 +86,9 @@ struct Bags final : torch::CustomClassHolder {
     const Tensor found = at::zeros(weights.sizes(), grad.options());
     T* const out = found.template mutable_data_ptr<T>();
     const T *const first = rows.template const_data_ptr<T>(), *const given = grad.const_data_ptr<T>();
-    const auto is_large = is_large_work(n() * dim() * products_of_a_number);
-    on_threads(n(), 64, is_large, [&](int64_t k, int64_t end) {
-      for (; k < end; ++k) {
-        const T *const row = first + leaves[k] * dim(), *const its = given + bags[k] * dim();
-        T sum(0);
-        for (int64_t at = 0; at < dim(); ++at) sum += row[at] * its[at];
-        out[places[k]] = sum;
-      }
+    const auto dot = row_dotter<T>();
+    on_threads(n(), 64, is_large_work(n() * dim() * products_of_a_number), [&](int64_t k, int64_t end) {
+      for (; k < end; ++k) out[places[k]] = dot(first + leaves[k] * dim(), given + bags[k] * dim(), dim());
     });
     return found;
   }
@@ -101,9 +96,9 @@ struct Bags final : torch::CustomClassHolder {
   // The same sums by operations of torch.
   Tensor recorded(const Tensors& cores, const Tensor& weights) const {
     const auto all_rows = recorded_rows(as_tensor(ids, cores[0]), cores);
-    const auto part = weights.defined() ? weights.index_select(0, as_tensor(places, cores[0])) : as_tensor(shares, cores[0]);
+    const auto its = weights.defined() ? weights.index_select(0, as_tensor(places, cores[0])) : as_tensor(shares, cores[0]);
     const auto out = at::zeros({n_bags(), all_rows.size(1)}, cores[0].options());
-    return out.index_add(0, as_tensor(bags, cores[0]), all_rows * part.unsqueeze(1));
+    return out.index_add(0, as_tensor(bags, cores[0]), all_rows * its.unsqueeze(1));
   }
 
  private:
@@ -122,7 +117,7 @@ struct BagsFunction : torch::autograd::Function<BagsFunction<T>> {
   using Asking = c10::intrusive_ptr<Bags<T>>;
   static constexpr size_t n_before = 2;  // of the arguments, before the cores
 
-  // Weights are given once more where they have a gradient.
+  // Weights are given where they have a gradient; the bags have their numbers.
   static Tensor forward(Context* ctx, const std::optional<Tensor>& weights, Asking bags, at::TensorList cores) {
     const at::AutoDispatchBelowADInplaceOrView below;
     Tensors saved = cores.vec();

@@ -135,6 +135,28 @@ TT_TARGET void add_row(T* c, const T* a, int64_t n) {
   for (; at < n; ++at) c[at] += a[at];
 }
 
+// The sum of products of n numbers, in four vectors of sums at once.
+template <typename T>
+TT_TARGET T dot(const T* a, const T* b, int64_t n) {
+  typedef T Vector __attribute__((vector_size(32)));
+  constexpr int64_t lanes = 32 / sizeof(T), n_sums = 4;
+  Vector sums[n_sums] = {};
+  int64_t at = 0;
+  for (; at + n_sums * lanes <= n; at += n_sums * lanes)
+    TT_UNROLL
+    for (int64_t k = 0; k < n_sums; ++k) {
+      Vector left, right;
+      __builtin_memcpy(&left, a + at + k * lanes, sizeof(Vector));
+      __builtin_memcpy(&right, b + at + k * lanes, sizeof(Vector));
+      sums[k] += left * right;
+    }
+  const Vector all = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+  T found(0);
+  for (int64_t k = 0; k < lanes; ++k) found += all[k];
+  for (; at < n; ++at) found += a[at] * b[at];
+  return found;
+}
+
 #if defined(__GNUC__) && !defined(__clang__)
 // A square of whole vectors, turned.
 TT_TARGET inline void turn_square(const float* from, int64_t from_row, float* to, int64_t to_row) {

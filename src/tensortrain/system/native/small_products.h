@@ -106,6 +106,14 @@ inline void put_row(const T* row, int64_t k, int64_t n_rows, int64_t width, T* p
 }
 
 template <typename T>
+using Dotter = T (*)(const T* a, const T* b, int64_t n);
+
+template <typename T>
+inline Dotter<T> row_dotter() {
+  return TT_LOOP(dot);
+}
+
+template <typename T>
 using Adder = void (*)(T* c, const T* a, int64_t n);
 
 template <typename T>

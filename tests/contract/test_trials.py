@@ -105,6 +105,13 @@ class LuckyClock(Clock):
         return early[self.counts[k] - 1] if self.counts[k] <= len(early) else self.seconds[k]
 
 
+@pytest.mark.usefixtures("_turns")
+def test_one_turn_is_enough_where_luck_may_decide() -> None:
+    clock = SleepyClock((1.0, 1.2, 9.0), 0.0)
+    assert trials.seconds_in_use(range(3), clock, most_turns=1) == [1.0, 1.2, float("inf")]
+    assert clock.counts[0] == 1 + 1
+
+
 def test_a_first_call_that_pays_for_the_start_of_the_process_is_tried_once_more() -> None:
     cold = iter([9.0, 0.1, 0.1, 0.1])
     seconds = seconds_in_use([0, 1], lambda k: next(cold) if k == 0 else 0.15)

@@ -91,7 +91,7 @@ def best_seconds(calls: Sequence[Any], timer: Callable[[Any], float]) -> list[fl
 
 
 def seconds_in_use(
-    calls: Sequence[Any], timer: Callable[[Any], float], *, most_turns: int = _MOST_TURNS
+    calls: Sequence[Any], timer: Callable[[Any], float], *, most_turns: int | None = None
 ) -> list[float]:
     """Seconds per call of each of several calls, as benchmarks and a model at work see them.
 
@@ -101,7 +101,7 @@ def seconds_in_use(
     Args:
         calls: What ``timer`` takes.
         timer: Gives the seconds of one call.
-        most_turns: Of each call; the later ones are for those near the fastest.
+        most_turns: Of each call, three by default; the later ones are for those near the fastest.
 
     Returns:
         list: Medians of the turns; those far behind are infinite.
@@ -111,7 +111,7 @@ def seconds_in_use(
     once = _once(calls, timer)
     turns: dict[int, list[float]] = {k: [seconds] if seconds > _LONG_S else [] for k, seconds in once.items()}
     start = time.perf_counter()
-    for turn in range(most_turns):
+    for turn in range(most_turns or _MOST_TURNS):
         for k in once:
             if turn == 0 or _is_near(turns, k, _BEHIND if turn == 1 else _NEARLY):
                 turns[k].append(_one_turn(calls[k], once[k], timer))

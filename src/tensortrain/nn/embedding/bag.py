@@ -18,6 +18,7 @@ from tensortrain.nn.cores import are_plain, list_cores
 from tensortrain.nn.embedding.layers import Embedding, check_sparse, check_table, frequencies, scale_gradient
 from tensortrain.nn.inputs import check_plain_layout, once, traceable
 from tensortrain.nn.runner import trains
+from tensortrain.system.parking import reuse_freed_memory
 from tensortrain.system.tracing import is_traced, sizes_of
 
 __all__ = ["EmbeddingBag"]
@@ -236,6 +237,7 @@ class EmbeddingBag(Embedding):
         """In training, sums and means in one native call each way; ``None`` where the kernels do not serve them."""
         if self.mode == "max" or not trains(self) or not serve_rows(ids, self.cores[0]) or not self._lie_as_looked_up():
             return None
+        reuse_freed_memory()
         return bags_of_cores(
             ids,
             offsets,

@@ -40,6 +40,7 @@ from tensortrain.nn.runner import (
     trains,
 )
 from tensortrain.system.native import library
+from tensortrain.system.parking import reuse_freed_memory
 from tensortrain.system.tracing import is_traced
 
 __all__ = ["Embedding", "hottest"]
@@ -483,6 +484,7 @@ class Embedding(FactorizedLayer):
                 tables = [found] if isinstance(found, Tensor) else list(found)
                 way.keep_tables(tables, [list(shape) for shape in shapes], self.num_embeddings, _MAX_BYTES, cores)
         elif self._lie_as_looked_up():
+            reuse_freed_memory()  # rows and states of a step are as large as all else
             way.keep_training(self.num_embeddings, _MAX_BYTES)
 
     def _runs_dense(self) -> bool:

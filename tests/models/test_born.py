@@ -262,3 +262,58 @@ def test_one_site() -> None:
     torch.testing.assert_close(
         model.log_prob(torch.tensor([[0], [2]])).exp().detach(), torch.tensor([0.75, 0.25]), atol=0.02, rtol=0
     )
+
+
+def even_strings(n_sites: int) -> Tensor:
+    every = (torch.arange(2**n_sites)[:, None] >> torch.arange(n_sites - 1, -1, -1)) & 1
+    return every[every.sum(1) % 2 == 0]
+
+
+def minus_log_overlap(model: BornMachine, support: Tensor) -> float:
+    """``-ln`` of the squared overlap with the uniform superposition of some strings."""
+    psi = model.log_prob(support).detach()  # signs agree: all sums are of positive terms
+    return float(-2 * (torch.logsumexp(psi / 2, 0) - 0.5 * math.log(len(support))))
+
+
+def test_samples_without_a_cut_are_memorized() -> None:
+    x = torch.tensor([[0, 1, 2, 0], [2, 2, 1, 0], [0, 1, 2, 0], [1, 0, 0, 2]])
+    model = BornMachine.from_samples(x, max_bond=50, n_values=3, dtype=torch.float64)
+    torch.testing.assert_close(
+        model.log_prob(x).exp().detach(), torch.tensor([0.5, 0.25, 0.5, 0.25], dtype=torch.float64)
+    )
+    assert model.ranks == (1, 3, 3, 3, 1) or max(model.ranks) <= 3
+
+
+def test_parity_is_learnt_from_a_few_percent() -> None:
+    even = even_strings(16)
+    generator = torch.Generator().manual_seed(0)
+    distances = []
+    for share in (0.05, 0.1, 0.2, 1.0):
+        rows = torch.randperm(len(even), generator=generator)[: int(share * len(even))]
+        model = BornMachine.from_samples(even[rows], max_bond=2, dtype=torch.float64)
+        distances.append(minus_log_overlap(model, even))
+        odd = even.clone()
+        odd[:, 0] = 1 - odd[:, 0]
+        assert bool((model.log_prob(odd) < math.log(1e-20)).all())  # true of failed runs too: see the docs
+    assert distances[0] < 0.3  # arXiv:1910.07425 predicts 0.12 +- 0.04 at 5 %
+    assert distances[1] < 0.05
+    assert distances[3] < 1e-12
+    assert distances == sorted(distances, reverse=True)
+
+
+def test_divisible_by_three_needs_rank_three() -> None:
+    n = 12
+    numbers = torch.arange(2**n)
+    bits = (numbers[:, None] >> torch.arange(n - 1, -1, -1)) & 1
+    divisible = bits[numbers % 3 == 0]
+    rows = torch.randperm(len(divisible), generator=torch.Generator().manual_seed(1))[: len(divisible) // 5]
+    model = BornMachine.from_samples(divisible[rows], max_bond=3, dtype=torch.float64)
+    assert minus_log_overlap(model, divisible) < 0.2
+    assert bool((model.log_prob(bits[numbers % 3 != 0]) < math.log(1e-20)).all())
+
+
+def test_samples_must_be_there() -> None:
+    with pytest.raises(DataError, match="must have some"):
+        BornMachine.from_samples(torch.zeros(0, 3, dtype=torch.int64), max_bond=2)
+    with pytest.raises(RankError, match="max_bond"):
+        BornMachine.from_samples(torch.zeros(2, 3, dtype=torch.int64), max_bond=0)

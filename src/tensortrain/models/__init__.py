@@ -6,11 +6,28 @@ import warnings
 from typing import Any
 
 from tensortrain import networks
+from tensortrain.models.arithmetic_circuit import RecurrentArithmeticCircuit
 from tensortrain.models.born import BornMachine
 from tensortrain.models.classifier import MPSClassifier
+from tensortrain.models.exponential import ExponentialMachine
+from tensortrain.models.forecast import Forecaster, HOTTLSTMCell, HOTTRNNCell
 from tensortrain.models.nonlinear import NonlinearTT
+from tensortrain.models.score import ScoreNetwork
+from tensortrain.models.separation import min_cut_rank, separation_rank
 
-__all__ = ["BornMachine", "MPSClassifier", "NonlinearTT"]
+__all__ = [
+    "BornMachine",
+    "ExponentialMachine",
+    "Forecaster",
+    "HOTTLSTMCell",
+    "HOTTRNNCell",
+    "MPSClassifier",
+    "NonlinearTT",
+    "RecurrentArithmeticCircuit",
+    "ScoreNetwork",
+    "min_cut_rank",
+    "separation_rank",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
@@ -11,6 +12,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from tensortrain.cores.halves import Halves, outer
+from tensortrain.cores.scaling import times_pow2
 from tensortrain.errors import CheckpointError, DataError, KindError, RankError
 from tensortrain.system.history import History
 from tensortrain.system.store.doors import doors
@@ -23,6 +26,8 @@ __all__ = [
     "check_finite",
     "checked_labels",
     "checked_values",
+    "held",
+    "label_scores",
     "only_figures",
     "seed_from",
 ]
@@ -165,3 +170,18 @@ def only_figures(history: History, names: Sequence[str], **renamed: str) -> Hist
     """Some of the figures of a run, under other names where these are given."""
     kept = {renamed.get(name, name): history.columns[name] for name in names if name in history.columns}
     return History(kept, history.stop)
+
+
+def held(mantissa: Tensor, exponent: Tensor) -> Tensor:
+    """``mantissa * 2**exponent``, one exponent for each row, kept finite where it would leave the range."""
+    top = math.frexp(torch.finfo(mantissa.dtype).max)[1]
+    largest = mantissa.detach().abs().amax(-1) if mantissa.numel() else mantissa.detach().sum(-1)
+    return times_pow2(mantissa, torch.minimum(exponent, top - 1 - torch.frexp(largest).exponent))
+
+
+def label_scores(core: Tensor, halves: Halves, row: Tensor) -> Tensor:
+    """Scores ``(b, classes)`` where two walks meet a core with an axis of classes, ``(classes, r, n, s)``."""
+    dtype = halves.left.dtype
+    here = core.to(dtype).flatten(1, 2).movedim(0, 1).flatten(1)  # r n (classes s)
+    seen = (outer(halves.left, row.to(dtype)) @ here).unflatten(-1, (core.shape[0], -1))
+    return held((seen * halves.right.unsqueeze(1)).sum(-1), halves.exponent)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tensortrain.errors import DataError, KindError, RankError
 from tensortrain.models.base import TensorModel, chain_ranks, check_choice, checked_values
 from tensortrain.models.born_fit import BornFit
+from tensortrain.models.from_samples import cores_from_samples
 from tensortrain.models.laws import LAWS, Law
 from tensortrain.networks import register
 from tensortrain.system.history import History
@@ -106,6 +107,43 @@ class BornMachine(TensorModel):
         model = cls(len(x.shape), x.shape[0], kind=kind, dtype=real, device="meta")
         model._take(model._law.parameters([core.to(model._law.dtype(real)) for core in x.cores], x.shape[0]))
         return model
+
+    @classmethod
+    def from_samples(
+        cls, x: Tensor, *, max_bond: int, n_values: int = 2, dtype: torch.dtype | None = None
+    ) -> BornMachine:
+        """A law from samples in one pass, without gradients, by the largest eigenvectors of reduced densities.
+
+        Without a cut it is the empirical law; a small ``max_bond`` generalizes to strings with the same structure.
+
+        Args:
+            x: ``(b, n_sites)`` int64.
+            max_bond: Cap on every rank, and what decides how much is memorized.
+            n_values: Values of a site.
+            dtype: Real, of the cores.
+
+        Raises:
+            DataError: ``x`` is empty or has values outside the alphabet.
+            RankError: ``max_bond`` is below 1.
+
+        Cost: O(b n_sites r) flops, and an eigenvalue problem of size ``n_values r`` for every site.
+        Source: Bradley, Stoudenmire, Terilla, arXiv:1910.07425.
+
+        Example:
+            >>> even = torch.cartesian_prod(*[torch.arange(2)] * 6)
+            >>> even = even[even.sum(1) % 2 == 0]
+            >>> model = BornMachine.from_samples(even[::3], max_bond=2)  # a third of them
+            >>> model.ranks
+            (1, 2, 2, 2, 2, 2, 1)
+        """
+        n_sites = x.shape[1] if isinstance(x, Tensor) and x.ndim == 2 else 0
+        values = checked_values(x, n_sites, n_values)
+        if values.numel() == 0:
+            raise DataError("a law from samples must have some: x has none, expected (b, n_sites) with b of 1 or more.")
+        if max_bond < 1:
+            raise RankError(f"a cap must leave a rank: max_bond has {max_bond}, expected 1 or more. Pass a larger one.")
+        made = cores_from_samples(values, n_values, max_bond, dtype or torch.get_default_dtype())
+        return cls.from_train(TensorTrain(tuple(made)))
 
     @property
     def config(self) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -11,14 +10,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from tensortrain.cores.halves import data_halves, outer
-from tensortrain.cores.scaling import times_pow2
+from tensortrain.cores.halves import data_halves
 from tensortrain.cores.split import split
 from tensortrain.cores.unfold import absorb_left, absorb_right
 from tensortrain.errors import DataError, KindError, ModeIndexError, RankError
-from tensortrain.models.base import TensorModel, chain_ranks, check_choice, checked_labels
+from tensortrain.models.base import TensorModel, chain_ranks, check_choice, checked_labels, held, label_scores
 from tensortrain.models.classifier_fit import ClassifierFit
 from tensortrain.models.features import FeatureMap, constant_of
+from tensortrain.models.supervised import Supervised
 from tensortrain.networks import register
 from tensortrain.system.history import History
 
@@ -158,7 +157,7 @@ class MPSClassifier(TensorModel):
             generator: Decides the order of batches.
 
         Returns:
-            History: for every sweep ``loss``, ``accuracy``, ``ranks``, and ``validation_accuracy``.
+            History: for every sweep ``loss`` (cross entropy), ``accuracy``, ``ranks``, and those of ``validation``.
 
         Raises:
             DataError: There are no examples, or they do not fit.
@@ -178,10 +177,20 @@ class MPSClassifier(TensorModel):
             raise KindError(
                 "two-site sweeps need one train with a label: label is 'per-class', expected a site. Use method='adam'."
             )
-        job = ClassifierFit(self, x, labels, validation, n_sweeps, checkpoint, observer, generator)
+        job = Supervised(
+            self,
+            x,
+            labels,
+            "cross-entropy",
+            n_sweeps,
+            validation,
+            checkpoint=checkpoint,
+            observer=observer,
+            generator=generator,
+        )
         if method == "adam":
-            return job.by_adam(lr, batch_size)
-        return job.by_sweeps(max_bond or max(self.ranks), cutoff, n_steps, ridge)
+            return job.by_steps(lr, batch_size)
+        return ClassifierFit(self, job).by_sweeps(max_bond or max(self.ranks), cutoff, n_steps, ridge)
 
     @torch.no_grad()
     def move_label_(self, site: int) -> MPSClassifier:
@@ -220,11 +229,7 @@ class MPSClassifier(TensorModel):
         others = [*list(self.cores)[:k], *list(self.cores)[k + 1 :]]
         if not others:
             return (vectors[0] @ core[:, 0, :, 0].T).to(core.dtype)
-        found = data_halves(others, vectors, k)
-        here = core.to(found.left.dtype)
-        seen = outer(found.left, vectors[k].to(found.left.dtype)) @ here.flatten(1, 2).movedim(0, 1).flatten(1)
-        scores = (seen.unflatten(-1, (self.n_classes, -1)) * found.right.unsqueeze(1)).sum(-1)
-        return _held(scores, found.exponent).to(core.dtype)
+        return label_scores(core, data_halves(others, vectors, k), vectors[k]).to(core.dtype)
 
     def _vectors(self, x: Tensor, missing: Tensor | None = None) -> Tensor:
         """``(n_features, b, m)``."""
@@ -273,14 +278,7 @@ class MPSClassifier(TensorModel):
 
 def _value(cores: Sequence[Tensor], vectors: Tensor) -> Tensor:
     found = data_halves(cores, vectors, len(cores) // 2)
-    return _held((found.left * found.right).sum(-1, keepdim=True), found.exponent)[:, 0].to(cores[0].dtype)
-
-
-def _held(mantissa: Tensor, exponent: Tensor) -> Tensor:
-    """``mantissa * 2**exponent``, kept finite where it would leave the range."""
-    top = math.frexp(torch.finfo(mantissa.dtype).max)[1]
-    room = top - 1 - torch.frexp(mantissa.detach().abs().amax(-1)).exponent
-    return times_pow2(mantissa, torch.minimum(exponent, room))
+    return held((found.left * found.right).sum(-1, keepdim=True), found.exponent)[:, 0].to(cores[0].dtype)
 
 
 def _ranks(bond_dim: int | Sequence[int], order: int) -> tuple[int, ...]:

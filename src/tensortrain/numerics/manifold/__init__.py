@@ -1,6 +1,7 @@
 """Riemannian geometry of the trains of fixed ranks: projection, derivatives, retraction, optimizers."""
 
 from tensortrain.numerics.manifold.autodiff import hvp, riemannian_grad
+from tensortrain.numerics.manifold.descent import descend
 from tensortrain.numerics.manifold.optim import RiemannianAdam, RiemannianSGD
 from tensortrain.numerics.manifold.parameter import TTParameter
 from tensortrain.numerics.manifold.point import Point
@@ -16,6 +17,7 @@ __all__ = [
     "TTParameter",
     "TangentVector",
     "armijo",
+    "descend",
     "hvp",
     "project",
     "retract",

@@ -1,0 +1,152 @@
+"""Exponential machines: every interaction by the dense weight, linear models, learning on the manifold."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+import tensortrain as tt
+from tensortrain.errors import DataError, KindError, RankError
+from tensortrain.models import ExponentialMachine
+from tensortrain.testing import ModelSuite
+
+
+def machine(dtype: torch.dtype = torch.float64, **options: object) -> ExponentialMachine:
+    generator = torch.Generator().manual_seed(0)
+    model = ExponentialMachine(4, **{"rank": 3, **options}, dtype=dtype)
+    with torch.no_grad():
+        for core in model.cores:
+            core.copy_(torch.randn(core.shape, generator=generator, dtype=torch.float64))
+    return model
+
+
+def examples(dtype: torch.dtype = torch.float64) -> Tensor:
+    x = torch.randn(15, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    x[:, 2] = torch.arange(15) % 3
+    return x.to(dtype)
+
+
+def by_subsets(model: ExponentialMachine, x: Tensor) -> Tensor:
+    """The sum over all interactions, one by one."""
+    weights = model.tensor.to_dense()
+    total = torch.zeros(len(x), *weights.shape[4:], dtype=weights.dtype)
+    for index in itertools.product(*map(range, weights.shape[:4])):
+        factor = torch.ones(len(x), dtype=weights.dtype)
+        for k, i in enumerate(index):
+            if model.n_values[k]:
+                factor = factor * (1.0 if i == 0 else (x[:, k] == i - 1).to(weights.dtype))
+            elif i:
+                factor = factor * x[:, k].to(weights.dtype)
+        total += weights[index] * (factor[:, None] if total.ndim == 2 else factor)
+    return total
+
+
+class ExponentialSuite(ModelSuite):
+    outputs = 1
+    values: tuple[int, ...] | None = None
+    method = "riemannian"
+    batch: int | None = None
+
+    def make(self, dtype: torch.dtype) -> ExponentialMachine:
+        return machine(dtype, n_outputs=self.outputs, n_values=self.values, rank=2)
+
+    def data(self, dtype: torch.dtype) -> Tensor:
+        return examples(dtype)
+
+    def exact(self, model: ExponentialMachine, data: Tensor) -> Tensor:
+        return by_subsets(model, data)
+
+    def learn(self, model: ExponentialMachine, **options: object) -> object:
+        if self.method == "riemannian" and self.batch is None and "checkpoint" in options:
+            return NotImplemented
+        x = examples()
+        y = x[:, :2] * 0.3 if self.outputs == 2 else x[:, 0] * x[:, 1]
+        generator = torch.Generator().manual_seed(2)
+        return model.fit(x, y, n_sweeps=3, method=self.method, batch_size=self.batch, generator=generator, **options)
+
+    def bad(self, model: ExponentialMachine):
+        x = examples(torch.float32)
+        yield DataError, model, (x[:, :3],)
+        yield DataError, model, (x * torch.nan,)
+        yield DataError, model.fit, (x[:0], x[:0, 0])
+        yield DataError, model.fit, (x, x)
+        yield KindError, model.fit, (x, x[:, 0]), {"method": "magic"}
+        yield KindError, model.fit, (x, x[:, 0]), {"loss": "absolute"}
+
+
+class TestNumbers(ExponentialSuite):
+    batch = 5
+
+
+class TestCategories(ExponentialSuite):
+    values = (0, 0, 3, 0)
+    method = "adam"
+
+
+class TestOutputs(ExponentialSuite):
+    outputs = 2
+    method = "adam"
+
+
+def test_categories_outside_their_feature_are_refused() -> None:
+    model = machine(n_values=(0, 0, 2, 0))
+    with pytest.raises(DataError, match="column 2"):
+        model(examples())
+
+
+def test_a_linear_model_is_exact_at_rank_two() -> None:
+    x = examples()
+    weight = torch.tensor([1.0, -2.0, 0.5, 3.0], dtype=torch.float64)
+    model = ExponentialMachine.from_linear(weight, 0.25, rank=2)
+    torch.testing.assert_close(model(x).detach(), x @ weight + 0.25, rtol=1e-13, atol=1e-13)
+    wider = ExponentialMachine.from_linear(weight, 0.25, rank=4, generator=torch.Generator().manual_seed(0))
+    assert max(wider.ranks) == 4
+    assert 0 < float((wider(x) - model(x)).detach().abs().max()) < 0.1
+    single = ExponentialMachine.from_linear(weight[:1], 0.25, rank=2)
+    torch.testing.assert_close(single(x[:, :1]).detach(), x[:, 0] + 0.25)
+    with pytest.raises(RankError, match="rank 2"):
+        ExponentialMachine.from_linear(weight, 0.25, rank=1)
+
+
+def test_a_teacher_is_found_to_the_last_digit() -> None:
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(3000, 8, generator=generator, dtype=torch.float64).sign()
+    weight = torch.randn(8, generator=generator, dtype=torch.float64)
+    more = tt.randn((2,) * 8, 2, generator=generator, dtype=torch.float64)
+    linear = ExponentialMachine.from_linear(weight, 0.1, rank=2).tensor
+    teacher = ExponentialMachine(8, rank=4, dtype=torch.float64)
+    teacher._take(list((linear + more * (0.5 * linear.norm() / more.norm())).cores))
+    y = teacher(x).detach()
+    start = torch.linalg.lstsq(torch.cat((x, torch.ones(3000, 1, dtype=torch.float64)), 1), y).solution
+    model = ExponentialMachine.from_linear(start[:8], start[8], rank=4, generator=generator)
+    history = model.fit(x, y, n_sweeps=400)
+    assert history.loss[-1] ** 0.5 < 1e-8
+    assert all(later <= earlier * (1 + 1e-9) for earlier, later in itertools.pairwise(history.loss[:50]))
+
+
+def test_an_interaction_that_linear_models_miss() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(4000, 6, generator=generator).sign()
+    y = (x[:, 0] * x[:, 2] * x[:, 5] > 0).float()
+    model = ExponentialMachine(6, rank=4, generator=torch.Generator().manual_seed(1))
+    history = model.fit(
+        x[:2000], y[:2000], loss="logistic", n_sweeps=100, validation=(x[2000:], y[2000:]), penalty=1e-4
+    )
+    assert history.validation_accuracy[-1] >= 0.99
+
+
+def test_a_penalty_keeps_the_weights_small() -> None:
+    x, y = examples(), examples()[:, 0]
+    free, held = (machine().fit(x, y, n_sweeps=30, penalty=penalty) for penalty in (0.0, 1.0))
+    assert free.loss[-1] < held.loss[-1]
+
+
+def test_many_features_stay_finite() -> None:
+    model = ExponentialMachine(2000, rank=3, dtype=torch.float32)
+    found = model(torch.randn(4, 2000))
+    assert bool(torch.isfinite(found).all())
+    found.sum().backward()
+    assert all(bool(torch.isfinite(core.grad).all()) for core in model.cores)

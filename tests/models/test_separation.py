@@ -1,0 +1,141 @@
+"""Separation ranks and min-cuts: the table of arXiv:1710.09431 and all cuts of trees, exactly."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from tensortrain.errors import DataError, KindError, ModeIndexError, RankError
+from tensortrain.models import RecurrentArithmeticCircuit, min_cut_rank, separation_rank
+from tensortrain.testing import ModelSuite
+
+P = 2**31 - 1
+RANKS = [  # T, M, R, and the ranks of one, two and three layers
+    (2, 3, 3, 3, 3, 3),
+    (4, 2, 2, 2, 4, 4),
+    (4, 3, 2, 2, 6, 6),
+    (4, 3, 3, 3, 9, 9),
+    (4, 4, 3, 3, 12, 12),
+    (6, 2, 2, 2, 8, 8),
+    (6, 3, 2, 2, 8, 18),
+    (6, 3, 3, 3, 27, 27),
+    (6, 4, 3, 3, 30, 48),
+    (6, 4, 4, 4, 64, 64),
+    (8, 2, 2, 2, 10, 16),
+    (8, 3, 2, 2, 10, 54),
+    (8, 3, 3, 3, 45, 81),
+    (8, 3, 4, 4, 81, 81),
+]
+
+
+class TestCircuit(ModelSuite):
+    def make(self, dtype: torch.dtype) -> RecurrentArithmeticCircuit:
+        return RecurrentArithmeticCircuit(3, 4, 2, n_outputs=2, dtype=dtype, generator=torch.Generator().manual_seed(0))
+
+    def data(self, dtype: torch.dtype) -> Tensor:
+        return torch.randn(5, 4, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype)
+
+    def exact(self, model: RecurrentArithmeticCircuit, data: Tensor) -> Tensor:
+        rows = []
+        for sequence in data.double():
+            states = [start.detach().clone() for start in model.starts]
+            for step in sequence:
+                below = step
+                for layer in range(2):
+                    states[layer] = (model.inputs[layer].detach() @ below) * (
+                        model.hidden[layer].detach() @ states[layer]
+                    )
+                    below = states[layer]
+            rows.append(model.output.detach() @ states[-1])
+        return torch.stack(rows)
+
+    def bad(self, model: RecurrentArithmeticCircuit):
+        yield DataError, model, (self.data(torch.float32)[..., :2],)
+        yield DataError, model, (self.data(torch.float32)[:, :0],)
+        yield DataError, model.grid_tensor, (0,)
+
+
+@pytest.mark.parametrize("row", RANKS, ids=str)
+def test_memory_grows_with_depth(row: tuple[int, ...]) -> None:
+    steps, features, width, *ranks = row
+    for depth, seed in itertools.product((1, 2, 3), range(3)):
+        grid = RecurrentArithmeticCircuit(features, width, depth).grid_tensor(
+            steps, generator=torch.Generator().manual_seed(seed)
+        )
+        assert grid.shape == (features,) * steps
+        found = separation_rank(grid, range(steps // 2), modulus=P)
+        assert found == ranks[depth - 1]
+        if depth == 1:
+            assert found == min(width, features ** (steps // 2))
+        if depth == 2:
+            assert found >= math.comb(min(features, width) + steps // 2 - 1, steps // 2)
+
+
+def test_ranks_of_floats_and_of_residues() -> None:
+    x = torch.randn(3, 4, 2, dtype=torch.float64)
+    assert separation_rank(x, (1,)) == 4
+    assert separation_rank(torch.einsum("i,j,k->ijk", x[0, :, 0], x[1, :, 0], x[2, :, 0]), (0, 2)) == 1
+    assert separation_rank(torch.zeros(2, 2, dtype=torch.int64), (0,), modulus=7) == 0
+    assert separation_rank(torch.tensor([[1, 2], [3, 6]]), (0,), modulus=7) == 1
+    assert separation_rank(torch.tensor([[1, 2], [3, 13]]), (0,), modulus=7) == 1  # 13 = 6 mod 7
+    with pytest.raises(ModeIndexError, match="different modes"):
+        separation_rank(x, (0, 0))
+    with pytest.raises(DataError, match="whole numbers"):
+        separation_rank(x, (0,), modulus=7)
+
+
+def binary_tree(sizes: tuple[int, int, int, int]) -> tuple:
+    """Eight sites of size m below nodes of r0, pairs of r1, fours of r2."""
+    m, r0, r1, r2 = sizes
+    level = [(r0, (m, k)) for k in range(8)]
+    for bond in (r1, r2, 1):
+        level = [(bond, level[k], level[k + 1]) for k in range(0, len(level), 2)]
+    return level[0]
+
+
+def grid_of(tree: tuple, generator: torch.Generator) -> Tensor:
+    """A tensor of random residues in the form of the tree: axes are its bond and then its sites in order."""
+    if isinstance(tree[1], int):
+        return torch.eye(tree[0], dtype=torch.int64)
+    children = [grid_of(child, generator) for child in tree[1:]]
+    core = torch.randint(P, (tree[0], *[child.shape[0] for child in children]), generator=generator)
+    for child in children:  # the first child's axis moves to the end as its sites
+        total = torch.zeros(*core.shape[:1], *core.shape[2:], *child.shape[1:], dtype=torch.int64)
+        for k in range(child.shape[0]):
+            part = core[:, k].reshape(*core.shape[:1], *core.shape[2:], *[1] * (child.ndim - 1)) * child[k] % P
+            total = (total + part) % P
+        core = total
+    return core
+
+
+@pytest.mark.parametrize("sizes", [(2, 2, 2, 2), (3, 2, 3, 2), (2, 2, 3, 3), (3, 3, 2, 2)])
+def test_trees_reach_their_min_cuts(sizes: tuple[int, int, int, int]) -> None:
+    tree = binary_tree(sizes)
+    grid = grid_of(tree, torch.Generator().manual_seed(0))[0]
+    assert grid.shape == (sizes[0],) * 8
+    cuts = [rows for n in range(1, 8) for rows in itertools.combinations(range(8), n) if 0 in rows]
+    assert len(cuts) == 127
+    for rows in cuts:
+        assert separation_rank(grid, rows, modulus=P) == min_cut_rank(tree, rows), rows
+
+
+def test_min_cuts_of_small_trees_by_trying_all() -> None:
+    tree = (1, (2, (5, 0), (5, 1)), (7, (3, 2), (1, 3)), (4, 4))
+    assert min_cut_rank(tree, (0, 1)) == 2
+    assert min_cut_rank(tree, (2, 3)) == 3
+    assert min_cut_rank(tree, (4,)) == 4
+    assert min_cut_rank(tree, ()) == 1
+    assert min_cut_rank(tree, (0, 1, 2, 3, 4)) == 1
+    with pytest.raises(ModeIndexError, match="9"):
+        min_cut_rank(tree, (9,))
+    with pytest.raises(KindError, match="nested tuples"):
+        min_cut_rank((1, [2, 0]), (0,))
+
+
+def test_bad_sizes_are_refused() -> None:
+    with pytest.raises(RankError, match="depth"):
+        RecurrentArithmeticCircuit(2, 2, 0)

@@ -27,7 +27,7 @@ _NEW_NAMES: dict[str, set[str]] = {
     "tensortrain.errors": {"ProcessError"},
     "tensortrain.formats": {"PLAIN", "Fit", "Weighting"},
     "tensortrain.io": set(),
-    "tensortrain.manifold": set(),
+    "tensortrain.manifold": {"descend"},
     "tensortrain.nn": {"PartialLinear", "RankGates", "RankPrior", "SVGD", "evbmf", "grow_ranks_", "prune_ranks_"},
     "tensortrain.tensor": set(),
     "tensortrain.viz": set(),

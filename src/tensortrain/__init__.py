@@ -24,6 +24,7 @@ from .compression import (
 from .compression import stages as stages
 from .errors import TTError
 from .io import load_pretrained, save_pretrained
+from .models import quantum as quantum
 from .numerics.ordering import mutual_information, order_sites
 from .system.native import build as build_kernels
 from .tensor import (
@@ -84,6 +85,7 @@ __all__ = [
     "pad",
     "pareto",
     "plan_compression",
+    "quantum",
     "randn",
     "randn_matrix",
     "round_sum",

@@ -14,10 +14,12 @@ from torch import Tensor, nn
 import tensortrain as tt
 from tensortrain.compression import Silent, plan_compression
 from tensortrain.compression.choose import planner, together
+from tensortrain.compression.stages import factorize
 from tensortrain.compression.survey import calibrate, fisher, moments, span
 from tensortrain.errors import CheckpointError
 from tensortrain.formats import weighted_rank, weighting
 from tensortrain.system import parking
+from tensortrain.system.offloading import offload
 from tensortrain.system.parking import is_parked
 
 pytestmark = pytest.mark.usefixtures("double", "fixed_plans")
@@ -46,6 +48,31 @@ def texts(n: int, n_words: int = 60, length: int = 80) -> list[dict[str, Tensor]
     generator = torch.Generator().manual_seed(3)
     ids = [torch.randint(n_words, (3, length), generator=generator) for _ in range(n)]
     return [{"input_ids": each, "attention_mask": (each > 5).long()} for each in ids]
+
+
+class Recurrent(nn.Module):
+    """A recurrent layer, of which units can go."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn, self.head = nn.GRU(24, 32, num_layers=2, batch_first=True), nn.Linear(32, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.rnn(x)[0][:, -1])
+
+
+class Attending(nn.Module):
+    """Heads whose number its code does not name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(24, 24) for _ in range(3))
+        self.o, self.head = nn.Linear(24, 24), nn.Linear(24, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (layer(x).unflatten(-1, (-1, 6)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        z = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return self.head(x + self.o(z))
 
 
 CASES = {
@@ -139,6 +166,23 @@ def test_a_failure_leaves_a_large_model_as_it_was(failing, all_parked) -> None:
     assert not any(map(is_parked, model.parameters()))
 
 
+def test_what_a_run_made_of_cores_goes_with_the_layer_that_has_run(all_parked) -> None:
+    layer = tt.nn.Embedding(40, 12, format="low_rank", rank=3)
+    head = tt.nn.tied_head(layer)
+    x = torch.randn(5, 12)
+    with torch.no_grad():
+        wanted = head(x)
+        for module in (head, layer):
+            assert layer.runner.cache.nbytes > 0
+            factorize._drop_derived(module)
+            assert layer.runner.cache.nbytes > 0  # it lies in memory
+        offload(layer.cores)
+        for module in (head, layer):
+            torch.testing.assert_close(head(x), wanted)
+            factorize._drop_derived(module)
+            assert layer.runner.cache.nbytes == 0
+
+
 def test_a_compared_original_lies_in_files(all_parked) -> None:
     model, data = made("units")
     result = tt.compress(model, budget="1.5x", data=data, heal={"steps": 2}, inplace=True)
@@ -230,6 +274,37 @@ def test_a_killed_plan_goes_on(case, where, step, parked, tmp_path, request) -> 
     assert found == whole
     assert ("calibrate" in after.begun) == (where in ("calibrate", "gradients"))
     assert not after.said
+
+
+JOINT: dict[str, tuple[Any, tuple[str, ...], str]] = {
+    "recurrent": (Recurrent, ("recurrent",), "recurrent_widths_of"),
+    "whole heads": (Attending, ("whole_heads",), "whole_head_widths_of"),
+    "directions": (Attending, ("heads",), "head_widths_of"),
+}
+
+
+@pytest.mark.parametrize("kind", list(JOINT))
+def test_all_that_is_narrowed_together_is_kept(kind, tmp_path, monkeypatch) -> None:
+    torch.manual_seed(0)
+    build, formats, name = JOINT[kind]
+    model, data = decay_(build()), batches(4, 5, 7, 24)
+    keywords: dict[str, Any] = {"budget": "1.3x", "data": data, "formats": formats, "allow_slower": True}
+    whole = plan_compression(model, **keywords)
+    assert whole.recurrent or whole.whole_heads or whole.heads
+    with pytest.raises(Kill):
+        plan_compression(model, **keywords, work_dir=tmp_path, observer=Killer("candidates", 2))
+    monkeypatch.setattr(together, name, again)
+    assert plan_compression(model, **keywords, work_dir=tmp_path) == whole
+
+
+def test_menus_of_heads_are_kept_apart_by_whether_they_may_be_slow(tmp_path) -> None:
+    torch.manual_seed(0)
+    model, data = decay_(Attending()), batches(4, 5, 7, 24)
+    keywords: dict[str, Any] = {"budget": "1.3x", "data": data, "formats": ("heads", "low_rank")}
+    plan_compression(model, **keywords, allow_slower=True, work_dir=tmp_path)
+    kept = {path.name for path in tmp_path.glob("menu-of-heads*")}
+    assert kept
+    assert all("slow" in name for name in kept)
 
 
 def again(*args: Any, **keywords: Any) -> None:

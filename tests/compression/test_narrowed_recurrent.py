@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 import tensortrain as tt
 from tensortrain.compression.choose.plan import NarrowedRecurrent
 from tensortrain.compression.opened import open_layers
+from tensortrain.compression.report.alone import loss_together, losses_alone
 from tensortrain.compression.survey.layers import count_params
 from tensortrain.compression.survey.moments import Calibration
 from tensortrain.compression.survey.proven_recurrent import proven_recurrent
@@ -304,6 +306,30 @@ def test_budget_is_met_and_counted(make: Any) -> None:
     assert result.model(batches()[0]).shape == net(batches()[0]).shape
     assert all(torch.equal(net.state_dict()[name], value) for name, value in before.items())
     assert result.model(torch.empty(0, 9, 6)[:0] if make is Towers else batches()[0]).isfinite().all()
+
+
+def test_a_plan_for_another_kind_of_cell_is_refused() -> None:
+    plan = compressed(seeded(Net, nn.LSTM)).plan
+    other = seeded(Net, nn.GRU)
+    before = copy.deepcopy(other.state_dict())
+    with pytest.raises(ShapeError, match="Nothing was changed"):
+        tt.apply_plan_(other, plan)
+    assert type(other.rnn) is nn.GRU
+    assert all(torch.equal(other.state_dict()[name], value) for name, value in before.items())
+
+
+def test_what_fewer_units_spoil_is_measured() -> None:
+    net = seeded(Net)
+    result = compressed(net, measure=True)
+    plan = result.plan
+    assert plan.recurrent
+    alone = tt.apply_plan_(copy.deepcopy(net), replace(plan, layers=()).with_groups(plan.recurrent))
+    wanted = loss_together(net, alone, plan, batches=plan.calibration.batches[:1])
+    found = losses_alone(net, result.model, plan)
+    told = {layer.name for layer in plan.layers if layer.loss and layer.name in plan.recurrent[0].names}
+    assert told == {name for name in found if name in plan.recurrent[0].names}
+    torch.testing.assert_close(sum(found[name] for name in told), wanted)
+    assert {layer.name for layer in result.report.layers if layer.measured_loss is not None} >= told
 
 
 def test_time_first_and_gradients_and_dtypes() -> None:

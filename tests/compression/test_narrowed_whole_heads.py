@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 import tensortrain as tt
 from tensortrain.compression.choose.plan import Narrowed, NarrowedWholeHeads
 from tensortrain.compression.config import config_notes
+from tensortrain.compression.report.alone import loss_together, losses_alone
 from tensortrain.compression.survey.hidden import find_hidden_units
 from tensortrain.compression.survey.layers import count_params, find_layers
 from tensortrain.compression.survey.moments import Calibration
@@ -215,6 +217,22 @@ def test_plans_that_do_not_fit_change_nothing() -> None:
         with pytest.raises(ShapeError, match="Nothing was changed"):
             tt.apply_plan_(other, plan)
         assert all(torch.equal(p, q) for p, q in zip(other.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize("kind", ["whole_heads", "heads"])
+def test_what_fewer_heads_spoil_is_measured_and_planned_by(kind: str) -> None:
+    net = attends(how="counted")
+    how: dict[str, Any] = {"formats": (kind,), "allow_slower": True}
+    plan = compressed(net, **how).plan
+    assert plan.groups
+    found = losses_alone(net, tt.apply_plan_(copy.deepcopy(net), plan), plan)
+    told = {name: loss for name, loss in found.items() if any(name in one.names for one in plan.groups)}
+    assert len(told) == len(plan.groups)
+    alone = tt.apply_plan_(copy.deepcopy(net), replace(plan, layers=()).with_groups(plan.groups[:1]))
+    (name,) = [name for name in told if name in plan.groups[0].names]
+    torch.testing.assert_close(told[name], loss_together(net, alone, plan, batches=plan.calibration.batches[:1]))
+    measured = compressed(net, measure_losses=True, **how).plan
+    assert measured.params_after <= count_params(net) / 1.2
 
 
 def test_a_damaged_plan_is_refused() -> None:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import fresh
 import torch
-import torch.distributed as dist
 from distributed_plans import made, planned, whole_batches
 from small_models import mlp
 from torch import Tensor, nn
@@ -18,7 +17,6 @@ from torch import Tensor, nn
 import tensortrain as tt
 from tensortrain.compression import Silent, alone
 from tensortrain.compression.stages import Factorize, Heal, HealLocally, Refit
-from tensortrain.contract import CostModel, use_cost_model
 from tensortrain.system.processes import first_of, gathered, n_processes, own_rank, summed_, together
 from tensortrain.train.loop import fit
 from tensortrain.train.losses import cross_entropy_loss
@@ -253,15 +251,9 @@ HEALS: dict[str, Callable[[bool], Any]] = {
 
 def fail_together(rank: int, n: int, folder: str, timeout_s: float) -> None:
     """What each process does; it saves what was raised."""
-    torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)
-    store, timeout = f"file://{Path(folder) / 'store'}", timedelta(seconds=timeout_s)
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=n, timeout=timeout)
-    try:
-        with use_cost_model(CostModel.reference("cpu")):
-            torch.save(_found(rank, n), Path(folder) / f"{rank}.pt")
-    finally:
-        dist.destroy_process_group()
+    with fresh.process_group(rank, n, folder, timeout_s):
+        torch.save(_found(rank, n), Path(folder) / f"{rank}.pt")
 
 
 def _raised(run: Callable[[bool], Any], fails: bool) -> dict[str, Any] | None:

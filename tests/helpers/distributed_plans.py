@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import fresh
 import torch
-import torch.distributed as dist
 from small_models import ConvNet, Tagger, batches, decay_, mlp
 from torch import Tensor, nn
 
 import tensortrain as tt
 from tensortrain.compression import CompressionPlan, alone, plan_compression
-from tensortrain.contract import CostModel, use_cost_model
 from tensortrain.train.loop import fit
 from tensortrain.train.losses import cross_entropy_loss
 
@@ -87,15 +85,9 @@ def trained(rank: int = 0, n: int = 1, **keywords: Any) -> dict[str, Tensor]:
 
 def work_together(rank: int, n: int, folder: str, timeout_s: float) -> None:
     """What each process does; it saves what came out."""
-    torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)
-    store, timeout = f"file://{Path(folder) / 'store'}", timedelta(seconds=timeout_s)
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=n, timeout=timeout)
-    try:
-        with use_cost_model(CostModel.reference("cpu")):
-            torch.save(_found(rank, n, Path(folder)), Path(folder) / f"{rank}.pt")
-    finally:
-        dist.destroy_process_group()
+    with fresh.process_group(rank, n, folder, timeout_s):
+        torch.save(_found(rank, n, Path(folder)), Path(folder) / f"{rank}.pt")
 
 
 def _found(rank: int, n: int, folder: Path) -> dict[str, Any]:

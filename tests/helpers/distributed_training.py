@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import fresh
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import tensortrain as tt
-from tensortrain.contract import CostModel, use_cost_model
 
 N_WORDS, LENGTH, WIDTH, N_EXAMPLES, N_STEPS = 40, 16, 16, 8, 3
 
@@ -66,16 +64,9 @@ def train(model: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> list[float]
 
 def train_part(rank: int, n_processes: int, folder: str, timeout_s: float) -> None:
     """What each process does: train on its part of every batch, and save what came out."""
-    torch.set_num_threads(1)
-    store = f"file://{Path(folder) / 'store'}"
-    timeout = timedelta(seconds=timeout_s)
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=n_processes, timeout=timeout)
-    try:
-        with use_cost_model(CostModel.reference("cpu")):  # as all tests here: nothing is timed
-            for dtype in (torch.float32, torch.float64):
-                torch.save(_train_in_parallel(rank, n_processes, dtype), Path(folder) / f"{dtype}-{rank}.pt")
-    finally:
-        dist.destroy_process_group()
+    with fresh.process_group(rank, n_processes, folder, timeout_s):
+        for dtype in (torch.float32, torch.float64):
+            torch.save(_train_in_parallel(rank, n_processes, dtype), Path(folder) / f"{dtype}-{rank}.pt")
 
 
 def _train_in_parallel(rank: int, n_processes: int, dtype: torch.dtype) -> dict[str, Any]:

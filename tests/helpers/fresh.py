@@ -6,17 +6,19 @@ done so, and each of these processes is forked from it: it has seen nothing of t
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-__all__ = ["METHOD", "Done", "join", "run", "run_function", "start"]
+__all__ = ["METHOD", "Done", "join", "process_group", "run", "run_function", "start"]
 
 METHOD = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
 _CONTEXT: Any = multiprocessing.get_context(METHOD)
@@ -72,6 +74,24 @@ def join(running: Any, timeout_s: float) -> None:
             if process.is_alive():
                 process.kill()
             process.join()
+
+
+@contextlib.contextmanager
+def process_group(rank: int, n: int, folder: str, timeout_s: float) -> Iterator[None]:
+    """Inside, this is one of so many processes that meet in a folder, on one thread and with nothing timed."""
+    import torch
+    import torch.distributed as dist
+
+    from tensortrain.contract import CostModel, use_cost_model
+
+    torch.set_num_threads(1)
+    store, timeout = f"file://{Path(folder) / 'store'}", timedelta(seconds=timeout_s)
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=n, timeout=timeout)
+    try:
+        with use_cost_model(CostModel.reference("cpu")):
+            yield
+    finally:
+        dist.destroy_process_group()
 
 
 def _work(code: str, arguments: Sequence[str], stdout: str, stderr: str) -> None:

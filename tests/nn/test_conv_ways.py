@@ -239,16 +239,16 @@ def timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> list[str]:
     """Names of ways that were run; the one that comes last is the fastest by a clock of our own."""
     seen: list[str] = []
 
-    def calls(ways: list[Way], request: Any, maker: Any) -> list[int]:
+    def calls(ways: list[Way], request: Any, maker: Any) -> list[Any]:
         numbers = range(len(seen) + 1, len(seen) + len(ways) + 1)
         seen.extend(way.name for way in ways)
-        return list(numbers)
+        return [choose._Call(lambda number=number: number) for number in numbers]
 
     monkeypatch.setattr(choose, "_KNOWN", {})
     monkeypatch.setattr(choose, "_calls", calls)
     monkeypatch.setattr(choose, "_CLEARLY", 1.0)
     monkeypatch.setattr(choose, "can_time", lambda device: True)
-    monkeypatch.setattr(choose, "timed", lambda number, device: 1.0 / number)
+    monkeypatch.setattr(choose, "timed", lambda call, device: 1.0 / call())
     monkeypatch.setattr(choose._NOTES, "_file", lambda device: tmp_path / "kept" / "convolutions.json")
     return seen
 
@@ -292,18 +292,14 @@ def test_a_rough_trial_runs_fewer_ways_and_is_kept_by_nobody(timed: list[str]) -
         assert len(timed) == n_run
 
 
-def test_a_trial_counts_the_long_way_of_what_is_never_ready(monkeypatch: pytest.MonkeyPatch) -> None:
-    spent: list[float] = []
-    monkeypatch.setattr(choose, "_spend", spent.append)
+def test_a_trial_counts_the_long_way_of_what_is_never_ready() -> None:
     layer, x = make(), torch.randn(1, 32, 6, 6, dtype=torch.float32)
     with torch.no_grad():
         ways = ways_of(layer, x)
         request = choose.Request(layer.spec, layer.conv_options(), 1, (6, 6), 32 * 36, False, x.dtype, x.device)
         calls = choose._calls(ways, request, layer)
         for way, call in zip(ways, calls, strict=True):
-            spent.clear()
-            call()
-            assert bool(spent) == (way.name == "steps"), way.name
+            assert (call.more_s > 0) == (way.name == "steps"), way.name
 
 
 def _fastest_of(monkeypatch: pytest.MonkeyPatch, tried: list[float], alone: list[float]) -> int:

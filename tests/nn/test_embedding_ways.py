@@ -11,6 +11,7 @@ from torch import Tensor
 import tensortrain as tt
 from tensortrain.contract import kernels
 from tensortrain.errors import DTypeError, ModeIndexError
+from tensortrain.system.native import library
 
 LAYERS = {
     "tt": {"rank": 3},
@@ -139,3 +140,99 @@ def test_bags_are_those_of_torch_on_every_way(mode: str, options: dict[str, Any]
         torch.testing.assert_close(one, other)
     with torch.no_grad(), pytest.raises(ModeIndexError):
         bag(torch.tensor([[60]]))
+
+
+# -- rows that stand beside the cores -------------------------------------------------------------------
+
+BESIDE: dict[str, dict[str, Any]] = {
+    "hot": {"hot_rows": 5},
+    "hot and padding": {"hot_rows": 5, "padding_idx": 3},
+    "hot and a row of padding": {"hot_rows": 5, "padding_idx": -1, "has_padding_row": True},
+    "padding": {"padding_idx": 0},
+}
+
+
+def beside(words: dict[str, Any], dtype: torch.dtype = torch.float64, **more: Any) -> Any:
+    torch.manual_seed(0)
+    made: Any = tt.nn.Embedding(60, 12, dtype=dtype, **({"rank": 3, "format": "low_rank"} | words | more))
+    if made.hot_rows:
+        made.populate_hot_rows_(ids=torch.tensor([9, 9, 30, 3, 58]))  # one row stays unused
+        with torch.no_grad():
+            made.hot_weight.add_(1.0)
+    if made.padding_row is not None:
+        made.padding_row.copy_(torch.arange(12.0))
+    return made
+
+
+def shortly(made: Any, ids: Tensor) -> Tensor | None:
+    rows: Tensor | None = made.runner.way(made, ids)
+    return rows
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("implementation", ["auto", "factorized"])
+@pytest.mark.parametrize("format", ["low_rank", "tt"])
+@pytest.mark.parametrize("name", list(BESIDE))
+def test_rows_beside_the_cores_come_by_the_short_way(
+    name: str, format: str, implementation: Any, dtype: torch.dtype
+) -> None:
+    made = beside(BESIDE[name], dtype, format=format, implementation=implementation)
+    given = [
+        torch.randint(60, (4, 7)),
+        torch.tensor([30, 9, 58]),
+        torch.tensor([[5]]),
+        torch.arange(60),
+        torch.tensor(9),
+    ]
+    with torch.no_grad():
+        with kernels.python_only():
+            wanted = [made(ids) for ids in given]
+        made.clear_cache()
+        made(given[-1])
+        for ids, rows in zip(given, wanted, strict=True):
+            torch.testing.assert_close(made(ids), rows)
+            if library() is not None:
+                found = shortly(made, ids)
+                assert found is not None
+                torch.testing.assert_close(found, rows)
+
+
+def test_rows_beside_the_cores_are_never_stale() -> None:
+    made, ids = beside(BESIDE["hot and a row of padding"]), torch.arange(60)
+
+    def check_again() -> None:
+        made(ids)
+        torch.testing.assert_close(made(ids), made.weight)
+
+    with torch.no_grad():
+        check_again()
+        made.hot_weight.mul_(2.0)
+        made.padding_row.add_(1.0)
+        check_again()
+        made.populate_hot_rows_(ids=torch.tensor([1, 2, 2, 50]))
+        check_again()
+        made.padding_idx = 7
+        check_again()
+        made.cores[0].mul_(3.0)
+        check_again()
+        made.load_state_dict(beside(BESIDE["hot and a row of padding"]).state_dict())
+        check_again()
+
+
+def test_rows_beside_the_cores_record_gradients_and_refuse_ids() -> None:
+    made, ids = beside(BESIDE["hot and padding"]), torch.arange(60)
+    with torch.no_grad():
+        made(ids), made(ids)
+    made.requires_grad_(False)
+    made.hot_weight.requires_grad_()
+    rows = made(ids)
+    rows.sum().backward()
+    assert made.hot_weight.grad is not None
+    for bad in ([60], [-1, 9]):
+        with torch.no_grad(), pytest.raises(ModeIndexError, match="ids must"):
+            made(torch.tensor(bad))
+    with torch.no_grad():
+        short = made(ids[::2])  # not in a row
+        assert torch.equal(short, made(ids[::2].contiguous()))
+        assert made(ids.int()).shape == (60, 12)
+        assert made(ids[:0]).shape == (0, 12)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tensortrain.compression.made_up import Statistic, make_up
 from tensortrain.compression.survey.hidden import HiddenUnits
-from tensortrain.compression.survey.layers import FoundLayer
+from tensortrain.compression.survey.layers import FoundLayer, part_of
 from tensortrain.compression.survey.moments import LayerMoments
 from tensortrain.errors import ShapeError
 from tensortrain.formats.narrowing import refitted, shrunk
@@ -24,6 +24,7 @@ __all__ = [
     "Fitted",
     "Undo",
     "all_or_none",
+    "check_between",
     "check_units",
     "fitted",
     "keep_channels",
@@ -156,6 +157,19 @@ def check_units(units: HiddenUnits, layers: Mapping[str, FoundLayer]) -> None:
         n = None if found is None else found.in_features if name == units.reader else found.out_features
         if n != units.n_units:
             where = "lacks it" if n is None else f"has {n}"
+            raise ShapeError(
+                f"a plan must fit its model: it counts {units.n_units} hidden units at layer {name!r}, the model "
+                f"{where}. Plan again on this model. Nothing was changed."
+            )
+
+
+def check_between(model: nn.Module, units: HiddenUnits) -> None:
+    """Raise ``ShapeError`` where a layer between holds other than one number, or filter, for each unit."""
+    for name in units.between:
+        layer = part_of(model, name)
+        held = [] if layer is None else [p for p in layer._parameters.values() if p is not None and p.numel() > 1]
+        if layer is None or any(p.shape[0] != units.n_units for p in held):
+            where = "lacks it" if layer is None else f"has a {type(layer).__name__} of other sizes"
             raise ShapeError(
                 f"a plan must fit its model: it counts {units.n_units} hidden units at layer {name!r}, the model "
                 f"{where}. Plan again on this model. Nothing was changed."

@@ -23,7 +23,7 @@ from tensortrain.compression.choose.plan import (
 )
 from tensortrain.compression.config import tell_configs_
 from tensortrain.compression.made_up import Statistic, make_up
-from tensortrain.compression.narrow import Fitted, all_or_none, check_units, fitted, narrow_
+from tensortrain.compression.narrow import Fitted, all_or_none, check_between, check_units, fitted, narrow_
 from tensortrain.compression.narrow_heads import check_heads, narrowed_heads
 from tensortrain.compression.narrow_recurrent import FittedMap, check_recurrent, fitted_recurrent, narrow_recurrent_
 from tensortrain.compression.narrow_whole_heads import FewerHeads, check_whole_heads, fewer_heads, narrow_whole_heads_
@@ -93,7 +93,7 @@ def _apply(model: nn.Module, plan: CompressionPlan, observer: Observer, build: B
     found = {layer.name: layer for layer in find_layers(model)[0]}
     work = [(_checked(entry, found), entry) for entry in plan.layers if entry.spec is not None]
     for one in plan.groups:
-        _check_group(one, found)
+        _check_group(model, one, plan, found)
     with weights_parked(model.parameters()) as put_aside:
         ready = _prepared(model, plan, work, found, observer, build or _build, put_aside)
         with all_or_none() as undo:
@@ -123,16 +123,20 @@ class _Ready:
     statistics: list[Statistic] = field(default_factory=list)
 
 
-def _check_group(one: Group, found: Mapping[str, FoundLayer]) -> None:
-    """Raise ``ShapeError`` where a model lacks one of the layers that are narrowed together."""
+def _check_group(model: nn.Module, one: Group, plan: CompressionPlan, found: Mapping[str, FoundLayer]) -> None:
+    """Raise ``ShapeError`` where a model lacks one of the layers that are narrowed together, or has another there."""
     if isinstance(one, Narrowed):
         check_units(one.units, found)
+        check_between(model, one.units)
     elif isinstance(one, NarrowedHeads):
         check_heads(one.heads, found)
     elif isinstance(one, NarrowedRecurrent):
         check_recurrent(one.units, found)
     else:
         check_whole_heads(one.heads, found)
+    for entry in plan.layers:
+        if entry.name in one.names:
+            _check_is_same(entry, found[entry.name])
 
 
 def _prepared(
@@ -258,12 +262,7 @@ def _checked(entry: LayerPlan, found: dict[str, FoundLayer]) -> FoundLayer:
             f"a plan must fit its model: it names layer {entry.name!r}, which the model lacks or which cannot be "
             f"factorized. Plan again with tensortrain.plan_compression on this model. Nothing was changed."
         )
-    assert entry.spec is not None
-    if layer.weight != entry.spec.weight or layer.kind != entry.kind:
-        raise ShapeError(
-            f"a plan must fit its model: layer {entry.name!r} is a {layer.kind} of shape {layer.weight.dense_shape}, "
-            f"the plan expects a {entry.kind} of shape {entry.shape}. Plan again on this model. Nothing was changed."
-        )
+    _check_is_same(entry, layer)
     head = layer.head.names[0] if layer.head is not None else ""
     if head != entry.head:
         raise ShapeError(
@@ -271,6 +270,16 @@ def _checked(entry: LayerPlan, found: dict[str, FoundLayer]) -> FoundLayer:
             f"expects {entry.head!r}. Plan again on this model. Nothing was changed."
         )
     return layer
+
+
+def _check_is_same(entry: LayerPlan, layer: FoundLayer) -> None:
+    """Raise ``ShapeError`` where a layer is of another kind or shape than the plan was made for."""
+    is_shape = layer.weight.dense_shape == entry.shape if entry.spec is None else layer.weight == entry.spec.weight
+    if not is_shape or layer.kind != entry.kind:
+        raise ShapeError(
+            f"a plan must fit its model: layer {entry.name!r} is a {layer.kind} of shape {layer.weight.dense_shape}, "
+            f"the plan expects a {entry.kind} of shape {entry.shape}. Plan again on this model. Nothing was changed."
+        )
 
 
 def _build(layer: FoundLayer, entry: LayerPlan, weighting: Weighting) -> FactorizedLayer:

@@ -18,7 +18,10 @@ __all__ = ["bring_back", "is_offloaded", "let_go_of_weights", "offload", "weight
 
 @contextlib.contextmanager
 def weights_offloaded(
-    model: nn.Module, *, but_not: Callable[[nn.Module], bool] = lambda module: False
+    model: nn.Module,
+    *,
+    but_not: Callable[[nn.Module], bool] = lambda module: False,
+    after_use: Callable[[nn.Module], object] = lambda module: None,
 ) -> Iterator[None]:
     """Inside, weights of a large model take memory only while their own module runs.
 
@@ -27,13 +30,15 @@ def weights_offloaded(
 
     Args:
         but_not: Whether a module's own weights stay where they are.
+        after_use: Is called with every module that has run, whichever model it is of: to drop what was made of its
+            weights.
     """
     if not are_large(model.parameters()):
         yield
         return
     weights = _to_offload(model, but_not)
     try:
-        with memory_given_back(model.parameters()), _let_go_by_module():
+        with memory_given_back(model.parameters()), _let_go_by_module(after_use):
             _put_into_files(weights)
             yield
     except BaseException:
@@ -90,9 +95,14 @@ def _put_into_memory(weights: Iterable[Tensor]) -> None:
 
 
 @contextlib.contextmanager
-def _let_go_by_module() -> Iterator[None]:
+def _let_go_by_module(after_use: Callable[[nn.Module], object]) -> Iterator[None]:
     """A hook for all modules: one that hangs on a layer would go over to the layer that takes its place."""
-    handle = register_module_forward_hook(let_go_of_weights)
+
+    def hook(module: nn.Module, args: Any, output: Any) -> None:
+        after_use(module)
+        let_go_of_weights(module)
+
+    handle = register_module_forward_hook(hook)
     try:
         yield
     finally:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -281,6 +282,38 @@ def test_a_plan_for_another_model_is_refused_and_nothing_changed() -> None:
             apply_plan_(other, CompressionPlan.from_json(plan.to_json()))
         assert "Nothing was changed" in str(caught.value)
         assert_unchanged(other, before)
+
+
+def narrowed_at(model: nn.Module, *shape: int) -> Any:
+    plan = plan_compression(model, budget="1.3x", data=batches(4, 9, *shape), formats=("narrow",), allow_slower=True)
+    assert plan.narrowed
+    return plan
+
+
+def between(kind: Any, norm: Any, width: int = 48) -> nn.Sequential:
+    return nn.Sequential(kind(20, width), norm, nn.ReLU(), kind(width, 6))
+
+
+@pytest.mark.parametrize(
+    ("other", "found"),
+    [
+        (between(lambda a, b: nn.Conv1d(a, b, 1), nn.BatchNorm1d(48)), "is a Conv1d"),
+        (between(lambda a, b: nn.Linear(a + 4, b) if a == 20 else nn.Linear(a, b), nn.BatchNorm1d(48)), "of shape"),
+        (between(nn.Linear, nn.LayerNorm(20, elementwise_affine=False)), None),
+        (between(nn.Linear, nn.BatchNorm1d(24)), "a BatchNorm1d of other sizes"),
+        (nn.Sequential(*between(nn.Linear, nn.ReLU())[2:]), "lacks it"),
+    ],
+)
+def test_layers_that_are_narrowed_together_must_be_of_the_kind_planned(other: nn.Module, found: str | None) -> None:
+    plan = narrowed_at(between(nn.Linear, nn.BatchNorm1d(48)).eval(), 20)
+    before = snapshot(other)
+    if found is None:  # what holds no numbers needs no change
+        tt.apply_plan_(other, plan)
+        return
+    with pytest.raises(ShapeError, match=found) as caught:
+        apply_plan_(other, CompressionPlan.from_json(plan.to_json()))
+    assert "Nothing was changed" in str(caught.value)
+    assert_unchanged(other, before)
 
 
 def test_a_plan_does_not_apply_twice() -> None:

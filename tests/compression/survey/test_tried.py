@@ -103,3 +103,42 @@ def test_what_cannot_be_told_is_left_out_and_nothing_changes() -> None:
     assert model.training
     assert all(p.requires_grad for p in model.parameters())
     assert not any(module._forward_hooks for module in model.modules())
+
+
+class Picky(nn.Module):
+    """Runs on the batches that it was calibrated on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head = nn.Linear(8, 12), nn.Linear(12, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if float(x.detach().abs().max()) > 50:
+            raise ValueError("too loud")
+        return self.head(torch.tanh(self.first(x)))
+
+
+def _on_loud_batches(change: Tensor) -> tuple[list[float | None], list[str]]:
+    torch.manual_seed(0)
+    model, data = Picky(), [torch.randn(9, 8) for _ in range(4)]
+    layers = find_layers(model)[0]
+    found = calibrate(model, layers, data, n_batches=4, observer=Silent(), n_held=0)
+    found.held = [100 * torch.randn(9, 8)]
+    trials = [Trial(layers[0], change)]
+
+    def judge(batch: Tensor) -> dict[str, Tensor]:
+        return judged_outputs(model, batch, None, with_labels=False)[0]
+
+    return losses_of(model, trials, found, judge, Metric(model, None), Silent()), found.notes
+
+
+def test_a_model_that_fails_on_held_back_batches_is_told_of() -> None:
+    losses, notes = _on_loud_batches(torch.zeros(12, 8))
+    assert losses == [None]
+    assert any("held back" in note and "too loud" in note for note in notes)
+
+
+def test_errors_of_this_package_are_not_taken_for_those_of_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Picky, "forward", lambda self, x: self.head(torch.tanh(self.first(x))))
+    with pytest.raises(RuntimeError):
+        _on_loud_batches(torch.zeros(12, 9))

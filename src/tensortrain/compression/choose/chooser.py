@@ -29,7 +29,7 @@ from tensortrain.compression.choose.plan import (
 from tensortrain.compression.choose.recurrent_widths import RecurrentWidths
 from tensortrain.compression.choose.whole_head_widths import WholeHeadWidths
 from tensortrain.compression.choose.why import why_not_other
-from tensortrain.compression.choose.widths import Width, Widths
+from tensortrain.compression.choose.widths import JointWidths, Width, Widths
 from tensortrain.compression.survey.layers import FoundLayer
 from tensortrain.errors import BudgetError
 from tensortrain.formats import FactorSpec, get_format
@@ -55,7 +55,7 @@ _ID_BYTES, _PLACE_BYTES = 8, 4  # of the number of a row that is kept, of that o
 
 Array: TypeAlias = "np.ndarray[Any, Any]"
 Pick: TypeAlias = "Candidate | Width | None"
-AnyWidths: TypeAlias = Widths | HeadWidths | RecurrentWidths | WholeHeadWidths
+AnyWidths: TypeAlias = JointWidths[Any, Any]
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ the budget. So one folder serves all budgets of a model.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,12 +15,19 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from tensortrain.compression.choose.candidates import Family
-from tensortrain.compression.choose.widths import Width, Widths
+from tensortrain.compression.choose.head_widths import HeadWidths
+from tensortrain.compression.choose.recurrent_widths import RecurrentWidths
+from tensortrain.compression.choose.whole_head_widths import WholeHeadWidths
+from tensortrain.compression.choose.widths import JointWidths, Width, Widths
+from tensortrain.compression.survey.heads import AttentionHeads
 from tensortrain.compression.survey.hidden import HiddenUnits
 from tensortrain.compression.survey.moments import Calibration, LayerMoments
+from tensortrain.compression.survey.recurrent import RecurrentUnits
+from tensortrain.compression.survey.whole_heads import Rows, WholeHeads
 from tensortrain.errors import CheckpointError, ShapeError
 from tensortrain.formats import FactorSpec
 from tensortrain.formats.channel_order import ChannelOrder
+from tensortrain.formats.head_narrowing import HeadSteps
 from tensortrain.formats.narrowing import Narrowing
 from tensortrain.system.checkpoint import RunFile
 from tensortrain.system.observer import Observer
@@ -29,8 +36,11 @@ from tensortrain.system.processes import first_of, gathered, own_rank
 __all__ = ["Folder"]
 
 T = TypeVar("T")
+W = TypeVar("W", bound=JointWidths[Any, Any])
 
-_RECORDS = (Calibration, LayerMoments, Family, Widths, Width, HiddenUnits, Narrowing, ChannelOrder)
+_GROUPS = (HiddenUnits, AttentionHeads, RecurrentUnits, WholeHeads, Rows)
+_ORDERS = (Narrowing, HeadSteps, ChannelOrder)
+_RECORDS = (Calibration, LayerMoments, Family, JointWidths, Width, *_GROUPS, *_ORDERS)
 _NOT_KEPT = ("parks", "layers", "batches", "held", "span")
 
 
@@ -91,9 +101,14 @@ class Folder:
         """What the menu of the layer of that number is made of."""
         return self._once(f"menu-{k}", make, lambda tree: [_family_from(one) for one in tree])
 
-    def widths(self, k: int, units: HiddenUnits, make: Callable[[], Widths]) -> Widths:
-        """What every width of the hidden units of that number costs."""
-        return self._once(f"menu-of-units-{k}", make, lambda tree: _widths_from(units, tree))
+    def widths(self, name: str, kind: type[W], group: Any, make: Callable[[], W]) -> W:
+        """What every width of some layers that are narrowed together costs.
+
+        Args:
+            name: Of what is kept, another one for each group.
+            kind: Of the record that ``make`` gives.
+        """
+        return self._once(f"menu-of-{name}", make, lambda tree: _widths_from(kind, group, tree))
 
     def _calibration_from(self, tree: dict[str, Any], parks: bool) -> Calibration:
         layers = {}
@@ -166,13 +181,16 @@ def _family_from(tree: Mapping[str, Any]) -> Family:
     return Family(**{**tree, "spec": FactorSpec.from_dict(tree["spec"]), "order": order})
 
 
-def _widths_from(units: HiddenUnits, tree: Mapping[str, Any]) -> Widths:
-    menus: Mapping[str, Sequence[Mapping[str, Any]]] = tree["menus"]
-    if _as_tree(units) != tree["units"]:
-        raise KeyError(units.reader)
-    return Widths(
-        units,
-        Narrowing(**tree["order"]),
-        tree["n_between"],
-        {name: tuple(Width(**one) for one in widths) for name, widths in menus.items()},
-    )
+def _widths_from(kind: type[W], group: Any, tree: Mapping[str, Any]) -> W:
+    if _as_tree(group) != tree["group"]:
+        raise KeyError(group.reader)
+    menus = {name: tuple(Width(**one) for one in widths) for name, widths in tree["menus"].items()}
+    return kind(**{**tree, "group": group, "order": _ORDERS_FROM[kind](tree["order"]), "menus": menus})
+
+
+_ORDERS_FROM: Mapping[type, Callable[[Any], Any]] = {
+    Widths: lambda tree: Narrowing(**tree),
+    HeadWidths: lambda tree: HeadSteps(**tree),
+    RecurrentWidths: lambda trees: tuple(Narrowing(**one) for one in trees),
+    WholeHeadWidths: lambda tree: Narrowing(**tree),
+}

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from tensortrain.compression.choose.widths import Members, Width
+from tensortrain.compression.choose.widths import JointWidths, Members, Width
 from tensortrain.compression.narrow_heads import can_be_partial, head_moments, score_moments
 from tensortrain.compression.survey.heads import AttentionHeads
 from tensortrain.compression.survey.layers import FoundLayer
@@ -24,29 +24,12 @@ _INDEX_BYTES = 8
 
 
 @dataclass(frozen=True)
-class HeadWidths:
-    """All numbers of directions that some heads can be left with.
+class HeadWidths(JointWidths[AttentionHeads, HeadSteps]):
+    """All numbers of directions that some heads can be left with; ``order`` says what each head keeps at every step."""
 
-    Attributes:
-        steps: What each head keeps at every entry of the menus, and what that costs.
-        menus: By layer name, in the same order for both.
-    """
-
-    heads: AttentionHeads
-    steps: HeadSteps
-    menus: Mapping[str, tuple[Width, ...]]
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        return self.heads.names
-
-    @property
-    def reader(self) -> str:
-        return self.heads.reader
-
-    def kept(self, n_directions: int) -> tuple[int, ...]:
-        """What each head of the maker keeps of so many in all."""
-        return next(widths for widths in self.steps.widths if sum(widths) == n_directions)
+    def kept(self, n_units: int) -> tuple[int, ...]:
+        """What each head of the maker keeps of so many directions in all."""
+        return next(widths for widths in self.order.widths if sum(widths) == n_units)
 
 
 def apart(

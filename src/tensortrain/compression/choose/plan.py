@@ -181,13 +181,13 @@ class Narrowed:
     @property
     def names(self) -> tuple[str, ...]:
         """Of the layers that make and read the units."""
-        return (*self.units.makers, self.units.reader)
+        return self.units.names
 
     @classmethod
     def of(cls, widths: Widths, n_units: int) -> Narrowed:
         """Those that are best kept at a width."""
-        n = widths.units.n_units
-        return cls(widths.units, tuple(widths.order.kept(n_units).tolist()), widths.n_between * (n - n_units) // n)
+        n = widths.group.n_units
+        return cls(widths.group, widths.kept(n_units), widths.n_between * (n - n_units) // n)
 
 
 @dataclass(frozen=True)
@@ -212,7 +212,7 @@ class NarrowedHeads:
     @classmethod
     def of(cls, widths: HeadWidths, n_directions: int) -> NarrowedHeads:
         """What each head best keeps of so many in all."""
-        return cls(widths.heads, widths.kept(n_directions))
+        return cls(widths.group, widths.kept(n_directions))
 
 
 @dataclass(frozen=True)
@@ -240,7 +240,7 @@ class NarrowedRecurrent:
     @classmethod
     def of(cls, widths: RecurrentWidths, n_units: int) -> NarrowedRecurrent:
         """Those that are best kept at a width."""
-        return cls(widths.units, widths.kept(n_units))
+        return cls(widths.group, widths.kept(n_units))
 
 
 @dataclass(frozen=True)
@@ -265,7 +265,7 @@ class NarrowedWholeHeads:
     @classmethod
     def of(cls, widths: WholeHeadWidths, n_groups: int) -> NarrowedWholeHeads:
         """Those that are best kept of so many."""
-        return cls(widths.heads, widths.kept(n_groups))
+        return cls(widths.group, widths.kept(n_groups))
 
 
 Group: TypeAlias = (

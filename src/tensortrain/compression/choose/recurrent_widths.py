@@ -5,14 +5,14 @@ All layers and directions of one layer of torch have one size, so they keep equa
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tensortrain.compression.choose.widths import Members, Width, channel_gram
+from tensortrain.compression.choose.widths import JointWidths, Members, Width, channel_gram
 from tensortrain.compression.narrow_recurrent import FittedMap, fitted_recurrent, gate_rows, places_of
 from tensortrain.compression.survey.layers import FoundLayer
 from tensortrain.compression.survey.moments import Calibration
@@ -30,29 +30,12 @@ _ALL, _SHARES = 48, (1 / 16, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4, 7 / 8, 15
 
 
 @dataclass(frozen=True)
-class RecurrentWidths:
-    """All widths of the units of a recurrent layer.
-
-    Attributes:
-        orders: In which the units of each cell go.
-        menus: By name of the map, in the same order for all.
-    """
-
-    units: RecurrentUnits
-    orders: tuple[Narrowing, ...]
-    menus: Mapping[str, tuple[Width, ...]]
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        return self.units.names
-
-    @property
-    def reader(self) -> str:
-        return self.units.names[0]
+class RecurrentWidths(JointWidths[RecurrentUnits, tuple[Narrowing, ...]]):
+    """All widths of the units of a recurrent layer; ``order`` is one for each cell."""
 
     def kept(self, n_units: int) -> tuple[tuple[int, ...], ...]:
         """Numbers of the units that each cell keeps at a width."""
-        return tuple(tuple(order.kept(n_units).tolist()) for order in self.orders)
+        return tuple(tuple(order.kept(n_units).tolist()) for order in self.order)
 
 
 def standing_apart(found: Sequence[RecurrentUnits], layers: Members, moments: Calibration) -> list[RecurrentUnits]:

@@ -31,7 +31,7 @@ class Seen:
     """Shares of the original's output that are spoiled: by a whole plan, and by each of its changes alone.
 
     Attributes:
-        alone: By name of the layer; of narrowed units that of their reader.
+        alone: By name of the layer; of layers that are narrowed together, of those that losses are predicted of.
     """
 
     together: float

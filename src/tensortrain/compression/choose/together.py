@@ -12,11 +12,11 @@ from torch import nn
 from tensortrain.compression.choose.candidates import HEADS, NARROW, NARROWING, RECURRENT, WHOLE_HEADS
 from tensortrain.compression.choose.chooser import AnyWidths
 from tensortrain.compression.choose.folder import Folder
-from tensortrain.compression.choose.head_widths import apart, head_widths_of
+from tensortrain.compression.choose.head_widths import HeadWidths, apart, head_widths_of
 from tensortrain.compression.choose.options import PlanOptions
-from tensortrain.compression.choose.recurrent_widths import recurrent_widths_of, standing_apart
-from tensortrain.compression.choose.whole_head_widths import apart_whole, whole_head_widths_of
-from tensortrain.compression.choose.widths import Members, disjoint, widths_of
+from tensortrain.compression.choose.recurrent_widths import RecurrentWidths, recurrent_widths_of, standing_apart
+from tensortrain.compression.choose.whole_head_widths import WholeHeadWidths, apart_whole, whole_head_widths_of
+from tensortrain.compression.choose.widths import Members, Widths, disjoint, widths_of
 from tensortrain.compression.survey.layers import FoundLayer
 from tensortrain.compression.survey.moments import Calibration
 from tensortrain.compression.survey.proven import proven_units
@@ -68,25 +68,29 @@ def _jobs(
     free = {layer.name: layer for layer in layers if not _stands_open(model, layer)}
     if RECURRENT in options.formats:
         chosen = partial(standing_apart, layers=every, moments=calibration)
-        for cells in proven_recurrent(model, calibration, chosen, notes):
+        for k, cells in enumerate(proven_recurrent(model, calibration, chosen, notes)):
             free = _without(free, cells.names)
-            yield cells.names, partial(recurrent_widths_of, model, cells, every, calibration)
+            make = partial(recurrent_widths_of, model, cells, every, calibration)
+            yield cells.names, partial(folder.widths, f"recurrent-{k}", RecurrentWidths, cells, make)
     if NARROW in options.formats:
         found = proven_units(model, calibration, partial(disjoint, layers=dict(free), moments=known), notes)
         for k, units in enumerate(found):
-            free = _without(free, (*units.makers, units.reader))
-            make = partial(widths_of, model, units, every, calibration.of(units.reader))
-            yield (units.reader,), partial(folder.widths, k, units, make)
+            free = _without(free, units.names)
+            make_units = partial(widths_of, model, units, every, calibration.of(units.reader))
+            yield (units.reader,), partial(folder.widths, f"units-{k}", Widths, units, make_units)
     if WHOLE_HEADS in options.formats:
         whole = partial(apart_whole, layers=free | _of_attention(model, layers), moments=known)
-        for some in proven_whole_heads(model, calibration, whole, notes):
+        for k, some in enumerate(proven_whole_heads(model, calibration, whole, notes)):
             free = _without(free, some.names)
-            yield (some.reader,), partial(whole_head_widths_of, some, every, calibration.of(some.reader))
+            make_whole = partial(whole_head_widths_of, some, every, calibration.of(some.reader))
+            yield (some.reader,), partial(folder.widths, f"whole-heads-{k}", WholeHeadWidths, some, make_whole)
     if HEADS in options.formats:
-        fit = partial(apart, layers=dict(free), moments=known, taken=set())
-        for heads in proven_heads(model, calibration, free, fit, notes):
+        fit, slow = partial(apart, layers=dict(free), moments=known, taken=set()), options.allow_slower
+        for k, heads in enumerate(proven_heads(model, calibration, free, fit, notes)):
             moments = calibration.of(heads.judged)
-            yield (heads.judged,), partial(head_widths_of, heads, every, moments, allow_slower=options.allow_slower)
+            make_heads = partial(head_widths_of, heads, every, moments, allow_slower=slow)
+            name = f"heads-{k}{'-slow' if slow else ''}"  # fewer widths stand on the menu where none may be slow
+            yield (heads.judged,), partial(folder.widths, name, HeadWidths, heads, make_heads)
 
 
 def _without(layers: Members, names: Sequence[str]) -> dict[str, FoundLayer]:

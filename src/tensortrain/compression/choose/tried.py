@@ -169,11 +169,11 @@ def _narrowed(
 ) -> list[_Form]:
     """Readers of fewer hidden units."""
     menu, reader = hidden.menus[hidden.reader], layers[hidden.reader]
-    old, n = reader.kernel.flatten(1), hidden.units.n_units
+    old, n = reader.kernel.flatten(1), hidden.group.n_units
     forms = []
     for width in {_nearest(menu, error).n_units for error in _NARROW_ERRORS}:
-        kept = hidden.order.kept(width).tolist()
-        fit = fitted(model, hidden.units, kept, layers, calibration.of(hidden.reader))
+        kept = hidden.kept(width)
+        fit = fitted(model, hidden.group, kept, layers, calibration.of(hidden.reader))
         places = torch.arange(old.shape[1]).reshape(n, -1)[kept].flatten().to(old.device)
         new = torch.zeros_like(old).index_copy_(1, places, fit.weight.flatten(1))
         forms.append(_form(reader, new, old, calibration, is_narrow=True))

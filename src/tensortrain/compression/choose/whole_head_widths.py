@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from tensortrain.compression.choose.widths import Members, Width
+from tensortrain.compression.choose.widths import JointWidths, Members, Width
 from tensortrain.compression.survey.layers import FoundLayer
 from tensortrain.compression.survey.moments import LayerMoments
 from tensortrain.compression.survey.whole_heads import WholeHeads
@@ -17,29 +17,12 @@ __all__ = ["WholeHeadWidths", "apart_whole", "whole_head_widths_of"]
 
 
 @dataclass(frozen=True)
-class WholeHeadWidths:
-    """All numbers of heads that an attention can be left with.
+class WholeHeadWidths(JointWidths[WholeHeads, Narrowing]):
+    """All numbers of groups of heads that an attention can be left with."""
 
-    Attributes:
-        order: In which groups of heads go.
-        menus: By layer name, in the same order for all.
-    """
-
-    heads: WholeHeads
-    order: Narrowing
-    menus: Mapping[str, tuple[Width, ...]]
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        return self.heads.names
-
-    @property
-    def reader(self) -> str:
-        return self.heads.reader
-
-    def kept(self, n_groups: int) -> tuple[int, ...]:
+    def kept(self, n_units: int) -> tuple[int, ...]:
         """Numbers of the groups that are best kept."""
-        return tuple(self.order.kept(n_groups).tolist())
+        return tuple(self.order.kept(n_units).tolist())
 
 
 def apart_whole(found: Sequence[WholeHeads], layers: Members, moments: Mapping[str, LayerMoments]) -> list[WholeHeads]:

@@ -6,9 +6,10 @@ a share k of the parameters, and leaves dense layers, which are faster by themse
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, Generic, Protocol, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ from tensortrain.compression.survey.moments import LayerMoments
 from tensortrain.formats.narrowing import Narrowing, narrowing, shrunk
 from tensortrain.system.parking import let_go
 
-__all__ = ["Width", "Widths", "channel_gram", "disjoint", "widths_of"]
+__all__ = ["JointWidths", "Width", "Widths", "channel_gram", "disjoint", "widths_of"]
 
 _MOST_WIDTHS = 64
 _MOST_BLOCKS = 64  # in which units go, each a step over the whole moment
@@ -60,28 +61,61 @@ class Width:
         return self.share if self.time is None else self.time
 
 
+class _Group(Protocol):
+    """Layers that are narrowed together."""
+
+    @property
+    def names(self) -> tuple[str, ...]: ...
+
+    @property
+    def reader(self) -> str: ...
+
+
+G = TypeVar("G", bound=_Group)
+O = TypeVar("O")  # noqa: E741
+
+
 @dataclass(frozen=True)
-class Widths:
-    """All widths of some hidden units.
+class JointWidths(ABC, Generic[G, O]):
+    """All widths that some layers can be narrowed to together.
 
     Attributes:
-        order: In which they go, and what every width costs.
-        n_between: Numbers that the layers between hold for all units.
+        group: The layers, and what they meet in.
+        order: What goes first, and what every width costs.
         menus: By layer name: the widths, in the same order for all.
     """
 
-    units: HiddenUnits
-    order: Narrowing
-    n_between: int
+    group: G
+    order: O
     menus: Mapping[str, tuple[Width, ...]]
 
     @property
     def names(self) -> tuple[str, ...]:
-        return (*self.units.makers, self.units.reader)
+        return self.group.names
 
     @property
     def reader(self) -> str:
-        return self.units.reader
+        """The layer by whose entry a width is told from other forms."""
+        return self.group.reader
+
+    @abstractmethod
+    def kept(self, n_units: int) -> tuple[Any, ...]:
+        """What is best kept at a width."""
+
+
+@dataclass(frozen=True)
+class Widths(JointWidths[HiddenUnits, Narrowing]):
+    """All widths of some hidden units.
+
+    Attributes:
+        n_between: Numbers that the layers between hold for all units.
+    """
+
+    n_between: int = 0
+
+    def kept(self, n_units: int) -> tuple[int, ...]:
+        """Numbers of the units that are best kept."""
+        return tuple(self.order.kept(n_units).tolist())
 
 
 def disjoint(found: Sequence[HiddenUnits], layers: Members, moments: Mapping[str, LayerMoments]) -> list[HiddenUnits]:
@@ -134,7 +168,7 @@ def widths_of(model: nn.Module, units: HiddenUnits, layers: Members, moments: La
     first, last = units.makers[0], units.reader
     menus[first] = tuple(_width(k, units, layers[first], order, beside=n_between + biases) for k in widths)
     menus[last] = tuple(_width(k, units, reader, order, reads=True) for k in widths)
-    return Widths(units, order, n_between, menus)
+    return Widths(units, order, menus, n_between)
 
 
 def channel_gram(reader: FoundLayer, moments: LayerMoments) -> Tensor:

@@ -6,7 +6,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from time import perf_counter
 from typing import Any
@@ -14,15 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tensortrain.compression.choose.plan import CompressionPlan
+from tensortrain.compression.choose.plan import CompressionPlan, Group, Narrowed
 from tensortrain.compression.opened import opened_for_a_while
+from tensortrain.compression.surgery import apply_plan_
 from tensortrain.compression.survey.fisher import Metric
 from tensortrain.compression.survey.layers import part_of
 from tensortrain.compression.survey.task import task_on_batch
 from tensortrain.nn import FactorizedLayer, TiedHead
+from tensortrain.system.parking import are_large
 from tensortrain.train.batches import device_of, map_tensors, n_examples, tensors_in, to_device
 from tensortrain.train.outputs import Output, judged_outputs
-from tensortrain.train.preserve import preserved
+from tensortrain.train.preserve import checked_copy, preserved
 from tensortrain.train.task import Task, TaskName
 
 __all__ = ["loss_together", "losses_alone"]
@@ -45,8 +47,9 @@ def losses_alone(
 ) -> dict[str, float]:
     """Share of the original's output that each new layer spoils where it is the only one, on one batch of the data.
 
-    Measured as it was predicted: class probabilities by their divergence, other outputs by squares. Layers around
-    hidden units of which some went are changed together, and what that spoils is that of the one that reads them.
+    Measured as it was predicted: class probabilities by their divergence, other outputs by squares. Layers that are
+    narrowed together are changed together, and what that spoils is told of the one where errors were predicted; of
+    several such it is shared out as the predictions are.
 
     Args:
         original: Not changed; new layers answer in the place of its own, one at a time.
@@ -57,7 +60,8 @@ def losses_alone(
     Returns:
         dict: By name of the layer; without those that there was no time for.
 
-    Cost: one forward pass a layer or group of layers, at most some seconds: of a large model over a few examples.
+    Cost: one forward pass a layer or group of layers, at most some seconds: of a large model over a few examples; a
+        copy of the model for each attention or recurrent layer that is narrowed.
     """
     calibration = plan.calibration
     most_s = math.inf if batches else _MOST_S  # a plan must not depend on how long it took
@@ -74,7 +78,24 @@ def losses_alone(
                 break
             with changed, _statistics_of(net, compressed, calibration.of(name).norm):
                 found[name] = outputs.spoiled_by(net)
+    for one in plan.groups:
+        if isinstance(one, Narrowed) or perf_counter() - start > most_s:
+            continue
+        found |= _shared_out(outputs.spoiled_by(_with_group_alone(original, plan, one)), plan, one)
     return found
+
+
+def _with_group_alone(original: nn.Module, plan: CompressionPlan, one: Group) -> nn.Module:
+    """A copy of the model of which these layers alone are narrowed: the code around them has to know of it."""
+    copied = checked_copy(original, parks=are_large(original.parameters())).eval()
+    return apply_plan_(copied, replace(plan, layers=()).with_groups([one]))
+
+
+def _shared_out(loss: float, plan: CompressionPlan, one: Group) -> dict[str, float]:
+    """What a group spoils, by the names of its layers of which a loss was predicted."""
+    predicted = {layer.name: layer.loss for layer in plan.layers if layer.name in one.names and layer.loss}
+    whole = math.fsum(predicted.values())
+    return {name: loss * each / whole for name, each in predicted.items()} if whole > 0 else {one.names[-1]: loss}
 
 
 def loss_together(

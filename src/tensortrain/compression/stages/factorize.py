@@ -15,8 +15,8 @@ from tensortrain.compression.report.alone import losses_alone
 from tensortrain.compression.stages.base import Work, stage
 from tensortrain.compression.surgery import to_dense_
 from tensortrain.compression.words import named
-from tensortrain.nn import FactorizedLayer
-from tensortrain.system.offloading import bring_back, weights_offloaded
+from tensortrain.nn import FactorizedLayer, TiedHead
+from tensortrain.system.offloading import bring_back, is_offloaded, let_go_of_weights, weights_offloaded
 
 __all__ = ["Factorize"]
 
@@ -43,13 +43,25 @@ class Factorize:
 def _factorize(work: Work, settings: Factorize) -> Work:
     if not work.options.inplace:
         return _planned(work, settings)
-    with weights_offloaded(work.model, but_not=lambda module: isinstance(module, FactorizedLayer)):
+    with weights_offloaded(work.model, but_not=_is_factorized, after_use=_drop_derived):
         done = _planned(work, settings)
         for module in done.model.modules():
             if isinstance(module, FactorizedLayer):
                 module.clear_cache()  # made on the way: copies of cores, which are about to move
         bring_back(done.model)
     return done
+
+
+def _is_factorized(module: nn.Module) -> bool:
+    return isinstance(module, FactorizedLayer)
+
+
+def _drop_derived(module: nn.Module) -> None:
+    """Of a new layer that lies in files, drop what a run has made of its cores: of all layers it would be a model."""
+    layer = module.embedding if isinstance(module, TiedHead) else module
+    if isinstance(layer, FactorizedLayer) and is_offloaded(layer):
+        layer.clear_cache()
+        let_go_of_weights(layer)
 
 
 def _planned(work: Work, settings: Factorize) -> Work:

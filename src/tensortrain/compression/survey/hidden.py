@@ -44,6 +44,11 @@ class HiddenUnits:
     reader: str
     n_units: int
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the layers that make and read the units."""
+        return (*self.makers, self.reader)
+
 
 def channel_axis(module: nn.Module) -> int:
     """The axis of a layer's input and output that holds its channels."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ from tensortrain.train.modes import evaluating
 from tensortrain.train.outputs import counted
 from tensortrain.train.preserve import preserved
 
-__all__ = ["is_like", "numbers", "proven", "proven_units"]
+__all__ = ["Kind", "masked", "proven", "proven_units"]
 
 Group = TypeVar("Group")
 
@@ -48,24 +49,50 @@ def proven_units(
     Cost: ``find_hidden_units`` in eval and in train mode, and two forward passes, on two examples; two more for each
     group of units where some of them fail.
     """
-    return proven(model, calibration, find_hidden_units, choose, _computes_the_same, notes, "Hidden units")
+    kind = Kind("Hidden units", find_hidden_units, _zeroed, _narrowed)
+    return proven(model, calibration, kind, choose, notes)[0]
+
+
+@dataclass(frozen=True)
+class Kind(Generic[Group]):
+    """What layers may be narrowed at together, and how that is tried.
+
+    Attributes:
+        what: They are, in a note.
+        find: ``(model, run, training=) -> what may be``.
+        unseen: While it is entered, nobody sees a part of what groups hold.
+        narrowed: While it is entered, that part is taken out.
+    """
+
+    what: str
+    find: Callable[..., list[Group]]
+    unseen: Callable[[nn.Module, Sequence[Group]], AbstractContextManager[None]]
+    narrowed: Callable[[nn.Module, Sequence[Group]], AbstractContextManager[None]]
+
+    def computes_the_same(self, model: nn.Module, groups: Sequence[Group], on_batch: Run) -> bool:
+        """Whether the model without a part gives what it gives where nobody sees that part."""
+        try:
+            with evaluating(model), torch.no_grad():
+                with self.unseen(model, groups):
+                    wanted = _numbers(on_batch(model))
+                with self.narrowed(model, groups):
+                    found = _numbers(on_batch(model))
+        except Exception:  # its code names a size, or asks for more than fewer of them can give
+            return False
+        return len(wanted) == len(found) and all(_is_like(a, b) for a, b in zip(wanted, found, strict=True))
 
 
 def proven(
     model: nn.Module,
     calibration: Calibration,
-    find: Callable[..., list[Group]],
+    kind: Kind[Group],
     choose: Callable[[list[Group]], list[Group]],
-    computes_the_same: Callable[[nn.Module, Sequence[Group], Run], bool],
     notes: list[str],
-    what: str,
-) -> list[Group]:
+) -> tuple[list[Group], list[Group]]:
     """What can be taken out together: found in eval and in train mode, chosen, and tried on a batch.
 
-    Args:
-        find: ``(model, run, training=) -> what may be``.
-        computes_the_same: Whether the model does, with a part of these taken out.
-        what: They are, in a note.
+    Returns:
+        tuple: Those that can be narrowed, and those that were chosen and cannot.
     """
     batch = _few(model, calibration.batches[0], with_labels=calibration.with_labels)
 
@@ -74,13 +101,15 @@ def proven(
 
     with preserved(model), activations_parked(model.parameters()):
         try:
-            found = choose(_found(model, find, on_batch))
+            chosen = choose(_found(model, kind.find, on_batch))
         except Exception as error:  # a part without gradients, or one that two examples do not serve
-            notes.append(f"{what} were not looked for: {in_short(error)}.")
-            return []
-        if not found or computes_the_same(model, found, on_batch):
-            return found
-        return [one for one in found if computes_the_same(model, [one], on_batch)]
+            notes.append(f"{kind.what} were not looked for: {in_short(error)}.")
+            return [], []
+        if not chosen or kind.computes_the_same(model, chosen, on_batch):
+            return chosen, []
+        fit = [kind.computes_the_same(model, [one], on_batch) for one in chosen]
+    pairs = list(zip(chosen, fit, strict=True))
+    return [one for one, is_fit in pairs if is_fit], [one for one, is_fit in pairs if not is_fit]
 
 
 def _found(model: nn.Module, find: Callable[..., list[Group]], on_batch: Run) -> list[Group]:
@@ -122,25 +151,12 @@ def _short(batch: Any) -> Any:
     return map_tensors(lambda x: x[:, start : start + _SHORT], batch)
 
 
-def _computes_the_same(model: nn.Module, groups: Sequence[HiddenUnits], on_batch: Run) -> bool:
-    """Whether the model with half of the units gives what it gives where their readers are given zeros for them."""
-    try:
-        with evaluating(model), torch.no_grad():
-            with _zeroed(model, groups):
-                wanted = numbers(on_batch(model))
-            with _narrowed(model, groups):
-                found = numbers(on_batch(model))
-    except Exception:
-        return False
-    return len(wanted) == len(found) and all(is_like(a, b) for a, b in zip(wanted, found, strict=True))
-
-
-def numbers(outputs: object) -> list[Tensor]:
+def _numbers(outputs: object) -> list[Tensor]:
     leaves = [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor)]
     return [leaf for leaf in leaves if leaf.is_floating_point()]
 
 
-def is_like(a: Tensor, b: Tensor) -> bool:
+def _is_like(a: Tensor, b: Tensor) -> bool:
     """Where they are no masks, beside whose size nothing would show."""
     if a.shape != b.shape:
         return False
@@ -152,25 +168,30 @@ def is_like(a: Tensor, b: Tensor) -> bool:
 
 
 @contextmanager
-def _zeroed(model: nn.Module, groups: Sequence[HiddenUnits]) -> Iterator[None]:
+def masked(model: nn.Module, seen: Iterable[tuple[str, Tensor]]) -> Iterator[None]:
+    """Inside, layers read zeros in some of their channels; of each is told which it goes on seeing."""
     with ExitStack() as stack:
-        for units in groups:
-            reader = model.get_submodule(units.reader)
-            handle = reader.register_forward_pre_hook(_mask(units.n_units, channel_axis(reader)))
-            stack.callback(handle.remove)
+        for name, channels in seen:
+            reader = model.get_submodule(name)
+            stack.callback(reader.register_forward_pre_hook(_mask(channels, channel_axis(reader))).remove)
         yield
 
 
-def _mask(n: int, axis: int) -> Callable[..., Any]:
+def _mask(seen: Tensor, axis: int) -> Callable[..., Any]:
     def hook(module: nn.Module, args: tuple[Any, ...]) -> Any:
         if not args:
             return None
         x = args[0]
         shape = [1] * x.ndim
-        shape[axis] = n
-        return (x * some_channels(n, x.device).reshape(shape), *args[1:])
+        shape[axis] = len(seen)
+        return (x * seen.to(x.device).reshape(shape), *args[1:])
 
     return hook
+
+
+def _zeroed(model: nn.Module, groups: Sequence[HiddenUnits]) -> AbstractContextManager[None]:
+    cpu = torch.device("cpu")
+    return masked(model, [(units.reader, some_channels(units.n_units, cpu)) for units in groups])
 
 
 @contextmanager

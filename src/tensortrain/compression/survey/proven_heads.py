@@ -13,13 +13,11 @@ from torch import Tensor, nn
 
 from tensortrain.compression.narrow_heads import partial_maps, partial_pairs, partial_scores
 from tensortrain.compression.survey.heads import AttentionHeads, find_heads
-from tensortrain.compression.survey.hidden import Run
 from tensortrain.compression.survey.layers import FoundLayer
 from tensortrain.compression.survey.moments import Calibration
-from tensortrain.compression.survey.proven import is_like, numbers, proven
+from tensortrain.compression.survey.proven import Kind, proven
 from tensortrain.compression.swap import swap
 from tensortrain.formats.rotary_pairs import Pairing, pairs_of
-from tensortrain.train.modes import evaluating
 
 __all__ = ["proven_heads"]
 
@@ -50,37 +48,16 @@ def proven_heads(
     Cost: ``find_heads`` in eval and in train mode, and two forward passes, on two examples; two more for each
     pair of layers where some of them fail.
     """
-    same = partial(_computes_the_same, layers)
-    tried: list[AttentionHeads] = []
-
-    def noted(found: list[AttentionHeads]) -> list[AttentionHeads]:
-        tried[:] = choose(found)
-        return list(tried)
-
-    found = proven(model, calibration, find_heads, noted, same, notes, "Attention heads")
-    turned = [one for one in tried if one.kind == "scores" and one.size % 2 == 0 and one not in found]
+    kind = Kind("Attention heads", find_heads, _projected, partial(_narrowed, layers=layers))
+    found, left = proven(model, calibration, kind, choose, notes)
+    turned = [one for one in left if one.kind == "scores" and one.size % 2 == 0]
     for pairing in _PAIRINGS if turned else ():
         pairs = [replace(one, kind=pairing) for one in turned]
-        more = proven(model, calibration, lambda *_, pairs=pairs, **__: pairs, list, same, notes, "Rotary pairs")
+        in_pairs = replace(kind, what="Rotary pairs", find=lambda *_, pairs=pairs, **__: pairs)
+        more, _ = proven(model, calibration, in_pairs, list, notes)
         found += more
         turned = [one for one in turned if replace(one, kind=pairing) not in more]
     return found
-
-
-def _computes_the_same(
-    layers: Mapping[str, FoundLayer], model: nn.Module, found: Sequence[AttentionHeads], on_batch: Run
-) -> bool:
-    """Whether the model with half of the directions gives what it gives where nothing of the rest is handed on."""
-    bases = [_half(heads) for heads in found]
-    try:
-        with evaluating(model), torch.no_grad():
-            with _projected(model, found, bases):
-                wanted = numbers(on_batch(model))
-            with _narrowed(model, found, bases, layers):
-                given = numbers(on_batch(model))
-    except Exception:
-        return False
-    return len(wanted) == len(given) and all(is_like(a, b) for a, b in zip(wanted, given, strict=True))
 
 
 def _half(heads: AttentionHeads) -> list[Tensor]:
@@ -101,9 +78,11 @@ def _one_hot(numbers: Tensor, size: int) -> Tensor:
 
 
 @contextmanager
-def _projected(model: nn.Module, found: Sequence[AttentionHeads], bases: Sequence[Sequence[Tensor]]) -> Iterator[None]:
+def _projected(model: nn.Module, found: Sequence[AttentionHeads]) -> Iterator[None]:
+    """Nothing of the rest of the directions is handed on."""
     with ExitStack() as stack:
-        for heads, own in zip(found, bases, strict=True):
+        for heads in found:
+            own = _half(heads)
             if heads.kind == "values":
                 hook = _projection(_wide(heads, own))
                 handle = model.get_submodule(heads.reader).register_forward_pre_hook(hook)
@@ -140,14 +119,10 @@ def _projected_keys(chosen: Tensor, *, shift: bool) -> Callable[..., Any]:
 
 
 @contextmanager
-def _narrowed(
-    model: nn.Module,
-    found: Sequence[AttentionHeads],
-    bases: Sequence[Sequence[Tensor]],
-    layers: Mapping[str, FoundLayer],
-) -> Iterator[None]:
+def _narrowed(model: nn.Module, found: Sequence[AttentionHeads], layers: Mapping[str, FoundLayer]) -> Iterator[None]:
     built = []
-    for heads, own in zip(found, bases, strict=True):
+    for heads in found:
+        own = _half(heads)
         maker, reader = layers[heads.maker], layers[heads.reader]
         device = reader.kernel.device
         if heads.pairing is not None:

@@ -10,11 +10,10 @@ import torch
 from torch import nn
 
 from tensortrain.compression.narrow_recurrent import cut_maps, narrow_recurrent_
-from tensortrain.compression.survey.hidden import Run, some_channels
+from tensortrain.compression.survey.hidden import some_channels
 from tensortrain.compression.survey.moments import Calibration
-from tensortrain.compression.survey.proven import is_like, numbers, proven
+from tensortrain.compression.survey.proven import Kind, proven
 from tensortrain.compression.survey.recurrent import RecurrentUnits, find_recurrent_units
-from tensortrain.train.modes import evaluating
 
 __all__ = ["proven_recurrent"]
 
@@ -35,33 +34,14 @@ def proven_recurrent(
         notes: Takes in why layers are left alone.
     """
     find = partial(find_recurrent_units, notes=notes)
-    chosen: list[RecurrentUnits] = []
-
-    def remembered(found: list[RecurrentUnits]) -> list[RecurrentUnits]:
-        chosen[:] = choose(found)
-        return list(chosen)
-
-    found = proven(model, calibration, find, remembered, _computes_the_same, notes, "Recurrent units")
-    for one in chosen:
-        if one not in found:
-            notes.append(
-                f"The hidden units of {one.layer!r} are left as they are: with half of them the model does not "
-                "compute what it should."
-            )
+    kind = Kind("Recurrent units", find, partial(_cut, zeroed=True), partial(_cut, zeroed=False))
+    found, left = proven(model, calibration, kind, choose, notes)
+    notes += [
+        f"The hidden units of {one.layer!r} are left as they are: with half of them the model does not compute what it "
+        "should."
+        for one in left
+    ]
     return found
-
-
-def _computes_the_same(model: nn.Module, found: Sequence[RecurrentUnits], on_batch: Run) -> bool:
-    """Whether the model with half of the units gives what it gives where nobody reads the others."""
-    try:
-        with evaluating(model), torch.no_grad():
-            with _cut(model, found, zeroed=True):
-                wanted = numbers(on_batch(model))
-            with _cut(model, found, zeroed=False):
-                given = numbers(on_batch(model))
-    except Exception:
-        return False
-    return len(wanted) == len(given) and all(is_like(a, b) for a, b in zip(wanted, given, strict=True))
 
 
 @contextmanager

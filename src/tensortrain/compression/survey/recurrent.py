@@ -58,6 +58,11 @@ class RecurrentUnits:
         maps = tuple(f"{cell}.{part}" for cell in self.all_cells for part in ("ih", "hh"))
         return (*maps, *self.readers)
 
+    @property
+    def reader(self) -> str:
+        """The first map, where what becomes of all of them is told."""
+        return self.names[0]
+
     def readers_of(self, index: int) -> tuple[str, ...]:
         """Names of the layers that read all directions of one layer."""
         if index == self.n_layers - 1:

@@ -29,6 +29,8 @@ from tensortrain.compression.survey.output_weights import (
     go_backward,
 )
 from tensortrain.compression.survey.summaries import is_summarized
+from tensortrain.compression.words import in_short
+from tensortrain.errors import TTError
 from tensortrain.system.observer import Observer
 from tensortrain.system.parking import activations_parked, let_go
 from tensortrain.system.processes import gathered, n_processes, own_rank
@@ -169,7 +171,7 @@ def losses_of(
     """Share of the output that each form spoils where it is the only one; None of those that could not be told, or not
     well, since a few examples decide.
 
-    Nothing of the model is changed.
+    Nothing of the model is changed. Where it fails on these batches, ``found.notes`` takes in why.
 
     Args:
         found: Of the model, with gradients. Batches that it held back are taken, those it was made from where there
@@ -181,7 +183,7 @@ def losses_of(
     batches = found.held
     passes = _Passes(trials, [_Sum() for _ in trials])
     layers = list({id(trial.layer): trial.layer for trial in trials}.values())
-    count, failed = 0, False
+    count, failed = 0, ""
     observer.on_start("errors", len(batches))
     try:
         with preserved(model):
@@ -201,13 +203,16 @@ def losses_of(
                 passes.settle()
                 found.tidy()
                 observer.on_step(k + 1)
-    except Exception:  # what runs on the batches of the calibration need not on these
-        failed = True
+    except Exception as error:  # what runs on the batches of the calibration need not on these
+        if _is_our_fault(error):
+            raise
+        failed = f"No forms of layers were tried: the model fails on the batches held back ({in_short(error)})."
     finally:
         observer.on_end()
     parts = gathered((failed, count, [(total.squares, total.fourths) for total in passes.sums]))
     count = sum(n for _, n, _ in parts)
-    if any(bad for bad, _, _ in parts) or not count:
+    found.notes += [text for text, _, _ in parts if text][:1]
+    if any(text for text, _, _ in parts) or not count:
         return [None] * len(trials)
     columns = zip(*(some for _, _, some in parts), strict=True)
     sums = [(sum(one for one, _ in column), sum(other for _, other in column)) for column in columns]
@@ -215,3 +220,13 @@ def losses_of(
         squares / count / found.output_scale if squares**2 > _LEAST_SAMPLES * fourths else None
         for squares, fourths in sums
     ]
+
+
+def _is_our_fault(error: Exception) -> bool:
+    """Whether code of this package went wrong by itself: not the model, nor data that it refuses, nor a full memory."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    name = "" if trace is None else str(trace.tb_frame.f_globals.get("__name__", ""))
+    is_refused = isinstance(error, (TTError, MemoryError, torch.OutOfMemoryError)) or "memory" in str(error)
+    return name.startswith(__package__.partition(".")[0] + ".compression") and not is_refused

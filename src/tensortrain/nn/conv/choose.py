@@ -189,7 +189,7 @@ def _tried(ways: Sequence[Way], request: Request, maker: Maker, key: Any) -> _Tr
         with torch.autocast(request.device.type, enabled=False):
             calls = _calls(tried, small, maker)
             find = _fastest_once if is_rough else _fastest
-            best, found = find(calls, lambda call: timed(call, request.device))
+            best, found = find(calls, lambda call: timed(call, request.device) + call.more_s)
     except torch.OutOfMemoryError:
         return None
     earlier = _recalled(ways, request, key)  # another process was at it at the same time
@@ -271,7 +271,18 @@ class _Numbers:
         return [tensor.requires_grad_() for tensor in (self.x, *self.cores, *own)]
 
 
-def _calls(ways: Sequence[Way], request: Request, maker: Maker) -> list[Callable[[], object]]:
+@dataclass(frozen=True)
+class _Call:
+    """One run of a way, and the seconds that a layer takes before it and a trial does not."""
+
+    run: Callable[[], object]
+    more_s: float = 0.0
+
+    def __call__(self) -> object:
+        return self.run()
+
+
+def _calls(ways: Sequence[Way], request: Request, maker: Maker) -> list[_Call]:
     """One inference, or one training step, by each way."""
     with torch.inference_mode(False), torch.no_grad():
         numbers = _Numbers(request)
@@ -282,7 +293,7 @@ def _calls(ways: Sequence[Way], request: Request, maker: Maker) -> list[Callable
     return [_training_step(way, numbers, numbers.leaves, seed, request.options, maker) for way in ways]
 
 
-def _inference(way: Way, numbers: _Numbers, options: ConvOptions, maker: Maker) -> Callable[[], object]:
+def _inference(way: Way, numbers: _Numbers, options: ConvOptions, maker: Maker) -> _Call:
     x, bias, prepared = numbers.x, numbers.bias, way.prepare(maker, numbers.cores, options)
     ready = way.ready(x, prepared, options)  # as calls after the first one run
 
@@ -290,33 +301,24 @@ def _inference(way: Way, numbers: _Numbers, options: ConvOptions, maker: Maker) 
         with torch.no_grad():
             if ready is None:
                 way.run(x, prepared, bias, options, maker)
-                _spend(_LONG_WAY_S)
             else:
                 ready(x, bias)
 
-    return run
-
-
-def _spend(seconds: float) -> None:
-    """What a layer does before it runs such a way, and a trial does not."""
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end:
-        pass
+    return _Call(run, _LONG_WAY_S if ready is None else 0.0)
 
 
 def _training_step(
     way: Way, numbers: _Numbers, leaves: Sequence[Tensor], seed: Tensor, options: ConvOptions, maker: Maker
-) -> Callable[[], object]:
+) -> _Call:
     x, cores, bias = numbers.x, numbers.cores, numbers.bias
     at_once = _at_once(way, numbers, options)
     others_are_short = x.is_cpu and library() is not None
 
     def run() -> Tensor:
-        if others_are_short:
-            _spend(_LONG_WAY_S)
         return way.run(x, way.prepare(maker, cores, options), bias, options, maker)
 
-    return lambda: train_once(at_once or run, leaves, seed)
+    more_s = _LONG_WAY_S if at_once is None and others_are_short else 0.0
+    return _Call(lambda: train_once(at_once or run, leaves, seed), more_s)
 
 
 def _at_once(way: Way, numbers: _Numbers, options: ConvOptions) -> Callable[[], Tensor] | None:

@@ -137,6 +137,73 @@ inline std::optional<Tensor> rows_of(const Tensor& ids, const Tensors& cores, in
   return plain_rows(ids, cores, max_bytes).first;
 }
 
+// What stands beside the rows that cores make: those of hot ids, and that of padding, of zeros where it has none.
+struct Beside {
+  Tensor hot_ids, hot_rows, padding_row;
+  int64_t padding_id = -1;
+
+  static constexpr int64_t of_cores = -1, of_padding = -2;
+
+  bool is_empty() const { return !hot_rows.defined() && padding_id < 0; }
+
+  bool fits(at::ScalarType dtype) const {
+    if (padding_row.defined() && !is_row(padding_row, 1, dtype)) return false;
+    if (!hot_rows.defined()) return true;
+    return is_row(hot_rows, 2, dtype) && hot_ids.defined() && are_ids(hot_ids) && hot_ids.dim() == 1 &&
+           hot_ids.size(0) == hot_rows.size(0) && !(c10::GradMode::is_enabled() && hot_rows.requires_grad());
+  }
+
+  // For each id the number of its hot row, or where else its row comes from.
+  Sizes places_of(const Tensor& ids) const {
+    Sizes places(ids.numel(), of_cores);
+    const auto* const at = ids.const_data_ptr<int64_t>();
+    const auto* const first = hot_rows.defined() ? hot_ids.const_data_ptr<int64_t>() : nullptr;
+    const auto* const last = first ? first + hot_ids.numel() : nullptr;
+    for (size_t k = 0; k < places.size(); ++k) {
+      if (at[k] == padding_id) {
+        places[k] = of_padding;
+      } else if (first) {
+        const auto* const found = std::lower_bound(first, last, at[k]);
+        if (found != last && *found == at[k]) places[k] = found - first;
+      }
+    }
+    return places;
+  }
+
+  // All rows in their places, those of the cores among them.
+  Tensor put_together(const Sizes& places, const Tensor& cold, Sizes sizes) const {
+    const auto dim = cold.size(-1);
+    sizes.push_back(dim);
+    const auto out = at::empty(sizes, cold.options());
+    const auto n_bytes = static_cast<size_t>(dim) * cold.element_size();
+    auto* to = static_cast<char*>(out.mutable_data_ptr());
+    const auto* next = static_cast<const char*>(cold.const_data_ptr());
+    for (const auto place : places) {
+      if (place == of_cores) {
+        std::memcpy(to, next, n_bytes);
+        next += n_bytes;
+      } else if (place >= 0) {
+        std::memcpy(to, static_cast<const char*>(hot_rows.const_data_ptr()) + place * n_bytes, n_bytes);
+      } else if (padding_row.defined()) {
+        std::memcpy(to, padding_row.const_data_ptr(), n_bytes);
+      } else {
+        std::memset(to, 0, n_bytes);
+      }
+      to += n_bytes;
+    }
+    return out;
+  }
+
+  bool has_width(int64_t dim) const {
+    return (!hot_rows.defined() || hot_rows.size(1) == dim) && (!padding_row.defined() || padding_row.size(0) == dim);
+  }
+
+ private:
+  static bool is_row(const Tensor& rows, int64_t n_axes, at::ScalarType dtype) {
+    return is_looked_up(rows, dtype) && rows.dim() == n_axes && rows.is_contiguous();
+  }
+};
+
 // How an embedding was looked up last: from a table that lies ready, dense or in slices, or from its cores.
 class RowsWay {
  public:
@@ -174,6 +241,34 @@ class RowsWay {
     } catch (const c10::Error&) {  // the long way says what is wrong
       return std::nullopt;
     }
+  }
+
+  // With rows that stand beside those of the cores, where no gradients are recorded.
+  std::optional<Tensor> find_beside(const Tensor& ids, const Tensors& cores, const Beside& beside) const {
+    if (!is_undisturbed() || cores.empty() || ids.numel() == 0 || !is_within(ids)) return std::nullopt;
+    if (c10::GradMode::is_enabled() && any_requires_grad(cores)) return std::nullopt;
+    const auto dtype = cores[0].scalar_type();
+    if ((dtype != at::kFloat && dtype != at::kDouble) || !beside.fits(dtype)) return std::nullopt;
+    const auto places = beside.places_of(ids);
+    const auto n_cold = std::count(places.begin(), places.end(), Beside::of_cores);
+    if (n_cold == ids.numel()) return find(ids, cores);
+    Tensor cold;
+    if (n_cold == 0) {
+      if (!beside.hot_rows.defined()) return std::nullopt;  // nothing here knows how wide a row is
+      cold = beside.hot_rows.narrow(0, 0, 0);
+    } else {
+      const auto cold_ids = at::empty({n_cold}, ids.options());
+      auto* to = cold_ids.mutable_data_ptr<int64_t>();
+      const auto* const from = ids.const_data_ptr<int64_t>();
+      for (size_t k = 0; k < places.size(); ++k)
+        if (places[k] == Beside::of_cores) *to++ = from[k];
+      const auto found = find(cold_ids, cores);
+      if (!found || found->scalar_type() != dtype) return std::nullopt;
+      cold = found->contiguous();
+    }
+    if (!beside.has_width(cold.size(-1))) return std::nullopt;
+    const at::AutoDispatchBelowADInplaceOrView below;
+    return beside.put_together(places, cold, ids.sizes().vec());
   }
 
  private:
@@ -217,11 +312,10 @@ class RowsWay {
   bool trains_ = false, by_product_ = false;
 };
 
-// What a user may set on an embedding at any time: the settings are as they were, and nothing stands beside its rows.
+// What a user may set on an embedding at any time is as it was, and nothing but copying of rows is asked for.
 inline bool is_as_kept(PyObject* layer, PyObject* state, const RowsWay& way) {
   static const Name settings[] = {Name("implementation"), Name("dense_limit_bytes")};
-  static const Name nothings[] = {Name("padding_idx"), Name("max_norm")};
-  static const Name parameters("_parameters"), hot("hot_weight"), scales("scale_grad_by_freq"), stand_ins("stand_ins");
+  static const Name max_norm("max_norm"), scales("scale_grad_by_freq"), stand_ins("stand_ins");
   for (size_t k = 0; k < 2; ++k) {
     const auto now = settings[k].of(layer);
     const auto then = py::reinterpret_borrow<py::object>(PyList_GET_ITEM(way.options.ptr(), k));
@@ -231,10 +325,28 @@ inline bool is_as_kept(PyObject* layer, PyObject* state, const RowsWay& way) {
     if (equal < 0) PyErr_Clear();
     if (equal != 1) return false;
   }
-  for (const auto& name : nothings)
-    if (name.in(state) != Py_None) return false;
   const auto found = stand_ins.of(layer);
-  return found && found.is_none() && scales.in(state) == Py_False && hot.in(parameters.in(state)) == Py_None;
+  return found && found.is_none() && max_norm.in(state) == Py_None && scales.in(state) == Py_False;
+}
+
+// Nothing where it is kept in another way than a layer of ours does.
+inline std::optional<Beside> beside_of(PyObject* state) {
+  static const Name parameters("_parameters"), buffers("_buffers"), padding_idx("padding_idx");
+  static const Name hot_weight("hot_weight"), hot_ids("hot_ids"), padding_row("padding_row");
+  Beside beside;
+  const auto read = [](PyObject* found, Tensor& into) {
+    if (found && found != Py_None && is_tensor(found)) into = THPVariable_Unpack(found);
+    return found && (found == Py_None || is_tensor(found));
+  };
+  if (!read(hot_weight.in(parameters.in(state)), beside.hot_rows)) return std::nullopt;
+  if (beside.hot_rows.defined() && !read(hot_ids.in(buffers.in(state)), beside.hot_ids)) return std::nullopt;
+  PyObject* const padding = padding_idx.in(state);
+  if (!padding || (padding != Py_None && !PyLong_CheckExact(padding))) return std::nullopt;
+  if (padding == Py_None) return beside;
+  beside.padding_id = PyLong_AsLongLong(padding);
+  if (PyErr_Occurred()) PyErr_Clear();
+  if (beside.padding_id < 0 || !read(padding_row.in(buffers.in(state)), beside.padding_row)) return std::nullopt;
+  return beside;
 }
 
 inline std::optional<Tensor> run_rows(const RowsWay& way, PyObject* layer, PyObject* input) {
@@ -243,9 +355,10 @@ inline std::optional<Tensor> run_rows(const RowsWay& way, PyObject* layer, PyObj
   const auto state = dictionary_of(layer);
   if (!state || ids.is_nested() || !is_as_kept(layer, state.ptr(), way)) return std::nullopt;
   const auto cores = cores_of(state.ptr());
-  if (!cores) return std::nullopt;
+  const auto beside = beside_of(state.ptr());
+  if (!cores || !beside) return std::nullopt;
   const py::gil_scoped_release unlocked;
-  return way.find(ids, *cores);
+  return beside->is_empty() ? way.find(ids, *cores) : way.find_beside(ids, *cores, *beside);
 }
 
 // way(layer, ids): the rows, or None where the long way must be taken.

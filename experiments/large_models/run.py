@@ -7,6 +7,7 @@ imported torch, as a multiple of the model's own bytes, and its seconds. Linux a
     pip install transformers
     OMP_NUM_THREADS=1 python experiments/large_models/run.py --out runs/large_models
     OMP_NUM_THREADS=1 python experiments/large_models/run.py --out runs/large_models --set n_sequences=32
+    OMP_NUM_THREADS=1 python experiments/large_models/run.py --out runs/large_models --set measure=true
 """
 
 from __future__ import annotations
@@ -76,30 +77,39 @@ class Stages:
         print(text)
 
 
+def made(config: Mapping[str, Any]) -> tuple[Any, list[dict[str, torch.Tensor]]]:
+    """The decoder, and its sequences one by one."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(config["seed"])
+    model = LlamaForCausalLM(LlamaConfig(**config["model"])).eval()
+    size = (config["n_sequences"], 1, config["length"])
+    ids = torch.randint(config["model"]["vocab_size"], size, generator=torch.Generator().manual_seed(1))
+    return model, [{"input_ids": one, "labels": one} for one in ids]
+
+
 def measured(config: Mapping[str, Any], work_dir: str | None) -> dict[str, Any]:
     """Peaks and seconds of one compression."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaForCausalLM  # noqa: F401  (what the import takes is told apart)
 
     before = of_torch_alone()
     imported = resident("VmRSS")
-    torch.manual_seed(config["seed"])
-    model = LlamaForCausalLM(LlamaConfig(**config["model"])).eval()
+    model, data = made(config)
     n_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
-    size = (config["n_sequences"], 1, config["length"])
-    ids = torch.randint(config["model"]["vocab_size"], size, generator=torch.Generator().manual_seed(1))
-    data = [{"input_ids": one, "labels": one} for one in ids]
+    n_ids = sum(batch["input_ids"].numel() for batch in data)
     pass_s = _seconds_of_a_pass(model, data)
     passes = 0.0
 
     def count(module: Any, args: Any, keywords: Mapping[str, Any]) -> None:
         nonlocal passes
-        passes += keywords["input_ids"].numel() / ids.numel()
+        passes += keywords["input_ids"].numel() / n_ids
 
     handle = model.register_forward_pre_hook(count, with_kwargs=True)
     stages = Stages(before, n_bytes)
     more = {} if work_dir is None else {"work_dir": work_dir}
     start, cpu = time.perf_counter(), time.process_time()
-    options: dict[str, Any] = {"inplace": True, "heal": False, "measure": False, "observer": stages, **more}
+    asked = {name: config.get(name, False) for name in ("measure", "measure_losses")}
+    options: dict[str, Any] = {"inplace": True, "heal": False, "observer": stages, **asked, **more}
     result = tt.compress(model, budget=config["budget"], data=data, n_batches=len(data), **options)
     stages.on_end()
     handle.remove()

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import tensortrain as tt
 from tensortrain.compression import Silent, plan_compression
 from tensortrain.compression.choose import planner, together
+from tensortrain.compression.report import alone
 from tensortrain.compression.stages import factorize
 from tensortrain.compression.survey import calibrate, fisher, moments, span
 from tensortrain.errors import CheckpointError
@@ -143,6 +144,26 @@ def test_a_model_is_cut_in_place_as_a_copy_is(case, request) -> None:
     assert not any(map(is_parked, model.parameters()))
     for name, value in wanted.model.state_dict().items():
         torch.testing.assert_close(model.state_dict()[name], value, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("case", ["units", "a tied decoder"])
+def test_copies_that_losses_are_measured_on_lie_in_files(case, request, monkeypatch) -> None:
+    model, data = made(case)
+    keywords: dict[str, Any] = {"budget": "1.5x", "data": data, "heal": False, "measure_losses": True}
+    wanted = tt.compress(model, **keywords)
+    request.getfixturevalue("all_parked")
+    lay: list[bool] = []
+
+    def together_of(original: nn.Module, built: nn.Module, *args: Any, **how: Any) -> float:
+        lay.append(all(map(is_parked, (*original.parameters(), *built.parameters()))))
+        return alone.loss_together(original, built, *args, **how)
+
+    monkeypatch.setattr(planner, "loss_together", together_of)
+    found = tt.compress(model, inplace=True, **keywords)
+    assert lay
+    assert all(lay)
+    assert [layer.spec for layer in found.plan.layers] == [layer.spec for layer in wanted.plan.layers]
+    assert not any(map(is_parked, model.parameters()))
 
 
 @pytest.mark.parametrize("failing", ["convolutions", "units", "a tied decoder"])

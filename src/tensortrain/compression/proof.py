@@ -21,12 +21,15 @@ __all__ = ["apply_proven"]
 
 
 def apply_proven(
-    model: nn.Module, plan: CompressionPlan, *, inplace: bool, observer: Observer
+    model: nn.Module, plan: CompressionPlan, *, inplace: bool, observer: Observer, parks: bool = False
 ) -> tuple[nn.Module, CompressionPlan, list[str]]:
     """Apply a plan to the model or a copy, and run the first batch of its calibration, if there is one.
 
     Layers of which the model makes a use that their new forms cannot serve (it reads ``_parameters``, it asks for the
     class) stay as they are; of a model that is changed in place they are an error, which the caller undoes.
+
+    Args:
+        parks: Large tensors of a copy lie in files.
 
     Returns:
         The compressed model, the plan as it was applied, and notes.
@@ -36,7 +39,7 @@ def apply_proven(
     """
     names = [layer.name for layer in plan.layers if layer.spec is not None]
     ran = _ran(model, plan, names)
-    compressed = apply_plan_(model if inplace else checked_copy(model), plan, observer=observer)
+    compressed = apply_plan_(model if inplace else checked_copy(model, parks=parks), plan, observer=observer)
     seen, error = _seen(compressed, plan, names)
     if error is None:
         return compressed, plan, [*_idle(plan, names, ran, seen), *config_notes(compressed)]
@@ -45,7 +48,7 @@ def apply_proven(
     if len(culprits) + len(stuck) in (0, len(names) + len(plan.groups)):
         raise _does_not_run(error, culprits)
     plan = _without(plan, [*culprits, *(name for one in stuck for name in one.names)], error)
-    compressed = apply_plan_(checked_copy(model), plan, observer=observer)
+    compressed = apply_plan_(checked_copy(model, parks=parks), plan, observer=observer)
     names = [name for name in names if name not in culprits]
     seen, error = _seen(compressed, plan, names)
     if error is not None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from tensortrain.system.aliases import Reference, find_aliases, function_in, reachable, references_from
-from tensortrain.system.parking import can_park, park
+from tensortrain.system.parking import can_park, is_parked, let_go, park
 from tensortrain.system.storage import overlaps, repeats
 
 __all__ = ["copy_model", "tensors_of"]
@@ -38,7 +38,8 @@ def copy_model(model: M, *, parks: bool = False) -> M:
     _copy_shared(tensors, memo)
     _copy_odd(tensors, memo)
     if parks:
-        memo.update({id(t): _like(park(t), t) for t in tensors if id(t) not in memo and can_park(t)})
+        worth = [t for t in tensors if id(t) not in memo and (can_park(t) or is_parked(t))]
+        memo.update({id(t): _like(_parked(t), t) for t in worth})
     copied = copy.deepcopy(model, memo)
     try:
         _detach(model, copied, memo)
@@ -78,6 +79,13 @@ def tensors_of(model: nn.Module) -> list[Tensor]:
     loose = [tensor for _, tensor in find_aliases(model, {}).tensors]
     unique = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers(), *loose)}
     return [tensor for tensor in unique.values() if not is_lazy(tensor)]
+
+
+def _parked(tensor: Tensor) -> Tensor:
+    """A copy in a file; of what lies in one too, no memory is held on."""
+    found = park(tensor)
+    let_go(tensor)
+    return found
 
 
 def _like(copied: Tensor, old: Tensor) -> Tensor:

@@ -54,7 +54,7 @@ from tensortrain.errors import BudgetError, TTError
 from tensortrain.system.checkpoint import start_signature
 from tensortrain.system.observer import Observer, Silent
 from tensortrain.system.offloading import let_go_of_weights
-from tensortrain.system.parking import let_go, memory_given_back
+from tensortrain.system.parking import are_large, let_go, memory_given_back
 from tensortrain.system.processes import first_of, n_processes, together
 from tensortrain.system.storage import count_bytes
 from tensortrain.train.batches import device_of, length_of, take, tensors_in, to_device
@@ -350,7 +350,8 @@ class Planning:
 
         def look(plan: CompressionPlan) -> Seen:
             how: dict[str, Any] = {"batches": batches}
-            built, plan, _ = apply_proven(model, plan, inplace=False, observer=Silent())
+            parks = are_large(model.parameters())
+            built, plan, _ = apply_proven(model, plan, inplace=False, observer=Silent(), parks=parks)
             asked = model, built, plan, self.options.output, self.task
             return Seen(loss_together(*asked, **how), losses_alone(*asked, **how))
 

@@ -81,7 +81,9 @@ def losses_alone(
     for one in plan.groups:
         if isinstance(one, Narrowed) or perf_counter() - start > most_s:
             continue
-        found |= _shared_out(outputs.spoiled_by(_with_group_alone(original, plan, one)), plan, one)
+        net = _with_group_alone(original, plan, one)
+        with preserved(net), torch.no_grad():
+            found |= _shared_out(outputs.spoiled_by(net), plan, one)
     return found
 
 

@@ -4,6 +4,9 @@
 ``tensortrain.nn`` has layers to build with; ``TensorTrain`` and ``TTMatrix`` are the numbers behind both.
 """
 
+from importlib import import_module as _import_module
+from typing import Any as _Any
+
 from . import _command as _command  # first: from here on Ctrl-C on the command line is one line
 from . import contract, errors, formats, manifold, models, networks, nn, tensor
 from ._moved import answer_old_names
@@ -99,3 +102,13 @@ __all__ = [
 ]
 
 answer_old_names()
+
+
+_LAZY = {"sklearn": "tensortrain.io.frameworks.sklearn"}  # modules that need another library, by their short names
+
+
+def __getattr__(name: str) -> _Any:
+    """Modules for users of other libraries, imported when they are asked for."""
+    if name not in _LAZY:
+        raise AttributeError(f"module 'tensortrain' has no attribute {name!r}")
+    return _import_module(_LAZY[name])

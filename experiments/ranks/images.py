@@ -22,7 +22,7 @@ def run_mlp(name: str, given: dict[str, Any], seed: int, folder: Path) -> dict[s
     """784-625-10, dense or with two factorized layers: as a method leaves it, and cut to a budget of parameters."""
     method, stages = given["methods"][name], given["stages"]
     torch.manual_seed(seed)
-    train, test = tasks(given["batch_size"], flat=True)
+    train, test = tasks(given["batch_size"], flat=True, held_out=given.get("held_out", 0))
     model = mlp(method, given)
     started_(model, folder / f"start-{seed}.pt", train, method, stages)
     search_(model, train, method, stages)
@@ -80,17 +80,24 @@ def evaluate(model: nn.Module, test: Task) -> dict[str, float]:
 
 
 @cache
-def tasks(batch_size: int, flat: bool) -> tuple[Task, Task]:
-    """Training and test set, less the mean of the training images, and scaled to a standard deviation of one."""
+def tasks(batch_size: int, flat: bool, held_out: int = 0) -> tuple[Task, Task]:
+    """Training and test set, less the mean of the training images, and scaled to a standard deviation of one.
+
+    Args:
+        held_out: So many of the training images stand in for the test set: for choices that it may not know of.
+    """
     images = fashion_mnist()
     known, unknown = (_scaled(x) for x in (images.train_images, images.test_images))
+    labels, answers = (_labels(y) for y in (images.train_labels, images.test_labels))
+    if held_out:
+        known, unknown = known[:-held_out], known[-held_out:]
+        labels, answers = labels[:-held_out], labels[-held_out:]
     mean, std = known.mean(dim=0), known.std()
     known, unknown = ((x - mean) / std for x in (known, unknown))
     if flat:
         known, unknown = known.flatten(1), unknown.flatten(1)
     loss = nn.functional.cross_entropy
-    train = Task(known, _labels(images.train_labels), loss, batch_size)
-    return train, Task(unknown, _labels(images.test_labels), loss, batch_size)
+    return Task(known, labels, loss, batch_size), Task(unknown, answers, loss, batch_size)
 
 
 def _scaled(x: Any) -> Tensor:

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from distributed_plans import CASES, made, planned, trained, work_together
+from distributed_plans import CASES, FITS, fitted, made, planned, trained, work_together
 
 import tensortrain as tt
 from tensortrain.compression import CompressionPlan
@@ -70,6 +70,18 @@ def test_two_processes_train_as_one_with_the_whole_batches(both) -> None:
     for found in both:
         for name, value in wanted.items():
             torch.testing.assert_close(found["trained"][name], value)
+
+
+@pytest.mark.parametrize("fit", list(FITS))
+def test_two_processes_fit_the_numbers_of_one(both, fit) -> None:
+    wanted = fitted(fit)
+    assert any("refitted" in note or "kept for" in note for note in wanted["notes"])
+    for found in both:
+        assert found[fit]["notes"] == wanted["notes"]
+        assert found[fit]["numbers"].keys() == wanted["numbers"].keys()
+        for name, value in wanted["numbers"].items():
+            torch.testing.assert_close(found[fit]["numbers"][name], value)
+            assert torch.equal(both[0][fit]["numbers"][name], both[1][fit]["numbers"][name])
 
 
 def test_two_processes_heal_one_model(both) -> None:

@@ -165,7 +165,8 @@ def _result(model: nn.Module, options: CompressOptions, todo: Sequence[Any], sta
 def _are_joined(todo: Sequence[Any], options: CompressOptions) -> bool:
     """Whether several processes exchange anything on the way: else each of them may compress a model by itself."""
     plans = any(isinstance(each, Factorize) and each.plan is None for each in todo)
-    return plans or (options.data is not None and any(isinstance(each, Heal) for each in todo))
+    heals = any(isinstance(each, (Heal, HealLocally, Refit)) for each in todo)
+    return plans or (heals and options.data is not None)
 
 
 def plans_for(

@@ -20,7 +20,19 @@ from torch import Tensor
 
 from tensortrain.errors import ProcessError
 
-__all__ = ["alone", "first_of", "gathered", "n_processes", "own_rank", "own_share", "sum_", "summed_", "together"]
+__all__ = [
+    "added_up",
+    "alone",
+    "first_of",
+    "gathered",
+    "n_processes",
+    "own_place",
+    "own_rank",
+    "own_share",
+    "sum_",
+    "summed_",
+    "together",
+]
 
 T = TypeVar("T")
 
@@ -94,6 +106,11 @@ def own_share(n: int) -> int:
     return max(1, len(range(own_rank(), n, n_processes())))
 
 
+def own_place(k: int) -> int:
+    """The place among the things of all, which go round, of the k-th thing of this process."""
+    return k * n_processes() + own_rank()
+
+
 def gathered(value: T) -> list[T]:
     """The values of all processes, in their order."""
     if n_processes() == 1:
@@ -132,6 +149,21 @@ def sum_(totals: Sequence[Tensor]) -> None:
         dist.all_reduce(moved)
         if moved is not part:
             part.copy_(moved)
+
+
+def added_up(totals: Sequence[Tensor | None], device: torch.device) -> Iterator[Tensor | None]:
+    """Tensors added up over all processes, each in place when its turn comes; who has none adds nothing.
+
+    Args:
+        device: Of tensors that a process does not have; these are float64.
+    """
+    known = gathered([None if total is None else tuple(total.shape) for total in totals])
+    for total, *shapes in zip(totals, *known, strict=True):
+        shape = next((each for each in shapes if each is not None), None)
+        if shape is None:
+            yield None
+        else:
+            yield summed_(torch.zeros(shape, dtype=torch.float64, device=device) if total is None else total)
 
 
 def _agree(error: BaseException | None = None) -> None:

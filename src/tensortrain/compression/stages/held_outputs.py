@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tensortrain.system.processes import gathered, own_place, own_share, together
 from tensortrain.train.batches import (
     device_of,
     map_tensors,
@@ -118,8 +119,10 @@ class HeldOutputs:
         """
         pieces = [piece for batch in batches for piece in (_pieces(batch) if judge.in_nats else [batch])]
         try:
-            found = cls(judge, pieces, _expected(original, pieces, judge))
-            if not math.isnan(found.distance(original)):
+            with together():
+                found = cls(judge, pieces, _expected(original, pieces, judge))
+                distance = found.distance(original)
+            if not math.isnan(distance):
                 return found
         except Exception:  # what can be cut need not run in pieces
             pass
@@ -134,18 +137,23 @@ class HeldOutputs:
 
     @torch.no_grad()
     def distances(self, model: nn.Module) -> Distances:
-        """The same batch by batch."""
+        """The same batch by batch; of several processes those of all."""
+        parts = gathered(self._own_distances(model))
+        judged, plain = (tuple(itertools.chain.from_iterable(values)) for values in zip(*parts, strict=True))
+        return Distances(judged, plain, self.judge.in_nats)
+
+    def _own_distances(self, model: nn.Module) -> tuple[list[float], list[float]]:
         judged, plain = [], []
         for k, (batch, expected) in enumerate(zip(self.batches, self.expected, strict=True)):
             with self.judge.drawing(k):
                 outputs, labels = self.judge.outputs(model, batch), read_batch(model, batch).labels
             if any(_is_broken(outputs[name], y) for name, y in expected.items() if name in outputs):
-                return Distances((math.inf,), (math.inf,), self.judge.in_nats)
+                return [math.inf], [math.inf]
             value = output_distance(self.judge.task, outputs, expected, batch, labels)
             if value is not None:
                 judged.append(float(value))
                 plain.append(self._plain(outputs, expected, batch, labels))
-        return Distances(tuple(judged), tuple(plain), self.judge.in_nats)
+        return judged, plain
 
     def _plain(self, outputs: dict[str, Tensor], expected: dict[str, Tensor], batch: Any, labels: Any) -> float:
         task, total = self.judge.task, 0.0
@@ -206,14 +214,20 @@ def split_batches(
 ) -> tuple[list[Any], list[Any]]:
     """Batches to fit on, the first ones, and others held back; none of these where there are too few.
 
+    Several processes deal out their batches one by one: each gets its own of what one process would have.
+
     Args:
         n_seen: How many of the first batches the plan has seen; those held back come after them where there are more.
     """
     device = device_of(model)
     with opened(data) as batches:
-        some = [batch for batch in itertools.islice(batches, max(n_fit, n_seen) + n_held) if n_examples(batch)]
-    held = some[-n_held:] if len(some) > n_held else []
-    return list(_moved(some[: min(n_fit, len(some) - len(held))], device)), list(_moved(held, device))
+        n_read = own_share(max(n_fit, n_seen) + n_held)
+        some = [batch for batch in itertools.islice(batches, n_read) if n_examples(batch)]
+    n = sum(gathered(len(some)))
+    first_held = n - n_held if n > n_held else n
+    fitting = [batch for k, batch in enumerate(some) if own_place(k) < min(n_fit, first_held)]
+    held = [batch for k, batch in enumerate(some) if own_place(k) >= first_held]
+    return list(_moved(fitting, device)), list(_moved(held, device))
 
 
 def _moved(batches: Iterable[Any], device: torch.device) -> Iterator[Any]:

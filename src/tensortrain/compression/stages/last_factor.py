@@ -23,12 +23,14 @@ from tensortrain.formats.chain import ChainFormat
 from tensortrain.formats.channel_order import NATURAL, ChannelOrder
 from tensortrain.formats.tucker2 import Tucker2
 from tensortrain.nn import Conv1d, Conv2d, FactorizedLayer, Linear, is_transformers_conv1d
+from tensortrain.system.processes import added_up, gathered, n_processes
 
 __all__ = ["Equations", "LastFactor", "is_plain_layer", "last_factor", "why_no_last_factor"]
 
 _MOST_FEATURES = 4096  # numbers that one output depends on: a matrix of their products has 128 MiB
 _MOST_ROWS = 4096  # of one call: neighbouring places of an image say nearly the same
 _CHUNK = 1 << 22  # numbers at once
+_SUMS = ("gram", "cross", "features", "wanted", "square")  # of ``Equations``
 
 
 def is_plain_layer(layer: nn.Module | None) -> bool:
@@ -241,10 +243,18 @@ class Equations:
     def _add(self, f: Tensor, t: Tensor) -> None:
         flat, targets = f.flatten(0, 1), t.flatten(0, 1)
         sums = (flat.T @ flat, targets.T @ flat, f.sum(dim=0), t.sum(dim=0), t.square().sum(dim=0))
-        for name, more in zip(("gram", "cross", "features", "wanted", "square"), sums, strict=True):
+        for name, more in zip(_SUMS, sums, strict=True):
             known = getattr(self, name)
             setattr(self, name, more if known is None else known + more)
         self.n_rows += len(f)
+
+    def join_(self, device: torch.device) -> None:
+        """Add up those of several processes."""
+        if n_processes() == 1:
+            return
+        for name, total in zip(_SUMS, added_up([getattr(self, name) for name in _SUMS], device), strict=True):
+            setattr(self, name, total)
+        self.n_rows = sum(gathered(self.n_rows))
 
     def about_means(self, *, centred: bool) -> tuple[Tensor, Tensor]:
         """Gram matrix and cross moment; about the means where a bias takes these up."""

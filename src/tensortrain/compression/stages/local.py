@@ -8,6 +8,7 @@ Source: block refinement as in AA-SVD, arXiv:2604.02119.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -28,6 +29,8 @@ from tensortrain.compression.survey.layers import part_of
 from tensortrain.errors import RankError
 from tensortrain.system.checkpoint import RunFile, start_signature
 from tensortrain.system.observer import Observer
+from tensortrain.system.processes import first_of, gathered, n_processes, own_rank, sum_
+from tensortrain.train.joined import same_numbers_
 from tensortrain.train.masters import float32_masters
 from tensortrain.train.outputs import relative_distance
 from tensortrain.train.schedules import SCHEDULES
@@ -38,6 +41,7 @@ _LOOKS = 4  # at the model's outputs while a block is trained
 _WARMUP = 0.05
 _Values = list[Tensor]
 _Pair = tuple[Callable[[], Any], Tensor, Any]  # runs the block on a batch, output wanted, mask
+_Gradients = list[Tensor | None]  # one entry a parameter
 
 
 @dataclass(frozen=True)
@@ -84,14 +88,14 @@ class _Healing:
     def unit(self, name: str) -> None:
         """Train one block or layer."""
         block = self.streams.small.get_submodule(name)
-        pairs = self._pairs(name)
+        pairs = _in_turns(self._pairs(name))
         params = _own_parameters(self.streams.small, block)
         if not pairs or not params:
             return
         before = self.distance
         with float32_masters(block) as low:
             best = [p.detach().clone() for p in params]
-            for _ in self._trained(block, pairs, params, low):
+            for _ in self._trained(pairs, params, low):
                 with _mixed(params, low):
                     distance = self.held.distance(self.streams.small)
                 if distance < self.distance:
@@ -102,18 +106,19 @@ class _Healing:
                     p.copy_(value)
         self.n_kept += self.distance < before
 
-    def _pairs(self, name: str) -> list[_Pair]:
-        """How to run a block on every batch, and the output wanted."""
+    def _pairs(self, name: str) -> list[list[_Pair]]:
+        """How to run a block on every batch, and the outputs wanted."""
         part = self.streams.part_of(name)
-        pairs: list[_Pair] = []
+        found: list[list[_Pair]] = []
         with torch.no_grad():
             for k, batch in enumerate(self.streams.batches):
                 mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
                 if part.name == name:
-                    pairs.append((partial(part.run_small, k), part.run_original(k), mask))
+                    pairs: list[_Pair] = [(partial(part.run_small, k), part.run_original(k), mask)]
                 else:
-                    pairs += [(run, wanted, mask) for run, wanted in self._calls(name, part, k)]
-        return [pair for pair in pairs if isinstance(pair[1], Tensor) and pair[1].is_floating_point()]
+                    pairs = [(run, wanted, mask) for run, wanted in self._calls(name, part, k)]
+                found.append([one for one in pairs if isinstance(one[1], Tensor) and one[1].is_floating_point()])
+        return found
 
     def _calls(self, name: str, part: Part, k: int) -> list[tuple[Callable[[], Any], Tensor]]:
         """The same of one layer, call by call."""
@@ -123,7 +128,7 @@ class _Healing:
         return [(partial(_on_copy, new, here.given), wanted_output(then, here)) for then, here in pairs]
 
     def _trained(
-        self, block: nn.Module, pairs: Sequence[_Pair], params: Sequence[nn.Parameter], low: torch.dtype | None
+        self, pairs: Sequence[_Pair | None], params: Sequence[nn.Parameter], low: torch.dtype | None
     ) -> Iterator[int]:
         """Train, and stop a few times to be looked at."""
         steps = self.settings.steps
@@ -131,14 +136,8 @@ class _Healing:
         rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: SCHEDULES["cosine"](n, steps, _WARMUP))
         looks = {max(1, round(steps * (k + 1) / _LOOKS)) for k in range(_LOOKS)}
         for step in range(1, steps + 1):
-            run, wanted, mask = pairs[step % len(pairs)]
-            with torch.enable_grad(), torch.backends.cudnn.flags(enabled=False):
-                with _mixed(params, low):
-                    loss = _distance(run(), wanted, mask)
-                if not loss.requires_grad:
-                    return
-                gradients = torch.autograd.grad(loss, params, allow_unused=True)
-            if not all(bool(torch.isfinite(g).all()) for g in (loss.detach(), *gradients) if g is not None):
+            gradients = _sent_round(_gradients(pairs[step % len(pairs)], params, low), params)
+            if gradients is None:
                 return
             for p, gradient in zip(params, gradients, strict=True):
                 p.grad = gradient
@@ -146,6 +145,47 @@ class _Healing:
             rate.step()
             if step in looks:
                 yield step
+
+
+def _in_turns(own: Sequence[Sequence[_Pair]]) -> list[_Pair | None]:
+    """The pairs of all processes in the order in which one would have them; None where it is another's turn.
+
+    Args:
+        own: Of this process, batch by batch.
+    """
+    found: list[_Pair | None] = []
+    for k, counts in enumerate(itertools.zip_longest(*gathered([len(pairs) for pairs in own]), fillvalue=0)):
+        for rank, n in enumerate(counts):
+            found += own[k] if n and rank == own_rank() else [None] * n
+    return found
+
+
+def _gradients(pair: _Pair | None, params: Sequence[nn.Parameter], low: torch.dtype | None) -> _Gradients | None:
+    """Of the distance on one pair; None where it has none that are numbers."""
+    if pair is None:
+        return None
+    run, wanted, mask = pair
+    with torch.enable_grad(), torch.backends.cudnn.flags(enabled=False):
+        with _mixed(params, low):
+            loss = _distance(run(), wanted, mask)
+        if not loss.requires_grad:
+            return None
+        found = torch.autograd.grad(loss, params, allow_unused=True)
+    finite = all(bool(torch.isfinite(g).all()) for g in (loss.detach(), *found) if g is not None)
+    return list(found) if finite else None
+
+
+def _sent_round(own: _Gradients | None, params: Sequence[nn.Parameter]) -> _Gradients | None:
+    """The gradients of the process whose turn it is, for all."""
+    if n_processes() == 1:
+        return own
+    known = [None] * len(params) if own is None else own
+    told = torch.tensor([own is not None, *(gradient is not None for gradient in known)], dtype=torch.float32)
+    found = [torch.zeros_like(p) if g is None else g for p, g in zip(params, known, strict=True)]
+    found = [tensor.contiguous() for tensor in found]
+    sum_([told, *found])
+    is_known, *are_known = told.bool().tolist()
+    return [g if known else None for g, known in zip(found, are_known, strict=True)] if is_known else None
 
 
 def _mixed(params: Sequence[nn.Parameter], low: torch.dtype | None) -> AbstractContextManager[Any]:
@@ -171,9 +211,9 @@ def _own_parameters(model: nn.Module, block: nn.Module) -> list[nn.Parameter]:
     return [p for p in block.parameters() if p.requires_grad and id(p) not in others]
 
 
-def _units(given: Material, streams: Streams, run: Callable[[], Any]) -> list[str]:
+def _units(given: Material, streams: Streams) -> list[str]:
     """Blocks with a factorized or narrowed layer in them, and such layers outside of blocks, by when they run."""
-    names = in_order(streams.small, fittable_layers(given, changed=True), run)
+    names = in_order(given, fittable_layers(given, changed=True))
     found: dict[str, None] = {}
     for name in names:
         block = next((b for b in streams.chain if f"{name}.".startswith(f"{b}.")), None)
@@ -202,7 +242,7 @@ def heal_locally_(
         done, n_kept = _resumed(given.small, file)
         streams = Streams.of(given.original, given.small, given.batches, given.held.judge.outputs)
         healing = _Healing(streams, given.held, settings, given.held.distance(given.small), done, n_kept)
-        names = _units(given, streams, lambda: given.held.judge.outputs(given.small, given.batches[0]))
+        names = _units(given, streams)
         observer.on_start("heal locally", len(names))
         try:
             for k, name in enumerate(names):
@@ -223,18 +263,19 @@ def _file(given: Material, settings: HealLocally, checkpoint: Path | None) -> Ru
 
 
 def _resumed(model: nn.Module, file: RunFile | None) -> tuple[int, int]:
-    """Blocks that an earlier run has done, whose numbers are taken over."""
-    if file is None or not file.path.exists():
-        return 0, 0
-    content = file.read()
-    with torch.no_grad():
-        for p, value in zip(model.parameters(), content["parameters"], strict=True):
-            p.copy_(value)
-    return content["done"], content["kept"]
+    """Blocks that an earlier run has done, whose numbers are taken over; the first process reads them for all."""
+    content = file.read() if file is not None and own_rank() == 0 and file.path.exists() else None
+    if content is not None:
+        with torch.no_grad():
+            for p, value in zip(model.parameters(), content["parameters"], strict=True):
+                p.copy_(value)
+    same_numbers_(model)
+    done, kept = first_of((0, 0) if content is None else (content["done"], content["kept"]))
+    return done, kept
 
 
 def _write(model: nn.Module, file: RunFile | None, healing: _Healing) -> None:
-    if file is not None:
+    if file is not None and own_rank() == 0:
         kept = [p.detach() for p in model.parameters()]
         file.write({"parameters": kept, "done": healing.done, "kept": healing.n_kept})
 

@@ -15,6 +15,7 @@ from tensortrain.compression.stages.base import Work
 from tensortrain.compression.stages.held_outputs import HeldOutputs, Judge, split_batches
 from tensortrain.compression.survey.task import task_on_data
 from tensortrain.system.parking import let_go_after_use
+from tensortrain.system.processes import gathered
 from tensortrain.train.preserve import preserved
 
 __all__ = ["Material", "material", "running"]
@@ -43,15 +44,19 @@ def material(work: Work, n_batches: int, n_held_back: int) -> Iterator[Material 
     """The material of a fit; or why there is none, as the end of a sentence."""
     options = work.options
     assert options.data is not None
-    if isinstance(options.data, Iterator):
+    if any(gathered(isinstance(options.data, Iterator))):
         yield "the data can be read only once."
         return
     batches, held = split_batches(options.data, n_batches, n_held_back, work.model, n_seen=options.n_batches)
-    if not held or not batches:
+    if not any(gathered(bool(held))) or not any(gathered(bool(batches))):
         yield "there are too few batches to hold some back."
         return
     named = options.task if isinstance(options.task, str) else None
-    task = work.task or options.known_task or task_on_data(work.original, batches, task=named, output=options.output)
+    task = (
+        work.task
+        or options.known_task
+        or task_on_data(work.original, [*batches, *held], task=named, output=options.output)
+    )
     if not task.outputs:
         yield "the model gives whole numbers alone."
         return

@@ -34,6 +34,8 @@ from tensortrain.compression.survey.layers import part_of
 from tensortrain.compression.words import in_short, named
 from tensortrain.nn import FactorizedLayer
 from tensortrain.system.observer import Observer
+from tensortrain.system.processes import first_of, gathered, own_place, together
+from tensortrain.train.joined import same_numbers_
 
 __all__ = ["Refit", "fittable_layers", "heard", "in_order", "refit_", "refitted", "wanted_output"]
 
@@ -133,7 +135,7 @@ def refit_(given: Material, settings: Refit, observer: Observer) -> Outcome:
         before = held.distances(small)
         outcome = Outcome(before, before)
         streams = Streams.of(original, small, batches, held.judge.outputs)
-        names = in_order(small, fittable_layers(given), lambda: held.judge.outputs(small, batches[0]))
+        names = in_order(given, fittable_layers(given))
         observer.on_start("refit", len(names))
         try:
             for k, name in enumerate(names):
@@ -141,18 +143,21 @@ def refit_(given: Material, settings: Refit, observer: Observer) -> Outcome:
                 observer.on_step(k + 1)
         finally:
             observer.on_end()
+        same_numbers_(small)  # processors of several kinds solve one system to different last digits
     return outcome
 
 
-def in_order(model: nn.Module, names: Sequence[str], run: Any) -> list[str]:
-    """The layers that run, by when they do."""
+def in_order(given: Material, names: Sequence[str]) -> list[str]:
+    """The compressed model's layers that run on the first batch of all, by when they do."""
     seen: dict[str, None] = {}
     with ExitStack() as stack:
         for name in names:
-            hook = model.get_submodule(name).register_forward_pre_hook(lambda m, a, name=name: seen.setdefault(name))
+            layer = given.small.get_submodule(name)
+            hook = layer.register_forward_pre_hook(lambda m, a, name=name: seen.setdefault(name))
             stack.callback(hook.remove)
-        run()
-    return list(seen)
+        for batch in given.batches[:1]:
+            given.held.judge.outputs(given.small, batch)
+    return first_of(list(seen))
 
 
 def _refit_one(streams: Streams, name: str, held: HeldOutputs, settings: Refit, outcome: Outcome) -> None:
@@ -170,8 +175,9 @@ def _refit_one(streams: Streams, name: str, held: HeldOutputs, settings: Refit, 
         outcome.pass_over(name, "their weights are frozen")
         return
     try:
-        fit = _equations(streams.part_of(name), old, layer, factor, streams.batches)
-        change = None if fit is None else _best(fit, factor, settings)
+        with together():
+            fit = _equations(streams.part_of(name), old, layer, factor, streams.batches)
+            change = None if fit is None else _best(fit, factor, settings)
     except (ValueError, RuntimeError, NotImplementedError) as error:
         outcome.pass_over(name, f"its equations have no solution ({in_short(error)})")
         return
@@ -183,15 +189,19 @@ def _equations(
     part: Part, old: nn.Module, layer: nn.Module, factor: LastFactor, batches: Sequence[Any]
 ) -> tuple[Equations, Equations] | None:
     """Of most batches, and of every fourth one to choose the damping by; None where the layer's calls do not match."""
-    fitting, choosing = Equations(), Equations()
+    fitting, choosing = sums = Equations(), Equations()
+    chooses, match = sum(gathered(len(batches))) > 3, True
     for k, batch in enumerate(batches):
         wanted, given = heard(old, lambda k=k: part.run_original(k)), heard(layer, lambda k=k: part.run_small(k))
-        if len(wanted) != len(given):
-            return None
+        match = match and len(wanted) == len(given)
         mask = batch.get("attention_mask") if isinstance(batch, dict) or hasattr(batch, "get") else None
-        sums = choosing if len(batches) > 3 and k % 4 == 3 else fitting
-        for before, now in zip(wanted, given, strict=True):
-            sums.add(factor, now.given, wanted_output(before, now), mask)
+        is_fourth = chooses and own_place(k) % 4 == 3
+        for before, now in zip(wanted, given, strict=True) if match else ():
+            sums[is_fourth].add(factor, now.given, wanted_output(before, now), mask)
+    if not all(gathered(match)):
+        return None
+    for each in sums:
+        each.join_(next(layer.parameters()).device)
     return (fitting, choosing if choosing.n_rows else fitting) if fitting.n_rows else None
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from tensortrain.compression.survey.layers import part_of
+from tensortrain.system.processes import first_of
 
 __all__ = ["Part", "Run", "Streams", "find_chain"]
 
@@ -104,6 +105,7 @@ class Streams:
         if chain and all(part_of(small, name) is not None for name in chain):
             calls = [found._calls_on(net, chain, batches[0], check=True) for net in nets]
             found.chain = chain if all(one is not None for one in calls) else ()
+        found.chain = first_of(found.chain)  # what comes is done chain link by chain link in all processes
         return found
 
     def part_of(self, layer: str) -> Part:

@@ -11,7 +11,7 @@ import torch
 from tensortrain.compression.survey.moments import Calibration, LayerMoments
 from tensortrain.compression.survey.tied import Spread
 from tensortrain.system.parking import let_go
-from tensortrain.system.processes import first_of, gathered, n_processes, summed_
+from tensortrain.system.processes import added_up, first_of, gathered, n_processes, summed_
 
 __all__ = ["join_gradients", "join_inputs"]
 
@@ -44,22 +44,12 @@ def join_gradients(found: Calibration, device: torch.device) -> None:
 
 def _join(found: Calibration, figure: str, device: torch.device) -> None:
     """Add up one of the sums of all layers; processes that a layer did not run in add nothing."""
-    known = gathered({name: _shape_of(moments, figure) for name, moments in found.layers.items()})
-    for name, moments in found.layers.items():
-        shapes = [shape for shapes in known if (shape := shapes[name]) is not None]
-        if not shapes:
-            continue
-        total = getattr(moments, figure)
-        if total is None:
-            total = torch.zeros(shapes[0], dtype=torch.float64, device=device)
-        setattr(moments, figure, summed_(total))
-        moments.park()
-        let_go(getattr(moments, figure))
-
-
-def _shape_of(moments: LayerMoments, figure: str) -> tuple[int, ...] | None:
-    total = getattr(moments, figure)
-    return None if total is None else tuple(total.shape)
+    totals = [getattr(moments, figure) for moments in found.layers.values()]
+    for moments, total in zip(found.layers.values(), added_up(totals, device), strict=True):
+        if total is not None:
+            setattr(moments, figure, total)
+            moments.park()
+            let_go(getattr(moments, figure))
 
 
 def _not_sums(moments: LayerMoments) -> dict[str, Any]:

@@ -53,6 +53,9 @@ DEFAULT_FORMATS = ("low_rank", "tucker2", "tt", NARROW)
 _MOST_SPECTRUM_POINTS = 64
 _HOT_SHIFTS = (7, 6, 5, 4)  # of a table's rows 1 in 2^7 stay as they are, 1 in 2^6, ..
 _PROBES = (0.6, 0.25)  # predicted errors at which a path is checked by real decompositions
+# A path that reaches less than so many times what is predicted at the largest of them has a cliff above it, where it no
+# longer holds the few directions that count: of 512 x 1536 rank one was taken for 0.05 and left 1.0. It is checked there.
+_TRUSTED, _CLIFF = 0.8, 0.95
 _COARSE = 0.08  # steps of the ranks at which families are compared
 # A family that is predicted to have so many times the error of the best at every size cannot win. Predictions are
 # bounds; decompositions reached 0.9 to 1.1 of them on weights without structure. Of trains that contain low rank the
@@ -365,10 +368,20 @@ def _marks(points: Sequence[RankPoint], dense: Tensor, weighting: Weighting) -> 
         return ()
     fmt = get_format(points[0].spec.format)
     marks: list[tuple[float, float]] = []
-    for target in _PROBES:
+
+    def probe(target: float) -> None:
         point = min(points, key=lambda p: abs(p.rel_error - target))
         if point.rel_error > 1e-3 and all(abs(point.rel_error - m) > 0.05 for m, _ in marks):
             marks.append((point.rel_error, fmt.probe(dense, point.spec, weighting)))
+
+    for target in _PROBES:
+        probe(target)
+    predicted, reached = max(marks, default=(0.0, 0.0))
+    if reached < _TRUSTED * predicted:
+        probe(_CLIFF)
+        most = max(point.rel_error for point in points)
+        if most > 1 and most > max(marks)[0]:
+            marks.append((most, 1.0))  # no error is larger than the weight
     return tuple(marks)
 
 

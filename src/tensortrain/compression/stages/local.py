@@ -21,9 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from tensortrain.compression.stages.base import Work, stage
-from tensortrain.compression.stages.held_outputs import HeldOutputs
+from tensortrain.compression.stages.held_outputs import Distances, HeldOutputs
 from tensortrain.compression.stages.material import Material, material, running
-from tensortrain.compression.stages.refit import fittable_layers, heard, in_order, wanted_output
+from tensortrain.compression.stages.refit import GAIN, fittable_layers, heard, in_order, wanted_output
 from tensortrain.compression.stages.streams import Part, Streams
 from tensortrain.compression.survey.layers import part_of
 from tensortrain.errors import RankError
@@ -49,7 +49,7 @@ class HealLocally:
     """Train every block of a compressed model towards the original's, front to back; ``heal="local"`` for short.
 
     A block's training is kept only where it brings the model's outputs nearer to the original's on batches that were
-    held back. Blocks are the children of the list or sequence that holds most of the model, where each is given what
+    held back, and clearly so where these are class probabilities. Blocks are the children of the list or sequence that holds most of the model, where each is given what
     the one before returned; of other models every factorized layer is trained by itself.
 
     Attributes:
@@ -81,7 +81,7 @@ class _Healing:
     streams: Streams
     held: HeldOutputs
     settings: HealLocally
-    distance: float
+    distances: Distances
     done: int = 0  # units
     n_kept: int = 0
 
@@ -92,19 +92,19 @@ class _Healing:
         params = _own_parameters(self.streams.small, block)
         if not pairs or not params:
             return
-        before = self.distance
+        before = self.distances
         with float32_masters(block) as low:
             best = [p.detach().clone() for p in params]
             for _ in self._trained(pairs, params, low):
                 with _mixed(params, low):
-                    distance = self.held.distance(self.streams.small)
-                if distance < self.distance:
-                    self.distance, best = distance, [p.detach().clone() for p in params]
+                    found = self.held.distances(self.streams.small)
+                if found.is_nearer(before, gain=GAIN) and not found.mean >= self.distances.mean:
+                    self.distances, best = found, [p.detach().clone() for p in params]
             with torch.no_grad():
                 for p, value in zip(params, best, strict=True):
                     p.grad = None
                     p.copy_(value)
-        self.n_kept += self.distance < before
+        self.n_kept += self.distances is not before
 
     def _pairs(self, name: str) -> list[list[_Pair]]:
         """How to run a block on every batch, and the outputs wanted."""
@@ -241,7 +241,7 @@ def heal_locally_(
         before = given.held.distance(given.small)
         done, n_kept = _resumed(given.small, file)
         streams = Streams.of(given.original, given.small, given.batches, given.held.judge.outputs)
-        healing = _Healing(streams, given.held, settings, given.held.distance(given.small), done, n_kept)
+        healing = _Healing(streams, given.held, settings, given.held.distances(given.small), done, n_kept)
         names = _units(given, streams)
         observer.on_start("heal locally", len(names))
         try:
@@ -250,10 +250,10 @@ def heal_locally_(
                     healing.unit(name)
                     healing.done = k + 1
                     _write(given.small, file, healing)
-                observer.on_step(k + 1, distance=healing.distance)
+                observer.on_step(k + 1, distance=healing.distances.mean)
         finally:
             observer.on_end()
-    return before, healing.distance, healing.n_kept, len(names)
+    return before, healing.distances.mean, healing.n_kept, len(names)
 
 
 def _file(given: Material, settings: HealLocally, checkpoint: Path | None) -> RunFile | None:

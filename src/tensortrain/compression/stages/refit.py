@@ -37,11 +37,11 @@ from tensortrain.system.observer import Observer
 from tensortrain.system.processes import first_of, gathered, own_place, together
 from tensortrain.train.joined import same_numbers_
 
-__all__ = ["Refit", "fittable_layers", "heard", "in_order", "refit_", "refitted", "wanted_output"]
+__all__ = ["GAIN", "Refit", "fittable_layers", "heard", "in_order", "refit_", "refitted", "wanted_output"]
 
 _DAMPINGS = (1.0, 0.1, 1e-2, 1e-3)  # of the mean square of what a factor is given
 
-_GAIN = 1e-3  # of the distance: less is noise of the held-back batches
+GAIN = 1e-3  # of the distance: less is noise of the held-back batches
 
 
 @dataclass(frozen=True)
@@ -288,7 +288,7 @@ def _try(
     try:
         factor.write(*change)
         distances = held.distances(small)
-        is_kept = distances.is_nearer(outcome.after, gain=_GAIN)
+        is_kept = distances.is_nearer(outcome.after, gain=GAIN)
     finally:  # also where it is interrupted
         if not is_kept:
             for tensor, value in zip(factor.tensors(), kept, strict=True):

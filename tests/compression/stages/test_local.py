@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tensortrain.compression import compress
 from tensortrain.compression.stages import Factorize, HealLocally
-from tensortrain.compression.stages.held_outputs import HeldOutputs, Judge
+from tensortrain.compression.stages.held_outputs import Distances, HeldOutputs, Judge
 from tensortrain.compression.stages.local import heal_locally_
 from tensortrain.compression.stages.material import Material
 from tensortrain.errors import CheckpointError, KindError, RankError
@@ -105,6 +105,22 @@ def test_a_rate_that_ruins_every_block_leaves_the_model_as_it_was() -> None:
     start, end, n_kept, _ = heal_locally_(material(model, small, data), HealLocally(steps=8, lr=1e3), Silent())
     assert (n_kept, start) == (0, end)
     assert all(torch.equal(value, before[name]) for name, value in small.state_dict().items())
+
+
+@pytest.mark.parametrize(("after", "kept"), [((0.0, 0.0, 0.0, 0.39), False), ((0.09, 0.08, 0.09, 0.1), True)])
+def test_class_probabilities_that_are_nearer_by_chance_alone_do_not_count(monkeypatch, after, kept) -> None:
+    model, data = tower(), batches(8, 40, 8)
+    small = cut(model, data)
+    start, given = copy.deepcopy(small.state_dict()), material(model, small, data)
+
+    def distances(held: HeldOutputs, net: nn.Module) -> Distances:
+        is_cut = all(torch.equal(value, start[name]) for name, value in net.state_dict().items())
+        return Distances((0.1,) * 4 if is_cut else after, (0.1,) * 4)
+
+    monkeypatch.setattr(HeldOutputs, "distances", distances)
+    n_kept = heal_locally_(given, HealLocally(steps=4, n_batches=6), Silent())[2]
+    assert (n_kept > 0) is kept
+    assert all(torch.equal(value, start[name]) for name, value in small.state_dict().items()) is not kept
 
 
 def test_frozen_and_shared_parameters_stay_as_they_are() -> None:

@@ -54,7 +54,8 @@ _MOST_SPECTRUM_POINTS = 64
 _HOT_SHIFTS = (7, 6, 5, 4)  # of a table's rows 1 in 2^7 stay as they are, 1 in 2^6, ..
 _PROBES = (0.6, 0.25)  # predicted errors at which a path is checked by real decompositions
 # A path that reaches less than so many times what is predicted at the largest of them has a cliff above it, where it no
-# longer holds the few directions that count: of 512 x 1536 rank one was taken for 0.05 and left 1.0. It is checked there.
+# longer holds the few directions that count: of 512 x 1536 rank one was taken for 0.05 and left 1.0. It is checked
+# there too.
 _TRUSTED, _CLIFF = 0.8, 0.95
 _COARSE = 0.08  # steps of the ranks at which families are compared
 # A family that is predicted to have so many times the error of the best at every size cannot win. Predictions are

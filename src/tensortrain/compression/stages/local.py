@@ -49,8 +49,9 @@ class HealLocally:
     """Train every block of a compressed model towards the original's, front to back; ``heal="local"`` for short.
 
     A block's training is kept only where it brings the model's outputs nearer to the original's on batches that were
-    held back, and clearly so where these are class probabilities. Blocks are the children of the list or sequence that holds most of the model, where each is given what
-    the one before returned; of other models every factorized layer is trained by itself.
+    held back, and clearly so where these are class probabilities. Blocks are the children of the list or sequence that
+    holds most of the model, where each is given what the one before returned; of other models every factorized layer is
+    trained by itself.
 
     Attributes:
         steps: Of Adam, for each block.

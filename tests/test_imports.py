@@ -21,7 +21,18 @@ _NAMES_BEFORE = {
 
 # What users build on: these folders' public names are those of the version before, and what is new.
 _NEW_NAMES: dict[str, set[str]] = {
-    "tensortrain": {"Pareto", "mutual_information", "networks", "order_sites", "pareto", "quantum"},
+    "tensortrain": {
+        "Pareto",
+        "draw",
+        "mutual_information",
+        "networks",
+        "order_sites",
+        "pareto",
+        "plot_entropy",
+        "plot_ranks",
+        "plot_spectrum",
+        "quantum",
+    },
     "tensortrain.contract": {"ChainPlan", "ChainShape", "Plan"},
     "tensortrain.data": set(),
     "tensortrain.errors": {"ProcessError"},

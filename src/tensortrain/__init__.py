@@ -51,6 +51,7 @@ from .tensor import (
     tt_svd,
     zeros,
 )
+from .viz.draw import draw, plot_entropy, plot_ranks, plot_spectrum
 
 __all__ = [
     "Approximation",
@@ -70,6 +71,7 @@ __all__ = [
     "contract",
     "diag",
     "dot",
+    "draw",
     "errors",
     "eye",
     "formats",
@@ -88,6 +90,9 @@ __all__ = [
     "pad",
     "pareto",
     "plan_compression",
+    "plot_entropy",
+    "plot_ranks",
+    "plot_spectrum",
     "quantum",
     "randn",
     "randn_matrix",

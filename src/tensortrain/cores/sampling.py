@@ -13,11 +13,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tensortrain.cores.canonical import norm_parts, orthogonalize_cores
 from tensortrain.cores.environments import Data, Environments, SquaredData
 from tensortrain.cores.scaling import split_pow2, times_pow2
 from tensortrain.cores.tolerance import compute_dtype
 from tensortrain.cores.unfold import absorb_left
 from tensortrain.errors import DataError, KindError, ModeIndexError
+from tensortrain.system.native import library
+from tensortrain.system.tracing import can_look
 
 __all__ = ["log_prob", "sample"]
 
@@ -56,9 +59,11 @@ def sample(
     with torch.no_grad():
         wide = [core.to(compute_dtype(core.dtype)) for core in cores]
         condition = _condition(given, wide)
-        later = Environments(chosen.rows.of_values(condition, [core.shape[-2] for core in wide], wide[0].dtype), wide)
         device = wide[0].device
         draws = torch.rand(n_samples, len(wide), generator=generator, dtype=torch.float64, device=device)
+        if law == "born" and len(condition) == 1:
+            return _born_samples(wide, condition[0], draws)
+        later = Environments(chosen.rows.of_values(condition, [core.shape[-2] for core in wide], wide[0].dtype), wide)
         state, values = wide[0].new_ones(n_samples, 1), []
         for k, core in enumerate(wide):
             ahead = absorb_left(state, core)  # b n s
@@ -92,6 +97,48 @@ def log_prob(cores: Sequence[Tensor], x: Tensor, *, law: str = "density") -> Ten
     if bool((times_pow2(share, exponent.clamp_max(0)) < -rounding).any()):
         raise _negative("a probability", float(share.amin()))
     return _log(mass / whole) + exponent.to(share.dtype) * math.log(2)
+
+
+def _born_samples(cores: Sequence[Tensor], condition: Tensor, draws: Tensor) -> Tensor:
+    """Samples ``(b, d)`` of squared moduli under one condition for all, by numbers in [0, 1).
+
+    With the values that are not given taken out and all cores but the first right-orthonormal, the weight of a value is
+    the squared norm of what the state becomes by it.
+    """
+    allowed = [_slices(core, int(value)) for core, value in zip(cores, condition.tolist(), strict=True)]
+    span = (0, len(cores) - 1)
+    found, exponent = orthogonalize_cores(allowed, span, 0)
+    if bool((condition >= 0).any()):
+        size, of_size = norm_parts(cores, span)
+        share = times_pow2(torch.linalg.vector_norm(found[0]) / size, exponent - of_size)
+        if not bool(share > _ROUNDING * torch.finfo(share.dtype).eps):
+            raise DataError(
+                "a condition must have a probability: given has values that never come together, expected ones that do. "
+                "Free some sites with -1."
+            )
+    least = torch.finfo(draws.dtype).eps ** 2 * _ROUNDING  # of squares
+    kernels = library() if can_look(found[0]) else None
+    if kernels is not None:
+        values: Tensor | None = kernels.chain_drawn([core.contiguous() for core in found], draws, least)
+        if values is not None:
+            return values
+    state, drawn = found[0].new_ones(len(draws), 1), []
+    for k, core in enumerate(found):
+        ahead = absorb_left(state, core)  # b n s
+        weights = ahead.abs().square().sum(-1)
+        weights = weights.where(weights > least * weights.sum(-1, keepdim=True), 0.0)
+        drawn.append(_drawn(weights, draws[:, k]))
+        state, _ = split_pow2(ahead[torch.arange(len(draws), device=draws.device), drawn[-1]], 1)
+    return torch.stack(drawn, dim=1)
+
+
+def _slices(core: Tensor, value: int) -> Tensor:
+    """The core with all slices but one zero; all of them where the value is negative."""
+    if value < 0:
+        return core
+    kept = torch.zeros_like(core)
+    kept[:, value] = core[:, value]
+    return kept
 
 
 @dataclass(frozen=True)

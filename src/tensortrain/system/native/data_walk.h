@@ -509,7 +509,83 @@ inline std::optional<Tensors> norm_grads(Tensors cores) {
   return grads;
 }
 
+// -- samples of squared amplitudes --------------------------------------------------------------------
+
+// One value for each of the rows `first .. last` at a site behind which all cores are right-orthonormal: the weight of a
+// value is the squared norm of what the state becomes by it. `next` gets that state, of norm 1.
+template <typename T>
+void draw_site(const Site<T>& site, const T* state, T* ahead, T* next, const double* draws, Int apart, Int* values,
+               T least, Int first, Int last) {
+  const Int wide = site.n * site.s;
+  multiply_into(ahead, wide, Matrix<T>{state + first * site.r, site.r}, Matrix<T>{site.core, wide}, last - first, wide,
+                site.r);
+  std::vector<T> weights(static_cast<size_t>(site.n));
+  for (Int i = first; i < last; ++i) {
+    const T* const row = ahead + (i - first) * wide;
+    T whole = 0;
+    for (Int v = 0; v < site.n; ++v) {
+      T sum = 0;
+      for (Int s = 0; s < site.s; ++s) sum += row[v * site.s + s] * row[v * site.s + s];
+      weights[static_cast<size_t>(v)] = sum, whole += sum;
+    }
+    double upto = 0;
+    T kept = 0;
+    for (auto& w : weights) w = w > least * whole ? w : T(0), kept += w;  // what rounding may have made of nothing
+    const double wanted = draws[i * apart] * static_cast<double>(kept);
+    Int chosen = 0;
+    for (Int v = 0; v < site.n; ++v) {
+      if (weights[static_cast<size_t>(v)] == 0) continue;
+      chosen = v, upto += static_cast<double>(weights[static_cast<size_t>(v)]);
+      if (upto > wanted) break;
+    }
+    values[i * apart] = chosen;
+    const T factor = 1 / std::sqrt(weights[static_cast<size_t>(chosen)]);
+    for (Int s = 0; s < site.s; ++s) next[i * site.s + s] = row[chosen * site.s + s] * factor;
+  }
+}
+
+template <typename T>
+void draw_all(const Tensors& cores, const Tensor& draws, double least, Int* values) {
+  const Int batch = draws.size(0), d = draws.size(1);
+  Int widest = 1, work = 0;
+  for (const auto& core : cores) widest = std::max({widest, core.size(2), core.size(1) * core.size(2)}), work += core.numel();
+  constexpr Int part = 128;
+  on_threads(batch, part, work * batch > 200'000, [&](Int from, Int to) {
+    for (Int first = from; first < to; first += part) {
+      const Int last = std::min(first + part, to);
+      Room room;
+      T* state = room.take<T>(part * widest);
+      T* next = room.take<T>(part * widest);
+      T* const ahead = room.take<T>(part * widest);
+      std::fill(state, state + (last - first), T(1));
+      for (Int k = 0; k < d; ++k) {
+        const auto& core = cores[static_cast<size_t>(k)];
+        const Site<T> site{core.const_data_ptr<T>(), nullptr, nullptr, nullptr, nullptr, 0,
+                           core.size(0), core.size(1), core.size(2)};
+        draw_site(site, state, ahead, next, draws.const_data_ptr<double>() + first * d + k, d, values + first * d + k,
+                  static_cast<T>(least), 0, last - first);
+        std::swap(state, next);
+      }
+    }
+  });
+}
+
+// Values (b, d) of numbers (b, d) in [0, 1), for cores that are right-orthonormal behind the first one.
+inline std::optional<Tensor> drawn(Tensors cores, const Tensor& draws, double least) {
+  if (cores.empty() || !is_plain(draws, at::kDouble) || draws.size(1) != static_cast<Int>(cores.size())) return std::nullopt;
+  const auto dtype = cores.front().scalar_type();
+  if (dtype != at::kFloat && dtype != at::kDouble) return std::nullopt;
+  for (const auto& core : cores)
+    if (core.dim() != 3 || !is_plain(core, dtype)) return std::nullopt;
+  const pybind11::gil_scoped_release unlocked;
+  auto values = at::empty(draws.sizes(), draws.options().dtype(at::kLong));
+  dtype == at::kFloat ? draw_all<float>(cores, draws, least, values.data_ptr<Int>())
+                      : draw_all<double>(cores, draws, least, values.data_ptr<Int>());
+  return values;
+}
+
 inline void bind(pybind11::module_& m) {
+  m.def("chain_drawn", &drawn);
   m.def("chain_norm_grads", &norm_grads);
   m.def("data_walk_there", &there);
   m.def("data_walk_back", &back);

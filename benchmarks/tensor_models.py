@@ -72,7 +72,10 @@ def training_step(rounds: int) -> dict[str, Any]:
     contestants: Contestants = {"ours": ours} | _krowch_steps(x, y)
     found = in_turns(contestants, rounds)
     best = min(value for name, value in found.items() if name != "ours")
-    return {"milliseconds": {name: value * 1e3 for name, value in found.items()}, "times_tensorkrowch": best / found["ours"]}
+    return {
+        "milliseconds": {name: value * 1e3 for name, value in found.items()},
+        "times_tensorkrowch": best / found["ours"],
+    }
 
 
 def _krowch_steps(x: Tensor, y: Tensor) -> Contestants:
@@ -82,9 +85,7 @@ def _krowch_steps(x: Tensor, y: Tensor) -> Contestants:
     vectors = torch.stack((1 - x, x), dim=1).transpose(1, 2)  # b sites 2
     steps: Contestants = {}
     for stack, unbind, inline in _FORMS:
-        layer = tk.models.MPSLayer(
-            n_features=785, in_dim=2, out_dim=10, bond_dim=10, init_method="randn_eye", std=1e-9
-        )
+        layer = tk.models.MPSLayer(n_features=785, in_dim=2, out_dim=10, bond_dim=10, init_method="randn_eye", std=1e-9)
         layer.auto_stack, layer.auto_unbind = stack, unbind
         try:
             layer.trace(vectors, inline_input=inline, inline_mats=False)

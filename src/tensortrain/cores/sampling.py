@@ -113,8 +113,8 @@ def _born_samples(cores: Sequence[Tensor], condition: Tensor, draws: Tensor) -> 
         share = times_pow2(torch.linalg.vector_norm(found[0]) / size, exponent - of_size)
         if not bool(share > _ROUNDING * torch.finfo(share.dtype).eps):
             raise DataError(
-                "a condition must have a probability: given has values that never come together, expected ones that do. "
-                "Free some sites with -1."
+                "a condition must have a probability: given has values that never come together, expected ones that "
+                "do. Free some sites with -1."
             )
     least = torch.finfo(draws.dtype).eps ** 2 * _ROUNDING  # of squares
     kernels = library() if can_look(found[0]) else None

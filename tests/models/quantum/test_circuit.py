@@ -121,6 +121,22 @@ def test_samples_follow_the_train(kind: str) -> None:
         assert torch.equal(found, again)
 
 
+def test_images_of_bars_and_stripes() -> None:
+    dense = torch.zeros((2,) * 16, dtype=torch.float64)
+    lines = torch.cartesian_prod(*[torch.arange(2)] * 4)
+    for images in (lines[:, :, None].expand(16, 4, 4), lines[:, None].expand(16, 4, 4)):
+        dense[tuple(images.flatten(1).T)] = 1
+    made = circuit(tt.TensorTrain.from_dense(dense), kind="holographic")
+    assert made.n_qubits == 5
+    for known in (made, from_qasm(made.to_qasm())):  # of the train, and shot by shot
+        found = known.sample(10_000, generator=torch.Generator().manual_seed(0))
+        assert bool((dense[tuple(found.T)] == 1).all())
+        counts = torch.bincount((found << torch.arange(16)).sum(1), minlength=2**16)
+        counts = counts[counts > 0].double()
+        assert len(counts) == 30
+        assert float(((counts - 10_000 / 30).square() / (10_000 / 30)).sum()) < 58.3  # p = 0.001 at 29
+
+
 def test_zeros_never_come() -> None:
     x = parity(7)
     for kind in KINDS:

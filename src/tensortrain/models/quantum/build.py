@@ -48,7 +48,7 @@ def circuit(
         ShapeError: Some modes are not 2, or there is a batch axis.
         DataError: The train is zero.
 
-    Cost: for every site a few 4^q gates: at most 2, 17, 88 cx for q = 1, 2, 3.
+    Cost: for every site a few 4^q gates: at most 2, 15, 77 cx for q = 1, 2, 3.
 
     Source: Schoen et al. 2005; Shende, Bullock and Markov 2006 (gates); Ran 2020 (layers).
 

@@ -18,8 +18,7 @@ from tensortrain.models.features import FeatureMap
 from tensortrain.models.quantum.channels import Noise
 from tensortrain.models.quantum.circuit import Circuit
 from tensortrain.models.quantum.gates import Operation
-from tensortrain.models.quantum.staircase import qubits_of
-from tensortrain.models.quantum.synthesis import merged, of_unitary
+from tensortrain.models.quantum.synthesis import merged, of_unitary, qubits_of
 from tensortrain.models.supervised import Supervised
 from tensortrain.networks import register
 from tensortrain.system.history import History

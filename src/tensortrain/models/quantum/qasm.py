@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from tensortrain.models.quantum.gates import Operation, matrix_of
-from tensortrain.models.quantum.synthesis import of_unitary
+from tensortrain.models.quantum.synthesis import merged, of_unitary
 
 __all__ = ["written"]
 
@@ -32,7 +32,7 @@ def _lines(operation: Operation, version: int) -> Iterator[str]:
         bit = f"c[{operation.bit}]"
         yield f"measure {where} -> {bit};" if version == 2 else f"{bit} = measure {where};"
     elif operation.is_gate and operation.name not in _STANDARD:
-        for part in of_unitary(matrix_of(operation)):
+        for part in merged(of_unitary(matrix_of(operation))):
             yield from _lines(part.on(operation.qubits), version)
     else:
         angles = f"({', '.join(_number(angle) for angle in operation.params)})" if operation.params else ""

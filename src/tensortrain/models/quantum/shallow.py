@@ -16,6 +16,7 @@ from tensortrain.models.quantum.staircase import Block, blocks_of, staircase
 __all__ = ["shallow"]
 
 _TOL = 1e-9  # of cuts while entanglement is undone; it decides about gates alone
+_LEAST_CAP = 64  # on ranks there, or twice those of the train
 _EXACT = 1e-14  # of cuts of what the gates prepare
 
 
@@ -25,16 +26,17 @@ def shallow(cores: Sequence[Tensor], n_layers: int) -> tuple[list[Operation], li
     A layer is the exact circuit of what the state is at rank two; its inverse is applied, and the next layer begins
     with what came out. Time runs the other way: the last layer comes first. A layer that would not help is left out.
 
-    Cost: O(n_layers d r^3) flops with the ranks on the way, which may double with each layer.
+    Cost: O(n_layers d r^3) flops with the ranks on the way; those of the circuit may double with each layer.
 
     Source: Ran, Phys. Rev. A 101, 032310 (2020).
     """
     state = Gauged.of([core.to(torch.complex128) for core in cores])
     layers: list[list[Block]] = []
+    cap = max(_LEAST_CAP, 2 * max(core.shape[-1] for core in cores))
     best = _at_zeros(state)
     for _ in range(n_layers):
         blocks = blocks_of(_of_rank_two(state))
-        _apply(state, blocks, _TOL, inverse=True)
+        _apply(state, blocks, _TOL, cap, inverse=True)
         reached = _at_zeros(state)
         if reached <= best * (1 + 1e-12):
             break
@@ -43,7 +45,7 @@ def shallow(cores: Sequence[Tensor], n_layers: int) -> tuple[list[Operation], li
     made = Gauged.of(_zeros(len(cores)))  # bonds of at most 2**n_layers
     operations = []
     for blocks in reversed(layers):
-        _apply(made, blocks, _EXACT, inverse=False)
+        _apply(made, blocks, _EXACT, None, inverse=False)
         operations += staircase(blocks)
     return operations, _placed(made)
 
@@ -60,7 +62,7 @@ def _of_rank_two(state: Gauged) -> list[Tensor]:
     return cores
 
 
-def _apply(state: Gauged, blocks: Sequence[Block], tol: float, *, inverse: bool) -> None:
+def _apply(state: Gauged, blocks: Sequence[Block], tol: float, cap: int | None, *, inverse: bool) -> None:
     """A staircase of gates on one or two qubits, or its inverse, on a state of norm 1."""
     for block in reversed(blocks) if inverse else blocks:
         gate = torch.from_numpy(unitary_of(block.operations, block.n_qubits))
@@ -72,7 +74,7 @@ def _apply(state: Gauged, blocks: Sequence[Block], tol: float, *, inverse: bool)
         if n_sites == 1:
             state.put(k, [done], center=k)
             continue
-        found = split(done, tol=tol, to_right=not inverse)
+        found = split(done, tol=tol, max_rank=cap, to_right=not inverse)
         state.put(k, [found.left, found.right], center=k if inverse else k + 1)
 
 

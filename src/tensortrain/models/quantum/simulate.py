@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -79,16 +80,22 @@ def shots(
 ) -> Tensor:
     """Outcomes ``(n, n_bits)`` int64 of runs that measure and reset on the way, all runs at once.
 
-    Cost: O(n 2^n_qubits) for each operation, in time and memory.
+    Cost: O(n 2^n_qubits) for each operation, in time and memory; with more runs than states, gates between
+        measurements are multiplied first, at O(4^n_qubits) each.
     """
     check_size(n_qubits + max(n - 1, 0).bit_length(), f"{n} shots of {n_qubits}")
     states = torch.zeros(n, 2**n_qubits, dtype=torch.complex128)
     states[:, 0] = 1
     bits = torch.zeros(n, n_bits, dtype=torch.int64)
-    for operation in operations:
-        if operation.is_gate:
-            states = _applied(operation, states, n_qubits)
-        elif operation.name != "barrier":
+    for is_gate, group in itertools.groupby(operations, lambda operation: operation.is_gate):
+        if is_gate and n > 2**n_qubits:
+            rows = applied(group, torch.eye(2**n_qubits, dtype=torch.complex128))
+            states = states @ rows
+        elif is_gate:
+            states = applied(group, states)
+        for operation in () if is_gate else group:
+            if operation.name == "barrier":
+                continue
             states, outcome = _looked(states, operation.qubits[0], generator)
             if operation.name == "measure":
                 bits[:, operation.bit] = outcome

@@ -16,7 +16,7 @@ from torch import Tensor
 from tensortrain.cores.canonical import Gauged
 from tensortrain.models.quantum.gates import Matrix, Operation
 from tensortrain.models.quantum.simulate import unitary_of
-from tensortrain.models.quantum.synthesis import of_isometry
+from tensortrain.models.quantum.synthesis import of_isometry, qubits_of
 
 __all__ = ["Block", "blocks_of", "cores_of_blocks", "staircase"]
 
@@ -80,11 +80,6 @@ def cores_of_blocks(blocks: Sequence[Block]) -> list[Tensor]:
         cores.append(torch.eye(size, dtype=torch.complex128).reshape(size, 2, size // 2))
         size //= 2
     return cores
-
-
-def qubits_of(n: int) -> int:
-    """Qubits that hold n states."""
-    return (n - 1).bit_length()
 
 
 def _isometry(core: Matrix, n_outputs: int) -> Matrix:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import functools
+from collections.abc import Iterable
+from dataclasses import dataclass
 
 import numpy as np
 import scipy.linalg
 
 from tensortrain.models.quantum.gates import Matrix, Operation, matrix_of
-from tensortrain.models.quantum.two_qubits import one_qubit, two_qubits
+from tensortrain.models.quantum.two_qubits import one_qubit, spared, two_qubits
 
-__all__ = ["merged", "of_isometry", "of_unitary"]
+__all__ = ["merged", "of_isometry", "of_unitary", "qubits_of"]
 
 _NONE = 1e-13
 
@@ -25,7 +27,7 @@ def of_isometry(columns: Matrix, n_inputs: int) -> list[Operation]:
     Returns:
         list: On qubits ``0 .. n - 1``, qubit 0 the most significant, in the order of time; ``rz``, ``ry``, ``cx``.
     """
-    n_qubits = len(columns).bit_length() - 1
+    n_qubits = qubits_of(len(columns))
     n_zeros = n_qubits - n_inputs
     whole = _completed(columns, n_zeros)
     # Zeros go to the front: there a split into halves finds that one half never meets a state.
@@ -39,20 +41,27 @@ def of_isometry(columns: Matrix, n_inputs: int) -> list[Operation]:
 def of_unitary(u: Matrix, n_zeros: int = 0) -> list[Operation]:
     """Gates of a unitary, up to its phase; the first ``n_zeros`` qubits are in state 0 before.
 
-    Cost: at most 3, 24, 120 cx for 2, 3, 4 qubits, about (9/16) 4^n; with a zero among them 2, 17, 88.
+    Cost: at most 3, 21, 105 cx for 2, 3, 4 qubits, about 4^n / 2; with a zero among them 2, 15, 77.
 
     Source: Shende, Bullock and Markov, IEEE Trans. CAD 25(6), 2006 (quantum Shannon decomposition).
     """
-    n_qubits = len(u).bit_length() - 1
+    n_qubits = qubits_of(len(u))
     if n_qubits == 1:
         return one_qubit(u)
-    if n_qubits == 2:
-        return two_qubits(u, n_zeros)
-    half = len(u) // 2
-    left, angles, right = scipy.linalg.cossin(u, p=half, q=half, separate=True)
-    first = _shifted(of_unitary(right[0], n_zeros - 1)) if n_zeros else _two_cases(*right)
-    turn = _turns("ry", 2 * np.asarray(angles), n_qubits)
-    return merged([*first, *turn, *_two_cases(*left)])
+    parts = _parts(u, n_zeros, 0)
+    n_left = sum(isinstance(part, _Pair) for part in parts)
+    diagonal, found = np.ones(4), []
+    for part in parts:
+        if isinstance(part, Operation):
+            found.append(part)
+            continue
+        # All that stands between two pairs commutes with a diagonal on them, which the next pair takes along.
+        n_left -= 1
+        pair, diagonal = part.u * diagonal, np.ones(4)
+        if n_left and not part.n_zeros:
+            pair, diagonal = spared(pair)
+        found += [gate.on((n_qubits - 2, n_qubits - 1)) for gate in two_qubits(pair, part.n_zeros)]
+    return found
 
 
 def merged(operations: Iterable[Operation], zeros: Iterable[int] = ()) -> list[Operation]:
@@ -83,7 +92,8 @@ def merged(operations: Iterable[Operation], zeros: Iterable[int] = ()) -> list[O
     for operation in operations:
         if operation.is_gate and len(operation.qubits) == 1:
             q = operation.qubits[0]
-            waiting[q] = matrix_of(operation) @ waiting.get(q, np.eye(2))
+            matrix = matrix_of(operation)
+            waiting[q] = matrix @ waiting[q] if q in waiting else matrix
             continue
         for q in operation.qubits:
             flush(q)
@@ -114,31 +124,55 @@ def _completed(columns: Matrix, n_zeros: int) -> Matrix:
     return whole
 
 
-def _two_cases(u0: Matrix, u1: Matrix) -> list[Operation]:
-    """``u0`` or ``u1`` on all qubits but the first, by the state of the first: ``(1 x v) (d + d^H) (1 x w)``."""
-    n_qubits = len(u0).bit_length()
+@dataclass(frozen=True)
+class _Pair:
+    """A unitary on the last two qubits; the first ``n_zeros`` of them are in state 0 before."""
+
+    u: Matrix
+    n_zeros: int
+
+
+def _parts(u: Matrix, n_zeros: int, top: int) -> list[Operation | _Pair]:
+    """A unitary on the qubits from ``top`` on, as rotations, cx, and unitaries on the last two."""
+    if len(u) == 4:
+        return [_Pair(u, n_zeros)]
+    half = len(u) // 2
+    left, angles, right = scipy.linalg.cossin(u, p=half, q=half, separate=True)
+    first = _parts(right[0], n_zeros - 1, top + 1) if n_zeros else _two_cases(*right, top)
+    return [*first, *_turns("ry", 2 * angles, top), *_two_cases(*left, top)]
+
+
+def _two_cases(u0: Matrix, u1: Matrix, top: int) -> list[Operation | _Pair]:
+    """``u0`` or ``u1`` on the qubits behind ``top``, by its state: ``(1 x v) (d + d^H) (1 x w)``."""
     if np.abs(u0 - u1).max() < _NONE:
-        return _shifted(of_unitary(u0))
+        return _parts(u0, 0, top + 1)
     triangle, v = scipy.linalg.schur(u0 @ u1.conj().T, output="complex")  # of a normal matrix: diagonal
     phases = np.angle(np.diag(triangle)) / 2
     w = np.exp(1j * phases)[:, None] * (v.conj().T @ u1)
-    return [*_shifted(of_unitary(w)), *_turns("rz", -2 * phases, n_qubits), *_shifted(of_unitary(v))]
+    return [*_parts(w, 0, top + 1), *_turns("rz", -2 * phases, top), *_parts(v, 0, top + 1)]
 
 
-def _turns(name: str, angles: Matrix, n_qubits: int) -> list[Operation]:
-    """Rotations of qubit 0 by an angle for every state of the others, by a Gray code."""
+def _turns(name: str, angles: Matrix, top: int) -> list[Operation]:
+    """Rotations of qubit ``top`` by an angle for every state of the qubits behind it."""
     if np.abs(angles).max() < _NONE:
         return []
-    size = len(angles)
-    codes = [j ^ (j >> 1) for j in range(size)]
-    signs = np.array([[(-1) ** (i & code).bit_count() for i in range(size)] for code in codes])
+    signs, controls = _gray(len(angles))
     operations = []
-    for j, angle in enumerate(signs @ angles / size):
-        changed = (codes[j] ^ codes[(j + 1) % size]).bit_length()  # counted from the least significant qubit
-        operations += [Operation(name, (0,), (float(angle),)), Operation("cx", (n_qubits - changed, 0))]
+    for angle, control in zip(signs @ angles, controls, strict=True):
+        operations += [Operation(name, (top,), (float(angle),)), Operation("cx", (top + control, top))]
     return operations
 
 
-def _shifted(operations: Sequence[Operation]) -> list[Operation]:
-    """On the qubits behind the first."""
-    return [Operation(o.name, tuple(q + 1 for q in o.qubits), o.params) for o in operations]
+@functools.cache
+def _gray(size: int) -> tuple[Matrix, list[int]]:
+    """By a Gray code: from angles for every state to those between cx, and the distances of the cx's controls."""
+    codes = np.arange(size) ^ (np.arange(size) >> 1)
+    both = codes[:, None] & np.arange(size)
+    ones = sum((both >> k) & 1 for k in range(qubits_of(size)))
+    changed = [int(code ^ after).bit_length() for code, after in zip(codes, np.roll(codes, -1), strict=True)]
+    return (-1.0) ** ones / size, [qubits_of(size) + 1 - place for place in changed]
+
+
+def qubits_of(n: int) -> int:
+    """Qubits that hold n states."""
+    return (n - 1).bit_length()

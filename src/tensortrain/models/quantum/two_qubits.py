@@ -11,7 +11,7 @@ import numpy as np
 
 from tensortrain.models.quantum.gates import Matrix, Operation, matrix_of
 
-__all__ = ["one_qubit", "two_qubits", "two_qubits_prepared"]
+__all__ = ["one_qubit", "spared", "two_qubits", "two_qubits_prepared"]
 
 _NONE = 1e-13  # angles below are left out
 _MAGIC = np.array([[1, 0, 0, 1j], [0, 1j, 1, 0], [0, 1j, -1, 0], [1, 0, 0, -1j]]) / math.sqrt(2)
@@ -54,10 +54,20 @@ def two_qubits(u: Matrix, n_zeros: int = 0) -> list[Operation]:
         return whole
     # exp(i phi ZZ) turns a qubit beside a zero about z alone: phi is chosen to spare a cx.
     phi = _sparing(u)
-    spared = _canonical(u * np.exp(1j * phi * np.array([1, -1, -1, 1])))
-    if _count(spared) < _count(whole):
-        return [*(Operation("rz", (q,), (2 * phi,)) for q in (0, 1)), *spared]
+    less = _canonical(u * np.exp(1j * phi * np.array([1, -1, -1, 1])))
+    if _count(less) < _count(whole):
+        return [*(Operation("rz", (q,), (2 * phi,)) for q in (0, 1)), *less]
     return whole
+
+
+def spared(u: Matrix) -> tuple[Matrix, Matrix]:
+    """``(v, d)`` with ``u = diag(d) v``, where ``v`` needs two cx at most if that can be had."""
+    nothing = u, np.ones(4)
+    if _count(_canonical(u)) < 3:
+        return nothing
+    turn = np.exp(1j * _sparing(u.T) * np.array([1, -1, -1, 1]))
+    v = turn[:, None] * u
+    return (v, turn.conj()) if _count(_canonical(v)) < 3 else nothing
 
 
 def two_qubits_prepared(state: Matrix) -> list[Operation]:
@@ -150,6 +160,8 @@ def _real_basis(symmetric: Matrix) -> Matrix:
         size = float(np.abs(rest - np.diag(np.diag(rest))).max())
         if size < least:
             found, least = basis, size
+        if least < 1e-14:
+            break
     if np.linalg.det(found) < 0:
         found = found * np.array([-1, 1, 1, 1])
     return found

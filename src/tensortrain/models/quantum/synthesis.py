@@ -138,8 +138,8 @@ def _parts(u: Matrix, n_zeros: int, top: int) -> list[Operation | _Pair]:
         return [_Pair(u, n_zeros)]
     half = len(u) // 2
     left, angles, right = scipy.linalg.cossin(u, p=half, q=half, separate=True)
-    first = _parts(right[0], n_zeros - 1, top + 1) if n_zeros else _two_cases(*right, top)
-    return [*first, *_turns("ry", 2 * angles, top), *_two_cases(*left, top)]
+    first = _parts(right[0], n_zeros - 1, top + 1) if n_zeros else _two_cases(right[0], right[1], top)
+    return [*first, *_turns("ry", 2 * angles, top), *_two_cases(left[0], left[1], top)]
 
 
 def _two_cases(u0: Matrix, u1: Matrix, top: int) -> list[Operation | _Pair]:
@@ -168,7 +168,7 @@ def _gray(size: int) -> tuple[Matrix, list[int]]:
     """By a Gray code: from angles for every state to those between cx, and the distances of the cx's controls."""
     codes = np.arange(size) ^ (np.arange(size) >> 1)
     both = codes[:, None] & np.arange(size)
-    ones = sum((both >> k) & 1 for k in range(qubits_of(size)))
+    ones = np.stack([(both >> k) & 1 for k in range(qubits_of(size))]).sum(0)
     changed = [int(code ^ after).bit_length() for code, after in zip(codes, np.roll(codes, -1), strict=True)]
     return (-1.0) ** ones / size, [qubits_of(size) + 1 - place for place in changed]
 

@@ -172,7 +172,7 @@ def _narrowed(
     old, n = reader.kernel.flatten(1), hidden.group.n_units
     forms = []
     for width in {_nearest(menu, error).n_units for error in _NARROW_ERRORS}:
-        kept = hidden.kept(width)
+        kept = list(hidden.kept(width))
         fit = fitted(model, hidden.group, kept, layers, calibration.of(hidden.reader))
         places = torch.arange(old.shape[1]).reshape(n, -1)[kept].flatten().to(old.device)
         new = torch.zeros_like(old).index_copy_(1, places, fit.weight.flatten(1))

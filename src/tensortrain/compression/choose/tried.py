@@ -174,7 +174,7 @@ def _narrowed(
     for width in {_nearest(menu, error).n_units for error in _NARROW_ERRORS}:
         kept = list(hidden.kept(width))
         fit = fitted(model, hidden.group, kept, layers, calibration.of(hidden.reader))
-        places = torch.arange(old.shape[1]).reshape(n, -1)[kept].flatten().to(old.device)
+        places = torch.arange(old.shape[1]).reshape(n, -1)[list(kept)].flatten().to(old.device)
         new = torch.zeros_like(old).index_copy_(1, places, fit.weight.flatten(1))
         forms.append(_form(reader, new, old, calibration, is_narrow=True))
     calibration.of(hidden.reader).set_aside()

@@ -61,6 +61,17 @@ def modules() -> dict[str, nn.Module]:
         "chunks": tt.models.NonlinearTT((7, 8, 9), 10, rank=6),
         "modes": tt.models.NonlinearTT((4, 7, 4), 10, rank=5, reading="modes", activation="tanh", residual=True),
         "long chunks": tt.models.NonlinearTT((14,) * 28, 10, rank=tuple(range(101, 128))),
+        "exponential": tt.models.ExponentialMachine(5, rank=3),
+        "score tt": tt.models.ScoreNetwork(6, 4, 10, rank=3, n_features=5),
+        "score middle": tt.models.ScoreNetwork(6, 4, 10, rank=3, n_features=5, label="middle"),
+        "score cp": tt.models.ScoreNetwork(20, 4, 10, format="cp", rank=3, n_features=5),
+        "score ht": tt.models.ScoreNetwork(5, 4, 10, format="ht", rank=3, n_features=7, product="rectify"),
+        "score of one": tt.models.ScoreNetwork(1, 4, 10, format="ht", rank=3, n_features=7),
+        "arithmetic": tt.models.RecurrentArithmeticCircuit(3, 5, 2, n_outputs=4),
+        "cell": tt.models.HOTTRNNCell(1, 4, n_lags=2, degree=3, rank=5),
+        "forecaster": tt.models.Forecaster(tt.models.HOTTLSTMCell(1, 4, n_lags=2, degree=3, rank=5), 1),
+        "unitary tree": tt.quantum.UnitaryClassifier(7, 3),
+        "unitary chain": tt.quantum.UnitaryClassifier(7, 3, structure="chain"),
         "linear network": tt.models.NonlinearTT((7, 8, 9), 10, rank=6, activation="identity"),
     }
 
@@ -121,6 +132,12 @@ def test_models_show_their_sizes() -> None:
     assert has_all(tt.draw(made["linear network"]), 7, 8, 9, 6, 6, 10)
     assert has_all(tt.draw(made["long chunks"]), 101, 105, 123, 127)
     assert has_all(tt.draw(made["model"]), 2, 7)
+    assert has_all(tt.draw(made["score tt"]), *[5] * 6, *[3] * 5, 10)
+    assert has_all(tt.draw(made["score ht"]), *[7] * 5, *[3] * 8, 10)
+    assert has_all(tt.draw(made["score cp"]), *[5] * 16, 3, 10)
+    assert has_all(tt.draw(made["arithmetic"]), *[3] * 4, *[5] * 10, 4)
+    assert has_all(tt.draw(made["forecaster"]), 9, 9, 9, 5, 5, 16)
+    assert has_all(tt.draw(made["unitary tree"]), *[2] * 8, *[4] * 6, 3)
 
 
 def test_trees() -> None:
@@ -135,6 +152,12 @@ def test_anything_with_gates_is_a_circuit() -> None:
     assert {"h", "rz", "+", "q0", "q1", "q2"} <= set(texts(figure))
     long = SimpleNamespace(n_qubits=2, operations=[SimpleNamespace(name="x", qubits=(0,))] * 100)
     assert any("first 60" in words for words in texts(tt.draw(long)))
+
+
+def test_circuits_of_trains() -> None:
+    train = tt.randn((2,) * 4, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    figure = tt.draw(tt.quantum.circuit(train))
+    assert {"q0", "q1", "q2", "q3", "+"} <= set(texts(figure))
 
 
 def test_models_of_ones_own_are_drawn_by_their_cores() -> None:

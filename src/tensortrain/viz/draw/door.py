@@ -10,10 +10,20 @@ from torch import nn
 
 from tensortrain.errors import KindError
 from tensortrain.formats import FactorSpec
-from tensortrain.models import BornMachine, MPSClassifier, NonlinearTT
+from tensortrain.models import (
+    BornMachine,
+    Forecaster,
+    HOTTLSTMCell,
+    HOTTRNNCell,
+    MPSClassifier,
+    NonlinearTT,
+    RecurrentArithmeticCircuit,
+    ScoreNetwork,
+)
+from tensortrain.models.quantum import UnitaryClassifier
 from tensortrain.nn.base import FactorizedLayer
 from tensortrain.tensor import TensorTrain, TTMatrix
-from tensortrain.viz.draw import models, networks, trains
+from tensortrain.viz.draw import models, networks, trains, wholes
 from tensortrain.viz.draw.layout import tree
 from tensortrain.viz.draw.notation import Diagram, paint
 from tensortrain.viz.report.figures import save_figure
@@ -31,6 +41,11 @@ _KINDS: tuple[tuple[Any, Any], ...] = (
     (BornMachine, models.born_diagram),
     (MPSClassifier, models.classifier_diagram),
     (NonlinearTT, models.nonlinear_diagram),
+    (ScoreNetwork, wholes.score_diagram),
+    (RecurrentArithmeticCircuit, wholes.arithmetic_diagram),
+    ((HOTTRNNCell, HOTTLSTMCell), wholes.cell_diagram),
+    (Forecaster, wholes.forecaster_diagram),
+    (UnitaryClassifier, wholes.unitary_diagram),
     (tuple, lambda root: tree(root).named("Tree")),
 )
 
@@ -86,7 +101,7 @@ def _diagram(obj: Any) -> Diagram:
     name = type(obj).__name__
     train = models.state_of(obj)
     if train is not None:
-        return trains.train_diagram(train)
+        return trains.train_diagram(train, name)
     if not isinstance(obj, nn.Module):
         raise KindError(
             f"a picture needs cores: draw has {name}, expected a train, a layer, a spec, a model or a circuit. Make a "

@@ -9,7 +9,7 @@ from tensortrain.viz.draw.notation import Diagram, sizes_text
 __all__ = ["train_diagram"]
 
 
-def train_diagram(x: TensorTrain | TTMatrix) -> Diagram:
+def train_diagram(x: TensorTrain | TTMatrix, name: str = "") -> Diagram:
     """A train with its modes down, a matrix with rows up and columns down; orthonormal cores point to the center."""
     if isinstance(x, TTMatrix):
         drawn = chain(x.ranks, up=x.out_modes, down=x.in_modes, shapes=_shapes(x))
@@ -18,7 +18,7 @@ def train_diagram(x: TensorTrain | TTMatrix) -> Diagram:
         drawn = chain(x.ranks, down=x.shape, shapes=_shapes(x))
         sizes = sizes_text(x.shape)
     batch = f", a batch of {sizes_text(x.batch_shape)}" if x.batch_shape else ""
-    return drawn.named(f"{type(x).__name__} {sizes}{batch}, {x.n_params:,} numbers")
+    return drawn.named(f"{name or type(x).__name__} {sizes}{batch}, {x.n_params:,} numbers")
 
 
 def _shapes(x: TensorTrain | TTMatrix) -> list[str]:

@@ -98,8 +98,13 @@ def digits_law(seed: int, options: dict[str, Any]) -> dict[str, Any]:
     alone = -(test * p.log() + (1 - test) * (1 - p).log()).sum(1).mean()
     model = BornMachine(64, generator=seeded(seed))
     history = model.fit(
-        train, max_bond=options["max_bond"], n_sweeps=options["n_sweeps"], lr=options["lr"], cutoff=options["cutoff"],
-        validation=held, patience=1,
+        train,
+        max_bond=options["max_bond"],
+        n_sweeps=options["n_sweeps"],
+        lr=options["lr"],
+        cutoff=options["cutoff"],
+        validation=held,
+        patience=1,
     )
     return {
         "independent_pixels": float(alone),
@@ -122,7 +127,9 @@ def fashion_law(seed: int, options: dict[str, Any]) -> dict[str, Any]:
             x[:1000], max_bond=cap, n_sweeps=options["n_sweeps"], n_steps=options["n_steps"], cutoff=options["cutoff"]
         )
         held = float(model.nll(x[1000:]).detach())
-        rows.append({"cap": cap, "train_nll": history.nll, "held_out_nll": held, "seconds": time.perf_counter() - start})
+        rows.append(
+            {"cap": cap, "train_nll": history.nll, "held_out_nll": held, "seconds": time.perf_counter() - start}
+        )
         print(rows[-1], flush=True)
     return {"rows": rows}
 
@@ -210,8 +217,14 @@ def interactions(seed: int, options: dict[str, Any]) -> dict[str, Any]:
     y = ((x[:, terms].prod(-1) @ weights) > 0).float()
     model, start = ExponentialMachine(d, rank=options["rank"], generator=generator), time.perf_counter()
     history = model.fit(
-        x[:n], y[:n], loss="logistic", method="adam", lr=options["lr"], batch_size=options["batch_size"],
-        n_sweeps=options["n_sweeps"], generator=generator,
+        x[:n],
+        y[:n],
+        loss="logistic",
+        method="adam",
+        lr=options["lr"],
+        batch_size=options["batch_size"],
+        n_sweeps=options["n_sweeps"],
+        generator=generator,
     )
     seconds = time.perf_counter() - start
     with torch.no_grad():
@@ -282,7 +295,10 @@ def main() -> None:
         task: [json.loads(path.read_text()) for path in sorted(options.out.glob(f"{task}-*.json"))] for task in TASKS
     }
     found = {task: results for task, results in runs.items() if results}
-    write_text_atomic(HERE / "results.json", json.dumps({"provenance": provenance(), "config": config, "runs": found}, indent=1) + "\n")
+    write_text_atomic(
+        HERE / "results.json",
+        json.dumps({"provenance": provenance(), "config": config, "runs": found}, indent=1) + "\n",
+    )
 
 
 if __name__ == "__main__":

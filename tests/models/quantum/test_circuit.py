@@ -78,7 +78,12 @@ def test_states_of_rank_two_take_two_cx_a_site(make) -> None:
         assert made.n_cnots <= 2 * order
         assert made.depth <= 10 * order
         assert circuit(x, kind="holographic").n_qubits == 2
-    assert circuit(ghz(10)).n_cnots <= 18
+
+
+def test_copies_and_sums_of_bits_take_one_cx_a_site() -> None:
+    assert circuit(ghz(10)).n_cnots == 9
+    assert circuit(parity(10)).n_cnots == 9
+    assert circuit(ghz(10)).depth <= 60
 
 
 def test_products_take_no_cx() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -15,6 +16,10 @@ from tensortrain.models.quantum.two_qubits import one_qubit, spared, two_qubits
 __all__ = ["merged", "of_isometry", "of_unitary", "qubits_of"]
 
 _NONE = 1e-13
+_FLIPS = [
+    np.kron(p, q)
+    for p, q in itertools.product((np.eye(2), np.eye(2)[::-1], np.diag([1, -1]), np.array([[0, -1], [1, 0]])), repeat=2)
+][1:]
 
 
 def of_isometry(columns: Matrix, n_inputs: int) -> list[Operation]:
@@ -114,14 +119,21 @@ def merged(operations: Iterable[Operation], zeros: Iterable[int] = ()) -> list[O
 def _completed(columns: Matrix, n_zeros: int) -> Matrix:
     """A unitary with the columns where their inputs stand and an orthonormal rest; real ones become a rotation."""
     size, rank = columns.shape
-    q = np.linalg.qr(columns, mode="complete")[0][:, rank:]
     places = np.arange(rank) << n_zeros
     rest = np.setdiff1d(np.arange(size), places)
     whole = np.zeros((size, size), dtype=np.complex128)
-    whole[:, places], whole[:, rest] = columns, q
+    whole[:, places], whole[:, rest] = columns, np.linalg.qr(columns, mode="complete")[0][:, rank:]
     if len(rest) and not np.iscomplexobj(columns) and np.linalg.det(whole).real < 0:
         whole[:, rest[-1]] *= -1  # two qubits need one cx less then
-    return whole
+    if (size, rank, n_zeros) != (4, 2, 1):
+        return whole
+    found = [whole]
+    for flip in _FLIPS:  # such as copies of a bit, for which one cx will do
+        other = flip @ columns
+        if np.abs(columns.conj().T @ other).max() < _NONE:
+            found.append(np.stack((columns, other), axis=-1).reshape(size, size).astype(whole.dtype))
+    counts = [sum(gate.name == "cx" for gate in two_qubits(u, n_zeros)) for u in found] if len(found) > 1 else [0]
+    return found[int(np.argmin(counts))]
 
 
 @dataclass(frozen=True)

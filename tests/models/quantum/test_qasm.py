@@ -155,6 +155,11 @@ def test_expressions_registers_and_definitions() -> None:
         assert mine.params == pytest.approx(theirs.params)
 
 
+def test_phases_of_all_are_left_out() -> None:
+    text = "OPENQASM 3.0; gate mine(x) a { gphase(x / 2); rz(x) a; } qubit[2] q; gphase(pi / 4); mine(0.5) q[1];"
+    assert from_qasm(text).operations == (Operation("rz", (1,), (0.5,)),)
+
+
 def test_version_3_words() -> None:
     text = "OPENQASM 3; qubit q; qubit[2] r; bit[2] c; U(π, 0, tau / 2) q; CX q, r[1]; c = measure r; reset q; barrier;"
     found = from_qasm(text)

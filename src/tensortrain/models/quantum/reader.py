@@ -22,6 +22,7 @@ _REGISTER = re.compile(r"(qreg|creg)\s+(\w+)\s*\[\s*(\d+)\s*\]|(qubit|bit)\s*(?:
 _DEFINITION = re.compile(r"gate\s+(\w+)\s*(?:\(([^)]*)\))?\s*([\w\s,]+?)\s*\{(.*)\}", re.DOTALL)
 _CALL = re.compile(r"(\w+)\s*(?:\((.*)\))?\s*((?:\w+(?:\s*\[\s*\d+\s*\])?\s*,\s*)*\w+(?:\s*\[\s*\d+\s*\])?)", re.DOTALL)
 _PLACE = re.compile(r"(\w+)\s*(?:\[\s*(\d+)\s*\])?")
+_PHASE = re.compile(r"gphase\s*\([^;]*\)")
 _NUMBER = re.compile(r"\s*-?\d+(\.\d*)?(e[-+]?\d{1,2})?\s*")  # which float reads faster than a parser
 _MOST_EXPANDED = 10_000_000  # operations; definitions that call each other may ask for any number
 
@@ -45,7 +46,7 @@ def from_qasm(text: str) -> Circuit:
 
     Known are registers of qubits and bits, the gates of the standard files and a few more, definitions of gates,
     ``measure``, ``reset``, ``barrier``, angles as expressions, and calls on whole registers. Registers are laid one
-    after the other. Conditions, loops, modifiers and pulses are not known.
+    after the other; phases of the whole state are left out. Conditions, loops, modifiers and pulses are not known.
 
     Args:
         text: The program.
@@ -131,6 +132,8 @@ class _Reader:
 
     def _read(self, words: str, statement: str) -> None:
         if not words or words.startswith("include"):
+            return
+        if re.fullmatch(_PHASE, words):  # of the whole state: it changes no outcome
             return
         if not statement.endswith((";", "}")):
             raise _Unknown("a statement has no end", "a semicolon")
@@ -222,7 +225,7 @@ class _Reader:
             raise _Unknown(f"{name!r} calls itself", "gates that are defined before")
         values, places = dict(zip(defined.params, angles, strict=True)), dict(zip(defined.qubits, qubits, strict=True))
         for words in defined.body:
-            if words.startswith("barrier"):
+            if words.startswith("barrier") or re.fullmatch(_PHASE, words):
                 continue
             inner, inner_angles, texts = _taken_apart(words)
             if unknown := [text for text in texts if text not in places]:

@@ -174,7 +174,8 @@ def classify_patches(seed: int, options: dict[str, Any]) -> dict[str, Any]:
         return rows.reshape(-1, 4, 7, 4, 7).permute(0, 1, 3, 2, 4).reshape(-1, 16, 49)
 
     torch.manual_seed(seed)
-    lift = nn.Sequential(nn.Linear(49, options["n_features"]), nn.ReLU())
+    # Features that sum up to 1, as (1 - x, x) do: the state keeps its size whatever the patch.
+    lift = nn.Sequential(nn.Linear(49, options["n_features"]), nn.Softmax(-1))
     model = ScoreNetwork(
         16, 49, 10, rank=options["rank"], n_features=options["n_features"], feature_map=lift, generator=seeded(seed)
     )

@@ -228,3 +228,14 @@ def test_bad_options_are_refused() -> None:
         ScoreNetwork(4, 2, 2, rank=2, n_features=2, product="add")
     with pytest.raises(ShapeError, match="n_features"):
         ScoreNetwork(4, 2, 2, rank=2, n_features=5, feature_map=nn.Linear(2, 3))(torch.rand(1, 4, 2))
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("size", [0.02, 50.0])
+def test_scores_of_no_use_are_settled_before_a_fit(format: str, size: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(300, 30, 2, generator=generator) * size
+    y = (x[:, 7, 0] > size / 2).long()
+    model = ScoreNetwork(30, 2, 2, format=format, rank=3, n_features=3, generator=generator)
+    model.fit(x, y, n_sweeps=1, lr=1e-6, generator=generator)
+    assert 1e-4 < float(model(x).detach().abs().median()) < 1e4

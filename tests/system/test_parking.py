@@ -23,6 +23,7 @@ from tensortrain.system.parking import (
     is_parked,
     let_go,
     let_go_after_use,
+    let_go_of_all,
     park,
     weights_parked,
 )
@@ -202,3 +203,24 @@ def test_freed_memory_is_there_for_the_next_step(kept: str) -> None:
     places = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_", "LD_PRE"))}
     found = subprocess.run([sys.executable, "-c", _STEPS, kept], env=places, capture_output=True, text=True, check=True)
     assert (int(found.stdout) < 500) == (kept == "kept")  # 15,000 pages are written to
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="the system does not list its maps")
+def test_all_that_is_parked_is_let_go_whoever_holds_it() -> None:
+    def resident() -> int:
+        parts = Path("/proc/self/smaps").read_text().split("\n")
+        sizes, is_ours = 0, False
+        for line in parts:
+            if line[:1].islower() or line[:1].isdigit():
+                is_ours = "tensortrain-parked-" in line
+            elif line.startswith("Rss:") and is_ours:
+                sizes += int(line.split()[1])
+        return sizes
+
+    holders = [{"somewhere": park(torch.full((1000, 700), float(k)))} for k in range(3)]
+    total = sum(float(one["somewhere"].sum()) for one in holders)
+    assert total == 3 * 700_000
+    assert resident() >= 3 * 2700  # kB
+    let_go_of_all()
+    assert resident() == 0
+    assert sum(float(one["somewhere"].sum()) for one in holders) == total

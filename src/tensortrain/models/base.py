@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from abc import abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,7 +30,10 @@ __all__ = [
     "label_scores",
     "only_figures",
     "seed_from",
+    "settle_",
 ]
+
+_MOST_SETTLINGS = 60  # a factor of two each, where scores say nothing at all
 
 Model = TypeVar("Model", bound="TensorModel")
 
@@ -185,3 +188,29 @@ def label_scores(core: Tensor, halves: Halves, row: Tensor) -> Tensor:
     here = core.to(dtype).flatten(1, 2).movedim(0, 1).flatten(1)  # r n (classes s)
     seen = (outer(halves.left, row.to(dtype)) @ here).unflatten(-1, (core.shape[0], -1))
     return held((seen * halves.right.unsqueeze(1)).sum(-1), halves.exponent)
+
+
+@torch.no_grad()
+def settle_(cores: Sequence[nn.Parameter], degree: int, scores: Callable[[], Tensor]) -> None:
+    """Bring scores that are far from 1 there, by one factor for all cores, so that a softmax can learn from them.
+
+    A product over many positions of features that are mostly below 1, or above, has scores of no use: all alike, or
+    all beyond the range.
+
+    Args:
+        cores: Parameters of which the scores are a product of some degree.
+        degree: How often they occur in it.
+        scores: Computes them for some examples.
+    """
+    for _ in range(_MOST_SETTLINGS):
+        size = float(scores().double().abs().median())
+        if not size > 0:
+            factor = 2.0
+        elif not size < torch.finfo(cores[0].dtype).max / 1e4:
+            factor = 0.5
+        else:
+            factor = size ** (-1 / degree)
+        if 0.1 <= size <= 10:
+            return
+        for core in cores:
+            core.mul_(factor)

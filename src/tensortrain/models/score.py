@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from tensortrain.cores.halves import data_halves
 from tensortrain.errors import DataError, KindError, RankError, ShapeError
-from tensortrain.models.base import TensorModel, check_choice, checked_labels, held, label_scores
+from tensortrain.models.base import TensorModel, check_choice, checked_labels, held, label_scores, settle_
 from tensortrain.models.supervised import Supervised
 from tensortrain.networks import register
 from tensortrain.system.history import History
@@ -31,6 +31,7 @@ from tensortrain.system.history import History
 __all__ = ["ScoreNetwork"]
 
 _ROWS_AT_ONCE = 65_536  # sequences of a grid
+_ROWS_TO_SETTLE = 128  # by which the scale of scores is set before a fit
 
 
 def _multiply(x: Tensor, y: Tensor) -> Tensor:
@@ -186,6 +187,8 @@ class ScoreNetwork(TensorModel):
     ) -> History:
         """Learn from examples, in place, by cross entropy and Adam; arguments as for ``MPSClassifier.fit``.
 
+        Scores that are far from 1 on the first examples are brought there before, by one factor for all cores.
+
         Returns:
             History: for every pass ``loss``, ``accuracy``, and those of ``validation``.
         """
@@ -193,6 +196,9 @@ class ScoreNetwork(TensorModel):
         labels = checked_labels(y, x.shape[0], self.n_classes)
         if x.shape[0] == 0:
             raise DataError("a fit must have data: x has no examples, expected one or more.")
+        if self.product == "multiply":
+            degree = {"tt": self.n_inputs, "cp": self.n_inputs + 1, "ht": 2 * self.n_inputs - 1}[self.format]
+            settle_(list(self.cores), degree, lambda: self(x[:_ROWS_TO_SETTLE]))
         job = Supervised(
             self,
             x,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -10,7 +11,16 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 
 from tensortrain.system.copying import tensors_of
-from tensortrain.system.parking import are_large, can_park, is_parked, let_go, memory_given_back, park, tidy
+from tensortrain.system.parking import (
+    are_large,
+    can_park,
+    is_parked,
+    let_go,
+    let_go_of_all,
+    memory_given_back,
+    park,
+    tidy,
+)
 from tensortrain.system.storage import overlaps
 
 __all__ = ["bring_back", "is_offloaded", "let_go_of_weights", "offload", "weights_offloaded"]
@@ -87,7 +97,12 @@ def _put_into_files(weights: Iterable[Tensor]) -> None:
 
 
 def _put_into_memory(weights: Iterable[Tensor]) -> None:
-    for weight in filter(is_parked, weights):
+    parked = list(filter(is_parked, weights))
+    if parked:
+        gc.collect()  # what went in circles, and pages of files that were read, would lie beside all the weights
+        let_go_of_all()
+        tidy()
+    for weight in parked:
         old = weight.data
         weight.data = old.clone()
         let_go(old)  # which something else may still hold

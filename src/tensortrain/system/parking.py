@@ -29,6 +29,7 @@ __all__ = [
     "is_parked",
     "let_go",
     "let_go_after_use",
+    "let_go_of_all",
     "memory_given_back",
     "park",
     "reuse_freed_memory",
@@ -89,6 +90,19 @@ def let_go(*tensors: Tensor | None) -> None:
     for tensor in tensors:
         if tensor is not None and is_parked(tensor):
             _forget_pages(tensor.untyped_storage())
+
+
+def let_go_of_all() -> None:
+    """``let_go`` for everything that is parked, whoever holds it, where the system lists its maps."""
+    advise = _madvise()
+    try:
+        with open("/proc/self/maps", encoding="utf-8", errors="replace") as file:
+            maps = [line.split(maxsplit=1)[0] for line in file if f"/{_PREFIX}" in line]
+    except OSError:
+        return
+    for places in maps if advise is not None else []:
+        start, end = (int(place, 16) for place in places.split("-"))
+        advise(start, end - start, mmap.MADV_DONTNEED)
 
 
 @contextlib.contextmanager

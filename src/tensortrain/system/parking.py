@@ -95,12 +95,14 @@ def let_go(*tensors: Tensor | None) -> None:
 def let_go_of_all() -> None:
     """``let_go`` for everything that is parked, whoever holds it, where the system lists its maps."""
     advise = _madvise()
+    if advise is None:
+        return
     try:
         with open("/proc/self/maps", encoding="utf-8", errors="replace") as file:
             maps = [line.split(maxsplit=1)[0] for line in file if f"/{_PREFIX}" in line]
     except OSError:
         return
-    for places in maps if advise is not None else []:
+    for places in maps:
         start, end = (int(place, 16) for place in places.split("-"))
         advise(start, end - start, mmap.MADV_DONTNEED)
 

@@ -15,7 +15,7 @@ from tensortrain.networks import register
 __all__ = ["RecurrentArithmeticCircuit"]
 
 
-@register("recurrent-arithmetic-circuit")
+@register("recurrent-arithmetic-circuit", needs_arguments=True)
 class RecurrentArithmeticCircuit(TensorModel):
     r"""``h_t^l = (W_I^l h_t^{l-1}) * (W_H^l h_{t-1}^l)`` with ``h_t^0`` the features of step t; ``y = w h_T^L``.
 

@@ -24,7 +24,7 @@ __all__ = ["BornMachine"]
 Kind = Literal["real", "complex", "positive", "purified"]
 
 
-@register("born-machine")
+@register("born-machine", needs_arguments=True)
 class BornMachine(TensorModel):
     r"""A train as a law on strings: :math:`P(x) = |\psi(x)|^2 / Z`, whose sum :math:`Z` is exact.
 

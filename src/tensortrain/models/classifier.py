@@ -26,7 +26,7 @@ __all__ = ["MPSClassifier"]
 _NOISE = 0.02  # of first cores, beside slices that leave a state as it is
 
 
-@register("mps-classifier")
+@register("mps-classifier", needs_arguments=True)
 class MPSClassifier(TensorModel):
     r"""Scores :math:`f^l(x) = \langle W^l, \phi(x_1) \circ .. \circ \phi(x_n) \rangle` with a train ``W``.
 

@@ -24,7 +24,7 @@ __all__ = ["ExponentialMachine"]
 _NOISE = 1e-3  # of first interactions
 
 
-@register("exponential-machine")
+@register("exponential-machine", needs_arguments=True)
 class ExponentialMachine(TensorModel):
     r"""``y(x) = sum over i in {0, 1}^d of W[i_1 .. i_d] prod_k x_k^{i_k}``: every interaction of every order.
 

@@ -100,7 +100,7 @@ class _HigherOrderCell(TensorModel):
         return ", ".join(f"{name}={value}" for name, value in self.config.items())
 
 
-@register("hottrnn-cell")
+@register("hottrnn-cell", needs_arguments=True)
 class HOTTRNNCell(_HigherOrderCell):
     r"""``h = f(W x + b + TT(1, h_{t-1}, .., h_{t-L}))``: a polynomial of some degree in the last L states.
 
@@ -146,7 +146,7 @@ class HOTTRNNCell(_HigherOrderCell):
         return state[:, 0]
 
 
-@register("hottlstm-cell")
+@register("hottlstm-cell", needs_arguments=True)
 class HOTTLSTMCell(_HigherOrderCell):
     r"""An LSTM cell whose gates ``i, g, f, o`` are polynomials in the last L states, one train for all of them.
 
@@ -187,7 +187,7 @@ class HOTTLSTMCell(_HigherOrderCell):
 _CELLS: dict[str, type[nn.Module]] = {"hottrnn-cell": HOTTRNNCell, "hottlstm-cell": HOTTLSTMCell}
 
 
-@register("forecaster")
+@register("forecaster", needs_arguments=True)
 class Forecaster(TensorModel):
     """Reads the beginning of a series and goes on by itself: what it says is what it reads next.
 

@@ -28,7 +28,7 @@ _GAINS = {"relu": math.sqrt(2.0), "gelu": math.sqrt(2.0), "tanh": 1.0, "identity
 _NOISE = 0.3  # of first cores, beside slices that leave a state as it is
 
 
-@register("nonlinear-tt")
+@register("nonlinear-tt", needs_arguments=True)
 class NonlinearTT(TensorModel):
     r"""``y = G_d(x_d, f(G_{d-1}(x_{d-1}, .. f(G_1(x_1)))))``: a train that is read core by core, with ``f`` between.
 

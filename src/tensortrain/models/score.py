@@ -49,7 +49,7 @@ _PRODUCTS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], float]] = {  # wi
 }
 
 
-@register("score-network")
+@register("score-network", needs_arguments=True)
 class ScoreNetwork(TensorModel):
     r"""Scores :math:`\langle W_y, f(x_1) \circ .. \circ f(x_T) \rangle` with weights in TT, CP or HT form.
 

@@ -10,13 +10,18 @@ from torch import nn
 from tensortrain.errors import KindError
 
 _MODELS: dict[str, type[nn.Module]] = {}
+_LISTED: set[str] = set()  # those that build without arguments
 _M = TypeVar("_M", bound=type[nn.Module])
 
 
-def register(name: str) -> Callable[[_M], _M]:
+def register(name: str, *, needs_arguments: bool = False) -> Callable[[_M], _M]:
     """Enter a model class under a name.
 
     The class keeps its keyword arguments in ``self.config``, a dict of JSON values, for :func:`describe`.
+
+    Args:
+        name: Not taken yet.
+        needs_arguments: The class does not build without any: it loads from checkpoints, and is not among ``names``.
 
     Raises:
         KindError: Another class has the name.
@@ -28,21 +33,23 @@ def register(name: str) -> Callable[[_M], _M]:
                 f"a model name must be free: {name!r} has {_MODELS[name].__name__}, expected no entry. "
                 "Register the class under another name."
             )
+        if not needs_arguments:
+            _LISTED.add(name)
         return cls
 
     return enter
 
 
 def names() -> tuple[str, ...]:
-    """Return the registered names in alphabetical order."""
-    return tuple(sorted(_MODELS))
+    """Return the registered names of models that build without arguments, in alphabetical order."""
+    return tuple(sorted(_LISTED))
 
 
 def build(name: str, **kwargs: Any) -> nn.Module:
     """Build a registered model.
 
     Args:
-        name: One of :func:`names`.
+        name: One of :func:`names`, or of a class whose arguments are given.
         **kwargs: Passed to the class.
 
     Raises:

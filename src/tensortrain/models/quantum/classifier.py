@@ -28,7 +28,7 @@ __all__ = ["UnitaryClassifier"]
 _FIRST_ANGLES = 0.5  # standard deviation
 
 
-@register("unitary-classifier")
+@register("unitary-classifier", needs_arguments=True)
 class UnitaryClassifier(TensorModel):
     r"""Probabilities of classes, as a register shows them that unitaries have gathered from all features.
 

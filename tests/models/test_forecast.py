@@ -177,3 +177,13 @@ def test_bad_cells_are_refused() -> None:
     with pytest.raises(DataError, match="newest first"):
         cell(torch.rand(5, 2), torch.rand(5, H))
     assert all(size == 1 for size in itertools.islice(cell.cores[0].shape, 1))
+
+
+def test_whole_series_will_do() -> None:
+    series = henon(200)
+    model = Forecaster(HOTTRNNCell(2, 2, n_lags=1, degree=2, rank=3, activation=None, dtype=torch.float64), 2)
+    assert model.fit(series, method="als", n_sweeps=4).loss[-1] ** 0.5 < 1e-8
+    by_steps = TestForecaster().make(torch.float64).fit(TestForecaster().data(torch.float64), horizon=2, n_sweeps=2)
+    assert len(by_steps) == 2
+    with pytest.raises(DataError, match="more steps"):
+        model.fit(series[:, :1])

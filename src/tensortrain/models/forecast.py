@@ -274,8 +274,9 @@ class Forecaster(TensorModel):
     def fit(
         self,
         x: Tensor,
-        y: Tensor,
+        y: Tensor | None = None,
         *,
+        horizon: int | None = None,
         method: Literal["adam", "als"] | str = "adam",
         n_sweeps: int = 20,
         lr: float = 3e-3,
@@ -289,8 +290,9 @@ class Forecaster(TensorModel):
         """Learn to go on, in place, by least squares.
 
         Args:
-            x: ``(b, n_in, input_size)``.
+            x: ``(b, n_in, input_size)``; without ``y`` whole series.
             y: ``(b, horizon, output_size)``: what follows.
+            horizon: Without ``y``: how many of the last steps of ``x`` are forecast; a quarter by default.
             method: ``"adam"``: through the whole forecast. ``"als"``: for cells that are linear in their output, as
                 large as the output (``activation=None``): the weights by alternating least squares on true steps,
                 exactly; the series alone decides, x and y together.
@@ -307,6 +309,8 @@ class Forecaster(TensorModel):
             KindError: The method is not known, or not for this cell.
         """
         check_choice(method, ("adam", "als"), "method")
+        if y is None:
+            x, y = self._parted(x, horizon)
         if not isinstance(y, Tensor) or y.ndim != 3 or y.shape[0] != x.shape[0] or y.shape[2] != self.output_size:
             found = f"shape {tuple(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
             raise DataError(
@@ -333,6 +337,18 @@ class Forecaster(TensorModel):
             generator=generator,
         )
         return job.by_steps(lr, batch_size)
+
+    def _parted(self, series: Tensor, horizon: int | None) -> tuple[Tensor, Tensor]:
+        """Beginnings and what follows."""
+        n_steps = series.shape[1] if isinstance(series, Tensor) and series.ndim == 3 else 0
+        horizon = max(1, n_steps // 4) if horizon is None else horizon
+        if not 1 <= horizon < n_steps or self.output_size > series.shape[2]:
+            found = f"shape {tuple(series.shape)}" if isinstance(series, Tensor) else type(series).__name__
+            raise DataError(
+                f"whole series must be (b, steps, numbers) with more steps than are forecast: x has {found} and horizon "
+                f"is {horizon}, output_size {self.output_size}. Or pass what follows as y."
+            )
+        return series[:, :-horizon], series[:, -horizon:, : self.output_size]
 
     @torch.no_grad()
     def _fit_steps(self, x: Tensor, y: Tensor, n_sweeps: int) -> History:

@@ -317,3 +317,15 @@ def test_samples_must_be_there() -> None:
         BornMachine.from_samples(torch.zeros(0, 3, dtype=torch.int64), max_bond=2)
     with pytest.raises(RankError, match="max_bond"):
         BornMachine.from_samples(torch.zeros(2, 3, dtype=torch.int64), max_bond=0)
+
+
+def test_a_machine_is_a_distribution_of_torch() -> None:
+    model = machine("complex", n_sites=3)
+    law = model.distribution()
+    drawn = law.sample((4, 5))
+    assert drawn.shape == (4, 5, 3)
+    assert bool(law.support.check(drawn).all())
+    torch.testing.assert_close(law.log_prob(drawn).flatten(), model.log_prob(drawn.flatten(0, 1)))
+    assert float(law.log_prob(strings(3, 3)).exp().sum().detach()) == pytest.approx(1)
+    assert law.event_shape == (3,)
+    assert law.batch_shape == ()

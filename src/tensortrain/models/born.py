@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributions import Distribution, constraints
 
 from tensortrain.errors import DataError, KindError, RankError
 from tensortrain.models.base import TensorModel, chain_ranks, check_choice, checked_values
@@ -312,6 +313,10 @@ class BornMachine(TensorModel):
             return job.by_adam(0.01 if lr is None else lr, batch_size)
         return job.by_sweeps(cutoff, n_steps, 0.05 if lr is None else lr)
 
+    def distribution(self) -> BornDistribution:
+        """The law as one of ``torch.distributions``, with the present parameters."""
+        return BornDistribution(self)
+
     @property
     def _law(self) -> Law:
         return LAWS[self.kind]
@@ -334,6 +339,39 @@ class BornMachine(TensorModel):
     def extra_repr(self) -> str:
         """What a print of the model shows."""
         return f"n_sites={self.n_sites}, n_values={self.n_values}, kind={self.kind!r}, max_rank={max(self.ranks)}"
+
+
+class BornDistribution(Distribution):
+    """A Born machine in the manner of ``torch.distributions``: events are strings ``(n_sites,)``.
+
+    Args:
+        model: The machine; its parameters are looked at when a method is called.
+
+    Example:
+        >>> law = BornMachine(4).distribution()
+        >>> law.sample((2, 3)).shape, law.log_prob(law.sample((2, 3))).shape
+        (torch.Size([2, 3, 4]), torch.Size([2, 3]))
+    """
+
+    arg_constraints: ClassVar[dict[str, Any]] = {}
+
+    def __init__(self, model: BornMachine) -> None:
+        self.model = model
+        super().__init__(event_shape=torch.Size([model.n_sites]), validate_args=False)
+
+    @property
+    def support(self) -> Any:
+        """Whole numbers from 0 to ``n_values - 1`` at every site."""
+        return constraints.independent(constraints.integer_interval(0, self.model.n_values - 1), 1)
+
+    def sample(self, sample_shape: Any = ()) -> Tensor:
+        """Independent strings ``(*sample_shape, n_sites)``, by torch's own generator."""
+        shape = torch.Size(sample_shape)
+        return self.model.sample(shape.numel()).reshape(*shape, self.model.n_sites)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Logarithms of probabilities, in nats, of strings ``(.., n_sites)``."""
+        return self.model.log_prob(value.reshape(-1, self.model.n_sites)).reshape(value.shape[:-1])
 
 
 def _as_row(given: Any) -> Any:

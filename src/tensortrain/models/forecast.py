@@ -345,8 +345,8 @@ class Forecaster(TensorModel):
         if not 1 <= horizon < n_steps or self.output_size > series.shape[2]:
             found = f"shape {tuple(series.shape)}" if isinstance(series, Tensor) else type(series).__name__
             raise DataError(
-                f"whole series must be (b, steps, numbers) with more steps than are forecast: x has {found} and horizon "
-                f"is {horizon}, output_size {self.output_size}. Or pass what follows as y."
+                f"whole series must be (b, steps, numbers) with more steps than are forecast: x has {found}, and "
+                f"horizon is {horizon}, output_size {self.output_size}. Or pass what follows as y."
             )
         return series[:, :-horizon], series[:, -horizon:, : self.output_size]
 

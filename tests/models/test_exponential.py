@@ -60,8 +60,6 @@ class ExponentialSuite(ModelSuite):
         return by_subsets(model, data)
 
     def learn(self, model: ExponentialMachine, **options: object) -> object:
-        if self.method == "riemannian" and self.batch is None and "checkpoint" in options:
-            return NotImplemented
         x = examples()
         y = x[:, :2] * 0.3 if self.outputs == 2 else x[:, 0] * x[:, 1]
         generator = torch.Generator().manual_seed(2)
@@ -75,6 +73,9 @@ class ExponentialSuite(ModelSuite):
         yield DataError, model.fit, (x, x)
         yield KindError, model.fit, (x, x[:, 0]), {"method": "magic"}
         yield KindError, model.fit, (x, x[:, 0]), {"loss": "absolute"}
+        yield KindError, model.fit, (x, x[:, 0]), {"checkpoint": "run"}
+        good = x[:, :2] if self.outputs == 2 else x[:, 0]
+        yield DataError, model.fit, (x, good), {"validation": (x[:, :3], good)}
 
 
 class TestNumbers(ExponentialSuite):

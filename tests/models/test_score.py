@@ -112,6 +112,7 @@ class ScoreSuite(ModelSuite):
         yield DataError, model.fit, (x, torch.full((9,), CLASSES))
         yield DataError, model.fit, (x[:0], torch.zeros(0, dtype=torch.int64))
         yield DataError, model.grid_tensor, (x,)
+        yield DataError, model.fit, (x, torch.zeros(9).long()), {"validation": (x, torch.full((9,), CLASSES))}
 
 
 class TestTT(ScoreSuite):

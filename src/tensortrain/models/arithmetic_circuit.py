@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tensortrain.errors import DataError, RankError
-from tensortrain.models.base import TensorModel
+from tensortrain.errors import DataError
+from tensortrain.models.base import TensorModel, check_sizes
 from tensortrain.networks import register
 
 __all__ = ["RecurrentArithmeticCircuit"]
@@ -51,10 +51,7 @@ class RecurrentArithmeticCircuit(TensorModel):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        sizes = {"n_features": n_features, "width": width, "depth": depth, "n_outputs": n_outputs}
-        for name, size in sizes.items():
-            if not isinstance(size, int) or size < 1:
-                raise RankError(f"sizes must be whole numbers of 1 or more: {name} has {size!r}. Pass a larger one.")
+        check_sizes(n_features=n_features, width=width, depth=depth, n_outputs=n_outputs)
         self.n_features, self.width, self.depth, self.n_outputs = n_features, width, depth, n_outputs
 
         def draw(*shape: int) -> nn.Parameter:

@@ -24,6 +24,7 @@ __all__ = [
     "chain_ranks",
     "check_choice",
     "check_finite",
+    "check_sizes",
     "checked_labels",
     "checked_values",
     "held",
@@ -134,6 +135,17 @@ def checked_labels(y: object, n_samples: int, n_classes: int) -> Tensor:
                 "Number the classes from 0, and give the model as many n_classes as there are."
             )
     return y.long()
+
+
+def check_sizes(**sizes: object) -> None:
+    """Refuse sizes that are no whole numbers of 1 or more.
+
+    Raises:
+        RankError: The first of them, by its name.
+    """
+    for name, size in sizes.items():
+        if not isinstance(size, int) or size < 1:
+            raise RankError(f"sizes must be whole numbers of 1 or more: {name} has {size!r}. Pass a larger one.")
 
 
 def check_finite(x: Tensor, name: str = "x") -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, constraints
 
 from tensortrain.errors import DataError, KindError, RankError
-from tensortrain.models.base import TensorModel, chain_ranks, check_choice, checked_values
+from tensortrain.models.base import TensorModel, chain_ranks, check_choice, check_sizes, checked_values
 from tensortrain.models.born_fit import BornFit
 from tensortrain.models.from_samples import cores_from_samples
 from tensortrain.models.laws import LAWS, Law
@@ -71,9 +71,7 @@ class BornMachine(TensorModel):
         super().__init__()
         check_choice(kind, tuple(LAWS), "kind")
         dtype = dtype or torch.get_default_dtype()
-        for name, size in (("n_sites", n_sites), ("n_values", n_values), ("purification", purification)):
-            if not isinstance(size, int) or size < 1:
-                raise RankError(f"sizes must be whole numbers of 1 or more: {name} has {size!r}. Pass a larger one.")
+        check_sizes(n_sites=n_sites, n_values=n_values, purification=purification)
         if not dtype.is_floating_point:
             raise KindError(
                 f"a Born machine takes a real dtype: dtype has {dtype}, expected float32 or float64. Complex "

@@ -13,8 +13,16 @@ from torch import Tensor, nn
 from tensortrain.cores.halves import data_halves
 from tensortrain.cores.split import split
 from tensortrain.cores.unfold import absorb_left, absorb_right
-from tensortrain.errors import DataError, KindError, ModeIndexError, RankError
-from tensortrain.models.base import TensorModel, chain_ranks, check_choice, checked_labels, held, label_scores
+from tensortrain.errors import DataError, KindError, ModeIndexError
+from tensortrain.models.base import (
+    TensorModel,
+    chain_ranks,
+    check_choice,
+    check_sizes,
+    checked_labels,
+    held,
+    label_scores,
+)
 from tensortrain.models.classifier_fit import ClassifierFit
 from tensortrain.models.features import FeatureMap, constant_of
 from tensortrain.models.supervised import Supervised
@@ -68,9 +76,7 @@ class MPSClassifier(TensorModel):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        for name, size in (("n_features", n_features), ("n_classes", n_classes)):
-            if not isinstance(size, int) or size < 1:
-                raise RankError(f"sizes must be whole numbers of 1 or more: {name} has {size!r}. Pass a larger one.")
+        check_sizes(n_features=n_features, n_classes=n_classes)
         self.n_features, self.n_classes = n_features, n_classes
         self.features = FeatureMap(feature_map)
         self.label = self._site(label)

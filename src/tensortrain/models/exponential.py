@@ -11,7 +11,15 @@ from torch import Tensor, nn
 
 from tensortrain.cores.halves import data_halves, log_square_norm
 from tensortrain.errors import DataError, KindError, RankError
-from tensortrain.models.base import TensorModel, chain_ranks, check_choice, check_finite, checked_labels, held
+from tensortrain.models.base import (
+    TensorModel,
+    chain_ranks,
+    check_choice,
+    check_finite,
+    check_sizes,
+    checked_labels,
+    held,
+)
 from tensortrain.models.supervised import LOSSES, Supervised
 from tensortrain.networks import register
 from tensortrain.numerics.manifold import RiemannianSGD, TangentVector, descend, project
@@ -61,9 +69,7 @@ class ExponentialMachine(TensorModel):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        for name, size in (("n_features", n_features), ("n_outputs", n_outputs)):
-            if not isinstance(size, int) or size < 1:
-                raise RankError(f"sizes must be whole numbers of 1 or more: {name} has {size!r}. Pass a larger one.")
+        check_sizes(n_features=n_features, n_outputs=n_outputs)
         self.n_features, self.n_outputs = n_features, n_outputs
         self.n_values = [int(n or 0) for n in (n_values if n_values is not None else [0] * n_features)]
         if len(self.n_values) != n_features or min(self.n_values) < 0:
@@ -175,7 +181,8 @@ class ExponentialMachine(TensorModel):
             penalty: Weight of half the squared norm of all weights.
             tol: Of the line search: end where the gradient is this share of the first one.
             validation: Examples and labels to watch.
-            checkpoint: File with which the same call on the same starting model goes on after a kill.
+            checkpoint: File with which the same call on the same starting model goes on after a kill; of steps in
+                batches and of Adam.
             observer: Called with the history after every sweep.
             generator: Decides the order of batches.
 
@@ -188,10 +195,18 @@ class ExponentialMachine(TensorModel):
         """
         check_choice(method, ("riemannian", "adam"), "method")
         check_choice(loss, tuple(LOSSES), "loss")
+        if checkpoint is not None and method == "riemannian" and batch_size is None:
+            raise KindError(
+                "a line search over all examples keeps no file: checkpoint is given, expected none. Leave it out, or "
+                "pass batch_size."
+            )
         vectors = self._vectors(x)
         labels = self._labels(y, x.shape[0], loss)
         if x.shape[0] == 0:
             raise DataError("a fit must have data: x has no examples, expected one or more. Pass (b, n_features).")
+        if validation is not None:
+            self._vectors(validation[0])
+            validation = (validation[0], self._labels(validation[1], validation[0].shape[0], loss))
         job = Supervised(
             self,
             x,

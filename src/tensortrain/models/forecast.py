@@ -10,8 +10,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from tensortrain.errors import DataError, KindError, RankError
-from tensortrain.models.base import TensorModel, check_choice, check_finite
+from tensortrain.errors import DataError, KindError
+from tensortrain.models.base import TensorModel, check_choice, check_finite, check_sizes
 from tensortrain.models.cell_fit import fitted_cores
 from tensortrain.models.supervised import Supervised
 from tensortrain.networks import build, register
@@ -45,10 +45,7 @@ class _HigherOrderCell(TensorModel):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        sizes = {"hidden_size": hidden_size, "n_lags": n_lags, "degree": degree, "rank": rank}
-        for name, size in sizes.items():
-            if not isinstance(size, int) or size < 1:
-                raise RankError(f"sizes must be whole numbers of 1 or more: {name} has {size!r}. Pass a larger one.")
+        check_sizes(hidden_size=hidden_size, n_lags=n_lags, degree=degree, rank=rank)
         self.input_size, self.hidden_size = input_size, hidden_size
         self.n_lags, self.degree, self.rank = n_lags, degree, rank
         n_out, n_seen = self.n_gates * hidden_size, 1 + n_lags * hidden_size

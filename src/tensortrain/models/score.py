@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from tensortrain.cores.halves import data_halves
-from tensortrain.errors import DataError, KindError, RankError, ShapeError
-from tensortrain.models.base import TensorModel, check_choice, checked_labels, held, label_scores, settle_
+from tensortrain.errors import DataError, KindError, ShapeError
+from tensortrain.models.base import TensorModel, check_choice, check_sizes, checked_labels, held, label_scores, settle_
 from tensortrain.models.supervised import Supervised
 from tensortrain.networks import register
 from tensortrain.system.history import History
@@ -98,10 +98,7 @@ class ScoreNetwork(TensorModel):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        sizes = {"n_inputs": n_inputs, "input_size": input_size, "n_classes": n_classes, "rank": rank}
-        for name, size in (sizes | {"n_features": n_features}).items():
-            if not isinstance(size, int) or size < 1:
-                raise RankError(f"sizes must be whole numbers of 1 or more: {name} has {size!r}. Pass a larger one.")
+        check_sizes(n_inputs=n_inputs, input_size=input_size, n_classes=n_classes, rank=rank, n_features=n_features)
         check_choice(format, tuple(_WIRINGS), "format")
         check_choice(product, tuple(_PRODUCTS), "product")
         check_choice(label, ("last", "middle", "per-class"), "label")
@@ -196,6 +193,9 @@ class ScoreNetwork(TensorModel):
         labels = checked_labels(y, x.shape[0], self.n_classes)
         if x.shape[0] == 0:
             raise DataError("a fit must have data: x has no examples, expected one or more.")
+        if validation is not None:
+            self._check(validation[0])
+            validation = (validation[0], checked_labels(validation[1], validation[0].shape[0], self.n_classes))
         if self.product == "multiply":
             degree = {"tt": self.n_inputs, "cp": self.n_inputs + 1, "ht": 2 * self.n_inputs - 1}[self.format]
             settle_(list(self.cores), degree, lambda: self(x[:_ROWS_TO_SETTLE]))

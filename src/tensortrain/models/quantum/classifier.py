@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tensortrain.cores.scaling import work_dtype
 from tensortrain.errors import DataError, RankError
-from tensortrain.models.base import TensorModel, check_choice, checked_labels
+from tensortrain.models.base import TensorModel, check_choice, check_sizes, checked_labels
 from tensortrain.models.features import FeatureMap
 from tensortrain.models.quantum.channels import Noise
 from tensortrain.models.quantum.circuit import Circuit
@@ -74,9 +74,7 @@ class UnitaryClassifier(TensorModel):
     ) -> None:
         super().__init__()
         n_virtual = max(1, qubits_of(n_classes)) if n_virtual is None else n_virtual
-        for name, size in (("n_features", n_features), ("n_classes", n_classes), ("n_virtual", n_virtual)):
-            if not isinstance(size, int) or size < 1:
-                raise RankError(f"sizes must be whole numbers of 1 or more: {name} has {size!r}. Pass a larger one.")
+        check_sizes(n_features=n_features, n_classes=n_classes, n_virtual=n_virtual)
         if 2**n_virtual < n_classes:
             raise RankError(
                 f"a register must tell the classes apart: n_virtual has {n_virtual} for {n_classes} classes, expected "

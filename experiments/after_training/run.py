@@ -182,9 +182,10 @@ def run(name: str, config: Mapping[str, Any], given: argparse.Namespace) -> None
     todo = []
     for ratio in config["subjects"][name]["ratios"]:
         for method, settings in config["methods"].items():
-            path = given.out / f"{file_name(f'{name}-{ratio}-{method}-{given.step}')}.json"
+            step = _step(settings, given.step)
+            path = given.out / f"{file_name(f'{name}-{ratio}-{method}-{step}')}.json"
             wanted = (not given.method or method in given.method) and (not given.ratio or ratio in given.ratio)
-            of_subject = name in settings.get("subjects", config["subjects"]) and _fits(settings, given.step)
+            of_subject = name in settings.get("subjects", config["subjects"]) and _fits(settings)
             if wanted and of_subject and not path.exists():
                 todo.append((path, ratio, method, settings))
     if not todo:
@@ -205,7 +206,7 @@ def run(name: str, config: Mapping[str, Any], given: argparse.Namespace) -> None
         found = once(
             path,
             lambda path=path, ratio=ratio, method=method, settings=settings: {
-                "step": given.step,
+                "step": _step(settings, given.step),
                 **cell(plans, name, ratio, method, _clean(settings), models / f"{path.stem}.pt"),
             },
         )
@@ -219,10 +220,13 @@ def _keep_original(subject: Subject, path: Path) -> None:
         torch.save((subject.model, batch_of(next(iter(subject.data)), 1)), path)
 
 
-def _fits(settings: Mapping[str, Any], step: str) -> bool:
-    """The rival does not change with the library: it has one line. Of ours, what this library has not yet waits."""
-    if settings["kind"] == "rival":
-        return step == "first"
+def _step(settings: Mapping[str, Any], step: str) -> str:
+    """The rival does not change with the library: it has one line."""
+    return "first" if settings["kind"] == "rival" else step
+
+
+def _fits(settings: Mapping[str, Any]) -> bool:
+    """Of ours, what this library has not yet waits."""
     known = all(hasattr(stages, name) for name in (*settings.get("stages", ()), *settings.get("needs", ())))
     return known and set(settings.get("without", ())) <= set(DEFAULT_FORMATS)
 

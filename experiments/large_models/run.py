@@ -144,14 +144,16 @@ def main() -> None:
         "--set", action="append", default=[], metavar="NAME=NUMBER", help="another figure of the config"
     )
     parser.add_argument("--work-dir", help="where a killed planning goes on")
+    parser.add_argument("--record", type=Path, help="where results.json goes; by default --out")
     args = parser.parse_args()
     config = json.loads(args.config.read_text())
     for name, _, value in (one.partition("=") for one in args.set):
         config[name] = json.loads(value)
     found = measured(config, args.work_dir)
-    args.out.mkdir(parents=True, exist_ok=True)
+    record = args.record or args.out
+    record.mkdir(parents=True, exist_ok=True)
     text = json.dumps({**found, "config": config, "provenance": provenance(seed=config["seed"])}, indent=1)
-    write_text_atomic(args.out / "results.json", text + "\n")
+    write_text_atomic(record / "results.json", text + "\n")
 
 
 if __name__ == "__main__":

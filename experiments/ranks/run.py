@@ -58,10 +58,11 @@ def main() -> None:
     parser.add_argument("--method", action="append", help="only these methods")
     parser.add_argument("--summary", action="store_true", help="tables and figure of what is there")
     parser.add_argument("--seed", type=int, action="append", help="only these seeds")
+    parser.add_argument("--record", type=Path, help="sum up at the end: where results.json and results.png go")
     given = parser.parse_args()
     config = json.loads(given.config.read_text())
     if given.summary:
-        summarize(given.out, config, HERE)
+        summarize(given.out, config, given.record or HERE)
         return
     for part in given.part or PARTS:
         settings = config[part]
@@ -73,6 +74,8 @@ def main() -> None:
                 found = once(path, partial(timed, part, name, settings, seed, folder))
                 shown = {key: value for key, value in found.items() if key not in ("provenance", "part", "method")}
                 print(part, name, shown, flush=True)
+    if given.record:
+        summarize(given.out, config, given.record)
 
 
 if __name__ == "__main__":

@@ -178,16 +178,18 @@ def _shape(row: Mapping[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/structure"))
+    parser.add_argument("--config", type=Path, default=HERE / "config.json")
+    parser.add_argument("--record", type=Path, default=HERE, help="where results.json goes")
     parser.add_argument("--subject", action="append")
     parser.add_argument("--summary", action="store_true", help="write results.json from what is there")
     given = parser.parse_args()
-    config = json.loads((HERE / "config.json").read_text())
+    config = json.loads(given.config.read_text())
     given.out.mkdir(parents=True, exist_ok=True)
     if not given.summary:
         for name in given.subject or config["subjects"]:
             run(name, config["subjects"][name], config["shares"], given.out)
     found = [json.loads(path.read_text()) for path in sorted(given.out.glob("*.json"))]
-    write_text_atomic(HERE / "results.json", json.dumps({"layers": found}, indent=1) + "\n")
+    write_text_atomic(given.record / "results.json", json.dumps({"layers": found}, indent=1) + "\n")
     print(*table(found), sep="\n")
 
 

@@ -281,25 +281,38 @@ TASKS: dict[str, Callable[[int, dict[str, Any]], dict[str, Any]]] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path, default=Path("runs") / HERE.name)
+    parser.add_argument("--config", type=Path, default=HERE / "config.json")
     parser.add_argument("--task", action="append", choices=list(TASKS))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--summary", action="store_true")
+    parser.add_argument("--record", type=Path, default=HERE, help="where results.json goes; other tasks in it stay")
     options = parser.parse_args()
-    config = json.loads((HERE / "config.json").read_text())
+    config = json.loads(options.config.read_text())
     options.out.mkdir(parents=True, exist_ok=True)
     for task in [] if options.summary else options.task or list(TASKS):
-        for seed in range(config[task].get("seeds", options.seeds)):
+        seeds = config[task].get("seeds", options.seeds)
+        for seed in range(seeds) if isinstance(seeds, int) else seeds:
             result = once(options.out / f"{task}-{seed}.json", lambda: TASKS[task](seed, config[task]))  # noqa: B023
             print(task, seed, json.dumps(result)[:400], flush=True)
     runs = {
         task: [json.loads(path.read_text()) for path in sorted(options.out.glob(f"{task}-*.json"))] for task in TASKS
     }
-    found = {task: results for task, results in runs.items() if results}
-    write_text_atomic(
-        HERE / "results.json",
-        json.dumps({"provenance": provenance(), "config": config, "runs": found}, indent=1) + "\n",
-    )
+    write_record(options.record / "results.json", {task: found for task, found in runs.items() if found}, config)
+
+
+def write_record(path: Path, runs: dict[str, Any], config: dict[str, Any]) -> None:
+    """``results.json``: what was run, with where it comes from; of other tasks what is there already stays."""
+    earlier = json.loads(path.read_text()) if path.is_file() else {"runs": {}, "provenance": None}
+    before = earlier["provenance"] if isinstance(earlier["provenance"], dict) else {}
+    known = before.get("command") is not None  # one for all tasks, as it was once
+    came_from = {task: before if known else before[task] for task in earlier["runs"]}
+    found = {
+        "provenance": came_from | dict.fromkeys(runs, provenance()),
+        "config": config,
+        "runs": earlier["runs"] | runs,
+    }
+    write_text_atomic(path, json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -277,11 +277,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/tt_embedding"))
     parser.add_argument("--data", help="folder or archive with the snippets")
+    parser.add_argument("--config", type=Path, default=HERE / "config.json")
     parser.add_argument("--seed", type=int, action="append", help="only these seeds")
     parser.add_argument("--model", action="append", help="only these models")
     parser.add_argument("--record", type=Path, default=HERE, help="where results.json and results.png go")
     given = parser.parse_args()
-    config = json.loads((HERE / "config.json").read_text())
+    config = json.loads(given.config.read_text())
     given.out.mkdir(parents=True, exist_ok=True)
     snippets = Snippets(config, given.data)
     for seed, kind, name, lr in itertools.product(

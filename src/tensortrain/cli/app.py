@@ -16,6 +16,8 @@ import typer
 from tensortrain._command import leave_quietly_on_interrupt
 from tensortrain.cli import commands
 from tensortrain.cli.guard import guarded, ready_streams
+from tensortrain.cli.reproduce import ReproduceOptions, list_experiments
+from tensortrain.cli.reproduce import reproduce as run_experiments
 
 __all__ = ["app", "main", "run"]
 
@@ -161,6 +163,33 @@ def demo(
     agrees = commands.demo(out, data=data, dataset=dataset, budget=budget, seed=seed, quick=quick, json=json)
     if not agrees:
         raise typer.Exit(1)
+
+
+@app.command()
+def reproduce(
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="[NAME]...", help="Experiments to run, or all; --list shows them.")
+    ] = None,
+    list_: Annotated[bool, typer.Option("--list", help="Show what there is: published, recorded, minutes.")] = False,
+    quick: Annotated[bool, typer.Option("--quick/--full", help="About a minute of it, or all as recorded.")] = False,
+    out: Annotated[Path, typer.Option(help="Folder for what comes out; work is resumed from it.")] = Path(
+        "runs/reproduce"
+    ),
+    record: Annotated[
+        bool, typer.Option("--record", help="Replace the record in experiments/, which README and docs read.")
+    ] = False,
+    data: Data = None,
+    seed: Annotated[int | None, typer.Option(min=0, max=2**32 - 1, help="Only this seed.")] = None,
+    json: Json = False,
+) -> None:
+    """Run recorded experiments again, and put the figures beside those published and those recorded.
+
+    It can be killed at any moment: the same command goes on with what is not finished.
+    """
+    if list_ or not names:
+        list_experiments(json=json)
+        return
+    run_experiments(names, ReproduceOptions(out, quick, record, data, seed, json))
 
 
 @app.command(name="build-kernels")

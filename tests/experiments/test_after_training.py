@@ -323,8 +323,14 @@ def test_an_example_is_timed_through_all_models(tmp_path: Path) -> None:
 def test_lines_wait_for_what_the_library_has_not() -> None:
     import run as experiment
 
-    assert experiment._fits({"kind": "rival"}, "first")
-    assert not experiment._fits({"kind": "rival"}, "narrowing")
-    assert experiment._fits({"kind": "ours", "stages": {"Refit": {}}, "without": ["tt"]}, "narrowing")
-    assert not experiment._fits({"kind": "ours", "stages": {"NoSuchStage": {}}}, "narrowing")
-    assert not experiment._fits({"kind": "ours", "without": ["no-such-format"]}, "narrowing")
+    assert experiment._fits({"kind": "rival"})
+    assert experiment._fits({"kind": "ours", "stages": {"Refit": {}}, "without": ["tt"]})
+    assert not experiment._fits({"kind": "ours", "stages": {"NoSuchStage": {}}})
+    assert not experiment._fits({"kind": "ours", "without": ["no-such-format"]})
+
+
+def test_the_rival_has_one_line_whatever_the_library_can_do() -> None:
+    import run as experiment
+
+    assert experiment._step({"kind": "rival"}, "narrowing") == "first"
+    assert experiment._step({"kind": "ours"}, "narrowing") == "narrowing"

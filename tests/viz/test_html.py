@@ -84,7 +84,9 @@ def test_page_needs_nothing_from_outside(page: str) -> None:
 
 
 def test_each_figure_has_words_for_those_who_cannot_see_it(page: str) -> None:
-    labels = parse(page).labels
+    every = parse(page).labels
+    labels = [label for label in every if " of ranks " not in label]
+    assert len(every) == len(labels) + len({layer.format for layer in sample_report().layers if layer.spec})
     assert len(labels) == 12
     assert labels[::2] == labels[1::2]  # each is drawn for wide and for narrow screens
     assert all(len(label) > 40 for label in labels)
@@ -118,6 +120,7 @@ def test_all_sections_stand(page: str) -> None:
         "Accuracy against compression",
         "Parameters by layer",
         "Ranks",
+        "What is stored",
         "Singular spectra",
         "Latency",
         "Memory",
@@ -126,6 +129,19 @@ def test_all_sections_stand(page: str) -> None:
         "Notes",
         "Provenance",
     ]
+
+
+def test_the_largest_layer_of_each_format_is_drawn_with_its_sizes() -> None:
+    small = LayerReport(
+        name="a", kind="Linear", shape=(12, 20), format="tt", in_modes=(4, 5), out_modes=(3, 4), ranks=(1, 7, 1),
+        params_before=240, params_after=175,
+    )  # fmt: skip
+    large = dataclasses.replace(small, name="b", shape=(12, 35), in_modes=(7, 5), params_before=420, params_after=287)
+    page = report_html(minimal(layers=[small, large]))
+    (drawing,) = re.findall(r"<svg role.*?</svg>", page, flags=re.DOTALL)
+    words = re.findall(r">([^<>\s][^<>]*)</text>", drawing)
+    assert {"7", "5", "3", "4"} <= set(words)
+    assert any(word.startswith("b, tt: 12·35") for word in words)
 
 
 def minimal(**changes: object) -> Report:

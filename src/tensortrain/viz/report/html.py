@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 
 from tensortrain.compression.report.report import LatencyRow, LayerReport, Report
 from tensortrain.system.files import write_text_atomic
+from tensortrain.viz.draw.networks import spec_diagram
+from tensortrain.viz.draw.notation import paint
 from tensortrain.viz.report import figures, text
 from tensortrain.viz.report.page import PAGE, STYLE
 
@@ -38,7 +40,7 @@ def write_html(report: Report, path: str | os.PathLike[str]) -> Path:
 
 def report_html(report: Report) -> str:
     """Return the page of :func:`write_html` as text."""
-    sections = (_tiles, _curve, _layers, _ranks, _spectra, _speed, _memory, _healing, _decisions, _notes)
+    sections = (_tiles, _curve, _layers, _ranks, _networks, _spectra, _speed, _memory, _healing, _decisions, _notes)
     body = "\n".join(filter(None, (section(report) for section in sections)))
     return PAGE.format(
         title=escape(report.title), style=STYLE, header=_header(report), body=body, footer=_footer(report)
@@ -223,6 +225,30 @@ def _ranks(report: Report) -> str:
     ]
     headings = ["Layer", "Format", "Output modes", "Input modes", "Full ranks", "Kept ranks", "Runs as"]
     return _section("Ranks", _table(headings, rows, numeric_from=len(headings)))
+
+
+def _networks(report: Report) -> str:
+    """The largest layer of each format in the graphical notation of tensor networks."""
+    largest: dict[str, LayerReport] = {}
+    for layer in sorted(report.layers, key=lambda layer: layer.params_before, reverse=True):
+        if layer.spec is not None:
+            largest.setdefault(layer.format, layer)
+    if not largest:
+        return ""
+    svgs = "".join(_network(layer) for layer in largest.values())
+    caption = (
+        "The largest layer of each format: dots are cores, lines are indices with their sizes, outputs up, inputs down."
+    )
+    return _section("What is stored", f"<figure>{svgs}<figcaption>{caption}</figcaption></figure>")
+
+
+def _network(layer: LayerReport) -> str:
+    assert layer.spec is not None
+    diagram = spec_diagram(layer.spec, f"{layer.name}, {layer.format}")
+    figure = paint(diagram)
+    alt = f"{layer.name} as {layer.format} of ranks {text.ranks_text(layer.inner_ranks)}"
+    attributes = f'role="img" aria-label="{escape(alt)}" style="max-width: {96 * figure.get_figwidth():.0f}px"'
+    return figures.figure_svg(figure, name=f"network-{layer.format}").replace("<svg", f"<svg {attributes}", 1)
 
 
 def _spectra(report: Report) -> str:

@@ -155,13 +155,14 @@ def test_the_list_shows_what_was_published_and_what_is_recorded(toy: Path, capfd
         (["rows", {"net": "a"}, "accuracy_mean"], "0.9 ± 0.1"),
         (["rows", {"net": "b"}, "accuracy_mean"], MISSING),
         (["runs", "*", "loss", -1], "2 ± 1.4"),
+        (["rows", 0, "n_mean"], "3"),
         (["nothing"], MISSING),
         (["rows", 0, "net"], MISSING),
     ],
 )
 def test_figures_are_read_from_any_record(at: list, text: str) -> None:
     found = {
-        "rows": [{"net": "a", "accuracy_mean": 0.9, "accuracy_std": 0.1}],
+        "rows": [{"net": "a", "accuracy_mean": 0.9, "accuracy_std": 0.1, "n_mean": 3, "n_std": 0.0}],
         "runs": [{"loss": [3, 1]}, {"loss": [5, 3]}],
     }
     assert Figure("a figure", at).text(found) == text

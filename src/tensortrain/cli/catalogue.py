@@ -54,9 +54,9 @@ class Figure:
 
     def _shown(self, value: float, spread: float | None) -> str:
         if self.unit == "%":
-            numbers = [f"{100 * one:.2f}" for one in (value, spread) if one is not None]
+            numbers = [f"{100 * one:.2f}" for one in (value, spread or None) if one is not None]
         else:
-            numbers = [f"{one:.{digits}g}" for one, digits in ((value, 4), (spread, 2)) if one is not None]
+            numbers = [f"{one:.{digits}g}" for one, digits in ((value, 4), (spread or None, 2)) if one is not None]
         return " ± ".join(numbers) + (f" {self.unit}" if self.unit else "")
 
 

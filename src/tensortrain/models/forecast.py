@@ -9,7 +9,9 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from tensortrain.cores.halves import outer
 from tensortrain.errors import DataError, KindError
 from tensortrain.models.base import TensorModel, check_choice, check_finite, check_sizes
 from tensortrain.models.cell_fit import fitted_cores
@@ -67,12 +69,17 @@ class _HigherOrderCell(TensorModel):
 
     def gates(self, x: Tensor, lags: Tensor) -> Tensor:
         """``(b, n_gates hidden_size)`` of an input ``(b, input_size)`` and the lags ``(b, n_lags, hidden_size)``."""
-        seen = torch.cat((torch.ones_like(lags[:, 0, :1]), lags.flatten(1)), dim=1)  # b m
-        state = seen @ self.cores[0][0]
-        for core in list(self.cores)[1:]:
-            every = (seen @ core.movedim(1, 0).flatten(1)).unflatten(1, (core.shape[0], -1))  # b r s
-            state = (state.unsqueeze(1) @ every).squeeze(1)
-        return state + x @ self.weight.T + self.bias
+        seen = F.pad(lags.flatten(1), (1, 0), value=1.0)  # b m
+        said, state = F.linear(x, self.weight, self.bias), None
+        for core in self.cores:
+            if state is None:
+                state = seen @ core[0]
+            elif core.shape[1] > 2 * core.shape[2]:
+                every = (seen @ core.movedim(1, 0).flatten(1)).unflatten(1, (core.shape[0], -1))  # b r s
+                state = (state.unsqueeze(1) @ every).squeeze(1)
+            else:  # with the core as it lies: (b, r m) times (r m, s)
+                state = outer(state, seen) @ core.flatten(0, 1)
+        return said + state
 
     def lags_of(self, x: Tensor, lags: Tensor | None) -> Tensor:
         """The lags given, or zeros.
@@ -238,12 +245,22 @@ class Forecaster(TensorModel):
             "holds_data": self.holds_data,
         }
 
-    def forward(self, x: Tensor, horizon: int, *, following: Tensor | None = None, share: float = 0.0) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        horizon: int,
+        *,
+        known: Tensor | None = None,
+        following: Tensor | None = None,
+        share: float = 0.0,
+    ) -> Tensor:
         """Forecasts.
 
         Args:
             x: ``(b, n_in, input_size)``: the beginnings.
             horizon: Steps to forecast.
+            known: ``(b, horizon, input_size - output_size)``: what is known ahead of the steps to come, such as the
+                calendar. In ``x`` these are the last numbers of a step.
             following: ``(b, horizon, output_size)``: the true steps, of which a ``share`` is read in place of what was
                 said, at random (scheduled sampling while training).
 
@@ -261,10 +278,12 @@ class Forecaster(TensorModel):
             )
         if horizon < 1:
             raise DataError(f"a forecast must have steps: horizon has {horizon}, expected 1 or more.")
+        self._check_known(known, x.shape[0], horizon)
         state = self._read_beginning(x)
         said = [self.output(self.cell.newest(state))]
         for k in range(1, horizon):
-            state = self.cell(self._read(said[-1], following, k - 1, share), state)
+            ahead = None if known is None else known[:, k - 1]
+            state = self.cell(self._read(said[-1], ahead, following, k - 1, share), state)
             said.append(self.output(self.cell.newest(state)))
         return torch.stack(said, dim=1)
 
@@ -274,12 +293,14 @@ class Forecaster(TensorModel):
         y: Tensor | None = None,
         *,
         horizon: int | None = None,
+        known: Tensor | None = None,
         method: Literal["adam", "als"] | str = "adam",
         n_sweeps: int = 20,
         lr: float = 3e-3,
         batch_size: int = 64,
         share: float = 0.0,
-        validation: tuple[Tensor, Tensor] | None = None,
+        grad_clip: float | None = 1.0,
+        validation: tuple[Tensor, ...] | None = None,
         checkpoint: str | Path | None = None,
         observer: Callable[[History], object] | None = None,
         generator: torch.Generator | None = None,
@@ -290,13 +311,16 @@ class Forecaster(TensorModel):
             x: ``(b, n_in, input_size)``; without ``y`` whole series.
             y: ``(b, horizon, output_size)``: what follows.
             horizon: Without ``y``: how many of the last steps of ``x`` are forecast; a quarter by default.
+            known: What is known ahead of the steps of ``y``, as ``forward`` takes it; with ``"adam"``.
             method: ``"adam"``: through the whole forecast. ``"als"``: for cells that are linear in their output, as
                 large as the output (``activation=None``): the weights by alternating least squares on true steps,
                 exactly; the series alone decides, x and y together.
             n_sweeps: Passes over the data, or sweeps.
             lr, batch_size: Of Adam.
             share: Of true steps that are read while training; 0: always what was said.
-            validation, checkpoint, observer, generator: As for ``MPSClassifier.fit``.
+            grad_clip: Largest norm of a gradient: through many steps some are huge.
+            validation: ``(x, y)`` that is held back, or ``(x, y, known)``.
+            checkpoint, observer, generator: As for ``MPSClassifier.fit``.
 
         Returns:
             History: ``loss``, the mean square of the forecast, and that of ``validation``.
@@ -308,6 +332,24 @@ class Forecaster(TensorModel):
         check_choice(method, ("adam", "als"), "method")
         if y is None:
             x, y = self._parted(x, horizon)
+        self._check_following(x, y, known)
+        if method == "als":
+            return self._fit_steps(x, y, n_sweeps)
+        job = Supervised(
+            _Whole(self, x.shape[1], known is not None, share),
+            self._joined(x, y, known),
+            y,
+            "squared",
+            n_sweeps,
+            self._held_back(x.shape[1], known is not None, validation),
+            checkpoint=checkpoint,
+            observer=observer,
+            generator=generator,
+        )
+        return job.by_steps(lr, batch_size, grad_clip=grad_clip)
+
+    def _check_following(self, x: Tensor, y: Tensor, known: Tensor | None) -> None:
+        """Refuse series and what follows them where they do not fit."""
         if not isinstance(y, Tensor) or y.ndim != 3 or y.shape[0] != x.shape[0] or y.shape[2] != self.output_size:
             found = f"shape {tuple(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
             raise DataError(
@@ -315,25 +357,30 @@ class Forecaster(TensorModel):
             )
         if x.shape[0] == 0:
             raise DataError("a fit must have data: x has no series, expected one or more.")
+        self._check_known(known, *y.shape[:2])
         check_finite(x)
         check_finite(y, "y")
-        if method == "als":
-            return self._fit_steps(x, y, n_sweeps)
-        whole = _Whole(self, x.shape[1], share)
-        size = self.cell.input_size
-        pair = None if validation is None else (_joined(*validation, size), validation[1])
-        job = Supervised(
-            whole,
-            _joined(x, y, size),
-            y,
-            "squared",
-            n_sweeps,
-            pair,
-            checkpoint=checkpoint,
-            observer=observer,
-            generator=generator,
-        )
-        return job.by_steps(lr, batch_size)
+        if known is not None:
+            check_finite(known, "known")
+
+    def _held_back(
+        self, n_in: int, has_known: bool, validation: tuple[Tensor, ...] | None
+    ) -> tuple[Tensor, Tensor] | None:
+        if validation is None:
+            return None
+        if len(validation) != 2 + has_known or validation[0].shape[1] != n_in:
+            raise DataError(
+                f"what is held back must be as what is learnt: validation has {len(validation)} tensors and beginnings "
+                f"of {validation[0].shape[1]} steps, expected {2 + has_known} and {n_in}. Pass (x, y), and known third."
+            )
+        self._check_following(*validation[:2], validation[2] if has_known else None)
+        return self._joined(*validation), validation[1]
+
+    def _joined(self, x: Tensor, y: Tensor, known: Tensor | None = None) -> Tensor:
+        """Beginnings and what follows as one series; what follows may have fewer numbers a step, or more."""
+        after = y if known is None else torch.cat((y, known.to(y.dtype)), dim=2)
+        width = max(x.shape[2], after.shape[2])
+        return torch.cat([F.pad(part, (0, width - part.shape[2])) for part in (x, after)], dim=1)
 
     def _parted(self, series: Tensor, horizon: int | None) -> tuple[Tensor, Tensor]:
         """Beginnings and what follows."""
@@ -381,29 +428,40 @@ class Forecaster(TensorModel):
             state = self.cell(step, state)
         return state
 
-    def _read(self, said: Tensor, following: Tensor | None, k: int, share: float) -> Tensor:
-        if self.cell.input_size != self.output_size:
+    def _read(self, said: Tensor, ahead: Tensor | None, following: Tensor | None, k: int, share: float) -> Tensor:
+        if self.cell.input_size != self.output_size and ahead is None:
             return said.new_zeros(said.shape[0], self.cell.input_size)
-        if following is None or share <= 0:
-            return said
-        is_true = torch.rand(said.shape[0], 1, device=said.device) < share
-        return torch.where(is_true, following[:, k], said)
+        if following is not None and share > 0:
+            is_true = torch.rand(said.shape[0], 1, device=said.device) < share
+            said = torch.where(is_true, following[:, k], said)
+        return said if ahead is None else torch.cat((said, ahead.to(said.dtype)), dim=1)
+
+    def _check_known(self, known: Tensor | None, n_series: int, horizon: int) -> None:
+        if known is None:
+            return
+        expected = (n_series, horizon, self.cell.input_size - self.output_size)
+        if not isinstance(known, Tensor) or tuple(known.shape) != expected or expected[2] < 1:
+            found = f"shape {tuple(known.shape)}" if isinstance(known, Tensor) else type(known).__name__
+            raise DataError(
+                f"what is known ahead must be (b, horizon, input_size - output_size): known has {found}, expected "
+                f"{expected}. Give the cell an input_size of all numbers of a step."
+            )
 
 
 class _Whole(nn.Module):
     """A forecaster as it is trained: it gets whole series, and says what comes after their beginnings."""
 
-    def __init__(self, model: Forecaster, n_in: int, share: float) -> None:
+    def __init__(self, model: Forecaster, n_in: int, has_known: bool, share: float) -> None:
         super().__init__()
-        self.model, self.n_in, self.share = model, n_in, share
+        self.model, self.n_in, self.has_known, self.share = model, n_in, has_known, share
 
     def forward(self, series: Tensor) -> Tensor:
-        following = series[:, self.n_in :, : self.model.output_size]
-        share = self.share if self.training else 0.0
-        return self.model(series[:, : self.n_in], following.shape[1], following=following, share=share)
-
-
-def _joined(x: Tensor, y: Tensor, input_size: int) -> Tensor:
-    """Beginnings and what follows as one series; what follows may have fewer numbers a step, or more."""
-    width = max(input_size, y.shape[2])
-    return torch.cat([nn.functional.pad(part, (0, width - part.shape[2])) for part in (x, y)], dim=1)
+        size, n_read = self.model.output_size, self.model.cell.input_size
+        beginning, after = series[:, : self.n_in, :n_read], series[:, self.n_in :]
+        return self.model(
+            beginning,
+            after.shape[1],
+            known=after[..., size:n_read] if self.has_known else None,
+            following=after[..., :size],
+            share=self.share if self.training else 0.0,
+        )

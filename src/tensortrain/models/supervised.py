@@ -59,7 +59,11 @@ class Supervised:
     generator: torch.Generator | None = None
 
     def by_steps(
-        self, lr: float, batch_size: int | None, optimizer: Callable[..., torch.optim.Optimizer] = adam
+        self,
+        lr: float,
+        batch_size: int | None,
+        optimizer: Callable[..., torch.optim.Optimizer] = adam,
+        grad_clip: float | None = None,
     ) -> History:
         """Steps along the gradient of batches; an entry of the history for every pass."""
         history = History()
@@ -80,6 +84,7 @@ class Supervised:
             epochs=self.n_sweeps,
             optimizer=optimizer,
             lr=lr,
+            grad_clip=grad_clip,
             evaluate=evaluate,
             checkpoint=self.checkpoint,
             label=type(self.model).__name__,

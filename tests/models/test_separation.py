@@ -53,7 +53,19 @@ class TestCircuit(ModelSuite):
             rows.append(model.output.detach() @ states[-1])
         return torch.stack(rows)
 
+    def learn(self, model: RecurrentArithmeticCircuit, **options: object) -> object:
+        generator = torch.Generator().manual_seed(2)
+        y = torch.tensor([0, 1, 1, 0, 1])
+        return model.fit(self.data(torch.float64), y, n_sweeps=3, batch_size=2, generator=generator, **options)
+
     def bad(self, model: RecurrentArithmeticCircuit):
+        x, y = self.data(torch.float32), torch.tensor([0, 1, 1, 0, 1])
+        yield DataError, model.fit, (x, y + 1)
+        yield DataError, model.fit, (x, y[:4])
+        yield DataError, model.fit, (x[:0], y[:0])
+        yield DataError, model.fit, (x * torch.inf, y)
+        yield DataError, model.fit, (x, y), {"validation": (x[..., :2], y)}
+        yield KindError, RecurrentArithmeticCircuit(3, 4).fit, (x, y)
         yield DataError, model, (self.data(torch.float32)[..., :2],)
         yield DataError, model, (self.data(torch.float32)[:, :0],)
         yield DataError, model.grid_tensor, (0,)
@@ -134,6 +146,37 @@ def test_min_cuts_of_small_trees_by_trying_all() -> None:
         min_cut_rank(tree, (9,))
     with pytest.raises(KindError, match="nested tuples"):
         min_cut_rank((1, [2, 0]), (0,))
+
+
+def strings(half: int) -> tuple[Tensor, Tensor]:
+    """All strings of two halves, and whether an odd number of places is 1 in both."""
+    bits = torch.arange(2 ** (2 * half))[:, None] >> torch.arange(2 * half) & 1
+    return torch.nn.functional.one_hot(bits, 2).float(), (bits[:, :half] * bits[:, half:]).sum(1) % 2
+
+
+def test_two_layers_learn_what_overlaps() -> None:
+    x, y = strings(3)
+    model = RecurrentArithmeticCircuit(2, 5, 2, n_outputs=2, generator=torch.Generator().manual_seed(0))
+    history = model.fit(x, y, n_sweeps=250, lr=2e-2, batch_size=32, generator=torch.Generator().manual_seed(0))
+    assert history.accuracy[-1] == 1.0
+    assert torch.equal(model(x).argmax(1), y)  # the scores themselves say the same
+
+
+@pytest.mark.parametrize("depth,n_steps", [(1, 2000), (2, 300), (3, 2500)])
+def test_long_products_stay_finite(depth: int, n_steps: int) -> None:
+    model = RecurrentArithmeticCircuit(3, 4, depth, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    x = 3 * torch.rand(2, n_steps, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    with torch.no_grad():
+        state, exponent = model._last_state(x)
+    assert bool(torch.isfinite(state).all())
+    assert bool((exponent.abs() > 1024).all())  # beyond the range of doubles
+    assert bool(torch.isfinite(model(x)).all())
+
+
+def test_half_precision_and_meta() -> None:
+    model = RecurrentArithmeticCircuit(3, 4, 2, n_outputs=2, dtype=torch.bfloat16)
+    assert model(torch.rand(5, 6, 3, dtype=torch.bfloat16)).dtype == torch.bfloat16
+    assert RecurrentArithmeticCircuit(3, 4, 2, device="meta").output.device.type == "meta"
 
 
 def test_bad_sizes_are_refused() -> None:

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tensortrain.errors import DataError
-from tensortrain.models.base import TensorModel, check_sizes
+from tensortrain.cores.scaling import split_pow2, work_dtype
+from tensortrain.errors import DataError, KindError
+from tensortrain.models.base import TensorModel, check_finite, check_sizes, checked_labels, held
+from tensortrain.models.supervised import Supervised
 from tensortrain.networks import register
+from tensortrain.system.history import History
 
 __all__ = ["RecurrentArithmeticCircuit"]
+
+_SPREAD = 0.5  # of the first factors around 1
 
 
 @register("recurrent-arithmetic-circuit", needs_arguments=True)
@@ -22,6 +29,9 @@ class RecurrentArithmeticCircuit(TensorModel):
     One layer is a train with shared cores. Deeper circuits copy their inputs, and are no train: their memory, the
     rank between the first and the last half of the steps, grows with the number of steps.
 
+    States are products of as many numbers as there are steps, or many more in deep layers: each sample's carry a power
+    of two of their own, so that thousands of steps neither overflow nor vanish.
+
     Args:
         n_features: Features of a step.
         width: Size of every state.
@@ -30,6 +40,8 @@ class RecurrentArithmeticCircuit(TensorModel):
         generator, device, dtype: Of the first parameters.
 
     Shapes: x ``(b, T, n_features)``, of any T.
+
+    Cost: O(depth width^2) multiplications a step and sample.
 
     Source: Levine, Sharir, Ziv, Shashua, arXiv:1710.09431.
 
@@ -54,14 +66,21 @@ class RecurrentArithmeticCircuit(TensorModel):
         check_sizes(n_features=n_features, width=width, depth=depth, n_outputs=n_outputs)
         self.n_features, self.width, self.depth, self.n_outputs = n_features, width, depth, n_outputs
 
-        def draw(*shape: int) -> nn.Parameter:
-            drawn = torch.randn(*shape, generator=generator, device=device, dtype=dtype or torch.get_default_dtype())
-            return nn.Parameter(drawn / math.sqrt(shape[1]))
+        dtype = dtype or torch.get_default_dtype()
 
-        self.inputs = nn.ParameterList([draw(width, n_features if layer == 0 else width) for layer in range(depth)])
-        self.hidden = nn.ParameterList([draw(width, width) for _ in range(depth)])
-        self.starts = nn.ParameterList([nn.Parameter(torch.ones_like(draw(width, 1)[:, 0])) for _ in range(depth)])
-        self.output = draw(n_outputs, width)
+        def draw(*shape: int) -> Tensor:
+            drawn = torch.randn(*shape, generator=generator, device=device, dtype=work_dtype(dtype))
+            return drawn if device is None else drawn.to(device)
+
+        def rotation() -> nn.Parameter:
+            return nn.Parameter(torch.linalg.qr(draw(width, width)).Q.to(dtype))
+
+        # Factors near 1 and rotations: a product over many steps then keeps what the first of them brought.
+        first = nn.Parameter((1 + _SPREAD * draw(width, n_features)).to(dtype))
+        self.inputs = nn.ParameterList([first, *(rotation() for _ in range(depth - 1))])
+        self.hidden = nn.ParameterList([rotation() for _ in range(depth)])
+        self.starts = nn.ParameterList([nn.Parameter(torch.ones_like(first[:, 0])) for _ in range(depth)])
+        self.output = nn.Parameter((draw(n_outputs, width) / math.sqrt(width)).to(dtype))
 
     @property
     def config(self) -> dict[str, Any]:
@@ -73,20 +92,95 @@ class RecurrentArithmeticCircuit(TensorModel):
         Raises:
             DataError: ``x`` has another shape, or no steps.
         """
+        self._check(x)
+        state, exponent = self._last_state(x)
+        scores = held(state @ self.output.T, exponent)
+        return scores[:, 0] if self.n_outputs == 1 else scores
+
+    def fit(
+        self,
+        x: Tensor,
+        y: Tensor,
+        *,
+        n_sweeps: int = 10,
+        lr: float = 1e-2,
+        batch_size: int = 128,
+        grad_clip: float | None = 1.0,
+        validation: tuple[Tensor, Tensor] | None = None,
+        checkpoint: str | Path | None = None,
+        observer: Callable[[History], object] | None = None,
+        generator: torch.Generator | None = None,
+    ) -> History:
+        """Learn classes of sequences, in place, by cross entropy and Adam.
+
+        The size of a state is a product over all steps and says nothing of the class. So the scores that are trained
+        are those of states of size 1: each sample's are divided by a positive number, which leaves the largest one
+        where it was.
+
+        Args:
+            x: ``(b, T, n_features)``.
+            y: ``(b,)`` int64, from 0 to ``n_outputs - 1``.
+            n_sweeps: Passes over the data.
+            lr, batch_size: Of Adam.
+            grad_clip: Largest norm of a gradient.
+            validation, checkpoint, observer, generator: As for ``MPSClassifier.fit``.
+
+        Returns:
+            History: for every pass ``loss``, ``accuracy``, and those of ``validation``.
+
+        Raises:
+            DataError: There are no sequences, or they do not fit.
+            KindError: The circuit has one output, and no classes to tell apart.
+        """
+        if self.n_outputs < 2:
+            raise KindError(
+                f"classes need a score each: n_outputs has {self.n_outputs}, expected 2 or more. Build the circuit with "
+                "as many outputs as classes."
+            )
+        pairs = [(x, y)] if validation is None else [(x, y), validation]
+        (x, labels), *held_back = [self._checked_pair(*pair) for pair in pairs]
+        job = Supervised(
+            _Directions(self),
+            x,
+            labels,
+            "cross-entropy",
+            n_sweeps,
+            held_back[0] if held_back else None,
+            checkpoint=checkpoint,
+            observer=observer,
+            generator=generator,
+        )
+        return job.by_steps(lr, batch_size, grad_clip=grad_clip)
+
+    def _checked_pair(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        self._check(x)
+        if x.shape[0] == 0:
+            raise DataError("a fit must have data: x has no sequences, expected one or more.")
+        check_finite(x)
+        return x, checked_labels(y, x.shape[0], self.n_outputs)
+
+    def _check(self, x: object) -> None:
         if not isinstance(x, Tensor) or x.ndim != 3 or x.shape[2] != self.n_features or x.shape[1] == 0:
             found = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
             raise DataError(
                 f"inputs must be sequences of {self.n_features} features: x has {found}, expected (b, T, "
                 f"{self.n_features}) with a step or more. Put the steps along axis 1."
             )
+
+    def _last_state(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The last layer's state ``(b, width)``, without the powers of two ``(b,)`` that are apart."""
         states = [start.expand(x.shape[0], -1) for start in self.starts]
-        for step in x.unbind(1):
-            below = step
+        exponents = [torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)] * self.depth
+        first = x @ self.inputs[0].T  # of all steps at once
+        for step in first.unbind(1):
+            factor, below = step, None
             for layer in range(self.depth):
-                states[layer] = (below @ self.inputs[layer].T) * (states[layer] @ self.hidden[layer].T)
-                below = states[layer]
-        scores = states[-1] @ self.output.T
-        return scores[:, 0] if self.n_outputs == 1 else scores
+                if below is not None:
+                    factor = below @ self.inputs[layer].T
+                    exponents[layer] = exponents[layer] + exponents[layer - 1]
+                below, apart = split_pow2(factor * (states[layer] @ self.hidden[layer].T), 1)
+                states[layer], exponents[layer] = below, exponents[layer] + apart
+        return states[-1], exponents[-1]
 
     def grid_tensor(
         self, n_steps: int, modulus: int = 2**31 - 1, *, generator: torch.Generator | None = None
@@ -128,6 +222,19 @@ class RecurrentArithmeticCircuit(TensorModel):
                 states[layer] = here * _product(states[layer], hidden[layer], modulus) % modulus
                 below = states[layer]
         return _product(states[-1], output[None], modulus)[:, 0].reshape([m] * n_steps)
+
+
+class _Directions(nn.Module):
+    """A circuit as it is trained: its scores of states of root mean square 1."""
+
+    def __init__(self, model: RecurrentArithmeticCircuit) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        state, _ = self.model._last_state(x)
+        size = state.square().mean(1, keepdim=True).sqrt()
+        return state / size.clamp_min(torch.finfo(state.dtype).tiny) @ self.model.output.T
 
 
 def _product(x: Tensor, matrix: Tensor, modulus: int) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,9 @@ __all__ = [
     "record",
     "recorded",
     "run_layers",
+    "run_tasks",
     "spread",
+    "write_tasks",
 ]
 
 provenance()  # takes the commit down now: at the end of a long run it may be another
@@ -105,6 +107,56 @@ def run_layers(
             print(f"seed {seed} {name}: {result['test_accuracy']:.4f} in {result['seconds']:.0f} s", flush=True)
     order = list(config["layers"])
     summarize(recorded(given.out / "runs", order), recorded(given.out / "rates", order), given.record)
+
+
+def run_tasks(
+    here: Path,
+    description: str | None,
+    tasks: Mapping[str, Callable[[int, dict[str, Any]], dict[str, Any]]],
+    draw: Callable[[dict[str, Any], Path], None] | None = None,
+) -> None:
+    """The command line of an experiment of several tasks: run the seeds of each, write the record, draw.
+
+    Args:
+        here: Its folder; ``config.json`` has the options of every task, and ``seeds`` among them where they are others.
+        description: Its help.
+        tasks: ``(seed, options)`` to one record.
+        draw: Draws the pictures of a record's runs into a folder.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs") / here.name)
+    parser.add_argument("--config", type=Path, default=here / "config.json")
+    parser.add_argument("--task", action="append", choices=list(tasks))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--summary", action="store_true")
+    parser.add_argument("--record", type=Path, default=here, help="where results.json goes; other tasks in it stay")
+    given = parser.parse_args()
+    config = json.loads(given.config.read_text())
+    given.out.mkdir(parents=True, exist_ok=True)
+    for task in [] if given.summary else given.task or list(tasks):
+        seeds = config[task].get("seeds", given.seeds)
+        for seed in range(seeds) if isinstance(seeds, int) else seeds:
+            result = once(given.out / f"{task}-{seed}.json", lambda: tasks[task](seed, config[task]))  # noqa: B023
+            print(task, seed, json.dumps(result)[:400], flush=True)
+    runs = {task: [json.loads(path.read_text()) for path in sorted(given.out.glob(f"{task}-*.json"))] for task in tasks}
+    found = write_tasks(given.record / "results.json", {task: of for task, of in runs.items() if of}, config)
+    if draw is not None:
+        draw(found, given.record)
+
+
+def write_tasks(path: Path, runs: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
+    """``results.json``: what was run, with where it comes from; of other tasks what is there already stays."""
+    earlier = json.loads(path.read_text()) if path.is_file() else {"runs": {}, "provenance": None}
+    before = earlier["provenance"] if isinstance(earlier["provenance"], dict) else {}
+    known = before.get("command") is not None  # one for all tasks, as it was once
+    came_from = {task: before if known else before[task] for task in earlier["runs"]}
+    found = {
+        "provenance": came_from | dict.fromkeys(runs, provenance()),
+        "config": config,
+        "runs": earlier["runs"] | runs,
+    }
+    write_text_atomic(path, json.dumps(found, indent=1) + "\n")
+    return found["runs"]
 
 
 def best_rate(name: str, rates: Sequence[float], folder: Path, trial: Callable[[float], dict[str, Any]]) -> float:

@@ -9,9 +9,7 @@ A run that is recorded is not repeated.
 
 from __future__ import annotations
 
-import argparse
 import itertools
-import json
 import math
 import statistics
 import sys
@@ -24,13 +22,12 @@ import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
-from tensortrain.compression import provenance, write_text_atomic
 from tensortrain.data import fashion_mnist
 from tensortrain.models import BornMachine, ExponentialMachine, MPSClassifier, RecurrentArithmeticCircuit, ScoreNetwork
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
-from study import once  # noqa: E402
+from study import run_tasks  # noqa: E402
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -242,32 +239,50 @@ def interactions(seed: int, options: dict[str, Any]) -> dict[str, Any]:
 
 
 def memory(seed: int, options: dict[str, Any]) -> dict[str, Any]:
-    """Are both halves of a string alike? Circuits of one and of two layers of about equal size."""
-    generator = seeded(seed)
-    half, n = options["half"], options["n_samples"]
-    first = torch.randint(0, 2, (n, half), generator=generator)
-    alike = torch.rand(n, generator=generator) < 0.5
-    other = torch.randint(0, 2, (n, half), generator=generator)
-    near = torch.where(torch.rand(n, half, generator=generator) < 0.1, 1 - first, first)
-    strings = torch.cat((first, torch.where(alike[:, None], near, other)), dim=1)
-    x, y = nn.functional.one_hot(strings, 2).float(), alike.long()
+    """What do both halves of a string share? Circuits of one and of two layers and of about equal size.
+
+    "alike": the last half repeats the first but for a share of the bits, or has nothing to do with it. A scalar product
+    tells, whose rank is one more than the bits of a half: one layer can hold it. "overlap": are the halves both 1 at an
+    odd number of places? The rank is ``2**half``, and no smaller rank comes near.
+    """
     found = {}
-    for depth, width in options["depths"]:
-        model = RecurrentArithmeticCircuit(2, width, depth, n_outputs=2, generator=seeded(seed))
-        optimizer = torch.optim.Adam(model.parameters(), lr=options["lr"])
-        cut = n * 4 // 5
-        for _ in range(options["n_epochs"]):
-            for rows in torch.randperm(cut, generator=generator).split(128):
-                loss = nn.functional.cross_entropy(model(x[rows]), y[rows])
-                optimizer.zero_grad()
-                loss.backward()
-                nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-                optimizer.step()
-        with torch.no_grad():
-            right = (model(x[cut:]).argmax(1) == y[cut:]).float().mean()
-        n_params = sum(p.numel() for p in model.parameters())
-        found[f"depth {depth}"] = {"accuracy": float(right), "n_params": n_params, "width": width}
+    for kind, half in options["kinds"]:
+        for depth, width in options["depths"][str(half)]:
+            start = time.process_time()
+            (x, y), (x_test, y_test) = (_halves(kind, half, n, seed) for n in (options["n_samples"], options["n_test"]))
+            model = RecurrentArithmeticCircuit(2, width, depth, n_outputs=2, generator=seeded(seed))
+            model.fit(
+                x,
+                y,
+                n_sweeps=options["n_sweeps"],
+                lr=options["lr"],
+                batch_size=options["batch_size"],
+                generator=seeded(seed),
+            )
+            with torch.no_grad():
+                right = (model(x_test).argmax(1) == y_test).float().mean()
+            found[f"{kind} {half}, depth {depth}"] = {
+                "accuracy": float(right),
+                "n_params": sum(p.numel() for p in model.parameters()),
+                "width": width,
+                "seconds": time.process_time() - start,
+            }
+            print(kind, half, depth, found[f"{kind} {half}, depth {depth}"], flush=True)
     return found
+
+
+def _halves(kind: str, half: int, n: int, seed: int) -> tuple[Tensor, Tensor]:
+    generator = seeded(1_000_003 * seed + n)
+    first, other = torch.randint(0, 2, (2, n, half), generator=generator)
+    if kind == "overlap":
+        return _one_hot(first, other), (first * other).sum(1) % 2
+    alike = torch.rand(n, generator=generator) < 0.5
+    near = torch.where(torch.rand(n, half, generator=generator) < 0.1, 1 - first, first)
+    return _one_hot(first, torch.where(alike[:, None], near, other)), alike.long()
+
+
+def _one_hot(first: Tensor, last: Tensor) -> Tensor:
+    return nn.functional.one_hot(torch.cat((first, last), dim=1), 2).float()
 
 
 TASKS: dict[str, Callable[[int, dict[str, Any]], dict[str, Any]]] = {
@@ -279,41 +294,5 @@ TASKS: dict[str, Callable[[int, dict[str, Any]], dict[str, Any]]] = {
 }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs") / HERE.name)
-    parser.add_argument("--config", type=Path, default=HERE / "config.json")
-    parser.add_argument("--task", action="append", choices=list(TASKS))
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--summary", action="store_true")
-    parser.add_argument("--record", type=Path, default=HERE, help="where results.json goes; other tasks in it stay")
-    options = parser.parse_args()
-    config = json.loads(options.config.read_text())
-    options.out.mkdir(parents=True, exist_ok=True)
-    for task in [] if options.summary else options.task or list(TASKS):
-        seeds = config[task].get("seeds", options.seeds)
-        for seed in range(seeds) if isinstance(seeds, int) else seeds:
-            result = once(options.out / f"{task}-{seed}.json", lambda: TASKS[task](seed, config[task]))  # noqa: B023
-            print(task, seed, json.dumps(result)[:400], flush=True)
-    runs = {
-        task: [json.loads(path.read_text()) for path in sorted(options.out.glob(f"{task}-*.json"))] for task in TASKS
-    }
-    write_record(options.record / "results.json", {task: found for task, found in runs.items() if found}, config)
-
-
-def write_record(path: Path, runs: dict[str, Any], config: dict[str, Any]) -> None:
-    """``results.json``: what was run, with where it comes from; of other tasks what is there already stays."""
-    earlier = json.loads(path.read_text()) if path.is_file() else {"runs": {}, "provenance": None}
-    before = earlier["provenance"] if isinstance(earlier["provenance"], dict) else {}
-    known = before.get("command") is not None  # one for all tasks, as it was once
-    came_from = {task: before if known else before[task] for task in earlier["runs"]}
-    found = {
-        "provenance": came_from | dict.fromkeys(runs, provenance()),
-        "config": config,
-        "runs": earlier["runs"] | runs,
-    }
-    write_text_atomic(path, json.dumps(found, indent=1) + "\n")
-
-
 if __name__ == "__main__":
-    main()
+    run_tasks(HERE, __doc__, TASKS)

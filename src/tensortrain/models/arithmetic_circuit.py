@@ -134,8 +134,8 @@ class RecurrentArithmeticCircuit(TensorModel):
         """
         if self.n_outputs < 2:
             raise KindError(
-                f"classes need a score each: n_outputs has {self.n_outputs}, expected 2 or more. Build the circuit with "
-                "as many outputs as classes."
+                f"classes need a score each: n_outputs has {self.n_outputs}, expected 2 or more. Build the circuit "
+                "with as many outputs as classes."
             )
         pairs = [(x, y)] if validation is None else [(x, y), validation]
         (x, labels), *held_back = [self._checked_pair(*pair) for pair in pairs]

@@ -29,6 +29,9 @@ _ACTIVATIONS: dict[str | None, Callable[[Tensor], Tensor]] = {
 }
 
 
+_PRODUCTS = 0.2  # of a linear layer's entries, in the factors of products at first
+
+
 class _HigherOrderCell(TensorModel):
     """``TT(1, h_{t-1}, .., h_{t-L}) + W x_t + b``, of as many numbers as the cell has gates."""
 
@@ -56,10 +59,16 @@ class _HigherOrderCell(TensorModel):
             drawn = torch.randn(*shape, generator=generator, device=device, dtype=dtype or torch.get_default_dtype())
             return nn.Parameter(drawn * std)
 
-        # Entries that give the sum over all products the variance of a linear layer (the sheet's section 5).
-        std = math.sqrt((1 / max(1, rank ** (degree - 1))) ** (1 / degree) / n_seen)
-        ranks = [1, *[rank] * (degree - 1), n_out]
-        self.cores = nn.ParameterList([draw(ranks[p], n_seen, ranks[p + 1], std=std) for p in range(degree)])
+        # It starts as a linear layer of the lags, of usual variance, with small products: lags are far from 1 at first,
+        # so that products of parts which vanish with them would leave nothing to learn from.
+        self.cores = nn.ParameterList()
+        for _ in range(degree - 1):
+            core = draw(1 if not len(self.cores) else rank, n_seen, rank, std=_PRODUCTS / math.sqrt(n_seen))
+            with torch.no_grad():
+                core[:, 0] = torch.eye(rank).to(core) if len(self.cores) else 1.0
+            self.cores.append(core)
+        last = rank if degree > 1 else 1
+        self.cores.append(draw(last, n_seen, n_out, std=1 / math.sqrt(last * n_seen)))
         self.weight = draw(n_out, input_size, std=1 / math.sqrt(max(input_size, 1)))
         self.bias = draw(n_out, std=0.0)
 
@@ -70,16 +79,15 @@ class _HigherOrderCell(TensorModel):
     def gates(self, x: Tensor, lags: Tensor) -> Tensor:
         """``(b, n_gates hidden_size)`` of an input ``(b, input_size)`` and the lags ``(b, n_lags, hidden_size)``."""
         seen = F.pad(lags.flatten(1), (1, 0), value=1.0)  # b m
-        said, state = F.linear(x, self.weight, self.bias), None
-        for core in self.cores:
-            if state is None:
-                state = seen @ core[0]
-            elif core.shape[1] > 2 * core.shape[2]:
+        first, *others = self.cores
+        state = seen @ first[0]
+        for core in others:
+            if core.shape[1] > 2 * core.shape[2]:
                 every = (seen @ core.movedim(1, 0).flatten(1)).unflatten(1, (core.shape[0], -1))  # b r s
                 state = (state.unsqueeze(1) @ every).squeeze(1)
             else:  # with the core as it lies: (b, r m) times (r m, s)
                 state = outer(state, seen) @ core.flatten(0, 1)
-        return said + state
+        return F.linear(x, self.weight, self.bias) + state
 
     def lags_of(self, x: Tensor, lags: Tensor | None) -> Tensor:
         """The lags given, or zeros.
@@ -373,8 +381,10 @@ class Forecaster(TensorModel):
                 f"what is held back must be as what is learnt: validation has {len(validation)} tensors and beginnings "
                 f"of {validation[0].shape[1]} steps, expected {2 + has_known} and {n_in}. Pass (x, y), and known third."
             )
-        self._check_following(*validation[:2], validation[2] if has_known else None)
-        return self._joined(*validation), validation[1]
+        x, y = validation[:2]
+        known = validation[2] if has_known else None
+        self._check_following(x, y, known)
+        return self._joined(x, y, known), y
 
     def _joined(self, x: Tensor, y: Tensor, known: Tensor | None = None) -> Tensor:
         """Beginnings and what follows as one series; what follows may have fewer numbers a step, or more."""

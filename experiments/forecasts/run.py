@@ -221,7 +221,7 @@ def elecdemand() -> tuple[Tensor, Tensor, Tensor]:
 
 
 def ridge(data: Demand, train_end: int, days: Tensor, penalty: float, n_in: int) -> Tensor:
-    """Every half-hour of the next seven days by a linear map for each day ahead, of two weeks of lags and the calendar."""
+    """Every half-hour of the next seven days by a linear map for each day ahead, of lags and the calendar."""
 
     def rows(origins: Tensor, ahead: int) -> Tensor:
         before = origins[:, None] + torch.arange(-n_in, 0)

@@ -187,3 +187,63 @@ def test_whole_series_will_do() -> None:
     assert len(by_steps) == 2
     with pytest.raises(DataError, match="more steps"):
         model.fit(series[:, :1])
+
+
+class TestKnownAhead(ModelSuite):
+    """A forecaster of one number that reads two more which are known ahead."""
+
+    def make(self, dtype: torch.dtype) -> Forecaster:
+        generator = torch.Generator().manual_seed(3)
+        cell = HOTTRNNCell(3, H, n_lags=L, degree=2, rank=2, dtype=dtype, generator=generator)
+        return Forecaster(cell, 1, generator=generator)
+
+    def data(self, dtype: torch.dtype) -> Tensor:
+        return torch.randn(6, 7, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype)
+
+    def evaluate(self, model: Forecaster, data: Tensor) -> Tensor:
+        return model(data[:, :4], 3, known=data[:, 4:, 1:])
+
+    def exact(self, model: Forecaster, data: Tensor) -> Tensor:
+        state, said = None, []
+        for step in data[:, :4].double().unbind(1):
+            state = model.cell(step, state)
+        for k in range(3):
+            said.append(state[:, 0] @ model.output.weight.T + model.output.bias)
+            state = model.cell(torch.cat((said[-1], data[:, 4 + k, 1:].double()), dim=1), state)
+        return torch.stack(said, dim=1).detach()
+
+    def learn(self, model: Forecaster, **options: object) -> object:
+        x = self.data(torch.float64)
+        held = (x[:2, :4], x[:2, 4:, :1], x[:2, 4:, 1:])
+        generator = torch.Generator().manual_seed(2)
+        options = {"n_sweeps": 3, "batch_size": 4, "share": 0.5, "validation": held, "generator": generator} | options
+        torch.manual_seed(4)  # decides which true steps are read
+        return model.fit(x[:, :4], x[:, 4:, :1], known=x[:, 4:, 1:], **options)
+
+    def bad(self, model: Forecaster):
+        x = self.data(torch.float32)
+        before, after, known = x[:, :4], x[:, 4:, :1], x[:, 4:, 1:]
+        yield DataError, model, (before, 3), {"known": known[:, :2]}
+        yield DataError, model, (before, 3), {"known": known[..., :1]}
+        yield DataError, model.fit, (before, after), {"known": known * torch.inf}
+        yield DataError, model.fit, (before, after), {"known": known, "validation": (before, after)}
+        yield DataError, model.fit, (before, after), {"known": known, "validation": (before[:, :3], after, known)}
+
+
+def test_what_is_known_ahead_decides() -> None:
+    x = TestKnownAhead().data(torch.float64)
+    model = TestKnownAhead().make(torch.float64)
+    own, other = (model(x[:, :4], 3, known=flag * x[:, 4:, 1:]) for flag in (1, 2))
+    assert torch.equal(own[:, 0], other[:, 0])  # it stands behind the step that it belongs to
+    assert not torch.equal(own[:, 1], other[:, 1])
+
+
+@pytest.mark.parametrize("degree", [1, 2, 3])
+def test_cells_start_as_linear_ones(degree: int) -> None:
+    cell = HOTTLSTMCell(2, 8, n_lags=L, degree=degree, rank=3, generator=torch.Generator().manual_seed(0))
+    lags = 0.3 * torch.randn(200, L, 8, generator=torch.Generator().manual_seed(1))
+    nothing = torch.zeros(200, 2)
+    at_rest = cell.gates(nothing[:1], lags[:1] * 0)
+    once, twice = ((cell.gates(nothing, k * lags) - at_rest).detach() for k in (1, 2))
+    assert 0.1 < float(once.std()) < 0.6  # as that of a linear layer of usual variance
+    assert float((twice - 2 * once).square().mean()) < 0.1 * float(twice.square().mean())

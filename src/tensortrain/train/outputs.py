@@ -23,6 +23,7 @@ __all__ = [
     "judged_outputs",
     "named_tensors",
     "relative_distance",
+    "scale_of",
     "spread",
 ]
 
@@ -189,9 +190,18 @@ def relative_distance(student: Tensor, teacher: Tensor) -> Tensor:
     teacher = teacher.detach()
     counts = counted(teacher)
     mask = counts & finite(student)
-    about, square = _spread(teacher, counts)
-    scale = torch.where(about > CONSTANT * square, about, square)
-    scale = torch.where(scale > 0, scale, float(max(1, teacher.numel())))
+    scale = _scale(teacher, counts)
     difference = torch.where(mask, student - teacher, 0)
     difference = difference if difference.dtype == torch.float64 else difference.float()
     return difference.square().sum() / scale.to(difference.dtype)
+
+
+def scale_of(teacher: Tensor) -> Tensor:
+    """What the squares of ``relative_distance`` are divided by."""
+    return _scale(teacher.detach(), counted(teacher))
+
+
+def _scale(teacher: Tensor, counts: Tensor) -> Tensor:
+    about, square = _spread(teacher, counts)
+    scale = torch.where(about > CONSTANT * square, about, square)
+    return torch.where(scale > 0, scale, float(max(1, teacher.numel())))

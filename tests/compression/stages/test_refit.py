@@ -20,6 +20,7 @@ from tensortrain.compression.stages.refit import refit_
 from tensortrain.compression.stages.streams import Streams, find_chain
 from tensortrain.compression.survey.task import task_on_data
 from tensortrain.nn import Conv1d, Conv2d, Linear
+from tensortrain.train.outputs import relative_distance
 from tensortrain.train.task import Task
 
 
@@ -467,6 +468,28 @@ def test_squares_are_nearer_where_their_mean_is() -> None:
     before = Distances((1.0, 1.0), (1.0, 1.0), in_nats=False)
     assert Distances((0.1, 1.3), (0.1, 1.3), in_nats=False).is_nearer(before, gain=1e-3)
     assert not Distances((0.9995, 0.9995), (0.9995, 0.9995), in_nats=False).is_nearer(before, gain=1e-3)
+
+
+@pytest.mark.parametrize("after, nearer", [((0.6, 0.7), True), ((0.1, 1.3), False), ((0.9995, 0.9995), False)])
+def test_squares_are_clearly_nearer_where_batches_agree(after: tuple[float, ...], nearer: bool) -> None:
+    before = Distances((1.0, 1.0), (1.0, 1.0), in_nats=False)
+    assert Distances(after, after, in_nats=False).is_nearer(before, gain=1e-3, clearly=True) is nearer
+
+
+def test_pieces_of_examples_that_are_nearly_alike_count_as_little_as_they_are() -> None:
+    torch.manual_seed(0)
+    model, data = nn.Linear(6, 4), batches(1, 16, 6)
+    data[0][:4] *= 1e-4  # the first of four pieces
+    held = HeldOutputs.of(model, data, Judge(Task("regress")))
+    off = copy.deepcopy(model)
+    with torch.no_grad():
+        off.bias.add_(0.1)
+    found = held.distances(off)
+    assert len(found.judged) == 4
+    assert torch.allclose(torch.tensor(found.judged), torch.tensor(found.mean), rtol=1e-4)  # the same shift in each
+    with torch.no_grad():
+        whole = relative_distance(off(data[0]), model(data[0]))
+    assert 0.5 < found.mean / float(whole) < 2
 
 
 def test_anything_is_nearer_than_no_numbers() -> None:

@@ -24,7 +24,7 @@ from tensortrain.train.batches import (
     to_device,
 )
 from tensortrain.train.losses import output_distance, positions
-from tensortrain.train.outputs import Output, judged_outputs, relative_distance
+from tensortrain.train.outputs import Output, judged_outputs, relative_distance, scale_of
 from tensortrain.train.task import Task, as_logits
 
 __all__ = ["Distances", "HeldOutputs", "Judge", "split_batches"]
@@ -79,20 +79,23 @@ class Distances:
         """Of what they are judged by."""
         return _mean(self.judged)
 
-    def is_nearer(self, other: Distances, *, gain: float) -> bool:
+    def is_nearer(self, other: Distances, *, gain: float, clearly: bool = False) -> bool:
         """Whether outputs lie nearer than others did, by more than a share.
 
         Of divergences a few examples that are uncertain make up most, and the others say little about what the logits
         have become: the gain must be clearly more than pieces differ in, and logits must come no farther.
+
+        Args:
+            clearly: Squares have to be clearly nearer too: of several fits one is always the nearest by chance.
         """
         if not math.isfinite(other.mean):
             return math.isfinite(self.mean)
         if not self.mean < (1 - gain) * other.mean:
             return False
-        if not self.in_nats:
-            return True
-        if _mean(self.plain) > _mean(other.plain):
+        if self.in_nats and _mean(self.plain) > _mean(other.plain):
             return False
+        if not (self.in_nats or clearly):
+            return True
         gains = torch.tensor(other.judged, dtype=torch.float64) - torch.tensor(self.judged, dtype=torch.float64)
         return len(gains) < 2 or float(gains.mean()) > _CLEARLY * float(gains.std()) / math.sqrt(len(gains))
 
@@ -104,29 +107,34 @@ class HeldOutputs:
     Attributes:
         batches: These, in pieces where the model takes them.
         expected: The original's outputs, one entry a batch.
+        shares: Of each output, how its spread in a batch compares to that in all of them: by it a relative distance
+            counts, or a batch of examples that are nearly alike would outdo all others. Those that are missing are 1.
     """
 
     judge: Judge
     batches: Sequence[Any]
     expected: list[dict[str, Tensor]] = field(default_factory=list)
+    shares: list[dict[str, float]] = field(default_factory=list)
 
     @classmethod
     @torch.no_grad()
     def of(cls, original: nn.Module, batches: Sequence[Any], judge: Judge) -> HeldOutputs:
-        """Run the original once; on pieces of the batches where divergences judge it, to see how far these differ.
+        """Run the original once, on pieces of the batches, to see how far these differ.
 
         Whole batches are taken where it does not run on pieces.
         """
-        pieces = [piece for batch in batches for piece in (_pieces(batch) if judge.in_nats else [batch])]
+        pieces = [piece for batch in batches for piece in _pieces(batch)]
         try:
             with together():
-                found = cls(judge, pieces, _expected(original, pieces, judge))
+                expected = _expected(original, pieces, judge)
+                found = cls(judge, pieces, expected, _shares(original, pieces, expected, judge))
                 distance = found.distance(original)
             if not math.isnan(distance):
                 return found
         except Exception:  # what can be cut need not run in pieces
             pass
-        return cls(judge, batches, _expected(original, batches, judge))
+        expected = _expected(original, batches, judge)
+        return cls(judge, batches, expected, _shares(original, batches, expected, judge))
 
     def distance(self, model: nn.Module) -> float:
         """Mean over the batches: divergence of class probabilities, relative squared distance of other outputs.
@@ -149,9 +157,14 @@ class HeldOutputs:
                 outputs, labels = self.judge.outputs(model, batch), read_batch(model, batch).labels
             if any(_is_broken(outputs[name], y) for name, y in expected.items() if name in outputs):
                 return [math.inf], [math.inf]
-            value = output_distance(self.judge.task, outputs, expected, batch, labels)
-            if value is not None:
-                judged.append(float(value))
+            shares = self.shares[k]
+            values = [
+                shares.get(name, 1.0) * float(value)
+                for name, y in expected.items()
+                if (value := output_distance(self.judge.task, outputs, {name: y}, batch, labels)) is not None
+            ]
+            if values:
+                judged.append(sum(values))
                 plain.append(self._plain(outputs, expected, batch, labels))
         return judged, plain
 
@@ -182,6 +195,26 @@ def _expected(original: nn.Module, batches: Sequence[Any], judge: Judge) -> list
         with judge.drawing(k):
             found.append(judge.outputs(original, batch))
     return found
+
+
+def _shares(
+    original: nn.Module, batches: Sequence[Any], expected: Sequence[dict[str, Tensor]], judge: Judge
+) -> list[dict[str, float]]:
+    """Of outputs that are judged by relative distances, batch by batch."""
+    found: list[dict[str, float]] = []
+    for batch, outputs in zip(batches, expected, strict=True):
+        labels = read_batch(original, batch).labels
+        found.append({})
+        for name, y in outputs.items():
+            if y.is_floating_point() and not (name == judge.task.main and judge.in_nats):
+                mask = positions(judge.task, name, y, batch, labels)
+                found[-1][name] = float(scale_of(y if mask is None else y[mask]))
+    totals: dict[str, list[float]] = {}
+    for one in itertools.chain.from_iterable(gathered(found)):
+        for name, value in one.items():
+            totals.setdefault(name, []).append(value)
+    means = {name: sum(values) / len(values) for name, values in totals.items()}
+    return [{name: value / means[name] for name, value in one.items()} for one in found]
 
 
 def _pieces(batch: Any) -> list[Any]:

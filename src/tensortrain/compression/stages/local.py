@@ -27,6 +27,7 @@ from tensortrain.compression.stages.refit import GAIN, fittable_layers, heard, i
 from tensortrain.compression.stages.streams import Part, Streams
 from tensortrain.compression.survey.layers import part_of
 from tensortrain.errors import RankError
+from tensortrain.nn import Linear
 from tensortrain.system.checkpoint import RunFile, start_signature
 from tensortrain.system.observer import Observer
 from tensortrain.system.processes import first_of, gathered, n_processes, own_rank, sum_
@@ -48,8 +49,8 @@ _Gradients = list[Tensor | None]  # one entry a parameter
 class HealLocally:
     """Train every block of a compressed model towards the original's, front to back; ``heal="local"`` for short.
 
-    A block's training is kept only where it brings the model's outputs nearer to the original's on batches that were
-    held back, and clearly so where these are class probabilities. Blocks are the children of the list or sequence that
+    A block's training is kept only where it brings the model's outputs clearly nearer to the original's on batches that
+    were held back: by more than their pieces differ in. Blocks are the children of the list or sequence that
     holds most of the model, where each is given what the one before returned; of other models every factorized layer is
     trained by itself.
 
@@ -99,7 +100,7 @@ class _Healing:
             for _ in self._trained(pairs, params, low):
                 with _mixed(params, low):
                     found = self.held.distances(self.streams.small)
-                if found.is_nearer(before, gain=GAIN) and not found.mean >= self.distances.mean:
+                if found.is_nearer(before, gain=GAIN, clearly=True) and not found.mean >= self.distances.mean:
                     self.distances, best = found, [p.detach().clone() for p in params]
             with torch.no_grad():
                 for p, value in zip(params, best, strict=True):
@@ -117,16 +118,19 @@ class _Healing:
                 if part.name == name:
                     pairs: list[_Pair] = [(partial(part.run_small, k), part.run_original(k), mask)]
                 else:
-                    pairs = [(run, wanted, mask) for run, wanted in self._calls(name, part, k)]
+                    pairs = [(run, wanted, mask) for run, wanted in self._calls(name, part, k, mask)]
                 found.append([one for one in pairs if isinstance(one[1], Tensor) and one[1].is_floating_point()])
         return found
 
-    def _calls(self, name: str, part: Part, k: int) -> list[tuple[Callable[[], Any], Tensor]]:
-        """The same of one layer, call by call."""
+    def _calls(self, name: str, part: Part, k: int, mask: Any) -> list[tuple[Callable[[], Any], Tensor]]:
+        """The same of one layer; calls that can be made at once are."""
         old, new = (net.get_submodule(name) for net in (self.streams.original, self.streams.small))
         before, now = heard(old, partial(part.run_original, k)), heard(new, partial(part.run_small, k))
-        pairs = zip(before, now, strict=True) if len(before) == len(now) else ()
-        return [(partial(_on_copy, new, here.given), wanted_output(then, here)) for then, here in pairs]
+        if len(before) != len(now):
+            return []
+        calls = [(here.given, wanted_output(then, here)) for then, here in zip(before, now, strict=True)]
+        calls = calls if any(_fits(mask, y) for _, y in calls) else _at_once(new, calls)
+        return [(partial(_on_copy, new, x), y) for x, y in calls]
 
     def _trained(
         self, pairs: Sequence[_Pair | None], params: Sequence[nn.Parameter], low: torch.dtype | None
@@ -194,12 +198,29 @@ def _mixed(params: Sequence[nn.Parameter], low: torch.dtype | None) -> AbstractC
     return nullcontext() if low is None else torch.autocast(params[0].device.type, dtype=low)
 
 
+def _at_once(layer: nn.Module, calls: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+    """Inputs and outputs of a linear map's calls as those of one.
+
+    Those of a recurrent cell are a few rows each, alike from step to step: fits to one call after another ended
+    farther off than they began.
+    """
+    sizes = {(x.shape[1:], y.shape[1:]) for x, y in calls}
+    if len(calls) < 2 or len(sizes) > 1 or not isinstance(layer, (nn.Linear, Linear)) or calls[0][0].ndim < 2:
+        return calls
+    xs, ys = zip(*calls, strict=True)
+    return [(torch.cat(xs), torch.cat(ys))]
+
+
 def _on_copy(layer: nn.Module, x: Tensor) -> Any:
     return layer(x.clone())
 
 
+def _fits(mask: Any, y: Tensor) -> bool:
+    return isinstance(mask, Tensor) and mask.shape == y.shape[:-1]
+
+
 def _distance(output: Tensor, wanted: Tensor, mask: Any) -> Tensor:
-    if isinstance(mask, Tensor) and mask.shape == output.shape[:-1]:
+    if _fits(mask, output):
         mask = mask.to(output.device).bool()
         output, wanted = output[mask], wanted[mask]
     return relative_distance(output, wanted)

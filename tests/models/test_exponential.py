@@ -11,6 +11,7 @@ from torch import Tensor
 import tensortrain as tt
 from tensortrain.errors import DataError, KindError, RankError
 from tensortrain.models import ExponentialMachine
+from tensortrain.models.unfolded_gradient import UnfoldedGradient
 from tensortrain.testing import ModelSuite
 
 
@@ -73,13 +74,61 @@ class ExponentialSuite(ModelSuite):
         yield DataError, model.fit, (x, x)
         yield KindError, model.fit, (x, x[:, 0]), {"method": "magic"}
         yield KindError, model.fit, (x, x[:, 0]), {"loss": "absolute"}
-        yield KindError, model.fit, (x, x[:, 0]), {"checkpoint": "run"}
         good = x[:, :2] if self.outputs == 2 else x[:, 0]
         yield DataError, model.fit, (x, good), {"validation": (x[:, :3], good)}
 
 
 class TestNumbers(ExponentialSuite):
     batch = 5
+
+
+class TestAllAtOnce(ExponentialSuite):
+    pass
+
+
+class TestAllCategories(ExponentialSuite):
+    values = (3, 2, 3, 4)
+    method = "adam"
+
+    def data(self, dtype: torch.dtype) -> Tensor:
+        every = torch.cartesian_prod(*map(torch.arange, (3, 2, 3, 4)))
+        return every[:: 5 if dtype == torch.float64 else 7].to(dtype)
+
+    def learn(self, model: ExponentialMachine, **options: object) -> object:
+        x, generator = self.data(torch.float64), torch.Generator().manual_seed(2)
+        return model.fit(x, x[:, 0] * x[:, 3], n_sweeps=3, method="adam", batch_size=4, generator=generator, **options)
+
+    def bad(self, model: ExponentialMachine):
+        x = self.data(torch.float32)
+        yield DataError, model, (x + 1,)
+        yield DataError, model, (x - 0.5,)
+        yield DataError, model, (x * torch.nan,)
+
+
+class TestWholeGradient(ExponentialSuite):
+    values = (0, 0, 3, 0)
+    order: int | None = 3
+
+    def learn(self, model: ExponentialMachine, **options: object) -> object:
+        x = torch.randn(300, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        x[:, 2] = torch.arange(300) % 3
+        y = x[:, 0] * x[:, 1] * (x[:, 2] == 1) + x[:, 3]
+        return model.fit(x, y, n_sweeps=3, method="gradient", order=self.order, max_rank=4, **options)
+
+    def bad(self, model: ExponentialMachine):
+        x = examples(torch.float32)
+        y, gradient = x[:, 0], {"method": "gradient"}
+        yield DataError, model.fit, (x[:0], y[:0]), gradient
+        yield RankError, model.fit, (x, y), gradient | {"order": 0}
+        yield RankError, model.fit, (x, y), gradient | {"max_rank": 0}
+        yield KindError, model.fit, (x, y), gradient | {"penalty": 1.0}
+        yield RankError, ExponentialMachine(1, rank=1).fit, (x[:, :1], y), gradient
+        yield RankError, ExponentialMachine(60, rank=2).fit, (torch.randn(5, 60), y[:5]), gradient
+        yield KindError, machine(n_outputs=2).fit, (x.double(), x[:, :2].double()), gradient
+
+
+class TestDirections(TestWholeGradient):
+    order = None
 
 
 class TestCategories(ExponentialSuite):
@@ -137,6 +186,78 @@ def test_an_interaction_that_linear_models_miss() -> None:
         x[:2000], y[:2000], loss="logistic", n_sweeps=100, validation=(x[2000:], y[2000:]), penalty=1e-4
     )
     assert history.validation_accuracy[-1] >= 0.99
+
+
+@pytest.mark.parametrize("order", [None, 3])
+def test_the_whole_gradient_is_that_of_the_dense_weights(order: int | None) -> None:
+    generator, modes = torch.Generator().manual_seed(0), (2, 3, 2, 2, 3)
+    vectors = [torch.randn(40, n, generator=generator, dtype=torch.float64) for n in modes]
+    for vector in vectors:
+        vector[:, 0] = 1.0
+    numbers = torch.randn(40, generator=generator, dtype=torch.float64)
+    gradient = UnfoldedGradient(vectors, order)
+    found = torch.zeros(modes, dtype=torch.float64)
+    for block, (rows, n) in zip(gradient.blocks(numbers), gradient.counts, strict=True):
+        for i, word in enumerate(gradient.halves[0].words[rows]):
+            for j in range(n):
+                found[(*word, *gradient.halves[1].words[j])] = block[i, j]
+    normal = [
+        torch.cat((v[:, :1], (v[:, 1:] - v[:, 1:].mean(0)) / v[:, 1:].std(0, correction=0)), dim=1) for v in vectors
+    ]
+    exact = torch.einsum("z,za,zb,zc,zd,ze->abcde", numbers, *normal) / 40
+    degree = torch.tensor([sum(i > 0 for i in index) for index in itertools.product(*map(range, modes))])
+    exact = torch.where(degree.view(modes) <= (order or 5), exact, 0.0)
+    torch.testing.assert_close(found, exact, rtol=1e-11, atol=1e-13)
+    # Its cores stand for the same function of the features as they are.
+    cores = gradient._sum_of_products(gradient_words(modes), exact.flatten()[: 2 * 3 * 2 * 2 * 3])
+    weights = tt.TensorTrain(tuple(cores)).to_dense()
+    values = torch.einsum("abcde,za,zb,zc,zd,ze->z", weights, *vectors)
+    torch.testing.assert_close(values, torch.einsum("abcde,za,zb,zc,zd,ze->z", exact, *normal), rtol=1e-9, atol=1e-11)
+
+
+def gradient_words(modes: tuple[int, ...]) -> Tensor:
+    return torch.cartesian_prod(*map(torch.arange, modes))
+
+
+@pytest.mark.parametrize("low", [-1.0, 0.0])
+def test_products_of_few_features_among_many_are_found(low: float) -> None:
+    generator = torch.Generator().manual_seed(3)
+    signs = torch.randint(0, 2, (6000, 14), generator=generator) * 2.0 - 1
+    y = (signs[:, [0, 4, 9, 12]].prod(1) + 0.6 * signs[:, [2, 3, 7, 13]].prod(1) > 0).float()
+    x = signs if low == -1 else (signs + 1) / 2
+    model = ExponentialMachine(14, rank=4, generator=generator)
+    assert model.fit(x[:5000], y[:5000], loss="logistic", method="gradient", order=3).stop == "noise"
+    assert max(model.ranks) == 4  # and is as it was
+    history = model.fit(
+        x[:5000], y[:5000], loss="logistic", method="gradient", order=4, n_sweeps=2, validation=(x[5000:], y[5000:])
+    )
+    assert history.validation_accuracy[-1] == 1.0
+
+
+def test_a_teacher_far_from_linear_is_found_from_the_whole_gradient() -> None:
+    generator = torch.Generator().manual_seed(1)
+    true = tt.randn((2,) * 12, 3, generator=generator, dtype=torch.float64)
+    teacher = ExponentialMachine(12, rank=3, dtype=torch.float64)
+    teacher._put(true)
+    x = torch.randint(0, 2, (3000, 12), generator=generator).double() * 2 - 1
+    y = teacher(x).detach()
+    y = y / y.abs().median()
+    model = ExponentialMachine(12, rank=3, generator=generator, dtype=torch.float64)
+    model.fit(x, y, loss="huber", method="gradient", n_sweeps=1)
+    model.fit(x, y, loss="huber", n_sweeps=150, tol=1e-6)
+    model.fit(x, y, n_sweeps=30)
+    assert float((model(x) - y).detach().square().mean().sqrt()) < 1e-8
+
+
+def test_noise_is_not_learnt() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3000, 10, generator=generator)
+    y = torch.randint(0, 2, (3000,), generator=generator).float()
+    model = ExponentialMachine(10, rank=2, generator=generator)
+    assert model.fit(x, y, loss="logistic", method="gradient", order=2).stop == "noise"
+    found = model(x).detach()  # the share of ones is known now, and nothing else
+    assert abs(float(found.mean())) < 0.14  # 3.8 spreads of a mean of 3,000
+    assert float(found.std()) < 0.02
 
 
 def test_a_penalty_keeps_the_weights_small() -> None:

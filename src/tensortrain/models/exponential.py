@@ -20,9 +20,10 @@ from tensortrain.models.base import (
     checked_labels,
     held,
 )
+from tensortrain.models.exponential_fit import Descent, WholeGradient
 from tensortrain.models.supervised import LOSSES, Supervised
 from tensortrain.networks import register
-from tensortrain.numerics.manifold import RiemannianSGD, TangentVector, descend, project
+from tensortrain.numerics.manifold import RiemannianSGD
 from tensortrain.system.history import History
 from tensortrain.system.tracing import can_look
 from tensortrain.tensor import TensorTrain, randn, round_tt
@@ -147,20 +148,22 @@ class ExponentialMachine(TensorModel):
         Raises:
             DataError: ``x`` has another shape, NaN, or a category that is not there.
         """
-        return self._values(list(self.cores), self._vectors(x))
+        return self._values(list(self.cores), self._data(x))
 
     def fit(
         self,
         x: Tensor,
         y: Tensor,
         *,
-        loss: Literal["squared", "logistic", "cross-entropy"] | str = "squared",
-        method: Literal["riemannian", "adam"] | str = "riemannian",
+        loss: Literal["squared", "huber", "logistic", "cross-entropy"] | str = "squared",
+        method: Literal["riemannian", "adam", "gradient"] | str = "riemannian",
         n_sweeps: int = 100,
         lr: float | None = None,
         batch_size: int | None = None,
         penalty: float = 0.0,
         tol: float = 0.0,
+        order: int | None = None,
+        max_rank: int | None = None,
         validation: tuple[Tensor, Tensor] | None = None,
         checkpoint: str | Path | None = None,
         observer: Callable[[History], object] | None = None,
@@ -172,17 +175,24 @@ class ExponentialMachine(TensorModel):
             x: ``(b, n_features)``.
             y: ``(b,)``: numbers, or 0 and 1 for ``"logistic"``; ``(b, n_outputs)`` numbers, or class numbers for
                 ``"cross-entropy"``.
-            loss: A mean over examples.
+            loss: A mean over examples. ``"huber"`` is half the square below 1 and grows straight beyond: values that
+                spread over decades, as products of many features do, then do not hide the others.
             method: ``"riemannian"``: on the manifold of the ranks, by conjugate gradients with a line search on all of
-                ``x``, or with ``batch_size`` by steps of length ``lr``. ``"adam"``: steps of the cores.
+                ``x``, or with ``batch_size`` by steps of length ``lr``. ``"adam"``: steps of the cores. ``"gradient"``:
+                along the gradient by the whole tensor of weights, which finds interactions that the other two do not
+                see; a start for them. One or a few steps; it ends by itself where only noise is left.
             n_sweeps: Steps over all of ``x``, or passes in batches.
             lr: Of steps in batches: 0.05 on the manifold and 1e-3 for Adam by default.
             batch_size: Of steps in batches.
             penalty: Weight of half the squared norm of all weights.
             tol: Of the line search: end where the gradient is this share of the first one.
+            order: Of ``"gradient"``: features of an interaction at most; those that stand above the noise of sampling
+                are added, O(b c) flops for c interactions. None: all ``2^d`` of them are added, as far as the singular
+                values of their middle unfolding stand above the noise; for weights of low rank that are not sparse,
+                and up to about 24 features.
+            max_rank: Of ``"gradient"``: cap on the ranks; the largest that there is when left out.
             validation: Examples and labels to watch.
-            checkpoint: File with which the same call on the same starting model goes on after a kill; of steps in
-                batches and of Adam.
+            checkpoint: File with which the same call on the same starting model goes on after a kill.
             observer: Called with the history after every sweep.
             generator: Decides the order of batches.
 
@@ -191,21 +201,17 @@ class ExponentialMachine(TensorModel):
 
         Raises:
             DataError: Examples or labels do not fit.
-            KindError: An option of no known name.
+            KindError: An option of no known name, or that the method does not have.
+            RankError: Too many interactions for ``"gradient"``.
         """
-        check_choice(method, ("riemannian", "adam"), "method")
+        check_choice(method, ("riemannian", "adam", "gradient"), "method")
         check_choice(loss, tuple(LOSSES), "loss")
-        if checkpoint is not None and method == "riemannian" and batch_size is None:
-            raise KindError(
-                "a line search over all examples keeps no file: checkpoint is given, expected none. Leave it out, or "
-                "pass batch_size."
-            )
-        vectors = self._vectors(x)
+        data = self._data(x)
         labels = self._labels(y, x.shape[0], loss)
         if x.shape[0] == 0:
             raise DataError("a fit must have data: x has no examples, expected one or more. Pass (b, n_features).")
         if validation is not None:
-            self._vectors(validation[0])
+            self._data(validation[0])
             validation = (validation[0], self._labels(validation[1], validation[0].shape[0], loss))
         job = Supervised(
             self,
@@ -219,17 +225,32 @@ class ExponentialMachine(TensorModel):
             observer=observer,
             generator=generator,
         )
+        if method == "gradient":
+            return self._along_gradient(job, order, max_rank)
         if method == "adam":
             return job.by_steps(1e-3 if lr is None else lr, batch_size or 256)
         if batch_size is not None:
             return job.by_steps(
                 0.05 if lr is None else lr, batch_size, lambda parameters, lr: RiemannianSGD(self, lr=lr)
             )
-        return _Descent(self, job, vectors, labels, penalty).run(tol)
+        return Descent(self, job, data, penalty).run(tol)
 
-    def _values(self, cores: Sequence[Tensor], vectors: Any) -> Tensor:
+    def _along_gradient(self, job: Supervised, order: int | None, max_rank: int | None) -> History:
+        if self.n_outputs > 1 or job.penalty is not None:
+            raise KindError(
+                "steps along the whole gradient are for one output, without a penalty: this model has "
+                f"{self.n_outputs} outputs. Fit one machine for each, and let another method keep the weights small."
+            )
+        cap = max(self.ranks) if max_rank is None else max_rank
+        check_sizes(max_rank=cap, order=self.n_features if order is None else order)
+        return WholeGradient(self, job, order, cap).run()
+
+    def _values(self, cores: Sequence[Tensor], data: Any) -> Tensor:
         n = self.n_features
-        found = data_halves(cores[:n], vectors, n if self.n_outputs > 1 else n // 2)
+        here = cores[:n]
+        if isinstance(data, Tensor) and data.ndim == 2:  # categories: one slice is always on, and one of the others
+            here = [core[:, :1] + core[:, 1:] for core in here]
+        found = data_halves(here, data, n if self.n_outputs > 1 else n // 2)
         if self.n_outputs > 1:
             wide = found.left @ cores[-1][:, :, 0].to(found.left.dtype)
             return held(wide, found.exponent).to(cores[0].dtype)
@@ -239,27 +260,36 @@ class ExponentialMachine(TensorModel):
     def _penalty(self, cores: Sequence[Tensor], weight: float) -> Tensor:
         return 0.5 * weight * log_square_norm(cores).exp()
 
-    def _vectors(self, x: object) -> Tensor | list[Tensor]:
-        """For each feature ``(b, m)``."""
+    def _data(self, x: object) -> Tensor | list[Tensor]:
+        """What a walk over the chain takes: values where all are categories, or vectors ``(b, m)``."""
         if not isinstance(x, Tensor) or x.ndim != 2 or x.shape[1] != self.n_features:
             found = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
             raise DataError(
                 f"examples must have {self.n_features} features: x has {found}, expected (b, {self.n_features})."
             )
-        dtype = self.cores[0].dtype
         if can_look(x):
             check_finite(x)
-        columns = x.to(dtype).T
-        if not any(self.n_values):
-            return torch.stack((torch.ones_like(columns), columns), dim=-1)
-        return [self._vector(k, x[:, k], dtype) for k in range(self.n_features)]
+        if all(self.n_values):
+            return torch.stack([self._category(k, x[:, k]) for k in range(self.n_features)], dim=1)
+        if any(self.n_values):
+            return self._vectors_of(x)
+        columns = x.to(self.cores[0].dtype).T
+        return torch.stack((torch.ones_like(columns), columns), dim=-1)
 
-    def _vector(self, k: int, column: Tensor, dtype: torch.dtype) -> Tensor:
-        n = self.n_values[k]
-        if not n:
-            numbers = column.to(dtype)
-            return torch.stack((torch.ones_like(numbers), numbers), dim=-1)
-        values = column.long()
+    def _vectors_of(self, x: Tensor) -> list[Tensor]:
+        """For each feature ``(b, m)``: 1, and the number or what category it is."""
+        dtype = self.cores[0].dtype
+        found = []
+        for k, n in enumerate(self.n_values):
+            if n:
+                rest = nn.functional.one_hot(self._category(k, x[:, k]), n).to(dtype)
+            else:
+                rest = x[:, k : k + 1].to(dtype)
+            found.append(torch.cat((torch.ones_like(rest[:, :1]), rest), dim=1))
+        return found
+
+    def _category(self, k: int, column: Tensor) -> Tensor:
+        n, values = self.n_values[k], column.long()
         if can_look(column) and column.numel():
             low, high = (int(v) for v in torch.aminmax(values))
             if low < 0 or high >= n or not bool((values == column).all()):
@@ -267,8 +297,7 @@ class ExponentialMachine(TensorModel):
                     f"a category must be one of the {n} of its feature: column {k} has numbers from {low} to {high}, "
                     f"expected whole ones from 0 to {n - 1}. Number the categories from 0."
                 )
-        one_hot = nn.functional.one_hot(values, n).to(dtype)
-        return torch.cat((torch.ones_like(one_hot[:, :1]), one_hot), dim=1)
+        return values
 
     def _labels(self, y: object, n_samples: int, loss: str) -> Tensor:
         wide = self.n_outputs > 1 and loss != "cross-entropy"
@@ -288,61 +317,13 @@ class ExponentialMachine(TensorModel):
     def _take(self, cores: Sequence[Tensor]) -> None:
         self.cores = nn.ParameterList([nn.Parameter(core) for core in cores])
 
+    def _put(self, x: TensorTrain) -> None:
+        """The model takes weights over, in its own dtype."""
+        self._take([core.detach().to(self.cores[0].dtype).clone() for core in x.cores])
+
     def extra_repr(self) -> str:
         """What a print of the model shows."""
         return f"n_features={self.n_features}, n_outputs={self.n_outputs}, max_rank={max(self.ranks)}"
-
-
-class _Descent:
-    """Conjugate gradients on the manifold, over all examples at once."""
-
-    def __init__(
-        self, model: ExponentialMachine, job: Supervised, vectors: Any, labels: Tensor, penalty: float
-    ) -> None:
-        self.model, self.job, self.penalty = model, job, penalty
-        wide = torch.float64 if model.cores[0].dtype != torch.float64 else model.cores[0].dtype
-        self.vectors = vectors.to(wide) if isinstance(vectors, Tensor) else [vector.to(wide) for vector in vectors]
-        self.labels = labels.to(wide) if labels.is_floating_point() else labels
-        self.dtype = wide
-
-    def run(self, tol: float) -> History:
-        start = TensorTrain(tuple(core.detach().to(self.dtype) for core in self.model.cores))
-        history = History()
-        _, done = descend(
-            self._loss,
-            round_tt(start, eps=0.0).value,
-            n_steps=self.job.n_sweeps,
-            tol=tol,
-            length=self._length if self.job.loss == "squared" else None,
-            observer=lambda x, _: self._note(x, history),
-        )
-        history.stop = done.stop
-        return history
-
-    def _loss(self, x: TensorTrain) -> Tensor:
-        found = LOSSES[self.job.loss](self.model._values(x.cores, self.vectors), self.labels)
-        return found + 0.5 * self.penalty * x.norm() ** 2 if self.penalty else found
-
-    def _length(self, x: TensorTrain, direction: TangentVector) -> float:
-        """Where least squares are least on the line, in the tangent space."""
-        with torch.no_grad():
-            residual = self.labels - self.model._values(x.cores, self.vectors)
-            along = self.model._values(direction.value.cores, self.vectors)
-            top = float((residual * along).mean()) - 0.5 * self.penalty * float(
-                direction.inner(_as_tangent(x, direction))
-            )
-            bottom = float(along.square().mean()) + 0.5 * self.penalty * float(direction.inner(direction))
-        return top / bottom if bottom > 0 and top > 0 else 1.0
-
-    def _note(self, x: TensorTrain, history: History) -> None:
-        self.model._take([core.to(self.model.cores[0].dtype).clone() for core in x.cores])
-        history.append(**self.job.figures(), ranks=self.model.ranks)
-        if self.job.observer is not None:
-            self.job.observer(history)
-
-
-def _as_tangent(x: TensorTrain, direction: TangentVector) -> TangentVector:
-    return project(x, at=direction.point)
 
 
 def _linear_cores(weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:

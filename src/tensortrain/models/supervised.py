@@ -30,8 +30,13 @@ def _logistic(outputs: Tensor, labels: Tensor) -> Tensor:
     return F.binary_cross_entropy_with_logits(outputs, labels.to(outputs.dtype))
 
 
+def _huber(outputs: Tensor, labels: Tensor) -> Tensor:
+    return F.huber_loss(outputs, labels.to(outputs.dtype))
+
+
 LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "cross-entropy": F.cross_entropy,
+    "huber": _huber,
     "logistic": _logistic,
     "squared": _squared,
 }
@@ -121,4 +126,4 @@ class Supervised:
                 elif self.loss == "logistic":
                     right += float(((outputs > 0) == (labels > 0)).float().sum()) / max(1, outputs[0].numel())
         found = {"loss": total / max(len(y), 1)}
-        return found if self.loss == "squared" else found | {"accuracy": right / max(len(y), 1)}
+        return found if self.loss in ("squared", "huber") else found | {"accuracy": right / max(len(y), 1)}

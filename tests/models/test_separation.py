@@ -182,3 +182,18 @@ def test_half_precision_and_meta() -> None:
 def test_bad_sizes_are_refused() -> None:
     with pytest.raises(RankError, match="depth"):
         RecurrentArithmeticCircuit(2, 2, 0)
+
+
+@pytest.mark.parametrize("modulus", [2, 7, P])
+@pytest.mark.parametrize("rank", [0, 1, 31, 32, 33, 70])
+def test_exact_ranks_of_large_matrices_are_those_of_their_factors(modulus: int, rank: int) -> None:
+    """Triangles with ones on the diagonal have full rank modulo any prime, and so has a product of them."""
+    generator = torch.Generator().manual_seed(rank)
+    left, right = (torch.randint(0, 1000, (rank, n), generator=generator) for n in (90, 75))
+    eye = torch.eye(rank, dtype=torch.int64)
+    left = torch.cat((left.tril(-1)[:, :rank] + eye, left[:, rank:]), dim=1)
+    right = torch.cat((right.tril(-1)[:, :rank] + eye, right[:, rank:]), dim=1)
+    product = left.T @ right  # below 2**27
+    rows = torch.randperm(90, generator=generator)
+    assert separation_rank(product[rows], (0,), modulus=modulus) == rank
+    assert separation_rank(product[rows].T, (0,), modulus=modulus) == rank

@@ -13,6 +13,7 @@ from tensortrain.errors import DataError, KindError, ModeIndexError
 __all__ = ["min_cut_rank", "modular_rank", "separation_rank"]
 
 _LARGEST_MODULUS = 2**31  # products of two residues must fit into int64
+_PANEL = 32  # rows that are eliminated at once
 
 
 def separation_rank(grid: Tensor, rows: Sequence[int], *, modulus: int | None = None) -> int:
@@ -70,17 +71,36 @@ def modular_rank(matrix: Tensor, modulus: int) -> int:
     rest = matrix.long() % modulus
     rest = rest if rest.shape[0] <= rest.shape[1] else rest.T
     rank = 0
-    for _ in range(rest.shape[0]):
-        places = rest[0].nonzero()
+    while rest.shape[0]:
+        solved, columns = _reduced(rest[:_PANEL], modulus)
+        rank += len(columns)
+        kept = torch.ones(rest.shape[1], dtype=torch.bool, device=rest.device)
+        kept[columns] = False
+        below = rest[_PANEL:]
+        rest = (below[:, kept] - _times(below[:, columns], solved[:, kept], modulus)) % modulus
+    return rank
+
+
+def _reduced(rows: Tensor, modulus: int) -> tuple[Tensor, list[int]]:
+    """Rows that span the same and are an identity in some columns, with these columns."""
+    rows, columns, used = rows.clone(), [], []
+    for k in range(rows.shape[0]):
+        places = rows[k].nonzero()
         if len(places):
             column = int(places[0])
-            rank += 1
-            pivot = pow(int(rest[0, column]), -1, modulus)
-            factors = rest[1:, column, None] * pivot % modulus
-            rest = (rest[1:] - factors * rest[0] % modulus) % modulus
-        else:
-            rest = rest[1:]
-    return rank
+            rows[k] = rows[k] * pow(int(rows[k, column]), -1, modulus) % modulus
+            factors = rows[:, column].clone()
+            factors[k] = 0
+            rows = (rows - factors[:, None] * rows[k]) % modulus
+            columns.append(column)
+            used.append(k)
+    return rows[used], columns
+
+
+def _times(a: Tensor, b: Tensor, modulus: int) -> Tensor:
+    """A product of residues over at most ``_PANEL`` numbers, in two halves of 16 bits: below 2**53 floats are exact."""
+    high, low = ((part.double() @ b.double()).long() % modulus for part in (a >> 16, a & 0xFFFF))
+    return ((high << 16) + low) % modulus
 
 
 def min_cut_rank(tree: Any, leaves: Sequence[int]) -> int:

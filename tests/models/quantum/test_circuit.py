@@ -167,6 +167,35 @@ def test_layers_reach_further() -> None:
     assert found[5].n_cnots < circuit(x).n_cnots
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
+def test_polished_layers_reach_further_still(dtype: torch.dtype) -> None:
+    x = random(7, 6, dtype)
+    expected = amplitudes(x)
+    plain = [circuit(x, n_layers=n) for n in range(4)]
+    found = [circuit(x, n_layers=n, n_sweeps=5) for n in range(4)]
+    for made, before in zip(found[1:], plain[1:], strict=True):
+        assert made.fidelity == pytest.approx(float(torch.vdot(expected, made.statevector()).abs()), abs=1e-12)
+        assert made.fidelity >= before.fidelity
+        for operation in made.operations:
+            assert len(operation.qubits) == 1 or abs(operation.qubits[0] - operation.qubits[1]) == 1
+    fidelities = [made.fidelity for made in found]
+    assert all(later >= earlier for earlier, later in itertools.pairwise(fidelities))
+    assert fidelities[3] > plain[3].fidelity + 0.01
+    assert circuit(x, n_layers=3, n_sweeps=20).fidelity > fidelities[3]
+
+
+def test_chains_and_amplitudes_are_polished_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = random(6, 4, torch.complex128)
+    by_amplitudes = circuit(x, n_layers=2, n_sweeps=3)
+    monkeypatch.setattr("tensortrain.models.quantum.polish._MOST_AMPLITUDES", 0)
+    assert circuit(x, n_layers=2, n_sweeps=3).fidelity == pytest.approx(by_amplitudes.fidelity, abs=1e-6)
+
+
+def test_long_trains_are_polished() -> None:
+    x = random(16, 4)
+    assert circuit(x, n_layers=2, n_sweeps=2).fidelity > circuit(x, n_layers=2).fidelity + 0.02
+
+
 def test_one_layer_is_exact_at_rank_two() -> None:
     for order in (1, 2, 7):
         x = random(order, 2)
@@ -211,6 +240,8 @@ def test_bad_input_is_refused() -> None:
     check_refused(KindError, lambda: circuit(x, kind="tree"))
     check_refused(KindError, lambda: circuit(x, kind="holographic", n_layers=2))
     check_refused(RankError, lambda: circuit(x, n_layers=-1))
+    check_refused(RankError, lambda: circuit(x, n_layers=1, n_sweeps=-1))
+    check_refused(RankError, lambda: circuit(x, n_sweeps=2))
     check_refused(ShapeError, circuit, tt.ones((2, 3)))
     check_refused(ShapeError, circuit, tt.TensorTrain([torch.ones(5, 1, 2, 1)]))
     check_refused(DataError, circuit, tt.zeros((2, 2)))

@@ -267,20 +267,29 @@ def main() -> None:
     parser.add_argument("--data", help="folder with the four idx files")
     parser.add_argument("--config", type=Path, default=HERE / "config.json")
     parser.add_argument("--part", choices=("ranks", "budgets"), action="append")
+    parser.add_argument("--only", type=int, action="append", help="only cells, or budgets, of these numbers; no record")
     parser.add_argument("--record", type=Path, default=HERE, help="where results.json and the figures go")
     given = parser.parse_args()
     config = json.loads(given.config.read_text())
     given.out.mkdir(parents=True, exist_ok=True)
     for part in given.part or ("ranks", "budgets"):
         if part == "budgets":
-            found: Any = budgets(config[part], given.out, given.data)
+            chosen = config[part]["ranks"]
+            some = [chosen[k] for k in given.only or range(len(chosen))]
+            found: Any = budgets(config[part] | {"ranks": some}, given.out, given.data)
+            if given.only:
+                continue
             save_figure(curves(found["rows"]), given.record / "budgets.png")
         else:
             found = []
             for k, cell in enumerate(config[part]["cells"]):
+                if k not in (given.only or [k]):
+                    continue
                 row = once(given.out / f"ranks-{k}.json", lambda cell=cell: ranks(cell, config["ranks"]))
                 print({key: value for key, value in row.items() if key != "ranks"}, flush=True)
                 found.append(row)
+            if given.only:
+                continue
             save_figure(histogram(found), given.record / "ranks.png")
         keep(given.record, part, found)
 

@@ -68,8 +68,8 @@ def circuit(
         raise RankError(f"layers must be counted: n_layers has {n_layers!r}, expected a whole number from 0. Pass one.")
     if not isinstance(n_sweeps, int) or n_sweeps < 0 or (n_sweeps and n_layers is None):
         raise RankError(
-            f"sweeps must be through layers: n_sweeps has {n_sweeps!r} with n_layers={n_layers}, expected a whole number "
-            "from 0, and layers. Pass n_layers as well."
+            f"sweeps must be through layers: n_sweeps has {n_sweeps!r} with n_layers={n_layers}, expected a whole "
+            "number from 0, and layers. Pass n_layers as well."
         )
     target = _normalised(train)
     if n_layers is not None:

@@ -4,9 +4,9 @@ Layers: states that shallow circuits shall prepare, by disentangling alone and w
 others (``n_sweeps``); overlap and number of cx beside those of the exact circuit. A Born machine of bars and stripes,
 random trains, and the ground state of a critical Ising chain.
 
-Noise: digits of 8 x 8 pixels, 15 of the 45 pairs, five for each seed: trees of unitaries on registers of one and of two qubits,
-trained without noise and under it, a chain beside them. Amplitude damping or dephasing of strength p acts on every
-qubit of a register when it is made and after each unitary, and is followed exactly.
+Noise: digits of 8 x 8 pixels, 15 of the 45 pairs, five for each seed: trees of unitaries on registers of one and of two
+qubits, trained without noise and under it, a chain beside them. Amplitude damping or dephasing of strength p acts on
+every qubit of a register when it is made and after each unitary, and is followed exactly.
 
     python experiments/quantum/run.py --out runs/quantum                  # both parts
     python experiments/quantum/run.py --out runs/quantum --part layers

@@ -39,6 +39,7 @@ sys.path.insert(0, str(HERE.parent))
 from study import once, spread  # noqa: E402
 
 PRIME = 67_108_859  # below 2**26: a residue times a weight, summed over a hundred terms, is exact in float64
+AT_ONCE = 10  # draws that are recorded together
 DIGITS = 16  # binary ones, of weights
 
 
@@ -111,18 +112,28 @@ def _step(residues: Tensor, scores: Tensor, exact: Tensor, seen: Tensor, core: T
     return (known.flatten(2) @ core % PRIME).flatten(0, 1), (values.flatten(2) @ core / 2**DIGITS).flatten(0, 1)
 
 
-def ranks(cell: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
-    """Exact and numerical ranks of many draws, and the least widths of shallow networks that follow."""
-    start, d, m = time.process_time(), cell["d"], cell["m"]
+def draws(cell: dict[str, Any], numbers: range) -> dict[str, Any]:
+    """Exact and numerical ranks of some draws."""
+    start, d = time.process_time(), cell["d"]
     make = rectified_grids if cell["product"] == "rectify" else product_grids
     exact, numerical = [], []
-    for draw in range(config["draws"]):
-        numbers = (d, m, cell["r"], int(cell.get("shared", False)), draw)
-        residues, scores = make(cell, seeded(*numbers))
+    for draw in numbers:
+        residues, scores = make(cell, seeded(d, cell["m"], cell["r"], int(cell.get("shared", False)), draw))
         exact.append(separation_rank(residues.long(), range(0, d, 2), modulus=PRIME))
         numerical.append(separation_rank(scores, range(0, d, 2)))
-    share = 1 if cell["product"] == "multiply" else m * d / 2
-    widths = [math.ceil(rank / share) for rank in exact]
+    return {"exact": exact, "numerical": numerical, "seconds": time.process_time() - start}
+
+
+def ranks(k: int, cell: dict[str, Any], n_draws: int, out: Path) -> dict[str, Any]:
+    """Ranks of a cell's draws, and the least widths of shallow networks that follow."""
+    parts = []
+    for first in range(0, n_draws, AT_ONCE):
+        numbers = range(first, min(first + AT_ONCE, n_draws))
+        parts.append(once(out / f"ranks-{k}-{first}.json", lambda cell=cell, some=numbers: draws(cell, some)))
+    exact, numerical = ([rank for part in parts for rank in part[key]] for key in ("exact", "numerical"))
+    is_product, half = cell["product"] == "multiply", cell["d"] // 2
+    widths = [math.ceil(rank / (1 if is_product else cell["m"] * half)) for rank in exact]
+    bound = min(cell["m"], cell["r"]) ** half
     return {
         **cell,
         "draws": len(exact),
@@ -132,12 +143,12 @@ def ranks(cell: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
         "rank_one": sum(rank <= 1 for rank in exact) / len(exact),
         "width_median": statistics.median(widths),
         "width_one": sum(width <= 1 for width in widths) / len(widths),
-        "theorem": min(m, cell["r"]) ** (d // 2) if cell["product"] == "multiply" else None,
-        "below_theorem": sum(rank < min(m, cell["r"]) ** (d // 2) for rank in exact) / len(exact),
+        "bound": bound,
+        "below_bound": sum(rank < bound for rank in exact) / len(exact),
         "numerical_equal": sum(a == b for a, b in zip(exact, numerical, strict=True)) / len(exact),
         "numerical_off": max(abs(a - b) for a, b in zip(exact, numerical, strict=True)),
         "ranks": exact,
-        "seconds": round(time.process_time() - start, 1),
+        "seconds": round(sum(part["seconds"] for part in parts), 1),
     }
 
 
@@ -285,7 +296,7 @@ def main() -> None:
             for k, cell in enumerate(config[part]["cells"]):
                 if k not in (given.only or [k]):
                     continue
-                row = once(given.out / f"ranks-{k}.json", lambda cell=cell: ranks(cell, config["ranks"]))
+                row = ranks(k, cell, config[part]["draws"], given.out)
                 print({key: value for key, value in row.items() if key != "ranks"}, flush=True)
                 found.append(row)
             if given.only:

@@ -23,13 +23,13 @@ import torch
 from torch import Tensor, nn
 
 import tensortrain as tt
-from tensortrain.compression import cross_entropy_loss, evaluate_accuracy, fit
+from tensortrain.compression import cross_entropy_loss, evaluate_accuracy, fit, provenance, write_text_atomic
 from tensortrain.data import ImageBatches
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
-from study import file_name, image_loaders, once, record, spread  # noqa: E402
+from study import file_name, image_loaders, once, spread  # noqa: E402
 
 SEED_OF_TRIALS = 100
 
@@ -101,7 +101,7 @@ def main() -> None:
     parser.add_argument("--data", help="folder with the four idx files")
     parser.add_argument("--config", type=Path, default=HERE / "parity_config.json")
     parser.add_argument("--network", action="append", help="only these")
-    parser.add_argument("--record", type=Path, default=HERE / "parity", help="where results.json goes")
+    parser.add_argument("--record", type=Path, default=HERE, help="where parity.json goes")
     given = parser.parse_args()
     config = json.loads(given.config.read_text())
     given.out.mkdir(parents=True, exist_ok=True)
@@ -127,8 +127,8 @@ def main() -> None:
     for row in rows:
         row["share_of_dense"] = row["n_params"] / rows[0]["n_params"]
         print(row)
-    given.record.mkdir(parents=True, exist_ok=True)
-    record(given.record, rows, runs, trials=trials)
+    found = {"rows": rows, "runs": runs, "trials": trials, "provenance": provenance()}
+    write_text_atomic(given.record / "parity.json", json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

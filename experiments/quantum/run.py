@@ -119,13 +119,13 @@ def layers_figure(rows: list[dict[str, Any]]) -> Figure:
         for k, ((n_sweeps,), mine) in enumerate(by(found, "n_sweeps").items()):
             axes.errorbar(
                 [row["n_cnots"] for row in mine],
-                [max(1 - row["fidelity"], 1e-6) for row in mine],
+                [max(1 - row["fidelity"], 1e-9) for row in mine],
                 label=f"polished, {n_sweeps} sweeps" if n_sweeps else "layers as they come",
                 color=METHOD_COLOURS[k],
                 marker=METHOD_MARKERS[k],
             )
             for row in mine:
-                where = (row["n_cnots"], max(1 - row["fidelity"], 1e-6))
+                where = (row["n_cnots"], max(1 - row["fidelity"], 1e-9))
                 axes.annotate(str(row["n_layers"]), where, (0, 5), textcoords="offset points", ha="center", fontsize=7)
         axes.axvline(found[0]["exact"], color=INK, linestyle=":", label="cx of the exact circuit")
         axes.set(yscale="log", xlabel="cx", title=state)

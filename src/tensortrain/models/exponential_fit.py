@@ -49,6 +49,8 @@ class Descent:
             inputs=(self.job.x, self.job.y),
         )
         self.model._put(found)
+        if not len(done):  # the start was as good as the arithmetic allows
+            done.append(**self._figures(found))
         return only_figures(done, _FIGURES)
 
     def _wide(self, numbers: Tensor) -> Tensor:
@@ -89,7 +91,7 @@ class WholeGradient:
 
     def __init__(self, model: ExponentialMachine, job: Supervised, order: int | None, max_rank: int) -> None:
         self.model, self.job, self.order, self.max_rank = model, job, order, max_rank
-        self.gradient = UnfoldedGradient(model._vectors_of(job.x), order)
+        self.gradient = UnfoldedGradient(model.tensor.shape, order, lambda: model._vectors_of(job.x))
 
     def run(self) -> History:
         """Until nothing stands above the noise, or a step leads no further down."""

@@ -234,6 +234,15 @@ def test_products_of_few_features_among_many_are_found(low: float) -> None:
     assert history.validation_accuracy[-1] == 1.0
 
 
+@pytest.mark.parametrize("order", [None, 2])
+def test_the_whole_gradient_of_a_model_in_half_precision(order: int | None) -> None:
+    x = torch.randn(2000, 6, generator=torch.Generator().manual_seed(0)).sign()
+    model = ExponentialMachine(6, rank=2, dtype=torch.bfloat16, generator=torch.Generator().manual_seed(0))
+    history = model.fit(x, x[:, 1] * x[:, 4], method="gradient", order=order, n_sweeps=1)
+    assert history.loss[-1] < 0.3
+    assert model.cores[0].dtype == torch.bfloat16
+
+
 def test_a_teacher_far_from_linear_is_found_from_the_whole_gradient() -> None:
     generator = torch.Generator().manual_seed(1)
     true = tt.randn((2,) * 12, 3, generator=generator, dtype=torch.float64)

@@ -147,13 +147,14 @@ class UnfoldedGradient:
         words, weights = [], []
         for block, (rows, _) in zip(self.blocks(numbers), self.counts, strict=True):
             row, column = (block.abs() > least).nonzero(as_tuple=True)
-            words.append(torch.cat((self.halves[0].words[row + rows.start], self.halves[1].words[column]), dim=1))
             weights.append(block[row, column])
+            row, column = row.cpu() + rows.start, column.cpu()
+            words.append(torch.cat((self.halves[0].words[row], self.halves[1].words[column]), dim=1))
         found = torch.cat(weights)
         if not len(found):
             return None
         largest = found.abs().argsort(descending=True)[:_MOST_TERMS]
-        return self._sum_of_products(torch.cat(words)[largest], found[largest])
+        return self._sum_of_products(torch.cat(words)[largest.cpu()], found[largest])
 
     def directions(self, numbers: Tensor, max_rank: int) -> list[Tensor] | None:
         """Cores of the singular directions that are larger than those of pure noise, each half cut to the ranks too.

@@ -247,6 +247,20 @@ def told(facts: dict[str, Any]) -> str:
     )
 
 
+def beside_others(record: dict[str, Any], file: Path) -> dict[str, Any]:
+    """A record with the rows of other models that a file of the same commit holds."""
+    if not file.exists():
+        return record
+    earlier = json.loads(file.read_text())
+    if earlier["commit"] != record["commit"] or earlier["quick"] != record["quick"]:
+        raise SystemExit(
+            f"{file} is of {earlier['commit']}, and this run of {record['commit']}: record all models again"
+        )
+    new = {(row["model"], row["budget"]) for row in record["rows"]}
+    rows = [row for row in earlier["rows"] if (row["model"], row["budget"]) not in new]
+    return {**record, "rows": [*rows, *record["rows"]], "wall_s": round(earlier["wall_s"] + record["wall_s"], 1)}
+
+
 def geometric_mean(values: Sequence[float]) -> float:
     return math.exp(statistics.fmean(math.log(value) for value in values))
 
@@ -266,6 +280,7 @@ def main(argv: list[str] | None = None) -> int:
         speedups = [t["speedup"] for row in record["rows"] if row["budget"] == budget for t in row["times"]]
         print(f"{budget}: geometric mean {geometric_mean(speedups):.2f}x, least {min(speedups):.2f}x")
     if args.out:
+        record = beside_others(record, Path(args.out)) if args.add else record
         write_text_atomic(args.out, json.dumps(record, indent=1, allow_nan=False) + "\n")
     return 0
 
@@ -282,6 +297,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--kept", help="folder of models to time, in place of compressing")
     parser.add_argument("--plans", action="store_true", help="print the plans")
     parser.add_argument("--out", help="file of the record")
+    parser.add_argument("--add", action="store_true", help="models that the file holds already stay in it")
     return parser.parse_args(argv)
 
 

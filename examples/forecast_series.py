@@ -1,8 +1,8 @@
 """Forecast a season and what is left of it, beside the best forecast that there is.
 
-The series is a season of twelve steps, whose phase is known ahead as a calendar is, and noise that remembers its last two
-steps: ``u_t = 1.2 u_{t-1} - 0.5 u_{t-2} + e_t``. So the least error of a forecast k steps ahead is known. A cell whose
-gates are products of its last two states learns to go on from 24 steps:
+The series is a season of twelve steps, whose phase is known ahead as a calendar is, and noise that remembers its last
+two steps: ``u_t = 1.2 u_{t-1} - 0.5 u_{t-2} + e_t``. So the least error of a forecast k steps ahead is known. A cell
+whose gates are products of its last two states learns to go on from 24 steps:
 
     python examples/forecast_series.py --figure forecast.png
 """

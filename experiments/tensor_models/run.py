@@ -1,4 +1,4 @@
-"""What tensor-network models learn: laws of strings, classes of images, interactions, memory.
+"""What tensor-network models learn: laws of strings, classes of images, memory.
 
     python experiments/tensor_models/run.py --out runs/tensor_models                    # all tasks, three seeds
     python experiments/tensor_models/run.py --out runs/tensor_models --task sequences --seeds 1
@@ -23,7 +23,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from tensortrain.data import fashion_mnist
-from tensortrain.models import BornMachine, ExponentialMachine, MPSClassifier, RecurrentArithmeticCircuit, ScoreNetwork
+from tensortrain.models import BornMachine, MPSClassifier, RecurrentArithmeticCircuit, ScoreNetwork
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
@@ -198,44 +198,7 @@ def _classified(
     }
 
 
-# -- interactions and memory ---------------------------------------------------------------------------
-
-
-def interactions(seed: int, options: dict[str, Any]) -> dict[str, Any]:
-    """Products of a few signs among many: area under the curve beside linear and forest models."""
-    from sklearn.ensemble import RandomForestClassifier
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.metrics import roc_auc_score
-
-    generator = seeded(seed)
-    d, n = options["n_features"], options["n_samples"]
-    x = torch.randint(0, 2, (2 * n, d), generator=generator).float() * 2 - 1
-    terms = torch.stack([torch.randperm(d, generator=generator)[: options["order"]] for _ in range(options["n_terms"])])
-    weights = torch.rand(options["n_terms"], generator=generator) * 2 - 1
-    y = ((x[:, terms].prod(-1) @ weights) > 0).float()
-    model, start = ExponentialMachine(d, rank=options["rank"], generator=generator), time.perf_counter()
-    history = model.fit(
-        x[:n],
-        y[:n],
-        loss="logistic",
-        method="adam",
-        lr=options["lr"],
-        batch_size=options["batch_size"],
-        n_sweeps=options["n_sweeps"],
-        generator=generator,
-    )
-    seconds = time.perf_counter() - start
-    with torch.no_grad():
-        scores = model(x[n:])
-    linear = LogisticRegression(max_iter=200).fit(x[:n].numpy(), y[:n].numpy())
-    forest = RandomForestClassifier(100, random_state=seed).fit(x[:n].numpy(), y[:n].numpy())
-    return {
-        "auc": roc_auc_score(y[n:], scores),
-        "auc_linear": roc_auc_score(y[n:], linear.decision_function(x[n:].numpy())),
-        "auc_forest": roc_auc_score(y[n:], forest.predict_proba(x[n:].numpy())[:, 1]),
-        "train_loss": history.loss[-1],
-        "seconds": seconds,
-    }
+# -- memory --------------------------------------------------------------------------------------------
 
 
 def memory(seed: int, options: dict[str, Any]) -> dict[str, Any]:
@@ -289,7 +252,7 @@ TASKS: dict[str, Callable[[int, dict[str, Any]], dict[str, Any]]] = {
     task.__name__: task
     for task in (
         *(sequences, patterns, digits_law, fashion_law, classify_all_cores, classify_two_site, classify_patches),
-        *(interactions, memory),
+        memory,
     )
 }
 

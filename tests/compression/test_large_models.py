@@ -94,6 +94,7 @@ def all_parked(monkeypatch: pytest.MonkeyPatch) -> None:
         (parking, "LARGE_BYTES", 0),
         (parking, "_HELD_BYTES", 0),
         (parking, "_WORTH_BYTES", 1),
+        (parking, "_WORTH_THE_PAGES", 0),
         (moments, "_WORTH_PARKING", 1),
         (span, "_WORTH_PARKING", 1),
         (fisher, "_DOUBLES_AT_ONCE", 40),

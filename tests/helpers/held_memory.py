@@ -24,7 +24,7 @@ N_WORDS, WIDTH, HIDDEN, N_BLOCKS = 6144, 384, 1024, 8
 
 # What is large, and what is done at once, is smaller here as the model is smaller than those that it stands for.
 SMALLER: dict[Any, dict[str, int]] = {
-    parking: {"LARGE_BYTES": 2**20, "_HELD_BYTES": 2**20, "_OWN_MAP_BYTES": 2**17},
+    parking: {"LARGE_BYTES": 2**20, "_HELD_BYTES": 2**20, "_OWN_MAP_BYTES": 2**17, "_WORTH_THE_PAGES": 2**20},
     calibrate: {"_HELD_BYTES": 2**20},
     candidates: {"_LARGE_WEIGHT": 2**18},
     fisher: {"_DOUBLES_AT_ONCE": 2**15},

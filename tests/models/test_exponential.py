@@ -195,7 +195,7 @@ def test_the_whole_gradient_is_that_of_the_dense_weights(order: int | None) -> N
     for vector in vectors:
         vector[:, 0] = 1.0
     numbers = torch.randn(40, generator=generator, dtype=torch.float64)
-    gradient = UnfoldedGradient(vectors, order)
+    gradient = UnfoldedGradient(modes, order, lambda: vectors)
     found = torch.zeros(modes, dtype=torch.float64)
     for block, (rows, n) in zip(gradient.blocks(numbers), gradient.counts, strict=True):
         for i, word in enumerate(gradient.halves[0].words[rows]):
@@ -234,6 +234,15 @@ def test_products_of_few_features_among_many_are_found(low: float) -> None:
     assert history.validation_accuracy[-1] == 1.0
 
 
+@pytest.mark.parametrize("order", [None, 2])
+def test_the_whole_gradient_of_a_model_in_half_precision(order: int | None) -> None:
+    x = torch.randn(2000, 6, generator=torch.Generator().manual_seed(0)).sign()
+    model = ExponentialMachine(6, rank=2, dtype=torch.bfloat16, generator=torch.Generator().manual_seed(0))
+    history = model.fit(x, x[:, 1] * x[:, 4], method="gradient", order=order, n_sweeps=1)
+    assert history.loss[-1] < 0.3
+    assert model.cores[0].dtype == torch.bfloat16
+
+
 def test_a_teacher_far_from_linear_is_found_from_the_whole_gradient() -> None:
     generator = torch.Generator().manual_seed(1)
     true = tt.randn((2,) * 12, 3, generator=generator, dtype=torch.float64)
@@ -247,6 +256,21 @@ def test_a_teacher_far_from_linear_is_found_from_the_whole_gradient() -> None:
     model.fit(x, y, loss="huber", n_sweeps=150, tol=1e-6)
     model.fit(x, y, n_sweeps=30)
     assert float((model(x) - y).detach().square().mean().sqrt()) < 1e-8
+
+
+def test_a_start_that_is_perfect_has_a_history_all_the_same() -> None:
+    model = machine()
+    x = examples()
+    history = model.fit(x, model(x).detach(), n_sweeps=5)
+    assert history.stop in ("gradient", "stagnated", "max_steps")
+    assert history.loss[-1] < 1e-20
+
+
+def test_a_gradient_of_too_many_weights_is_refused_before_anything_is_made() -> None:
+    with pytest.raises(RankError, match="smaller order"):
+        UnfoldedGradient((2,) * 100, 6, pytest.fail)
+    with pytest.raises(RankError, match="smaller order"):
+        UnfoldedGradient((4000,) * 4, 2, pytest.fail)
 
 
 def test_noise_is_not_learnt() -> None:

@@ -15,6 +15,7 @@ from tensortrain.system.parking import is_parked, memory_given_back
 def all_large(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parking, "LARGE_BYTES", 0)
     monkeypatch.setattr(parking, "_WORTH_BYTES", 1)
+    monkeypatch.setattr(parking, "_WORTH_THE_PAGES", 0)
 
 
 def net() -> nn.Sequential:

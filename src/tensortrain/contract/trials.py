@@ -30,6 +30,7 @@ __all__ = [
     "can_time",
     "digest",
     "duel",
+    "roughly_in_use",
     "seconds_in_use",
     "timed",
     "train_once",
@@ -90,9 +91,7 @@ def best_seconds(calls: Sequence[Any], timer: Callable[[Any], float]) -> list[fl
     return best
 
 
-def seconds_in_use(
-    calls: Sequence[Any], timer: Callable[[Any], float], *, most_turns: int | None = None
-) -> list[float]:
+def seconds_in_use(calls: Sequence[Any], timer: Callable[[Any], float]) -> list[float]:
     """Seconds per call of each of several calls, as benchmarks and a model at work see them.
 
     Each has turns of a few calls in a row, of which the first, that wakes threads and fills caches, does not count. The
@@ -101,7 +100,6 @@ def seconds_in_use(
     Args:
         calls: What ``timer`` takes.
         timer: Gives the seconds of one call.
-        most_turns: Of each call, three by default; the later ones are for those near the fastest.
 
     Returns:
         list: Medians of the turns; those far behind are infinite.
@@ -111,13 +109,21 @@ def seconds_in_use(
     once = _once(calls, timer)
     turns: dict[int, list[float]] = {k: [seconds] if seconds > _LONG_S else [] for k, seconds in once.items()}
     start = time.perf_counter()
-    for turn in range(most_turns or _MOST_TURNS):
+    for turn in range(_MOST_TURNS):
         for k in once:
             if turn == 0 or _is_near(turns, k, _BEHIND if turn == 1 else _NEARLY):
                 turns[k].append(_one_turn(calls[k], once[k], timer))
         if time.perf_counter() - start > _ENOUGH_BESIDE_OTHERS_S:
             break
     return [statistics.median_low(turns[k]) if k in turns else math.inf for k in range(len(calls))]
+
+
+def roughly_in_use(calls: Sequence[Any], timer: Callable[[Any], float]) -> list[float]:
+    """The same from one turn of each call, or from one call of those that are as long as a turn."""
+    found = [math.inf] * len(calls)
+    for k, once in _once(calls, timer).items():
+        found[k] = once if _BURST_S < once <= _LONG_S else _one_turn(calls[k], once, timer)
+    return found
 
 
 def duel(call: Any, other: Any, timer: Callable[[Any], float]) -> tuple[float, float]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from tensortrain.cores.scaling import work_dtype
 from tensortrain.models.base import only_figures
 from tensortrain.models.supervised import LOSSES, Supervised
 from tensortrain.models.unfolded_gradient import UnfoldedGradient
@@ -49,6 +50,8 @@ class Descent:
             inputs=(self.job.x, self.job.y),
         )
         self.model._put(found)
+        if not len(done):  # the start was as good as the arithmetic allows
+            done.append(**self._figures(found))
         return only_figures(done, _FIGURES)
 
     def _wide(self, numbers: Tensor) -> Tensor:
@@ -89,7 +92,8 @@ class WholeGradient:
 
     def __init__(self, model: ExponentialMachine, job: Supervised, order: int | None, max_rank: int) -> None:
         self.model, self.job, self.order, self.max_rank = model, job, order, max_rank
-        self.gradient = UnfoldedGradient(model._vectors_of(job.x), order)
+        self.dtype = work_dtype(model.cores[0].dtype)
+        self.gradient = UnfoldedGradient(model.tensor.shape, order, self._vectors)
 
     def run(self) -> History:
         """Until nothing stands above the noise, or a step leads no further down."""
@@ -116,7 +120,8 @@ class WholeGradient:
         if file is None or not file.path.exists():
             return History()
         content = file.read()
-        self.model._put(TensorTrain(tuple(content["cores"])))
+        device = self.model.cores[0].device
+        self.model._put(TensorTrain(tuple(core.to(device) for core in content["cores"])))
         return History.from_state(content["history"])
 
     def _step(self) -> str | None:
@@ -124,7 +129,7 @@ class WholeGradient:
         loss, y = LOSSES[self.job.loss], self.job.y
         here = self._outputs().requires_grad_()
         before = loss(here, y)
-        numbers = -len(y) * torch.autograd.grad(before, here)[0]
+        numbers = -len(y) * torch.autograd.grad(before, here)[0].to(self.dtype)
         with torch.no_grad():
             if self.order is None:
                 cores = self.gradient.directions(numbers, self.max_rank)
@@ -132,7 +137,7 @@ class WholeGradient:
                 cores = self.gradient.entries(numbers)
             if cores is None:
                 return "noise"
-            at, added = self.model.tensor, TensorTrain(tuple(cores))
+            at, added = self.model.tensor.to(self.dtype), TensorTrain(tuple(cores))
             self.model._put(added)
             along = self._outputs()
             length = _best_length(lambda t: float(loss(here + t * along, y)))
@@ -142,9 +147,12 @@ class WholeGradient:
             self.model._put(at)
             return "stagnated"
 
+    def _vectors(self) -> list[Tensor]:
+        return [vector.to(self.dtype) for vector in self.model._vectors_of(self.job.x)]
+
     def _outputs(self) -> Tensor:
         with torch.no_grad():
-            return torch.cat([self.model(rows) for rows in self.job.x.split(_ROWS_AT_ONCE)])
+            return torch.cat([self.model(rows) for rows in self.job.x.split(_ROWS_AT_ONCE)]).to(self.dtype)
 
 
 def _best_length(f: Callable[[float], float]) -> float:

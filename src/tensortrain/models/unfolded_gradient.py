@@ -15,7 +15,7 @@ product of k features it needs about ``d^(k/2)`` samples, and a local search ``d
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -57,13 +57,14 @@ class _Half:
         last, words = torch.tensor([-1]), torch.zeros(1, len(modes), dtype=torch.int64)
         levels, found, ends = [], [words], [1]
         for _ in range(min(order, len(modes))):
-            parent, letter = (sites > last[:, None]).nonzero(as_tuple=True)
+            comes_after = sites > last[:, None]
+            _check_size(ends[-1] + int(comes_after.sum()), _MOST_WEIGHTS)
+            parent, letter = comes_after.nonzero(as_tuple=True)
             words, last = words[parent], sites[letter]
             words[torch.arange(len(words)), last] = components[letter]
             levels.append((parent, letter))
             found.append(words)
             ends.append(ends[-1] + len(words))
-            _check_size(ends[-1], _MOST_WEIGHTS)
         return cls((sites, components), tuple(levels), torch.cat(found), tuple(ends))
 
     def products(self, vectors: Sequence[Tensor]) -> Tensor:
@@ -94,20 +95,16 @@ class UnfoldedGradient:
     """How products of up to ``order`` features go with numbers that samples have: a matrix over the middle bond.
 
     Args:
-        vectors: For each feature ``(b, components)``, the first one constant.
+        modes: Components of each feature, the first one constant.
         order: Features in a product at most; all when left out.
+        vectors: Makes them, for each feature ``(b, components)``; called once it is known that all will fit.
     """
 
-    def __init__(self, vectors: Sequence[Tensor], order: int | None = None) -> None:
-        if len(vectors) < 2:
+    def __init__(self, modes: Sequence[int], order: int | None, vectors: Callable[[], Sequence[Tensor]]) -> None:
+        if len(modes) < 2:
             raise RankError("a chain must have a middle to be cut: there is one feature, expected two or more.")
-        self.order = len(vectors) if order is None else order
-        self.shift = [vector.mean(0) for vector in vectors]
-        spread = [vector.std(0, correction=0) for vector in vectors]
-        self.scale = [torch.where(s > 1e-6, 1 / s.clamp_min(1e-6), 0.0) for s in spread]
-        self.vectors = vectors
-        self.middle = len(vectors) // 2
-        modes = [vector.shape[1] for vector in vectors]
+        self.order = len(modes) if order is None else order
+        self.middle = len(modes) // 2
         self.halves = tuple(_Half.of(part, self.order) for part in (modes[: self.middle], modes[self.middle :]))
         left, right = self.halves
         self.counts = [
@@ -115,6 +112,10 @@ class UnfoldedGradient:
         ]
         self.n_entries = sum((rows.stop - rows.start) * n for rows, n in self.counts)
         _check_size(self.n_entries, _MOST_ENTRIES)
+        self.vectors = vectors()
+        self.shift = [vector.mean(0) for vector in self.vectors]
+        spread = [vector.std(0, correction=0) for vector in self.vectors]
+        self.scale = [torch.where(s > 1e-6, 1 / s.clamp_min(1e-6), 0.0) for s in spread]
 
     def blocks(self, numbers: Tensor) -> list[Tensor]:
         """The mean over samples of ``numbers`` ``(b,)`` times each product: its rows for each degree on the left.
@@ -146,13 +147,14 @@ class UnfoldedGradient:
         words, weights = [], []
         for block, (rows, _) in zip(self.blocks(numbers), self.counts, strict=True):
             row, column = (block.abs() > least).nonzero(as_tuple=True)
-            words.append(torch.cat((self.halves[0].words[row + rows.start], self.halves[1].words[column]), dim=1))
             weights.append(block[row, column])
+            row, column = row.cpu() + rows.start, column.cpu()
+            words.append(torch.cat((self.halves[0].words[row], self.halves[1].words[column]), dim=1))
         found = torch.cat(weights)
         if not len(found):
             return None
         largest = found.abs().argsort(descending=True)[:_MOST_TERMS]
-        return self._sum_of_products(torch.cat(words)[largest], found[largest])
+        return self._sum_of_products(torch.cat(words)[largest.cpu()], found[largest])
 
     def directions(self, numbers: Tensor, max_rank: int) -> list[Tensor] | None:
         """Cores of the singular directions that are larger than those of pure noise, each half cut to the ranks too.

@@ -46,6 +46,7 @@ _PREFIX = "tensortrain-parked-"
 # others that are still used: as much as half a GB beside a model of that size.
 _MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1  # of mallopt
 _OWN_MAP_BYTES, _USUAL_MAP_BYTES = 2**20, 2**25
+_WORTH_THE_PAGES = 2**28  # of a model: memory that always comes anew from the system costs a sixth of the time
 _KEPT_BYTES = 2**24  # as large as tensors of a small model's training step are together
 _OWN_SETTINGS = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES")
 
@@ -148,9 +149,10 @@ def memory_given_back(whole: Iterable[Tensor]) -> Iterator[None]:
     """Inside, memory of several megabytes goes back to the system as soon as it is freed.
 
     Args:
-        whole: Parameters of the model that is worked on; where they are not large, nothing changes.
+        whole: Parameters of the model that is worked on; below 256 MB nothing changes.
     """
-    option = _mallopt() if are_large(whole) and not any(name in os.environ for name in _OWN_SETTINGS) else None
+    is_worth_it = count_bytes(whole) > _WORTH_THE_PAGES
+    option = _mallopt() if is_worth_it and not any(name in os.environ for name in _OWN_SETTINGS) else None
     if option is None or _given_back.depth:
         yield
         return

@@ -95,6 +95,28 @@ def settled(*calls: Tensor, centred: bool = False) -> LayerMoments:
     return moments
 
 
+def test_rows_that_wait_are_summed_up_as_they_came() -> None:
+    calls = [torch.randn(5, 24) for _ in range(4)]
+    moments = LayerMoments()
+    for rows in calls:
+        given = rows.clone()
+        moments.add_rows(given)
+        given.fill_(torch.nan)  # a model may write to its activations
+    assert moments.span is not None
+    assert not moments.span.is_small
+    moments.finish(centred=True)
+    rows = torch.cat(calls).double()
+    assert moments.n_rows == 20
+    assert moments.gram is not None
+    torch.testing.assert_close(moments.gram, torch.cov(rows.T, correction=0), rtol=1e-5, atol=1e-6)
+    few = LayerMoments()
+    few.add_rows(calls[0])
+    few.finish(centred=False)
+    assert few.n_rows == 5
+    assert few.gram is not None
+    torch.testing.assert_close(few.gram, calls[0].double().T @ calls[0].double() / 5, rtol=1e-12, atol=1e-12)
+
+
 def test_what_is_expected_elsewhere_follows_from_what_came_late() -> None:
     table = torch.randn(7, 48)
     few = settled(*(table[torch.randint(7, (60,))] for _ in range(4)))

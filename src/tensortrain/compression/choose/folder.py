@@ -41,7 +41,7 @@ W = TypeVar("W", bound=JointWidths[Any, Any])
 _GROUPS = (HiddenUnits, AttentionHeads, RecurrentUnits, WholeHeads, Rows)
 _ORDERS = (Narrowing, HeadSteps, ChannelOrder)
 _RECORDS = (Calibration, LayerMoments, Family, JointWidths, Width, *_GROUPS, *_ORDERS)
-_NOT_KEPT = ("parks", "layers", "batches", "held", "span")
+_NOT_KEPT = ("parks", "layers", "batches", "held", "span", "waiting", "task")
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ from tensortrain.compression.choose.remeasured import Seen, spent_again
 from tensortrain.compression.choose.structure import Search
 from tensortrain.compression.choose.together import widths_together
 from tensortrain.compression.choose.tried import tried
-from tensortrain.compression.choose.weights import weigh_layers
+from tensortrain.compression.choose.weights import carried, weigh_layers
 from tensortrain.compression.choose.widths import Width
 from tensortrain.compression.choose.within import Planned, find_plan
 from tensortrain.compression.opened import Opened, opened_for_a_while
@@ -258,14 +258,15 @@ def _surveyed(opened: Opened, options: PlanOptions, budgets: Sequence[BudgetLike
     task, data = _task(model, options)
     folder = _folder(model, layers, data, task, options)
     calibration = _calibration(model, layers, data, task, options, folder)
-    menus, unseen = _menus(model, layers, calibration, options)
+    menus = _menus(model, layers, calibration, options)
     menus = [replace(menu, beside=beside.get(menu.layer.name, (0, 0))) for menu in menus]
     hidden = widths_together(model, layers, calibration, options, folder)
     flops = sum(menu.dense.flops or 0 for menu in menus) if calibration is not None else None
     now = replace(_sizes(model).with_more(beside.values()), flops=flops)
     for each in budgets:
         _goals(each, now, options)  # flops are known by now
-    menus = _with_families(menus, hidden, calibration, options, folder, wide=options.will_heal == "long")
+    menus, carry = _with_families(menus, hidden, calibration, options, folder, wide=options.will_heal == "long")
+    menus, unseen = _weighed(menus, calibration, carry, options)
     return Planning(
         options,
         now,
@@ -461,25 +462,30 @@ def _layers(
 
 def _menus(
     model: nn.Module, layers: Sequence[FoundLayer], calibration: Calibration | None, options: PlanOptions
-) -> tuple[list[Menu], list[str]]:
-    """What each layer costs and counts, candidates still to come; and notes on what was not seen."""
-    reach = _HEALED_REACH if options.will_heal else 1.0
+) -> list[Menu]:
+    """What each layer costs; what it counts, and its candidates, are still to come."""
     loads = [loads_of(layer, calibration, options.batch_size, model) for layer in layers]
     costs = [dense_cost(layer, load[0]) for layer, load in zip(layers, loads, strict=True)]
-    weights, unseen = weigh_layers(layers, calibration, narrowed=options.output is not None)
-    known = calibration is not None and bool(calibration.output_grams)
     return [
-        Menu(
-            layer,
-            load,
-            cost,
-            weights[layer.name] ** reach,
-            reach=weights[layer.name] if known else None,
-            item_bytes=_item_bytes(layer),
-            kept_bytes=_kept_bytes(layer),
-        )
+        Menu(layer, load, cost, weight=1.0, item_bytes=_item_bytes(layer), kept_bytes=_kept_bytes(layer))
         for layer, load, cost in zip(layers, loads, costs, strict=True)
-    ], unseen
+    ]
+
+
+def _weighed(
+    menus: Sequence[Menu], calibration: Calibration | None, carry: Mapping[str, float], options: PlanOptions
+) -> tuple[list[Menu], list[str]]:
+    """Menus with what each layer counts, and notes on what was not seen.
+
+    Args:
+        carry: What each layer carries of the output.
+    """
+    reach = _HEALED_REACH if options.will_heal else 1.0
+    layers = [menu.layer for menu in menus]
+    weights, unseen = weigh_layers(layers, calibration, carry, narrowed=options.output is not None)
+    known = calibration is not None and bool(calibration.output_grams)
+    pairs = [(menu, weights[menu.layer.name]) for menu in menus]
+    return [replace(menu, weight=one**reach, reach=one if known else None) for menu, one in pairs], unseen
 
 
 def _folder(
@@ -530,22 +536,25 @@ def _with_families(
     folder: Folder,
     *,
     wide: bool,
-) -> list[Menu]:
+) -> tuple[list[Menu], dict[str, float]]:
+    """Menus with the families of the layers' smaller forms; and what each layer carries of the output."""
     formats = factoring(options.formats)  # an unknown name is an error before the work starts
-    filled = []
+    filled, carry = [], {}
     options.observer.on_start("candidates", len(menus))
     for k, menu in enumerate(menus):
         moments = calibration.of(menu.layer.name) if calibration is not None else LayerMoments()
         began = perf_counter()
         few = formats_worth_trying(menu.layer, formats, scarce=moments.parks and not wide)
         how: dict[str, Any] = {"formats": few, "structure": moments.structure, "wide": wide, "search": options.search}
+        if calibration is not None:  # products with the moments serve the families, too
+            carry[menu.layer.name] = carried(menu.layer, calibration)
         found = folder.families(k, partial(families, menu.layer, weighting=moments.weighting, **how))
         moments.forget_derived()
         let_go_of_weights(menu.layer.module)
         filled.append(replace(menu, families=found, widths=_widths_on(menu, hidden)))
         options.observer.on_step(k + 1, seconds=perf_counter() - began)
     options.observer.on_end()
-    return filled
+    return filled, carry
 
 
 def _task(model: nn.Module, options: PlanOptions) -> tuple[Task | None, Iterable[Any] | None]:
@@ -622,6 +631,7 @@ def _calibration(
         found.batches, found.held = (
             [to_device(batch, device_of(model)) for batch in some] for some in (found.batches, found.held)
         )
+        found.task = task
         return found
     if options.example_inputs is not None:
         example = [options.example_inputs]

@@ -21,13 +21,14 @@ from tensortrain.contract.trials import Notebook, timed, trial_key
 from tensortrain.formats import FactorSpec
 from tensortrain.nn import ConvLayer
 from tensortrain.nn.conv.choose import roughly
-from tensortrain.system.timing import usual_seconds
+from tensortrain.system.timing import calls_in_a_row, seconds_per_call
 
 __all__ = ["can_time", "told", "trial_seconds"]
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16)  # that every processor convolves
 _WORTH_S = 2e-4  # a dense layer that is predicted to take less is not tried
 _MOST_ENTRIES = 2**26  # of an input: a trial must not exhaust the memory
+_BURST_S = 1e-3  # about so long takes one turn
 _MOST_ROUNDS, _ENOUGH_S = 3, 0.06  # after two rounds, no new one begins later than this
 
 _CPU = torch.device("cpu")
@@ -102,13 +103,14 @@ def _call(module: nn.Module, x: torch.Tensor) -> Callable[[], object]:
 
 
 def _in_turns(calls: Sequence[Callable[[], object]]) -> list[float]:
-    best = [math.inf] * len(calls)
     for call in calls:
         call()  # plans are made
+    best = [timed(call, _CPU) for call in calls]
+    n_in_a_row = [calls_in_a_row(seconds, _BURST_S) for seconds in best]
     start = time.perf_counter()
     for turn in range(_MOST_ROUNDS):
         for k, call in enumerate(calls):
-            best[k] = min(best[k], usual_seconds(call, lambda call: timed(call, _CPU), turns=1, burst_s=1e-3))
+            best[k] = min(best[k], seconds_per_call(call, n_in_a_row[k], lambda call: timed(call, _CPU)))
         if turn > 0 and time.perf_counter() - start > _ENOUGH_S:
             break
     return best

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from tensortrain.compression.survey.layers import FoundLayer
 from tensortrain.compression.survey.moments import Calibration
 from tensortrain.compression.words import named
-from tensortrain.system.offloading import let_go_of_weights
 
 __all__ = ["carried", "weigh_layers"]
 
@@ -16,21 +15,19 @@ _OFF_THE_PATH = 0.01  # of the usual weight: for a layer that the output the use
 
 
 def weigh_layers(
-    layers: Sequence[FoundLayer], calibration: Calibration | None, *, narrowed: bool
+    layers: Sequence[FoundLayer], calibration: Calibration | None, found: Mapping[str, float], *, narrowed: bool
 ) -> tuple[dict[str, float], list[str]]:
     """What losing a layer wholly would change: a relative squared error times this adds up over layers.
 
     With gradients, the mean square of the model's output that the layer carries; else all layers count alike. A layer
     that no row or no gradient came to counts as the median one does: nothing is known of it, which is no reason to
     cut it away. One that an output named by the user does not depend on counts a hundredth of that.
+
+    Args:
+        found: What ``carried`` gives for each layer.
     """
     if calibration is None or not (calibration.output_grams or _missing(layers, calibration)):
         return {layer.name: 1.0 for layer in layers}, []
-    found = {}
-    for layer in layers:
-        found[layer.name] = carried(layer, calibration)
-        calibration.of(layer.name).set_aside()
-        let_go_of_weights(layer.module)
     known = sorted(weight for weight in found.values() if 0 < weight < math.inf)
     usual = known[len(known) // 2] if known else 1.0
     unknown = dict.fromkeys(calibration.grams, usual * (_OFF_THE_PATH if narrowed else 1.0))

@@ -154,14 +154,17 @@ def memory_rows(
     *,
     batches: Sequence[int] = (1, 128),
     have_run: bool = False,
+    is_tidy: bool = False,
 ) -> list[MemoryRow]:
     """Measure peak and resident bytes of two models, one report row per batch size.
 
     Args:
         have_run: Whether both ran at these sizes before, so that the caches built on first use are there.
+        is_tidy: Whether garbage was collected just before.
     """
     rows = []
-    gc.collect()
+    if not is_tidy:
+        gc.collect()
     for batch in batches:
         x = _input(inputs, batch)
         # Peaks first: a run may build a cached dense weight, which then counts as resident.

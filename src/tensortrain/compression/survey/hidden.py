@@ -160,8 +160,7 @@ class Trace:
         """The layers on which some channels of a tensor depend; ``None`` if on other channels of theirs."""
         shape = [1] * x.ndim
         shape[axis] = -1
-        chosen = (x * (torch.rand_like(x) + 0.5) * some.reshape(shape)).sum()
-        grads = torch.autograd.grad(chosen, list(self.leaves.values()), allow_unused=True, retain_graph=True)
+        grads = _gradients([x], [_weights(x) * some.reshape(shape)], list(self.leaves.values()))
         found = set()
         for name, grad in zip(self.leaves, grads, strict=True):
             if grad is None:
@@ -188,9 +187,23 @@ class Trace:
         ends = [x for x in others if x.requires_grad and x.is_floating_point()]
         if not ends:
             return True
-        total = torch.stack([(x * (torch.rand_like(x) + 0.5)).sum() for x in ends]).sum()
-        grads = torch.autograd.grad(total, [self.leaves[m] for m in makers], allow_unused=True, retain_graph=True)
+        grads = _gradients(ends, [_weights(x) for x in ends], [self.leaves[m] for m in makers])
         return all(grad is None or not bool((grad != 0).any()) for grad in grads)
+
+
+def _weights(x: Tensor) -> Tensor:
+    """Random weights of the entries of a tensor, none of them small: what depends on it shows in their sum."""
+    return torch.rand_like(x).add_(0.5)
+
+
+def _gradients(
+    ends: Sequence[Tensor], weights: Sequence[Tensor], leaves: Sequence[Tensor]
+) -> tuple[Tensor | None, ...]:
+    """Of the weighted sum of some tensors; the sum itself is not made, which would save copies of all of them."""
+    found: tuple[Tensor | None, ...] = torch.autograd.grad(
+        list(ends), list(leaves), list(weights), allow_unused=True, retain_graph=True
+    )
+    return found
 
 
 def some_channels(n: int, device: torch.device) -> Tensor:

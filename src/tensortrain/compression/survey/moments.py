@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +15,7 @@ from tensortrain.formats import PLAIN, Weighting
 from tensortrain.formats.whitening import DAMPING
 from tensortrain.system.parking import is_parked, let_go, park, tidy
 from tensortrain.system.processes import n_processes
+from tensortrain.train.task import Task
 
 __all__ = ["Calibration", "LayerMoments", "expected_shares", "n_moments", "second_moment"]
 
@@ -45,6 +47,8 @@ class LayerMoments:
         basis: ``(r, N)``: the directions that the inputs lie in, where these are few.
         outside: Share of the mean square that is to be expected in any other direction; None where there is no basis.
         span: These directions, while the data runs.
+        waiting: Rows of calls, and the tables that they are rows of, which are not summed up yet: of several calls
+            together it takes less to see that they lie in all directions.
         parks: Large moments lie in files, and take memory only while they are looked at.
     """
 
@@ -59,6 +63,7 @@ class LayerMoments:
     basis: Tensor | None = None
     outside: float | None = None
     span: Span | None = None
+    waiting: list[tuple[Tensor, Tensor | None]] = field(default_factory=list, compare=False, repr=False)
     parks: bool = field(default=False, compare=False, repr=False)
 
     @property
@@ -116,12 +121,31 @@ class LayerMoments:
         """
         if self.span is None and rows.shape[1] <= LARGEST_FULL_GRAM and n_processes() == 1:
             self.span = Span(rows.shape[1], parks=self.parks)
-        if self.span is not None:
-            self.span.add(rows, table)
-        # Where directions are missing, rounding must not look like some.
-        exact = self.span is not None and self.span.is_small
+        if self.span is None or not self.span.is_small:
+            self._sum_up([rows], exact=False)
+            return
+        n_waiting = sum(len(some) for some, _ in self.waiting)
+        is_enough = n_waiting + len(rows) > self.span.most
+        # The model may write to its activations.
+        self.waiting.append((rows if is_enough else self._copied(rows), table))
+        if is_enough:
+            self._settle_waiting()
+
+    def _settle_waiting(self) -> None:
+        """Take in the rows that wait."""
+        calls, self.waiting = self.waiting, []
+        if self.span is not None and calls:
+            self.span.add_all(calls)
+            # Where directions are missing, rounding must not look like some.
+            self._sum_up([rows for rows, _ in calls], exact=self.span.is_small)
+
+    def _sum_up(self, calls: Sequence[Tensor], *, exact: bool) -> None:
+        rows = torch.cat(list(calls)) if len(calls) > 1 else calls[0]
         gram = second_moment(rows.double() if exact else rows)
         self.add(gram, rows.sum(dim=0, dtype=torch.float64), rows.shape[0])
+
+    def _copied(self, rows: Tensor) -> Tensor:
+        return park(rows) if self._is_to_park(rows) else rows.detach().clone()
 
     def add_gradients(self, moment: Tensor) -> None:
         """Take in the second moment of the gradients of one call."""
@@ -135,8 +159,6 @@ class LayerMoments:
             for start in range(0, len(total), step):  # what is added goes through a copy in float64
                 total[start : start + step].add_(more[start : start + step])
                 let_go(total)
-            if is_parked(total):
-                tidy()  # of what the products took
             return total
         if self._is_to_park(more):
             return park(more, dtype=torch.float64)
@@ -150,6 +172,7 @@ class LayerMoments:
 
         Statistics of no rows, of NaN, or of inputs that never change say nothing about a layer: they are dropped.
         """
+        self._settle_waiting()
         gram, mean, n_rows = self.gram, self.mean, self.n_rows
         self.gram = self.mean = None
         self._settle_span()
@@ -235,6 +258,7 @@ class Calibration:
         unmeasured: Layers of a kind for which input moments are not taken.
         notes: What was left out.
         with_labels: The labels went into the model.
+        task: How the model was judged, where that is known.
     """
 
     layers: dict[str, LayerMoments] = field(default_factory=dict)
@@ -248,6 +272,7 @@ class Calibration:
     unmeasured: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     with_labels: bool = False
+    task: Task | None = field(default=None, compare=False, repr=False)
 
     grams = _by_layer("gram")
     means = _by_layer("mean")
@@ -277,7 +302,7 @@ class Calibration:
         for names, figure in _FIGURES.items():
             for name, value in state.pop(names, {}).items():
                 setattr(layers.setdefault(name, LayerMoments()), figure, value)
-        self.__dict__.update({"in_nats": False, "held": [], "output_shares": {}, **state})
+        self.__dict__.update({"in_nats": False, "held": [], "output_shares": {}, "task": None, **state})
 
 
 def n_moments(*sides: int) -> int:

@@ -10,6 +10,8 @@ tells how much has not come up yet.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -71,24 +73,39 @@ class Span:
             return None
         return _fresh(torch.cat([one.detach().double() for one in rows]), self._none.to(rows[0].device))
 
-    @torch.no_grad()
     def add(self, rows: Tensor, table: Tensor | None = None) -> None:
         """Take in the rows of one call, ``(n, N)``.
 
         Args:
             table: ``(m, N)`` that they are rows of, or sums of such.
         """
-        if table is None:
-            self._tables = None
-        elif self._tables is not None:
-            self._tables[id(table)] = table
-        if self.basis is None or not len(rows):
-            return
-        known = self.basis.to(rows.device)
-        some = rows[:: max(1, len(rows) // (self.most + 1))][: self.most + 1]
-        if not len(known) and len(some) > self.most and int(_adds(some.double()).sum()) > self.most:
+        self.add_all([(rows, table)])
+
+    @torch.no_grad()
+    def add_all(self, calls: Sequence[tuple[Tensor, Tensor | None]]) -> None:
+        """The same of several calls. If together they leave the span, that takes less than one after another."""
+        for _, table in calls:
+            if table is None:
+                self._tables = None
+            elif self._tables is not None:
+                self._tables[id(table)] = table
+        if self._is_left_by([rows for rows, _ in calls]):
             self.basis = None  # most layers end here
-            return
+        for rows, _ in calls:
+            if self.basis is not None and len(rows):
+                self._add(rows, self.basis)
+
+    def _is_left_by(self, calls: Sequence[Tensor]) -> bool:
+        """Whether some of the rows, as many as tell it, lie in more directions than are kept track of."""
+        n_rows, most = sum(map(len, calls)), self.most
+        if self.basis is None or len(self.basis) or n_rows <= most:
+            return False
+        step = max(1, n_rows // (most + 1))
+        some = torch.cat([rows[::step].double() for rows in calls])[: most + 1]
+        return len(some) > most and int(_adds(some).sum()) > most
+
+    def _add(self, rows: Tensor, basis: Tensor) -> None:
+        known = basis.to(rows.device)
         wide = rows.double()
         outside, squares = _outside(wide, known).square().sum(dim=1), wide.square().sum(dim=1)
         self._shares.append((float(outside.sum()), float(squares.sum())))

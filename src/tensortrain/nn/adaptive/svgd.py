@@ -30,7 +30,8 @@ class SVGD:
         prior: On its factorized layers.
         n_particles: At least 2.
         lr: Of Adam; an attribute that can be set.
-        spread: Standard deviation of the start, over the root-mean-square of each parameter.
+        spread: Standard deviation of the start, over the root-mean-square of each parameter. What particles gain over
+            one model comes from how far they lie apart: with 0.6 and a dozen passes to come back it was 6 %.
         generator: Of the start.
 
     Raises:

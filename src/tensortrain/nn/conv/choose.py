@@ -19,7 +19,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tensortrain.contract.trials import Notebook, can_time, duel, seconds_in_use, timed, train_once, trial_key
+from tensortrain.contract.trials import (
+    Notebook,
+    can_time,
+    duel,
+    roughly_in_use,
+    seconds_in_use,
+    timed,
+    train_once,
+    trial_key,
+)
 from tensortrain.formats import FactorSpec
 from tensortrain.nn.conv.options import ConvOptions
 from tensortrain.nn.conv.ways import DenseWay, Maker, Way
@@ -217,8 +226,8 @@ def _fastest(calls: Sequence[Callable[[], object]], timer: Callable[[Any], float
 
 
 def _fastest_once(calls: Sequence[Callable[[], object]], timer: Callable[[Any], float]) -> tuple[list[float], int]:
-    """The same from one turn of each, which luck may decide where two are nearly equal."""
-    best = seconds_in_use(calls, timer, most_turns=1)
+    """The same from less of each, which luck may decide where two are nearly equal."""
+    best = roughly_in_use(calls, timer)
     found = min(range(len(calls)), key=best.__getitem__)
     return best, found if best[found] < _CLEARLY * best[0] else 0
 

@@ -18,10 +18,18 @@ from tensortrain.errors import ShapeError
 from tensortrain.formats import FactorSpec, Format, Rank, WeightShape, get_format
 from tensortrain.nn.base import FactorizedLayer, Implementation, Init, as_tuple
 from tensortrain.nn.conv.choose import Found, Request, fastest_way, predicted
+from tensortrain.nn.conv.kept import (
+    are_served,
+    can_keep,
+    convolve_by_kept_kernel,
+    forget_kept_kernel,
+    kept_kernel_bytes,
+)
+from tensortrain.nn.conv.layout import in_torchs_layout
 from tensortrain.nn.conv.options import ConvOptions
 from tensortrain.nn.conv.plan import ConvPlan, out_size
 from tensortrain.nn.conv.quick import forget_weights, keep_quick, keep_training
-from tensortrain.nn.conv.traced import dense_work, name_when_traced, rounded, run_hops, told
+from tensortrain.nn.conv.traced import dense_work, kept_kernel_wins, name_when_traced, rounded, run_hops, told
 from tensortrain.nn.conv.ways import (
     DenseWay,
     HopsWay,
@@ -30,7 +38,6 @@ from tensortrain.nn.conv.ways import (
     Way,
     can_filter,
     can_pack,
-    in_torchs_layout,
     is_channels_last,
 )
 from tensortrain.nn.cores import are_plain
@@ -197,6 +204,8 @@ class ConvLayer(FactorizedLayer):
 
     def _run_traced(self, x: Tensor, more: tuple[int, ...] | None) -> Tensor:
         options = self.conv_options(more)
+        if self._keeps_kernel_when_traced(x, options):
+            return convolve_by_kept_kernel(x, self.bias, self.core_list(), options, self.groups, self._told_spec)
         name = self._name_when_traced(x, options)
         if name.startswith("hops"):
             return run_hops(name, x, self.bias, *self.core_list())
@@ -213,6 +222,28 @@ class ConvLayer(FactorizedLayer):
         ins = rounded(x.shape[2:])
         outs = tuple(max(1, n) for n in self._out_spatial(ins))
         return name_when_traced(self._told_spec, options, x.shape[0], (ins, outs), self.cores[0], allow_dense)
+
+    def _keeps_kernel_when_traced(self, x: Tensor, options: ConvOptions) -> bool:
+        """Whether a compiled program runs by the kept dense kernel: where no gradients are wanted and that is quickest.
+
+        What is exported is for other machines and processes, and for weights that come later.
+        """
+        if not torch.compiler.is_compiling() or torch.compiler.is_exporting() or torch.is_grad_enabled():
+            return False
+        cores, bias = self.core_list(), self.bias
+        if self.stand_ins is not None or torch.is_autocast_enabled(x.device.type) or not options.is_torchs_own:
+            return False
+        if not are_served([x] if bias is None else [x, bias], cores) or not can_keep():
+            return False
+        return self._kept_kernel_is_quickest(x, options)
+
+    def _kept_kernel_is_quickest(self, x: Tensor, options: ConvOptions) -> bool:
+        if self._runs_dense_when_traced(x):
+            return True
+        ins = rounded(x.shape[2:])
+        outs = tuple(max(1, n) for n in self._out_spatial(ins))
+        allow_dense = self.implementation == "auto" and may_be_dense(self)
+        return allow_dense and kept_kernel_wins(self._told_spec, options, x.shape[0], (ins, outs), self.cores[0])
 
     def _runs_dense_when_traced(self, x: Tensor) -> bool:
         if self.implementation != "auto" or not self._has_steps:
@@ -323,6 +354,14 @@ class ConvLayer(FactorizedLayer):
             options=self.conv_options(),
             key=key,
         )
+
+    @property
+    def resident_cache_bytes(self) -> int:
+        return super().resident_cache_bytes + kept_kernel_bytes(self.core_list())
+
+    def clear_cache(self) -> None:
+        super().clear_cache()
+        forget_kept_kernel(list(self.cores.parameters()))
 
     # -- candidates ----------------------------------------------------------------------------------
 

@@ -43,6 +43,11 @@ class ConvOptions:
         return self.output_padding is not None
 
     @property
+    def is_torchs_own(self) -> bool:
+        """Whether it is one plain convolution of torch's, of an input that is not padded before."""
+        return self.padding_mode == "zeros" and isinstance(self.padding, tuple)
+
+    @property
     def function(self) -> Any:
         """torch's function."""
         return (_TRANSPOSED if self.is_transposed else _CONVOLVE)[self.n_axes]

@@ -19,7 +19,7 @@ from tensortrain.nn.conv.options import ConvOptions
 from tensortrain.nn.conv.ways import HopsWay
 from tensortrain.system.tracing import constant_when_traced, static_power_of_two
 
-__all__ = ["dense_work", "name_when_traced", "rounded", "run_hops", "told"]
+__all__ = ["dense_work", "kept_kernel_wins", "name_when_traced", "rounded", "run_hops", "told"]
 
 _MANY = 32  # examples, or positions along an axis, where a traced program takes any number
 
@@ -88,17 +88,28 @@ def name_when_traced(
         core: One of the cores.
         allow_dense: Whether the dense kernel may be built.
     """
-    how = (
-        options.kernel,
-        options.stride,
-        options.padding,
-        options.dilation,
-        options.padding_mode,
-        options.output_padding,
-    )
     device_type = "cuda" if core.is_cuda else "cpu"
     return _name_of_hops(
-        spec, how, rounded((batch,))[0], positions[0], positions[1], core.element_size(), device_type, allow_dense
+        spec,
+        _numbers(options),
+        rounded((batch,))[0],
+        positions[0],
+        positions[1],
+        core.element_size(),
+        device_type,
+        allow_dense,
+    )
+
+
+def kept_kernel_wins(
+    spec: str, options: ConvOptions, batch: int, positions: tuple[tuple[int, ...], tuple[int, ...]], core: Tensor
+) -> bool:
+    """Whether at inference a dense kernel that is kept from call to call is predicted to be faster than hops.
+
+    Arguments as ``name_when_traced``.
+    """
+    return _kept_kernel_wins(
+        spec, _numbers(options), rounded((batch,))[0], positions[0], positions[1], core.element_size()
     )
 
 
@@ -108,6 +119,39 @@ def run_hops(name: str, x: Tensor, bias: Tensor | None, *cores: Tensor) -> Tenso
     One step of the program for the compiler's first pass, which would guard each number of a plan that it looks at.
     """
     return _KNOWN[name](x, cores, bias)
+
+
+def _numbers(options: ConvOptions) -> tuple[Any, ...]:
+    return (
+        options.kernel,
+        options.stride,
+        options.padding,
+        options.dilation,
+        options.padding_mode,
+        options.output_padding,
+    )
+
+
+@constant_when_traced
+def _kept_kernel_wins(
+    spec: str, how: tuple[Any, ...], batch: int, ins: tuple[int, ...], outs: tuple[int, ...], itemsize: int
+) -> bool:
+    options, model, made = ConvOptions(*how), CostModel.reference("cpu"), FactorSpec.from_dict(json.loads(spec))
+    load = _load(options, batch, (ins, outs), itemsize, training=False)
+    found = _found(made, options, load, model)
+    return found is not None and found.uses_dense
+
+
+def _load(
+    options: ConvOptions,
+    batch: int,
+    positions: tuple[tuple[int, ...], tuple[int, ...]],
+    itemsize: int,
+    *,
+    training: bool,
+) -> Load:
+    still = frozenset(axis for axis in range(options.n_axes) if options.is_still(axis))
+    return Load(batch, *positions, still, options.is_transposed, training=training, itemsize=itemsize)
 
 
 @constant_when_traced  # plain arguments and a plain answer
@@ -126,8 +170,7 @@ def _name_of_hops(
     name = f"hops_{hashlib.sha256(asked.encode()).hexdigest()[:24]}"
     if name not in _KNOWN:
         options = ConvOptions(*how)
-        still = frozenset(axis for axis in range(options.n_axes) if options.is_still(axis))
-        load = Load(batch, ins, outs, still, options.is_transposed, training=True, itemsize=itemsize)
+        load = _load(options, batch, (ins, outs), itemsize, training=True)
         found = _found(FactorSpec.from_dict(json.loads(spec)), options, load, CostModel.reference(device_type))
         if found is None:
             return ""

@@ -20,33 +20,14 @@ from tensortrain.errors import ShapeError
 from tensortrain.formats import FactorSpec, Rank
 from tensortrain.nn.base import Implementation, Init, as_tuple
 from tensortrain.nn.conv.layers import ConvLayer, Convolve, Size
+from tensortrain.nn.conv.layout import in_torchs_layout, swap_channels
 from tensortrain.nn.conv.options import ConvOptions
 from tensortrain.nn.conv.plan import transposed_out_size
-from tensortrain.nn.conv.ways import in_torchs_layout
 from tensortrain.nn.inputs import once, traceable
 from tensortrain.nn.runner import Runner
 from tensortrain.system.tracing import sizes_of
 
 __all__ = ["ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d", "swap_channels"]
-
-
-def swap_channels(weight: Tensor, groups: int = 1) -> Tensor:
-    """Exchange the two channel axes of a kernel, group by group.
-
-    Args:
-        weight: ``(S, C / groups, *kernel)`` or ``(C, S / groups, *kernel)``.
-
-    Returns:
-        Tensor: The one from the other; a view where there is one group.
-
-    Example:
-        >>> swap_channels(torch.zeros(6, 2, 3, 3), groups=2).shape
-        torch.Size([4, 3, 3, 3])
-    """
-    if groups == 1:
-        return weight.transpose(0, 1)
-    blocks = weight.unflatten(0, (groups, -1))  # g s c *kernel
-    return blocks.transpose(1, 2).flatten(0, 1)
 
 
 class _ConvTransposeNd(ConvLayer):

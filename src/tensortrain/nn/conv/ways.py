@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -27,7 +26,6 @@ __all__ = [
     "Way",
     "can_filter",
     "can_pack",
-    "in_torchs_layout",
     "is_channels_last",
 ]
 
@@ -432,17 +430,6 @@ def _rows_product(x: Tensor, weight: Tensor, bias: Tensor | None, *, is_given: b
         y = torch.bmm(rows, weight.T.expand(rows.shape[0], -1, -1))
         y = y if bias is None else y + bias
     return y.transpose(1, 2).unflatten(2, x.shape[2:])
-
-
-def in_torchs_layout(weight: Tensor) -> Tensor:
-    """A kernel with the strides that torch's own have, differentiably.
-
-    Along an axis of size 1 every stride is contiguous. But a kernel of a single position, or of a single channel, with
-    the strides of a channels-last one is taken for that: the input is copied, and the output comes channels last.
-    """
-    weight = weight.contiguous()
-    is_ambiguous = weight.shape[1] == 1 or math.prod(weight.shape[2:]) == 1
-    return weight.flatten().view(weight.shape) if is_ambiguous else weight
 
 
 def _format_of(n_axes: int) -> torch.memory_format:

@@ -4,6 +4,7 @@
 #include "data_walk.h"
 #include "filters.h"
 #include "grouped.h"
+#include "kept_kernels.h"
 #include "layer_call.h"
 #include "lookup_python.h"
 #include "recurrent_python.h"
@@ -105,6 +106,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("make_contraction", &make_contraction);
   m.def("contract_cores", &contract_cores);
   m.def("convolve_contracted", &convolve_contracted);
+  m.def("know_kernel_builder", [](py::object build) { kept_kernels().know_builder(std::move(build)); });
+  m.def("forget_kept_kernel", [](int64_t address) { kept_kernels().forget(address); });
+  m.def("kept_kernel_bytes", [](const Tensors& cores) { return kept_kernels().n_bytes(cores); });
   m.def("filter", &filters::run);
   m.def("know_core_lists", &know_core_lists);
   m.def("set_idle", [](bool value) { is_idle = value; });

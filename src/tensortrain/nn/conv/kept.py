@@ -1,0 +1,123 @@
+"""Convolutions of compiled programs at inference: by the dense kernel, kept from call to call as eager layers keep it.
+
+A compiled program has no place for what lies between its calls, so that it would merge the cores in each of them. One
+operation of the kernels does: it is given the cores, and merges them where they have changed since the last call.
+"""
+
+from __future__ import annotations
+
+import json
+import weakref
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tensortrain.formats import FactorSpec, get_format
+from tensortrain.nn.conv.layout import in_torchs_layout, swap_channels
+from tensortrain.nn.conv.options import ConvOptions
+from tensortrain.system.native import library
+from tensortrain.system.native.load import loaded
+from tensortrain.system.tracing import constant_when_traced, is_transformed
+
+__all__ = ["are_served", "can_keep", "convolve_by_kept_kernel", "forget_kept_kernel", "kept_kernel_bytes"]
+
+_ENDS: dict[int, Any] = {}  # by address of the first core: what lets the kernel go with it
+
+
+@constant_when_traced  # no arguments and a plain answer
+def can_keep() -> bool:
+    """Whether the operation is there, and the program that is traced need not be transformed."""
+    kernels = library()
+    if kernels is None or is_transformed():
+        return False
+    _make_known(kernels)
+    return True
+
+
+@cache
+def _make_known(kernels: Any) -> None:
+    kernels.know_kernel_builder(_built)
+    torch.library.register_fake("tensortrain::convolve_by_kept_kernel", _shape_alone)
+
+
+def are_served(tensors: Sequence[Tensor], cores: Sequence[Tensor]) -> bool:
+    """Whether the operation takes an input, perhaps a bias, and cores, which have to be there from call to call."""
+    for core in cores:
+        if not isinstance(core, nn.Parameter):
+            return False
+    for one in (*tensors, *cores):  # noqa: SIM110  # the compiler traces no generators
+        if one.device.type != "cpu" or one.dtype != cores[0].dtype:
+            return False
+    return True
+
+
+def convolve_by_kept_kernel(
+    x: Tensor, bias: Tensor | None, cores: Sequence[Tensor], options: ConvOptions, groups: int, told: str
+) -> Tensor:
+    """Convolve without gradients. The output has the layout that torch's convolution gives.
+
+    Args:
+        told: The spec, as text.
+    """
+    more = options.output_padding
+    numbers = list(options.stride), list(options.padding), list(options.dilation)
+    y: Tensor = torch.ops.tensortrain.convolve_by_kept_kernel(
+        x, bias, list(cores), *numbers, more is not None, list(more or (0,) * options.n_axes), groups, told
+    )
+    return y  # typed
+
+
+def forget_kept_kernel(cores: Sequence[Tensor]) -> None:
+    """Let go of the kernel that was kept of these cores."""
+    end = _ENDS.pop(cores[0]._cdata, None) if len(cores) else None
+    if end is not None:
+        end()  # and nothing holds the core weakly any more
+
+
+def kept_kernel_bytes(cores: Sequence[Tensor]) -> int:
+    """Bytes of the kernel that is kept of these cores."""
+    kernels = loaded()
+    found: int = kernels.kept_kernel_bytes(list(cores)) if kernels is not None and _ENDS else 0
+    return found
+
+
+def _built(told: str, is_transposed: bool, cores: Sequence[Tensor]) -> Tensor:
+    """The kernel that cores make; it goes with the first of them."""
+    address = cores[0]._cdata
+    forget_kept_kernel(cores)
+    _ENDS[address] = weakref.finalize(cores[0], _end, address)
+    _ENDS[address].atexit = False
+    spec = FactorSpec.from_dict(json.loads(told))
+    with torch.inference_mode(False), torch.no_grad():
+        weight = get_format(spec.format).to_dense(list(cores), spec)
+        return in_torchs_layout(swap_channels(weight, spec.weight.groups) if is_transposed else weight)
+
+
+def _end(address: int) -> None:
+    _ENDS.pop(address, None)
+    kernels = loaded()
+    if kernels is not None:
+        kernels.forget_kept_kernel(address)
+
+
+def _shape_alone(
+    x: Tensor,
+    bias: Tensor | None,
+    cores: Sequence[Tensor],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    is_transposed: bool,
+    output_padding: Sequence[int],
+    groups: int,
+    told: str,
+) -> Tensor:
+    weight = FactorSpec.from_dict(json.loads(told)).weight
+    sides = weight.out_features, weight.in_features
+    if is_transposed:
+        sides = weight.in_features * groups, weight.out_features // groups
+    kernel = x.new_empty((*sides, *weight.kernel))
+    return torch.ops.aten.convolution(x, kernel, bias, stride, padding, dilation, is_transposed, output_padding, groups)

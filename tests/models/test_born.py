@@ -329,3 +329,184 @@ def test_a_machine_is_a_distribution_of_torch() -> None:
     assert float(law.log_prob(strings(3, 3)).exp().sum().detach()) == pytest.approx(1)
     assert law.event_shape == (3,)
     assert law.batch_shape == ()
+
+
+# -- strings of unequal length -------------------------------------------------------------------------
+
+
+def all_of_every_length(n_sites: int, n_values: int) -> tuple[Tensor, Tensor]:
+    """Every string of 0 to ``n_sites`` values, filled with ``n_values``, and its length."""
+    rows = [
+        [*word, *[n_values] * (n_sites - n)]
+        for n in range(n_sites + 1)
+        for word in itertools.product(range(n_values), repeat=n)
+    ]
+    x = torch.tensor(rows)
+    return x, (x < n_values).sum(1)
+
+
+def open_machine(kind: str, dtype: torch.dtype = torch.float64, seed: int = 0) -> BornMachine:
+    model = BornMachine(4, 2, bond_dim=3, kind=kind, variable_length=True, dtype=dtype)
+    model.load_state_dict(machine(kind, 4, 3, dtype, seed).state_dict())
+    return model
+
+
+def by_enumeration_of_lengths(model: BornMachine) -> Tensor:
+    """Probabilities of all padded strings ``(3,) * 4``: those of a law on three values, without impossible strings."""
+    plain = BornMachine(4, 3, bond_dim=3, kind=model.kind, dtype=torch.float64)
+    plain.load_state_dict(model.state_dict())
+    x, _ = all_of_every_length(4, 2)
+    p = torch.zeros((3,) * 4, dtype=torch.float64)
+    p[tuple(x.T)] = by_enumeration(plain)[tuple(x.T)]
+    return p / p.sum()
+
+
+class OfUnequalLengthSuite(ModelSuite):
+    kind = "real"
+
+    def make(self, dtype: torch.dtype) -> BornMachine:
+        return open_machine(self.kind, dtype)
+
+    def data(self, dtype: torch.dtype) -> Tensor:
+        return all_of_every_length(4, 2)[0][::3]
+
+    def exact(self, model: BornMachine, data: Tensor) -> Tensor:
+        return by_enumeration_of_lengths(model)[tuple(data.T)].log()
+
+    def learn(self, model: BornMachine, **options: object) -> object:
+        x, lengths = all_of_every_length(4, 2)
+        return model.fit(x[::2], lengths=lengths[::2], n_sweeps=3, **options)
+
+    def bad(self, model: BornMachine):
+        x, lengths = all_of_every_length(4, 2)
+        ended = torch.tensor([[0, 2, 1, 2]])
+        yield DataError, model.log_prob, (x + 1,)
+        yield DataError, model.log_prob, (x, lengths + 1)
+        yield DataError, model.log_prob, (x, lengths.double())
+        yield DataError, model.log_prob, (x, lengths[1:])
+        yield DataError, model.log_prob, (x, torch.full_like(lengths, 4))  # an end within a string
+        yield DataError, model.log_prob, (x[:, :2], torch.full_like(lengths, 3))
+        yield DataError, model.fit, (ended,)
+        yield DataError, model.fit, (x,), {"validation": ended}
+        yield DataError, model.sample, (2,), {"lengths": 5}
+        yield DataError, model.sample, (2,), {"given": ended}
+        yield DataError, model.sample, (2,), {"given": torch.tensor([0, 1, -1, -1]), "lengths": 1}
+        yield KindError, machine("real", 4).log_prob, (x.clamp_max(1), lengths)
+        yield KindError, machine("real", 4).sample, (2,), {"lengths": 2}
+        yield KindError, machine("real", 4).length_log_probs, ()
+
+
+class TestRealOfUnequalLength(OfUnequalLengthSuite):
+    pass
+
+
+class TestComplexOfUnequalLength(OfUnequalLengthSuite):
+    kind = "complex"
+
+
+class TestPositiveOfUnequalLength(OfUnequalLengthSuite):
+    kind = "positive"
+
+
+class TestPurifiedOfUnequalLength(OfUnequalLengthSuite):
+    kind = "purified"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_law_of_lengths_is_exact(kind: str) -> None:
+    model, (x, lengths) = open_machine(kind), all_of_every_length(4, 2)
+    p = by_enumeration_of_lengths(model)[tuple(x.T)]
+    assert float(model.log_prob(x).exp().sum().detach()) == pytest.approx(1, abs=1e-12)
+    exact = torch.zeros(5, dtype=torch.float64).index_add_(0, lengths, p)
+    torch.testing.assert_close(model.length_log_probs().exp().detach(), exact)
+    assert model.end == 2
+    assert torch.equal(model.lengths(x), lengths)
+    dense = model.state.to_dense()
+    if kind in ("real", "complex"):
+        torch.testing.assert_close(dense.abs().square(), by_enumeration_of_lengths(model))
+    value_behind_an_end = torch.tensor([[0, 2, 1, 2], [0, 2, 2, 2]])
+    found = model.log_prob(value_behind_an_end)
+    assert found[0] == -math.inf
+    assert found[1] > -math.inf
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_stands_behind_a_string_is_not_read(kind: str) -> None:
+    model, (x, lengths) = open_machine(kind), all_of_every_length(4, 2)
+    behind = torch.where(x == 2, torch.randint(-9, 9, x.shape, generator=torch.Generator().manual_seed(0)), x)
+    assert torch.equal(model.log_prob(behind, lengths), model.log_prob(x))
+    short = lengths <= 2
+    assert torch.equal(model.log_prob(x[short, :2], lengths[short]), model.log_prob(x[short]))
+    assert torch.equal(model.nll(behind, lengths), model.nll(x))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_marginals_with_and_without_lengths(kind: str) -> None:
+    model, (x, lengths) = open_machine(kind), all_of_every_length(4, 2)
+    p = by_enumeration_of_lengths(model)
+    for mask in itertools.product((False, True), repeat=4):
+        open_sites = torch.tensor(mask)
+        asked = torch.where(open_sites, -1, x)
+        fits = ((asked[:, None] == x) | (asked[:, None] < 0)).all(-1)  # question, string
+        exact = (fits * p[tuple(x.T)]).sum(1).log()
+        torch.testing.assert_close(model.log_marginal(asked).detach(), exact, rtol=1e-10, atol=1e-10)
+        exact = (fits * (lengths[:, None] == lengths) * p[tuple(x.T)]).sum(1).log()
+        torch.testing.assert_close(model.log_marginal(asked, lengths).detach(), exact, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("condition", ["none", "lengths", "given", "both"])
+def test_samples_of_unequal_length_have_the_law(kind: str, condition: str) -> None:
+    model, n = open_machine(kind), 6000
+    x, lengths = all_of_every_length(4, 2)
+    given = torch.tensor([-1, 1, -1, -1]) if condition in ("given", "both") else None
+    asked = torch.arange(n) % 2 + 2 if condition in ("lengths", "both") else None
+    p = by_enumeration_of_lengths(model)[tuple(x.T)]
+    if given is not None:
+        p = p * (x[:, 1] == 1)
+    if asked is None:
+        law = p / p.sum()
+    else:
+        law = sum(0.5 * p * (lengths == n) / p[lengths == n].sum() for n in (2, 3))
+    drawn = model.sample(n, given=given, lengths=asked, generator=torch.Generator().manual_seed(3))
+    assert asked is None or torch.equal(model.lengths(drawn), asked)
+    counts = (drawn[:, None] == x).all(-1).double().sum(0)
+    assert counts.sum() == n
+    spread = (law * (1 - law) / n).sqrt()
+    assert bool(((counts / n - law).abs() <= 4.5 * spread + 1e-12).all())
+
+
+def test_lengths_are_learnt() -> None:
+    x = torch.tensor([[0, 0, 0, 0, 0, 0], [1, 1, 7, 7, 7, 7], [1, 0, 1, 7, 7, 7], [7, 7, 7, 7, 7, 7]])
+    lengths = torch.tensor([6, 2, 3, 0])
+    model = BornMachine(6, variable_length=True, generator=torch.Generator().manual_seed(0))
+    history = model.fit(x, lengths=lengths, validation=(x, lengths), n_sweeps=8)
+    assert history.nll[-1] == pytest.approx(math.log(4), abs=1e-3)
+    assert history.validation_nll == history.nll
+    torch.testing.assert_close(
+        model.length_log_probs().exp().detach(), torch.tensor([1, 0, 1, 1, 0, 0, 1.0]) / 4, atol=1e-3, rtol=0
+    )
+    exact = BornMachine.from_samples(x, max_bond=9, lengths=lengths, dtype=torch.float64)
+    assert exact.variable_length
+    assert exact.n_values == 2
+    torch.testing.assert_close(exact.log_prob(x, lengths).exp().detach(), torch.full((4,), 0.25, dtype=torch.float64))
+
+
+def test_long_strings_of_unequal_length_in_single_precision() -> None:
+    model = BornMachine(1500, variable_length=True, bond_dim=3, generator=torch.Generator().manual_seed(0))
+    lengths = torch.tensor([0, 1, 700, 1500])
+    x = model.sample(4, lengths=lengths, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(model.lengths(x), lengths)
+    found = model.log_prob(x)
+    found.sum().backward()
+    assert bool(torch.isfinite(found).all())
+    assert all(bool(torch.isfinite(core.grad).all()) for core in model.cores)
+    assert len(model.sample(3).unique(dim=0)) == 3
+
+
+def test_a_distribution_of_strings_of_unequal_length() -> None:
+    law = open_machine("real").distribution()
+    drawn = law.sample((50,))
+    assert bool(law.support.check(drawn).all())
+    assert bool((drawn == 2).any())
+    assert bool(torch.isfinite(law.log_prob(drawn)).all())

@@ -16,6 +16,7 @@ from tensortrain.models.base import TensorModel, chain_ranks, check_choice, chec
 from tensortrain.models.born_fit import BornFit
 from tensortrain.models.from_samples import cores_from_samples
 from tensortrain.models.laws import LAWS, Law
+from tensortrain.models.lengths import checked_lengths, filled, is_ended, of_length, only_ended
 from tensortrain.networks import register
 from tensortrain.system.history import History
 from tensortrain.tensor import TensorTrain
@@ -40,6 +41,9 @@ class BornMachine(TensorModel):
             probabilities, a hidden Markov model; ``"purified"``: amplitudes with a second index at every site that is
             summed out.
         purification: Size of that index.
+        variable_length: A law on strings of 0 to ``n_sites`` values, see ``lengths`` in the methods. Sites behind a
+            string hold ``end``, one value more, and the law is that of ``n_sites`` sites with it under the condition
+            that nothing follows an end; over all strings of all lengths it sums up to 1.
         generator: Of the first parameters: near the uniform law.
         device, dtype: As in torch; ``dtype`` is real for every kind.
 
@@ -64,6 +68,7 @@ class BornMachine(TensorModel):
         bond_dim: int | Sequence[int] = 2,
         kind: Kind | str = "real",
         purification: int = 2,
+        variable_length: bool = False,
         generator: torch.Generator | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -79,17 +84,20 @@ class BornMachine(TensorModel):
             )
         self.n_sites, self.n_values, self.kind = n_sites, n_values, str(kind)
         self.purification = purification if kind == "purified" else 1
-        modes = [n_values * self.purification] * n_sites
+        self.variable_length = bool(variable_length)
+        modes = [self._n_symbols * self.purification] * n_sites
         shapes = zip(chain_ranks(bond_dim, modes), modes, chain_ranks(bond_dim, modes)[1:], strict=False)
         made = [_near_uniform(*shape, generator, dtype, device) for shape in shapes]
         self._take([core.to(self._law.dtype(dtype)) for core in made])
 
     @classmethod
-    def from_train(cls, x: TensorTrain, *, kind: Kind | str = "real") -> BornMachine:
+    def from_train(cls, x: TensorTrain, *, kind: Kind | str = "real", variable_length: bool = False) -> BornMachine:
         """The law of a train: of its squared moduli, or with ``kind="positive"`` of its entries.
 
         Args:
             x: Equal modes; for ``"positive"`` cores without negative entries.
+            kind: As for the class.
+            variable_length: Whether the last value of every mode is the end of a string.
 
         Raises:
             DataError: It has modes of several sizes, or a negative core where none may be.
@@ -103,13 +111,20 @@ class BornMachine(TensorModel):
             raise DataError("a hidden Markov model has no negative cores: the train has some. Use kind='real'.")
         kind = "complex" if x.dtype.is_complex and kind == "real" else kind
         real = x.cores[0].real.dtype if x.dtype.is_complex else x.dtype
-        model = cls(len(x.shape), x.shape[0], kind=kind, dtype=real, device="meta")
+        n_values = x.shape[0] - bool(variable_length)
+        model = cls(len(x.shape), n_values, kind=kind, variable_length=variable_length, dtype=real, device="meta")
         model._take(model._law.parameters([core.to(model._law.dtype(real)) for core in x.cores], x.shape[0]))
         return model
 
     @classmethod
     def from_samples(
-        cls, x: Tensor, *, max_bond: int, n_values: int = 2, dtype: torch.dtype | None = None
+        cls,
+        x: Tensor,
+        *,
+        max_bond: int,
+        n_values: int = 2,
+        lengths: Tensor | None = None,
+        dtype: torch.dtype | None = None,
     ) -> BornMachine:
         """A law from samples in one pass, without gradients, by the largest eigenvectors of reduced densities.
 
@@ -119,6 +134,7 @@ class BornMachine(TensorModel):
             x: ``(b, n_sites)`` int64.
             max_bond: Cap on every rank, and what decides how much is memorized.
             n_values: Values of a site.
+            lengths: ``(b,)`` int64, of strings of unequal length; what stands behind them is not read.
             dtype: Real, of the cores.
 
         Raises:
@@ -136,13 +152,17 @@ class BornMachine(TensorModel):
             (1, 2, 2, 2, 2, 2, 1)
         """
         n_sites = x.shape[1] if isinstance(x, Tensor) and x.ndim == 2 else 0
-        values = checked_values(x, n_sites, n_values)
+        is_open = lengths is not None
+        if lengths is None:
+            values = checked_values(x, n_sites, n_values)
+        else:
+            values = _filled(x, lengths, n_sites, n_values)
         if values.numel() == 0:
             raise DataError("a law from samples must have some: x has none, expected (b, n_sites) with b of 1 or more.")
         if max_bond < 1:
             raise RankError(f"a cap must leave a rank: max_bond has {max_bond}, expected 1 or more. Pass a larger one.")
-        made = cores_from_samples(values, n_values, max_bond, dtype or torch.get_default_dtype())
-        return cls.from_train(TensorTrain(tuple(made)))
+        made = cores_from_samples(values, n_values + is_open, max_bond, dtype or torch.get_default_dtype())
+        return cls.from_train(TensorTrain(tuple(made)), variable_length=is_open)
 
     @property
     def config(self) -> dict[str, Any]:
@@ -152,6 +172,7 @@ class BornMachine(TensorModel):
             "bond_dim": list(self.ranks),
             "kind": self.kind,
             "purification": self.purification,
+            "variable_length": self.variable_length,
         }
 
     @property
@@ -162,7 +183,7 @@ class BornMachine(TensorModel):
     @property
     def state(self) -> TensorTrain:
         """The train behind it: of norm 1, or for ``"positive"`` the probabilities up to a factor."""
-        cores = [core.detach() for core in self._law.cores(list(self.cores))]
+        cores = [core.detach() for core in self._chain()]
         train = TensorTrain(tuple(cores))
         return train if self.kind == "positive" else train.normalize()
 
@@ -170,11 +191,22 @@ class BornMachine(TensorModel):
         """Entanglement entropy, in nats, with ``bond`` sites to the left, ``1 .. n_sites - 1``."""
         return self.state.normalize().entropy(bond)
 
-    def log_prob(self, x: Tensor) -> Tensor:
+    @property
+    def end(self) -> int | None:
+        """What fills the sites behind a string of a law with ``variable_length``: ``n_values``."""
+        return self.n_values if self.variable_length else None
+
+    def lengths(self, x: Tensor) -> Tensor:
+        """Lengths ``(b,)`` of strings ``(b, n_sites)`` that are filled with ``end``, such as samples."""
+        return (checked_values(x, self.n_sites, self._n_symbols) != self.end).sum(1)
+
+    def log_prob(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
         """Logarithms of probabilities, in nats.
 
         Args:
-            x: ``(b, n_sites)`` int64.
+            x: ``(b, n_sites)`` int64; of ``variable_length`` filled with ``end``.
+            lengths: ``(b,)`` int64, of ``variable_length``: the strings are ``x[:, :length]``, of which there may be
+                fewer than ``n_sites`` columns, and what stands behind them is not read.
 
         Returns:
             Tensor: ``(b,)``, differentiable in the cores; minus infinity where there is no mass, never NaN.
@@ -182,43 +214,66 @@ class BornMachine(TensorModel):
         Raises:
             DataError: ``x`` has another shape, or a value outside the alphabet.
         """
-        return self._log_prob(checked_values(x, self.n_sites, self.n_values))
+        return self._log_prob(self._values(x, lengths))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``log_prob(x)``."""
-        return self.log_prob(x)
+    def forward(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """``log_prob(x, lengths)``."""
+        return self.log_prob(x, lengths)
 
-    def nll(self, x: Tensor) -> Tensor:
-        """The mean of ``-log_prob(x)``, in nats."""
-        return -self.log_prob(x).mean()
+    def nll(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """The mean of ``-log_prob(x, lengths)``, in nats."""
+        return -self.log_prob(x, lengths).mean()
 
-    def log_marginal(self, x: Tensor) -> Tensor:
+    def log_marginal(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
         """Logarithms of the probabilities of parts of strings.
 
         Args:
             x: ``(b, n_sites)`` int64, with -1 where a site is summed out.
+            lengths: ``(b,)`` int64, of ``variable_length``: the strings have these lengths. Without them an open site
+                may also be behind the end.
 
         Returns:
             Tensor: ``(b,)``, differentiable in the cores.
 
         Cost: O(b n_sites r^3) flops for amplitudes.
         """
-        values = checked_values(x, self.n_sites, self.n_values, least=-1)
+        values = self._values(x, lengths, least=-1)
         if not bool((values < 0).any()):
             return self._log_prob(values)
-        cores = self._law.cores(list(self.cores))
-        return self._law.log_sum(cores, values, self.n_values) - self._law.log_total(cores)
+        chain = self._chain()
+        # Strings of one length need no further condition, and the chain without it has half the ranks.
+        cores = chain if lengths is None else self._law.cores(list(self.cores))
+        weight = self._law.log_sum(cores, values.to(cores[0].device), self._n_symbols, lengths)
+        return weight - self._law.log_total(chain)
 
-    def sample(self, n: int, *, given: Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:
+    def length_log_probs(self) -> Tensor:
+        """Logarithms of the probabilities of the lengths 0 .. ``n_sites``, ``(n_sites + 1,)``, in nats.
+
+        Raises:
+            KindError: All strings have one length.
+        """
+        self._check_variable("the law of lengths")
+        lengths = torch.arange(self.n_sites + 1, device=self.cores[0].device)
+        return self.log_marginal(torch.full((self.n_sites + 1, self.n_sites), -1, device=lengths.device), lengths)
+
+    def sample(
+        self,
+        n: int,
+        *,
+        given: Tensor | None = None,
+        lengths: Tensor | int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
         """Draw exact, independent strings.
 
         Args:
             n: How many.
             given: ``(n_sites,)`` or ``(n, n_sites)`` int64: a condition, with -1 where a site is free.
+            lengths: One or ``(n,)`` int64, of ``variable_length``: a condition too.
             generator: Of the random numbers.
 
         Returns:
-            Tensor: ``(n, n_sites)`` int64.
+            Tensor: ``(n, n_sites)`` int64; of ``variable_length`` filled with ``end``.
 
         Raises:
             DataError: The condition has probability zero, or a value outside the alphabet.
@@ -227,19 +282,23 @@ class BornMachine(TensorModel):
         """
         if given is not None:
             rows = given if isinstance(given, Tensor) and given.ndim == 2 else _as_row(given)
-            given = checked_values(rows, self.n_sites, self.n_values, least=-1, name="given").to(self.cores[0].device)
+            given = checked_values(rows, self.n_sites, self._n_symbols, least=-1, name="given")
+            given = given.to(self.cores[0].device)
             if given.shape[0] not in (1, n):
                 raise DataError(
                     f"a condition must be one for all samples or one each: given has {given.shape[0]} rows, expected 1 "
                     f"or {n}. Pass (n_sites,) or (n, n_sites)."
                 )
         with torch.no_grad():
-            return self._law.sample(self._law.cores(list(self.cores)), n, given, self.n_values, generator)
+            if lengths is None:
+                return self._law.sample(self._chain(), n, given, self._n_symbols, generator)
+            return self._samples_of_lengths(n, given, lengths, generator)
 
     def fit(
         self,
         x: Tensor,
         *,
+        lengths: Tensor | None = None,
         method: Literal["two-site", "adam"] | str | None = None,
         max_bond: int | None = None,
         cutoff: float = 1e-3,
@@ -247,7 +306,7 @@ class BornMachine(TensorModel):
         n_steps: int = 10,
         lr: float | None = None,
         batch_size: int | None = None,
-        validation: Tensor | None = None,
+        validation: Tensor | tuple[Tensor, Tensor] | None = None,
         patience: int | None = None,
         checkpoint: str | Path | None = None,
         observer: Callable[[History], object] | None = None,
@@ -257,6 +316,7 @@ class BornMachine(TensorModel):
 
         Args:
             x: ``(b, n_sites)`` int64, the training data.
+            lengths: ``(b,)`` int64, of ``variable_length``, as for ``log_prob``.
             method: ``"two-site"`` (real and complex; the default there): sweeps there and back that improve two
                 neighbouring sites at a time, and choose the ranks by singular values. ``"adam"``: all cores at once,
                 at fixed ranks.
@@ -267,7 +327,7 @@ class BornMachine(TensorModel):
             n_steps: Of two-site sweeps: steps at every pair of sites.
             lr: Length of a step; 0.05 for two sites and 0.01 for Adam by default.
             batch_size: Of Adam; all of ``x`` by default.
-            validation: Strings whose likelihood is watched.
+            validation: Strings whose likelihood is watched, or these and their lengths.
             patience: End after so many sweeps in which ``validation`` did not get better.
             checkpoint: File with which the same call on the same starting model goes on after a kill, to equal bits.
             observer: Called with the history after every sweep; what it raises passes through.
@@ -282,12 +342,13 @@ class BornMachine(TensorModel):
 
         Source: Han et al. 2018, section III (two-site gradients; adaptive bonds).
         """
-        data = checked_values(x, self.n_sites, self.n_values)
+        data = self._values(x, lengths, is_possible=True)
         if data.shape[0] == 0:
             raise DataError("a fit must have data: x has no strings, expected one or more. Pass (b, n_sites).")
-        held = (
-            None if validation is None else checked_values(validation, self.n_sites, self.n_values, name="validation")
-        )
+        held = None
+        if validation is not None:
+            pair = validation if isinstance(validation, tuple) else (validation, None)
+            held = self._values(*pair, name="validation", is_possible=True)
         method = method or ("two-site" if self._law.takes_sweeps else "adam")
         check_choice(method, ("two-site", "adam"), "method")
         if method == "two-site" and not self._law.takes_sweeps:
@@ -322,17 +383,73 @@ class BornMachine(TensorModel):
     def _take(self, parameters: Sequence[Tensor]) -> None:
         """Put parameters ``(r, n, s)``, or with a purification in the modes, in place of those there are."""
         if self._law.n_axes == 4 and parameters[0].ndim == 3:
-            parameters = [core.unflatten(1, (self.n_values, self.purification)) for core in parameters]
+            parameters = [core.unflatten(1, (self._n_symbols, self.purification)) for core in parameters]
         self.cores = nn.ParameterList([nn.Parameter(core) for core in parameters])
+
+    @property
+    def _n_symbols(self) -> int:
+        """Values of a site, with the end."""
+        return self.n_values + self.variable_length
+
+    def _chain(self) -> list[Tensor]:
+        """The chain of all strings that there are."""
+        cores = self._law.cores(list(self.cores))
+        return only_ended(cores, self.purification) if self.variable_length else cores
 
     def _log_prob(self, x: Tensor) -> Tensor:
         cores = self._law.cores(list(self.cores))
         x = x.to(cores[0].device)
         if self.kind == "purified":
-            weight = self._law.log_sum(cores, x, self.n_values)
+            weight = self._law.log_sum(cores, x, self._n_symbols)
         else:
             weight = self._law.log_weight(cores, x)
-        return weight - self._law.log_total(cores)
+        if not self.variable_length:
+            return weight - self._law.log_total(cores)
+        log = weight - self._law.log_total(self._chain())
+        return log.where(is_ended(x, self.n_values), -math.inf)
+
+    def _values(
+        self, x: Tensor, lengths: Tensor | None, *, least: int = 0, name: str = "x", is_possible: bool = False
+    ) -> Tensor:
+        """Strings ``(b, n_sites)`` of all symbols, checked; ``is_possible``: no value may follow an end."""
+        if lengths is not None:
+            self._check_variable("lengths")
+            return _filled(x, lengths, self.n_sites, self.n_values, least, name)
+        found = checked_values(x, self.n_sites, self._n_symbols, least=least, name=name)
+        if is_possible and self.variable_length and not bool(is_ended(found, self.n_values).all()):
+            raise DataError(
+                f"nothing may follow the end of a string: {name} has values behind {self.end}, expected {self.end} "
+                "alone. Fill what lies behind, or pass lengths=."
+            )
+        return found
+
+    def _check_variable(self, what: str) -> None:
+        if not self.variable_length:
+            raise KindError(
+                f"{what} must have strings of unequal length: the model has {self.n_sites} sites in all of them, "
+                "expected variable_length=True. Build it with that."
+            )
+
+    def _samples_of_lengths(
+        self, n: int, given: Tensor | None, lengths: Tensor | int, generator: torch.Generator | None
+    ) -> Tensor:
+        """Strings ``(n, n_sites)``: one law for every length."""
+        self._check_variable("lengths")
+        each = torch.full((n,), lengths) if isinstance(lengths, int) else lengths
+        each = checked_lengths(each, n, self.n_sites)
+        cores, device = self._law.cores(list(self.cores)), self.cores[0].device
+        found = torch.full((n, self.n_sites), self.n_values, device=device)
+        for length in each.unique().tolist():
+            rows = torch.nonzero(each == length)[:, 0].to(device)
+            here = given if given is None or given.shape[0] == 1 else given[rows]
+            chain = of_length(cores, self.purification, length)
+            if not bool(self._law.log_total(chain) > -math.inf):
+                raise DataError(
+                    f"a condition must have a probability: lengths has {length}, which no string has, expected others. "
+                    "See length_log_probs()."
+                )
+            found[rows] = self._law.sample(chain, len(rows), here, self._n_symbols, generator)
+        return found
 
     def extra_repr(self) -> str:
         """What a print of the model shows."""
@@ -360,7 +477,7 @@ class BornDistribution(Distribution):
     @property
     def support(self) -> Any:
         """Whole numbers from 0 to ``n_values - 1`` at every site."""
-        return constraints.independent(constraints.integer_interval(0, self.model.n_values - 1), 1)
+        return constraints.independent(constraints.integer_interval(0, self.model._n_symbols - 1), 1)
 
     def sample(self, sample_shape: Any = ()) -> Tensor:
         """Independent strings ``(*sample_shape, n_sites)``, by torch's own generator."""
@@ -370,6 +487,21 @@ class BornDistribution(Distribution):
     def log_prob(self, value: Tensor) -> Tensor:
         """Logarithms of probabilities, in nats, of strings ``(.., n_sites)``."""
         return self.model.log_prob(value.reshape(-1, self.model.n_sites)).reshape(value.shape[:-1])
+
+
+def _filled(x: Tensor, lengths: Tensor, n_sites: int, n_values: int, least: int = 0, name: str = "x") -> Tensor:
+    """Strings of some lengths ``(b, n_sites)``, ``n_values`` behind them; checked are these strings alone.
+
+    Raises:
+        DataError: They do not fit.
+    """
+    n_columns = min(x.shape[1], n_sites) if isinstance(x, Tensor) and x.ndim == 2 else n_sites
+    n_strings = x.shape[0] if isinstance(x, Tensor) and x.ndim else 0
+    checked = checked_lengths(lengths, n_strings, n_columns)
+    if isinstance(x, Tensor) and x.ndim == 2 and x.dtype == torch.int64:
+        behind = torch.arange(x.shape[1], device=x.device) >= checked.to(x.device)[:, None]
+        x = x.masked_fill(behind, 0)
+    return filled(checked_values(x, n_columns, n_values, least=least, name=name), checked, n_sites, n_values)
 
 
 def _as_row(given: Any) -> Any:

@@ -95,7 +95,7 @@ class BornFit:
         cores = [core.detach() for core in model.cores]
         state = Gauged.of(cores)
         dtype = state.cores[0].dtype
-        rows = Data.of_values(self.x, [model.n_values] * model.n_sites, dtype)
+        rows = Data.of_values(self.x, [model._n_symbols] * model.n_sites, dtype)
 
         def update(local: Tensor, at: Local, k: int) -> Tensor:
             return _climbed(local, at, n_steps, lr)

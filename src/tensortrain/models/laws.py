@@ -22,6 +22,7 @@ from torch import Tensor
 from tensortrain.cores.environments import Environments, SquaredData
 from tensortrain.cores.halves import log_abs, log_square_norm, values_of_data
 from tensortrain.cores.sampling import sample
+from tensortrain.models.lengths import Allowed
 
 __all__ = ["LAWS", "Law"]
 
@@ -49,10 +50,9 @@ class Law:
         """``ln`` of the probabilities of strings ``(b, d)`` without the factor that all share."""
         return 2 * log_abs(*values_of_data(cores, x))
 
-    def log_sum(self, cores: Sequence[Tensor], x: Tensor, n_values: int) -> Tensor:
-        """The same for strings with sites that are summed out, -1."""
-        modes = [core.shape[1] for core in cores]
-        rows = SquaredData.of_values(x, modes, cores[0].dtype)
+    def log_sum(self, cores: Sequence[Tensor], x: Tensor, n_values: int, lengths: Tensor | None = None) -> Tensor:
+        """The same for strings with sites that are summed out, -1; of known lengths, if these are given."""
+        rows = SquaredData(_allowed(cores, x, n_values, lengths))
         value, exponent = Environments(rows, cores).left(len(cores))
         found = value.flatten()
         return log_abs(found.real if found.is_complex() else found, exponent)
@@ -90,8 +90,10 @@ class _Positive(Law):
     def log_weight(self, cores: Sequence[Tensor], x: Tensor) -> Tensor:
         return log_abs(*values_of_data(cores, x))
 
-    def log_sum(self, cores: Sequence[Tensor], x: Tensor, n_values: int) -> Tensor:
-        return self.log_weight(cores, x)
+    def log_sum(self, cores: Sequence[Tensor], x: Tensor, n_values: int, lengths: Tensor | None = None) -> Tensor:
+        if lengths is None:
+            return self.log_weight(cores, x)
+        return log_abs(*values_of_data(cores, list(_allowed(cores, x, n_values, lengths))))
 
     def log_total(self, cores: Sequence[Tensor]) -> Tensor:
         every = torch.full((1, len(cores)), -1, device=cores[0].device)
@@ -111,11 +113,6 @@ class _Purified(Law):
     def log_weight(self, cores: Sequence[Tensor], x: Tensor) -> Tensor:
         raise NotImplementedError
 
-    def log_sum(self, cores: Sequence[Tensor], x: Tensor, n_values: int) -> Tensor:
-        weights = [_allowed(x[:, k], n_values, core) for k, core in enumerate(cores)]
-        value, exponent = Environments(SquaredData(weights), cores).left(len(cores))
-        return log_abs(value.flatten(), exponent)
-
     def sample(
         self, cores: Sequence[Tensor], n: int, given: Tensor | None, n_values: int, generator: torch.Generator | None
     ) -> Tensor:
@@ -126,10 +123,9 @@ class _Purified(Law):
         return sample(halves, n, law=self.law, given=condition, generator=generator)[:, ::2]
 
 
-def _allowed(values: Tensor, n_values: int, core: Tensor) -> Tensor:
-    """``(b, n p)`` with ones for all p of the value of a sample, everywhere where it is open."""
-    is_on = (values[:, None] == torch.arange(n_values, device=values.device)) | (values[:, None] < 0)
-    return is_on.to(core.dtype).repeat_interleave(core.shape[1] // n_values, dim=1)
+def _allowed(cores: Sequence[Tensor], x: Tensor, n_values: int, lengths: Tensor | None) -> Allowed:
+    """What may stand at every site, for all p of a value."""
+    return Allowed(x, n_values, cores[0].shape[1] // n_values, cores[0].dtype, lengths)
 
 
 def _apart(core: Tensor) -> tuple[Tensor, Tensor]:

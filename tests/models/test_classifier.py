@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from typing import ClassVar
 
+import numpy as np
 import pytest
 import torch
 from sklearn.datasets import load_digits
@@ -145,17 +146,132 @@ def test_a_feature_map_of_ones_own_learns_too() -> None:
         model.save_pretrained("nowhere")
 
 
-def test_missing_features_are_summed_out() -> None:
-    model, x = classifier(feature_map="poly"), examples()
-    missing = torch.zeros_like(x, dtype=torch.bool)
-    missing[:, 2] = True
-    grid = torch.linspace(0, 1, 501, dtype=torch.float64)
-    every = x.repeat_interleave(501, 0)
-    every[:, 2] = grid.repeat(len(x))
-    mean = model(every).detach().unflatten(0, (len(x), 501)).mean(1)
-    torch.testing.assert_close(model(x, missing=missing).detach(), mean, rtol=1e-6, atol=1e-6)
+class Waves(nn.Module):
+    """Orthonormal on [0, 1]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack((torch.ones_like(x), 2**0.5 * (torch.pi * x).cos(), 2**0.5 * (2 * torch.pi * x).cos()), -1)
+
+
+@pytest.mark.parametrize("name", [*FEATURE_MAPS, Powers(), Waves()], ids=str)
+def test_missing_features_are_summed_out(name: str | nn.Module) -> None:
+    model, x = classifier(feature_map=name), examples()
+    x = x.round() if name == "one-hot" else x
+    missing = torch.rand(x.shape, generator=torch.Generator().manual_seed(4)) < 0.4
+    nodes = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    weights = torch.tensor([0.5, 0.5], dtype=torch.float64)
+    if name != "one-hot":
+        nodes, weights = (torch.from_numpy(part) for part in np.polynomial.legendre.leggauss(10))
+        nodes, weights = (nodes + 1) / 2, weights / 2
+    for row, lacks in zip(x, missing, strict=True):
+        sites = torch.nonzero(lacks)[:, 0].tolist()
+        every = row.expand(len(nodes) ** len(sites), N).clone()
+        share = torch.ones(len(every), dtype=torch.float64)
+        for which, site in enumerate(sites):
+            digit = torch.arange(len(every)) // len(nodes) ** which % len(nodes)
+            every[:, site], share = nodes[digit], share * weights[digit]
+        mean = (model(every).detach() * share[:, None]).sum(0)
+        torch.testing.assert_close(model(row[None], missing=lacks[None]).detach()[0], mean, rtol=1e-9, atol=1e-9)
+
+
+def test_nan_is_missing_where_it_is_said_to_be() -> None:
+    model, x = classifier(), examples()
+    missing = x < 0.3
+    holed = x.masked_fill(missing, torch.nan)
+    assert torch.equal(model(holed, missing="nan"), model(x, missing=missing))
+    assert torch.equal(model(x, missing="nan"), model(x))
+    with pytest.raises(DataError, match="NaN"):
+        model(holed)
     with pytest.raises(DataError, match="one by one"):
         model(x, missing=missing[0])
+    with pytest.raises(KindError, match="missing"):
+        model(x, missing="none")
+
+
+def test_a_feature_map_may_have_a_mean_of_its_own() -> None:
+    features = Powers()
+    features.mean = lambda: torch.tensor([1.0, 0.2, 3.0], dtype=torch.float64)
+    model, x = classifier(feature_map=features), examples()
+    vectors = model.features(x)
+    vectors[2] = features.mean()
+    missing = torch.zeros_like(x, dtype=torch.bool)
+    missing[:, 2] = True
+    torch.testing.assert_close(model(x, missing=missing), model._scores(vectors))
+
+
+# -- laws of classes -----------------------------------------------------------------------------------
+
+
+def examples_of(values: Tensor) -> Tensor:
+    return torch.cartesian_prod(*[values] * N)
+
+
+LAWS = [
+    ("one-hot", None, "middle"),
+    ("one-hot", None, "per-class"),
+    ("trig", torch.linspace(0, 1, 3), 0),
+    ("poly", torch.tensor([0.2, 0.9]), "last"),
+    (Waves(), torch.tensor([0.1, 0.5, 0.8]), "middle"),
+]
+
+
+@pytest.mark.parametrize(("feature_map", "values", "label"), LAWS, ids=str)
+def test_the_law_of_a_class_is_its_squared_scores(
+    feature_map: str | nn.Module, values: Tensor | None, label: int | str
+) -> None:
+    model = classifier(feature_map=feature_map, label=label)
+    grid = (torch.tensor([0.0, 1.0]) if values is None else values).double()
+    x = examples_of(grid)
+    numbers = torch.cartesian_prod(*[torch.arange(len(grid))] * N)
+    square = model(x).detach().square()
+    for k in range(CLASSES):
+        law = model.law(k, values=values)
+        torch.testing.assert_close(law.log_prob(numbers).exp().detach(), square[:, k] / square[:, k].sum())
+
+
+def test_samples_of_a_class_have_its_law() -> None:
+    model, n = classifier(feature_map="one-hot"), 9000
+    x, labels = examples_of(torch.tensor([0.0, 1.0], dtype=torch.float64)), torch.arange(n) % CLASSES
+    given = torch.tensor([torch.nan, 1.0, torch.nan, torch.nan, 0.0], dtype=torch.float64)
+    for condition in (None, given, given.expand(n, N)):
+        square = model(x).detach().square()
+        if condition is not None:
+            square = square * ((x[:, 1] == 1) & (x[:, 4] == 0))[:, None]
+        drawn = model.sample(n, label=labels, given=condition, generator=torch.Generator().manual_seed(0))
+        assert drawn.dtype == torch.float64
+        for k in range(CLASSES):
+            law = square[:, k] / square[:, k].sum()
+            counts = (drawn[labels == k][:, None] == x).all(-1).double().mean(0)
+            assert bool(((counts - law).abs() <= 4.5 * (law * (1 - law) * CLASSES / n).sqrt() + 1e-12).all())
+    grid = torch.tensor([0.25, 0.75], dtype=torch.float64)
+    few = classifier(feature_map="fourier").sample(50, label=1, values=grid, generator=torch.Generator().manual_seed(0))
+    assert set(few.unique().tolist()) == {0.25, 0.75}
+
+
+def test_a_class_of_a_long_chain_is_sampled() -> None:
+    model = MPSClassifier(600, 3, bond_dim=4, feature_map="one-hot", generator=torch.Generator().manual_seed(0))
+    drawn = model.sample(5, label=2, generator=torch.Generator().manual_seed(0))
+    assert drawn.shape == (5, 600)
+    assert bool(torch.isfinite(model.law(2).log_prob(drawn.long())).all())
+
+
+def test_laws_that_there_are_not_are_refused() -> None:
+    model, bits = classifier(), classifier(feature_map="one-hot")
+    nothing = torch.full((N,), torch.nan)
+    for error, match, call in (
+        (KindError, "values=", lambda: model.law(0)),
+        (KindError, "values=", lambda: model.sample(2, label=0)),
+        (DataError, "labels", lambda: bits.law(CLASSES)),
+        (DataError, "labels", lambda: bits.sample(2, label=torch.tensor([0, 1, 2]))),
+        (DataError, "0 or 1", lambda: bits.law(0, values=[0.0, 0.5])),
+        (DataError, "different", lambda: model.law(0, values=[0.5, 0.5])),
+        (DataError, r"\[0, 1\]", lambda: model.law(0, values=[0.5, 2.0])),
+        (DataError, "others", lambda: bits.sample(2, label=0, given=nothing.masked_fill(torch.arange(N) == 1, 0.5))),
+        (DataError, "NaN", lambda: bits.sample(2, label=0, given=nothing[1:])),
+        (DataError, "NaN", lambda: bits.sample(2, label=0, given=torch.full((N,), -1))),
+    ):
+        with pytest.raises(error, match=match):
+            call()
 
 
 @pytest.mark.parametrize("n", [784, 2000])

@@ -46,6 +46,9 @@ __all__ = [
 ]
 
 
+_ROWS_AT_ONCE = 256  # samples whose products with all labels stay in the cache
+
+
 # -- one site further ----------------------------------------------------------------------------------
 
 
@@ -272,6 +275,10 @@ class Data:
         """Samples ``(b, d)`` of values ``0 .. n - 1``; -1 sums a site out."""
         return cls(_Indicators(x, modes, dtype))
 
+    def some(self, samples: slice) -> Data:
+        """The same for some of the samples."""
+        return Data(_Some(self.vectors, samples))
+
     def start(self) -> Tensor:
         first = self.vectors[0]
         return first.new_ones((*first.shape[:-1], 1))
@@ -283,24 +290,65 @@ class Data:
         return _outer(self.vectors[k], env) @ as_right(core).mT
 
     def apply(self, k: int, left: Tensor, right: Tensor, x: Tensor, n_sites: int) -> Tensor:
+        if left.ndim == 2 and x.ndim > n_sites + 2:
+            return self._apply_labelled(k, left, right, x, n_sites)
         before, after = self._halves(k, left, right, n_sites)
         matrix = x.flatten(-n_sites - 2).unflatten(-1, (before.shape[-1], after.shape[-1]))
         return ((before @ matrix) * after).sum(-1)
 
     def adjoint(self, k: int, left: Tensor, right: Tensor, y: Tensor, n_sites: int) -> Tensor:
-        before, after = self._halves(k, left, right, n_sites)
         modes = [self.vectors[site].shape[-1] for site in range(k, k + n_sites)]
-        total = (before.conj() * y[..., None]).mT @ after.conj()
+        if left.ndim == 2 and y.ndim > 1:
+            total = self._adjoint_labelled(k, left, right, y, n_sites)
+        else:
+            before, after = self._halves(k, left, right, n_sites)
+            total = (before.conj() * y[..., None]).mT @ after.conj()
         return total.flatten(-2).unflatten(-1, (left.shape[-1], *modes, right.shape[-1]))
 
-    def _halves(self, k: int, left: Tensor, right: Tensor, n_sites: int) -> tuple[Tensor, Tensor]:
+    def grams(self, k: int, left: Tensor, right: Tensor, n_sites: int) -> tuple[Tensor, Tensor]:
+        """Second moments ``(r n_1 .., r n_1 ..)`` and ``(.. s, .. s)`` of both factors of what a local tensor sees."""
+        total: list[Tensor] = []
+        for rows in _chunks(left.shape[0]):
+            halves = self._halves(k, left[rows], right[rows], n_sites, rows)
+            total = [half.mH @ half + (total[i] if total else 0) for i, half in enumerate(halves)]
+        return total[0], total[1]
+
+    def _apply_labelled(self, k: int, left: Tensor, right: Tensor, x: Tensor, n_sites: int) -> Tensor:
+        """All labels in one product, for as many samples at a time as stay in the cache."""
+        labels = x.shape[: -n_sites - 2]
+        found = []
+        for rows in _chunks(left.shape[0]):
+            before, after = self._halves(k, left[rows], right[rows], n_sites, rows)
+            matrix = x.reshape(-1, before.shape[-1], after.shape[-1]).movedim(0, 1).flatten(1)  # p (labels q)
+            seen = (before @ matrix).unflatten(-1, (-1, after.shape[-1]))
+            found.append((seen * after.unsqueeze(1)).sum(-1))
+        return torch.cat(found).T.reshape(*labels, left.shape[0])
+
+    def _adjoint_labelled(self, k: int, left: Tensor, right: Tensor, y: Tensor, n_sites: int) -> Tensor:
+        flat = y.flatten(0, -2).T
+        total: Tensor | None = None
+        for rows in _chunks(left.shape[0]):
+            before, after = self._halves(k, left[rows], right[rows], n_sites, rows)
+            given = (flat[rows].unsqueeze(-1) * after.conj().unsqueeze(1)).flatten(1)  # b (labels q)
+            part = before.mH @ given
+            total = part if total is None else total.add_(part) if not part.requires_grad else total + part
+        assert total is not None
+        return total.unflatten(-1, (flat.shape[-1], -1)).movedim(1, 0).unflatten(0, y.shape[:-1])
+
+    def _halves(
+        self, k: int, left: Tensor, right: Tensor, n_sites: int, rows: slice | None = None
+    ) -> tuple[Tensor, Tensor]:
         """The tensor by which a local one is seen is of rank one: ``(.., b, r n_1 ..)`` and ``(.., b, .. s)``."""
         middle = k + (n_sites + 1) // 2
         for site in range(k, middle):
-            left = _outer(left, self.vectors[site])
+            left = _outer(left, self._vectors(site, rows))
         for site in reversed(range(middle, k + n_sites)):
-            right = _outer(self.vectors[site], right)
+            right = _outer(self._vectors(site, rows), right)
         return left, right
+
+    def _vectors(self, site: int, rows: slice | None) -> Tensor:
+        found = self.vectors[site]
+        return found if rows is None else found[rows]
 
 
 @dataclass(frozen=True)
@@ -351,9 +399,27 @@ class SquaredData:
         return out.reshape(*out.shape[:-2], *modes, out.shape[-1])
 
 
+def _chunks(n: int) -> list[slice]:
+    return [slice(start, start + _ROWS_AT_ONCE) for start in range(0, max(n, 1), _ROWS_AT_ONCE)]
+
+
 def _outer(a: Tensor, b: Tensor) -> Tensor:
     """``(.., p)`` and ``(.., q)`` to ``(.., p q)``."""
     return (a.unsqueeze(-1) * b.unsqueeze(-2)).flatten(-2)
+
+
+@dataclass(frozen=True)
+class _Some(Sequence[Tensor]):
+    """For each site the vectors of some samples; cut out when asked for."""
+
+    vectors: Sequence[Tensor]
+    samples: slice
+
+    def __len__(self) -> int:
+        return len(self.vectors)
+
+    def __getitem__(self, k: Any) -> Any:
+        return self.vectors[k][..., self.samples, :]
 
 
 @dataclass(frozen=True)
@@ -467,6 +533,17 @@ class Local:
 
     def __call__(self, x: Tensor) -> Tensor:
         return _times_pow2(*self.parts(x), self._behind)
+
+    def some(self, samples: slice) -> Local:
+        """The map of some samples alone."""
+        assert isinstance(self.rows, Data)
+        left, right, exponent = (part[..., samples, :] for part in (self.left, self.right, self.exponent[..., None]))
+        return Local(self.rows.some(samples), self.k, self.n_sites, left, right, exponent.squeeze(-1))
+
+    def grams(self) -> tuple[Tensor, Tensor]:
+        """Second moments of both factors of what the samples see, powers of two apart; see ``Data.grams``."""
+        assert isinstance(self.rows, Data)
+        return self.rows.grams(self.k, self.left, self.right, self.n_sites)
 
     def parts(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """``(m, e)`` with the value ``m * 2**e``, an exponent for each member (and sample)."""

@@ -46,6 +46,7 @@ def split(
     max_rank: int | None = None,
     enrich: Tensor | None = None,
     n_labels: int = 0,
+    metric: tuple[Tensor, Tensor] | None = None,
 ) -> Split:
     """Split a local tensor into a core that is orthonormal and the rest, which the sweep takes along.
 
@@ -60,6 +61,8 @@ def split(
         enrich: Further columns ``(batch .., r, n, c)`` (to the left: rows ``(batch .., c, n, s)``) for the basis,
             such as those of a residual or of noise; what the rest has along them stays.
         n_labels: Axes of labels, or of several vectors that share the basis; they go with the rest.
+        metric: Positive matrices ``(r n, r n)`` and ``(n s, n s)``, for two sites of a chain without a batch: what is
+            cut is measured with them on both sides of the cut, such as by its effect on data of these second moments.
 
     Returns:
         Split: of two sites two cores, of one site a core and a matrix.
@@ -74,7 +77,10 @@ def split(
     matrix = moved.flatten(len(batch) + 2).flatten(-3, -2)
     if enrich is not None:
         enrich = _columns(enrich, to_right).to(matrix.dtype)
-    basis, rest, tail = _factored(matrix, tol, max_rank, enrich)
+    if metric is None:
+        basis, rest, tail = _factored(matrix, tol, max_rank, enrich)
+    else:
+        basis, rest, tail = _measured(matrix, tol, max_rank, metric if to_right else metric[::-1])
     basis, rest = basis.to(local.dtype), rest.to(local.dtype)
     sizes = [local.shape[axis] for axis in (*labels, *going)]
     rest = rest.unflatten(-1, sizes)  # batch t labels going
@@ -110,6 +116,25 @@ def _factored(
     if matrix.requires_grad and not is_whole:
         basis, rest = cut_along(matrix, basis)
     return basis, rest, tail / norm.where(norm > 0, 1.0)
+
+
+def _measured(
+    matrix: Tensor, tol: Tensor | float, max_rank: int | None, metric: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same with the cut that is best in a metric of rows and one of columns, labels apart."""
+    (rows, back), (columns, _) = (_roots(part.to(matrix.dtype)) for part in metric)
+    seen = ((rows @ matrix).unflatten(-1, (-1, columns.shape[0])) @ columns).flatten(-2)
+    basis, _, tail = _factored(seen, tol, max_rank, None)
+    kept = basis.mH @ (rows @ matrix)
+    core = orthonormal(back @ basis)
+    return core, core.mH @ (back @ (basis @ kept)), tail
+
+
+def _roots(metric: Tensor) -> tuple[Tensor, Tensor]:
+    """The square root of a positive matrix, and its inverse."""
+    values, vectors = torch.linalg.eigh(metric)
+    roots = values.clamp_min(torch.finfo(values.dtype).eps * values[-1]).sqrt()
+    return (vectors * roots) @ vectors.mH, (vectors / roots) @ vectors.mH
 
 
 def _enriched(basis: Tensor, columns: Tensor, cap: int) -> Tensor:

@@ -69,6 +69,7 @@ def sweep(
     schedule: Sequence[Cuts],
     back: Update | None = None,
     enrich: Callable[[Tensor, int, bool], Tensor | None] | None = None,
+    metric: Callable[[Any, int], tuple[Tensor, Tensor]] | None = None,
     figures: Callable[[Gauged], Mapping[str, Any]] | None = None,
     stop: Callable[[History], str | None] | None = None,
     observer: Callable[[History], object] | None = None,
@@ -94,6 +95,7 @@ def sweep(
             at bond k. It is not called where the direction turns. (A time step goes back there.)
         enrich: From the local tensor after its update, k and the direction (``True``: to the right) to more columns
             for the basis, as ``split`` takes them, or ``None``.
+        metric: From what ``environments.at(k, n_sites)`` gives and k to the metric by which ``split`` cuts.
         figures: More figures for the history after each sweep; it has ``ranks`` and ``largest_cut`` already.
         stop: Called with the history after each sweep: why to stop, or ``None`` to go on.
         observer: Called with the history after each sweep. What it raises passes through, and the file is written
@@ -121,7 +123,7 @@ def sweep(
         )
     n_sites = min(n_sites, len(state.cores))
     places = _places(len(state.cores), n_sites)
-    mover = _Mover(state, environments, update, n_sites, back, enrich)
+    mover = _Mover(state, environments, update, n_sites, back, enrich, metric)
     path = None if checkpoint is None else Path(checkpoint)
     keeper = _Keeper(path, checkpoint_every_s, generator, n_sites, state, schedule, inputs)
     run = keeper.resumed() or _Run()
@@ -167,6 +169,7 @@ class _Mover:
     n_sites: int
     back: Update | None
     enrich: Callable[[Tensor, int, bool], Tensor | None] | None
+    metric: Callable[[Any, int], tuple[Tensor, Tensor]] | None
 
     def begin(self, *, is_fresh: bool) -> None:
         if is_fresh:
@@ -191,6 +194,7 @@ class _Mover:
             max_rank=cuts.max_rank,
             enrich=None if self.enrich is None else self.enrich(local, k, to_right),
             n_labels=self.state.n_labels,
+            metric=None if self.metric is None else self.metric(self.environments.at(k, n_sites), k),
         )
         (self._go_right if to_right else self._go_left)(found, k, None if turns else self.back)
         return found.tail

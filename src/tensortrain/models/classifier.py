@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from tensortrain.cores.halves import data_halves
 from tensortrain.cores.split import split
+from tensortrain.cores.sweep import Cuts
 from tensortrain.cores.unfold import absorb_left, absorb_right
 from tensortrain.errors import DataError, KindError, ModeIndexError
 from tensortrain.models.base import (
@@ -23,6 +24,8 @@ from tensortrain.models.base import (
     held,
     label_scores,
 )
+from tensortrain.models.born import BornMachine
+from tensortrain.models.class_law import class_law, class_samples
 from tensortrain.models.classifier_fit import ClassifierFit
 from tensortrain.models.features import FeatureMap, constant_of
 from tensortrain.models.supervised import Supervised
@@ -109,19 +112,21 @@ class MPSClassifier(TensorModel):
         """With a 1 at both ends."""
         return (1, *(core.shape[-1] for core in self.cores))
 
-    def forward(self, x: Tensor, *, missing: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, *, missing: Tensor | Literal["nan"] | None = None) -> Tensor:
         """Scores, the bare values of the network.
 
         Args:
             x: ``(b, n_features)`` in [0, 1].
-            missing: ``(b, n_features)`` bool: features that an example lacks; the mean of their vectors over [0, 1]
-                stands in for them, so that they are summed out.
+            missing: Features that an example lacks: ``(b, n_features)`` bool, or ``"nan"`` for those that are NaN. The
+                mean of their vectors over [0, 1], of bits over 0 and 1, stands in for them, so that they are summed
+                out: the scores are the means over all values that they may have. A module may have a method ``mean()
+                -> (m,)`` where its features have another law.
 
         Returns:
             Tensor: ``(b, n_classes)``.
 
         Raises:
-            DataError: ``x`` has another shape, NaN, or numbers outside [0, 1].
+            DataError: ``x`` has another shape, NaN that is not said to be missing, or numbers outside [0, 1].
         """
         return self._scores(self._vectors(x, missing))
 
@@ -137,7 +142,7 @@ class MPSClassifier(TensorModel):
         n_steps: int = 3,
         ridge: float = 1e-6,
         lr: float = 1e-3,
-        batch_size: int = 128,
+        batch_size: int | None = None,
         validation: tuple[Tensor, Tensor] | None = None,
         checkpoint: str | Path | None = None,
         observer: Callable[[History], object] | None = None,
@@ -152,11 +157,14 @@ class MPSClassifier(TensorModel):
                 squares, and choose the ranks by singular values; the label moves along, and stays at the first site.
                 ``"adam"``: all cores at once, by cross entropy, at fixed ranks.
             max_bond: Cap on every rank of two-site sweeps; the present largest one by default.
-            cutoff: Largest root-sum-square of the singular values that a split cuts, a share of the norm.
+            cutoff: Largest root-sum-square of the singular values that a split cuts, a share of the norm, in a space
+                where what the examples show left and right of the cut is about even: cut is what changes scores least.
             n_sweeps: Sweeps, or passes over the data.
             n_steps: Steps of conjugate gradients at every pair of sites.
             ridge: Weight of the squared norm in the least squares, beside a mean over examples.
-            lr, batch_size: Of Adam.
+            lr: Of Adam.
+            batch_size: Examples of a step of Adam, 128 by default; or those that a pair of sites is fitted to, drawn
+                anew for each pair: all of them by default.
             validation: Examples and labels to watch.
             checkpoint: File with which the same call on the same starting model goes on after a kill, to equal bits.
             observer: Called with the history after every sweep; what it raises passes through.
@@ -195,8 +203,9 @@ class MPSClassifier(TensorModel):
             generator=generator,
         )
         if method == "adam":
-            return job.by_steps(lr, batch_size)
-        return ClassifierFit(self, job).by_sweeps(max_bond or max(self.ranks), cutoff, n_steps, ridge)
+            return job.by_steps(lr, batch_size or 128)
+        cuts = Cuts(cutoff, max_bond or max(self.ranks))
+        return ClassifierFit(self, job).by_sweeps(cuts, n_steps, ridge, batch_size)
 
     @torch.no_grad()
     def move_label_(self, site: int) -> MPSClassifier:
@@ -225,6 +234,58 @@ class MPSClassifier(TensorModel):
         self._take(cores)
         return self
 
+    def law(self, label: int, *, values: Sequence[float] | Tensor | None = None) -> BornMachine:
+        """The scores of a class as amplitudes: a law on examples, with the square of the score as probability.
+
+        Its sum, marginals, conditions and samples are exact. A fit by labels teaches what tells classes apart, not how
+        their examples look: to learn the latter, fit a ``BornMachine`` to strings that have the label as a site.
+
+        Args:
+            label: The class.
+            values: Numbers that a feature may have, ``(v,)``; 0 and 1 for ``"one-hot"``, for others to be given, such
+                as ``torch.linspace(0, 1, 16)``. Value j of the law stands for the j-th of them.
+
+        Returns:
+            BornMachine: of ``n_features`` sites, with parameters of its own.
+
+        Raises:
+            KindError: The map takes any number, and ``values`` are not given.
+            DataError: There is no such class, or the values are not for this map.
+
+        Example:
+            >>> model = MPSClassifier(6, 2, bond_dim=3, feature_map="one-hot")
+            >>> law = model.law(1)
+            >>> law.sample(4).shape, law.nll(law.sample(4)).shape
+            (torch.Size([4, 6]), torch.Size([]))
+        """
+        return class_law(self, label, values)
+
+    def sample(
+        self,
+        n: int,
+        *,
+        label: int | Tensor,
+        values: Sequence[float] | Tensor | None = None,
+        given: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Draw exact, independent examples of a class, by ``law``.
+
+        Args:
+            n: How many.
+            label: The class, or ``(n,)`` int64.
+            values: As for ``law``.
+            given: ``(n_features,)`` or ``(n, n_features)``: a condition, with NaN where a feature is free.
+            generator: Of the random numbers.
+
+        Returns:
+            Tensor: ``(n, n_features)``, numbers out of ``values``.
+
+        Raises:
+            KindError, DataError: As for ``law``; a condition has other values, or probability zero.
+        """
+        return class_samples(self, n, label, values, given, generator)
+
     def _scores(self, vectors: Tensor) -> Tensor:
         """Scores ``(b, n_classes)`` of vectors ``(n_features, b, m)``."""
         if self.label is None:
@@ -237,19 +298,32 @@ class MPSClassifier(TensorModel):
             return (vectors[0] @ core[:, 0, :, 0].T).to(core.dtype)
         return label_scores(core, data_halves(others, vectors, k), vectors[k]).to(core.dtype)
 
-    def _vectors(self, x: Tensor, missing: Tensor | None = None) -> Tensor:
+    def _vectors(self, x: Tensor, missing: Tensor | str | None = None) -> Tensor:
         """``(n_features, b, m)``."""
+        lacks = self._lacks(x, missing)
+        if lacks is not None:
+            x = x.masked_fill(lacks, 0.0)  # any value in the range
         self._check(x)
         vectors = self.features(x.to(self.cores[0].dtype) if self.features.module is None else x)
-        if missing is None:
+        if lacks is None:
             return vectors
-        if missing.shape != x.shape or missing.dtype != torch.bool:
-            raise DataError(
-                f"missing features must be marked one by one: missing has {missing.dtype} of shape "
-                f"{tuple(missing.shape)}, expected bool of shape {tuple(x.shape)}. Pass x.isnan() and fill x."
-            )
         mean = self.features.mean().to(vectors.device, vectors.dtype)
-        return torch.where(missing.T[..., None], mean, vectors)
+        return torch.where(lacks.T[..., None], mean, vectors)
+
+    def _lacks(self, x: Tensor, missing: Tensor | str | None) -> Tensor | None:
+        """Where a feature is missing ``(b, n_features)``."""
+        if missing is None:
+            return None
+        if isinstance(missing, str):
+            check_choice(missing, ("nan",), "missing")
+            return x.isnan() if isinstance(x, Tensor) else None
+        if not isinstance(missing, Tensor) or missing.shape != x.shape or missing.dtype != torch.bool:
+            found = f"{missing.dtype} of shape {tuple(missing.shape)}" if isinstance(missing, Tensor) else repr(missing)
+            raise DataError(
+                f"missing features must be marked one by one: missing has {found}, expected bool of shape "
+                f"{tuple(x.shape)}. Pass x.isnan(), or missing='nan'."
+            )
+        return missing
 
     def _check(self, x: object) -> None:
         if not isinstance(x, Tensor) or x.ndim != 2 or x.shape[1] != self.n_features:

@@ -16,12 +16,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from tensortrain.errors import DataError, ShapeError
 from tensortrain.models.base import check_choice, check_finite
 from tensortrain.system.tracing import can_look
+
+_PANELS, _NODES = 32, 8  # of a mean over [0, 1]: exact to rounding for smooth maps
 
 __all__ = ["FEATURE_MAPS", "FeatureMap", "constant_of"]
 
@@ -99,12 +102,22 @@ class FeatureMap(nn.Module):
             raise DataError("features of a one-hot map must be 0 or 1: x has others. Round them, or take 'linear'.")
 
     def mean(self) -> Tensor:
-        """The mean vector ``(m,)`` over [0, 1], of bits over 0 and 1."""
-        grid = torch.linspace(0, 1, 2 if self.kind == "one-hot" else 257)[:, None]
+        """The mean vector ``(m,)`` over [0, 1], of bits over 0 and 1; a module may have a ``mean()`` of its own."""
+        if self.kind == "one-hot":
+            return torch.full((2,), 0.5)
+        own = getattr(self.module, "mean", None)
+        if callable(own):
+            found: Tensor = own()
+            return found
+        nodes, weights = (torch.from_numpy(part) for part in np.polynomial.legendre.leggauss(_NODES))
+        panels = torch.arange(_PANELS, dtype=torch.float64)[:, None]
+        points = ((panels + (nodes + 1) / 2) / _PANELS).reshape(-1, 1)
+        weights = weights.repeat(_PANELS) / (2 * _PANELS)
         if self.module is not None:
-            example = next(iter(self.module.parameters()), grid)
-            grid = grid.to(example.device, example.dtype)
-        return self(grid)[0].mean(0)
+            example = next(iter(self.module.parameters()), points)
+            points, weights = points.to(example.device, example.dtype), weights.to(example.device)
+        vectors = self(points)[0]
+        return weights.to(vectors.dtype) @ vectors
 
     def _size(self) -> int:
         if self.module is None:

@@ -10,7 +10,9 @@ from torch import Tensor
 from tensortrain.cores.canonical import Gauged, orthogonalize_cores
 from tensortrain.cores.environments import Local
 
-__all__ = ["LeastSquares", "labelled"]
+__all__ = ["LeastSquares", "labelled", "moments"]
+
+_EVEN = 0.1  # weight of all directions alike in second moments, whose trace is 1: what few samples show counts less
 
 
 def labelled(cores: list[Tensor], site: int) -> Gauged:
@@ -29,24 +31,80 @@ class LeastSquares:
 
     Attributes:
         target: ``(classes, samples)``.
+        n_steps: Steps of conjugate gradients.
+        is_scaled: Whether they go in a space where what the samples show is about even in all directions. The features
+            of neighbouring sites are far from even, and without that few steps do little.
+        batch_size: Samples that a pair of sites looks at, drawn anew for each; all of them by default.
+        generator: Draws them.
     """
 
     target: Tensor
     n_steps: int
     ridge: float
+    is_scaled: bool = False
+    batch_size: int | None = None
+    generator: torch.Generator | None = None
 
     def improved(self, local: Tensor, at: Local, k: int) -> Tensor:
-        """A tensor of two sites with a smaller loss; never a larger one."""
-        n_samples = self.target.shape[1]
-        residual = self.target - at(local)
+        """A tensor of two sites with a smaller loss on the samples it looks at; never a larger one."""
+        target = self.target
+        if self.batch_size is not None and self.batch_size < target.shape[1]:
+            samples = self._drawn()
+            target, at = target[:, samples], at.some(samples)
+        n_samples = target.shape[1]
+        scale = _Scale.of(at, local.dtype) if self.is_scaled else _as_it_is
+        residual = target - at(local)
         gradient = at.adjoint(residual) / n_samples - self.ridge * local
-        direction, square = gradient, gradient.square().sum()
+        direction = step = scale(gradient)
+        square = (step * gradient).sum()
         for _ in range(self.n_steps):
             seen = at(direction)
             bend = seen.square().sum() / n_samples + self.ridge * direction.square().sum()
             length = torch.where(bend > 0, square / bend, 0.0)
             local, residual = local + length * direction, residual - length * seen
             gradient = at.adjoint(residual) / n_samples - self.ridge * local
-            before, square = square, gradient.square().sum()
-            direction = gradient + torch.where(before > 0, square / before, 0.0) * direction
+            step = scale(gradient)
+            before, square = square, (step * gradient).sum()
+            direction = step + torch.where(before > 0, square / before, 0.0) * direction
         return local
+
+    def _drawn(self) -> slice:
+        """One of the parts in which the samples lie, in the order they have."""
+        assert self.batch_size is not None
+        n = self.target.shape[1]
+        n_parts = -(-n // self.batch_size)
+        k = int(torch.randint(n_parts, (), generator=self.generator))
+        return slice(k * n // n_parts, (k + 1) * n // n_parts)
+
+
+def moments(at: Local, k: int = 0) -> tuple[Tensor, Tensor]:
+    """Second moments of what the samples show left and right of the cut between two sites, as a metric of ``split``."""
+    left, right = (_evened(gram.double()) for gram in at.grams())
+    return left, right
+
+
+def _evened(gram: Tensor) -> Tensor:
+    trace = gram.diagonal().sum()
+    share = torch.where(trace > 0, gram / trace, 0.0)
+    return share + _EVEN / len(gram) * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+
+
+def _as_it_is(gradient: Tensor) -> Tensor:
+    return gradient
+
+
+@dataclass(frozen=True)
+class _Scale:
+    """The inverse of the second moments of both factors, in place of that of their product."""
+
+    left: Tensor
+    right: Tensor
+
+    @classmethod
+    def of(cls, at: Local, dtype: torch.dtype) -> _Scale:
+        left, right = (torch.linalg.inv(moment).to(dtype) for moment in moments(at))
+        return cls(left, right)
+
+    def __call__(self, gradient: Tensor) -> Tensor:
+        matrix = gradient.reshape(gradient.shape[0], len(self.left), len(self.right))
+        return (self.left @ matrix @ self.right).reshape(gradient.shape)

@@ -161,7 +161,7 @@ def classify_two_site(seed: int, options: dict[str, Any]) -> dict[str, Any]:
     x, y, x_test, y_test = _fashion(14, 60_000)
     order, n = torch.randperm(len(y), generator=seeded(seed)), options["n_train"]
     x, y = x[order], y[order]
-    model = MPSClassifier(196, 10, bond_dim=10, generator=seeded(seed))
+    model = MPSClassifier(196, 10, bond_dim=10, feature_map=options["feature_map"], generator=seeded(seed))
     keywords = options | {"method": "two-site", "max_bond": options["bond"], "validation": (x[n:], y[n:])}
     return _classified(model, x[:n], y[:n], x_test, y_test, seed, keywords)
 

@@ -305,13 +305,23 @@ class Data:
             total = (before.conj() * y[..., None]).mT @ after.conj()
         return total.flatten(-2).unflatten(-1, (left.shape[-1], *modes, right.shape[-1]))
 
-    def grams(self, k: int, left: Tensor, right: Tensor, n_sites: int) -> tuple[Tensor, Tensor]:
-        """Second moments ``(r n_1 .., r n_1 ..)`` and ``(.. s, .. s)`` of both factors of what a local tensor sees."""
+    def grams(
+        self, k: int, left: Tensor, right: Tensor, exponent: Tensor, n_sites: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Second moments ``(r n_1 .., r n_1 ..)`` and ``(.. s, .. s)`` of both factors of what a local tensor sees.
+
+        In both of them a sample has the weight that it has in the whole; beside them the sum of these weights, the
+        squared size of all that is seen.
+        """
         total: list[Tensor] = []
+        size = torch.exp2(exponent.to(left.dtype))
         for rows in _chunks(left.shape[0]):
-            halves = self._halves(k, left[rows], right[rows], n_sites, rows)
-            total = [half.mH @ half + (total[i] if total else 0) for i, half in enumerate(halves)]
-        return total[0], total[1]
+            before, after = self._halves(k, left[rows], right[rows], n_sites, rows)
+            a, b = torch.linalg.vector_norm(before, dim=-1), torch.linalg.vector_norm(after, dim=-1)
+            before, after = before * (size[rows] * b)[:, None], after * (size[rows] * a)[:, None]
+            parts = [before.mH @ before, after.mH @ after, (size[rows] * a * b).square().sum()]
+            total = [part + sum_ for part, sum_ in zip(parts, total or [0, 0, 0], strict=True)]
+        return total[0], total[1], total[2]
 
     def _apply_labelled(self, k: int, left: Tensor, right: Tensor, x: Tensor, n_sites: int) -> Tensor:
         """All labels in one product, for as many samples at a time as stay in the cache."""
@@ -540,10 +550,10 @@ class Local:
         left, right, exponent = (part[..., samples, :] for part in (self.left, self.right, self.exponent[..., None]))
         return Local(self.rows.some(samples), self.k, self.n_sites, left, right, exponent.squeeze(-1))
 
-    def grams(self) -> tuple[Tensor, Tensor]:
-        """Second moments of both factors of what the samples see, powers of two apart; see ``Data.grams``."""
+    def grams(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Second moments of both factors of what the samples see; see ``Data.grams``."""
         assert isinstance(self.rows, Data)
-        return self.rows.grams(self.k, self.left, self.right, self.n_sites)
+        return self.rows.grams(self.k, self.left, self.right, self.exponent, self.n_sites)
 
     def parts(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """``(m, e)`` with the value ``m * 2**e``, an exponent for each member (and sample)."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from tensortrain.cores.canonical import Gauged, orthogonalize_cores
 from tensortrain.cores.environments import Local
 
-__all__ = ["LeastSquares", "labelled", "moments"]
+__all__ = ["LeastSquares", "evened", "labelled", "moments"]
 
 _EVEN = 0.1  # weight of all directions alike in second moments, whose trace is 1: what few samples show counts less
 
@@ -53,16 +53,17 @@ class LeastSquares:
             target, at = target[:, samples], at.some(samples)
         n_samples = target.shape[1]
         scale = _Scale.of(at, local.dtype) if self.is_scaled else _as_it_is
+        ridge = self.ridge * scale.size if self.is_scaled else self.ridge
         residual = target - at(local)
-        gradient = at.adjoint(residual) / n_samples - self.ridge * local
+        gradient = at.adjoint(residual) / n_samples - ridge * local
         direction = step = scale(gradient)
         square = (step * gradient).sum()
         for _ in range(self.n_steps):
             seen = at(direction)
-            bend = seen.square().sum() / n_samples + self.ridge * direction.square().sum()
+            bend = seen.square().sum() / n_samples + ridge * direction.square().sum()
             length = torch.where(bend > 0, square / bend, 0.0)
             local, residual = local + length * direction, residual - length * seen
-            gradient = at.adjoint(residual) / n_samples - self.ridge * local
+            gradient = at.adjoint(residual) / n_samples - ridge * local
             step = scale(gradient)
             before, square = square, (step * gradient).sum()
             direction = step + torch.where(before > 0, square / before, 0.0) * direction
@@ -79,11 +80,12 @@ class LeastSquares:
 
 def moments(at: Local, k: int = 0) -> tuple[Tensor, Tensor]:
     """Second moments of what the samples show left and right of the cut between two sites, as a metric of ``split``."""
-    left, right = (_evened(gram.double()) for gram in at.grams())
-    return left, right
+    left, right, _ = at.grams()
+    return evened(left.double()), evened(right.double())
 
 
-def _evened(gram: Tensor) -> Tensor:
+def evened(gram: Tensor) -> Tensor:
+    """Second moments of trace 1 with some weight in every direction."""
     trace = gram.diagonal().sum()
     share = torch.where(trace > 0, gram / trace, 0.0)
     return share + _EVEN / len(gram) * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
@@ -99,11 +101,13 @@ class _Scale:
 
     left: Tensor
     right: Tensor
+    size: Tensor | float = 1.0
 
     @classmethod
     def of(cls, at: Local, dtype: torch.dtype) -> _Scale:
-        left, right = (torch.linalg.inv(moment).to(dtype) for moment in moments(at))
-        return cls(left, right)
+        left, right, size = at.grams()
+        inverses = [torch.linalg.inv(evened(gram.double())).to(dtype) for gram in (left, right)]
+        return cls(inverses[0], inverses[1], size / max(1, at.left.shape[0]))
 
     def __call__(self, gradient: Tensor) -> Tensor:
         matrix = gradient.reshape(gradient.shape[0], len(self.left), len(self.right))

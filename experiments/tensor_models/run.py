@@ -38,6 +38,9 @@ def bits_of(numbers: Tensor, n: int) -> Tensor:
     return (numbers[:, None] >> torch.arange(n - 1, -1, -1)) & 1
 
 
+SHOWN = [0, 1, 2, 3, 1000, 1001, 1002, 1003]  # images to complete; the second thousand was held back
+
+
 # -- laws of strings -----------------------------------------------------------------------------------
 
 
@@ -91,8 +94,6 @@ def digits_law(seed: int, options: dict[str, Any]) -> dict[str, Any]:
     x = torch.from_numpy(load_digits().data).float()
     x = (x > 7.5).long()[torch.randperm(len(x), generator=seeded(seed))]
     train, held, test = x[:1237], x[1237:1437], x[1437:]
-    p = (train.double().mean(0) * len(train) + 0.5) / (len(train) + 1)
-    alone = -(test * p.log() + (1 - test) * (1 - p).log()).sum(1).mean()
     model = BornMachine(64, generator=seeded(seed))
     history = model.fit(
         train,
@@ -104,7 +105,7 @@ def digits_law(seed: int, options: dict[str, Any]) -> dict[str, Any]:
         patience=1,
     )
     return {
-        "independent_pixels": float(alone),
+        "independent_pixels": independent_pixels(train, test),
         "test_nll": float(model.nll(test).detach()),
         "train_nll": history.nll[-1],
         "validation_nll": history.validation_nll,
@@ -113,22 +114,90 @@ def digits_law(seed: int, options: dict[str, Any]) -> dict[str, Any]:
 
 
 def fashion_law(seed: int, options: dict[str, Any]) -> dict[str, Any]:
-    """1,000 binary images of clothes at several caps: training likelihood, and that on 1,000 others beside it."""
+    """1,000 binary images of clothes at growing caps: training likelihood, and that on 1,000 others beside it.
+
+    A cap starts where the one before it ended.
+    """
+    x = clothes(seed)
+    model, rows = BornMachine(784, generator=seeded(seed), dtype=torch.float32), []
+    for cap, n_sweeps in zip(options["caps"], options["n_sweeps"], strict=True):
+        start = time.process_time()
+        history = model.fit(
+            x[:1000],
+            max_bond=cap,
+            n_sweeps=n_sweeps,
+            n_steps=options["n_steps"],
+            cutoff=options["cutoff"],
+            validation=x[1000:],
+            observer=lambda h: print(len(h), h.nll[-1], h.validation_nll[-1], flush=True),
+        )
+        rows.append(
+            {
+                "cap": cap,
+                "train_nll": history.nll,
+                "held_out_nll": history.validation_nll,
+                "n_params": sum(core.numel() for core in model.cores),
+                "processor_seconds": time.process_time() - start,
+            }
+        )
+        rows[-1]["completed"] = completed(model, x, seed)
+    return {"rows": rows, "independent_pixels": independent_pixels(x[:1000], x[1000:])}
+
+
+def clothes(seed: int) -> Tensor:
+    """2,000 binary images ``(2000, 784)`` of Fashion-MNIST; the first thousand are to learn from."""
     images = fashion_mnist()
     order = torch.randperm(60_000, generator=seeded(seed))[:2000]
-    x = (images.train_images[order].flatten(1).float() / 255 > 0.5).long()
-    rows = []
-    for cap in options["caps"]:
-        model, start = BornMachine(784, generator=seeded(seed), dtype=torch.float32), time.perf_counter()
-        history = model.fit(
-            x[:1000], max_bond=cap, n_sweeps=options["n_sweeps"], n_steps=options["n_steps"], cutoff=options["cutoff"]
-        )
-        held = float(model.nll(x[1000:]).detach())
-        rows.append(
-            {"cap": cap, "train_nll": history.nll, "held_out_nll": held, "seconds": time.perf_counter() - start}
-        )
-        print(rows[-1], flush=True)
-    return {"rows": rows}
+    return (images.train_images[order].flatten(1).float() / 255 > 0.5).long()
+
+
+def completed(model: BornMachine, x: Tensor, seed: int) -> list[str]:
+    """Of eight images, four of them to learn from, the lower half by the law under the upper one; bits in hexadecimal."""
+    given = x[SHOWN].clone()
+    given[:, 392:] = -1
+    return [as_hex(image) for image in model.sample(len(SHOWN), given=given, generator=seeded(seed))]
+
+
+def as_hex(bits: Tensor) -> str:
+    return f"{int(''.join(map(str, bits.tolist())), 2):0{-(-len(bits) // 4)}x}"
+
+
+def from_hex(text: str, n: int) -> Tensor:
+    return torch.tensor([int(bit) for bit in f"{int(text, 16):0{n}b}"])
+
+
+def draw(runs: dict[str, Any], folder: Path) -> None:
+    """Completed images at two bond sizes, below what they are."""
+    from matplotlib.figure import Figure
+
+    if "fashion_law" not in runs:
+        return
+    rows = runs["fashion_law"][0]["rows"]
+    best = min(rows, key=lambda row: row["held_out_nll"][-1])
+    x = clothes(0)[SHOWN]
+    half = x.clone()
+    half[:, 392:] = 0
+    lines = [("images", x), ("given", half)]
+    for row in {best["cap"]: best, rows[-1]["cap"]: rows[-1]}.values():
+        lines.append((f"bond {row['cap']}", torch.stack([from_hex(text, 784) for text in row["completed"]])))
+    figure = Figure(figsize=(8, 1 + len(lines)), layout="constrained")
+    axes = figure.subplots(len(lines), len(SHOWN))
+    for (name, images), places in zip(lines, axes, strict=True):
+        for k, (image, place) in enumerate(zip(images, places, strict=True)):
+            place.imshow(image.reshape(28, 28), cmap="gray_r", vmin=0, vmax=1)
+            place.set(xticks=[], yticks=[])
+            if name != "images":
+                place.axhline(13.5, color="tab:red", linewidth=0.8)
+            if name == "images":
+                place.set_title("learnt from" if k < 4 else "held out", fontsize=9)
+        places[0].set_ylabel(name, fontsize=9)
+    figure.savefig(folder / "completed.png", dpi=120, metadata={"Software": None})
+
+
+def independent_pixels(train: Tensor, test: Tensor) -> float:
+    """Likelihood of test images, in nats, if every pixel had a law of its own."""
+    p = (train.double().mean(0) * len(train) + 0.5) / (len(train) + 1)
+    return float(-(test * p.log() + (1 - test) * (1 - p).log()).sum(1).mean())
 
 
 # -- classes -------------------------------------------------------------------------------------------
@@ -262,4 +331,4 @@ TASKS: dict[str, Callable[[int, dict[str, Any]], dict[str, Any]]] = {
 
 
 if __name__ == "__main__":
-    run_tasks(HERE, __doc__, TASKS)
+    run_tasks(HERE, __doc__, TASKS, draw)

@@ -198,6 +198,13 @@ def test_bars_and_stripes_are_learnt_exactly() -> None:
         assert all(tuple(row) in place for row in completed.tolist())
 
 
+def test_sweeps_over_hundreds_of_sites_in_single_precision() -> None:
+    model = BornMachine(400, dtype=torch.float32, generator=torch.Generator().manual_seed(0))
+    x = (torch.arange(400) // 40 % 2).repeat(3, 1) ^ torch.tensor([[0], [1], [0]])
+    history = model.fit(x, n_sweeps=1, n_steps=3)
+    assert 0.6 < history.nll[-1] < 400 * math.log(2) / 3
+
+
 def test_ranks_stay_below_the_cap() -> None:
     seen = []
     model = BornMachine(9, bond_dim=2)

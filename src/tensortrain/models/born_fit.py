@@ -94,6 +94,7 @@ class BornFit:
         model = self.model
         cores = [core.detach() for core in model.cores]
         state = Gauged.of(cores)
+        state.exponent = torch.zeros_like(state.exponent)  # laws have no scale, and that of long chains has no number
         dtype = state.cores[0].dtype
         rows = Data.of_values(self.x, [model._n_symbols] * model.n_sites, dtype)
 

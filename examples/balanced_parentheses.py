@@ -61,7 +61,7 @@ def main() -> None:
         drawn = model.sample(2000, generator=generator)
         valid = float(is_word(drawn, options.depth).double().mean())
         new = "".join("()"[bit] for bit in drawn[0].tolist())
-        print(f"{share:4.0%} of them: support {support(model, every):.3f}, {valid:.1%} of samples are words, such as {new}")
+        print(f"{share:4.0%} of them: support {support(model, every):.3f}, {valid:.1%} of samples are words: {new}")
 
 
 if __name__ == "__main__":

@@ -228,7 +228,8 @@ def classify_all_cores(seed: int, options: dict[str, Any]) -> dict[str, Any]:
 def classify_two_site(seed: int, options: dict[str, Any]) -> dict[str, Any]:
     """Fashion-MNIST at 14 x 14 by two-site sweeps; settings were chosen on the images held back."""
     x, y, x_test, y_test = _fashion(14, 60_000)
-    order, n = torch.randperm(len(y), generator=seeded(seed)), options["n_train"]
+    n = options["n_train"]
+    order = torch.randperm(len(y), generator=seeded(seed))[: n + options["n_validation"]]
     x, y = x[order], y[order]
     model = MPSClassifier(196, 10, bond_dim=10, feature_map=options["feature_map"], generator=seeded(seed))
     keywords = options | {"method": "two-site", "max_bond": options["bond"], "validation": (x[n:], y[n:])}

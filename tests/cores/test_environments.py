@@ -241,3 +241,32 @@ def test_gradients_flow_through_environments(dtype, generator):
         return sum(total)
 
     assert torch.autograd.gradcheck(f, (*x, *target))
+
+
+@DTYPES
+@pytest.mark.parametrize("n_samples", [0, 1, 7, 600])
+def test_labels_go_through_in_one_product(dtype, n_samples, generator):
+    state = chain(MODES, 3, dtype, generator)
+    vectors = [torch.randn(n_samples, n, dtype=dtype, generator=generator) for n in MODES]
+    at = Environments(Data(vectors), state).at(1, 2)
+    local = torch.randn(2, 5, 3, 3, 2, 3, dtype=dtype, generator=generator)
+    one_by_one = torch.stack([torch.stack([at(one) for one in row]) for row in local])
+    torch.testing.assert_close(at(local), one_by_one)
+    y = torch.randn(2, 5, n_samples, dtype=dtype, generator=generator)
+    torch.testing.assert_close(at.adjoint(y), torch.stack([torch.stack([at.adjoint(one) for one in row]) for row in y]))
+
+
+@DTYPES
+def test_some_samples_and_what_they_show(dtype, generator):
+    state = chain(MODES, 3, dtype, generator)
+    vectors = [torch.randn(300, n, dtype=dtype, generator=generator) for n in MODES]
+    at = Environments(Data(vectors), state).at(1, 2)
+    local = torch.randn(4, 3, 3, 2, 3, dtype=dtype, generator=generator)
+    part = slice(40, 290)
+    torch.testing.assert_close(at.some(part)(local), at(local)[:, part])
+    # What a sample sees of a local tensor, (b, r n_1, n_2 s), is of rank one: moments of rows and of columns.
+    seen = torch.stack([at(one) for one in torch.eye(54, dtype=dtype).reshape(54, 3, 3, 2, 3)], -1).reshape(-1, 9, 6)
+    left, right, size = at.grams()
+    torch.testing.assert_close(left, torch.einsum("bpq,bsq->ps", seen.conj(), seen))
+    torch.testing.assert_close(right, torch.einsum("bpq,bpt->qt", seen.conj(), seen))
+    torch.testing.assert_close(size.to(dtype), seen.abs().square().sum().to(dtype))

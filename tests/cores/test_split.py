@@ -165,3 +165,29 @@ def test_gradients_pass_a_basis_of_all_directions_whatever_the_rank(dtype, to_ri
     product = torch.tensordot(found.left, found.right, dims=1)
     (gradient,) = torch.autograd.grad((weights.conj() * product).real.sum(), local)
     torch.testing.assert_close(gradient, weights)
+
+
+def positive(n, generator):
+    root = torch.randn(n, n, dtype=torch.float64, generator=generator)
+    return root @ root.mT + 0.1 * torch.eye(n, dtype=torch.float64)
+
+
+@WAYS
+@pytest.mark.parametrize("rank", [1, 2, 4, None])
+def test_a_cut_in_a_metric_is_the_best_one_there(to_right, rank, generator):
+    local = torch.randn(3, 4, 2, 3, 5, dtype=torch.float64, generator=generator)  # labels r n n s
+    metric = positive(8, generator), positive(15, generator)
+    found = split(local, to_right=to_right, max_rank=rank, n_labels=1, metric=metric)
+    is_orthonormal(found, to_right)
+    left = found.left if to_right else found.left.movedim(0, -2)
+    kept = torch.einsum("ant,ltms->lanms" if to_right else "anlt,tms->lanms", left, found.right)
+    roots = [torch.linalg.cholesky(part) for part in metric]
+
+    def seen(x):
+        x = roots[0].mT @ x.reshape(3, 8, 15) @ roots[1]  # of the same norm as with any other root
+        return x.movedim(0, 1).flatten(1) if to_right else x.flatten(0, 1)
+
+    values = torch.linalg.svdvals(seen(local))
+    least = values[len(values) if rank is None else rank :].square().sum().sqrt() / values.square().sum().sqrt()
+    assert float((seen(kept - local)).norm() / seen(local).norm()) == pytest.approx(float(least), abs=1e-10)
+    assert float(found.tail) == pytest.approx(float(least), abs=1e-10)

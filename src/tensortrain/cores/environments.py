@@ -290,7 +290,7 @@ class Data:
         return _outer(self.vectors[k], env) @ as_right(core).mT
 
     def apply(self, k: int, left: Tensor, right: Tensor, x: Tensor, n_sites: int) -> Tensor:
-        if left.ndim == 2 and x.ndim > n_sites + 2:
+        if left.ndim == right.ndim == 2 and x.ndim > n_sites + 2:
             return self._apply_labelled(k, left, right, x, n_sites)
         before, after = self._halves(k, left, right, n_sites)
         matrix = x.flatten(-n_sites - 2).unflatten(-1, (before.shape[-1], after.shape[-1]))
@@ -298,7 +298,7 @@ class Data:
 
     def adjoint(self, k: int, left: Tensor, right: Tensor, y: Tensor, n_sites: int) -> Tensor:
         modes = [self.vectors[site].shape[-1] for site in range(k, k + n_sites)]
-        if left.ndim == 2 and y.ndim > 1:
+        if left.ndim == right.ndim == 2 and y.ndim > 1:
             total = self._adjoint_labelled(k, left, right, y, n_sites)
         else:
             before, after = self._halves(k, left, right, n_sites)
@@ -317,10 +317,15 @@ class Data:
         size = torch.exp2(exponent.to(left.dtype))
         for rows in _chunks(left.shape[0]):
             before, after = self._halves(k, left[rows], right[rows], n_sites, rows)
-            a, b = torch.linalg.vector_norm(before, dim=-1), torch.linalg.vector_norm(after, dim=-1)
-            before, after = before * (size[rows] * b)[:, None], after * (size[rows] * a)[:, None]
-            parts = [before.mH @ before, after.mH @ after, (size[rows] * a * b).square().sum()]
-            total = [part + sum_ for part, sum_ in zip(parts, total or [0, 0, 0], strict=True)]
+            of_before, of_after = (
+                torch.linalg.vector_norm(half, dim=-1) * size[rows].sqrt() for half in (before, after)
+            )
+            before, after = (
+                before * (size[rows].sqrt() * of_after)[:, None],
+                after * (size[rows].sqrt() * of_before)[:, None],
+            )
+            parts = [before.mH @ before, after.mH @ after, (of_before * of_after).square().sum()]
+            total = [a + b for a, b in zip(total, parts, strict=True)] if total else parts
         return total[0], total[1], total[2]
 
     def _apply_labelled(self, k: int, left: Tensor, right: Tensor, x: Tensor, n_sites: int) -> Tensor:

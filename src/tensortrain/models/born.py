@@ -198,7 +198,11 @@ class BornMachine(TensorModel):
 
     def lengths(self, x: Tensor) -> Tensor:
         """Lengths ``(b,)`` of strings ``(b, n_sites)`` that are filled with ``end``, such as samples."""
-        return (checked_values(x, self.n_sites, self._n_symbols) != self.end).sum(1)
+        return (
+            checked_values(x, self.n_sites, self._n_symbols)
+            .ne(self._n_symbols if self.end is None else self.end)
+            .sum(1)
+        )
 
     def log_prob(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
         """Logarithms of probabilities, in nats.

@@ -52,8 +52,8 @@ class LeastSquares:
             samples = self._drawn()
             target, at = target[:, samples], at.some(samples)
         n_samples = target.shape[1]
-        scale = _Scale.of(at, local.dtype) if self.is_scaled else _as_it_is
-        ridge = self.ridge * scale.size if self.is_scaled else self.ridge
+        scale: _Scale | _Plain = _Scale.of(at, local.dtype) if self.is_scaled else _Plain()
+        ridge = self.ridge * scale.size
         residual = target - at(local)
         gradient = at.adjoint(residual) / n_samples - ridge * local
         direction = step = scale(gradient)
@@ -91,8 +91,13 @@ def evened(gram: Tensor) -> Tensor:
     return share + _EVEN / len(gram) * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
 
 
-def _as_it_is(gradient: Tensor) -> Tensor:
-    return gradient
+class _Plain:
+    """Nothing is scaled."""
+
+    size = 1.0
+
+    def __call__(self, gradient: Tensor) -> Tensor:
+        return gradient
 
 
 @dataclass(frozen=True)
@@ -101,13 +106,13 @@ class _Scale:
 
     left: Tensor
     right: Tensor
-    size: Tensor | float = 1.0
+    size: float  # mean square of all that is seen, which a ridge goes by
 
     @classmethod
     def of(cls, at: Local, dtype: torch.dtype) -> _Scale:
         left, right, size = at.grams()
         inverses = [torch.linalg.inv(evened(gram.double())).to(dtype) for gram in (left, right)]
-        return cls(inverses[0], inverses[1], size / max(1, at.left.shape[0]))
+        return cls(inverses[0], inverses[1], float(size) / max(1, at.left.shape[0]))
 
     def __call__(self, gradient: Tensor) -> Tensor:
         matrix = gradient.reshape(gradient.shape[0], len(self.left), len(self.right))

@@ -275,10 +275,6 @@ class Data:
         """Samples ``(b, d)`` of values ``0 .. n - 1``; -1 sums a site out."""
         return cls(_Indicators(x, modes, dtype))
 
-    def some(self, samples: slice) -> Data:
-        """The same for some of the samples."""
-        return Data(_Some(self.vectors, samples))
-
     def start(self) -> Tensor:
         first = self.vectors[0]
         return first.new_ones((*first.shape[:-1], 1))
@@ -424,20 +420,6 @@ def _outer(a: Tensor, b: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class _Some(Sequence[Tensor]):
-    """For each site the vectors of some samples; cut out when asked for."""
-
-    vectors: Sequence[Tensor]
-    samples: slice
-
-    def __len__(self) -> int:
-        return len(self.vectors)
-
-    def __getitem__(self, k: Any) -> Any:
-        return self.vectors[k][..., self.samples, :]
-
-
-@dataclass(frozen=True)
 class _Indicators(Sequence[Tensor]):
     """For each site ``(b, n)`` with a 1 at the value of each sample, or ones where it is -1; made when asked for."""
 
@@ -548,12 +530,6 @@ class Local:
 
     def __call__(self, x: Tensor) -> Tensor:
         return _times_pow2(*self.parts(x), self._behind)
-
-    def some(self, samples: slice) -> Local:
-        """The map of some samples alone."""
-        assert isinstance(self.rows, Data)
-        left, right, exponent = (part[..., samples, :] for part in (self.left, self.right, self.exponent[..., None]))
-        return Local(self.rows.some(samples), self.k, self.n_sites, left, right, exponent.squeeze(-1))
 
     def grams(self) -> tuple[Tensor, Tensor, Tensor]:
         """Second moments of both factors of what the samples see; see ``Data.grams``."""

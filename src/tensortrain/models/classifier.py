@@ -142,7 +142,7 @@ class MPSClassifier(TensorModel):
         n_steps: int = 3,
         ridge: float = 1e-6,
         lr: float = 1e-3,
-        batch_size: int | None = None,
+        batch_size: int = 128,
         validation: tuple[Tensor, Tensor] | None = None,
         checkpoint: str | Path | None = None,
         observer: Callable[[History], object] | None = None,
@@ -161,10 +161,9 @@ class MPSClassifier(TensorModel):
                 where what the examples show left and right of the cut is about even: cut is what changes scores least.
             n_sweeps: Sweeps, or passes over the data.
             n_steps: Steps of conjugate gradients at every pair of sites.
-            ridge: Weight of the squared norm in the least squares, beside a mean over examples.
-            lr: Of Adam.
-            batch_size: Examples of a step of Adam, 128 by default; or those that a pair of sites is fitted to, drawn
-                anew for each pair: all of them by default.
+            ridge: Weight of the squared norm in the least squares, beside a mean over examples; a share of the mean
+                square of what the examples show of the tensor.
+            lr, batch_size: Of Adam.
             validation: Examples and labels to watch.
             checkpoint: File with which the same call on the same starting model goes on after a kill, to equal bits.
             observer: Called with the history after every sweep; what it raises passes through.
@@ -203,9 +202,9 @@ class MPSClassifier(TensorModel):
             generator=generator,
         )
         if method == "adam":
-            return job.by_steps(lr, batch_size or 128)
+            return job.by_steps(lr, batch_size)
         cuts = Cuts(cutoff, max_bond or max(self.ranks))
-        return ClassifierFit(self, job).by_sweeps(cuts, n_steps, ridge, batch_size)
+        return ClassifierFit(self, job).by_sweeps(cuts, n_steps, ridge)
 
     @torch.no_grad()
     def move_label_(self, site: int) -> MPSClassifier:

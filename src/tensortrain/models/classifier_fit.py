@@ -12,7 +12,6 @@ from torch.nn import functional as F
 from tensortrain.cores.canonical import Gauged
 from tensortrain.cores.environments import Data, Environments
 from tensortrain.cores.sweep import Cuts, sweep
-from tensortrain.models.base import seed_from
 from tensortrain.models.least_squares import LeastSquares, evened, labelled, moments
 from tensortrain.models.supervised import Supervised
 from tensortrain.system.history import History
@@ -32,23 +31,18 @@ class ClassifierFit:
     bases: list[Tensor] = field(default_factory=list)  # of the vectors at each site
 
     @torch.no_grad()
-    def by_sweeps(self, cuts: Cuts, n_steps: int, ridge: float, batch_size: int | None) -> History:
+    def by_sweeps(self, cuts: Cuts, n_steps: int, ridge: float) -> History:
         """Sweeps of two sites; the label moves along and ends at the first: elsewhere it would need higher ranks."""
         model, site = self.model, self.model.label
         assert site is not None
-        x, y, generator = self.job.x, self.job.y, None
-        if batch_size is not None and batch_size < len(y):  # samples in a random order: a part of them is a batch
-            generator = torch.Generator().manual_seed(seed_from(self.job.generator))
-            order = torch.randperm(len(y), generator=generator).to(y.device)
-            x, y = x[order], y[order]
-        vectors = list(model._vectors(x))
+        vectors = list(model._vectors(self.job.x))
         self.bases = [_even_basis(here) for here in vectors]
         vectors = [here @ basis for here, basis in zip(vectors, self.bases, strict=True)]
         inverses = [torch.linalg.inv(basis.double()) for basis in self.bases]
         cores = [(inverse.to(core.dtype) @ core.detach()) for inverse, core in zip(inverses, model.cores, strict=True)]
         state = labelled(cores, site)
-        target = F.one_hot(y, model.n_classes).T.to(vectors[0].dtype)  # classes, samples
-        problem = LeastSquares(target, n_steps, ridge, is_scaled=True, batch_size=batch_size, generator=generator)
+        target = F.one_hot(self.job.y, model.n_classes).T.to(vectors[0].dtype)  # classes, samples
+        problem = LeastSquares(target, n_steps, ridge, is_scaled=True)
 
         def figures(state: Gauged) -> dict[str, Any]:
             self._put(state)
@@ -65,7 +59,6 @@ class ClassifierFit:
             observer=self.job.observer,
             checkpoint=self.job.checkpoint,
             inputs=(self.job.x, self.job.y),
-            generator=generator,
         )
         self._put(state)
         return history

@@ -34,27 +34,19 @@ class LeastSquares:
         n_steps: Steps of conjugate gradients.
         is_scaled: Whether they go in a space where what the samples show is about even in all directions. The features
             of neighbouring sites are far from even, and without that few steps do little.
-        batch_size: Samples that a pair of sites looks at, drawn anew for each; all of them by default.
-        generator: Draws them.
     """
 
     target: Tensor
     n_steps: int
     ridge: float
     is_scaled: bool = False
-    batch_size: int | None = None
-    generator: torch.Generator | None = None
 
     def improved(self, local: Tensor, at: Local, k: int) -> Tensor:
-        """A tensor of two sites with a smaller loss on the samples it looks at; never a larger one."""
-        target = self.target
-        if self.batch_size is not None and self.batch_size < target.shape[1]:
-            samples = self._drawn()
-            target, at = target[:, samples], at.some(samples)
-        n_samples = target.shape[1]
+        """A tensor of two sites with a smaller loss; never a larger one."""
+        n_samples = self.target.shape[1]
         scale: _Scale | _Plain = _Scale.of(at, local.dtype) if self.is_scaled else _Plain()
         ridge = self.ridge * scale.size
-        residual = target - at(local)
+        residual = self.target - at(local)
         gradient = at.adjoint(residual) / n_samples - ridge * local
         direction = step = scale(gradient)
         square = (step * gradient).sum()
@@ -68,14 +60,6 @@ class LeastSquares:
             before, square = square, (step * gradient).sum()
             direction = step + torch.where(before > 0, square / before, 0.0) * direction
         return local
-
-    def _drawn(self) -> slice:
-        """One of the parts in which the samples lie, in the order they have."""
-        assert self.batch_size is not None
-        n = self.target.shape[1]
-        n_parts = -(-n // self.batch_size)
-        k = int(torch.randint(n_parts, (), generator=self.generator))
-        return slice(k * n // n_parts, (k + 1) * n // n_parts)
 
 
 def moments(at: Local, k: int = 0) -> tuple[Tensor, Tensor]:

@@ -152,7 +152,7 @@ def clothes(seed: int) -> Tensor:
 
 
 def completed(model: BornMachine, x: Tensor, seed: int) -> list[str]:
-    """Of eight images, four of them to learn from, the lower half by the law under the upper one; bits in hexadecimal."""
+    """The lower halves of eight images, four of them to learn from, by the law under the upper ones; in hexadecimal."""
     given = x[SHOWN].clone()
     given[:, 392:] = -1
     return [as_hex(image) for image in model.sample(len(SHOWN), given=given, generator=seeded(seed))]
@@ -256,7 +256,7 @@ def _classified(
     model: Any, x: Tensor, y: Tensor, x_test: Tensor, y_test: Tensor, seed: int, options: dict[str, Any]
 ) -> dict[str, Any]:
     start = time.perf_counter()
-    known = ("method", "max_bond", "n_sweeps", "n_steps", "lr", "batch_size", "cutoff", "ridge", "validation")
+    known = ("method", "max_bond", "n_sweeps", "n_steps", "lr", "batch_size", "cutoff", "ridge", "whiten", "validation")
     keywords = {name: options[name] for name in known if name in options}
     history = model.fit(
         x, y, generator=seeded(seed), observer=lambda h: print(len(h), h.rows()[-1], flush=True), **keywords

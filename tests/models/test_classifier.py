@@ -321,3 +321,27 @@ def test_bad_sizes_are_refused() -> None:
         MPSClassifier(4, 2, label=4)
     with pytest.raises(KindError, match="feature_map"):
         MPSClassifier(4, 2, feature_map="sine")
+
+
+@pytest.mark.parametrize("name", ["trig", "linear", "poly", "fourier"])
+def test_whitened_sweeps_learn_from_hundreds_of_features(name: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.rand(60, 150, generator=generator) ** 4, torch.arange(60) % 3
+    x[torch.arange(60), 50 * y] = 0.9
+    x[torch.arange(60), 50 * ((y + 1) % 3)] = 0.1
+    model = MPSClassifier(150, 3, bond_dim=2, feature_map=name, generator=generator)
+    history = model.fit(x, y, max_bond=5, n_sweeps=1, whiten=True)
+    assert history.accuracy[-1] >= 0.9
+    assert history.accuracy[-1] == pytest.approx(float((model(x).argmax(1) == y).float().mean()))
+
+
+def test_whitened_sweeps_never_get_worse_without_cuts() -> None:
+    losses = []
+    model, x, y = classifier(), examples(n=40), labels(40)
+    target = nn.functional.one_hot(y, CLASSES).double()
+
+    def look(history: object) -> None:
+        losses.append(float((model(x).detach() - target).square().mean()))
+
+    model.fit(x, y, n_sweeps=4, max_bond=50, cutoff=0.0, ridge=0.0, whiten=True, observer=look)
+    assert all(later <= earlier + 1e-12 for earlier, later in itertools.pairwise(losses))

@@ -301,28 +301,17 @@ class Data:
             total = (before.conj() * y[..., None]).mT @ after.conj()
         return total.flatten(-2).unflatten(-1, (left.shape[-1], *modes, right.shape[-1]))
 
-    def grams(
-        self, k: int, left: Tensor, right: Tensor, exponent: Tensor, n_sites: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def grams(self, k: int, left: Tensor, right: Tensor, n_sites: int) -> tuple[Tensor, Tensor]:
         """Second moments ``(r n_1 .., r n_1 ..)`` and ``(.. s, .. s)`` of both factors of what a local tensor sees.
 
-        In both of them a sample has the weight that it has in the whole; beside them the sum of these weights, the
-        squared size of all that is seen.
+        Every sample counts alike, whatever its power of two: of long products a few would be all there is.
         """
         total: list[Tensor] = []
-        size = torch.exp2(exponent.to(left.dtype))
         for rows in _chunks(left.shape[0]):
-            before, after = self._halves(k, left[rows], right[rows], n_sites, rows)
-            of_before, of_after = (
-                torch.linalg.vector_norm(half, dim=-1) * size[rows].sqrt() for half in (before, after)
-            )
-            before, after = (
-                before * (size[rows].sqrt() * of_after)[:, None],
-                after * (size[rows].sqrt() * of_before)[:, None],
-            )
-            parts = [before.mH @ before, after.mH @ after, (of_before * of_after).square().sum()]
+            halves = self._halves(k, left[rows], right[rows], n_sites, rows)
+            parts = [half.mH @ half for half in halves]
             total = [a + b for a, b in zip(total, parts, strict=True)] if total else parts
-        return total[0], total[1], total[2]
+        return total[0], total[1]
 
     def _apply_labelled(self, k: int, left: Tensor, right: Tensor, x: Tensor, n_sites: int) -> Tensor:
         """All labels in one product, for as many samples at a time as stay in the cache."""
@@ -531,10 +520,10 @@ class Local:
     def __call__(self, x: Tensor) -> Tensor:
         return _times_pow2(*self.parts(x), self._behind)
 
-    def grams(self) -> tuple[Tensor, Tensor, Tensor]:
+    def grams(self) -> tuple[Tensor, Tensor]:
         """Second moments of both factors of what the samples see; see ``Data.grams``."""
         assert isinstance(self.rows, Data)
-        return self.rows.grams(self.k, self.left, self.right, self.exponent, self.n_sites)
+        return self.rows.grams(self.k, self.left, self.right, self.n_sites)
 
     def parts(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """``(m, e)`` with the value ``m * 2**e``, an exponent for each member (and sample)."""

@@ -141,6 +141,7 @@ class MPSClassifier(TensorModel):
         n_sweeps: int = 3,
         n_steps: int = 3,
         ridge: float = 1e-6,
+        whiten: bool = False,
         lr: float = 1e-3,
         batch_size: int = 128,
         validation: tuple[Tensor, Tensor] | None = None,
@@ -157,12 +158,14 @@ class MPSClassifier(TensorModel):
                 squares, and choose the ranks by singular values; the label moves along, and stays at the first site.
                 ``"adam"``: all cores at once, by cross entropy, at fixed ranks.
             max_bond: Cap on every rank of two-site sweeps; the present largest one by default.
-            cutoff: Largest root-sum-square of the singular values that a split cuts, a share of the norm, in a space
-                where what the examples show left and right of the cut is about even: cut is what changes scores least.
+            cutoff: Largest root-sum-square of the singular values that a split cuts, a share of the norm.
             n_sweeps: Sweeps, or passes over the data.
             n_steps: Steps of conjugate gradients at every pair of sites.
-            ridge: Weight of the squared norm in the least squares, beside a mean over examples; a share of the mean
-                square of what the examples show of the tensor.
+            ridge: Weight of the squared norm in the least squares, beside a mean over examples.
+            whiten: Whether two-site sweeps go in a space where what the examples show is about even in all directions:
+                steps reach further, a cut takes what changes scores least, and ``ridge`` is a share of what the present
+                tensor gives for its norm. For thousands of examples of a hundred features and more, whose scores are
+                else lost in rounding; few examples are memorized sooner.
             lr, batch_size: Of Adam.
             validation: Examples and labels to watch.
             checkpoint: File with which the same call on the same starting model goes on after a kill, to equal bits.
@@ -204,7 +207,7 @@ class MPSClassifier(TensorModel):
         if method == "adam":
             return job.by_steps(lr, batch_size)
         cuts = Cuts(cutoff, max_bond or max(self.ranks))
-        return ClassifierFit(self, job).by_sweeps(cuts, n_steps, ridge)
+        return ClassifierFit(self, job).by_sweeps(cuts, n_steps, ridge, whiten)
 
     @torch.no_grad()
     def move_label_(self, site: int) -> MPSClassifier:

@@ -31,18 +31,18 @@ class ClassifierFit:
     bases: list[Tensor] = field(default_factory=list)  # of the vectors at each site
 
     @torch.no_grad()
-    def by_sweeps(self, cuts: Cuts, n_steps: int, ridge: float) -> History:
+    def by_sweeps(self, cuts: Cuts, n_steps: int, ridge: float, whiten: bool) -> History:
         """Sweeps of two sites; the label moves along and ends at the first: elsewhere it would need higher ranks."""
         model, site = self.model, self.model.label
         assert site is not None
-        vectors = list(model._vectors(self.job.x))
-        self.bases = [_even_basis(here) for here in vectors]
-        vectors = [here @ basis for here, basis in zip(vectors, self.bases, strict=True)]
-        inverses = [torch.linalg.inv(basis.double()) for basis in self.bases]
-        cores = [(inverse.to(core.dtype) @ core.detach()) for inverse, core in zip(inverses, model.cores, strict=True)]
+        vectors, cores = list(model._vectors(self.job.x)), [core.detach() for core in model.cores]
+        if whiten:
+            self.bases = [_even_basis(here) for here in vectors]
+            vectors = [here @ basis for here, basis in zip(vectors, self.bases, strict=True)]
+            cores = [torch.linalg.solve(basis, core) for basis, core in zip(self.bases, cores, strict=True)]
         state = labelled(cores, site)
         target = F.one_hot(self.job.y, model.n_classes).T.to(vectors[0].dtype)  # classes, samples
-        problem = LeastSquares(target, n_steps, ridge, is_scaled=True)
+        problem = LeastSquares(target, n_steps, ridge, is_scaled=whiten)
 
         def figures(state: Gauged) -> dict[str, Any]:
             self._put(state)
@@ -54,7 +54,7 @@ class ClassifierFit:
             problem.improved,
             n_sites=min(2, len(state.cores)),
             schedule=[cuts] * self.job.n_sweeps,
-            metric=moments if len(state.cores) > 1 else None,
+            metric=moments if whiten and len(state.cores) > 1 else None,
             figures=figures,
             observer=self.job.observer,
             checkpoint=self.job.checkpoint,
@@ -66,9 +66,11 @@ class ClassifierFit:
     def _put(self, state: Gauged) -> None:
         """The model takes the state over."""
         model = self.model
-        cores = [basis @ core for basis, core in zip(self.bases, state.cores, strict=True)]
+        cores = [core.clone() for core in state.cores]
         scale = torch.exp2(state.exponent.to(cores[state.center].dtype))
         cores[state.center] = cores[state.center] * scale
+        if self.bases:
+            cores = [basis @ core for basis, core in zip(self.bases, cores, strict=True)]
         model.label = state.center
         model._take(cores)
 

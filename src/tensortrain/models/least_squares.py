@@ -44,9 +44,10 @@ class LeastSquares:
     def improved(self, local: Tensor, at: Local, k: int) -> Tensor:
         """A tensor of two sites with a smaller loss; never a larger one."""
         n_samples = self.target.shape[1]
-        scale: _Scale | _Plain = _Scale.of(at, local.dtype) if self.is_scaled else _Plain()
-        ridge = self.ridge * scale.size
-        residual = self.target - at(local)
+        scale = _Scale.of(at, local.dtype) if self.is_scaled else _as_it_is
+        seen = at(local)
+        ridge = self._weight(local, seen)
+        residual = self.target - seen
         gradient = at.adjoint(residual) / n_samples - ridge * local
         direction = step = scale(gradient)
         square = (step * gradient).sum()
@@ -61,10 +62,17 @@ class LeastSquares:
             direction = step + torch.where(before > 0, square / before, 0.0) * direction
         return local
 
+    def _weight(self, local: Tensor, seen: Tensor) -> Tensor | float:
+        """Of the squared norm: scaled, a share of what the present tensor gives for its own."""
+        if not self.is_scaled:
+            return self.ridge
+        norm = local.square().sum()
+        return self.ridge * torch.where(norm > 0, seen.square().sum() / seen.shape[1] / norm, 0.0)
+
 
 def moments(at: Local, k: int = 0) -> tuple[Tensor, Tensor]:
     """Second moments of what the samples show left and right of the cut between two sites, as a metric of ``split``."""
-    left, right, _ = at.grams()
+    left, right = at.grams()
     return evened(left.double()), evened(right.double())
 
 
@@ -75,13 +83,8 @@ def evened(gram: Tensor) -> Tensor:
     return share + _EVEN / len(gram) * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
 
 
-class _Plain:
-    """Nothing is scaled."""
-
-    size = 1.0
-
-    def __call__(self, gradient: Tensor) -> Tensor:
-        return gradient
+def _as_it_is(gradient: Tensor) -> Tensor:
+    return gradient
 
 
 @dataclass(frozen=True)
@@ -90,13 +93,11 @@ class _Scale:
 
     left: Tensor
     right: Tensor
-    size: float  # mean square of all that is seen, which a ridge goes by
 
     @classmethod
     def of(cls, at: Local, dtype: torch.dtype) -> _Scale:
-        left, right, size = at.grams()
-        inverses = [torch.linalg.inv(evened(gram.double())).to(dtype) for gram in (left, right)]
-        return cls(inverses[0], inverses[1], float(size) / max(1, at.left.shape[0]))
+        left, right = (torch.linalg.inv(moment).to(dtype) for moment in moments(at))
+        return cls(left, right)
 
     def __call__(self, gradient: Tensor) -> Tensor:
         matrix = gradient.reshape(gradient.shape[0], len(self.left), len(self.right))

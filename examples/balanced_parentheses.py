@@ -35,9 +35,9 @@ def is_word(x: Tensor, depth: int) -> Tensor:
     return (height >= 0).all(1) & (height <= depth).all(1) & (height[:, -1] == 0)
 
 
-def learnt(every: Tensor, share: float, depth: int, generator: torch.Generator) -> tt.models.BornMachine:
+def learnt(every: Tensor, share: float, rank: int, generator: torch.Generator) -> tt.models.BornMachine:
     few = every[torch.randperm(len(every), generator=generator)[: max(1, int(share * len(every)))]]
-    return tt.models.BornMachine.from_samples(few, max_bond=depth + 1, dtype=torch.float64)
+    return tt.models.BornMachine.from_samples(few, max_bond=rank, dtype=torch.float64)
 
 
 def support(model: tt.models.BornMachine, every: Tensor) -> float:
@@ -57,7 +57,7 @@ def main() -> None:
     generator = torch.Generator().manual_seed(options.seed)
     print(f"{len(every)} words of length {options.length}, at most {options.depth} deep")
     for share in (0.01, 0.02, 0.05, 0.1, 0.2, 1.0):
-        model = learnt(every, share, options.depth, generator)
+        model = learnt(every, share, options.depth + 1, generator)
         drawn = model.sample(2000, generator=generator)
         valid = float(is_word(drawn, options.depth).double().mean())
         new = "".join("()"[bit] for bit in drawn[0].tolist())

@@ -26,7 +26,8 @@ from tensortrain.data import fashion_mnist
 from tensortrain.models import BornMachine, MPSClassifier, RecurrentArithmeticCircuit, ScoreNetwork
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent))
+sys.path[:0] = [str(HERE.parent), str(HERE.parents[1] / "examples")]
+from balanced_parentheses import learnt, support, words  # noqa: E402
 from study import run_tasks  # noqa: E402
 
 
@@ -72,6 +73,36 @@ def sequences(seed: int, options: dict[str, Any]) -> dict[str, Any]:
                 "seconds_each": (time.process_time() - start) / shuffles,
             }
         )
+    return {"rows": rows}
+
+
+def languages(seed: int, options: dict[str, Any]) -> dict[str, Any]:
+    """Languages of few states from a share of their words: over how many of them the law is spread."""
+    n, numbers = options["bits"], torch.arange(2 ** options["bits"])
+    every = {
+        "balanced parentheses": (words(options["length"], options["depth"]), options["depth"] + 1),
+        "divisible by three": (bits_of(numbers[numbers % 3 == 0], n), 3),
+    }
+    rows = []
+    for name, (known, rank) in every.items():
+        for share in options["shares"]:
+            start, supports, inside = time.process_time(), [], []
+            for shuffle in range(options["shuffles"]):
+                model = learnt(known, share, rank, seeded(1000 * seed + shuffle))
+                supports.append(support(model, known))
+                inside.append(float(model.log_prob(known).detach().exp().sum()))
+            rows.append(
+                {
+                    "language": name,
+                    "words": len(known),
+                    "rank": rank,
+                    "share": share,
+                    "support_mean": statistics.mean(supports),
+                    "support_std": statistics.pstdev(supports),
+                    "probability_of_words": statistics.mean(inside),
+                    "seconds_each": (time.process_time() - start) / options["shuffles"],
+                }
+            )
     return {"rows": rows}
 
 
@@ -325,8 +356,8 @@ def _one_hot(first: Tensor, last: Tensor) -> Tensor:
 TASKS: dict[str, Callable[[int, dict[str, Any]], dict[str, Any]]] = {
     task.__name__: task
     for task in (
-        *(sequences, patterns, digits_law, fashion_law, classify_all_cores, classify_two_site, classify_patches),
-        memory,
+        *(sequences, languages, patterns, digits_law, fashion_law),
+        *(classify_all_cores, classify_two_site, classify_patches, memory),
     )
 }
 

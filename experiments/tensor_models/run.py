@@ -204,6 +204,8 @@ def draw(runs: dict[str, Any], folder: Path) -> None:
     if "fashion_law" not in runs:
         return
     rows = runs["fashion_law"][0]["rows"]
+    if any("completed" not in row for row in rows):
+        return
     best = min(rows, key=lambda row: row["held_out_nll"][-1])
     x = clothes(0)[SHOWN]
     half = x.clone()

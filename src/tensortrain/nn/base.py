@@ -16,6 +16,7 @@ from tensortrain.system.tracing import is_traced
 from .cores import Cores, held_cores, list_cores
 from .derived import read_only
 from .inputs import Traced
+from .kept import forget_kept_ways, kept_bytes, told_spec
 from .runner import DENSE_LIMIT_BYTES, Runner
 
 __all__ = ["FactorizedLayer", "Implementation"]
@@ -298,7 +299,7 @@ class FactorizedLayer(Traced):
     @property
     def resident_cache_bytes(self) -> int:
         """Bytes of derived weights that the layer keeps at present."""
-        return self.runner.cache.nbytes
+        return self.runner.cache.nbytes + kept_bytes(list(self.cores.parameters()))
 
     def config(self) -> dict[str, Any]:
         """Constructor arguments as plain data, without the cores."""
@@ -325,6 +326,7 @@ class FactorizedLayer(Traced):
     def take_spec(self, spec: FactorSpec) -> None:
         """Become a layer of this spec; the cores are not touched."""
         self.spec, self._group_spec = spec, spec.one_group()
+        self._told_spec = told_spec(spec)
         self.runner = self._make_runner()
 
     def _make_runner(self) -> Runner:
@@ -357,6 +359,7 @@ class FactorizedLayer(Traced):
     def clear_cache(self) -> None:
         """Drop derived weights. Needed only after cores were changed behind autograd's back (``.data``)."""
         self.runner.forget()
+        forget_kept_ways(list(self.cores.parameters()))
 
     def _apply(self: Self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self.clear_cache()  # torch may swap parameters, which nothing may hold weakly then
@@ -374,6 +377,7 @@ class FactorizedLayer(Traced):
             for name in _OF_BEFORE:
                 self.__dict__.pop(name, None)
             self.runner = self._make_runner()
+        self.__dict__.setdefault("_told_spec", told_spec(self.spec))
 
 
 def _sigma(layer: FactorizedLayer, init: Init) -> float:

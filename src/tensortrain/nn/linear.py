@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 
-from tensortrain.contract import Plan
+from tensortrain.contract import ChainShape, Plan
 from tensortrain.errors import ShapeError
 from tensortrain.formats import PLAIN, FactorSpec, Rank, Weighting, WeightShape, get_format
 from tensortrain.formats.channel_order import NATURAL, ChannelOrder, Ordered
@@ -18,6 +18,7 @@ from tensortrain.system.tracing import sizes_of
 
 from .base import FactorizedLayer, Implementation, Init
 from .inputs import is_plain_input, map_nested, once, traceable
+from .kept import multiply_by_kept_weights, runs_by_kept, what_stands_in
 from .runner import Runner, may_be_dense
 
 __all__ = ["Linear"]
@@ -25,6 +26,7 @@ __all__ = ["Linear"]
 Self = TypeVar("Self", bound="Linear")
 
 
+@what_stands_in("linear")
 class Linear(FactorizedLayer):
     r"""``torch.nn.Linear`` with the weight as a product of small cores: ``y = x W^T + b``.
 
@@ -225,7 +227,16 @@ class Linear(FactorizedLayer):
             y = None if way is None else way(self, input)
             if y is not None:
                 return y
+        elif self._runs_by_kept(input):
+            return multiply_by_kept_weights(self, input)
         return self._run(input)
+
+    def _runs_by_kept(self, x: Tensor) -> bool:
+        """Whether a compiled program runs the layer as it is run here, by what lies ready from call to call."""
+        if self.ordered is not None or not is_plain_input(x) or x.ndim == 0 or x.shape[-1] != self.in_features:
+            return False
+        is_chain = self.runner._told[0] == ChainShape.__name__  # the kernels sweep over no other products
+        return is_chain and runs_by_kept(self, [x] if self.bias is None else [x, self.bias])
 
     @traceable
     @once

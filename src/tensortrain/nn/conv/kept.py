@@ -13,7 +13,7 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tensortrain.formats import FactorSpec, get_format
 from tensortrain.nn.conv.layout import in_torchs_layout, swap_channels
@@ -22,7 +22,7 @@ from tensortrain.system.native import library
 from tensortrain.system.native.load import loaded
 from tensortrain.system.tracing import constant_when_traced, is_transformed
 
-__all__ = ["are_served", "can_keep", "convolve_by_kept_kernel", "forget_kept_kernel", "kept_kernel_bytes"]
+__all__ = ["can_keep", "convolve_by_kept_kernel", "forget_kept_kernel", "kept_kernel_bytes"]
 
 _ENDS: dict[int, Any] = {}  # by address of the first core: what lets the kernel go with it
 
@@ -41,17 +41,6 @@ def can_keep() -> bool:
 def _make_known(kernels: Any) -> None:
     kernels.know_kernel_builder(_built)
     torch.library.register_fake("tensortrain::convolve_by_kept_kernel", _shape_alone)
-
-
-def are_served(tensors: Sequence[Tensor], cores: Sequence[Tensor]) -> bool:
-    """Whether the operation takes an input, perhaps a bias, and cores, which have to be there from call to call."""
-    for core in cores:
-        if not isinstance(core, nn.Parameter):
-            return False
-    for one in (*tensors, *cores):  # noqa: SIM110  # the compiler traces no generators
-        if one.device.type != "cpu" or one.dtype != cores[0].dtype:
-            return False
-    return True
 
 
 def convolve_by_kept_kernel(

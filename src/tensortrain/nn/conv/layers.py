@@ -19,7 +19,6 @@ from tensortrain.formats import FactorSpec, Format, Rank, WeightShape, get_forma
 from tensortrain.nn.base import FactorizedLayer, Implementation, Init, as_tuple
 from tensortrain.nn.conv.choose import Found, Request, fastest_way, predicted
 from tensortrain.nn.conv.kept import (
-    are_served,
     can_keep,
     convolve_by_kept_kernel,
     forget_kept_kernel,
@@ -29,7 +28,7 @@ from tensortrain.nn.conv.layout import in_torchs_layout
 from tensortrain.nn.conv.options import ConvOptions
 from tensortrain.nn.conv.plan import ConvPlan, out_size
 from tensortrain.nn.conv.quick import forget_weights, keep_quick, keep_training
-from tensortrain.nn.conv.traced import dense_work, kept_kernel_wins, name_when_traced, rounded, run_hops, told
+from tensortrain.nn.conv.traced import dense_work, kept_kernel_wins, name_when_traced, rounded, run_hops
 from tensortrain.nn.conv.ways import (
     DenseWay,
     HopsWay,
@@ -42,6 +41,7 @@ from tensortrain.nn.conv.ways import (
 )
 from tensortrain.nn.cores import are_plain
 from tensortrain.nn.inputs import check_plain_layout, once, traceable
+from tensortrain.nn.kept import are_served
 from tensortrain.nn.runner import FEW_WHEN_TRACED, Runner, device_type_of, may_be_dense, trains
 from tensortrain.system.native import library
 from tensortrain.system.tracing import is_traced, is_transformed, sizes_of, static_power_of_two
@@ -117,7 +117,6 @@ class ConvLayer(FactorizedLayer):
             dtype=dtype,
         )
         self._seen_spatial: tuple[int, ...] = tuple(4 * k for k in self.kernel_size)
-        self._told_spec = told(self.spec)
         # Whether the kernel is rebuilt in every call of a traced program, for few inputs and for many.
         self._dense_pays = tuple(self._plan(n, self._seen_spatial, None).uses_dense for n in (1, FEW_WHEN_TRACED))
 
@@ -357,7 +356,7 @@ class ConvLayer(FactorizedLayer):
 
     @property
     def resident_cache_bytes(self) -> int:
-        return super().resident_cache_bytes + kept_kernel_bytes(self.core_list())
+        return super().resident_cache_bytes + kept_kernel_bytes(list(self.cores.parameters()))
 
     def clear_cache(self) -> None:
         super().clear_cache()

@@ -19,7 +19,7 @@ from tensortrain.nn.conv.options import ConvOptions
 from tensortrain.nn.conv.ways import HopsWay
 from tensortrain.system.tracing import constant_when_traced, static_power_of_two
 
-__all__ = ["dense_work", "kept_kernel_wins", "name_when_traced", "rounded", "run_hops", "told"]
+__all__ = ["dense_work", "kept_kernel_wins", "name_when_traced", "rounded", "run_hops"]
 
 _MANY = 32  # examples, or positions along an axis, where a traced program takes any number
 
@@ -45,11 +45,6 @@ class TracedHops:
 
 
 _KNOWN: dict[str, TracedHops] = {}
-
-
-def told(spec: FactorSpec) -> str:
-    """A spec as a traced program can hand it on."""
-    return json.dumps(spec.to_dict())
 
 
 def rounded(sizes: Sequence[int]) -> tuple[int, ...]:
@@ -81,7 +76,7 @@ def name_when_traced(
     """How to run in a traced program: "dense", "" where the cores of the format are no network, or for ``run_hops``.
 
     Args:
-        spec: See ``told``.
+        spec: See ``told_spec``.
         options: Of the convolution.
         batch: Examples.
         positions: Before and after, see ``rounded``.

@@ -31,6 +31,7 @@ from tensortrain.nn.base import FactorizedLayer, Implementation, Init, Self
 from tensortrain.nn.conv.plan import LookupPlan
 from tensortrain.nn.cores import are_plain, held_cores, list_cores
 from tensortrain.nn.inputs import check_plain_layout, map_nested, once, traceable
+from tensortrain.nn.kept import rows_of_kept_tables, runs_by_kept, what_stands_in
 from tensortrain.nn.runner import (
     DENSE_LIMIT_BYTES,
     SMALL_WEIGHT_BYTES,
@@ -52,6 +53,7 @@ _CALLS, _PYTHON_CALLS = (
 )  # small operations that the call of a layer takes, by the kernels' short way and without
 
 
+@what_stands_in("embedding")
 class Embedding(FactorizedLayer):
     r"""``torch.nn.Embedding`` with the table as a product of small cores.
 
@@ -425,6 +427,8 @@ class Embedding(FactorizedLayer):
         return rows.reshape(*ids.shape, self.embedding_dim)
 
     def _core_rows(self, ids: Tensor) -> Tensor:
+        if runs_by_kept(self, ()) and ids.device.type == "cpu":
+            return rows_of_kept_tables(self, ids)
         if self._runs_dense():
             rows = F.embedding(ids, self.runner.dense_weight(self))
             self._keep_way("dense")

@@ -5,6 +5,7 @@
 #include "filters.h"
 #include "grouped.h"
 #include "kept_kernels.h"
+#include "kept_ways.h"
 #include "layer_call.h"
 #include "lookup_python.h"
 #include "recurrent_python.h"
@@ -109,6 +110,14 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("know_kernel_builder", [](py::object build) { kept_kernels().know_builder(std::move(build)); });
   m.def("forget_kept_kernel", [](int64_t address) { kept_kernels().forget(address); });
   m.def("kept_kernel_bytes", [](const Tensors& cores) { return kept_kernels().n_bytes(cores); });
+  m.def("know_way_runner", [](py::object run) { kept_ways().know_runner(std::move(run)); });
+  m.def("keep_short_way", [](const Tensor& core, std::string told, py::object way) {
+    kept_ways().keep<ShortWay>(core, std::move(told), std::move(way));
+  });
+  m.def("keep_rows_way", [](const Tensor& core, std::string told, py::object way) {
+    kept_ways().keep<RowsWay>(core, std::move(told), std::move(way));
+  });
+  m.def("forget_kept_ways", [](int64_t address) { kept_ways().forget(address); });
   m.def("filter", &filters::run);
   m.def("know_core_lists", &know_core_lists);
   m.def("set_idle", [](bool value) { is_idle = value; });

@@ -517,3 +517,11 @@ def test_a_distribution_of_strings_of_unequal_length() -> None:
     assert bool(law.support.check(drawn).all())
     assert bool((drawn == 2).any())
     assert bool(torch.isfinite(law.log_prob(drawn)).all())
+
+
+def test_a_negative_number_of_samples_and_arrays_of_others_are_refused_in_plain_words() -> None:
+    model = BornMachine(4, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(DataError, match="0 or more: n is -3"):
+        model.sample(-3)
+    with pytest.raises(DataError, match=r"it has ndarray.*torch\.as_tensor\(x\)"):
+        model.log_prob(torch.zeros(2, 4, dtype=torch.int64).numpy())  # type: ignore[arg-type]

@@ -99,8 +99,8 @@ def checked_values(x: object, n_sites: int, n_values: int, *, least: int = 0, na
     """
     what = f"{name} must hold values of {n_sites} sites"
     if not isinstance(x, Tensor) or x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
-        found = str(x.dtype) if isinstance(x, Tensor) else type(x).__name__
-        raise DataError(f"{what}: it has {found}, expected an int64 tensor (b, {n_sites}). Convert it with x.long().")
+        found, way = (str(x.dtype), f"{name}.long()") if isinstance(x, Tensor) else _made_tensor(x, name)
+        raise DataError(f"{what}: it has {found}, expected an int64 tensor (b, {n_sites}). Convert it with {way}.")
     if x.ndim != 2 or x.shape[1] != n_sites:
         raise DataError(f"{what}: it has shape {tuple(x.shape)}, expected (b, {n_sites}). Put samples along axis 0.")
     if x.numel():
@@ -112,6 +112,11 @@ def checked_values(x: object, n_sites: int, n_values: int, *, least: int = 0, na
                 "from 0, and give the model as many n_values as there are."
             )
     return x.long()
+
+
+def _made_tensor(x: object, name: str) -> tuple[str, str]:
+    """What something is called, and what makes a tensor of it."""
+    return type(x).__name__, f"torch.as_tensor({name})"
 
 
 def checked_labels(y: object, n_samples: int, n_classes: int) -> Tensor:

@@ -280,10 +280,12 @@ class BornMachine(TensorModel):
             Tensor: ``(n, n_sites)`` int64; of ``variable_length`` filled with ``end``.
 
         Raises:
-            DataError: The condition has probability zero, or a value outside the alphabet.
+            DataError: The condition has probability zero, or a value outside the alphabet; ``n`` is negative.
 
         Cost: O(n n_sites r^2) flops; O(n n_sites r^3) where every sample has a condition of its own.
         """
+        if n < 0:
+            raise DataError(f"a number of samples must be 0 or more: n is {n}. Pass how many strings to draw.")
         if given is not None:
             rows = given if isinstance(given, Tensor) and given.ndim == 2 else _as_row(given)
             given = checked_values(rows, self.n_sites, self._n_symbols, least=-1, name="given")

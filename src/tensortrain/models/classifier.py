@@ -164,8 +164,8 @@ class MPSClassifier(TensorModel):
             ridge: Weight of the squared norm in the least squares, beside a mean over examples.
             whiten: Whether two-site sweeps go in a space where what the examples show is about even in all directions:
                 steps reach further, a cut takes what changes scores least, and ``ridge`` is a share of what the present
-                tensor gives for its norm. For thousands of examples of a hundred features and more, whose scores are
-                else lost in rounding; few examples are memorized sooner.
+                tensor gives for its norm. For thousands of examples of a hundred features and more of the maps "trig",
+                "linear" and "poly", whose scores are else lost in rounding; few examples are memorized sooner.
             lr, batch_size: Of Adam.
             validation: Examples and labels to watch.
             checkpoint: File with which the same call on the same starting model goes on after a kill, to equal bits.

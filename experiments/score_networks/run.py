@@ -163,10 +163,10 @@ def histogram(rows: list[dict[str, Any]]) -> Figure:
         most = math.ceil(row["m"] ** (row["d"] // 2) / share)
         axes.hist(widths, bins=[0.5 + 2 * j for j in range(-1, most // 2 + 2)], color=METHOD_COLOURS[k])
         axes.set_title(f"R = {row['r']}: {100 * row['width_one']:.0f} % at width 1", color=INK, fontsize=10)
-        axes.set_xlabel("least width of a shallow network")
         axes.grid(True, axis="y", color=GRID)
         axes.set_axisbelow(True)
     panels[0].set_ylabel(f"of {rectified[0]['draws']} random networks")
+    figure.supxlabel("least width of a shallow network", fontsize=10)
     return figure
 
 

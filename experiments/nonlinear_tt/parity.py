@@ -108,7 +108,7 @@ def main() -> None:
     rows, runs, trials = [], [], []
     for name in given.network or config["networks"]:
         tried = []
-        for lr in config["rates"]:
+        for lr in config["networks"][name].get("rates", config["rates"]):
             path = given.out / f"rate-{file_name(name)}-{lr}.json"
             one = once(path, lambda n=name, lr=lr: run(n, lr, SEED_OF_TRIALS, config, given.data, is_trial=True))
             print("trial", *one.values(), flush=True)

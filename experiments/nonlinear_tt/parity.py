@@ -116,7 +116,7 @@ def main() -> None:
         best = max(tried, key=lambda one: one["accuracy"])["lr"]
         found = []
         for seed in config["seeds"]:
-            path = given.out / f"{file_name(name)}-{seed}.json"
+            path = given.out / f"{file_name(name)}-{best}-{seed}.json"
             found.append(once(path, lambda n=name, s=seed, lr=best: run(n, lr, s, config, given.data, is_trial=False)))
             print(*found[-1].values(), flush=True)
         mean, std = spread(found, "accuracy")

@@ -233,7 +233,7 @@ def budgets(config: dict[str, Any], out: Path, data: str | None) -> dict[str, An
         best = max(tried, key=lambda one: one["held_accuracy"])["lr"]
         found = []
         for seed in config["seeds"]:
-            path = out / f"{format_}-{rank}-{seed}.json"
+            path = out / f"{format_}-{rank}-{best}-{seed}.json"
             found.append(once(path, lambda f=format_, r=rank, s=seed, lr=best: trained(f, r, lr, s, config, parts)))
         row = {"pair": pair, "format": format_, "rank": rank, "lr": best, "n_params": found[0]["n_params"]}
         for key in ("train_accuracy", "test_accuracy"):

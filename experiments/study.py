@@ -27,6 +27,7 @@ __all__ = [
     "run_layers",
     "run_tasks",
     "spread",
+    "write_part",
     "write_tasks",
 ]
 
@@ -157,6 +158,15 @@ def write_tasks(path: Path, runs: dict[str, Any], config: dict[str, Any]) -> dic
     }
     write_text_atomic(path, json.dumps(found, indent=1) + "\n")
     return found["runs"]
+
+
+def write_part(folder: Path, part: str, found: Any) -> None:
+    """``results.json``: this part, with where it comes from; another part in it stays."""
+    path = folder / "results.json"
+    record = json.loads(path.read_text()) if path.is_file() else {"provenance": {}}
+    record[part] = found
+    record["provenance"][part] = provenance()
+    write_text_atomic(path, json.dumps(record, indent=1) + "\n")
 
 
 def best_rate(name: str, rates: Sequence[float], folder: Path, trial: Callable[[float], dict[str, Any]]) -> float:

@@ -29,13 +29,12 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 
 import tensortrain as tt
-from tensortrain.compression import provenance, write_text_atomic
 from tensortrain.viz.report.figures import GRID, INK, METHOD_COLOURS, METHOD_MARKERS, save_figure
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
-from study import by, once, spread  # noqa: E402
+from study import by, once, spread, write_part  # noqa: E402
 
 CHANNELS = ("amplitude_damping", "dephasing")
 
@@ -216,15 +215,6 @@ def noise_figure(rows: list[dict[str, Any]]) -> Figure:
 # -- all -----------------------------------------------------------------------------------------------
 
 
-def keep(folder: Path, part: str, found: Any) -> None:
-    """``results.json``: this part, with where it comes from; another part in it stays."""
-    path = folder / "results.json"
-    record = json.loads(path.read_text()) if path.is_file() else {"provenance": {}}
-    record[part] = found
-    record["provenance"][part] = provenance()
-    write_text_atomic(path, json.dumps(record, indent=1) + "\n")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs") / HERE.name)
@@ -245,7 +235,7 @@ def main() -> None:
         rows = layers_table(runs) if part == "layers" else noise_table(runs, settings)
         figure = layers_figure(rows) if part == "layers" else noise_figure(rows)
         save_figure(figure, given.record / f"{part}.png")
-        keep(given.record, part, {"rows": rows, "runs": runs})
+        write_part(given.record, part, {"rows": rows, "runs": runs})
 
 
 if __name__ == "__main__":

@@ -28,7 +28,6 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from tensortrain.compression import provenance, write_text_atomic
 from tensortrain.data import fashion_mnist
 from tensortrain.models import ScoreNetwork, separation_rank
 from tensortrain.viz.report.figures import GRID, INK, METHOD_COLOURS, METHOD_MARKERS, save_figure
@@ -36,7 +35,7 @@ from tensortrain.viz.report.figures import GRID, INK, METHOD_COLOURS, METHOD_MAR
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
-from study import once, spread  # noqa: E402
+from study import once, spread, write_part  # noqa: E402
 
 PRIME = 67_108_859  # below 2**26: a residue times a weight, summed over a hundred terms, is exact in float64
 AT_ONCE = 10  # draws that are recorded together
@@ -263,15 +262,6 @@ def curves(rows: list[dict[str, Any]]) -> Figure:
     return figure
 
 
-def keep(folder: Path, part: str, found: Any) -> None:
-    """``results.json``: this part, with where it comes from; another part in it stays."""
-    path = folder / "results.json"
-    record = json.loads(path.read_text()) if path.is_file() else {"provenance": {}}
-    record[part] = found
-    record["provenance"][part] = provenance()
-    write_text_atomic(path, json.dumps(record, indent=1) + "\n")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs") / HERE.name)
@@ -302,7 +292,7 @@ def main() -> None:
             if given.only:
                 continue
             save_figure(histogram(found), given.record / "ranks.png")
-        keep(given.record, part, found)
+        write_part(given.record, part, found)
 
 
 if __name__ == "__main__":

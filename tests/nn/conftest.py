@@ -15,3 +15,11 @@ def _default_dtype_and_fixed_plans(default_dtype: torch.dtype) -> Iterator[None]
     torch.set_default_dtype(default_dtype)
     with use_cost_model(CostModel.reference("cpu")):
         yield
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    """What was compiled before, and in the test, is forgotten."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()

@@ -13,9 +13,13 @@ from torch import Tensor, nn
 
 import tensortrain as tt
 from tensortrain.nn.conv import kept
+from tensortrain.nn.keeping import can_keep
 from tensortrain.system.native import library, python_only
 
-pytestmark = pytest.mark.skipif(library() is None, reason="the kernels are not built")
+pytestmark = [
+    pytest.mark.skipif(library() is None, reason="the kernels are not built"),
+    pytest.mark.usefixtures("fresh_compiler"),
+]
 
 LAYERS: dict[str, Any] = {
     "low_rank": lambda: tt.nn.Conv2d(6, 10, 3, padding=1, format="low_rank", rank=4),
@@ -27,18 +31,11 @@ INPUTS = {"low_rank": (2, 6, 7, 7), "train, strides, groups": (1, 8, 9, 9), "one
 INPUTS["transposed"] = (2, 6, 5, 5)
 
 
-@pytest.fixture(autouse=True)
-def _from_scratch() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
 @pytest.fixture
 def n_built() -> Iterator[list[str]]:
     """The specs that kernels were built of."""
     kernels: Any = library()
-    assert kept.can_keep()
+    assert can_keep()
     built: list[str] = []
 
     def noting(told: str, is_transposed: bool, cores: Any) -> Tensor:

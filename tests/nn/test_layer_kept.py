@@ -13,9 +13,13 @@ from torch import Tensor, nn
 
 import tensortrain as tt
 from tensortrain.nn import kept
+from tensortrain.nn.keeping import can_keep
 from tensortrain.system.native import library, python_only
 
-pytestmark = pytest.mark.skipif(library() is None, reason="the kernels are not built")
+pytestmark = [
+    pytest.mark.skipif(library() is None, reason="the kernels are not built"),
+    pytest.mark.usefixtures("fresh_compiler"),
+]
 
 Case = tuple[Callable[[], Any], Callable[[int], Tensor]]
 LAYERS: dict[str, Case] = {
@@ -39,18 +43,11 @@ LAYERS: dict[str, Case] = {
 every_layer = pytest.mark.parametrize("name", LAYERS)
 
 
-@pytest.fixture(autouse=True)
-def _from_scratch() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
 @pytest.fixture
 def long_ways() -> Iterator[list[str]]:
     """What was told of layers that took the long way."""
     kernels: Any = library()
-    assert kept._can_keep()
+    assert can_keep()
     taken: list[str] = []
 
     def noting(told: str, *args: Any) -> Tensor:

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import copy
 import json
-import weakref
 from collections.abc import Sequence
-from functools import cache, lru_cache
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -20,9 +19,9 @@ from torch import Tensor, nn
 from tensortrain.formats import FactorSpec
 from tensortrain.system.native import library
 from tensortrain.system.native.load import loaded
-from tensortrain.system.tracing import constant_when_traced, is_transformed
 
 from .cores import are_plain, list_cores
+from .keeping import EndsWithCore, can_keep, makes_known
 from .runner import Runner
 
 if TYPE_CHECKING:
@@ -43,7 +42,6 @@ Kind = TypeVar("Kind", bound=type)
 _PLAIN = (Tensor, nn.Parameter)
 _KINDS: dict[str, Any] = {}  # by kind of weight
 _RUNNERS: dict[int, dict[str, Runner]] = {}  # by address of the first core, and what is told of the layer
-_ENDS: dict[int, Any] = {}  # what lets them go with that core
 
 
 def what_stands_in(kind: str) -> Any:
@@ -77,7 +75,7 @@ def runs_by_kept(layer: FactorizedLayer, others: Sequence[Tensor]) -> bool:
         return False
     if layer.stand_ins is not None or torch.is_autocast_enabled("cpu") or not are_plain(layer.cores):
         return False
-    return are_served(others, list_cores(layer.cores)) and _can_keep()
+    return are_served(others, list_cores(layer.cores)) and can_keep()
 
 
 def are_served(tensors: Sequence[Tensor], cores: Sequence[Tensor]) -> bool:
@@ -109,17 +107,7 @@ def _told(layer: FactorizedLayer) -> str:
     return f"{layer.implementation}|{layer.dense_limit_bytes}|{layer.may_time_plans}|{layer._told_spec}"
 
 
-@constant_when_traced  # no arguments and a plain answer
-def _can_keep() -> bool:
-    """Whether the operations are there, and the program that is traced need not be transformed."""
-    kernels = library()
-    if kernels is None or is_transformed():
-        return False
-    _make_known(kernels)
-    return True
-
-
-@cache
+@makes_known
 def _make_known(kernels: Any) -> None:
     kernels.know_way_runner(_ran)
     torch.library.register_fake("tensortrain::multiply_by_kept_weights", _product_alone)
@@ -168,10 +156,8 @@ def _bare_layer(told: str) -> Any:
 def _runner_of(told: str, core: Tensor, layer: FactorizedLayer) -> Runner:
     """The runner that goes with the core."""
     address = core._cdata
-    if address not in _ENDS:
+    if _ENDS.begin(core):
         _RUNNERS[address] = {}
-        _ENDS[address] = weakref.finalize(core, _end, address)
-        _ENDS[address].atexit = False
     known = _RUNNERS[address]
     if told not in known:
         known[told] = layer._make_runner()
@@ -180,9 +166,7 @@ def _runner_of(told: str, core: Tensor, layer: FactorizedLayer) -> Runner:
 
 def forget_kept_ways(cores: Sequence[Tensor]) -> None:
     """Let go of what was kept of these cores."""
-    end = _ENDS.pop(cores[0]._cdata, None) if _ENDS and len(cores) else None
-    if end is not None:
-        end()  # and nothing holds the core weakly any more
+    _ENDS.forget(cores)
 
 
 def kept_bytes(cores: Sequence[Tensor]) -> int:
@@ -192,9 +176,11 @@ def kept_bytes(cores: Sequence[Tensor]) -> int:
 
 
 def _end(address: int) -> None:
-    _ENDS.pop(address, None)
     kernels = loaded()
     if kernels is not None:
         kernels.forget_kept_ways(address)
     for runner in _RUNNERS.pop(address, {}).values():
         runner.forget()
+
+
+_ENDS = EndsWithCore(_end)

@@ -7,9 +7,7 @@ operation of the kernels does: it is given the cores, and merges them where they
 from __future__ import annotations
 
 import json
-import weakref
 from collections.abc import Sequence
-from functools import cache
 from typing import Any
 
 import torch
@@ -18,26 +16,13 @@ from torch import Tensor
 from tensortrain.formats import FactorSpec, get_format
 from tensortrain.nn.conv.layout import in_torchs_layout, swap_channels
 from tensortrain.nn.conv.options import ConvOptions
-from tensortrain.system.native import library
+from tensortrain.nn.keeping import EndsWithCore, makes_known
 from tensortrain.system.native.load import loaded
-from tensortrain.system.tracing import constant_when_traced, is_transformed
 
-__all__ = ["can_keep", "convolve_by_kept_kernel", "forget_kept_kernel", "kept_kernel_bytes"]
-
-_ENDS: dict[int, Any] = {}  # by address of the first core: what lets the kernel go with it
+__all__ = ["convolve_by_kept_kernel", "forget_kept_kernel", "kept_kernel_bytes"]
 
 
-@constant_when_traced  # no arguments and a plain answer
-def can_keep() -> bool:
-    """Whether the operation is there, and the program that is traced need not be transformed."""
-    kernels = library()
-    if kernels is None or is_transformed():
-        return False
-    _make_known(kernels)
-    return True
-
-
-@cache
+@makes_known
 def _make_known(kernels: Any) -> None:
     kernels.know_kernel_builder(_built)
     torch.library.register_fake("tensortrain::convolve_by_kept_kernel", _shape_alone)
@@ -61,9 +46,7 @@ def convolve_by_kept_kernel(
 
 def forget_kept_kernel(cores: Sequence[Tensor]) -> None:
     """Let go of the kernel that was kept of these cores."""
-    end = _ENDS.pop(cores[0]._cdata, None) if len(cores) else None
-    if end is not None:
-        end()  # and nothing holds the core weakly any more
+    _ENDS.forget(cores)
 
 
 def kept_kernel_bytes(cores: Sequence[Tensor]) -> int:
@@ -75,10 +58,8 @@ def kept_kernel_bytes(cores: Sequence[Tensor]) -> int:
 
 def _built(told: str, is_transposed: bool, cores: Sequence[Tensor]) -> Tensor:
     """The kernel that cores make; it goes with the first of them."""
-    address = cores[0]._cdata
     forget_kept_kernel(cores)
-    _ENDS[address] = weakref.finalize(cores[0], _end, address)
-    _ENDS[address].atexit = False
+    _ENDS.begin(cores[0])
     spec = FactorSpec.from_dict(json.loads(told))
     with torch.inference_mode(False), torch.no_grad():
         weight = get_format(spec.format).to_dense(list(cores), spec)
@@ -86,10 +67,12 @@ def _built(told: str, is_transposed: bool, cores: Sequence[Tensor]) -> Tensor:
 
 
 def _end(address: int) -> None:
-    _ENDS.pop(address, None)
     kernels = loaded()
     if kernels is not None:
         kernels.forget_kept_kernel(address)
+
+
+_ENDS = EndsWithCore(_end)
 
 
 def _shape_alone(

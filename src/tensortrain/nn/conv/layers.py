@@ -19,7 +19,6 @@ from tensortrain.formats import FactorSpec, Format, Rank, WeightShape, get_forma
 from tensortrain.nn.base import FactorizedLayer, Implementation, Init, as_tuple
 from tensortrain.nn.conv.choose import Found, Request, fastest_way, predicted
 from tensortrain.nn.conv.kept import (
-    can_keep,
     convolve_by_kept_kernel,
     forget_kept_kernel,
     kept_kernel_bytes,
@@ -41,6 +40,7 @@ from tensortrain.nn.conv.ways import (
 )
 from tensortrain.nn.cores import are_plain
 from tensortrain.nn.inputs import check_plain_layout, once, traceable
+from tensortrain.nn.keeping import can_keep
 from tensortrain.nn.kept import are_served
 from tensortrain.nn.runner import FEW_WHEN_TRACED, Runner, device_type_of, may_be_dense, trains
 from tensortrain.system.native import library

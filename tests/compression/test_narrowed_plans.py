@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+from small_models import mlp
 from torch import Tensor, nn
 
 import tensortrain as tt
+from tensortrain.compression.choose import together
 from tensortrain.compression.choose.allocate import Option, summed
+from tensortrain.compression.choose.widths import Width, widths_of
 from tensortrain.compression.survey.layers import count_params
 from tensortrain.errors import CheckpointError, ShapeError
 from tensortrain.system.observer import Silent
@@ -307,3 +313,54 @@ def test_a_plan_that_does_not_fit_is_refused_before_the_decompositions(monkeypat
     other = nn.Sequential(nn.Linear(16, 48), nn.GELU(), nn.Linear(40, 8))
     with pytest.raises(ShapeError, match="hidden units"):
         tt.apply_plan_(other, plan)
+
+
+class Filters(nn.Module):
+    """Convolutions in a row, of some channels."""
+
+    def __init__(self, n: int, depthwise: bool) -> None:
+        super().__init__()
+        self.up, self.norm = nn.Conv2d(6, n, 3, padding=1, bias=False), nn.BatchNorm2d(n)
+        self.between = nn.Conv2d(n, n, 3, padding=1, groups=n, bias=False) if depthwise else nn.Identity()
+        self.down = nn.Conv2d(n, 6, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(torch.relu(self.between(torch.relu(self.norm(self.up(x))))))
+
+
+@pytest.mark.parametrize("depthwise", [False, True])
+@pytest.mark.parametrize(
+    "n, widths", [(6, [1, 2, 3, 4, 5]), (12, [8]), (16, [8]), (40, [8, 16, 32]), (64, [8, 16, 32, 48])]
+)
+def test_channels_of_convolutions_go_in_whole_lanes(n: int, widths: list[int], depthwise: bool) -> None:
+    """31 channels of 32 take longer than all."""
+    torch.manual_seed(0)
+    net, data = Filters(n, depthwise).eval(), batches(4, 6, 8, 8)
+    offered = {one.n_units: one.seconds for one in _offered(net, data, allow_slower=False)}
+    assert [*offered] == widths
+    finer = {one.n_units: one.seconds for one in _offered(net, data, allow_slower=True)}
+    assert [*finer] == list(range(1, n))
+    assert all(finer[k] == seconds for k, seconds in offered.items())
+    if n > 16:
+        assert finer[n - 1] == 1.0  # as long as all
+        assert finer[17] == finer[31] == 32 / n
+
+
+def _offered(net: nn.Module, data: Sequence[Tensor], *, allow_slower: bool) -> Sequence[Width]:
+    found: list[Width] = []
+
+    def noted(*args: Any, **how: Any) -> Any:
+        made = widths_of(*args, **how)
+        found.extend(made.menus[made.reader])
+        return made
+
+    with mock.patch.object(together, "widths_of", noted):
+        tt.plan_compression(net, budget="1.02x", data=data, allow_slower=allow_slower)
+    return found
+
+
+def test_other_units_go_one_by_one() -> None:
+    torch.manual_seed(0)
+    offered = _offered(mlp(12, 40, 6), batches(8, 12), allow_slower=False)
+    assert [one.n_units for one in offered] == list(range(1, 40))
+    assert offered[0].seconds == 1 / 40

@@ -23,7 +23,15 @@ from tensortrain.system.parking import (
 )
 from tensortrain.system.storage import overlaps
 
-__all__ = ["bring_back", "is_offloaded", "let_go_of_weights", "offload", "weights_offloaded"]
+__all__ = [
+    "bring_back",
+    "is_offloaded",
+    "let_go_by_module",
+    "let_go_of_weights",
+    "offload",
+    "resting_in_files",
+    "weights_offloaded",
+]
 
 
 @contextlib.contextmanager
@@ -48,12 +56,40 @@ def weights_offloaded(
         return
     weights = _to_offload(model, but_not)
     try:
-        with memory_given_back(model.parameters()), _let_go_by_module(after_use):
+        with memory_given_back(model.parameters()), let_go_by_module(after_use):
             _put_into_files(weights)
             yield
     except BaseException:
         _put_into_memory([*weights, *model.parameters()])
         raise
+
+
+@contextlib.contextmanager
+def resting_in_files(model: nn.Module) -> Iterator[None]:
+    """Inside, a model's weights lie in files: they take memory from when they are read until they are let go."""
+    _put_into_files(_to_offload(model, lambda module: False))
+    try:
+        yield
+    finally:
+        bring_back(model)
+
+
+@contextlib.contextmanager
+def let_go_by_module(after_use: Callable[[nn.Module], object] = lambda module: None) -> Iterator[None]:
+    """Inside, weights that lie in files take memory only while their own module runs, of whichever model it is.
+
+    One hook serves all modules: one that hangs on a layer would go over to the layer that takes its place.
+    """
+
+    def hook(module: nn.Module, args: Any, output: Any) -> None:
+        after_use(module)
+        let_go_of_weights(module)
+
+    handle = register_module_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def offload(module: nn.Module) -> None:
@@ -107,18 +143,3 @@ def _put_into_memory(weights: Iterable[Tensor]) -> None:
         weight.data = old.clone()
         let_go(old)  # which something else may still hold
     tidy()
-
-
-@contextlib.contextmanager
-def _let_go_by_module(after_use: Callable[[nn.Module], object]) -> Iterator[None]:
-    """A hook for all modules: one that hangs on a layer would go over to the layer that takes its place."""
-
-    def hook(module: nn.Module, args: Any, output: Any) -> None:
-        after_use(module)
-        let_go_of_weights(module)
-
-    handle = register_module_forward_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()

@@ -66,6 +66,8 @@ def _jobs(
     known, notes = calibration.layers, calibration.notes
     every = {layer.name: layer for layer in layers}
     free = {layer.name: layer for layer in layers if not _stands_open(model, layer)}
+    slow = options.allow_slower
+    kept_as = "-slow" if slow else ""  # fewer widths stand on the menu where none may be slow
     if RECURRENT in options.formats:
         chosen = partial(standing_apart, layers=every, moments=calibration)
         for k, cells in enumerate(proven_recurrent(model, calibration, chosen, notes)):
@@ -76,8 +78,9 @@ def _jobs(
         found = proven_units(model, calibration, partial(disjoint, layers=dict(free), moments=known), notes)
         for k, units in enumerate(found):
             free = _without(free, units.names)
-            make_units = partial(widths_of, model, units, every, calibration.of(units.reader))
-            yield (units.reader,), partial(folder.widths, f"units-{k}", Widths, units, make_units)
+            moments = calibration.of(units.reader)
+            make_units = partial(widths_of, model, units, every, moments, allow_slower=slow)
+            yield (units.reader,), partial(folder.widths, f"units-{k}{kept_as}", Widths, units, make_units)
     if WHOLE_HEADS in options.formats:
         whole = partial(apart_whole, layers=free | _of_attention(model, layers), moments=known)
         for k, some in enumerate(proven_whole_heads(model, calibration, whole, notes)):
@@ -85,12 +88,11 @@ def _jobs(
             make_whole = partial(whole_head_widths_of, some, every, calibration.of(some.reader))
             yield (some.reader,), partial(folder.widths, f"whole-heads-{k}", WholeHeadWidths, some, make_whole)
     if HEADS in options.formats:
-        fit, slow = partial(apart, layers=dict(free), moments=known, taken=set()), options.allow_slower
+        fit = partial(apart, layers=dict(free), moments=known, taken=set())
         for k, heads in enumerate(proven_heads(model, calibration, free, fit, notes)):
             moments = calibration.of(heads.judged)
             make_heads = partial(head_widths_of, heads, every, moments, allow_slower=slow)
-            name = f"heads-{k}{'-slow' if slow else ''}"  # fewer widths stand on the menu where none may be slow
-            yield (heads.judged,), partial(folder.widths, name, HeadWidths, heads, make_heads)
+            yield (heads.judged,), partial(folder.widths, f"heads-{k}{kept_as}", HeadWidths, heads, make_heads)
 
 
 def _without(layers: Members, names: Sequence[str]) -> dict[str, FoundLayer]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tensortrain.compression.choose.plan import CompressionPlan, Group, Narrowed
 from tensortrain.compression.opened import opened_for_a_while
 from tensortrain.compression.report.replay import Replay
+from tensortrain.compression.report.turns import give_back
 from tensortrain.compression.surgery import apply_plan_
 from tensortrain.compression.survey.fisher import Metric
 from tensortrain.compression.survey.layers import part_of
@@ -263,6 +264,7 @@ def _in_place(pairs: Sequence[tuple[Any, Any]]) -> Iterator[None]:
             if own is not None:
                 vars(old)["forward"] = own
             new.train(training)
+            give_back(new)  # no hook has seen it run
 
 
 def _nothing(module: nn.Module, args: Any, output: Any) -> None:

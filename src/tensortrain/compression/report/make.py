@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -23,11 +25,14 @@ from tensortrain.compression.report.report import (
     MemoryRow,
     Report,
 )
+from tensortrain.compression.report.turns import Turns
 from tensortrain.compression.stages.base import Work
 from tensortrain.compression.stages.points import Point
 from tensortrain.compression.survey.layers import part_of
 from tensortrain.compression.words import in_short
 from tensortrain.nn import FactorizedLayer
+from tensortrain.system.offloading import resting_in_files
+from tensortrain.system.parking import is_parked
 from tensortrain.system.provenance import provenance
 from tensortrain.train.batches import Parts, n_examples
 from tensortrain.train.preserve import preserved
@@ -121,14 +126,31 @@ def _measured(report: Report, work: Work, plan: CompressionPlan, notes: list[str
     if batch is None:
         return report
     with_labels = calibration is not None and calibration.with_labels
+    with _one_in_memory(work) as turns:
+        return _timed(report, work, batch, with_labels, notes, turns)
+
+
+@contextlib.contextmanager
+def _one_in_memory(work: Work) -> Iterator[Turns]:
+    """Where the original lies in files, the compressed model does so too: they take turns in memory."""
+    is_large = any(map(is_parked, work.original.parameters()))
+    with resting_in_files(work.model) if is_large else contextlib.nullcontext():
+        turns = Turns((work.original, work.model))
+        try:
+            yield turns
+        finally:
+            turns.end()
+
+
+def _timed(report: Report, work: Work, batch: Any, with_labels: bool, notes: list[str], turns: Turns) -> Report:
     latency: list[LatencyRow] = []
     memory: list[MemoryRow] = []
     for size, example in _examples(work.original, batch, work.options.batch_size, with_labels, notes):
         try:
             with preserved(work.original, as_user_runs_it=True):
-                how: dict[str, Any] = {"max_time_s": _MOST_TIMING_S, "fewest_runs": _FEWEST_RUNS}
+                how: dict[str, Any] = {"max_time_s": _MOST_TIMING_S, "fewest_runs": _FEWEST_RUNS, "turns": turns}
                 times = latency_rows(work.original, work.model, example, batches=[size], **how)
-                here: dict[str, Any] = {"have_run": True, "is_tidy": bool(memory)}
+                here: dict[str, Any] = {"have_run": True, "is_tidy": bool(memory), "turns": turns}
                 bytes_held = memory_rows(work.original, work.model, example, batches=[size], **here)
         except Exception as error:
             notes.append(f"Not timed at batch size {size}: the model does not run there ({in_short(error)}).")

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from tensortrain.compression.report.report import LatencyRow, MemoryRow
+from tensortrain.compression.report.turns import Turns
 from tensortrain.errors import ShapeError
 from tensortrain.train.batches import Parts, device_of, map_tensors, read_batch, tensors_in, to_device
 from tensortrain.train.modes import evaluating
@@ -75,6 +76,7 @@ def measure_latency(
     min_time_s: float = 0.2,
     max_time_s: float = 20.0,
     fewest_runs: int = _RUNS_PER_TURN,
+    turns: Turns | None = None,
 ) -> list[Latency]:
     """Time the forward passes of several models, turn about.
 
@@ -91,15 +93,17 @@ def measure_latency(
         min_time_s: Least seconds of timed runs over all models together.
         max_time_s: Seconds after which ``repeats`` is given up, warm-up and untimed runs included.
         fewest_runs: Timed runs of each model, however long they take.
+        turns: Who is in memory, of models whose weights lie in files; these are read before anything is timed.
 
     Returns:
         list: One :class:`Latency` per batch and model, in that order; milliseconds.
     """
     results = []
+    turns = turns or Turns(models.values())
     with evaluating(*models.values()):
         for batch in batches:
             x = _input(inputs, batch)
-            samples = _sample_in_turns(models, x, repeats, min_time_s, max_time_s, fewest_runs)
+            samples = _sample_in_turns(models, x, repeats, min_time_s, max_time_s, fewest_runs, turns)
             first = next(iter(models), "")
             for name, model in models.items():
                 times_ms = sorted(1e3 * seconds for turn in samples[name] for seconds in turn)
@@ -128,6 +132,7 @@ def latency_rows(
     min_time_s: float = 0.2,
     max_time_s: float = 20.0,
     fewest_runs: int = _RUNS_PER_TURN,
+    turns: Turns | None = None,
 ) -> list[LatencyRow]:
     """Time two models by :func:`measure_latency`, one report row per batch size."""
     measured = measure_latency(
@@ -138,6 +143,7 @@ def latency_rows(
         min_time_s=min_time_s,
         max_time_s=max_time_s,
         fewest_runs=fewest_runs,
+        turns=turns,
     )
     return [
         LatencyRow(
@@ -155,20 +161,22 @@ def memory_rows(
     batches: Sequence[int] = (1, 128),
     have_run: bool = False,
     is_tidy: bool = False,
+    turns: Turns | None = None,
 ) -> list[MemoryRow]:
     """Measure peak and resident bytes of two models, one report row per batch size.
 
     Args:
         have_run: Whether both ran at these sizes before, so that the caches built on first use are there.
         is_tidy: Whether garbage was collected just before.
+        turns: Who is in memory, as ``measure_latency`` takes it; the compressed model is, at the end.
     """
-    rows = []
+    rows, turns = [], turns or Turns((dense, compressed))
     if not is_tidy:
         gc.collect()
     for batch in batches:
         x = _input(inputs, batch)
         # Peaks first: a run may build a cached dense weight, which then counts as resident.
-        peaks = _peak(dense, x, warm_up=not have_run), _peak(compressed, x, warm_up=not have_run)
+        peaks = [_peak(model, x, warm_up=not have_run, turns=turns) for model in (dense, compressed)]
         rows.append(MemoryRow(batch, *peaks, resident_bytes(dense), resident_bytes(compressed)))
     return rows
 
@@ -185,12 +193,13 @@ def peak_memory(model: nn.Module, x: Any) -> int:
     Returns:
         int: Bytes.
     """
-    return _peak(model, x, warm_up=True)
+    return _peak(model, x, warm_up=True, turns=Turns((model,)))
 
 
-def _peak(model: nn.Module, x: Any, *, warm_up: bool) -> int:
+def _peak(model: nn.Module, x: Any, *, warm_up: bool, turns: Turns) -> int:
     x = _parts(model, x)
     with evaluating(model), torch.no_grad():
+        turns.begin(model, lambda: _call(model, x))
         if warm_up:
             _call(model, x)
             gc.collect()  # garbage freed during the pass would hide as much new memory
@@ -273,14 +282,25 @@ def shares_batch_axis(call: Parts) -> bool:
 
 
 def _sample_in_turns(
-    models: Mapping[str, nn.Module], x: Any, repeats: int, min_time_s: float, max_time_s: float, fewest: int
+    models: Mapping[str, nn.Module],
+    x: Any,
+    repeats: int,
+    min_time_s: float,
+    max_time_s: float,
+    fewest: int,
+    turns: Turns,
 ) -> dict[str, list[list[float]]]:
     """Seconds of the timed runs of each turn, per model."""
     began = perf_counter()
     inputs = {name: _parts(model, x) for name, model in models.items()}
+
+    def begin(name: str) -> nn.Module:
+        turns.begin(models[name], lambda: _call(models[name], inputs[name]))
+        return models[name]
+
     # Warm up outside inference mode: a dense weight cached here must stay usable for training.
     with torch.no_grad():
-        first = [_seconds(model, inputs[name]) for name, model in models.items()]
+        first = [_seconds(begin(name), inputs[name]) for name in models]
     # A first run may find plans: the quickest tells how long one takes.
     long_turns_s = _FEWEST_PAIRS * len(models) * (1 + _RUNS_PER_TURN) * min(first, default=0.0)
     samples: dict[str, list[list[float]]] = {name: [] for name in models}
@@ -288,7 +308,7 @@ def _sample_in_turns(
     with torch.inference_mode():
         while _n_runs(samples) < fewest or not _enough(samples, repeats, min_time_s, began + max_time_s):
             for name in order:
-                samples[name].append(_one_turn(models[name], inputs[name], is_short=long_turns_s > max_time_s))
+                samples[name].append(_one_turn(begin(name), inputs[name], is_short=long_turns_s > max_time_s))
             order.reverse()
     return samples
 

@@ -103,7 +103,7 @@ def compressed(model: nn.Module, n_words: int) -> Peaks:
     """The peaks of a compression in place."""
     ids = torch.randint(n_words, (3, 1, 48), generator=torch.Generator().manual_seed(0))
     observer = Peaks()
-    options: dict[str, Any] = {"heal": False, "measure": False, "inplace": True, "observer": observer}
+    options: dict[str, Any] = {"heal": False, "inplace": True, "observer": observer}
     tt.compress(model, budget="1.5x", data=[{"input_ids": each} for each in ids], **options)
     observer.on_end()
     return observer

@@ -25,10 +25,11 @@ from tensortrain.system.storage import overlaps
 
 __all__ = [
     "bring_back",
+    "clear_away",
     "is_offloaded",
-    "let_go_by_module",
     "let_go_of_weights",
     "offload",
+    "own_weights",
     "resting_in_files",
     "weights_offloaded",
 ]
@@ -56,7 +57,7 @@ def weights_offloaded(
         return
     weights = _to_offload(model, but_not)
     try:
-        with memory_given_back(model.parameters()), let_go_by_module(after_use):
+        with memory_given_back(model.parameters()), _let_go_by_module(after_use):
             _put_into_files(weights)
             yield
     except BaseException:
@@ -75,7 +76,7 @@ def resting_in_files(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def let_go_by_module(after_use: Callable[[nn.Module], object] = lambda module: None) -> Iterator[None]:
+def _let_go_by_module(after_use: Callable[[nn.Module], object] = lambda module: None) -> Iterator[None]:
     """Inside, weights that lie in files take memory only while their own module runs, of whichever model it is.
 
     One hook serves all modules: one that hangs on a layer would go over to the layer that takes its place.
@@ -92,6 +93,13 @@ def let_go_by_module(after_use: Callable[[nn.Module], object] = lambda module: N
         handle.remove()
 
 
+def clear_away() -> None:
+    """Give back the memory of garbage, of pages of files that were read, and of what the allocator keeps."""
+    gc.collect()
+    let_go_of_all()
+    tidy()
+
+
 def offload(module: nn.Module) -> None:
     """Put a new module's weights into files, those that are worth it."""
     _put_into_files(module.parameters())
@@ -99,7 +107,7 @@ def offload(module: nn.Module) -> None:
 
 def is_offloaded(module: nn.Module) -> bool:
     """Whether some of a module's own weights lie in files."""
-    return any(map(is_parked, _own(module)))
+    return any(map(is_parked, own_weights(module)))
 
 
 def bring_back(model: nn.Module) -> None:
@@ -109,10 +117,11 @@ def bring_back(model: nn.Module) -> None:
 
 def let_go_of_weights(module: nn.Module, *args: Any) -> None:
     """Give back the memory of a module's own weights, where they lie in files. Serves as a hook, too."""
-    let_go(*_own(module))
+    let_go(*own_weights(module))
 
 
-def _own(module: nn.Module) -> Iterator[Tensor]:
+def own_weights(module: nn.Module) -> Iterator[Tensor]:
+    """Of a module alone, without those of modules in it that run by themselves."""
     yield from module.parameters(recurse=False)
     for child in module.children():
         if isinstance(child, nn.ParameterList):  # which is no module that runs
@@ -122,7 +131,7 @@ def _own(module: nn.Module) -> Iterator[Tensor]:
 def _to_offload(model: nn.Module, but_not: Callable[[nn.Module], bool]) -> list[Tensor]:
     tensors = tensors_of(model)
     left = {id(one) for pair in overlaps([(tensor, tensor) for tensor in tensors]) for one in pair}
-    left |= {id(weight) for module in model.modules() if but_not(module) for weight in _own(module)}
+    left |= {id(weight) for module in model.modules() if but_not(module) for weight in own_weights(module)}
     return [weight for weight in model.parameters() if id(weight) not in left]
 
 
@@ -135,9 +144,7 @@ def _put_into_files(weights: Iterable[Tensor]) -> None:
 def _put_into_memory(weights: Iterable[Tensor]) -> None:
     parked = list(filter(is_parked, weights))
     if parked:
-        gc.collect()  # what went in circles, and pages of files that were read, would lie beside all the weights
-        let_go_of_all()
-        tidy()
+        clear_away()  # or it would lie beside all the weights
     for weight in parked:
         old = weight.data
         weight.data = old.clone()

@@ -25,6 +25,7 @@ __all__ = [
     "LARGE_BYTES",
     "activations_parked",
     "are_large",
+    "bring_in",
     "can_park",
     "is_parked",
     "let_go",
@@ -91,6 +92,14 @@ def let_go(*tensors: Tensor | None) -> None:
     for tensor in tensors:
         if tensor is not None and is_parked(tensor):
             _forget_pages(tensor.untyped_storage())
+
+
+def bring_in(*tensors: Tensor | None) -> None:
+    """Read a little of every page of those that are parked, so that whoever reads them next need not wait for any."""
+    for tensor in tensors:
+        if tensor is not None and is_parked(tensor):
+            numbers = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())  # type: ignore[call-overload]
+            numbers[:: mmap.PAGESIZE].amax()
 
 
 def let_go_of_all() -> None:

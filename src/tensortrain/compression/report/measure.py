@@ -93,7 +93,7 @@ def measure_latency(
         min_time_s: Least seconds of timed runs over all models together.
         max_time_s: Seconds after which ``repeats`` is given up, warm-up and untimed runs included.
         fewest_runs: Timed runs of each model, however long they take.
-        turns: Who is in memory, of models whose weights lie in files; these are read before anything is timed.
+        turns: Who is in memory, of models whose weights lie in files; reading these is not counted.
 
     Returns:
         list: One :class:`Latency` per batch and model, in that order; milliseconds.
@@ -300,7 +300,7 @@ def _sample_in_turns(
 
     # Warm up outside inference mode: a dense weight cached here must stay usable for training.
     with torch.no_grad():
-        first = [_seconds(begin(name), inputs[name]) for name in models]
+        first = [_seconds(begin(name), inputs[name], turns) for name in models]
     # A first run may find plans: the quickest tells how long one takes.
     long_turns_s = _FEWEST_PAIRS * len(models) * (1 + _RUNS_PER_TURN) * min(first, default=0.0)
     samples: dict[str, list[list[float]]] = {name: [] for name in models}
@@ -308,7 +308,7 @@ def _sample_in_turns(
     with torch.inference_mode():
         while _n_runs(samples) < fewest or not _enough(samples, repeats, min_time_s, began + max_time_s):
             for name in order:
-                samples[name].append(_one_turn(begin(name), inputs[name], is_short=long_turns_s > max_time_s))
+                samples[name].append(_one_turn(begin(name), inputs[name], turns, is_short=long_turns_s > max_time_s))
             order.reverse()
     return samples
 
@@ -328,20 +328,20 @@ def _ratios_between(first: Sequence[Sequence[float]], other: Sequence[Sequence[f
     return ratios[cut], ratios[-1 - cut]
 
 
-def _one_turn(model: nn.Module, x: Parts, *, is_short: bool) -> list[float]:
+def _one_turn(model: nn.Module, x: Parts, turns: Turns, *, is_short: bool) -> list[float]:
     if is_short:
-        return [_seconds(model, x)]
+        return [_seconds(model, x, turns)]
     _call(model, x)
-    return [_seconds(model, x) for _ in range(_RUNS_PER_TURN)]
+    return [_seconds(model, x, turns) for _ in range(_RUNS_PER_TURN)]
 
 
-def _seconds(model: nn.Module, x: Parts) -> float:
+def _seconds(model: nn.Module, x: Parts, turns: Turns) -> float:
     device = device_of(model)
     _synchronize(device)
-    start = perf_counter()
+    start, paused_s = perf_counter(), turns.paused_s
     _call(model, x)
     _synchronize(device)
-    return perf_counter() - start
+    return perf_counter() - start - (turns.paused_s - paused_s)
 
 
 def _n_runs(samples: Mapping[str, list[list[float]]]) -> int:

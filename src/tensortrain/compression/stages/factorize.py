@@ -16,7 +16,7 @@ from tensortrain.compression.stages.base import Work, stage
 from tensortrain.compression.surgery import to_dense_
 from tensortrain.compression.words import named
 from tensortrain.nn import FactorizedLayer, TiedHead
-from tensortrain.system.offloading import bring_back, is_offloaded, let_go_of_weights, weights_offloaded
+from tensortrain.system.offloading import bring_back, clear_away, is_offloaded, let_go_of_weights, weights_offloaded
 
 __all__ = ["Factorize"]
 
@@ -91,6 +91,8 @@ def _applied(work: Work, plan: CompressionPlan) -> Work:
     is_first = work.plan is None or not options.inplace  # else what was cut is gone
     losses: dict[str, float] = {}
     if options.measure and is_first:
+        if any(map(is_offloaded, model.modules())):
+            clear_away()
         losses = losses_alone(before, model, plan, options.output, work.task or options.task)
     return replace(work, model=model, plan=plan, is_own=True, losses=losses).noted(*notes)
 

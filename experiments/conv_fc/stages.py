@@ -1,10 +1,11 @@
 """One stage against several: the conv-fc network cut at once, or in turns with healing between, at equal steps.
 
 A third of Fashion-MNIST serves, for the dense network too, so that a run takes minutes on one core. Every run starts
-from the same dense network of its seed; turns share what one stage has in epochs. A run that is recorded is not
-repeated, and a killed one goes on where it was.
+from the same dense network of its seed; turns share what one stage has in steps. Validation images, which no network is
+trained on, are there to choose by. A run that is recorded is not repeated, and a killed one goes on where it was.
 
     python experiments/conv_fc/stages.py --out runs/conv_fc_stages
+    python experiments/conv_fc/stages.py --out runs/conv_fc_stages --ways 0.5+1 --shares 1+7    # of the steps
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +30,7 @@ from tensortrain.networks import build
 from tensortrain.networks.conv_fc import DENSE_RECIPE
 
 HERE = Path(__file__).parent
-N_TRAIN, DENSE_EPOCHS, LR = 20_000, 5, 3e-3
+N_TRAIN, N_VALIDATION, BATCH, DENSE_EPOCHS, LR = 20_000, 5_000, 128, 5, 3e-3
 Ways = tuple[float, ...]
 
 
@@ -35,10 +38,13 @@ class Experiment:
     def __init__(self, out: Path, data: str | None) -> None:
         self.out, images = out, fashion_mnist(data)
         self.train = images.train_images[:N_TRAIN], images.train_labels[:N_TRAIN]
+        aside = slice(N_TRAIN, N_TRAIN + N_VALIDATION)
+        validation = images.train_images[aside], images.train_labels[aside]
+        self.validation = image_batches(*validation, batch_size=500, shuffle=False)
         self.test = image_batches(images.test_images, images.test_labels, batch_size=500, shuffle=False)
 
     def train_data(self, seed: int) -> Any:
-        return image_batches(*self.train, batch_size=128, augment=True, seed=seed)
+        return image_batches(*self.train, batch_size=BATCH, augment=True, seed=seed)
 
     def accuracy(self, model: nn.Module) -> float:
         return evaluate_accuracy(model, self.test)
@@ -58,23 +64,25 @@ class Experiment:
         checkpoint.unlink(missing_ok=True)
         return model
 
-    def run(self, budget: str, epochs: int, ways: Ways, seed: int) -> dict[str, Any]:
+    def run(self, budget: str, epochs: int, ways: Ways, shares: Ways, seed: int) -> dict[str, Any]:
         """One compression, recorded.
 
         Args:
             ways: Where the stages end, as parts of the way to the budget in equal ratios.
+            shares: How the steps of the epochs are shared out among them.
         """
-        n_stages, heal = len(ways), {"epochs": epochs // len(ways), "lr": LR}
-        is_even = ways == _even(n_stages)
-        told = str(n_stages) if is_even else "+".join(map(str, ways))
-        record = self.out / f"{budget}-{epochs}-{told}-{seed}.json"
+        told = [str(len(ways)) if ways == _even(len(ways)) else "+".join(map(str, ways))]
+        told += [] if len({*shares}) == 1 else ["+".join(f"{share:g}" for share in shares)]
+        record = self.out / f"{budget}-{epochs}-{'-'.join(told)}-{seed}.json"
         if record.exists():
             return json.loads(record.read_text())
+        dense, start = self.dense(seed), time.process_time()
+        validation = evaluate_accuracy(dense, self.validation)
         result = tt.compress(
-            self.dense(seed),
+            dense,
             budget=budget,
             data=self.train_data(seed),
-            **({"heal": heal, "n_stages": n_stages} if is_even else {"stages": _turns(ways, heal)}),
+            stages=_turns(ways, [round(epochs * _steps_of_an_epoch() * share / sum(shares)) for share in shares]),
             evaluate=self.accuracy,
             metric_name="accuracy",
             checkpoint=self.out / f"{record.stem}.ckpt",
@@ -84,18 +92,21 @@ class Experiment:
         report = result.report
         found = {
             "budget": budget,
-            "n_stages": n_stages,
+            "n_stages": len(ways),
             "ways": list(ways),
+            "shares": [share / sum(shares) for share in shares],
             "seed": seed,
             "params": report.params_after,
             "accuracy_before": report.metric_before,
             "accuracy_after": report.metric_after,
             "loss_points": round(100 * (report.metric_before - report.metric_after), 3),
+            "validation_loss_points": round(100 * (validation - evaluate_accuracy(result.model, self.validation)), 3),
             "curve": [[point.method, round(point.compression, 2), point.metric] for point in report.curve],
             "epochs_in_all": epochs,
             "steps_in_all": max(row["step"] for row in report.healing),
             "layers": [[layer.name, layer.format, list(layer.ranks)] for layer in report.layers],
             "notes": list(report.notes),
+            "cpu_s": round(time.process_time() - start, 1),
             "provenance": provenance(seed=seed),
         }
         write_text_atomic(record, json.dumps(found, indent=1) + "\n")
@@ -109,29 +120,37 @@ def _even(n_stages: int) -> Ways:
     return tuple(n / n_stages for n in range(1, n_stages + 1))
 
 
-def _turns(ways: Ways, heal: dict[str, Any]) -> list[Any]:
-    return [each for way in ways for each in (Factorize(way=way), Heal(**heal))]
+def _turns(ways: Ways, steps: Sequence[int]) -> list[Any]:
+    pairs = zip(ways, steps, strict=True)
+    return [each for way, n in pairs for each in (Factorize(way=way), Heal(steps=n, lr=LR))]
+
+
+def _steps_of_an_epoch() -> int:
+    """Of healing, which holds eight batches back."""
+    return N_TRAIN // BATCH + 1 - 8
 
 
 def summarize(out: Path, target: Path) -> None:
     """Mean and spread over seeds, as JSON and on the terminal."""
     runs = [json.loads(path.read_text()) for path in sorted(out.glob("*x-*.json"))]
-    groups: dict[tuple[str, int, Ways], list[dict[str, Any]]] = {}
+    groups: dict[tuple[str, int, Ways, Ways], list[dict[str, Any]]] = {}
     for run in runs:
-        ways = tuple(run.get("ways") or _even(run["n_stages"]))
-        groups.setdefault((run["budget"], run["epochs_in_all"], ways), []).append(run)
+        key = run["budget"], run["epochs_in_all"], tuple(run["ways"]), tuple(run["shares"])
+        groups.setdefault(key, []).append(run)
     rows = [
         {
             "budget": budget,
             "epochs_in_all": epochs,
             "n_stages": len(ways),
             "ways": list(ways),
+            "shares": list(shares),
             "n": len(found),
             "accuracy_mean": statistics.mean(run["accuracy_after"] for run in found),
             "loss_points_mean": statistics.mean(run["loss_points"] for run in found),
             "loss_points_std": statistics.stdev(run["loss_points"] for run in found) if len(found) > 1 else None,
+            "validation_loss_points_mean": statistics.mean(run["validation_loss_points"] for run in found),
         }
-        for (budget, epochs, ways), found in groups.items()
+        for (budget, epochs, ways, shares), found in groups.items()
     ]
     summary = {"n_train": N_TRAIN, "dense_epochs": DENSE_EPOCHS, "rows": rows, "runs": runs, "provenance": provenance()}
     write_text_atomic(target / "stages.json", json.dumps(summary, indent=1) + "\n")
@@ -152,6 +171,12 @@ def main() -> None:
         type=lambda text: tuple(map(float, text.split("+"))),
         help="where stages end, as 0.75+1; default: 1 and 0.5+1",
     )
+    parser.add_argument(
+        "--shares",
+        action="append",
+        type=lambda text: tuple(map(float, text.split("+"))),
+        help="of the steps, as 1+7, for stages of that number; default: the same for all",
+    )
     parser.add_argument("--record", type=Path, default=HERE, help="where stages.json goes")
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
@@ -159,9 +184,10 @@ def main() -> None:
     for seed in given.seed or [0]:
         for budget in given.budget or ["160x"]:
             for ways in given.ways or [_even(1), _even(2)]:
-                found = experiment.run(budget, given.epochs, ways, seed)
-                print(f"seed {seed} {budget} by {ways}: {found['curve']}", flush=True)
-                summarize(given.out, given.record)
+                for shares in [each for each in given.shares or [] if len(each) == len(ways)] or [(1.0,) * len(ways)]:
+                    found = experiment.run(budget, given.epochs, ways, shares, seed)
+                    print(f"seed {seed} {budget} by {ways}, {shares}: {found['curve']}", flush=True)
+                    summarize(given.out, given.record)
 
 
 if __name__ == "__main__":

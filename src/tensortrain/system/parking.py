@@ -98,7 +98,7 @@ def bring_in(*tensors: Tensor | None) -> None:
     """Read a little of every page of those that are parked, so that whoever reads them next need not wait for any."""
     for tensor in tensors:
         if tensor is not None and is_parked(tensor):
-            numbers = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())  # type: ignore[call-overload]
+            numbers = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
             numbers[:: mmap.PAGESIZE].amax()
 
 

@@ -176,8 +176,8 @@ def memory_rows(
     for batch in batches:
         x = _input(inputs, batch)
         # Peaks first: a run may build a cached dense weight, which then counts as resident.
-        peaks = [_peak(model, x, warm_up=not have_run, turns=turns) for model in (dense, compressed)]
-        rows.append(MemoryRow(batch, *peaks, resident_bytes(dense), resident_bytes(compressed)))
+        peak, smaller_peak = (_peak(model, x, warm_up=not have_run, turns=turns) for model in (dense, compressed))
+        rows.append(MemoryRow(batch, peak, smaller_peak, resident_bytes(dense), resident_bytes(compressed)))
     return rows
 
 

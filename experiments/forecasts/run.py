@@ -14,6 +14,7 @@ import pickle
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -156,6 +157,66 @@ def lorenz(seed: int, options: dict[str, Any]) -> dict[str, Any]:
             found[name]["shown"] = [round(value, 3) for value in said[0, :, 0].tolist()]
             found["true"] = [round(value, 3) for value in data.test[0, :, 0].tolist()]
     return found
+
+
+# -- what a step costs -----------------------------------------------------------------------------------
+
+
+def cost(seed: int, options: dict[str, Any]) -> dict[str, Any]:
+    """Microseconds of one step, and of a step within a whole forecast, of a TLSTM and an LSTM: medians, by turns."""
+    torch.set_num_threads(options["threads"])
+    found: dict[str, Any] = {"threads": options["threads"], "rows": []}
+    for shape in options["shapes"]:
+        for batch in options["batches"]:
+            models = {
+                "TLSTM": forecaster(shape, 3, 3, seed),
+                "LSTM": forecaster({"hidden": shape["beside"]}, 3, 3, seed),
+            }
+            row: dict[str, Any] = shape | {"batch": batch}
+            for what in ("inference", "training"):
+                works = {
+                    name: _works(model, batch, options["n_in"], what == "training") for name, model in models.items()
+                }
+                for k, kind in enumerate(("step", "forecast")):
+                    times = _medians({name: work[k] for name, work in works.items()}, options["repeats"][k])
+                    n_steps = options["n_in"] + HORIZON - 1 if k else 1
+                    row[f"{kind}, {what}"] = {name: round(1e6 * time / n_steps, 1) for name, time in times.items()} | {
+                        "ratio": round(times["TLSTM"] / times["LSTM"], 2)
+                    }
+            found["rows"].append(row)
+            print(row, flush=True)
+    return found
+
+
+HORIZON = 64
+
+
+def _works(model: Forecaster, batch: int, n_in: int, trains: bool) -> tuple[Callable[[], None], Callable[[], None]]:
+    """A step of the cell, and a whole forecast; with their way back where it trains."""
+    x, series = torch.rand(batch, 3), torch.rand(batch, n_in, 3)
+    with torch.no_grad():
+        state = model.cell(x)
+
+    def run(parts: Callable[[], list[Tensor]]) -> None:
+        model.zero_grad()
+        with torch.set_grad_enabled(trains):
+            found = parts()
+        if trains:
+            torch.stack([part.sum() for part in found]).sum().backward()
+
+    return lambda: run(lambda: list(model.cell(x, state))), lambda: run(lambda: [model(series, HORIZON)])
+
+
+def _medians(works: dict[str, Callable[[], None]], n: int) -> dict[str, float]:
+    """Seconds, each work taking its turn."""
+    times: dict[str, list[float]] = {name: [] for name in works}
+    for k in range(n + 3):
+        for name, work in works.items():
+            start = time.perf_counter()
+            work()
+            if k >= 3:
+                times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(of) for name, of in times.items()}
 
 
 # -- electricity demand --------------------------------------------------------------------------------
@@ -342,7 +403,7 @@ def draw(runs: dict[str, Any], folder: Path) -> None:
         print(save_figure(figure, folder / "demand.png"))
 
 
-TASKS = {task.__name__: task for task in (lorenz_rates, lorenz, demand_choices, demand)}
+TASKS = {task.__name__: task for task in (lorenz_rates, lorenz, cost, demand_choices, demand)}
 
 if __name__ == "__main__":
     run_tasks(HERE, __doc__, TASKS, draw)

@@ -8,9 +8,10 @@ from typing import Any
 from tensortrain import networks
 from tensortrain.models.arithmetic_circuit import RecurrentArithmeticCircuit
 from tensortrain.models.born import BornMachine
+from tensortrain.models.cells import HOTTLSTMCell, HOTTRNNCell
 from tensortrain.models.classifier import MPSClassifier
 from tensortrain.models.exponential import ExponentialMachine
-from tensortrain.models.forecast import Forecaster, HOTTLSTMCell, HOTTRNNCell
+from tensortrain.models.forecast import Forecaster
 from tensortrain.models.nonlinear import NonlinearTT
 from tensortrain.models.score import ScoreNetwork
 from tensortrain.models.separation import min_cut_rank, separation_rank

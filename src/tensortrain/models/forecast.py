@@ -1,4 +1,4 @@
-"""Recurrent cells whose next state is a polynomial in several past ones, with weights in TT form; forecasts by them."""
+"""Forecasts of series by recurrent cells that read on what they said."""
 
 from __future__ import annotations
 
@@ -11,190 +11,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tensortrain.cores.halves import outer
 from tensortrain.errors import DataError, KindError
-from tensortrain.models.base import TensorModel, check_choice, check_finite, check_sizes
+from tensortrain.models.base import TensorModel, check_choice, check_finite
 from tensortrain.models.cell_fit import fitted_cores
+from tensortrain.models.cell_steps import Course, serves, taken
+from tensortrain.models.cells import HOTTLSTMCell, HOTTRNNCell
 from tensortrain.models.supervised import Supervised
 from tensortrain.networks import build, register
+from tensortrain.nn.composite import is_plain, is_watched
+from tensortrain.nn.cores import list_cores
 from tensortrain.system.history import History
 
-__all__ = ["Forecaster", "HOTTLSTMCell", "HOTTRNNCell"]
-
-_ACTIVATIONS: dict[str | None, Callable[[Tensor], Tensor]] = {
-    "tanh": torch.tanh,
-    "relu": torch.relu,
-    "sigmoid": torch.sigmoid,
-    None: lambda x: x,
-}
-
-
-_PRODUCTS = 0.2  # of a linear layer's entries, in the factors of products at first
-
-
-class _HigherOrderCell(TensorModel):
-    """``TT(1, h_{t-1}, .., h_{t-L}) + W x_t + b``, of as many numbers as the cell has gates."""
-
-    n_gates = 1
-
-    def __init__(
-        self,
-        input_size: int,
-        hidden_size: int,
-        *,
-        n_lags: int,
-        degree: int,
-        rank: int,
-        generator: torch.Generator | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        check_sizes(hidden_size=hidden_size, n_lags=n_lags, degree=degree, rank=rank)
-        self.input_size, self.hidden_size = input_size, hidden_size
-        self.n_lags, self.degree, self.rank = n_lags, degree, rank
-        n_out, n_seen = self.n_gates * hidden_size, 1 + n_lags * hidden_size
-
-        def draw(*shape: int, std: float) -> nn.Parameter:
-            drawn = torch.randn(*shape, generator=generator, device=device, dtype=dtype or torch.get_default_dtype())
-            return nn.Parameter(drawn * std)
-
-        # It starts as a linear layer of the lags, of usual variance, with small products: lags are far from 1 at first,
-        # so that products of parts which vanish with them would leave nothing to learn from.
-        self.cores = nn.ParameterList()
-        for _ in range(degree - 1):
-            core = draw(1 if not len(self.cores) else rank, n_seen, rank, std=_PRODUCTS / math.sqrt(n_seen))
-            with torch.no_grad():
-                core[:, 0] = torch.eye(rank).to(core) if len(self.cores) else 1.0
-            self.cores.append(core)
-        last = rank if degree > 1 else 1
-        self.cores.append(draw(last, n_seen, n_out, std=1 / math.sqrt(last * n_seen)))
-        self.weight = draw(n_out, input_size, std=1 / math.sqrt(max(input_size, 1)))
-        self.bias = draw(n_out, std=0.0)
-
-    @property
-    def config(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in ("input_size", "hidden_size", "n_lags", "degree", "rank")}
-
-    def gates(self, x: Tensor, lags: Tensor) -> Tensor:
-        """``(b, n_gates hidden_size)`` of an input ``(b, input_size)`` and the lags ``(b, n_lags, hidden_size)``."""
-        seen = F.pad(lags.flatten(1), (1, 0), value=1.0)  # b m
-        first, *others = self.cores
-        state = seen @ first[0]
-        for core in others:
-            if core.shape[1] > 2 * core.shape[2]:
-                every = (seen @ core.movedim(1, 0).flatten(1)).unflatten(1, (core.shape[0], -1))  # b r s
-                state = (state.unsqueeze(1) @ every).squeeze(1)
-            else:  # with the core as it lies: (b, r m) times (r m, s)
-                state = outer(state, seen) @ core.flatten(0, 1)
-        return F.linear(x, self.weight, self.bias) + state
-
-    def lags_of(self, x: Tensor, lags: Tensor | None) -> Tensor:
-        """The lags given, or zeros.
-
-        Raises:
-            DataError: A shape that the cell does not take.
-        """
-        if not isinstance(x, Tensor) or x.ndim != 2 or x.shape[1] != self.input_size:
-            found = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
-            raise DataError(f"an input must be a step: x has {found}, expected (b, {self.input_size}).")
-        expected = (x.shape[0], self.n_lags, self.hidden_size)
-        if lags is None:
-            return self.bias.new_zeros(expected)
-        if tuple(lags.shape) != expected:
-            raise DataError(
-                f"lags must be the last states, newest first: they have shape {tuple(lags.shape)}, expected {expected}."
-            )
-        return lags
-
-    def extra_repr(self) -> str:
-        """What a print of the cell shows."""
-        return ", ".join(f"{name}={value}" for name, value in self.config.items())
-
-
-@register("hottrnn-cell", needs_arguments=True)
-class HOTTRNNCell(_HigherOrderCell):
-    r"""``h = f(W x + b + TT(1, h_{t-1}, .., h_{t-L}))``: a polynomial of some degree in the last L states.
-
-    Args:
-        input_size, hidden_size: As of ``torch.nn.RNNCell``.
-        n_lags: L.
-        degree: Of the polynomial; all lower degrees are among it.
-        rank: TT ranks of its weights.
-        activation: ``"tanh"``, ``"relu"``, ``"sigmoid"`` or None: linear in its output.
-        generator, device, dtype: Of the first parameters.
-
-    Shapes: ``cores`` ``(r, 1 + n_lags hidden_size, s)``, the last s the state.
-
-    Cost: O(degree n_lags hidden_size rank^2) multiplications a step and sample; no outer product is formed.
-
-    Source: Yu, Zheng, Anandkumar, Yue, arXiv:1711.00073.
-
-    Example:
-        >>> cell = HOTTRNNCell(3, 5, n_lags=2, degree=2, rank=4)
-        >>> lags = cell(torch.rand(7, 3))
-        >>> lags.shape, cell(torch.rand(7, 3), lags).shape  # newest first
-        (torch.Size([7, 2, 5]), torch.Size([7, 2, 5]))
-    """
-
-    def __init__(self, input_size: int, hidden_size: int, *, activation: str | None = "tanh", **options: Any) -> None:
-        if activation not in _ACTIVATIONS:
-            raise KindError(f"an activation must be known: it is {activation!r}, expected one of {list(_ACTIVATIONS)}.")
-        super().__init__(input_size, hidden_size, **options)
-        self.activation = activation
-
-    @property
-    def config(self) -> dict[str, Any]:
-        return super().config | {"activation": self.activation}
-
-    def forward(self, x: Tensor, state: Tensor | None = None) -> Tensor:
-        """The next lags ``(b, n_lags, hidden_size)``, newest first, of an input ``(b, input_size)`` and the lags."""
-        lags = self.lags_of(x, state)
-        h = _ACTIVATIONS[self.activation](self.gates(x, lags))
-        return torch.cat((h[:, None], lags[:, :-1]), dim=1)
-
-    def newest(self, state: Tensor) -> Tensor:
-        """The last ``h``, ``(b, hidden_size)``."""
-        return state[:, 0]
-
-
-@register("hottlstm-cell", needs_arguments=True)
-class HOTTLSTMCell(_HigherOrderCell):
-    r"""An LSTM cell whose gates ``i, g, f, o`` are polynomials in the last L states, one train for all of them.
-
-    ``c' = c sigmoid(f) + sigmoid(i) tanh(g)`` and ``h = sigmoid(o) tanh(c')``.
-
-    Args, shapes and cost: as of ``HOTTRNNCell``, without ``activation``; the last s of the cores is the four gates.
-
-    Source: Yu, Zheng, Anandkumar, Yue, arXiv:1711.00073 (TLSTM).
-
-    Example:
-        >>> cell = HOTTLSTMCell(3, 5, n_lags=2, degree=2, rank=4)
-        >>> lags, c = cell(torch.rand(7, 3))
-        >>> lags.shape, c.shape
-        (torch.Size([7, 2, 5]), torch.Size([7, 5]))
-    """
-
-    n_gates = 4
-
-    def __init__(self, input_size: int, hidden_size: int, **options: Any) -> None:
-        super().__init__(input_size, hidden_size, **options)
-        with torch.no_grad():
-            self.bias.unflatten(0, (4, -1))[2] = 1.0  # what is remembered stays at first
-
-    def forward(self, x: Tensor, state: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
-        """The next ``(lags, c)``: ``(b, n_lags, hidden_size)``, newest first, and ``(b, hidden_size)``."""
-        lags = self.lags_of(x, None if state is None else state[0])
-        c = torch.zeros_like(lags[:, 0]) if state is None else state[1]
-        i, g, f, o = self.gates(x, lags).chunk(4, dim=1)
-        c = c * torch.sigmoid(f) + torch.sigmoid(i) * torch.tanh(g)
-        h = torch.sigmoid(o) * torch.tanh(c)
-        return torch.cat((h[:, None], lags[:, :-1]), dim=1), c
-
-    def newest(self, state: tuple[Tensor, Tensor]) -> Tensor:
-        """The last ``h``, ``(b, hidden_size)``."""
-        return state[0][:, 0]
-
+__all__ = ["Forecaster"]
 
 _CELLS: dict[str, type[nn.Module]] = {"hottrnn-cell": HOTTRNNCell, "hottlstm-cell": HOTTLSTMCell}
 
@@ -287,6 +115,8 @@ class Forecaster(TensorModel):
         if horizon < 1:
             raise DataError(f"a forecast must have steps: horizon has {horizon}, expected 1 or more.")
         self._check_known(known, x.shape[0], horizon)
+        if self._goes_in_one(x):
+            return self._said_in_one(x, horizon, known, following, share)
         state = self._read_beginning(x)
         said = [self.output(self.cell.newest(state))]
         for k in range(1, horizon):
@@ -427,23 +257,78 @@ class Forecaster(TensorModel):
         self.holds_data = True
         return history
 
+    def _goes_in_one(self, x: Tensor) -> bool:
+        """Whether one call of the kernels takes all steps as the modules would, and nobody waits for these."""
+        cell = self.cell
+        if (
+            type(cell) not in _CELLS.values()
+            or is_watched(cell)
+            or is_watched(self.output)
+            or not is_plain(self.output)
+        ):
+            return False
+        return serves(x, (cell.weight, cell.bias, *list_cores(cell.cores), self.output.weight, self.output.bias))
+
+    def _said_in_one(
+        self, x: Tensor, horizon: int, known: Tensor | None, following: Tensor | None, share: float
+    ) -> Tensor:
+        """All steps at once: what the inputs give is known ahead, and what is said is linear in the state before."""
+        cell, size = self.cell, self.output_size
+        lags = x.new_zeros(x.shape[0], cell.n_lags, cell.hidden_size)
+        if self.holds_data:
+            x, lags = self._data_held(x)
+        c = torch.zeros_like(lags[:, 0]) if cell.kind == "lstm" else None
+        after, own = self._read_ahead(x, horizon - 1, known, following, share)
+        gates = F.linear(torch.cat((x, after), dim=1), cell.weight, cell.bias)
+        feed = None
+        if horizon > 1 and self._reads_itself(known):
+            feed = self.output.weight.T @ cell.weight[:, :size].T
+        course = Course(cell.kind, x.shape[1])
+        states = taken(course, gates, lags, c, list_cores(cell.cores), feed, own).states
+        said: Tensor = self.output(states[-horizon:].transpose(0, 1))
+        return said
+
+    def _read_ahead(
+        self, x: Tensor, n_steps: int, known: Tensor | None, following: Tensor | None, share: float
+    ) -> tuple[Tensor, Tensor | None]:
+        """What is read after ``x``, what the states say left out; and, ``(n_steps, b)``, where it is not left out."""
+        if not self._reads_itself(known) or n_steps == 0:
+            return x.new_zeros(x.shape[0], n_steps, x.shape[2]), None
+        said, own = self.output.bias.expand(x.shape[0], n_steps, -1), None
+        if following is not None and share > 0:
+            is_true = torch.stack([self._is_true(x, share) for _ in range(n_steps)], dim=1)
+            said = torch.where(is_true, following[:, :n_steps].to(x.dtype), said)
+            own = (~is_true).to(x.dtype).squeeze(2).T
+        return said if known is None else torch.cat((said, known[:, :n_steps].to(x.dtype)), dim=2), own
+
+    def _reads_itself(self, known: Tensor | None) -> bool:
+        return self.cell.input_size == self.output_size or known is not None
+
+    def _is_true(self, like: Tensor, share: float) -> Tensor:
+        """Which series read the true step, ``(b, 1)``, by chance."""
+        return torch.rand(like.shape[0], 1, device=like.device) < share
+
+    def _data_held(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The last step, and the steps that a cell which says what it holds should have said."""
+        if x.shape[1] < self.cell.n_lags:
+            raise DataError(f"a beginning must have the lags of the cell: x has {x.shape[1]} steps.")
+        return x[:, -1:], x[:, -self.cell.n_lags :].flip(1)
+
     def _read_beginning(self, x: Tensor) -> Any:
         """The state behind some true steps; a cell that says what it holds is given what it should have said."""
         if self.holds_data:
-            if x.shape[1] < self.cell.n_lags:
-                raise DataError(f"a beginning must have the lags of the cell: x has {x.shape[1]} steps.")
-            return self.cell(x[:, -1], x[:, -self.cell.n_lags :].flip(1))
+            last, lags = self._data_held(x)
+            return self.cell(last[:, 0], lags)
         state: Any = None
         for step in x.unbind(1):
             state = self.cell(step, state)
         return state
 
     def _read(self, said: Tensor, ahead: Tensor | None, following: Tensor | None, k: int, share: float) -> Tensor:
-        if self.cell.input_size != self.output_size and ahead is None:
+        if not self._reads_itself(ahead):
             return said.new_zeros(said.shape[0], self.cell.input_size)
         if following is not None and share > 0:
-            is_true = torch.rand(said.shape[0], 1, device=said.device) < share
-            said = torch.where(is_true, following[:, k], said)
+            said = torch.where(self._is_true(said, share), following[:, k], said)
         return said if ahead is None else torch.cat((said, ahead.to(said.dtype)), dim=1)
 
     def _check_known(self, known: Tensor | None, n_series: int, horizon: int) -> None:

@@ -4,6 +4,7 @@
 #include "data_walk.h"
 #include "filters.h"
 #include "grouped.h"
+#include "higher.h"
 #include "kept_kernels.h"
 #include "kept_ways.h"
 #include "layer_call.h"
@@ -130,5 +131,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   data_walk::bind(m);
   define_lookups(m);
   recurrent::bind(m);
+  higher::bind(m);
   m.def("count_optimizer_step", [] { ++n_optimizer_steps; });
 }

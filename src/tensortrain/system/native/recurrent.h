@@ -10,9 +10,12 @@
 
 namespace tensortrain::recurrent {
 
-enum class Kind : int64_t { tanh, relu, gru, lstm };
+// The last one has its gates in the order i, g, f, o.
+enum class Kind : int64_t { tanh, relu, gru, lstm, sigmoid, linear, igfo };
 
-inline int64_t gates_of(Kind kind) { return kind == Kind::lstm ? 4 : kind == Kind::gru ? 3 : 1; }
+inline int64_t gates_of(Kind kind) {
+  return kind == Kind::lstm || kind == Kind::igfo ? 4 : kind == Kind::gru ? 3 : 1;
+}
 
 // What a step leaves of one example: values of the gates; the cell state (LSTM) or what the hidden map gave to the new
 // state (GRU).

@@ -276,6 +276,10 @@ inline void step_recorded(Kind kind, const Tensor& x, const Tensor& u, Tensors& 
     case Kind::relu:
       state[0] = at::relu(x + u);
       return;
+    case Kind::sigmoid:
+    case Kind::linear:
+    case Kind::igfo:
+      return;  // of other cells
     case Kind::gru: {
       const auto xs = x.chunk(3, 1), us = u.chunk(3, 1);
       const auto r = at::sigmoid(xs[0] + us[0]), z = at::sigmoid(xs[1] + us[1]), n = at::tanh(xs[2] + r * us[2]);

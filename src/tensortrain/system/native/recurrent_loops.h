@@ -106,6 +106,7 @@ template <typename T>
 inline void step_forward(Kind kind, int64_t size, const T* x, const T* u, const Kept<T>& kept, T* h, T* c) {
   using Numbers = typename Register<T>::Numbers;
   const auto gate = [size](const T* row, int64_t k) { return row + k * size; };
+  const int64_t f_at = kind == Kind::igfo ? 2 : 1, g_at = 3 - f_at;
   switch (kind) {
     case Kind::tanh:
       by_registers<T>(size, [&](int64_t at, Some<T> some) __attribute__((always_inline)) {
@@ -116,6 +117,16 @@ inline void step_forward(Kind kind, int64_t size, const T* x, const T* u, const 
       by_registers<T>(size, [&](int64_t at, Some<T> some) __attribute__((always_inline)) {
         const Numbers sum = some.of(x + at) + some.of(u + at), zero{};
         some.put(h + at, sum < zero ? zero : sum);
+      });
+      break;
+    case Kind::sigmoid:
+      by_registers<T>(size, [&](int64_t at, Some<T> some) __attribute__((always_inline)) {
+        some.put(h + at, sigmoid<T>(some.of(x + at) + some.of(u + at)));
+      });
+      break;
+    case Kind::linear:
+      by_registers<T>(size, [&](int64_t at, Some<T> some) __attribute__((always_inline)) {
+        some.put(h + at, some.of(x + at) + some.of(u + at));
       });
       break;
     case Kind::gru:
@@ -132,17 +143,18 @@ inline void step_forward(Kind kind, int64_t size, const T* x, const T* u, const 
       });
       break;
     case Kind::lstm:
+    case Kind::igfo:
       by_registers<T>(size, [&](int64_t at, Some<T> some) __attribute__((always_inline)) {
         const Numbers i = sigmoid<T>(some.of(gate(x, 0) + at) + some.of(gate(u, 0) + at));
-        const Numbers f = sigmoid<T>(some.of(gate(x, 1) + at) + some.of(gate(u, 1) + at));
-        const Numbers g = hyperbolic_tangent<T>(some.of(gate(x, 2) + at) + some.of(gate(u, 2) + at));
+        const Numbers f = sigmoid<T>(some.of(gate(x, f_at) + at) + some.of(gate(u, f_at) + at));
+        const Numbers g = hyperbolic_tangent<T>(some.of(gate(x, g_at) + at) + some.of(gate(u, g_at) + at));
         const Numbers o = sigmoid<T>(some.of(gate(x, 3) + at) + some.of(gate(u, 3) + at));
         const Numbers cell = f * some.of(c + at) + i * g;
         some.put(c + at, cell);
         some.put(h + at, o * hyperbolic_tangent<T>(cell));
         if (!kept.gates) return;
-        some.put(kept.gates + at, i), some.put(kept.gates + size + at, f);
-        some.put(kept.gates + 2 * size + at, g), some.put(kept.gates + 3 * size + at, o);
+        some.put(kept.gates + at, i), some.put(kept.gates + f_at * size + at, f);
+        some.put(kept.gates + g_at * size + at, g), some.put(kept.gates + 3 * size + at, o);
         some.put(kept.state + at, cell);
       });
       break;
@@ -156,6 +168,7 @@ inline void step_backward(Kind kind, int64_t size, const Kept<T>& kept, const T*
                           const T* c_before, T* dh, T* dc, T* dx, T* du) {
   using Numbers = typename Register<T>::Numbers;
   const T* const gates = kept.gates;
+  const int64_t f_at = kind == Kind::igfo ? 2 : 1, g_at = 3 - f_at;
   switch (kind) {
     case Kind::tanh:
       by_registers<T>(size, [&](int64_t at, Some<T> some) __attribute__((always_inline)) {
@@ -171,6 +184,19 @@ inline void step_backward(Kind kind, int64_t size, const Kept<T>& kept, const T*
         some.put(dh + at, zero);
       });
       break;
+    case Kind::sigmoid:
+      by_registers<T>(size, [&](int64_t at, Some<T> some) __attribute__((always_inline)) {
+        const Numbers y = some.of(h + at);
+        some.put(dx + at, some.of(dh + at) * y * (T(1) - y));
+        some.put(dh + at, Numbers{});
+      });
+      break;
+    case Kind::linear:
+      by_registers<T>(size, [&](int64_t at, Some<T> some) __attribute__((always_inline)) {
+        some.put(dx + at, some.of(dh + at));
+        some.put(dh + at, Numbers{});
+      });
+      break;
     case Kind::gru:
       by_registers<T>(size, [&](int64_t at, Some<T> some) __attribute__((always_inline)) {
         const Numbers r = some.of(gates + at), z = some.of(gates + size + at), n = some.of(gates + 2 * size + at);
@@ -183,14 +209,15 @@ inline void step_backward(Kind kind, int64_t size, const Kept<T>& kept, const T*
       });
       break;
     case Kind::lstm:
+    case Kind::igfo:
       by_registers<T>(size, [&](int64_t at, Some<T> some) __attribute__((always_inline)) {
-        const Numbers i = some.of(gates + at), f = some.of(gates + size + at);
-        const Numbers g = some.of(gates + 2 * size + at), o = some.of(gates + 3 * size + at);
+        const Numbers i = some.of(gates + at), f = some.of(gates + f_at * size + at);
+        const Numbers g = some.of(gates + g_at * size + at), o = some.of(gates + 3 * size + at);
         const Numbers y = hyperbolic_tangent<T>(some.of(kept.state + at)), dy = some.of(dh + at);
         const Numbers cell = some.of(dc + at) + dy * o * (T(1) - y * y);
         some.put(dx + at, cell * g * i * (T(1) - i));
-        some.put(dx + size + at, cell * some.of(c_before + at) * f * (T(1) - f));
-        some.put(dx + 2 * size + at, cell * i * (T(1) - g * g));
+        some.put(dx + f_at * size + at, cell * some.of(c_before + at) * f * (T(1) - f));
+        some.put(dx + g_at * size + at, cell * i * (T(1) - g * g));
         some.put(dx + 3 * size + at, dy * y * o * (T(1) - o));
         some.put(dc + at, cell * f);
         some.put(dh + at, Numbers{});

@@ -361,9 +361,11 @@ def _to_come(settings: Heal, data: Iterable[Any], task: Task | None) -> bool | L
     """What the planning may count on."""
     if settings.only_statistics:
         return False
-    epochs = settings.epochs or 0
-    enough = task is None or task.softmax or epochs * (length_of(data) or 0) >= _LONG_STEPS
-    return "long" if epochs >= _LONG and enough else True
+    n_batches, steps = length_of(data), settings.steps or 0
+    if settings.epochs is not None:
+        steps = settings.epochs * (n_batches or 0)
+    enough = task is None or task.softmax or steps >= _LONG_STEPS
+    return "long" if n_batches and steps >= _LONG * n_batches and enough else True
 
 
 @stage(Heal, outcome="healed", prepare=_prepare, needs_data=True, resumes=True)

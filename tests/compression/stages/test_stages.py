@@ -14,7 +14,7 @@ from small_models import batches, mlp
 from torch import Tensor, nn
 
 import tensortrain as tt
-from tensortrain.compression.stages import Factorize, Heal, Work, base, stage
+from tensortrain.compression.stages import Factorize, Heal, Work, base, factorize, stage
 from tensortrain.errors import BudgetError, KindError
 from tensortrain.system.observer import Silent
 from tensortrain.train.batches import n_examples, take
@@ -228,3 +228,28 @@ def test_a_stage_that_forgets_to_return_is_told_so() -> None:
     stage(Forgetful, outcome="forgotten")(lambda work, settings: None)  # type: ignore[arg-type,return-value]
     with pytest.raises(KindError, match="must return its work"):
         tt.compress(nn.Linear(8, 8), budget=None, stages=[Forgetful()], measure=False)
+
+
+@pytest.mark.parametrize(
+    "length, wanted",
+    [
+        ({"epochs": 2}, True),
+        ({"epochs": 3}, "long"),
+        ({"steps": 17}, True),
+        ({"steps": 18}, "long"),
+        ({"steps": 0}, False),
+    ],
+)
+def test_a_plan_knows_how_long_a_healing_is(length, wanted, monkeypatch) -> None:
+    """In passes over the data, however they are counted."""
+    seen: list[Any] = []
+    make_plan = factorize.make_plan
+
+    def noted(model: nn.Module, options: Any) -> Any:
+        seen.append(options.will_heal)
+        return make_plan(model, options)
+
+    monkeypatch.setattr(factorize, "make_plan", noted)
+    model, data = mlp(12, 24, 4), batches(6, 8, 12, classes=4)
+    tt.compress(model, budget="1.3x", data=data, heal=length, measure=False)
+    assert seen == [wanted]

@@ -285,7 +285,9 @@ def every_second(core):
 
 
 @pytest.mark.parametrize("dtype, tol", [(torch.float64, 1e-12), (torch.float32, 2e-4)], ids=str)
-@pytest.mark.parametrize("modes, inner", [*CHAINS, ((30, 70, 40), (90, 80)), ((5, 4, 6), (150, 170))])
+@pytest.mark.parametrize(
+    "modes, inner", [*CHAINS, ((30, 70, 40), (90, 80)), ((5, 4, 6), (150, 170)), ((4,) * 9, (24,) * 8)]
+)
 def test_cores_may_lie_column_by_column(modes, inner, dtype, tol, generator):
     x, y = chain(modes, inner, generator, dtype), chain(modes, inner[::-1], generator, dtype)
     with python_only():

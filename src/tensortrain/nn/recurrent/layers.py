@@ -222,24 +222,20 @@ class _Recurrent(CompositeLayer):
     def _remember(self, ways: list[str], x: Tensor, layout: _Layout) -> None:
         """Leave a short way to the next input of this size, where torch's kernel did all layers, or ours did."""
         cells, are_kernels = self._cell_list(), {way == KERNEL for way in ways}
-        if torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters()):
-            if self._short_way is not None:
-                self._short_way.forget()  # weights leave memory when training goes on
-            if True in are_kernels:  # rebuilds its weights
-                return
-        elif are_kernels == {True}:
+        trains = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
+        if trains and self._short_way is not None:
+            self._short_way.forget()  # weights leave memory when training goes on
+        if are_kernels == {True} and not trains:
             if library() is None:
                 self._quick = remembered(self._quick, (tuple(x.shape), _settings(cells)))
             elif all(cell.output_size == cell.hidden_size for cell in cells):
                 keep_weights(self, x, cells, self._guard(), self._names())
-        if are_kernels == {False} and all(serves(cell, x) for cell in cells):
+        elif len(are_kernels) == 1:
             n = 1 + self.bidirectional
-            found = [
-                direction_of(cell, layout.spread(), reverse=k % n == 1, dense=ways[k // n] == DENSE_STEPS)
-                for k, cell in enumerate(cells)
-            ]
+            found = [_ready(way, cells[n * k : n * k + n], x, layout) for k, way in enumerate(ways)]
             if None not in found:
-                keep_directions(self, x, found, self._guard(), self._names())  # type: ignore[arg-type]
+                directions = [one for layer in found for one in layer or ()]
+                keep_directions(self, x, directions, self._guard(), self._names(), by_torch=are_kernels == {True})
 
     def _names(self) -> list[str]:
         return [name for index in range(self.num_layers) for name in self._cell_names(index)]
@@ -572,19 +568,29 @@ def _scan(
     return outputs, state
 
 
-def _step_by_step(
-    cells: list[Cell], x: Tensor, state: State | None, layout: _Layout, *, dense: bool = False
-) -> tuple[Tensor, State]:
+def _step_by_step(way: str, cells: list[Cell], x: Tensor, state: State | None, layout: _Layout) -> tuple[Tensor, State]:
     """One layer, its input map on all steps at once; states ``(n_directions, b, size)``."""
-    found = None
-    if all(serves(cell, x) for cell in cells):
-        directions = [direction_of(cell, layout.spread(), reverse=k == 1, dense=dense) for k, cell in enumerate(cells)]
-        if None not in directions:
-            found = _by_kernels(directions, x, state, layout)  # type: ignore[arg-type]
+    directions = _ready(way, cells, x, layout)
+    found = None if directions is None else _by_kernels(directions, x, state, layout)
     if found is not None:
         return found
     gates = [cell.ih(x) for cell in cells]
     return _scan_all(cells, gates, [cell.prepare(layout.batch) for cell in cells], state, layout)
+
+
+def _ready(way: str, cells: Sequence[Cell], x: Tensor, layout: _Layout) -> list[Direction] | None:
+    """All directions of one layer made ready for our kernels; None where they do not serve.
+
+    In training of an LSTM they also make the weights for torch's kernel, and lead the gradients back.
+    """
+    by_torch = way == KERNEL
+    if by_torch and not (torch.is_grad_enabled() and _is_fused_lstm(cells[0], x, layout)):
+        return None
+    if not all(serves(cell, x) for cell in cells):
+        return None
+    spread, dense = layout.spread(), way == DENSE_STEPS
+    found = [direction_of(cell, spread, reverse=k == 1, dense=dense, by_torch=by_torch) for k, cell in enumerate(cells)]
+    return None if None in found else found  # type: ignore[return-value]
 
 
 def _by_kernels(
@@ -648,12 +654,10 @@ def _way_of(cells: list[Cell], x: Tensor, layout: _Layout, below: list[str]) -> 
 
 def _repeated(way: str, cells: list[Cell], x: Tensor, _: State | None, layout: _Layout) -> Callable[[], Tensor]:
     """The outputs of a layer, as a later call of the same size makes them by this way: by what lies ready."""
-    if way != KERNEL and all(serves(cell, x) for cell in cells):
-        dense = way == DENSE_STEPS
-        ready = [direction_of(cell, layout.spread(), reverse=k == 1, dense=dense) for k, cell in enumerate(cells)]
-        if all(one is not None and one.input is not None for one in ready):
-            run: Any = partial(_by_kernels, ready, x, None, layout)  # type: ignore[arg-type]
-            return lambda: run()[0]
+    ready = _ready(way, cells, x, layout)
+    if ready is not None and all(one.input is not None for one in ready):
+        run: Any = partial(_by_kernels, ready, x, None, layout)
+        return lambda: run()[0]
     if way == KERNEL and not torch.is_grad_enabled():
         first, weights = cells[0], [weight for cell in cells for weight in cell._weights().values()]
         zeros = tuple(x.new_zeros(len(cells), layout.batch, size) for size in first.state_sizes())
@@ -664,18 +668,22 @@ def _repeated(way: str, cells: list[Cell], x: Tensor, _: State | None, layout: _
 def _run_by(way: str, cells: list[Cell], x: Tensor, state: State | None, layout: _Layout) -> tuple[Tensor, State]:
     if way == KERNEL:
         return _torch_kernel(cells, x, state, layout)
-    return _step_by_step(cells, x, state, layout, dense=way == DENSE_STEPS)
+    return _step_by_step(way, cells, x, state, layout)
 
 
 def _torch_kernel(cells: list[Cell], x: Tensor, state: State | None, layout: _Layout) -> tuple[Tensor, State]:
     """One layer by torch's own kernel, from dense weights; states ``(n_directions, b, size)``."""
-    first = cells[0]
+    first, ready = cells[0], _ready(KERNEL, cells, x, layout)
+    found = None if ready is None or None in [one.input for one in ready] else _by_kernels(ready, x, state, layout)
+    if found is not None:
+        return found
     weights = [weight for cell in cells for weight in cell._weights().values()]
     if state is None:
         state = tuple(x.new_zeros(len(cells), layout.batch, size) for size in first.state_sizes())
     tensors = (x, *state, *weights)
     fused = partial(_fused, cells, layout)
-    if not _is_differentiable_once(first, layout, tensors):
+    records = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    if not (records and _is_fused_lstm(first, x, layout)):
         output, *final = fused(*tensors)
     else:
         output, *final = differentiable_twice(fused, partial(_recorded, cells, layout), *tensors)
@@ -692,13 +700,11 @@ def _fused(cells: Sequence[Cell], layout: _Layout, x: Tensor, *tensors: Tensor) 
     return tuple(kernel(x, layout.batch_sizes, hx, *settings))
 
 
-def _is_differentiable_once(cell: Cell, layout: _Layout, tensors: Sequence[Tensor]) -> bool:
-    """Whether gradients are wanted of oneDNN's kernel, whose gradients have none."""
+def _is_fused_lstm(cell: Cell, x: Tensor, layout: _Layout) -> bool:
+    """Whether torch would take oneDNN's kernel, whose gradients have none."""
     if cell.kernel != "lstm" or layout.batch_sizes is not None or cell.output_size != cell.hidden_size:
         return False
-    if not can_group() or not tensors[0].is_cpu or tensors[0].dtype != torch.float32:
-        return False
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    return can_group() and x.is_cpu and x.dtype == torch.float32
 
 
 def _recorded(cells: Sequence[Cell], layout: _Layout, x: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:

@@ -27,7 +27,13 @@ __all__ = ["keep_directions", "keep_weights"]
 
 
 def keep_directions(
-    module: Any, x: Tensor, found: Sequence[Direction], guard: Mapping[str, Any], names: Sequence[str] = ()
+    module: Any,
+    x: Tensor,
+    found: Sequence[Direction],
+    guard: Mapping[str, Any],
+    names: Sequence[str] = (),
+    *,
+    by_torch: bool = False,
 ) -> None:
     """Let the next input of this size run as this one did.
 
@@ -37,19 +43,20 @@ def keep_directions(
         found: How, direction by direction.
         guard: Attributes of the module that the way depends on.
         names: Of the cells in a layer; none: the module is a cell.
+        by_torch: Whether torch's kernel did the steps, on weights that were made in the same call.
     """
     maps = []
     for one in found:
         if one.input is None:  # a module that must be called
             return
         maps += [_kept(one.cell.ih, one.input), _kept(one.cell.hh, one.hidden)]
-    _keep(module, x, [one.cell for one in found], maps, guard, names)
+    _keep(module, x, [one.cell for one in found], maps, guard, names, by_torch=by_torch)
 
 
 def keep_weights(module: Any, x: Tensor, cells: Sequence[Cell], guard: Mapping[str, Any], names: Sequence[str]) -> None:
     """The same where torch's kernel ran on the dense weights of all cells, which are kept."""
     maps = [_kept_dense(one) for cell in cells for one in (cell.ih, cell.hh)]
-    _keep(module, x, cells, maps, guard, names)
+    _keep(module, x, cells, maps, guard, names, by_torch=True)
 
 
 def _keep(
@@ -59,6 +66,8 @@ def _keep(
     maps: Sequence[tuple[Any, ...] | None],
     guard: Mapping[str, Any],
     names: Sequence[str],
+    *,
+    by_torch: bool,
 ) -> None:
     kernels, first = library(), cells[0]
     if kernels is None or torch.are_deterministic_algorithms_enabled() or any(one is None for one in maps):
@@ -72,6 +81,7 @@ def _keep(
         module._short_way_guard = guard
     n_directions = 1 + bool(guard.get("bidirectional"))
     numbers = [KINDS.index(str(first.kernel)), first.hidden_size, int(bool(guard.get("batch_first"))), n_directions]
+    numbers.append(int(by_torch))
     trains = torch.is_grad_enabled() and any(p.requires_grad for cell in cells for p in cell.parameters())
     module._short_way.keep(x, trains, numbers, list(maps))
 

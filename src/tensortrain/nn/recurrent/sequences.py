@@ -134,6 +134,13 @@ def _hidden_map(one: Map, spread: Spread, *, dense: bool) -> MapAtWork | None:
     return _at_work(one, plan)
 
 
+def _whole(one: Map) -> MapAtWork | None:
+    """A map by its dense weight; None where no sweep makes that."""
+    if not isinstance(one, Linear):
+        return _dense(one) if is_plain(one) else None
+    return _at_work(one, one.runner.plan(one, 1, force="dense")) if _has_sweep(one) else None
+
+
 def _dense(one: nn.Linear) -> MapAtWork:
     sweep = library().dense_sweep(one.in_features, one.out_features)  # type: ignore[union-attr]
     return MapAtWork(sweep, sweep, False, [one.weight], one.bias)
@@ -250,7 +257,9 @@ class Direction(NamedTuple):
         return output.view(*x.shape[:-1], self.cell.hidden_size), tuple(last)
 
 
-def direction_of(cell: Cell, spread: Spread, *, reverse: bool, dense: bool = False) -> Direction | None:
+def direction_of(
+    cell: Cell, spread: Spread, *, reverse: bool, dense: bool = False, by_torch: bool = False
+) -> Direction | None:
     """A direction by the kernels, where no sweep is missing; see ``serves``.
 
     Args:
@@ -258,12 +267,14 @@ def direction_of(cell: Cell, spread: Spread, *, reverse: bool, dense: bool = Fal
         spread: Where the rows lie.
         reverse: From the last step to the first.
         dense: Multiply by the dense weight of the hidden map, where its plan may.
+        by_torch: In training of an LSTM, torch's own kernel does the steps, on dense weights that ours make.
     """
-    hidden = _hidden_map(cell.hh, spread, dense=dense)
+    hidden = _whole(cell.hh) if by_torch else _hidden_map(cell.hh, spread, dense=dense)
     if hidden is None:
         return None
-    numbers = [KINDS.index(str(cell.kernel)), cell.hidden_size, *map(int, spread[:3]), int(reverse)]
-    return Direction(cell, numbers, spread.counts, _input_map(cell.ih, spread.n_rows), hidden)
+    numbers = [KINDS.index(str(cell.kernel)), cell.hidden_size, *map(int, spread[:3]), int(reverse), int(by_torch)]
+    given = _whole(cell.ih) if by_torch else _input_map(cell.ih, spread.n_rows)
+    return Direction(cell, numbers, spread.counts, given, hidden)
 
 
 def _is_ordinary(tensor: Tensor) -> bool:

@@ -56,7 +56,7 @@ _CALLS = {"lstm": 14, "gru": 10}  # operations of one step; four for the others
 _CALLS_OF_TORCH = {"lstm": 1}  # of one step by torch's kernel; seven for the others
 _GATE_S = {torch.float32: 1.2e-9, torch.float64: 5e-9}  # of one gate of one row by our kernels
 _REBUILD_CALLS = 40  # operations, forward and backward
-_FOUND = Notebook("recurrent-4")
+_FOUND = Notebook("recurrent-5")
 _KNOWN: dict[Any, str] = {}
 
 

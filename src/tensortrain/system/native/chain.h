@@ -11,6 +11,7 @@
 #include <atomic>
 #include <limits>
 #include <mutex>
+#include <numeric>
 #include <optional>
 #include <utility>
 
@@ -331,19 +332,83 @@ void past_pair(Buffer<T>& env, const Core<T>& bra, Core<T> ket, PairRoom<T>& roo
   env.swap(room.next);
 }
 
+// env (u, s) past bra (t, n, u) and ket (r, n, s) to (t, r): the same from the right.
 template <typename T>
-std::optional<Value<T>> dot_plainly(const Cores<T>& bra, const Cores<T>& ket) {
-  const double limit = limit_of<T>(2);
-  Buffer<T> env{T(1)};
-  PairRoom<T> room;
-  int64_t exponent = 0;
-  for (size_t k = 0; k < bra.size(); ++k) {
-    if (!is_moderate(bra[k], limit) || (bra[k].data != ket[k].data && !is_moderate(ket[k], limit))) return std::nullopt;
-    past_pair(env, bra[k], ket[k], room);
-    if (!settle(env, bra[k].s * ket[k].s, limit, exponent)) return std::nullopt;
+void before_pair(Buffer<T>& env, const Core<T>& bra, Core<T> ket, PairRoom<T>& room) {
+  const Int t = bra.r, r = ket.r, n = ket.n, u = bra.s, s = ket.s;
+  if (bra.turned && ket.turned) {
+    room.rows.resize(ket.size());
+    on_rows(r * n, s, [&](Int from, Int to) { turn_rows(ket, from, to, room.rows.data()); });
+    ket = {room.rows.data(), r, n, s};
   }
-  exponent += split_whole(env.data(), 1);
-  return Value<T>{env[0], exponent};
+  room.next.resize(t * r);
+  if (ket.turned) {
+    room.half.resize(r * n * u);
+    put_product(room.half.data(), u, unfolded(ket), {env.data(), s, true}, r * n, u, s);
+    put_product(room.next.data(), r, {bra.data, n * u}, {room.half.data(), n * u, true}, t, r, n * u);
+  } else {
+    room.half.resize(t * n * s);
+    put_product(room.half.data(), s, unfolded(bra), {env.data(), s}, t * n, s, u);
+    put_product(room.next.data(), r, {room.half.data(), n * s}, {ket.data, n * s, true}, t, r, n * s);
+  }
+  env.swap(room.next);
+}
+
+// What one half of two chains comes to: an inner product from its end to the middle.
+template <typename T>
+struct Half {
+  Buffer<T> env{T(1)};
+  int64_t exponent = 0;
+  bool holds = true;
+
+  void run(const Cores<T>& bra, const Cores<T>& ket, Int from, Int to) {
+    const double limit = limit_of<T>(2);
+    const Int step = from <= to ? 1 : -1;
+    PairRoom<T> room;
+    for (Int k = from; k != to && holds; k += step) {
+      holds = is_moderate(bra[k], limit) && (bra[k].data == ket[k].data || is_moderate(ket[k], limit));
+      if (!holds) return;
+      step > 0 ? past_pair(env, bra[k], ket[k], room) : before_pair(env, bra[k], ket[k], room);
+      holds = settle(env, static_cast<Int>(env.size()), limit, exponent);
+    }
+  }
+};
+
+// Multiplications at each core.
+template <typename T>
+std::vector<double> work_of(const Cores<T>& bra, const Cores<T>& ket) {
+  std::vector<double> found;
+  for (size_t k = 0; k < bra.size(); ++k)
+    found.push_back(static_cast<double>(bra[k].size()) * ket[k].r + static_cast<double>(ket[k].size()) * bra[k].s);
+  return found;
+}
+
+// Whether two threads do a half each sooner than both of them one product after the other.
+inline bool gain_by_halves(const std::vector<double>& work, bool are_all_small) {
+  constexpr double least = 4e5, most = 4e6;  // in all; of one product, by two threads
+  const double all = std::accumulate(work.begin(), work.end(), 0.0);
+  const bool are_limited = at::get_num_threads() == 2 && *std::max_element(work.begin(), work.end()) <= most;
+  return all > least && (are_all_small || are_limited);
+}
+
+template <typename T>
+std::optional<Value<T>> dot_plainly(const Cores<T>& bra, const Cores<T>& ket, bool are_all_small) {
+  const Int d = static_cast<Int>(bra.size());
+  const auto work = work_of(bra, ket);
+  const double all = std::accumulate(work.begin(), work.end(), 0.0);
+  const bool at_once = gain_by_halves(work, are_all_small);
+  Int middle = at_once ? 0 : d;
+  for (double before = 0; middle < d && before + work[middle] / 2 < all / 2; ++middle) before += work[middle];
+  Half<T> halves[2];
+  on_threads(2, 1, at_once, [&](int64_t from, int64_t to) {
+    const OneThread alone(at_once);
+    for (; from < to; ++from) from == 0 ? halves[0].run(bra, ket, 0, middle) : halves[1].run(bra, ket, d - 1, middle - 1);
+  });
+  if (!halves[0].holds || !halves[1].holds) return std::nullopt;
+  double sum = 0;
+  for (size_t k = 0; k < halves[0].env.size(); ++k) sum += static_cast<double>(halves[0].env[k]) * halves[1].env[k];
+  const int64_t exponent = halves[0].exponent + halves[1].exponent + split_whole(&sum, 1);
+  return Value<T>{static_cast<T>(sum), exponent};
 }
 
 template <typename T>
@@ -376,8 +441,9 @@ Value<T> dot_keeping(const Cores<T>& bra, const Cores<T>& ket) {
 // <bra, ket> = mantissa 2**exponent; nothing where an entry is not finite.
 template <typename T>
 std::optional<Value<T>> dot(const Cores<T>& bra, const Cores<T>& ket) {
-  const OneThread alone(are_small(bra) && are_small(ket));
-  if (auto found = dot_plainly(bra, ket)) return found;
+  const bool are_all_small = are_small(bra) && are_small(ket);
+  const OneThread alone(are_all_small);
+  if (auto found = dot_plainly(bra, ket, are_all_small)) return found;
   if (!is_finite(bra) || !is_finite(ket)) return std::nullopt;
   return dot_keeping(bra, ket);
 }

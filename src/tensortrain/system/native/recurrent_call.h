@@ -2,7 +2,7 @@
 #pragma once
 
 #include "layer_call.h"
-#include "recurrent_function.h"
+#include "recurrent_torch.h"
 
 #include <ATen/ops/gru.h>
 #include <ATen/ops/lstm.h>
@@ -81,20 +81,20 @@ class RecurrentWay {
     for (const auto& name : names) names_.emplace_back(name.cast<std::string>().c_str());
   }
 
-  // numbers: kind, size, whether the batch comes first, directions. maps: for each (sweep, ready sweep, whether stored
-  // tensors are turned, weights, cores, cache, options), in order of cells, input map first; the sweeps are None where
-  // torch's kernel ran on the weights.
+  // numbers: kind, size, whether the batch comes first, directions, whether torch's kernel ran. maps: for each (sweep, ready sweep, whether stored
+  // tensors are turned, weights, cores, cache, options), in order of cells, input map first; without
+  // gradients, the sweeps are None where torch's kernel ran on the weights.
   void keep(const Tensor& x, bool trains, const Sizes& numbers, const py::list& maps) {
     auto entry = std::make_shared<Entry>();
     entry->sizes = x.sizes().vec(), entry->dtype = x.scalar_type(), entry->trains = trains;
     entry->kind = static_cast<Kind>(numbers[0]), entry->size = numbers[1];
     entry->batch_first = numbers[2] != 0, entry->n_directions = numbers[3];
+    entry->by_torch = numbers[4] != 0;
     entry->n_steps_made = n_optimizer_steps;
     for (const auto& given : maps) {
       const auto parts = given.cast<py::tuple>();
-      entry->by_torch = parts[0].is_none();
       KeptMap kept;
-      if (!entry->by_torch)
+      if (!parts[0].is_none())
         kept.map = {parts[0].cast<c10::intrusive_ptr<Sweep>>(), parts[1].cast<c10::intrusive_ptr<Sweep>>(),
                     parts[2].cast<bool>()};
       kept.weights = parts[3].cast<Tensors>();
@@ -266,7 +266,7 @@ class RecurrentWay {
     std::optional<Tensors> found;
     {
       const py::gil_scoped_release unlocked;
-      found = entry->by_torch ? by_torch(*entry, x, *states, maps) : by_steps(*entry, x, *states, maps);
+      found = entry->by_torch && !entry->trains ? by_torch(*entry, x, *states, maps) : by_cells(*entry, x, *states, maps);
     }
     return found ? wrapped(*entry, std::move(*found), x.dim() == 3) : py::object();
   }
@@ -301,7 +301,7 @@ class RecurrentWay {
     return Tensors{y, h};
   }
 
-  static std::optional<Tensors> by_steps(const Entry& entry, const Tensor& x, const Tensors& states, const Found& maps) {
+  static std::optional<Tensors> by_cells(const Entry& entry, const Tensor& x, const Tensors& states, const Found& maps) {
     const bool is_layer = x.dim() == 3;
     const auto n_cells = maps.size() / 2, n_directions = static_cast<size_t>(entry.n_directions), n = entry.n_states();
     const int64_t n_steps = is_layer ? x.size(entry.batch_first ? 1 : 0) : 1;
@@ -320,14 +320,15 @@ class RecurrentWay {
         const Job job{course_of({static_cast<int64_t>(entry.kind), entry.size, n_steps, batch, !entry.batch_first,
                                  direction == 1}),
                       entry.maps[2 * cell].map, entry.maps[2 * cell + 1].map, maps[2 * cell].second.bias.has_value(),
-                      maps[2 * cell + 1].second.bias.has_value(), is_layer};
+                      maps[2 * cell + 1].second.bias.has_value(), is_layer, entry.by_torch};
         const auto &ih = maps[2 * cell].second, &hh = maps[2 * cell + 1].second;
         auto all = together(rows, here, ih.bias, hh.bias, tensors_of(entry.maps[2 * cell], ih),
                             tensors_of(entry.maps[2 * cell + 1], hh));
         if (all.size() != job.n_tensors() || !fits(job, all)) return std::nullopt;
-        auto found = call(job, std::move(all));
-        for (size_t k = 0; k < n; ++k) last[k].push_back(found[k]);
-        if (is_layer) outputs.push_back(found[n].view({rows.size(0), rows.size(1), entry.size}));
+        const auto found = call(job, std::move(all));
+        if (!found) return std::nullopt;
+        for (size_t k = 0; k < n; ++k) last[k].push_back((*found)[k]);
+        if (is_layer) outputs.push_back((*found)[n].view({rows.size(0), rows.size(1), entry.size}));
       }
       if (is_layer) rows = n_directions == 1 ? outputs[0] : at::cat(outputs, -1);
     }

@@ -44,6 +44,7 @@ struct Job {
   Map input, hidden;
   bool has_input_bias = false, has_hidden_bias = false;
   bool gives_outputs = true;  // and not the last states alone
+  bool by_torch = false;      // torch's own kernel does the steps; see recurrent_torch.h
 
   size_t n_states() const { return course.kind == Kind::lstm ? 2 : 1; }
   size_t input_bias() const { return 1 + n_states(); }
@@ -62,7 +63,7 @@ struct Job {
     Sizes all{static_cast<int64_t>(course.kind), course.size, course.n_steps, course.batch, course.is_reversed,
               course.stride, course.step_rows, address(input.sweep), address(input.ready), input.is_turned,
               address(hidden.sweep), address(hidden.ready), hidden.is_turned, has_input_bias, has_hidden_bias,
-              gives_outputs};
+              gives_outputs, by_torch};
     all.insert(all.end(), course.count.begin(), course.count.end());
     return all;
   }
@@ -74,8 +75,8 @@ struct Job {
     Job job{{static_cast<Kind>(all[0]), all[1], all[2], all[3], all[4] != 0, all[5], {}, {}, all[6]},
             {sweep(all[7]), sweep(all[8]), all[9] != 0},
             {sweep(all[10]), sweep(all[11]), all[12] != 0},
-            all[13] != 0, all[14] != 0, all[15] != 0};
-    job.course.pack({all.begin() + 16, all.end()});
+            all[13] != 0, all[14] != 0, all[15] != 0, all[16] != 0};
+    job.course.pack({all.begin() + 17, all.end()});
     return job;
   }
 };
@@ -217,6 +218,10 @@ struct MapBack {
   }
 };
 
+inline std::vector<bool> wanted_of(const std::vector<bool>& needs, size_t from, size_t n) {
+  return {needs.begin() + static_cast<int64_t>(from), needs.begin() + static_cast<int64_t>(from + n)};
+}
+
 // Gradients in the order of the tensors.
 template <typename T>
 Tensors go_back(const Job& job, at::TensorList all, const Left& left, const Tensors& of_last, const Tensor& of_out,
@@ -245,16 +250,13 @@ Tensors go_back(const Job& job, at::TensorList all, const Left& left, const Tens
                           read<T>(left.out), {data<T>(left.gates), data<T>(left.state)}, data<T>(dx), data<T>(du),
                           data<T>(before), data<T>(found[1]), n_states > 1 ? data<T>(found[2]) : nullptr, wants_first};
   by_examples(course, [&](int64_t from, int64_t to) { backward_part(call, back, from, to); });
-  const auto wanted_of = [&](size_t from, size_t n) {
-    return std::vector<bool>(needs.begin() + static_cast<int64_t>(from), needs.begin() + static_cast<int64_t>(from + n));
-  };
   MapBack{job.hidden, job.of_hidden(all), left.of_hidden, before, du,
-          wanted_of(job.hidden_tensors(), job.hidden.n_tensors()), Tensor(), true}
+          wanted_of(needs, job.hidden_tensors(), job.hidden.n_tensors()), Tensor(), true}
       .run(found.data() + job.hidden_tensors());
   if (job.input.sweep) {
     if (needs[0]) found[0] = at::empty(all[0].sizes(), dx.options());
     MapBack{job.input, job.of_input(all), left.of_input, all[0].contiguous(), dx,
-            wanted_of(job.input_tensors(), job.input.n_tensors()), found[0], false}
+            wanted_of(needs, job.input_tensors(), job.input.n_tensors()), found[0], false}
         .run(found.data() + job.input_tensors());
   } else if (needs[0]) {
     found[0] = dx.view(all[0].sizes());
@@ -345,6 +347,57 @@ inline Tensors recorded(const Job& job, at::TensorList all) {
 
 // -- with gradients -------------------------------------------------------------------------------------
 
+// Whether gradients that have gradients are wanted, or somebody else looks on.
+inline bool is_unread(const Tensors& grads, const Tensors& saved) {
+  if (c10::GradMode::is_enabled() || !is_unheard(c10::impl::tls_local_dispatch_key_set())) return true;
+  const auto is_odd = [&](const Tensor& one) { return one.defined() && !has_plain_keys(one); };
+  if (std::any_of(saved.begin(), saved.end(), is_odd)) return true;
+  return std::any_of(grads.begin(), grads.end(), [&](const Tensor& one) {
+    return one.defined() && (is_odd(one) || one._fw_grad(0).defined() || one.scalar_type() != saved[0].scalar_type());
+  });
+}
+
+inline Tensors by_operations(const Job& job, at::TensorList all, const Tensors& grads, const std::vector<bool>& needs) {
+  const bool again = c10::GradMode::is_enabled();
+  const at::AutoGradMode records(true);
+  Tensors inputs, wanted, outputs, given;
+  for (size_t k = 0; k < all.size(); ++k) {
+    // An alias: the history of one input may hold another one, as a state holds the weight of the call before; that
+    // way is not to be counted again. What was frozen meanwhile is no leaf of ours.
+    inputs.push_back(all[k].requires_grad() ? all[k].view_as(all[k])
+                     : needs[k]             ? all[k].detach().requires_grad_()
+                                            : all[k]);
+    if (needs[k]) wanted.push_back(inputs.back());
+  }
+  const auto found = recorded(job, inputs);
+  for (size_t k = 0; k < grads.size(); ++k)
+    if (grads[k].defined() && found[k].requires_grad()) outputs.push_back(found[k]), given.push_back(grads[k]);
+  Tensors result(all.size());
+  if (wanted.empty() || outputs.empty()) return result;
+  const auto gradients = torch::autograd::grad(outputs, wanted, given, /*retain_graph=*/again, /*create_graph=*/again,
+                                               /*allow_unused=*/true);
+  for (size_t k = 0, taken = 0; k < all.size(); ++k)
+    if (needs[k]) result[k] = gradients[taken++];
+  return result;
+}
+
+// What `read` makes of what a function has saved, its tensors first; by operations of torch where it may not.
+template <typename Read>
+Tensors gradients_of(torch::autograd::AutogradContext* ctx, const Job& job, Tensors grads, Read read) {
+  const auto n = job.n_tensors();
+  const bool any = std::any_of(grads.begin(), grads.end(), [](const Tensor& one) { return one.defined(); });
+  if (!any) return Tensors(1 + n);
+  const auto saved = ctx->get_saved_variables();
+  std::vector<bool> needs;
+  for (size_t k = 0; k < n; ++k) needs.push_back(ctx->needs_input_grad(k));
+  auto found = is_unread(grads, saved) ? by_operations(job, at::TensorList(saved.data(), n), grads, needs)
+                                       : read(job, saved, grads, needs);
+  for (size_t k = 0; k < n; ++k)
+    if (!needs[k]) found[k] = Tensor();
+  found.insert(found.begin(), Tensor());  // the job itself
+  return found;
+}
+
 struct SequenceFunction : torch::autograd::Function<SequenceFunction> {
   using Context = torch::autograd::AutogradContext;
 
@@ -381,31 +434,10 @@ struct SequenceFunction : torch::autograd::Function<SequenceFunction> {
 
   static Tensors backward(Context* ctx, Tensors grads) {
     const auto job = Job::unpacked(ctx->saved_data["job"].toIntVector());
-    const auto n = job.n_tensors();
-    const bool any = std::any_of(grads.begin(), grads.end(), [](const Tensor& one) { return one.defined(); });
-    if (!any) return Tensors(1 + n);
-    const auto saved = ctx->get_saved_variables();
-    const at::TensorList all(saved.data(), n);
-    std::vector<bool> needs;
-    for (size_t k = 0; k < n; ++k) needs.push_back(ctx->needs_input_grad(k));
-    auto found = is_unread(grads, saved) ? by_operations(job, all, grads, needs) : by_memory(job, saved, grads, needs);
-    for (size_t k = 0; k < n; ++k)
-      if (!needs[k]) found[k] = Tensor();
-    found.insert(found.begin(), Tensor());  // the job itself
-    return found;
+    return gradients_of(ctx, job, std::move(grads), &by_memory);
   }
 
  private:
-  // Whether gradients that have gradients are wanted, or somebody else looks on.
-  static bool is_unread(const Tensors& grads, const Tensors& saved) {
-    if (c10::GradMode::is_enabled() || !is_unheard(c10::impl::tls_local_dispatch_key_set())) return true;
-    const auto is_odd = [&](const Tensor& one) { return one.defined() && !has_plain_keys(one); };
-    if (std::any_of(saved.begin(), saved.end(), is_odd)) return true;
-    return std::any_of(grads.begin(), grads.end(), [&](const Tensor& one) {
-      return one.defined() && (is_odd(one) || one._fw_grad(0).defined() || one.scalar_type() != saved[0].scalar_type());
-    });
-  }
-
   static Tensors by_memory(const Job& job, const Tensors& saved, const Tensors& grads, const std::vector<bool>& needs) {
     const at::AutoDispatchBelowADInplaceOrView below;
     const auto n = job.n_tensors(), n_states = job.n_states();
@@ -415,30 +447,6 @@ struct SequenceFunction : torch::autograd::Function<SequenceFunction> {
     const at::TensorList all(saved.data(), n);
     return saved[0].scalar_type() == at::kFloat ? go_back<float>(job, all, left, of_last, of_out, needs)
                                                 : go_back<double>(job, all, left, of_last, of_out, needs);
-  }
-
-  static Tensors by_operations(const Job& job, at::TensorList all, const Tensors& grads, const std::vector<bool>& needs) {
-    const bool again = c10::GradMode::is_enabled();
-    const at::AutoGradMode records(true);
-    Tensors inputs, wanted, outputs, given;
-    for (size_t k = 0; k < all.size(); ++k) {
-      // An alias: the history of one input may hold another one, as a state holds the weight of the call before; that
-      // way is not to be counted again. What was frozen meanwhile is no leaf of ours.
-      inputs.push_back(all[k].requires_grad() ? all[k].view_as(all[k])
-                       : needs[k]             ? all[k].detach().requires_grad_()
-                                              : all[k]);
-      if (needs[k]) wanted.push_back(inputs.back());
-    }
-    const auto found = recorded(job, inputs);
-    for (size_t k = 0; k < grads.size(); ++k)
-      if (grads[k].defined() && found[k].requires_grad()) outputs.push_back(found[k]), given.push_back(grads[k]);
-    Tensors result(all.size());
-    if (wanted.empty() || outputs.empty()) return result;
-    const auto gradients = torch::autograd::grad(outputs, wanted, given, /*retain_graph=*/again, /*create_graph=*/again,
-                                                 /*allow_unused=*/true);
-    for (size_t k = 0, taken = 0; k < all.size(); ++k)
-      if (needs[k]) result[k] = gradients[taken++];
-    return result;
   }
 };
 
@@ -489,7 +497,7 @@ inline void apply_input_map(Job& job, Tensors& all) {
 }
 
 // The last states, then the outputs as rows if they are asked; all fit the job.
-inline Tensors call(Job job, Tensors all) {
+inline Tensors call_by_steps(Job job, Tensors all) {
   if (job.input.sweep && !is_manageable(job.input, job.course.rows())) apply_input_map(job, all);
   if (records(all)) return SequenceFunction::apply(job, at::TensorList(all));
   const at::AutoDispatchBelowADInplaceOrView below;

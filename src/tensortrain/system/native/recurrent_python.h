@@ -5,7 +5,8 @@
 
 namespace tensortrain::recurrent {
 
-// Numbers of (kind, size, n_steps, batch, whether time comes first, whether it runs backwards), and of the examples of
+// Numbers of (kind, size, n_steps, batch, whether time comes first, whether it runs backwards, whether torch's kernel
+// runs), and of the examples of
 // every step where they are packed; none where these are not the examples of a sequence that becomes narrower.
 inline std::optional<Course> course_of(const Sizes& numbers, const std::optional<Tensor>& counts) {
   auto course = course_of(numbers);
@@ -43,7 +44,8 @@ inline std::optional<Tensors> run(const Sizes& numbers, const std::optional<Tens
   const auto course = course_of(numbers, counts);
   if (!course) return std::nullopt;
   const GivenMap input(input_map), hidden(hidden_map);
-  const Job job{*course, input.map, hidden.map, input.bias.has_value(), hidden.bias.has_value(), true};
+  const Job job{*course, input.map, hidden.map, input.bias.has_value(), hidden.bias.has_value(), true,
+                numbers[6] != 0};
   auto all = together(x, states, input.bias, hidden.bias, input.tensors, hidden.tensors);
   if (states.size() != job.n_states() || all.size() != job.n_tensors() || !fits(job, all)) return std::nullopt;
   const py::gil_scoped_release unlocked;

@@ -34,6 +34,7 @@ from tensortrain.system.processes import together
 from tensortrain.system.provenance import own_commit
 from tensortrain.system.seeds import seed_all
 from tensortrain.train.evaluation import Evaluate, evaluate_metric
+from tensortrain.train.options import total_steps
 from tensortrain.train.outputs import Output
 from tensortrain.train.preserve import checked_copy, uncompiled
 from tensortrain.train.state import loader_generators
@@ -41,6 +42,9 @@ from tensortrain.train.task import Task, TaskName
 
 __all__ = ["CompressionResult", "compress", "evaluate_metric", "plans_for"]
 
+# Of all steps of healing in turns: on the way little is lost, and what is missing at the end is. At 240x by way of 16x
+# conv-fc loses 1.3 points of validation images when one step in eight comes first, 1.8 when one in four does.
+_LAST = 7 / 8
 _HELD = ("_modules", "_parameters", "_buffers")  # of a module, in dicts that may be changed in place
 
 
@@ -107,7 +111,8 @@ def compress(
             ``[Factorize(), Heal(epochs=1)]`` of ``tensortrain.compression.stages``. Without ``Factorize`` the budget
             may be None.
         n_stages: In how many turns the model is compressed and healed, by equal ratios up to the budget. ``heal`` says
-            how long each is healed. What earlier turns factorized is planned again in the later ones.
+            how long each is healed in the mean; the last has seven eighths of all steps. What earlier turns factorized
+            is planned again in the later ones.
         work_dir: Folder from which a killed planning goes on, see ``plan_compression``.
         measure_losses: Plan by losses that are measured, see ``plan_compression``.
 
@@ -226,7 +231,7 @@ def _in_turns(
     stages: Sequence[Any] | None,
     plan: CompressionPlan | None,
     heal: Heal | HealLocally | Mapping[str, Any] | str | bool | None,
-    data: object,
+    data: Iterable[Any] | None,
 ) -> Sequence[Any]:
     """Factorize and heal, several times up to the budget."""
     if not isinstance(n_stages, int) or isinstance(n_stages, bool) or n_stages < 1:
@@ -244,7 +249,19 @@ def _in_turns(
             f"between its stages a model must be healed: n_stages has {n_stages} with {missing}. Pass data and leave "
             "heal= out, or n_stages=1."
         )
-    return [each for n in range(1, n_stages + 1) for each in (Factorize(way=n / n_stages), settings)]
+    heals = _shared_out(settings, data, n_stages)
+    return [each for n, heal in enumerate(heals, start=1) for each in (Factorize(way=n / n_stages), heal)]
+
+
+def _shared_out(settings: Heal | HealLocally, data: Iterable[Any], n_stages: int) -> list[Heal | HealLocally]:
+    """The healing of every turn: together as long as if all were alike."""
+    if n_stages == 1 or not isinstance(settings, Heal) or settings.only_statistics:
+        return [settings] * n_stages
+    settings = settings.with_length(data)
+    total = n_stages * total_steps(data, settings.epochs, settings.steps)
+    early = max(1, round((1 - _LAST) * total / (n_stages - 1)))
+    last = max(1, total - (n_stages - 1) * early)
+    return [replace(settings, epochs=None, steps=n) for n in (*(n_stages - 1) * [early], last)]
 
 
 def _heal_settings(heal: Heal | HealLocally | Mapping[str, Any] | str | bool | None) -> Heal | HealLocally | None:

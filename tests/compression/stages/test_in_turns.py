@@ -13,13 +13,14 @@ from torch import Tensor, nn
 
 import tensortrain as tt
 from tensortrain.compression import Silent, count_params
+from tensortrain.compression.api import _in_turns
 from tensortrain.compression.stages import Factorize, Heal
 from tensortrain.errors import BudgetError, KindError, RankError
 from tensortrain.nn import FactorizedLayer
 
 pytestmark = pytest.mark.usefixtures("double", "fixed_plans")
 
-HEAL = {"steps": 4, "lr": 1e-2}
+HEAL = {"steps": 8, "lr": 1e-2}  # in two turns: 2 and 14
 
 
 def values(model: nn.Module) -> Tensor:
@@ -159,9 +160,32 @@ def test_a_killed_turn_goes_on_to_the_same_bits(healing: int, build: Any, shape:
 def test_a_list_may_say_the_same() -> None:
     model, data = net()
     by_list = run(
-        model, data, n_stages=1, heal=None, stages=[Factorize(way=0.5), Heal(**HEAL), Factorize(), Heal(**HEAL)]
+        model,
+        data,
+        n_stages=1,
+        heal=None,
+        stages=[Factorize(way=0.5), Heal(steps=2, lr=1e-2), Factorize(), Heal(steps=14, lr=1e-2)],
     )
     assert torch.equal(values(by_list.model), values(run(model, data).model))
+
+
+@pytest.mark.parametrize(
+    "n_stages, heal, wanted",
+    [
+        (1, {"steps": 5}, [(5, None)]),
+        (2, {"steps": 40}, [(10, None), (70, None)]),
+        (2, {"epochs": 4}, [(6, None), (42, None)]),
+        (3, {"steps": 32}, [(6, None), (6, None), (84, None)]),
+        (2, {"steps": 1}, [(1, None), (1, None)]),
+        (2, None, [(2, None), (10, None)]),
+        (2, {"epochs": 0}, [(None, 0), (None, 0)]),
+    ],
+)
+def test_the_last_turn_has_most_steps(n_stages: int, heal: Any, wanted: list[tuple[int | None, int | None]]) -> None:
+    """All together have as many as equal ones would have."""
+    _, data = net()
+    todo = _in_turns(n_stages, None, None, heal, data)
+    assert [(one.steps, one.epochs) for one in todo if isinstance(one, Heal)] == wanted
 
 
 @pytest.mark.parametrize(

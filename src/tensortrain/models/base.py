@@ -28,7 +28,8 @@ __all__ = [
     "settle_",
 ]
 
-_MOST_SETTLINGS = 60  # a factor of two each, where scores say nothing at all
+_MOST_SETTLINGS = 400
+_JUMP = 32  # bits of the scores, where these say nothing at all: less than the range of any dtype but float16
 
 Model = TypeVar("Model", bound="TensorModel")
 
@@ -107,10 +108,10 @@ def settle_(cores: Sequence[nn.Parameter], degree: int, scores: Callable[[], Ten
     """
     for _ in range(_MOST_SETTLINGS):
         size = float(scores().double().abs().median())
-        if not size > 0:
-            factor = 2.0
+        if size == 0:
+            factor = 2.0 ** (_JUMP / degree)
         elif not size < torch.finfo(cores[0].dtype).max / 1e4:
-            factor = 0.5
+            factor = 2.0 ** (-_JUMP / degree)
         else:
             factor = size ** (-1 / degree)
         if 0.1 <= size <= 10:

@@ -296,3 +296,30 @@ def test_many_features_stay_finite() -> None:
     assert bool(torch.isfinite(found).all())
     found.sum().backward()
     assert all(bool(torch.isfinite(core.grad).all()) for core in model.cores)
+
+
+@pytest.mark.parametrize("values", [None, (0, 0, 3, 0), (2, 3, 2, 4)])
+@pytest.mark.parametrize("outputs", [1, 3])
+def test_missing_features_are_summed_out(values: tuple[int, ...] | None, outputs: int) -> None:
+    model = machine(n_values=values, n_outputs=outputs)
+    sizes = values or (0, 0, 0, 0)
+    columns = [torch.arange(15) % n if n else torch.linspace(-1, 1, 15) for n in sizes]
+    x = torch.stack([column.double() for column in columns], dim=1)
+    lacks = torch.zeros(15, 4, dtype=torch.bool)
+    lacks[3:9, 0] = lacks[5:, 2] = True
+    grids = [range(n) if n else (-0.7, 0.7) for n in (sizes[0], sizes[2])]  # of mean 0
+    found = []
+    for first, third in itertools.product(*grids):
+        filled = x.clone()
+        filled[lacks[:, 0], 0], filled[lacks[:, 2], 2] = float(first), float(third)
+        found.append(model(filled))
+    mean = torch.stack(found).mean(0)
+    torch.testing.assert_close(model(x, missing=lacks), mean, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(model(x.masked_fill(lacks, torch.nan), missing="nan"), mean, rtol=1e-12, atol=1e-12)
+    assert model(x[:0], missing="nan").shape[0] == 0
+    with pytest.raises(DataError, match="missing='nan'"):
+        model(x * torch.nan)
+    with pytest.raises(DataError, match="one by one"):
+        model(x, missing=lacks[:3])
+    with pytest.raises(KindError, match="missing"):
+        model(x, missing="mean")

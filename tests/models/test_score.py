@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from typing import ClassVar
 
 import pytest
@@ -240,3 +241,14 @@ def test_scores_of_no_use_are_settled_before_a_fit(format: str, size: float) -> 
     model = ScoreNetwork(30, 2, 2, format=format, rank=3, n_features=3, generator=generator)
     model.fit(x, y, n_sweeps=1, lr=1e-6, generator=generator)
     assert 1e-4 < float(model(x).detach().abs().median()) < 1e4
+
+
+@pytest.mark.parametrize("format", ["tt", "cp", "ht"])
+def test_a_fit_starts_at_scores_that_are_numbers_at_any_length(format: str) -> None:
+    """A product of a thousand numbers below 1 is zero in single precision, and jumps beyond the range at twice each."""
+    generator = torch.Generator().manual_seed(0)
+    model = ScoreNetwork(1000, 3, 2, format=format, rank=3, n_features=4, generator=generator)
+    x = torch.rand(8, 1000, 3, generator=generator)
+    history = model.fit(x, torch.arange(8) % 2, n_sweeps=1, lr=0.0)
+    assert math.isfinite(history.loss[0])
+    assert 0.1 <= float(model(x).detach().abs().median()) <= 10

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from tensortrain.cores.scaling import split_pow2, work_dtype
 from tensortrain.errors import DataError, KindError
-from tensortrain.models.base import TensorModel, check_finite, check_sizes, checked_labels, held
+from tensortrain.models.base import TensorModel, held
+from tensortrain.models.checks import checked_dtype, checked_inputs, checked_labels, checked_sizes
 from tensortrain.models.supervised import Supervised
 from tensortrain.networks import register
 from tensortrain.system.history import History
@@ -63,10 +64,12 @@ class RecurrentArithmeticCircuit(TensorModel):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_sizes(n_features=n_features, width=width, depth=depth, n_outputs=n_outputs)
+        n_features, width, depth, n_outputs = checked_sizes(
+            n_features=n_features, width=width, depth=depth, n_outputs=n_outputs
+        )
         self.n_features, self.width, self.depth, self.n_outputs = n_features, width, depth, n_outputs
 
-        dtype = dtype or torch.get_default_dtype()
+        dtype = checked_dtype(dtype)
 
         def draw(*shape: int) -> Tensor:
             drawn = torch.randn(*shape, generator=generator, device=device, dtype=work_dtype(dtype))
@@ -90,10 +93,9 @@ class RecurrentArithmeticCircuit(TensorModel):
         """Scores ``(b,)`` or ``(b, n_outputs)`` of sequences ``(b, T, n_features)``.
 
         Raises:
-            DataError: ``x`` has another shape, or no steps.
+            DataError: ``x`` has another shape, no steps, no floating numbers, or NaN.
         """
-        self._check(x)
-        state, exponent = self._last_state(x)
+        state, exponent = self._last_state(self._checked(x))
         scores = held(state @ self.output.T, exponent)
         return scores[:, 0] if self.n_outputs == 1 else scores
 
@@ -137,35 +139,26 @@ class RecurrentArithmeticCircuit(TensorModel):
                 f"classes need a score each: n_outputs has {self.n_outputs}, expected 2 or more. Build the circuit "
                 "with as many outputs as classes."
             )
-        pairs = [(x, y)] if validation is None else [(x, y), validation]
-        (x, labels), *held_back = [self._checked_pair(*pair) for pair in pairs]
-        job = Supervised(
+        job = Supervised.of(
             _Directions(self),
-            x,
-            labels,
-            "cross-entropy",
-            n_sweeps,
-            held_back[0] if held_back else None,
+            (x, y),
+            self._labelled,
+            n_sweeps=n_sweeps,
+            validation=validation,
             checkpoint=checkpoint,
             observer=observer,
             generator=generator,
         )
         return job.by_steps(lr, batch_size, grad_clip=grad_clip)
 
-    def _checked_pair(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        self._check(x)
-        if x.shape[0] == 0:
-            raise DataError("a fit must have data: x has no sequences, expected one or more.")
-        check_finite(x)
+    def _labelled(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        x = self._checked(x)
         return x, checked_labels(y, x.shape[0], self.n_outputs)
 
-    def _check(self, x: object) -> None:
-        if not isinstance(x, Tensor) or x.ndim != 3 or x.shape[2] != self.n_features or x.shape[1] == 0:
-            found = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
-            raise DataError(
-                f"inputs must be sequences of {self.n_features} features: x has {found}, expected (b, T, "
-                f"{self.n_features}) with a step or more. Put the steps along axis 1."
-            )
+    def _checked(self, x: object) -> Tensor:
+        return checked_inputs(
+            x, ("b", "T", self.n_features), self.output.dtype, "Put the steps, one or more, along axis 1"
+        )
 
     def _last_state(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The last layer's state ``(b, width)``, without the powers of two ``(b,)`` that are apart."""

@@ -1,4 +1,4 @@
-"""What all tensor-network models share: how they are stored, their random numbers, and the checks of what comes in."""
+"""What all tensor-network models share: how they are stored, their random numbers, and how scores keep their size."""
 
 from __future__ import annotations
 
@@ -14,19 +14,13 @@ from torch import Tensor, nn
 
 from tensortrain.cores.halves import Halves, outer
 from tensortrain.cores.scaling import times_pow2
-from tensortrain.errors import CheckpointError, DataError, KindError, RankError
+from tensortrain.errors import CheckpointError
 from tensortrain.system.history import History
 from tensortrain.system.store.doors import doors
 
 __all__ = [
     "TensorModel",
     "adam",
-    "chain_ranks",
-    "check_choice",
-    "check_finite",
-    "check_sizes",
-    "checked_labels",
-    "checked_values",
     "held",
     "label_scores",
     "only_figures",
@@ -34,7 +28,8 @@ __all__ = [
     "settle_",
 ]
 
-_MOST_SETTLINGS = 60  # a factor of two each, where scores say nothing at all
+_MOST_SETTLINGS = 400
+_JUMP = 32  # bits of the scores, where these say nothing at all: less than the range of any dtype but float16
 
 Model = TypeVar("Model", bound="TensorModel")
 
@@ -65,114 +60,6 @@ class TensorModel(nn.Module):
                 f"a {cls.__name__}. Use {type(model).__name__}.from_pretrained or tensortrain.load_pretrained."
             )
         return model
-
-
-def chain_ranks(bond_dim: int | Sequence[int], modes: Sequence[int], name: str = "bond_dim") -> tuple[int, ...]:
-    """Ranks ``(1, .., 1)`` of a chain: a number is cut to what the modes allow, a sequence is taken as it is.
-
-    Raises:
-        RankError: They are below 1, or not as many as the chain has.
-    """
-    order = len(modes)
-    if isinstance(bond_dim, int):
-        given: list[int] = [1, *[bond_dim] * (order - 1), 1]
-        for k in range(1, order):
-            given[k] = min(given[k], given[k - 1] * modes[k - 1])
-        for k in reversed(range(1, order)):
-            given[k] = min(given[k], given[k + 1] * modes[k])
-    else:
-        given = list(bond_dim)
-        given = given if len(given) == order + 1 else [1, *given, 1]
-    if len(given) != order + 1 or min(given) < 1 or given[0] != 1 or given[-1] != 1:
-        raise RankError(
-            f"a chain must have ranks of 1 or more between its {order} sites: {name} has {bond_dim}, expected a number "
-            f"or {order - 1} of them. Pass one number for all bonds."
-        )
-    return tuple(given)
-
-
-def checked_values(x: object, n_sites: int, n_values: int, *, least: int = 0, name: str = "x") -> Tensor:
-    """Whole numbers ``(b, n_sites)`` from ``least`` to ``n_values - 1``.
-
-    Raises:
-        DataError: It is anything else.
-    """
-    what = f"{name} must hold values of {n_sites} sites"
-    if not isinstance(x, Tensor) or x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
-        found, way = (str(x.dtype), f"{name}.long()") if isinstance(x, Tensor) else _made_tensor(x, name)
-        raise DataError(f"{what}: it has {found}, expected an int64 tensor (b, {n_sites}). Convert it with {way}.")
-    if x.ndim != 2 or x.shape[1] != n_sites:
-        raise DataError(f"{what}: it has shape {tuple(x.shape)}, expected (b, {n_sites}). Put samples along axis 0.")
-    if x.numel():
-        low, high = (int(v) for v in torch.aminmax(x))
-        if low < least or high >= n_values:
-            also = ", or -1 where a site is left open" if least < 0 else ""
-            raise DataError(
-                f"{what}: it has numbers from {low} to {high}, expected 0 to {n_values - 1}{also}. Number the values "
-                "from 0, and give the model as many n_values as there are."
-            )
-    return x.long()
-
-
-def _made_tensor(x: object, name: str) -> tuple[str, str]:
-    """What something is called, and what makes a tensor of it."""
-    return type(x).__name__, f"torch.as_tensor({name})"
-
-
-def checked_labels(y: object, n_samples: int, n_classes: int) -> Tensor:
-    """Class numbers ``(b,)`` int64.
-
-    Raises:
-        DataError: It is anything else.
-    """
-    is_whole = isinstance(y, Tensor) and not (y.is_floating_point() or y.is_complex())
-    if not isinstance(y, Tensor) or not is_whole or tuple(y.shape) != (n_samples,):
-        found = f"{y.dtype} of shape {tuple(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
-        raise DataError(
-            f"labels must be class numbers, one for each sample: y has {found}, expected int64 of shape "
-            f"({n_samples},). Pass y.argmax(1) of labels that are one-hot."
-        )
-    if y.numel():
-        low, high = (int(v) for v in torch.aminmax(y))
-        if low < 0 or high >= n_classes:
-            raise DataError(
-                f"labels must lie in their range: y has numbers from {low} to {high}, expected 0 to {n_classes - 1}. "
-                "Number the classes from 0, and give the model as many n_classes as there are."
-            )
-    return y.long()
-
-
-def check_sizes(**sizes: object) -> None:
-    """Refuse sizes that are no whole numbers of 1 or more.
-
-    Raises:
-        RankError: The first of them, by its name.
-    """
-    for name, size in sizes.items():
-        if not isinstance(size, int) or size < 1:
-            raise RankError(f"sizes must be whole numbers of 1 or more: {name} has {size!r}. Pass a larger one.")
-
-
-def check_finite(x: Tensor, name: str = "x") -> None:
-    """Refuse NaN and infinite numbers.
-
-    Raises:
-        DataError: There are some.
-    """
-    if not bool(torch.isfinite(x).all()):
-        raise DataError(
-            f"{name} must be finite: it has NaN or Inf, expected numbers. Leave these samples out, or fill."
-        )
-
-
-def check_choice(value: object, choices: Sequence[str], name: str) -> None:
-    """Refuse an option of no known name.
-
-    Raises:
-        KindError: It is none of ``choices``.
-    """
-    if value not in choices:
-        raise KindError(f"{name} must be known: it has {value!r}, expected one of {', '.join(map(repr, choices))}.")
 
 
 def seed_from(generator: torch.Generator | None) -> int:
@@ -221,10 +108,10 @@ def settle_(cores: Sequence[nn.Parameter], degree: int, scores: Callable[[], Ten
     """
     for _ in range(_MOST_SETTLINGS):
         size = float(scores().double().abs().median())
-        if not size > 0:
-            factor = 2.0
+        if size == 0:
+            factor = 2.0 ** (_JUMP / degree)
         elif not size < torch.finfo(cores[0].dtype).max / 1e4:
-            factor = 0.5
+            factor = 2.0 ** (-_JUMP / degree)
         else:
             factor = size ** (-1 / degree)
         if 0.1 <= size <= 10:

@@ -5,15 +5,24 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import Distribution, constraints
 
-from tensortrain.errors import DataError, KindError, RankError
-from tensortrain.models.base import TensorModel, chain_ranks, check_choice, check_sizes, checked_values
+from tensortrain.errors import DataError, KindError
+from tensortrain.models.base import TensorModel
 from tensortrain.models.born_fit import BornFit
+from tensortrain.models.checks import (
+    chain_ranks,
+    check_between,
+    check_choice,
+    checked_count,
+    checked_dtype,
+    checked_sizes,
+    checked_values,
+)
+from tensortrain.models.distribution import BornDistribution
 from tensortrain.models.from_samples import cores_from_samples
 from tensortrain.models.laws import LAWS, Law
 from tensortrain.models.lengths import checked_lengths, filled, is_ended, of_length, only_ended
@@ -75,17 +84,13 @@ class BornMachine(TensorModel):
     ) -> None:
         super().__init__()
         check_choice(kind, tuple(LAWS), "kind")
-        dtype = dtype or torch.get_default_dtype()
-        check_sizes(n_sites=n_sites, n_values=n_values, purification=purification)
-        if not dtype.is_floating_point:
-            raise KindError(
-                f"a Born machine takes a real dtype: dtype has {dtype}, expected float32 or float64. Complex "
-                "amplitudes come with kind='complex'."
-            )
-        self.n_sites, self.n_values, self.kind = n_sites, n_values, str(kind)
+        dtype = checked_dtype(dtype)
+        self.n_sites, self.n_values = checked_sizes(n_sites=n_sites, n_values=n_values)
+        self.kind = str(kind)
+        (purification,) = checked_sizes(purification=purification)
         self.purification = purification if kind == "purified" else 1
         self.variable_length = bool(variable_length)
-        modes = [self._n_symbols * self.purification] * n_sites
+        modes = [self._n_symbols * self.purification] * self.n_sites
         shapes = zip(chain_ranks(bond_dim, modes), modes, chain_ranks(bond_dim, modes)[1:], strict=False)
         made = [_near_uniform(*shape, generator, dtype, device) for shape in shapes]
         self._take([core.to(self._law.dtype(dtype)) for core in made])
@@ -100,8 +105,15 @@ class BornMachine(TensorModel):
             variable_length: Whether the last value of every mode is the end of a string.
 
         Raises:
-            DataError: It has modes of several sizes, or a negative core where none may be.
+            DataError: It has modes of several sizes, a negative core where none may be, or no law: zero, NaN.
+            KindError: It is no train, or of whole numbers.
         """
+        if not isinstance(x, TensorTrain) or not (x.dtype.is_floating_point or x.dtype.is_complex):
+            found = x.dtype if isinstance(x, TensorTrain) else type(x).__name__
+            raise KindError(
+                f"a law is that of a train: x has {found}, expected a TensorTrain of floating numbers. Pass "
+                "TensorTrain.from_dense(x)."
+            )
         if len(set(x.shape)) != 1 or x.batch_shape:
             raise DataError(
                 f"a Born machine has one alphabet: the train has modes {x.shape}, expected equal ones and no batch. "
@@ -109,10 +121,16 @@ class BornMachine(TensorModel):
             )
         if kind == "positive" and any(core.is_complex() or bool((core < 0).any()) for core in x.cores):
             raise DataError("a hidden Markov model has no negative cores: the train has some. Use kind='real'.")
+        if not math.isfinite(float(x.log_norm())):
+            raise DataError(
+                "a law must have a sum: the train is zero, or has NaN or Inf, expected finite numbers that are not "
+                "all zero. Build it anew."
+            )
         kind = "complex" if x.dtype.is_complex and kind == "real" else kind
         real = x.cores[0].real.dtype if x.dtype.is_complex else x.dtype
         n_values = x.shape[0] - bool(variable_length)
-        model = cls(len(x.shape), n_values, kind=kind, variable_length=variable_length, dtype=real, device="meta")
+        options: dict[str, Any] = {"kind": kind, "purification": 1, "variable_length": variable_length}
+        model = cls(len(x.shape), n_values, **options, dtype=real, device="meta")
         model._take(model._law.parameters([core.to(model._law.dtype(real)) for core in x.cores], x.shape[0]))
         return model
 
@@ -159,9 +177,8 @@ class BornMachine(TensorModel):
             values = _filled(x, lengths, n_sites, n_values)
         if values.numel() == 0:
             raise DataError("a law from samples must have some: x has none, expected (b, n_sites) with b of 1 or more.")
-        if max_bond < 1:
-            raise RankError(f"a cap must leave a rank: max_bond has {max_bond}, expected 1 or more. Pass a larger one.")
-        made = cores_from_samples(values, n_values + is_open, max_bond, dtype or torch.get_default_dtype())
+        max_bond, n_values = checked_sizes(max_bond=max_bond, n_values=n_values)
+        made = cores_from_samples(values, n_values + is_open, max_bond, checked_dtype(dtype))
         return cls.from_train(TensorTrain(tuple(made)), variable_length=is_open)
 
     @property
@@ -248,7 +265,7 @@ class BornMachine(TensorModel):
         # Strings of one length need no further condition, and the chain without it has half the ranks.
         cores = chain if lengths is None else self._law.cores(list(self.cores))
         weight = self._law.log_sum(cores, values.to(cores[0].device), self._n_symbols, lengths)
-        return weight - self._law.log_total(chain)
+        return _share(weight, self._law.log_total(chain))
 
     def length_log_probs(self) -> Tensor:
         """Logarithms of the probabilities of the lengths 0 .. ``n_sites``, ``(n_sites + 1,)``, in nats.
@@ -284,8 +301,7 @@ class BornMachine(TensorModel):
 
         Cost: O(n n_sites r^2) flops; O(n n_sites r^3) where every sample has a condition of its own.
         """
-        if n < 0:
-            raise DataError(f"a number of samples must be 0 or more: n is {n}. Pass how many strings to draw.")
+        n = checked_count(n)
         if given is not None:
             rows = given if isinstance(given, Tensor) and given.ndim == 2 else _as_row(given)
             given = checked_values(rows, self.n_sites, self._n_symbols, least=-1, name="given")
@@ -345,16 +361,15 @@ class BornMachine(TensorModel):
         Raises:
             DataError: ``x`` is empty, or has values outside the alphabet.
             KindError: The method is not known, or not for this kind.
+            RankError: An option outside its range.
 
         Source: Han et al. 2018, section III (two-site gradients; adaptive bonds).
         """
-        data = self._values(x, lengths, is_possible=True)
-        if data.shape[0] == 0:
-            raise DataError("a fit must have data: x has no strings, expected one or more. Pass (b, n_sites).")
-        held = None
+        data, held = self._strings(x, lengths), None
         if validation is not None:
-            pair = validation if isinstance(validation, tuple) else (validation, None)
-            held = self._values(*pair, name="validation", is_possible=True)
+            is_pair = isinstance(validation, (tuple, list)) and len(validation) == 2
+            watched, their_lengths = validation if is_pair else (validation, None)
+            held = self._strings(watched, their_lengths, "validation")
         method = method or ("two-site" if self._law.takes_sweeps else "adam")
         check_choice(method, ("two-site", "adam"), "method")
         if method == "two-site" and not self._law.takes_sweeps:
@@ -362,6 +377,10 @@ class BornMachine(TensorModel):
                 f"two-site sweeps need amplitudes without a sum inside: kind has {self.kind!r}, expected 'real' or "
                 "'complex'. Use method='adam'."
             )
+        lr = {"two-site": 0.05, "adam": 0.01}[method] if lr is None else lr
+        check_between(0.0, lr=lr)
+        check_between(0.0, 1.0, cutoff=cutoff)
+        (n_steps,) = checked_sizes(n_steps=n_steps)
         device = self.cores[0].device
         job = BornFit(
             self,
@@ -375,8 +394,8 @@ class BornMachine(TensorModel):
             generator=generator,
         )
         if method == "adam":
-            return job.by_adam(0.01 if lr is None else lr, batch_size)
-        return job.by_sweeps(cutoff, n_steps, 0.05 if lr is None else lr)
+            return job.by_adam(lr, batch_size)
+        return job.by_sweeps(cutoff, n_steps, lr)
 
     def distribution(self) -> BornDistribution:
         """The law as one of ``torch.distributions``, with the present parameters."""
@@ -410,8 +429,8 @@ class BornMachine(TensorModel):
         else:
             weight = self._law.log_weight(cores, x)
         if not self.variable_length:
-            return weight - self._law.log_total(cores)
-        log = weight - self._law.log_total(self._chain())
+            return _share(weight, self._law.log_total(cores))
+        log = _share(weight, self._law.log_total(self._chain()))
         return log.where(is_ended(x, self.n_values), -math.inf)
 
     def _values(
@@ -427,6 +446,13 @@ class BornMachine(TensorModel):
                 f"nothing may follow the end of a string: {name} has values behind {self.end}, expected {self.end} "
                 "alone. Fill what lies behind, or pass lengths=."
             )
+        return found
+
+    def _strings(self, x: Any, lengths: Tensor | None, name: str = "x") -> Tensor:
+        """Strings to learn from, or to watch."""
+        found = self._values(x, lengths, name=name, is_possible=True)
+        if found.shape[0] == 0:
+            raise DataError(f"a fit must have data: {name} has no strings, expected one or more. Pass (b, n_sites).")
         return found
 
     def _check_variable(self, what: str) -> None:
@@ -462,39 +488,6 @@ class BornMachine(TensorModel):
         return f"n_sites={self.n_sites}, n_values={self.n_values}, kind={self.kind!r}, max_rank={max(self.ranks)}"
 
 
-class BornDistribution(Distribution):
-    """A Born machine in the manner of ``torch.distributions``: events are strings ``(n_sites,)``.
-
-    Args:
-        model: The machine; its parameters are looked at when a method is called.
-
-    Example:
-        >>> law = BornMachine(4).distribution()
-        >>> law.sample((2, 3)).shape, law.log_prob(law.sample((2, 3))).shape
-        (torch.Size([2, 3, 4]), torch.Size([2, 3]))
-    """
-
-    arg_constraints: ClassVar[dict[str, Any]] = {}
-
-    def __init__(self, model: BornMachine) -> None:
-        self.model = model
-        super().__init__(event_shape=torch.Size([model.n_sites]), validate_args=False)
-
-    @property
-    def support(self) -> Any:
-        """Whole numbers from 0 to ``n_values - 1`` at every site."""
-        return constraints.independent(constraints.integer_interval(0, self.model._n_symbols - 1), 1)
-
-    def sample(self, sample_shape: Any = ()) -> Tensor:
-        """Independent strings ``(*sample_shape, n_sites)``, by torch's own generator."""
-        shape = torch.Size(sample_shape)
-        return self.model.sample(shape.numel()).reshape(*shape, self.model.n_sites)
-
-    def log_prob(self, value: Tensor) -> Tensor:
-        """Logarithms of probabilities, in nats, of strings ``(.., n_sites)``."""
-        return self.model.log_prob(value.reshape(-1, self.model.n_sites)).reshape(value.shape[:-1])
-
-
 def _filled(x: Tensor, lengths: Tensor, n_sites: int, n_values: int, least: int = 0, name: str = "x") -> Tensor:
     """Strings of some lengths ``(b, n_sites)``, ``n_values`` behind them; checked are these strings alone.
 
@@ -504,10 +497,15 @@ def _filled(x: Tensor, lengths: Tensor, n_sites: int, n_values: int, least: int 
     n_columns = min(x.shape[1], n_sites) if isinstance(x, Tensor) and x.ndim == 2 else n_sites
     n_strings = x.shape[0] if isinstance(x, Tensor) and x.ndim else 0
     checked = checked_lengths(lengths, n_strings, n_columns)
-    if isinstance(x, Tensor) and x.ndim == 2 and x.dtype == torch.int64:
-        behind = torch.arange(x.shape[1], device=x.device) >= checked.to(x.device)[:, None]
-        x = x.masked_fill(behind, 0)
+    if isinstance(x, Tensor) and x.ndim == 2 and x.dtype != torch.bool:
+        behind = torch.arange(n_columns, device=x.device) >= checked.to(x.device)[:, None]
+        x = x[:, :n_columns].masked_fill(behind, 0)
     return filled(checked_values(x, n_columns, n_values, least=least, name=name), checked, n_sites, n_values)
+
+
+def _share(weight: Tensor, total: Tensor) -> Tensor:
+    """Minus infinity where there is no weight, also in a law that has none at all."""
+    return (weight - total).where(weight != -math.inf, -math.inf)
 
 
 def _as_row(given: Any) -> Any:

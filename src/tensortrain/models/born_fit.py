@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from tensortrain.cores.canonical import Gauged
 from tensortrain.cores.environments import Data, Environments, Local
-from tensortrain.cores.scaling import times_pow2
+from tensortrain.cores.scaling import in_dtype, times_pow2, work_dtype
 from tensortrain.cores.sweep import Cuts, sweep
 from tensortrain.data.rows import RowBatches
-from tensortrain.errors import RankError
 from tensortrain.models.base import adam, only_figures, seed_from
+from tensortrain.models.checks import check_cap, checked_sizes
 from tensortrain.system.history import History
 from tensortrain.train.loop import fit
 
@@ -41,11 +41,10 @@ class BornFit:
     generator: torch.Generator | None
 
     def __post_init__(self) -> None:
-        if self.n_sweeps < 1 or (self.max_bond is not None and self.max_bond < 1):
-            raise RankError(
-                f"a fit must have sweeps and ranks: n_sweeps has {self.n_sweeps} and max_bond {self.max_bond}, "
-                "expected 1 or more. Leave max_bond out for no cap."
-            )
+        (self.n_sweeps,) = checked_sizes(n_sweeps=self.n_sweeps)
+        for name in ("max_bond", "patience"):
+            if getattr(self, name) is not None:
+                setattr(self, name, *checked_sizes(**{name: getattr(self, name)}))
 
     # -- all cores at once
 
@@ -60,11 +59,7 @@ class BornFit:
                 self.observer(history)
             return figures
 
-        if self.max_bond is not None and max(self.model.ranks) > self.max_bond:
-            raise RankError(
-                f"steps at fixed ranks need ranks within the cap: the model has {max(self.model.ranks)} and max_bond "
-                f"is {self.max_bond}. Build the model with bond_dim={self.max_bond}."
-            )
+        check_cap(self.model.ranks, self.max_bond)
         batches = RowBatches(self.x, batch_size=batch_size, seed=seed_from(self.generator))
         done = fit(
             self.model,
@@ -92,7 +87,8 @@ class BornFit:
     def by_sweeps(self, cutoff: float, n_steps: int, lr: float) -> History:
         """Sweeps of two sites."""
         model = self.model
-        cores = [core.detach() for core in model.cores]
+        kept = model.cores[0].dtype
+        cores = in_dtype([core.detach() for core in model.cores], work_dtype(kept))
         state = Gauged.of(cores)
         state.exponent = torch.zeros_like(state.exponent)  # laws have no scale, and that of long chains has no number
         dtype = state.cores[0].dtype
@@ -102,7 +98,7 @@ class BornFit:
             return _climbed(local, at, n_steps, lr)
 
         def figures(state: Gauged) -> dict[str, Any]:
-            model._take([core.clone() for core in state.cores])
+            model._take([core.to(kept, copy=True) for core in state.cores])
             found = self._figures()
             del found["ranks"]
             return found
@@ -124,7 +120,7 @@ class BornFit:
                 checkpoint=self.checkpoint,
                 inputs=(self.x,),
             )
-        model._take([core.clone() for core in state.cores])
+        model._take([core.to(kept, copy=True) for core in state.cores])
         return history
 
     def _stop(self, history: History) -> str | None:

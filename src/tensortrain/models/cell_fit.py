@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,7 +11,9 @@ from torch import Tensor
 from tensortrain.cores.canonical import Gauged
 from tensortrain.cores.environments import Data, Environments
 from tensortrain.cores.sweep import Cuts, sweep
+from tensortrain.models.base import only_figures
 from tensortrain.models.least_squares import LeastSquares, labelled
+from tensortrain.models.supervised import Supervised
 from tensortrain.system.history import History
 
 __all__ = ["fitted_cores"]
@@ -19,40 +22,56 @@ _STEPS = 200  # of conjugate gradients at most: local problems are small, and th
 _RIDGE = 1e-14  # the cores see one vector, so that parts of the weights have no say
 
 
-def fitted_cores(cores: list[Tensor], seen: Tensor, following: Tensor, n_sweeps: int) -> tuple[list[Tensor], History]:
-    """Cores ``(r, m, s)``, the last s the outputs, for which ``following`` is best said of ``seen``.
+_FIGURES = ("loss", "validation_loss")
+
+
+def fitted_cores(
+    cores: list[Tensor], steps: Sequence[tuple[Tensor, Tensor]], job: Supervised
+) -> tuple[list[Tensor], History]:
+    """Cores ``(r, m, s)``, the last s the outputs, by which what follows is best said of what is seen.
 
     Args:
         cores: The start; its largest rank is the cap.
-        seen: ``(b, m)``, with a one in front.
-        following: ``(b, n_outputs)``.
-        n_sweeps: Sweeps there and back.
+        steps: What is seen, ``(b, m)`` with a one in front, and what follows, ``(b, n_outputs)``; second what is held
+            back, if anything is.
+        job: The number of sweeps there and back, the file, and who watches.
 
     Returns:
-        The cores in float64, and a history of ``loss``, the mean square of one step.
+        The cores in float64, and a history of ``loss`` and ``validation_loss``, the mean square of one step.
     """
     wide = [core.double() for core in cores]
-    seen, target = seen.double(), following.double().T.contiguous()
+    pairs = [(Data([seen.double()] * len(wide)), following.double().T.contiguous()) for seen, following in steps]
+    rows, target = pairs[0]
     # Mirrored, for the axis of outputs ends at the first core of a sweep, and a cell has it at its last.
     first = wide[-1].permute(2, 1, 0).unsqueeze(1)  # outputs 1 m r
     state = labelled([first, *(core.permute(2, 1, 0).contiguous() for core in reversed(wide[:-1]))], 0)
-    rows = Data([seen] * len(wide))
     problem = LeastSquares(target, _STEPS, _RIDGE)
 
     def figures(state: Gauged) -> dict[str, Any]:
-        return {"loss": float((Environments(rows, state.cores).at(0)(_center(state)) - target).square().mean())}
+        return dict(zip(_FIGURES, (_mean_square(state, *pair) for pair in pairs), strict=False))
+
+    def tell(history: History) -> None:
+        if job.observer is not None:
+            job.observer(only_figures(history, _FIGURES))
 
     history = sweep(
         state,
         Environments(rows, state.cores),
         problem.improved,
         n_sites=min(2, len(wide)),
-        schedule=[Cuts(1e-13, max(core.shape[0] for core in wide))] * n_sweeps,
+        schedule=[Cuts(1e-13, max(core.shape[0] for core in wide))] * job.n_sweeps,
         figures=figures,
+        observer=tell,
+        checkpoint=job.checkpoint,
+        inputs=steps[0],
     )
     last = _center(state)[:, 0].permute(2, 1, 0)
     made = [*(core.permute(2, 1, 0).contiguous() for core in reversed(state.cores[1:])), last.contiguous()]
-    return made, History({"loss": history.loss}, history.stop)
+    return made, only_figures(history, _FIGURES)
+
+
+def _mean_square(state: Gauged, rows: Data, target: Tensor) -> float:
+    return float((Environments(rows, state.cores).at(0)(_center(state)) - target).square().mean())
 
 
 def _center(state: Gauged) -> Tensor:

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tensortrain.errors import DataError, KindError
-from tensortrain.models.base import TensorModel, check_sizes
+from tensortrain.models.base import TensorModel
 from tensortrain.models.cell_steps import ACTIVATIONS, Course, next_state, polynomial, serves, taken
+from tensortrain.models.checks import checked_dtype, checked_inputs, checked_sizes
 from tensortrain.networks import register
 from tensortrain.nn.cores import list_cores
 
@@ -39,13 +40,17 @@ class HigherOrderCell(TensorModel):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_sizes(hidden_size=hidden_size, n_lags=n_lags, degree=degree, rank=rank)
+        (input_size,) = checked_sizes(least=0, input_size=input_size)
+        hidden_size, n_lags, degree, rank = checked_sizes(
+            hidden_size=hidden_size, n_lags=n_lags, degree=degree, rank=rank
+        )
         self.input_size, self.hidden_size = input_size, hidden_size
         self.n_lags, self.degree, self.rank = n_lags, degree, rank
+        dtype = checked_dtype(dtype)
         n_out, n_seen = self.n_gates * hidden_size, 1 + n_lags * hidden_size
 
         def draw(*shape: int, std: float) -> nn.Parameter:
-            drawn = torch.randn(*shape, generator=generator, device=device, dtype=dtype or torch.get_default_dtype())
+            drawn = torch.randn(*shape, generator=generator, device=device, dtype=dtype)
             return nn.Parameter(drawn * std)
 
         # It starts as a linear layer of the lags, of usual variance, with small products: lags are far from 1 at first,
@@ -80,23 +85,20 @@ class HigherOrderCell(TensorModel):
         h, c = next_state(self.kind, self.gates(x, lags), c)
         return torch.cat((h[:, None], lags[:, :-1]), dim=1), c
 
-    def lags_of(self, x: Tensor, lags: Tensor | None) -> Tensor:
-        """The lags given, or zeros.
+    def checked(self, x: object, lags: object) -> tuple[Tensor, Tensor]:
+        """A step and the lags given, or zeros, in the cell's dtype.
 
         Raises:
-            DataError: A shape that the cell does not take.
+            DataError: What the cell does not take.
         """
-        if not isinstance(x, Tensor) or x.ndim != 2 or x.shape[1] != self.input_size:
-            found = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
-            raise DataError(f"an input must be a step: x has {found}, expected (b, {self.input_size}).")
-        expected = (x.shape[0], self.n_lags, self.hidden_size)
-        if lags is None:
-            return self.bias.new_zeros(expected)
-        if tuple(lags.shape) != expected:
-            raise DataError(
-                f"lags must be the last states, newest first: they have shape {tuple(lags.shape)}, expected {expected}."
-            )
-        return lags
+        x = checked_inputs(x, ("b", self.input_size), self.bias.dtype, "Pass one step of every series", finite=False)
+        return x, self._state(lags, (x.shape[0], self.n_lags, self.hidden_size), "lags")
+
+    def _state(self, state: object, shape: tuple[int, ...], name: str) -> Tensor:
+        if state is None:
+            return self.bias.new_zeros(shape)
+        way = "Pass what the step before gave, newest first"
+        return checked_inputs(state, shape, self.bias.dtype, way, name=name, finite=False)
 
     def extra_repr(self) -> str:
         """What a print of the cell shows."""
@@ -140,7 +142,7 @@ class HOTTRNNCell(HigherOrderCell):
 
     def forward(self, x: Tensor, state: Tensor | None = None) -> Tensor:
         """The next lags ``(b, n_lags, hidden_size)``, newest first, of an input ``(b, input_size)`` and the lags."""
-        return self.step(x, self.lags_of(x, state), None)[0]
+        return self.step(*self.checked(x, state), None)[0]
 
     def newest(self, state: Tensor) -> Tensor:
         """The last ``h``, ``(b, hidden_size)``."""
@@ -174,8 +176,14 @@ class HOTTLSTMCell(HigherOrderCell):
 
     def forward(self, x: Tensor, state: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
         """The next ``(lags, c)``: ``(b, n_lags, hidden_size)``, newest first, and ``(b, hidden_size)``."""
-        lags = self.lags_of(x, None if state is None else state[0])
-        c = torch.zeros_like(lags[:, 0]) if state is None else state[1]
+        if state is not None and not (isinstance(state, (tuple, list)) and len(state) == 2):
+            raise DataError(
+                f"a state must be lags and c: state has {type(state).__name__}, expected a pair. Pass what the step "
+                "before gave."
+            )
+        before, c = (None, None) if state is None else state
+        x, lags = self.checked(x, before)
+        c = self._state(c, (x.shape[0], self.hidden_size), "c")
         lags, after = self.step(x, lags, c)
         return lags, cast(Tensor, after)
 

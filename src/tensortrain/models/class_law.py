@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from tensortrain.errors import DataError, KindError
-from tensortrain.models.base import checked_labels
 from tensortrain.models.born import BornMachine
+from tensortrain.models.checks import checked_count, checked_labels, whole
 from tensortrain.tensor import TensorTrain
 
 if TYPE_CHECKING:
@@ -22,7 +22,8 @@ __all__ = ["class_law", "class_samples"]
 @torch.no_grad()
 def class_law(model: MPSClassifier, label: int, values: Sequence[float] | Tensor | None) -> BornMachine:
     """See ``MPSClassifier.law``."""
-    chosen = int(checked_labels(torch.tensor([label]), 1, model.n_classes))
+    one = whole(label)
+    chosen = int(checked_labels(label if one is None else torch.tensor([one]), 1, model.n_classes))
     grid = _grid(model, values)
     vectors = model._vectors(grid[:, None].expand(-1, model.n_features))  # features v m
     cores = []
@@ -41,7 +42,8 @@ def class_samples(
     generator: torch.Generator | None,
 ) -> Tensor:
     """See ``MPSClassifier.sample``."""
-    labels = checked_labels(torch.full((n,), label) if isinstance(label, int) else label, n, model.n_classes)
+    n, one = checked_count(n), whole(label)
+    labels = checked_labels(label if one is None else torch.full((n,), one), n, model.n_classes)
     grid = _grid(model, values)
     condition = None if given is None else _numbers(model, given, grid, n)
     found = grid.new_empty(n, model.n_features)

@@ -15,16 +15,19 @@ from tensortrain.cores.split import split
 from tensortrain.cores.sweep import Cuts
 from tensortrain.cores.unfold import absorb_left, absorb_right
 from tensortrain.errors import DataError, KindError, ModeIndexError
-from tensortrain.models.base import (
-    TensorModel,
-    chain_ranks,
-    check_choice,
-    check_sizes,
-    checked_labels,
-    held,
-    label_scores,
-)
+from tensortrain.models.base import TensorModel, held, label_scores
 from tensortrain.models.born import BornMachine
+from tensortrain.models.checks import (
+    chain_ranks,
+    check_between,
+    check_cap,
+    check_choice,
+    checked_dtype,
+    checked_labels,
+    checked_sizes,
+    lacking,
+    whole,
+)
 from tensortrain.models.class_law import class_law, class_samples
 from tensortrain.models.classifier_fit import ClassifierFit
 from tensortrain.models.features import FeatureMap, constant_of
@@ -79,16 +82,15 @@ class MPSClassifier(TensorModel):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_sizes(n_features=n_features, n_classes=n_classes)
-        self.n_features, self.n_classes = n_features, n_classes
+        self.n_features, self.n_classes = checked_sizes(n_features=n_features, n_classes=n_classes)
         self.features = FeatureMap(feature_map)
         self.label = self._site(label)
-        dtype = dtype or torch.get_default_dtype()
-        ranks = _ranks(bond_dim, n_features)
+        dtype = checked_dtype(dtype)
+        ranks = _ranks(bond_dim, self.n_features)
         constant = constant_of(self.features, dtype, device)
         made = []
         for k, (r, s) in enumerate(itertools.pairwise(ranks)):
-            n_labels = n_classes if self.label is None or k == self.label else None
+            n_labels = self.n_classes if self.label is None or k == self.label else None
             made.append(_first_core(r, s, constant, n_labels, k == self.label, generator))
         self._take(made)
 
@@ -157,7 +159,7 @@ class MPSClassifier(TensorModel):
             method: ``"two-site"``: sweeps there and back that fit the tensor of two sites to the labels by least
                 squares, and choose the ranks by singular values; the label moves along, and stays at the first site.
                 ``"adam"``: all cores at once, by cross entropy, at fixed ranks.
-            max_bond: Cap on every rank of two-site sweeps; the present largest one by default.
+            max_bond: Cap on every rank; the present largest one by default.
             cutoff: Largest root-sum-square of the singular values that a split cuts, a share of the norm.
             n_sweeps: Sweeps, or passes over the data.
             n_steps: Steps of conjugate gradients at every pair of sites.
@@ -178,36 +180,32 @@ class MPSClassifier(TensorModel):
         Raises:
             DataError: There are no examples, or they do not fit.
             KindError: The method is not known, or not for this label.
+            RankError: An option outside its range; steps of Adam at ranks above ``max_bond``.
 
         Cost: O(b n_features m^2 r^2 n_classes) flops for a two-site sweep, and memory for b n_features r numbers.
         """
         check_choice(method, ("two-site", "adam"), "method")
-        self._check(x)
-        labels = checked_labels(y, x.shape[0], self.n_classes)
-        if x.shape[0] == 0:
-            raise DataError("a fit must have data: x has no examples, expected one or more. Pass (b, n_features).")
-        if validation is not None:
-            self._check(validation[0])
-            validation = (validation[0], checked_labels(validation[1], validation[0].shape[0], self.n_classes))
-        if method == "two-site" and self.label is None:
-            raise KindError(
-                "two-site sweeps need one train with a label: label is 'per-class', expected a site. Use method='adam'."
-            )
-        job = Supervised(
+        cap, n_steps = checked_sizes(max_bond=max(self.ranks) if max_bond is None else max_bond, n_steps=n_steps)
+        check_between(0.0, ridge=ridge)
+        check_between(0.0, 1.0, cutoff=cutoff)
+        job = Supervised.of(
             self,
-            x,
-            labels,
-            "cross-entropy",
-            n_sweeps,
-            validation,
+            (x, y),
+            self._labelled,
+            n_sweeps=n_sweeps,
+            validation=validation,
             checkpoint=checkpoint,
             observer=observer,
             generator=generator,
         )
+        if method == "two-site" and self.label is None:
+            raise KindError(
+                "two-site sweeps need one train with a label: label is 'per-class', expected a site. Use method='adam'."
+            )
         if method == "adam":
+            check_cap(self.ranks, cap)
             return job.by_steps(lr, batch_size)
-        cuts = Cuts(cutoff, max_bond or max(self.ranks))
-        return ClassifierFit(self, job).by_sweeps(cuts, n_steps, ridge, whiten)
+        return ClassifierFit(self, job).by_sweeps(Cuts(cutoff, cap), n_steps, ridge, whiten)
 
     @torch.no_grad()
     def move_label_(self, site: int) -> MPSClassifier:
@@ -302,7 +300,7 @@ class MPSClassifier(TensorModel):
 
     def _vectors(self, x: Tensor, missing: Tensor | str | None = None) -> Tensor:
         """``(n_features, b, m)``."""
-        lacks = self._lacks(x, missing)
+        lacks = lacking(x, missing)
         if lacks is not None:
             x = x.masked_fill(lacks, 0.0)  # any value in the range
         self._check(x)
@@ -312,20 +310,9 @@ class MPSClassifier(TensorModel):
         mean = self.features.mean().to(vectors.device, vectors.dtype)
         return torch.where(lacks.T[..., None], mean, vectors)
 
-    def _lacks(self, x: Tensor, missing: Tensor | str | None) -> Tensor | None:
-        """Where a feature is missing ``(b, n_features)``."""
-        if missing is None:
-            return None
-        if isinstance(missing, str):
-            check_choice(missing, ("nan",), "missing")
-            return x.isnan() if isinstance(x, Tensor) else None
-        if not isinstance(missing, Tensor) or missing.shape != x.shape or missing.dtype != torch.bool:
-            found = f"{missing.dtype} of shape {tuple(missing.shape)}" if isinstance(missing, Tensor) else repr(missing)
-            raise DataError(
-                f"missing features must be marked one by one: missing has {found}, expected bool of shape "
-                f"{tuple(x.shape)}. Pass x.isnan(), or missing='nan'."
-            )
-        return missing
+    def _labelled(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        self._check(x)
+        return x, checked_labels(y, x.shape[0], self.n_classes)
 
     def _check(self, x: object) -> None:
         if not isinstance(x, Tensor) or x.ndim != 2 or x.shape[1] != self.n_features:
@@ -334,7 +321,7 @@ class MPSClassifier(TensorModel):
                 f"examples must have {self.n_features} features: x has {found}, expected (b, {self.n_features}). "
                 "Flatten images with x.flatten(1)."
             )
-        if not x.is_floating_point() and self.features.kind != "one-hot":
+        if x.is_complex() or (not x.is_floating_point() and self.features.kind != "one-hot"):
             raise DataError(f"features must be numbers with a fraction: x has {x.dtype}. Convert it with x.float().")
         self.features.check(x)
 
@@ -342,11 +329,12 @@ class MPSClassifier(TensorModel):
         if isinstance(label, str):
             check_choice(label, ("middle", "last", "per-class"), "label")
             return {"middle": self.n_features // 2, "last": self.n_features - 1}.get(label)
-        if not 0 <= label < self.n_features:
+        site = whole(label)
+        if site is None or not 0 <= site < self.n_features:
             raise ModeIndexError(
-                f"a label must sit on a core: label has {label}, expected 0 to {self.n_features - 1}. Or 'middle'."
+                f"a label must sit on a core: label has {label!r}, expected 0 to {self.n_features - 1}. Or 'middle'."
             )
-        return label
+        return site
 
     def _take(self, cores: Sequence[Tensor]) -> None:
         self.cores = nn.ParameterList([nn.Parameter(core) for core in cores])
@@ -365,9 +353,8 @@ def _value(cores: Sequence[Tensor], vectors: Tensor) -> Tensor:
 
 def _ranks(bond_dim: int | Sequence[int], order: int) -> tuple[int, ...]:
     """One number stays as it is at the ends too: cores of one shape."""
-    if isinstance(bond_dim, int):
-        bond_dim = [bond_dim] * (order - 1)
-    return chain_ranks(list(bond_dim), [1] * order)
+    number = whole(bond_dim)
+    return chain_ranks(bond_dim if number is None else [number] * (order - 1), [1] * order)
 
 
 def _first_core(

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from tensortrain.cores.canonical import Gauged
 from tensortrain.cores.environments import Data, Environments
+from tensortrain.cores.scaling import in_dtype, work_dtype
 from tensortrain.cores.sweep import Cuts, sweep
 from tensortrain.models.least_squares import LeastSquares, evened, labelled, moments
 from tensortrain.models.supervised import Supervised
@@ -35,7 +36,9 @@ class ClassifierFit:
         """Sweeps of two sites; the label moves along and ends at the first: elsewhere it would need higher ranks."""
         model, site = self.model, self.model.label
         assert site is not None
-        vectors, cores = list(model._vectors(self.job.x)), [core.detach() for core in model.cores]
+        wide = work_dtype(model.cores[0].dtype)
+        vectors = in_dtype(list(model._vectors(self.job.x)), wide)
+        cores = in_dtype([core.detach() for core in model.cores], wide)
         if whiten:
             self.bases = [_even_basis(here) for here in vectors]
             vectors = [here @ basis for here, basis in zip(vectors, self.bases, strict=True)]
@@ -72,7 +75,7 @@ class ClassifierFit:
         if self.bases:
             cores = [basis @ core for basis, core in zip(self.bases, cores, strict=True)]
         model.label = state.center
-        model._take(cores)
+        model._take(in_dtype(cores, model.cores[0].dtype))
 
 
 def _even_basis(vectors: Tensor) -> Tensor:

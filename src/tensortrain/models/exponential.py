@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,14 +12,17 @@ from torch import Tensor, nn
 
 from tensortrain.cores.halves import data_halves, log_square_norm
 from tensortrain.errors import DataError, KindError, RankError
-from tensortrain.models.base import (
-    TensorModel,
+from tensortrain.models.base import TensorModel, held
+from tensortrain.models.checks import (
     chain_ranks,
+    check_between,
     check_choice,
     check_finite,
-    check_sizes,
+    checked_dtype,
     checked_labels,
-    held,
+    checked_sizes,
+    lacking,
+    whole,
 )
 from tensortrain.models.exponential_fit import Descent, WholeGradient
 from tensortrain.models.supervised import LOSSES, Supervised
@@ -70,22 +74,16 @@ class ExponentialMachine(TensorModel):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_sizes(n_features=n_features, n_outputs=n_outputs)
-        self.n_features, self.n_outputs = n_features, n_outputs
-        self.n_values = [int(n or 0) for n in (n_values if n_values is not None else [0] * n_features)]
-        if len(self.n_values) != n_features or min(self.n_values) < 0:
-            raise RankError(
-                f"n_values must say of each feature how many values it has: it has {n_values}, expected {n_features} "
-                "numbers, 0 or None for features that are numbers."
-            )
-        modes = [n + 1 if n else 2 for n in self.n_values] + ([n_outputs] if n_outputs > 1 else [])
+        self.n_features, self.n_outputs = checked_sizes(n_features=n_features, n_outputs=n_outputs)
+        self.n_values = self._numbers_of_values(n_values)
+        modes = [n + 1 if n else 2 for n in self.n_values] + ([self.n_outputs] if self.n_outputs > 1 else [])
         ranks = chain_ranks(rank, modes, "rank")
-        place: dict[str, Any] = {"dtype": dtype or torch.get_default_dtype(), "device": device}
+        place: dict[str, Any] = {"dtype": checked_dtype(dtype), "device": device}
         cores = [
             torch.randn(r, n, s, generator=generator, **place) * (_NOISE / max(r, s) ** 0.5)
             for r, n, s in zip(ranks, modes, ranks[1:], strict=False)
         ]
-        for core in cores[:n_features]:
+        for core in cores[: self.n_features]:
             core[:, 0] += torch.eye(core.shape[0], core.shape[2], **place)
         self._take(cores)
 
@@ -102,17 +100,26 @@ class ExponentialMachine(TensorModel):
 
         Raises:
             RankError: A rank of 1 has no room for a sum.
+            DataError: Weights that are no finite floating numbers.
         """
-        if rank < 2 or weight.ndim != 1:
+        if (whole(rank) or 0) < 2:
             raise RankError(
-                f"a linear model is a train of rank 2: rank has {rank} and weight {weight.ndim} axes, expected 2 or "
-                "more and one axis. Pass a larger rank."
+                f"a linear model is a train of rank 2: rank has {rank!r}, expected 2 or more. Pass a larger rank."
             )
+        if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.ndim != 1 or len(weight) == 0:
+            found = f"{weight.dtype} of shape {tuple(weight.shape)}" if isinstance(weight, Tensor) else type(weight)
+            raise DataError(
+                f"a linear model has a weight for each feature: weight has {found}, expected floating numbers "
+                "(n_features,). Pass torch.as_tensor(model.coef_[0]) of scikit-learn's, for instance."
+            )
+        check_finite(weight, "weight")
         place: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
-        linear = TensorTrain(_linear_cores(weight.detach(), torch.as_tensor(bias, **place)))
+        linear = TensorTrain(_linear_cores(weight.detach(), torch.as_tensor(bias, **place).detach().reshape(())))
         if rank > 2 and len(weight) > 1:
             more = randn(linear.shape, chain_ranks(rank - 2, linear.shape, "rank"), generator=generator, **place)
-            linear = round_tt(linear + more * (_NOISE * linear.norm() / more.norm()), eps=0.0, max_rank=rank).value
+            size = linear.norm()
+            share = _NOISE * size.where(size > 0, 1.0) / more.norm()
+            linear = round_tt(linear + more * share, eps=0.0, max_rank=rank).value
         model = cls(len(weight), rank=list(linear.ranks), **place)
         model._take([core.clone() for core in linear.cores])
         return model
@@ -136,19 +143,22 @@ class ExponentialMachine(TensorModel):
         """The weights: entry ``[i_1, .., i_d]`` multiplies ``prod x_k^{i_k}``."""
         return TensorTrain(tuple(core.detach() for core in self.cores))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *, missing: Tensor | Literal["nan"] | None = None) -> Tensor:
         """Values of examples.
 
         Args:
             x: ``(b, n_features)``.
+            missing: Features that an example lacks: ``(b, n_features)`` bool, or ``"nan"`` for those that are NaN.
+                Their mean stands in for them, so that they are summed out: 0 for a number, the mean of features
+                that were standardized, and an even share of every value for a category.
 
         Returns:
             Tensor: ``(b,)``, or ``(b, n_outputs)``.
 
         Raises:
-            DataError: ``x`` has another shape, NaN, or a category that is not there.
+            DataError: ``x`` has another shape, NaN that is not said to be missing, or a category that is not there.
         """
-        return self._values(list(self.cores), self._data(x))
+        return self._values(list(self.cores), self._data(x, missing))
 
     def fit(
         self,
@@ -206,20 +216,14 @@ class ExponentialMachine(TensorModel):
         """
         check_choice(method, ("riemannian", "adam", "gradient"), "method")
         check_choice(loss, tuple(LOSSES), "loss")
-        data = self._data(x)
-        labels = self._labels(y, x.shape[0], loss)
-        if x.shape[0] == 0:
-            raise DataError("a fit must have data: x has no examples, expected one or more. Pass (b, n_features).")
-        if validation is not None:
-            self._data(validation[0])
-            validation = (validation[0], self._labels(validation[1], validation[0].shape[0], loss))
-        job = Supervised(
+        check_between(0.0, penalty=penalty, tol=tol)
+        job = Supervised.of(
             self,
-            x,
-            labels,
+            (x, y),
+            partial(self._labelled, loss=loss),
             loss,
-            n_sweeps,
-            validation,
+            n_sweeps=n_sweeps,
+            validation=validation,
             penalty=(lambda: self._penalty(list(self.cores), penalty)) if penalty else None,
             checkpoint=checkpoint,
             observer=observer,
@@ -228,12 +232,12 @@ class ExponentialMachine(TensorModel):
         if method == "gradient":
             return self._along_gradient(job, order, max_rank)
         if method == "adam":
-            return job.by_steps(1e-3 if lr is None else lr, batch_size or 256)
+            return job.by_steps(1e-3 if lr is None else lr, 256 if batch_size is None else batch_size)
         if batch_size is not None:
             return job.by_steps(
                 0.05 if lr is None else lr, batch_size, lambda parameters, lr: RiemannianSGD(self, lr=lr)
             )
-        return Descent(self, job, data, penalty).run(tol)
+        return Descent(self, job, self._data(job.x), penalty).run(tol)
 
     def _along_gradient(self, job: Supervised, order: int | None, max_rank: int | None) -> History:
         if self.n_outputs > 1 or job.penalty is not None:
@@ -241,9 +245,11 @@ class ExponentialMachine(TensorModel):
                 "steps along the whole gradient are for one output, without a penalty: this model has "
                 f"{self.n_outputs} outputs. Fit one machine for each, and let another method keep the weights small."
             )
-        cap = max(self.ranks) if max_rank is None else max_rank
-        check_sizes(max_rank=cap, order=self.n_features if order is None else order)
-        return WholeGradient(self, job, order, cap).run()
+        cap, most = checked_sizes(
+            max_rank=max(self.ranks) if max_rank is None else max_rank,
+            order=self.n_features if order is None else order,
+        )
+        return WholeGradient(self, job, None if order is None else most, cap).run()
 
     def _values(self, cores: Sequence[Tensor], data: Any) -> Tensor:
         n = self.n_features
@@ -260,15 +266,25 @@ class ExponentialMachine(TensorModel):
     def _penalty(self, cores: Sequence[Tensor], weight: float) -> Tensor:
         return 0.5 * weight * log_square_norm(cores).exp()
 
-    def _data(self, x: object) -> Tensor | list[Tensor]:
+    def _data(self, x: object, missing: Tensor | str | None = None) -> Tensor | list[Tensor]:
         """What a walk over the chain takes: values where all are categories, or vectors ``(b, m)``."""
+        lacks = lacking(x, missing) if isinstance(x, Tensor) else None
+        if lacks is not None:
+            x = x.masked_fill(lacks, 0)  # type: ignore[attr-defined]  # a category that there is
         if not isinstance(x, Tensor) or x.ndim != 2 or x.shape[1] != self.n_features:
             found = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
             raise DataError(
                 f"examples must have {self.n_features} features: x has {found}, expected (b, {self.n_features})."
             )
+        if x.is_complex():
+            raise DataError(f"features must be real: x has {x.dtype}. Pass their real and imaginary parts, or moduli.")
         if can_look(x):
-            check_finite(x)
+            check_finite(x, way="Fill, or say that these features are missing with missing='nan'")
+        if lacks is not None:
+            return [
+                torch.where(here[:, None], _mean_vector(n, found), found)
+                for here, n, found in zip(lacks.T, self.n_values, self._vectors_of(x), strict=True)
+            ]
         if all(self.n_values):
             return torch.stack([self._category(k, x[:, k]) for k in range(self.n_features)], dim=1)
         if any(self.n_values):
@@ -299,6 +315,20 @@ class ExponentialMachine(TensorModel):
                 )
         return values
 
+    def _numbers_of_values(self, n_values: Sequence[int | None] | None) -> list[int]:
+        given = [0] * self.n_features if n_values is None else [whole(n or 0) for n in n_values]
+        found = [n for n in given if n is not None and n >= 0]
+        if len(found) != len(given) or len(found) != self.n_features:
+            raise RankError(
+                f"n_values must say of each feature how many values it has: it has {n_values}, expected "
+                f"{self.n_features} numbers, 0 or None for features that are numbers."
+            )
+        return found
+
+    def _labelled(self, x: Tensor, y: Tensor, loss: str) -> tuple[Tensor, Tensor]:
+        self._data(x)
+        return x, self._labels(y, x.shape[0], loss)
+
     def _labels(self, y: object, n_samples: int, loss: str) -> Tensor:
         wide = self.n_outputs > 1 and loss != "cross-entropy"
         shape = (n_samples, self.n_outputs) if wide else (n_samples,)
@@ -324,6 +354,13 @@ class ExponentialMachine(TensorModel):
     def extra_repr(self) -> str:
         """What a print of the model shows."""
         return f"n_features={self.n_features}, n_outputs={self.n_outputs}, max_rank={max(self.ranks)}"
+
+
+def _mean_vector(n_values: int, like: Tensor) -> Tensor:
+    """What stands for a feature that is missing, ``(m,)``: 1, and the mean of what follows it."""
+    mean = like.new_full((like.shape[1],), 1 / n_values if n_values else 0.0)
+    mean[0] = 1.0
+    return mean
 
 
 def _linear_cores(weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from tensortrain.errors import DataError, ShapeError
-from tensortrain.models.base import check_choice, check_finite
+from tensortrain.models.checks import check_choice, check_finite
 from tensortrain.system.tracing import can_look
 
 _PANELS, _NODES = 32, 8  # of a mean over [0, 1]: exact to rounding for smooth maps

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,10 +13,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tensortrain.errors import DataError, KindError
-from tensortrain.models.base import TensorModel, check_choice, check_finite
+from tensortrain.models.base import TensorModel
 from tensortrain.models.cell_fit import fitted_cores
 from tensortrain.models.cell_steps import Course, serves, taken
 from tensortrain.models.cells import HOTTLSTMCell, HOTTRNNCell
+from tensortrain.models.checks import check_between, check_choice, checked_inputs, checked_sizes, whole
 from tensortrain.models.supervised import Supervised
 from tensortrain.networks import build, register
 from tensortrain.nn.composite import is_plain, is_watched
@@ -24,6 +26,7 @@ from tensortrain.system.history import History
 
 __all__ = ["Forecaster"]
 
+_OF_A_CELL = ("input_size", "hidden_size", "newest")
 _CELLS: dict[str, type[nn.Module]] = {"hottrnn-cell": HOTTRNNCell, "hottlstm-cell": HOTTLSTMCell}
 
 
@@ -55,7 +58,9 @@ class Forecaster(TensorModel):
         super().__init__()
         if isinstance(cell, Mapping):
             cell = build(**cell)
-        self.cell, self.output_size, self.holds_data = cell, output_size, holds_data
+        _check_cell(cell)
+        (output_size,) = checked_sizes(output_size=output_size)
+        self.cell, self.output_size, self.holds_data = cell, output_size, bool(holds_data)
         like = next(cell.parameters())
         self.output = nn.Linear(cell.hidden_size, output_size, device=like.device, dtype=like.dtype)
         with torch.no_grad():
@@ -104,16 +109,14 @@ class Forecaster(TensorModel):
             Tensor: ``(b, horizon, output_size)``.
 
         Raises:
-            DataError: ``x`` has another shape, or the horizon is below 1.
+            DataError: ``x`` has another shape, no floating numbers, or NaN; the horizon is below 1.
         """
-        if not isinstance(x, Tensor) or x.ndim != 3 or x.shape[2] != self.cell.input_size or x.shape[1] == 0:
-            found = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
-            raise DataError(
-                f"a series must be (b, n_in, {self.cell.input_size}) with a step or more: x has {found}. Put the steps "
-                "along axis 1."
-            )
-        if horizon < 1:
-            raise DataError(f"a forecast must have steps: horizon has {horizon}, expected 1 or more.")
+        shape = ("b", "N_in", self.cell.input_size)
+        x = checked_inputs(x, shape, self.output.weight.dtype, "Put the steps, one or more, along axis 1")
+        n_steps = whole(horizon)
+        if n_steps is None or n_steps < 1:
+            raise DataError(f"a forecast must have steps: horizon has {horizon!r}, expected 1 or more. Pass a number.")
+        horizon = n_steps
         self._check_known(known, x.shape[0], horizon)
         if self._goes_in_one(x):
             return self._said_in_one(x, horizon, known, following, share)
@@ -166,61 +169,39 @@ class Forecaster(TensorModel):
         Raises:
             DataError: The data do not fit.
             KindError: The method is not known, or not for this cell.
+            RankError: An option outside its range.
         """
         check_choice(method, ("adam", "als"), "method")
+        check_between(0.0, 1.0, share=share)
         if y is None:
             x, y = self._parted(x, horizon)
-        self._check_following(x, y, known)
         if method == "als":
-            return self._fit_steps(x, y, n_sweeps)
-        job = Supervised(
-            _Whole(self, x.shape[1], known is not None, share),
-            self._joined(x, y, known),
-            y,
+            self._check_steps(known)
+        n_in = x.shape[1] if isinstance(x, Tensor) and x.ndim == 3 else 0
+        job = Supervised.of(
+            _Whole(self, n_in, known is not None, share),
+            (x, y) if known is None else (x, y, known),
+            partial(self._joined, n_in=n_in),
             "squared",
-            n_sweeps,
-            self._held_back(x.shape[1], known is not None, validation),
+            n_sweeps=n_sweeps,
+            validation=validation,
             checkpoint=checkpoint,
             observer=observer,
             generator=generator,
         )
+        if method == "als":
+            return self._fit_steps(job)
         return job.by_steps(lr, batch_size, grad_clip=grad_clip)
 
-    def _check_following(self, x: Tensor, y: Tensor, known: Tensor | None) -> None:
-        """Refuse series and what follows them where they do not fit."""
-        if not isinstance(y, Tensor) or y.ndim != 3 or y.shape[0] != x.shape[0] or y.shape[2] != self.output_size:
-            found = f"shape {tuple(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
-            raise DataError(
-                f"what follows must be (b, horizon, {self.output_size}): y has {found}, x {tuple(x.shape)}."
-            )
-        if x.shape[0] == 0:
-            raise DataError("a fit must have data: x has no series, expected one or more.")
+    def _joined(self, x: Tensor, y: Tensor, known: Tensor | None = None, *, n_in: int) -> tuple[Tensor, Tensor]:
+        """Beginnings and what follows as one series, and the latter; it may have fewer numbers a step, or more."""
+        x = checked_inputs(x, ("b", n_in or "N_in", "n"), None, "Give all beginnings as many steps, one or more")
+        way = "Pass what follows each of the beginnings"
+        y = checked_inputs(y, (x.shape[0], "Horizon", self.output_size), None, way, name="y")
         self._check_known(known, *y.shape[:2])
-        check_finite(x)
-        check_finite(y, "y")
-        if known is not None:
-            check_finite(known, "known")
-
-    def _held_back(
-        self, n_in: int, has_known: bool, validation: tuple[Tensor, ...] | None
-    ) -> tuple[Tensor, Tensor] | None:
-        if validation is None:
-            return None
-        if len(validation) != 2 + has_known or validation[0].shape[1] != n_in:
-            raise DataError(
-                f"what is held back must be as what is learnt: validation has {len(validation)} tensors and beginnings "
-                f"of {validation[0].shape[1]} steps, expected {2 + has_known} and {n_in}. Pass (x, y), and known third."
-            )
-        x, y = validation[:2]
-        known = validation[2] if has_known else None
-        self._check_following(x, y, known)
-        return self._joined(x, y, known), y
-
-    def _joined(self, x: Tensor, y: Tensor, known: Tensor | None = None) -> Tensor:
-        """Beginnings and what follows as one series; what follows may have fewer numbers a step, or more."""
         after = y if known is None else torch.cat((y, known.to(y.dtype)), dim=2)
         width = max(x.shape[2], after.shape[2])
-        return torch.cat([F.pad(part, (0, width - part.shape[2])) for part in (x, after)], dim=1)
+        return torch.cat([F.pad(part, (0, width - part.shape[2])) for part in (x, after)], dim=1), y
 
     def _parted(self, series: Tensor, horizon: int | None) -> tuple[Tensor, Tensor]:
         """Beginnings and what follows."""
@@ -234,21 +215,26 @@ class Forecaster(TensorModel):
             )
         return series[:, :-horizon], series[:, -horizon:, : self.output_size]
 
-    @torch.no_grad()
-    def _fit_steps(self, x: Tensor, y: Tensor, n_sweeps: int) -> History:
-        """The cell's polynomial by least squares on all true steps."""
+    def _check_steps(self, known: Tensor | None) -> None:
         cell, size = self.cell, self.output_size
-        if getattr(cell, "activation", "tanh") is not None or not cell.hidden_size == size == cell.input_size:
+        if (
+            known is not None
+            or getattr(cell, "activation", "tanh") is not None
+            or not cell.hidden_size == size == cell.input_size
+        ):
             raise KindError(
                 "alternating least squares needs a cell that says what it holds: expected a HOTTRNNCell with "
-                f"activation=None and input_size = hidden_size = output_size = {size}. Use method='adam'."
+                f"activation=None and input_size = hidden_size = output_size = {size}, and nothing known ahead. Use "
+                "method='adam'."
             )
-        windows = torch.cat((x, y), dim=1).unfold(1, cell.n_lags + 1, 1).movedim(-1, 2)  # b t lags+1 size, oldest first
-        if windows.shape[1] == 0:
-            raise DataError(f"a series must be longer than the lags: it has {x.shape[1] + y.shape[1]} steps.")
-        lags, following = windows[:, :, :-1].flip(2).flatten(0, 1).flatten(1), windows[:, :, -1].flatten(0, 1)
-        seen = torch.cat((torch.ones_like(lags[:, :1]), lags), dim=1)
-        made, history = fitted_cores([core.detach() for core in cell.cores], seen, following, n_sweeps)
+
+    @torch.no_grad()
+    def _fit_steps(self, job: Supervised) -> History:
+        """The cell's polynomial by least squares on all true steps."""
+        cell, size = self.cell, self.output_size
+        series = [job.x] if job.validation is None else [job.x, job.validation[0]]
+        steps = [self._steps(one) for one in series]
+        made, history = fitted_cores([core.detach() for core in cell.cores], steps, job)
         cell.cores = nn.ParameterList([nn.Parameter(core.to(cell.bias.dtype)) for core in made])
         cell.weight.zero_()
         cell.bias.zero_()
@@ -314,6 +300,18 @@ class Forecaster(TensorModel):
             raise DataError(f"a beginning must have the lags of the cell: x has {x.shape[1]} steps.")
         return x[:, -1:], x[:, -self.cell.n_lags :].flip(1)
 
+    def _steps(self, series: Tensor) -> tuple[Tensor, Tensor]:
+        """What the cell sees before every step, ``(steps, 1 + n_lags size)``, and that step."""
+        n_lags = self.cell.n_lags
+        if series.shape[1] <= n_lags:
+            raise DataError(
+                f"a series must be longer than the lags: it has {series.shape[1]} steps, expected {n_lags + 1} or "
+                "more. Pass longer ones, or a cell with fewer lags."
+            )
+        windows = series.unfold(1, n_lags + 1, 1).movedim(-1, 2)  # b t lags+1 size, oldest first
+        lags, following = windows[:, :, :-1].flip(2).flatten(0, 1).flatten(1), windows[:, :, -1].flatten(0, 1)
+        return torch.cat((torch.ones_like(lags[:, :1]), lags), dim=1), following
+
     def _read_beginning(self, x: Tensor) -> Any:
         """The state behind some true steps; a cell that says what it holds is given what it should have said."""
         if self.holds_data:
@@ -328,19 +326,23 @@ class Forecaster(TensorModel):
         if not self._reads_itself(ahead):
             return said.new_zeros(said.shape[0], self.cell.input_size)
         if following is not None and share > 0:
-            said = torch.where(self._is_true(said, share), following[:, k], said)
+            said = torch.where(self._is_true(said, share), following[:, k].to(said.dtype), said)
         return said if ahead is None else torch.cat((said, ahead.to(said.dtype)), dim=1)
 
     def _check_known(self, known: Tensor | None, n_series: int, horizon: int) -> None:
         if known is None:
             return
-        expected = (n_series, horizon, self.cell.input_size - self.output_size)
-        if not isinstance(known, Tensor) or tuple(known.shape) != expected or expected[2] < 1:
-            found = f"shape {tuple(known.shape)}" if isinstance(known, Tensor) else type(known).__name__
-            raise DataError(
-                f"what is known ahead must be (b, horizon, input_size - output_size): known has {found}, expected "
-                f"{expected}. Give the cell an input_size of all numbers of a step."
-            )
+        n_known = self.cell.input_size - self.output_size
+        way = "Give the cell an input_size of all numbers of a step: those that are forecast, and those known ahead"
+        checked_inputs(known, (n_series, horizon, max(n_known, 1)), None, way, name="known")
+
+
+def _check_cell(cell: object) -> None:
+    if not isinstance(cell, nn.Module) or not all(hasattr(cell, name) for name in _OF_A_CELL):
+        raise KindError(
+            f"a forecaster needs a cell: cell is a {type(cell).__name__}, expected a module with "
+            f"{', '.join(_OF_A_CELL)}. Pass a HOTTRNNCell or HOTTLSTMCell."
+        )
 
 
 class _Whole(nn.Module):

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from tensortrain.cores.halves import outer
-from tensortrain.errors import DataError, ShapeError
-from tensortrain.models.base import TensorModel, chain_ranks, check_choice, check_finite
+from tensortrain.errors import ShapeError
+from tensortrain.models.base import TensorModel
+from tensortrain.models.checks import chain_ranks, check_choice, checked_dtype, checked_inputs, whole
 from tensortrain.networks import register
-from tensortrain.system.tracing import can_look
 
 __all__ = ["ACTIVATIONS", "NonlinearTT"]
 
@@ -86,12 +86,14 @@ class NonlinearTT(TensorModel):
         check_choice(activation, tuple(ACTIVATIONS), "activation")
         check_choice(reading, ("chunks", "modes"), "reading")
         self.in_modes, self.out_features = _checked_sizes(in_modes, out_features)
+        dtype = checked_dtype(dtype)
         self.activation, self.reading, self.residual = activation, reading, bool(residual)
         self.in_features = (sum if reading == "chunks" else math.prod)(self.in_modes)
         self.has_constants = activation != "identity"
         order = len(self.in_modes)
-        inner = [rank] * (order - 1) if isinstance(rank, int) else list(rank)
-        ranks = (*chain_ranks(inner, [1] * order, "rank")[:-1], out_features)
+        number = whole(rank)
+        inner = rank if number is None else [number] * (order - 1)
+        ranks = (*chain_ranks(inner, [1] * order, "rank")[:-1], self.out_features)
         made = [
             self._first_core(k, r, s, torch.empty(0, device=device, dtype=dtype), generator)
             for k, (r, s) in enumerate(itertools.pairwise(ranks))
@@ -122,8 +124,8 @@ class NonlinearTT(TensorModel):
         Raises:
             DataError: ``x`` has another shape or dtype, or NaN.
         """
-        self._check(x)
-        x = x.to(self.cores[0].dtype) if not torch.is_autocast_enabled(x.device.type) else x
+        way = "Flatten images with x.flatten(1)"
+        x = checked_inputs(x, ("b", self.in_features), self.cores[0].dtype, way)
         return self._by_chunks(x) if self.reading == "chunks" else self._by_modes(x)
 
     def _by_chunks(self, x: Tensor) -> Tensor:
@@ -168,17 +170,6 @@ class NonlinearTT(TensorModel):
                 core[:r, -1] += torch.eye(r, s, dtype=like.dtype, device=like.device)
         return core
 
-    def _check(self, x: object) -> None:
-        is_float = isinstance(x, Tensor) and x.is_floating_point()
-        if not isinstance(x, Tensor) or not is_float or x.ndim != 2 or x.shape[1] != self.in_features:
-            found = f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
-            raise DataError(
-                f"inputs must have {self.in_features} features: x has {found}, expected floats "
-                f"(b, {self.in_features}). Flatten images with x.flatten(1)."
-            )
-        if can_look(x):
-            check_finite(x)
-
     def extra_repr(self) -> str:
         """What a print of the model shows."""
         return (
@@ -192,10 +183,11 @@ def _with_one(x: Tensor) -> Tensor:
 
 
 def _checked_sizes(in_modes: Sequence[int], out_features: int) -> tuple[tuple[int, ...], int]:
-    sizes = tuple(in_modes) if isinstance(in_modes, Sequence) else ()
-    if not sizes or any(not isinstance(n, int) or n < 1 for n in (*sizes, out_features)):
+    sizes = [whole(n) or 0 for n in in_modes] if isinstance(in_modes, Sequence) else []
+    size = whole(out_features) or 0
+    if not sizes or min(*sizes, size) < 1:
         raise ShapeError(
             f"sizes must be whole numbers of 1 or more: in_modes has {in_modes}, out_features {out_features}. Pass one "
             "size for each chunk or mode."
         )
-    return sizes, out_features
+    return tuple(sizes), size

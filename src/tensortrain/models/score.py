@@ -23,7 +23,8 @@ from torch import Tensor, nn
 
 from tensortrain.cores.halves import data_halves
 from tensortrain.errors import DataError, KindError, ShapeError
-from tensortrain.models.base import TensorModel, check_choice, check_sizes, checked_labels, held, label_scores, settle_
+from tensortrain.models.base import TensorModel, held, label_scores, settle_
+from tensortrain.models.checks import check_choice, checked_dtype, checked_inputs, checked_labels, checked_sizes
 from tensortrain.models.supervised import Supervised
 from tensortrain.networks import register
 from tensortrain.system.history import History
@@ -98,7 +99,9 @@ class ScoreNetwork(TensorModel):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_sizes(n_inputs=n_inputs, input_size=input_size, n_classes=n_classes, rank=rank, n_features=n_features)
+        sizes = {"n_inputs": n_inputs, "input_size": input_size, "n_classes": n_classes}
+        self.n_inputs, self.input_size, self.n_classes = checked_sizes(**sizes)
+        self.rank, self.n_features = checked_sizes(rank=rank, n_features=n_features)
         check_choice(format, tuple(_WIRINGS), "format")
         check_choice(product, tuple(_PRODUCTS), "product")
         check_choice(label, ("last", "middle", "per-class"), "label")
@@ -107,15 +110,15 @@ class ScoreNetwork(TensorModel):
                 f"labels elsewhere and shared cores belong to 'tt': format has {format!r} with label={label!r} and "
                 f"shared={shared}, expected label='last' and shared=False. Leave them out."
             )
-        self.n_inputs, self.input_size, self.n_classes = n_inputs, input_size, n_classes
-        self.format, self.rank, self.n_features = str(format), rank, n_features
-        self.product, self.label, self.shared = str(product), str(label), shared
+        self.format, self.product, self.label, self.shared = str(format), str(product), str(label), bool(shared)
         self.feature_map = feature_map
-        draw = _Draws(generator, dtype or torch.get_default_dtype(), device)
+        draw = _Draws(generator, checked_dtype(dtype), device)
         if feature_map is None:
-            self.features = nn.Parameter(draw.uniform((n_features, input_size), 1 / math.sqrt(input_size)))
+            width = 1 / math.sqrt(self.input_size)
+            self.features = nn.Parameter(draw.uniform((self.n_features, self.input_size), width))
         if product != "multiply":
-            self.maps = nn.ParameterList([_plus_eye(n_features, n_features, draw) for _ in range(n_inputs)])
+            each = [_plus_eye(self.n_features, self.n_features, draw) for _ in range(self.n_inputs)]
+            self.maps = nn.ParameterList(each)
         self.cores = nn.ParameterList(_WIRINGS[self.format].cores(self, draw))
 
     @property
@@ -138,10 +141,9 @@ class ScoreNetwork(TensorModel):
             Tensor: ``(b, n_classes)``.
 
         Raises:
-            DataError: ``x`` has another shape.
+            DataError: ``x`` has another shape, no floating numbers, or NaN.
         """
-        self._check(x)
-        features = self._features(x)  # T b m
+        features = self._features(self._checked(x))  # T b m
         return _WIRINGS[self.format].scores(self, features)
 
     def grid_tensor(self, templates: Tensor) -> Tensor:
@@ -189,37 +191,30 @@ class ScoreNetwork(TensorModel):
         Returns:
             History: for every pass ``loss``, ``accuracy``, and those of ``validation``.
         """
-        self._check(x)
-        labels = checked_labels(y, x.shape[0], self.n_classes)
-        if x.shape[0] == 0:
-            raise DataError("a fit must have data: x has no examples, expected one or more.")
-        if validation is not None:
-            self._check(validation[0])
-            validation = (validation[0], checked_labels(validation[1], validation[0].shape[0], self.n_classes))
-        if self.product == "multiply":
-            degree = {"tt": self.n_inputs, "cp": self.n_inputs + 1, "ht": 2 * self.n_inputs - 1}[self.format]
-            settle_(list(self.cores), degree, lambda: self(x[:_ROWS_TO_SETTLE]))
-        job = Supervised(
+        job = Supervised.of(
             self,
-            x,
-            labels,
-            "cross-entropy",
-            n_sweeps,
-            validation,
+            (x, y),
+            self._labelled,
+            n_sweeps=n_sweeps,
+            validation=validation,
             checkpoint=checkpoint,
             observer=observer,
             generator=generator,
         )
+        if self.product == "multiply":
+            degree = {"tt": self.n_inputs, "cp": self.n_inputs + 1, "ht": 2 * self.n_inputs - 1}[self.format]
+            settle_(list(self.cores), degree, lambda: self(job.x[:_ROWS_TO_SETTLE]))
         return job.by_steps(lr, batch_size)
 
-    def _check(self, x: object) -> None:
-        expected = (self.n_inputs, self.input_size)
-        if not isinstance(x, Tensor) or x.ndim != 3 or tuple(x.shape[1:]) != expected:
-            found = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
-            raise DataError(
-                f"inputs must have {self.n_inputs} positions of {self.input_size} numbers: x has {found}, expected "
-                f"(b, {self.n_inputs}, {self.input_size}). Reshape it."
-            )
+    def _labelled(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        x = self._checked(x)
+        return x, checked_labels(y, x.shape[0], self.n_classes)
+
+    def _checked(self, x: object) -> Tensor:
+        """In the model's dtype; a feature map of another one may convert by itself."""
+        dtype = self.cores[0].dtype if self.feature_map is None else None
+        way = "Reshape it: positions along axis 1, their numbers along axis 2"
+        return checked_inputs(x, ("b", self.n_inputs, self.input_size), dtype, way)
 
     def _features(self, x: Tensor) -> Tensor:
         """``(T, b, m)``."""

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tensortrain.data.rows import RowBatches
+from tensortrain.errors import DataError
 from tensortrain.models.base import adam, only_figures, seed_from
+from tensortrain.models.checks import check_between, checked_sizes
 from tensortrain.system.history import History
 from tensortrain.train.loop import fit
 
@@ -49,7 +51,10 @@ class Supervised:
     Attributes:
         x, y: Examples and labels, along the first axis.
         loss: A name of ``LOSSES``.
+        n_sweeps: Passes over the data.
+        validation: Examples and labels to watch.
         penalty: Added to the loss of every batch.
+        checkpoint, observer, generator: As a ``fit`` takes them.
     """
 
     model: nn.Module
@@ -63,6 +68,41 @@ class Supervised:
     observer: Callable[[History], object] | None = None
     generator: torch.Generator | None = None
 
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        data: tuple[Any, ...],
+        checked: Callable[..., tuple[Tensor, Tensor]],
+        loss: str = "cross-entropy",
+        *,
+        n_sweeps: int,
+        validation: Any = None,
+        **options: Any,
+    ) -> Supervised:
+        """What a ``fit`` was given, looked at in one way for all models.
+
+        Args:
+            data: Examples and labels, and what else ``checked`` takes.
+            checked: The model's own check of them and of what is held back; it gives both as they are learnt from.
+            options: The other attributes.
+
+        Raises:
+            DataError: There are no examples, or what is held back is not like them.
+            RankError: No passes.
+        """
+        (n_sweeps,) = checked_sizes(n_sweeps=n_sweeps)
+        x, y = _some(checked(*data), "a fit must have data: x has no examples")
+        held_back = None
+        if validation is not None:
+            if not isinstance(validation, (tuple, list)) or len(validation) != len(data):
+                raise DataError(
+                    f"what is held back must be as what is learnt: validation has {_told(validation)}, expected "
+                    f"{len(data)} tensors. Pass such as (x, y)."
+                )
+            held_back = _some(checked(*validation), "what is held back must have data: validation has no examples")
+        return cls(model, x, y, loss, n_sweeps, held_back, **options)
+
     def by_steps(
         self,
         lr: float,
@@ -71,6 +111,11 @@ class Supervised:
         grad_clip: float | None = None,
     ) -> History:
         """Steps along the gradient of batches; an entry of the history for every pass."""
+        check_between(0.0, lr=lr)
+        if grad_clip is not None:
+            check_between(0.0, grad_clip=grad_clip)
+        if batch_size is not None:
+            (batch_size,) = checked_sizes(batch_size=batch_size)
         history = History()
 
         def evaluate(model: nn.Module) -> dict[str, Any]:
@@ -127,3 +172,13 @@ class Supervised:
                     right += float(((outputs > 0) == (labels > 0)).float().sum()) / max(1, outputs[0].numel())
         found = {"loss": total / max(len(y), 1)}
         return found if self.loss in ("squared", "huber") else found | {"accuracy": right / max(len(y), 1)}
+
+
+def _some(pair: tuple[Tensor, Tensor], found: str) -> tuple[Tensor, Tensor]:
+    if pair[0].shape[0] == 0:
+        raise DataError(f"{found}, expected one or more. Pass them along axis 0.")
+    return pair
+
+
+def _told(value: object) -> str:
+    return f"{len(value)} parts" if isinstance(value, (tuple, list)) else type(value).__name__

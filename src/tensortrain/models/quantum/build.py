@@ -11,7 +11,7 @@ from torch import Tensor
 from tensortrain.cores.scaling import work_dtype
 from tensortrain.cores.tolerance import compute_dtype, default_eps
 from tensortrain.errors import DataError, KindError, NonFiniteError, RankError, ShapeError
-from tensortrain.models.base import check_choice
+from tensortrain.models.checks import check_choice
 from tensortrain.models.quantum.circuit import Circuit
 from tensortrain.models.quantum.gates import Operation
 from tensortrain.models.quantum.holographic import holographic

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from tensortrain.cores import sampling
-from tensortrain.errors import DataError, KindError
+from tensortrain.errors import KindError
+from tensortrain.models.checks import checked_count
 from tensortrain.models.quantum import qasm
 from tensortrain.models.quantum.gates import Operation
 from tensortrain.models.quantum.simulate import deferred, drawn, final_state, shots
@@ -125,8 +126,7 @@ class Circuit:
         Cost: O(n d r^2) flops from a train of rank r; without one O(n_gates 2^n_qubits), times n where measurements
             come before the end.
         """
-        if not isinstance(n, int) or n < 0:
-            raise DataError(f"samples must be counted: n has {n!r}, expected a whole number from 0. Pass one.")
+        n = checked_count(n)
         if self.state is not None:
             return sampling.sample(self.state.cores, n, law="born", generator=generator)
         if not self._measures:

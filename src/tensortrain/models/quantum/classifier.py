@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from tensortrain.cores.scaling import work_dtype
 from tensortrain.errors import DataError, RankError
-from tensortrain.models.base import TensorModel, check_choice, check_sizes, checked_labels
+from tensortrain.models.base import TensorModel
+from tensortrain.models.checks import check_choice, checked_dtype, checked_labels, checked_sizes
 from tensortrain.models.features import FeatureMap
 from tensortrain.models.quantum.channels import Noise
 from tensortrain.models.quantum.circuit import Circuit
@@ -73,8 +74,8 @@ class UnitaryClassifier(TensorModel):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        n_virtual = max(1, qubits_of(n_classes)) if n_virtual is None else n_virtual
-        check_sizes(n_features=n_features, n_classes=n_classes, n_virtual=n_virtual)
+        n_features, n_classes = checked_sizes(n_features=n_features, n_classes=n_classes)
+        (n_virtual,) = checked_sizes(n_virtual=max(1, qubits_of(n_classes)) if n_virtual is None else n_virtual)
         if 2**n_virtual < n_classes:
             raise RankError(
                 f"a register must tell the classes apart: n_virtual has {n_virtual} for {n_classes} classes, expected "
@@ -89,7 +90,7 @@ class UnitaryClassifier(TensorModel):
         self.angles = nn.ParameterList()
         size = 2 ** (2 * n_virtual if structure == "tree" else n_virtual + 1)
         n_angles = size * (size - 1) // 2 if kind == "real" else size**2
-        dtype = dtype or torch.get_default_dtype()
+        dtype = checked_dtype(dtype)
         for n_nodes in self._nodes():
             first = torch.randn(n_nodes, n_angles, generator=generator, device=device, dtype=dtype)
             self.angles.append(nn.Parameter(_FIRST_ANGLES * first))
@@ -165,18 +166,12 @@ class UnitaryClassifier(TensorModel):
         Raises:
             DataError: There are no examples, or they do not fit.
         """
-        labels = self._labelled(x, y)
-        if x.shape[0] == 0:
-            raise DataError("a fit must have data: x has no examples, expected one or more. Pass (b, n_features).")
-        if validation is not None:
-            validation = (validation[0], self._labelled(*validation))
-        job = Supervised(
+        job = Supervised.of(
             self,
-            x,
-            labels,
-            "cross-entropy",
-            n_sweeps,
-            validation,
+            (x, y),
+            self._labelled,
+            n_sweeps=n_sweeps,
+            validation=validation,
             checkpoint=checkpoint,
             observer=observer,
             generator=generator,
@@ -268,9 +263,9 @@ class UnitaryClassifier(TensorModel):
         size = 2**self.n_virtual
         return torch.arange(size) * self.n_classes // size
 
-    def _labelled(self, x: Tensor, y: Tensor) -> Tensor:
+    def _labelled(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         self._check(x)
-        return checked_labels(y, x.shape[0], self.n_classes)
+        return x, checked_labels(y, x.shape[0], self.n_classes)
 
     def _check(self, x: object) -> None:
         if not isinstance(x, Tensor) or x.ndim != 2 or x.shape[1] != self.n_features or not x.is_floating_point():

@@ -34,6 +34,7 @@ __all__ = [
     "memory_given_back",
     "memory_reused",
     "park",
+    "parked_zeros",
     "reuse_freed_memory",
     "tidy",
     "weights_parked",
@@ -59,7 +60,7 @@ def park(tensor: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
 
     Where there is no room on the disk it lies in memory.
     """
-    parked = _zeros(tensor.shape, dtype or tensor.dtype)
+    parked = parked_zeros(tensor.shape, dtype or tensor.dtype)
     flat, source = parked.view(-1), tensor.detach().reshape(-1)
     for start in range(0, len(flat), _CHUNK):
         flat[start : start + _CHUNK] = source[start : start + _CHUNK]
@@ -67,7 +68,8 @@ def park(tensor: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
     return parked
 
 
-def _zeros(size: torch.Size, dtype: torch.dtype) -> Tensor:
+def parked_zeros(size: torch.Size, dtype: torch.dtype) -> Tensor:
+    """Zeros in such a file, to be written to."""
     try:
         return _zeros_in_file(size, dtype) if size.numel() else torch.zeros(size, dtype=dtype)
     except OSError:

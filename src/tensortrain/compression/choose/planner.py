@@ -550,8 +550,10 @@ def _with_families(
         how: dict[str, Any] = {"formats": few, "structure": moments.structure, "wide": wide, "search": options.search}
         if calibration is not None:  # products with the moments serve the families, too
             carry[menu.layer.name] = carried(menu.layer, calibration)
+        if not moments.parks:
+            moments.weighting.keep_directions()  # for the layer that may be made of them
         found = folder.families(k, partial(families, menu.layer, weighting=moments.weighting, **how))
-        moments.forget_derived()
+        moments.forget_shapes()
         let_go_of_weights(menu.layer.module)
         filled.append(replace(menu, families=found, widths=_widths_on(menu, hidden)))
         options.observer.on_step(k + 1, seconds=perf_counter() - began)

@@ -81,6 +81,8 @@ def _planned(work: Work, settings: Factorize) -> Work:
         plan = make_plan(work.model, replace(options, exclude=[*_patterns(options.exclude), *refused]))
         work = work.noted(f"The model does not run without its own {named(refused)}: left dense.")
         done = _applied(work, plan)
+    if done.plan is not None and done.plan.calibration is not None:
+        done.plan.calibration.forget_derived()
     if settings.way < 1:
         done = done.noted(f"On the way: {plan.params_after:,} parameters ({plan.budget}).")
     return done

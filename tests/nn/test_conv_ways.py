@@ -293,9 +293,7 @@ def test_a_rough_trial_runs_fewer_ways_and_is_kept_by_nobody(timed: list[str]) -
         assert len(timed) == n_run
 
 
-def test_rough_trials_time_a_dense_kernel_once_for_all_ranks(
-    timed: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rough_trials_time_a_dense_kernel_once_for_all_ranks(timed: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choose, "timed", lambda call, device: 1.0)  # none is so far behind that it drops out
     with torch.no_grad(), choose.roughly():
         plans = [

@@ -88,7 +88,7 @@ class WeightedMatrix:
     def truncated(self, rank: int) -> tuple[Tensor, Tensor]:
         """Factors ``(M, r)`` and ``(r, N)`` of the best matrix of that rank."""
         _, vectors, factor = self._directions()
-        return self._on(vectors[:, :rank], factor)
+        return self._on(vectors[:, :rank].clone(), factor)  # what is kept must not be written to
 
     def at_errors(self, errors: Sequence[float]) -> list[tuple[Tensor, Tensor]]:
         """The same of ranks whose predicted errors are about these, from one decomposition; none of full rank."""
@@ -99,7 +99,7 @@ class WeightedMatrix:
         ranks = [rank for rank in ranks if rank < len(values)]
         if not ranks:
             return []
-        outputs, inputs = self._on(vectors[:, : ranks[-1]], factor)
+        outputs, inputs = self._on(vectors[:, : ranks[-1]].clone(), factor)
         return [(outputs[:, :rank], inputs[:rank]) for rank in ranks]
 
     def _directions(self) -> tuple[Tensor, Tensor, _Factor]:

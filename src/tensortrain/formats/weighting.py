@@ -175,7 +175,7 @@ class Weighting:
 
     @cached_property
     def _kept(self) -> dict[str, Any]:
-        """What was last found of a weight, with the weight: its product with the moment of the inputs, its energy, .."""
+        """What was last found of a weight, by name, each with that weight: its product with the inputs' moment, .."""
         return {}
 
     def found_of(self, weight: Tensor, name: str, find: Callable[[], T]) -> T:

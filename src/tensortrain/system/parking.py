@@ -184,8 +184,8 @@ def memory_given_back(whole: Iterable[Tensor]) -> Iterator[None]:
 def memory_reused(whole: Iterable[Tensor]) -> Iterator[None]:
     """Inside, memory that is freed serves what is asked for next, blocks of any size; in the end it is given back.
 
-    GNU's allocator takes blocks of 32 MB and more from the system one by one, and a page that comes anew costs more than
-    what most operations do with it: an addition over 50 MB takes ten times as long into a fresh block.
+    GNU's allocator takes blocks of 32 MB and more from the system one by one, and a page that comes anew costs more
+    than what most operations do with it: an addition over 50 MB takes ten times as long into a fresh block.
 
     Args:
         whole: Parameters of the model that is worked on; above 256 MB nothing changes.

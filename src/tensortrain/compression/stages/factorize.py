@@ -45,7 +45,10 @@ def _factorize(work: Work, settings: Factorize) -> Work:
     if not work.options.inplace:
         with memory_reused(work.model.parameters()):
             return _planned(work, settings)
-    with memory_reused(work.model.parameters()), weights_offloaded(work.model, but_not=_is_factorized, after_use=_drop_derived):
+    with (
+        memory_reused(work.model.parameters()),
+        weights_offloaded(work.model, but_not=_is_factorized, after_use=_drop_derived),
+    ):
         done = _planned(work, settings)
         for module in done.model.modules():
             if isinstance(module, FactorizedLayer):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tensortrain.formats import ChainFormat, FactorSpec, Weighting, WeightShape, get_format
+from tensortrain.formats import PLAIN, ChainFormat, FactorSpec, Weighting, WeightShape, get_format
 from tensortrain.formats.chain import _rough_spectra
 from tensortrain.formats.weighted_rank import WeightedMatrix
 from tensortrain.formats.whitening import kronecker_factors, root_and_inverse
@@ -62,6 +62,37 @@ def test_a_moment_that_is_not_positive_is_taken_by_its_root(name: str) -> None:
     for weighting in (weightings(weight)[4], Weighting(torch.eye(weight.fan_in), -torch.eye(weight.out_features))):
         outputs, inputs = WeightedMatrix.of(dense, weight, weighting).truncated(4)
         assert torch.isfinite(outputs @ inputs).all()
+
+
+@pytest.mark.parametrize("name", list(WEIGHTS))
+def test_what_one_rank_found_serves_another_and_a_copy_of_the_weight(name: str, monkeypatch) -> None:
+    weight, fmt = WEIGHTS[name], get_format("low_rank")
+    one, three, grams = fmt.spec(weight, rank=1), fmt.spec(weight, rank=3), []
+    find = WeightedMatrix._gram
+    monkeypatch.setattr(WeightedMatrix, "_gram", lambda self: grams.append(1) or find(self))
+    for given in weightings(weight)[:4]:
+        dense, weighting = torch.randn(weight.dense_shape), given.checked(weight)
+        values = fmt.spectra(dense, one, weighting=weighting)[0]
+        wanted = [fmt.fit(dense, spec, weighting=weighting) for spec in (one, three)]
+        weighting.keep_directions()
+        grams.clear()
+        kept = fmt.spectra(dense, one, weighting=weighting)[0]
+        weighting.forget_shapes()
+        found = [fmt.fit(some, spec, weighting=weighting) for some, spec in ((dense, one), (dense.clone(), three))]
+        assert len(grams) == 1
+        dense.mul_(2)  # it is another one now
+        assert float(fmt.spectra(dense, one, weighting=weighting)[0][0]) == pytest.approx(2 * float(kept[0]))
+        assert len(grams) == 2
+        assert rel_error(kept, values) <= 1e-7
+        for some, other in zip(found, wanted, strict=True):
+            assert rel_error(some.to_dense(), other.to_dense()) <= 1e-9
+            assert some.rel_error == pytest.approx(other.rel_error, rel=1e-10)
+
+
+def test_nothing_is_kept_where_nothing_is_weighed() -> None:
+    PLAIN.keep_directions()
+    assert not PLAIN.keeps_directions
+    assert [PLAIN.found_of(torch.ones(2), "a", lambda n=n: n) for n in (1, 2)] == [1, 2]
 
 
 def test_full_rank_is_exact_and_zero_stays_zero() -> None:

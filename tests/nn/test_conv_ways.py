@@ -245,6 +245,7 @@ def timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> list[str]:
         return [choose._Call(lambda number=number: number) for number in numbers]
 
     monkeypatch.setattr(choose, "_KNOWN", {})
+    monkeypatch.setattr(choose, "_DENSE_S", {})
     monkeypatch.setattr(choose, "_calls", calls)
     monkeypatch.setattr(choose, "_CLEARLY", 1.0)
     monkeypatch.setattr(choose, "can_time", lambda device: True)
@@ -290,6 +291,21 @@ def test_a_rough_trial_runs_fewer_ways_and_is_kept_by_nobody(timed: list[str]) -
         with choose.roughly():  # what is known exactly is used
             assert make().plan(2, (8, 8)).way.name == plan.way.name
         assert len(timed) == n_run
+
+
+def test_rough_trials_time_a_dense_kernel_once_for_all_ranks(timed: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choose, "timed", lambda call, device: 1.0)  # none is so far behind that it drops out
+    with torch.no_grad(), choose.roughly():
+        plans = [
+            tt.nn.Conv2d(32, 32, 3, padding=1, format="tucker2", rank=rank, dtype=torch.float32).plan(2, (8, 8))
+            for rank in (8, 9)
+        ]
+        assert len(timed) > 2
+        assert timed.count("dense plain") == 1
+        assert all(plan.is_measured for plan in plans)
+        other = tt.nn.Conv2d(32, 48, 3, padding=1, format="tucker2", rank=8, dtype=torch.float32).plan(2, (8, 8))
+        assert timed.count("dense plain") == 2
+        assert other.is_measured
 
 
 def test_a_trial_counts_the_long_way_of_what_is_never_ready() -> None:

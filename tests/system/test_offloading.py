@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import mmap
+import sys
+
 import pytest
 import torch
 from torch import nn
 
 from tensortrain.system import offloading, parking
 from tensortrain.system.offloading import bring_back, is_offloaded, offload, weights_offloaded
-from tensortrain.system.parking import is_parked, memory_given_back
+from tensortrain.system.parking import is_parked, memory_given_back, memory_reused
 
 
 @pytest.fixture(autouse=True)
@@ -116,3 +119,40 @@ def test_the_allocator_is_set_once_and_not_where_the_user_did(own: bool, monkeyp
         inside = list(calls)
     assert [value for _, value in inside] == ([] if own else [2**20, 2**20])
     assert [value for _, value in calls[2:]] == ([] if own else [2**25, 2**26])
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_freed_memory_is_kept_for_a_small_model_alone(own: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[int, int]] = []
+    monkeypatch.setattr(parking, "_mallopt", lambda: lambda *args: calls.append(args))
+    for name in parking._OWN_SETTINGS:
+        monkeypatch.delenv(name, raising=False)
+    if own:
+        monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "1000")
+    weights = list(net().parameters())
+    with memory_reused(weights):  # large to this module's tests
+        assert not calls
+    monkeypatch.setattr(parking, "_WORTH_THE_PAGES", 2**20)
+    with memory_reused(weights), memory_reused(weights):
+        inside = list(calls)
+    assert [value for _, value in inside] == ([] if own else [0, 2**31 - 1])
+    assert [value for _, value in calls[2:]] == ([] if own else [2**16, 2**25, 2**26])
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux") or parking._mallopt() is None, reason="of GNU's allocator")
+def test_blocks_of_any_size_are_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    resource = pytest.importorskip("resource")
+    for name in parking._OWN_SETTINGS:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(parking, "_WORTH_THE_PAGES", 2**20)
+
+    def faults() -> int:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(4):
+            torch.zeros(2**26, dtype=torch.uint8)
+        return int(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+
+    with memory_reused(net().parameters()):
+        faults()
+        again = faults()
+    assert again < 2**26 // mmap.PAGESIZE

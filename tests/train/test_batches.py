@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_sequence
 from torch.utils.data import DataLoader, TensorDataset
 
 from tensortrain.errors import DataError
-from tensortrain.train.batches import map_tensors, n_examples, opened, read_batch, run, take
+from tensortrain.train.batches import map_tensors, n_examples, opened, read_batch, run, some_of, take
 
 X, A, B, Y = torch.ones(3, 4), torch.ones(3, 5), torch.ones(3, 6), torch.arange(3)
 
@@ -127,6 +127,14 @@ def test_structures_keep_their_kind() -> None:
     assert [n_examples(each) for each in (packed, X, {"a": X}, (Sample(X, Y), 3), "text", torch.ones(()))] == [
         2, 3, 3, 3, 1, 1,
     ]  # fmt: skip
+
+
+def test_some_examples_are_cut_from_what_shares_an_axis() -> None:
+    cut = some_of({"x": X, "y": [Y, "a"]}, 2)
+    assert cut["x"].shape == (2, 4)
+    assert cut["y"][0].tolist() == [0, 1]
+    whole = (X, torch.ones(2, 3)), {"x": X, "scale": torch.ones(())}, X, "text"
+    assert all(some_of(batch, few) is batch for batch, few in zip(whole, (2, 2, 3, 1), strict=True))
 
 
 def test_an_empty_list_is_no_batch() -> None:

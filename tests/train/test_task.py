@@ -182,3 +182,26 @@ def test_an_output_that_is_constant_or_zero_still_has_a_distance() -> None:
     same = torch.ones(4, 3)
     assert float(relative_distance(same + 0.1, same)) == pytest.approx(0.01)
     assert float(relative_distance(same * 0 + 0.1, same * 0)) == pytest.approx(0.01)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_without_labels_a_few_examples_decide_where_the_model_takes_them(whole: bool) -> None:
+    class Counts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.sizes: list[int] = []
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.sizes.append(len(x))
+            if whole and len(x) < 6:
+                raise ValueError("too few")
+            return x.softmax(dim=1)
+
+    model = Counts()
+    named = decide_task(model, torch.randn(6, 3), task="classify")
+    assert model.sizes == ([2, 6, 6] if whole else [2, 2])
+    assert named.probabilities
+    assert not named.random
+    model.sizes.clear()
+    assert decide_task(model, (torch.randn(6, 3), torch.arange(6) % 3)).labels == "classes"
+    assert model.sizes == [6, 6]

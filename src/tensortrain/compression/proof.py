@@ -38,11 +38,11 @@ def apply_proven(
         KindError: The model does not run with its new layers.
     """
     names = [layer.name for layer in plan.layers if layer.spec is not None]
-    ran = _ran(model, plan, names)
+    ran = _ran(model, plan, names) if inplace else None  # of a copy it is looked at where it decides
     compressed = apply_plan_(model if inplace else checked_copy(model, parks=parks), plan, observer=observer)
     seen, error = _seen(compressed, plan, names)
     if error is None:
-        return compressed, plan, [*_idle(plan, names, ran, seen), *config_notes(compressed)]
+        return compressed, plan, [*_idle(model, plan, names, ran, seen), *config_notes(compressed)]
     culprits = [] if inplace else [name for name in names if _fails_alone(model, plan, name)]
     stuck = [] if inplace else [one for one in plan.groups if _fails_narrowed(model, plan, one)]
     if len(culprits) + len(stuck) in (0, len(names) + len(plan.groups)):
@@ -53,7 +53,7 @@ def apply_proven(
     seen, error = _seen(compressed, plan, names)
     if error is not None:
         raise _does_not_run(error, culprits)
-    return compressed, plan, [*_idle(plan, names, ran, seen), *config_notes(compressed)]
+    return compressed, plan, [*_idle(model, plan, names, ran, seen), *config_notes(compressed)]
 
 
 def _once(model: nn.Module, plan: CompressionPlan) -> None:
@@ -103,8 +103,16 @@ def _without(plan: CompressionPlan, culprits: Sequence[str], error: Exception) -
     return replace(small, layers=tuple(layers), params_after=after, notes=(*plan.notes, note))
 
 
-def _idle(plan: CompressionPlan, names: Sequence[str], ran: set[str], seen: set[str]) -> list[str]:
-    """A note on layers that ran before the swap and do not after it."""
+def _idle(
+    model: nn.Module, plan: CompressionPlan, names: Sequence[str], ran: set[str] | None, seen: set[str]
+) -> list[str]:
+    """A note on layers that ran before the swap and do not after it.
+
+    Args:
+        ran: Which ran before it; None where the model, as it was, can still be asked.
+    """
+    if ran is None:
+        ran = _ran(model, plan, names) if set(names) - seen else set()
     idle = [name for name in names if name in ran and name not in seen]
     if not idle:
         return []

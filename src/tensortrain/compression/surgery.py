@@ -161,7 +161,7 @@ def _prepared(
             moments, began = calibration.of(layer.name), perf_counter()
             new = build(layer, entry, moments.weighting)
             ready.statistics += _keep_moments(model, layer, new, moments)
-            moments.forget_derived()
+            moments.forget_shapes()
             ready.built.append((layer.names, layer.module, new))
             if layer.head is not None:
                 ready.built.append((layer.head.names, layer.head.module, _tied(layer.head.module, new)))

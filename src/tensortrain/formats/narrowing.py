@@ -10,7 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,6 +20,8 @@ from tensortrain.cores.linalg import gram_root
 from tensortrain.errors import RankError
 
 __all__ = ["SHRINKAGE", "Narrowing", "narrowing", "narrowing_of_blocks", "refitted", "shrunk"]
+
+Array: TypeAlias = "np.ndarray[Any, Any]"
 
 LEAST_SHRINKAGE = 1e-6  # where no data will come
 SHRINKAGE = 1e-3  # of the mean diagonal: what few rows of data say about rare directions is not to be believed
@@ -180,21 +184,35 @@ def _next_to_go(rows: Tensor, inverse: Tensor, is_here: Tensor, n_going: int) ->
     pool = scores.topk(min(_POOL * n_going, int(is_here.sum())), largest=False).indices
     some = rows[pool]
     products, inner = some @ some.mT, inverse[pool][:, pool]
-    free = torch.zeros(len(pool), dtype=rows.dtype, device=rows.device)  # infinite for those that have gone
-    going = []
-    for _ in range(n_going):
-        k = int((products.diagonal() / inner.diagonal() + free).argmin())
-        going.append(k)
-        free[k] = torch.inf
-        share = inner[k] / inner[k, k]
-        products = products - _both(share, products[k]) + products[k, k] * torch.outer(share, share)
-        inner = inner - torch.outer(share, inner[k])
-        inner.diagonal()[going] = 1.0  # of those that have gone, which count no more
-    return pool[going]
+    going = _one_after_another(products.cpu().numpy(), inner.cpu().numpy(), n_going)
+    return pool[torch.from_numpy(going).to(pool.device)]
 
 
-def _both(a: Tensor, b: Tensor) -> Tensor:
-    return torch.outer(a, b) + torch.outer(b, a)
+def _one_after_another(products: Array, inner: Array, n_going: int) -> Array:
+    """Numbers of those that cost least, each beside what those before it left to the others.
+
+    What one takes away is of rank one: of the matrices, only the diagonals and a row each time are brought up to date.
+
+    Args:
+        products: Of all pairs of rows, ``(p, p)``.
+        inner: The inverse moment, ``(p, p)``.
+    """
+    n = len(inner)
+    above, below = products.diagonal().copy(), inner.diagonal().copy()
+    shares, lost, pivots = np.empty((n_going, n)), np.empty((n_going, n)), np.empty(n_going)
+    going = np.empty(n_going, dtype=np.int64)
+    for i in range(n_going):
+        k = going[i] = (above / below).argmin()
+        given, taken = shares[:i, k], lost[:i, k]
+        row = inner[k] - (pivots[:i] * given) @ shares[:i]
+        pivots[i] = row[k]
+        shares[i] = share = row / row[k]
+        row = products[k] - given @ lost[:i] - taken @ shares[:i]
+        lost[i] = row - 0.5 * row[k] * share
+        above -= 2 * share * lost[i]
+        below -= pivots[i] * share**2
+        above[going[: i + 1]], below[going[: i + 1]] = np.inf, 1.0
+    return going
 
 
 def _costs(rows: Tensor, inverse: Tensor) -> Tensor:

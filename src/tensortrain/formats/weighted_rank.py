@@ -42,6 +42,8 @@ class WeightedMatrix:
         basis, outside: Directions that the inputs lie in, see ``Weighting``; outside of them damping is that share.
         dtype: Of the weight.
         is_table: Whether torch's layout is ``(inputs, outputs)``.
+        own: The matrix as it lies in the weight.
+        weighting: What the moments are of; it keeps what is found.
     """
 
     matrix: Tensor
@@ -50,6 +52,8 @@ class WeightedMatrix:
     outputs: Tensor | None
     dtype: torch.dtype
     is_table: bool
+    own: Tensor
+    weighting: Weighting
     basis: Tensor | None = None
     outside: float = 0.0
 
@@ -66,7 +70,7 @@ class WeightedMatrix:
         matrix = dense.detach().T if is_table else dense.detach().flatten(1)
         matrix = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
         basis = None if found.basis is None else found.basis.to(dense.device)
-        more = dense.dtype, is_table, basis, found.outside
+        more = dense.dtype, is_table, matrix, found, basis, found.outside
         one_side = found.inputs if _is_wide(matrix) else found.outputs
         if basis is None and found.goes_in_parts(matrix) and _counts_alone(one_side):
             return cls(matrix, None, found.inputs, found.outputs, *more)
@@ -74,28 +78,39 @@ class WeightedMatrix:
 
     def singular_values(self) -> Tensor:
         """Of the matrix between the roots of its damped moments; float64, descending."""
-        values = torch.linalg.eigvalsh(self._gram()[0]).flip(0).clamp_min(0).sqrt()
+        keeps = self.weighting.keeps_directions
+        values = self._directions()[0] if keeps else torch.linalg.eigvalsh(self._gram()[0]).flip(0)
+        values = values.clamp_min(0).sqrt()
         if self.basis is not None and not self.outside:
             values[len(self.basis) :] = 0.0  # no input has more directions
         return values
 
     def truncated(self, rank: int) -> tuple[Tensor, Tensor]:
         """Factors ``(M, r)`` and ``(r, N)`` of the best matrix of that rank."""
-        gram, factor = self._gram()
-        return self._on(torch.linalg.eigh(gram)[1].flip(1)[:, :rank], factor)
+        _, vectors, factor = self._directions()
+        return self._on(vectors[:, :rank].clone(), factor)  # what is kept must not be written to
 
     def at_errors(self, errors: Sequence[float]) -> list[tuple[Tensor, Tensor]]:
         """The same of ranks whose predicted errors are about these, from one decomposition; none of full rank."""
-        gram, factor = self._gram()
-        values, vectors = torch.linalg.eigh(gram)
-        squares = values.flip(0).clamp_min(0)
+        values, vectors, factor = self._directions()
+        squares = values.clamp_min(0)
         tails = 1 - squares.cumsum(dim=0) / squares.sum().clamp_min(_TINY)
         ranks = sorted({1 + int((tails.clamp_min(0).sqrt() - error).abs().argmin()) for error in errors})
         ranks = [rank for rank in ranks if rank < len(values)]
         if not ranks:
             return []
-        outputs, inputs = self._on(vectors.flip(1)[:, : ranks[-1]], factor)
+        outputs, inputs = self._on(vectors[:, : ranks[-1]].clone(), factor)
         return [(outputs[:, :rank], inputs[:rank]) for rank in ranks]
+
+    def _directions(self) -> tuple[Tensor, Tensor, _Factor]:
+        """Eigenvalues of the smaller Gram matrix, descending, its eigenvectors, and the factor of that side."""
+
+        def find() -> tuple[Tensor, Tensor, _Factor]:
+            gram, factor = self._gram()
+            values, vectors = torch.linalg.eigh(gram)
+            return values.flip(0), vectors.flip(1), factor
+
+        return self.weighting.found_of(self.own, "directions", find) if self.weighting.keeps_directions else find()
 
     def _on(self, leading: Tensor, factor: _Factor) -> tuple[Tensor, Tensor]:
         """The matrix projected on leading directions, as factors."""
@@ -108,7 +123,7 @@ class WeightedMatrix:
         if self.weighted is None:
             return self._error_in_parts(outputs, inputs)
         outputs, inputs = outputs.double(), inputs.double()
-        whole = max(self._energy(self.matrix, self.weighted), _TINY)
+        whole = max(self.weighting.energy_of_weight(self.own), _TINY)
         difference = self.matrix - outputs @ inputs
         lost = self._energy(difference, self.weighted - outputs @ self._times(inputs, self.inputs))
         if lost < _CANCELLED * whole:  # a difference of products that are nearly equal
@@ -144,7 +159,6 @@ class WeightedMatrix:
         return total
 
     def _error_in_parts(self, outputs: Tensor, inputs: Tensor) -> float:
-        weighting = Weighting(self.inputs, self.outputs)
         lost = 0.0
         sides = (inputs.T, outputs) if self._is_wide else (outputs, inputs.T)
         short = sides[1].double()
@@ -155,7 +169,7 @@ class WeightedMatrix:
                 lost += Weighting(counts, self.outputs).energy(difference.T)
             else:
                 lost += Weighting(self.inputs, counts).energy(difference)
-        return math.sqrt(lost / max(weighting.energy(self.matrix), _TINY))
+        return math.sqrt(lost / max(self.weighting.energy_of_weight(self.own), _TINY))
 
     def _gram(self) -> tuple[Tensor, _Factor]:
         """The smaller Gram matrix of the weighted matrix, and the factor of the moment on its side."""

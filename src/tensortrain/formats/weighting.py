@@ -9,10 +9,10 @@ the model's output (the Kronecker-factored curvature of Martens and Grosse, ICML
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,6 +25,8 @@ from .layout import order_gram, pad_gram
 from .spec import WeightShape
 
 __all__ = ["PLAIN", "Weighting", "apply_root", "check_gram", "energy", "output_error", "times_moment"]
+
+T = TypeVar("T")
 
 _LARGE = 512  # inputs
 _AT_ONCE = 2**20  # numbers of a weight that are held several times
@@ -103,17 +105,26 @@ class Weighting:
         return found
 
     @cached_property
+    def keeps_directions(self) -> bool:
+        """Whether what a decomposition of a weight finds is kept, see ``keep_directions``."""
+        return False
+
+    @cached_property
     def _derived(self) -> dict[Any, Any]:
         """What follows from the moments, which are not written to: looked at once for all formats that ask."""
         return {}
 
     def forget(self) -> None:
         """Drop what follows from the moments, which is several times as large and holds on to them."""
+        self.forget_shapes()
+        self._kept.clear()
+
+    def forget_shapes(self) -> None:
+        """Drop the moments as formats see them, whatever weight they weigh; what was found of a weight stays."""
         for one in self._derived.values():
             if isinstance(one, Weighting) and one is not self:
                 one.forget()
         self._derived.clear()
-        self._kept.clear()
 
     def forget_norms(self) -> None:
         """Drop the norms of single mode shapes: each holds a weight as it is seen in it."""
@@ -158,18 +169,33 @@ class Weighting:
         """``W H`` in float64, ``(outputs, inputs)`` in torch's order; kept until another weight is asked for."""
         if self.inputs is None or self.inputs.ndim == 1 or weight.is_inference():
             return times_moment(weight, self.inputs)
-        kept = self._kept.get("product")
-        if kept is None or not kept[0].is_of(weight):
-            product = times_moment(weight, self.inputs)
-            # In the weight's own precision, beyond which it is not known: half the memory.
-            kept = self._kept["product"] = _Seen.of(weight), product.to(_at_least_float32(weight))
-        found: Tensor = kept[1]
-        return found.double()
+        # In the weight's own precision, beyond which it is not known: half the memory.
+        dtype = _at_least_float32(weight)
+        return self.found_of(weight, "product", lambda: times_moment(weight, self.inputs).to(dtype)).double()
 
     @cached_property
     def _kept(self) -> dict[str, Any]:
-        """The weight that was last multiplied with the moment of the inputs, and the product."""
+        """What was last found of a weight, by name, each with that weight: its product with the inputs' moment, .."""
         return {}
+
+    def found_of(self, weight: Tensor, name: str, find: Callable[[], T]) -> T:
+        """What was found of a weight before, or is found now and kept until it is asked for of another one.
+
+        Args:
+            name: Tells what was found from other things.
+        """
+        if weight.is_inference() or self.inputs is None:
+            return find()
+        kept = self._kept.get(name)
+        if kept is None or not kept[0].is_of(weight):
+            kept = self._kept[name] = _Seen.of(weight), find()
+        found: T = kept[1]
+        return found
+
+    def keep_directions(self) -> None:
+        """Let those who decompose a weight keep what they find until they are asked for it at another rank."""
+        if self.inputs is not None:
+            self.__dict__["keeps_directions"] = True
 
     def energy(self, matrix: Tensor, *, weighted: Tensor | None = None) -> float:
         """``tr(F W H W^T)`` of ``(outputs, inputs)``: the mean square of the outputs, weighted by ``F``.
@@ -185,7 +211,11 @@ class Weighting:
 
     def energy_of_weight(self, weight: Tensor) -> float:
         """The same of a weight that is asked for several times."""
-        return self.energy(weight, weighted=None if self.goes_in_parts(weight) else self.times_inputs(weight))
+
+        def find() -> float:
+            return self.energy(weight, weighted=None if self.goes_in_parts(weight) else self.times_inputs(weight))
+
+        return self.found_of(weight, "energy", find)
 
     def goes_in_parts(self, matrix: Tensor) -> bool:
         """Whether a matrix is large, and its outputs or its inputs count one by one."""
@@ -223,7 +253,7 @@ class Weighting:
 
 @dataclass(frozen=True)
 class _Seen:
-    """A tensor as it was: held, so that its memory is nobody else's, with its version."""
+    """A tensor as it was: held with its version, so that its memory is nobody else's and what was written shows."""
 
     tensor: Tensor
     version: int
@@ -233,16 +263,14 @@ class _Seen:
         return cls(tensor, tensor._version)
 
     def is_of(self, other: Tensor) -> bool:
-        """Whether another one has the same numbers, since it lies at the same place and neither was written to."""
+        """Whether another one has the same numbers, as a copy of a model has."""
         one = self.tensor
-        if (one.data_ptr(), one.shape, one.stride(), one.dtype) != (
-            other.data_ptr(),
-            other.shape,
-            other.stride(),
-            other.dtype,
-        ):
+        if (one.shape, one.stride(), one.dtype, one.device) != (other.shape, other.stride(), other.dtype, other.device):
             return False
-        return not other.is_inference() and one._version == self.version == other._version
+        if other.is_inference() or one._version != self.version:
+            return False
+        is_here = one.data_ptr() == other.data_ptr() and other._version == self.version
+        return is_here or torch.equal(one, other)
 
 
 def _counts_alone(moment: Tensor | None) -> bool:

@@ -32,21 +32,24 @@ __all__ = [
     "let_go_after_use",
     "let_go_of_all",
     "memory_given_back",
+    "memory_reused",
     "park",
+    "parked_zeros",
     "reuse_freed_memory",
     "tidy",
     "weights_parked",
 ]
 
-LARGE_BYTES = 2**27  # what holds no more than this together is left in memory
+LARGE_BYTES = 2**28  # what holds no more than this together is left in memory
 
 _CHUNK = 2**20  # numbers that are written at once
 _HELD_BYTES, _WORTH_BYTES = 2**24, 2**17  # of what backward needs: held in memory all the same; least size of a file
 _PREFIX = "tensortrain-parked-"
 # GNU's allocator keeps what was freed of blocks up to the size of the largest that was freed, 32 MB at most, between
 # others that are still used: as much as half a GB beside a model of that size.
-_MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1  # of mallopt
+_MMAP_THRESHOLD, _TRIM_THRESHOLD, _MMAP_MAX = -3, -1, -4  # of mallopt
 _OWN_MAP_BYTES, _USUAL_MAP_BYTES = 2**20, 2**25
+_USUAL_MAPS, _NEVER_TRIMMED = 2**16, 2**31 - 1
 _WORTH_THE_PAGES = 2**28  # of a model: memory that always comes anew from the system costs a sixth of the time
 _KEPT_BYTES = 2**24  # as large as tensors of a small model's training step are together
 _OWN_SETTINGS = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES")
@@ -57,7 +60,7 @@ def park(tensor: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
 
     Where there is no room on the disk it lies in memory.
     """
-    parked = _zeros(tensor.shape, dtype or tensor.dtype)
+    parked = parked_zeros(tensor.shape, dtype or tensor.dtype)
     flat, source = parked.view(-1), tensor.detach().reshape(-1)
     for start in range(0, len(flat), _CHUNK):
         flat[start : start + _CHUNK] = source[start : start + _CHUNK]
@@ -65,7 +68,8 @@ def park(tensor: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
     return parked
 
 
-def _zeros(size: torch.Size, dtype: torch.dtype) -> Tensor:
+def parked_zeros(size: torch.Size, dtype: torch.dtype) -> Tensor:
+    """Zeros in such a file, to be written to."""
     try:
         return _zeros_in_file(size, dtype) if size.numel() else torch.zeros(size, dtype=dtype)
     except OSError:
@@ -176,11 +180,39 @@ def memory_given_back(whole: Iterable[Tensor]) -> Iterator[None]:
         option(_TRIM_THRESHOLD, 2 * _USUAL_MAP_BYTES)
 
 
+@contextlib.contextmanager
+def memory_reused(whole: Iterable[Tensor]) -> Iterator[None]:
+    """Inside, memory that is freed serves what is asked for next, blocks of any size; in the end it is given back.
+
+    GNU's allocator takes blocks of 32 MB and more from the system one by one, and a page that comes anew costs more
+    than what most operations do with it: an addition over 50 MB takes ten times as long into a fresh block.
+
+    Args:
+        whole: Parameters of the model that is worked on; above 256 MB nothing changes.
+    """
+    is_small = count_bytes(whole) <= _WORTH_THE_PAGES
+    option = _mallopt() if is_small and not any(name in os.environ for name in _OWN_SETTINGS) else None
+    if option is None or _reused.depth:
+        yield
+        return
+    _reused.depth += 1
+    option(_MMAP_MAX, 0)
+    option(_TRIM_THRESHOLD, _NEVER_TRIMMED)
+    try:
+        yield
+    finally:
+        _reused.depth -= 1
+        option(_MMAP_MAX, _USUAL_MAPS)
+        option(_MMAP_THRESHOLD, _USUAL_MAP_BYTES)
+        option(_TRIM_THRESHOLD, 2 * _USUAL_MAP_BYTES)
+        tidy()
+
+
 class _Depth:
     depth = 0
 
 
-_given_back = _Depth()
+_given_back, _reused = _Depth(), _Depth()
 
 
 def are_large(tensors: Iterable[Tensor]) -> bool:

@@ -52,6 +52,7 @@ __all__ = [
     "read_batch",
     "run",
     "run_somehow",
+    "some_of",
     "take",
     "tensors_in",
     "to_device",
@@ -286,6 +287,15 @@ def n_examples(batch: Any) -> int:
         batch = [getattr(batch, each.name, None) for each in dataclasses.fields(batch)]
     values = batch if isinstance(batch, (tuple, list)) else ()
     return next((n_examples(value) for value in values if _counts(value)), 1)
+
+
+def some_of(batch: Any, few: int) -> Any:
+    """The first few examples of a batch; all of it where its tensors share no first axis to cut along."""
+    n, tensors = n_examples(batch), tensors_in(batch)
+    if few >= n or not all(tensor.layout is torch.strided and tensor.shape[:1] == (n,) for tensor in tensors):
+        return batch
+    cut = map_tensors(lambda tensor: tensor[:few], batch)
+    return cut if n_examples(cut) == few else batch
 
 
 def _counts(value: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tensortrain.errors import KindError, TTError
-from tensortrain.train.batches import failed_on_batch, read_batch, signature_of, tensors_in
+from tensortrain.train.batches import failed_on_batch, read_batch, signature_of, some_of, tensors_in
 from tensortrain.train.outputs import Output, judged_outputs
 
 __all__ = ["Task", "TaskName", "check_task_name", "decide_task", "label_loss", "own_loss", "task_of_outputs"]
@@ -22,6 +23,7 @@ Labels = Literal["none", "own", "classes", "shares", "several", "values", "next"
 
 IGNORED = -100  # the class number that torch and transformers pass over
 _SAME = 0.9  # share of labels that equal the input from which on they are the input, not yet shifted
+_FEW = 2  # examples
 _BEYOND_CHANCE = 1.0  # nats above those of a guess at which the original itself contradicts the labels
 
 _LABELS_IN_WORDS: dict[Labels, str] = {
@@ -86,7 +88,9 @@ def check_task_name(task: str | None) -> None:
 
 
 def decide_task(model: nn.Module, batch: Any, *, task: TaskName | None = None, output: Output | None = None) -> Task:
-    """Find out from one batch what a model gives and how its labels are to be read. Runs the model twice.
+    """Find out from one batch what a model gives and how its labels are to be read.
+
+    Runs the model twice; without labels on a few of the examples.
 
     A named ``task`` is taken; else labels decide by their dtype and shape, and without labels the model's own class
     and configuration, as transformers' have them. What stays open is matched value by value ("regress"), which is
@@ -97,7 +101,7 @@ def decide_task(model: nn.Module, batch: Any, *, task: TaskName | None = None, o
         DataError: The model does not run on the batch.
     """
     check_task_name(task)
-    tensors, result, with_labels = _tried(model, batch, output)
+    batch, tensors, result, with_labels = _run_once(model, batch, output)
     if not tensors:
         return Task(task or "classify", outputs=())
     labels = read_batch(model, batch).labels
@@ -127,6 +131,15 @@ def _alike(a: Tensor, b: Tensor) -> bool:
     if a.shape != b.shape or torch.equal(a, b):
         return a.shape == b.shape
     return torch.equal(a.nan_to_num(), b.nan_to_num())
+
+
+def _run_once(model: nn.Module, batch: Any, output: Output | None) -> tuple[Any, dict[str, Tensor], Any, bool]:
+    """What was run, and what ``_tried`` gives: without labels a few examples show it, where the model takes them."""
+    few = some_of(batch, _FEW) if read_batch(model, batch).labels is None else batch
+    if few is not batch:
+        with contextlib.suppress(Exception):
+            return few, *_tried(model, few, output)
+    return batch, *_tried(model, batch, output)
 
 
 def _tried(model: nn.Module, batch: Any, output: Output | None) -> tuple[dict[str, Tensor], Any, bool]:

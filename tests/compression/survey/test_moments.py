@@ -15,6 +15,7 @@ from tensortrain.compression.survey.layers import find_layers
 from tensortrain.compression.survey.moments import Calibration, LayerMoments, second_moment
 from tensortrain.compression.survey.summaries import summarize
 from tensortrain.formats import get_format
+from tensortrain.system.parking import is_parked
 
 ROWS = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 7.0]])
 
@@ -110,11 +111,23 @@ def test_patches_are_those_that_a_convolution_sees(mode: str, padding: int | str
     torch.testing.assert_close(of_outputs, conv(x).detach().square().mean(dim=(0, 2, 3)))
 
 
+@pytest.mark.parametrize("parks", [False, True])
 @pytest.mark.parametrize("n", [7, 1023, 1024, 1201])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_products_of_many_columns_are_those_of_few(n: int, dtype: torch.dtype) -> None:
-    rows = torch.randn(9, 2 * n).to(dtype)[:, ::2]
-    found = second_moment(rows)
-    assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    torch.testing.assert_close(found, (rows.double().T @ rows.double()).to(found.dtype))
-    assert second_moment(rows[:0]).count_nonzero() == 0
+def test_moments_of_many_columns_are_those_of_few(n: int, dtype: torch.dtype, parks: bool) -> None:
+    calls = [torch.randn(k, 2 * n).to(dtype)[:, ::2] for k in (9, 0, 4)]
+    moments = LayerMoments(parks=parks)
+    for rows in calls:
+        moments.add_rows(rows)
+        moments.add_gradients(rows)
+    moments.finish_gradients(3)
+    moments.finish(centred=False)
+    rows = torch.cat(calls).double()
+    assert moments.gram is not None
+    assert moments.output_gram is not None
+    assert moments.gram.dtype == moments.output_gram.dtype == torch.float64
+    known = torch.float64 if dtype == torch.float64 else torch.float32  # as which products are made
+    torch.testing.assert_close(moments.gram.to(known), (rows.T @ rows / len(rows)).to(known))
+    torch.testing.assert_close(moments.output_gram.to(torch.float32), (rows.T @ rows / 3).float())
+    if n >= 1024:
+        assert is_parked(moments.gram) == is_parked(moments.output_gram) == parks

@@ -46,7 +46,7 @@ from tensortrain.compression.choose.within import Planned, find_plan
 from tensortrain.compression.opened import Opened, opened_for_a_while
 from tensortrain.compression.proof import apply_proven
 from tensortrain.compression.report.alone import loss_together, losses_alone
-from tensortrain.compression.survey.calibrate import are_parked, calibrate
+from tensortrain.compression.survey.calibrate import are_many, are_parked, calibrate
 from tensortrain.compression.survey.layers import FoundLayer, LeftAlone, check_module, count_params, find_layers
 from tensortrain.compression.survey.moments import Calibration, LayerMoments
 from tensortrain.compression.survey.task import FIRST, first_with_example, task_on_batch
@@ -54,7 +54,7 @@ from tensortrain.errors import BudgetError, TTError
 from tensortrain.system.checkpoint import start_signature
 from tensortrain.system.observer import Observer, Silent
 from tensortrain.system.offloading import let_go_of_weights
-from tensortrain.system.parking import are_large, let_go, memory_given_back
+from tensortrain.system.parking import are_large, let_go, memory_given_back, memory_reused
 from tensortrain.system.processes import first_of, n_processes, together
 from tensortrain.system.storage import count_bytes
 from tensortrain.train.batches import device_of, length_of, take, tensors_in, to_device
@@ -199,7 +199,8 @@ def make_plans(model: nn.Module, options: PlanOptions, budgets: Sequence[BudgetL
         model = uncompiled(model)
         asked = [_read(model, each, options) for each in budgets]  # before anything that takes long
         options = _adapted(options, asked)
-        with memory_given_back(model.parameters()), opened_for_a_while(model) as opened:
+        whole = list(model.parameters())
+        with memory_given_back(whole), memory_reused(whole), opened_for_a_while(model) as opened:
             planning = _surveyed(opened, options, budgets)
         planning.opened, planning.left = opened.names, opened.left_alone(planning.left)
         return [_agreed(partial(planning.find, model, each), planning.calibration) for each in budgets]
@@ -540,16 +541,19 @@ def _with_families(
     """Menus with the families of the layers' smaller forms; and what each layer carries of the output."""
     formats = factoring(options.formats)  # an unknown name is an error before the work starts
     filled, carry = [], {}
+    is_scarce = calibration is not None and are_many([menu.layer for menu in menus])
     options.observer.on_start("candidates", len(menus))
     for k, menu in enumerate(menus):
         moments = calibration.of(menu.layer.name) if calibration is not None else LayerMoments()
         began = perf_counter()
-        few = formats_worth_trying(menu.layer, formats, scarce=moments.parks and not wide)
+        few = formats_worth_trying(menu.layer, formats, scarce=is_scarce and not wide)
         how: dict[str, Any] = {"formats": few, "structure": moments.structure, "wide": wide, "search": options.search}
         if calibration is not None:  # products with the moments serve the families, too
             carry[menu.layer.name] = carried(menu.layer, calibration)
+        if not moments.parks:
+            moments.weighting.keep_directions()  # for the layer that may be made of them
         found = folder.families(k, partial(families, menu.layer, weighting=moments.weighting, **how))
-        moments.forget_derived()
+        moments.forget_shapes()
         let_go_of_weights(menu.layer.module)
         filled.append(replace(menu, families=found, widths=_widths_on(menu, hidden)))
         options.observer.on_step(k + 1, seconds=perf_counter() - began)
@@ -627,7 +631,7 @@ def _calibration(
             observer=options.observer,
             n_held=0 if options.will_heal else _HELD_BATCHES,
         )
-        found = folder.calibration(make, parks=are_parked(layers))
+        found = folder.calibration(make, parks=are_parked(model, layers))
         found.batches, found.held = (
             [to_device(batch, device_of(model)) for batch in some] for some in (found.batches, found.held)
         )

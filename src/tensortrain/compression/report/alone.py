@@ -24,7 +24,7 @@ from tensortrain.compression.survey.layers import part_of
 from tensortrain.compression.survey.task import task_on_batch
 from tensortrain.nn import FactorizedLayer, TiedHead
 from tensortrain.system.parking import are_large
-from tensortrain.train.batches import device_of, map_tensors, n_examples, tensors_in, to_device
+from tensortrain.train.batches import device_of, some_of, to_device
 from tensortrain.train.outputs import Output, judged_outputs
 from tensortrain.train.preserve import checked_copy, preserved
 from tensortrain.train.task import Task, TaskName
@@ -120,14 +120,9 @@ def loss_together(
 
 def _some_of(batch: Any, plan: CompressionPlan) -> Any:
     """As many examples of a batch as a pass for every change can go over in a few seconds."""
-    n, n_passes = n_examples(batch), len(plan.narrowed) + sum(layer.spec is not None for layer in plan.layers)
+    n_passes = len(plan.narrowed) + sum(layer.spec is not None for layer in plan.layers)
     flops = n_passes * sum(layer.flops_before or 0 for layer in plan.layers)
-    few = max(_FEWEST, int(_MOST_FLOPS / max(1, flops)))
-    tensors = tensors_in(batch)
-    if few >= n or not all(tensor.layout is torch.strided and tensor.shape[:1] == (n,) for tensor in tensors):
-        return batch
-    cut = map_tensors(lambda tensor: tensor[:few], batch)
-    return cut if n_examples(cut) == few else batch
+    return some_of(batch, max(_FEWEST, int(_MOST_FLOPS / max(1, flops))))
 
 
 @dataclass(frozen=True)
@@ -249,14 +244,19 @@ def _with_statistics(
 def _in_place(pairs: Sequence[tuple[Any, Any]]) -> Iterator[None]:
     """Layers answer by their successors. Narrower ones are given fewer channels than they could take themselves."""
     kept = [(old, vars(old).get("forward"), new, new.training) for old, new in pairs]
+    timing = [(new, new.may_time_plans) for _, new in pairs if isinstance(new, FactorizedLayer)]
     # Torch's transformers run past their layers, in one kernel, unless these have hooks.
     handles = [old.register_forward_hook(_nothing) for old, _ in pairs]
     for old, _, new, _ in kept:
         new.eval()
         vars(old)["forward"] = partial(type(new).forward, new)
+    for new, _ in timing:
+        new.may_time_plans = False  # it runs once at this size
     try:
         yield
     finally:
+        for new, may_time in timing:
+            new.may_time_plans = may_time
         for handle in handles:
             handle.remove()
         for old, own, new, training in kept:

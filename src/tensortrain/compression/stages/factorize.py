@@ -17,6 +17,7 @@ from tensortrain.compression.surgery import to_dense_
 from tensortrain.compression.words import named
 from tensortrain.nn import FactorizedLayer, TiedHead
 from tensortrain.system.offloading import bring_back, clear_away, is_offloaded, let_go_of_weights, weights_offloaded
+from tensortrain.system.parking import memory_reused
 
 __all__ = ["Factorize"]
 
@@ -42,8 +43,12 @@ class Factorize:
 @stage(Factorize, outcome="before healing", copies=True)
 def _factorize(work: Work, settings: Factorize) -> Work:
     if not work.options.inplace:
-        return _planned(work, settings)
-    with weights_offloaded(work.model, but_not=_is_factorized, after_use=_drop_derived):
+        with memory_reused(work.model.parameters()):
+            return _planned(work, settings)
+    with (
+        memory_reused(work.model.parameters()),
+        weights_offloaded(work.model, but_not=_is_factorized, after_use=_drop_derived),
+    ):
         done = _planned(work, settings)
         for module in done.model.modules():
             if isinstance(module, FactorizedLayer):
@@ -79,6 +84,8 @@ def _planned(work: Work, settings: Factorize) -> Work:
         plan = make_plan(work.model, replace(options, exclude=[*_patterns(options.exclude), *refused]))
         work = work.noted(f"The model does not run without its own {named(refused)}: left dense.")
         done = _applied(work, plan)
+    if done.plan is not None and done.plan.calibration is not None:
+        done.plan.calibration.forget_derived()
     if settings.way < 1:
         done = done.noted(f"On the way: {plan.params_after:,} parameters ({plan.budget}).")
     return done

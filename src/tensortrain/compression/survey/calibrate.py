@@ -21,7 +21,9 @@ from tensortrain.compression.survey.summaries import is_summarized, summarize
 from tensortrain.compression.survey.tied import Spread, together
 from tensortrain.errors import DataError
 from tensortrain.nn import Linear
+from tensortrain.system.machine import memory_bytes
 from tensortrain.system.observer import Observer, Silent
+from tensortrain.system.parking import are_large
 from tensortrain.system.processes import first_of, own_share
 from tensortrain.train.batches import device_of, failed_on_batch, n_examples, opened, run_somehow, to_device
 from tensortrain.train.modes import is_frozen_norm
@@ -29,9 +31,10 @@ from tensortrain.train.outputs import Output, judged_outputs
 from tensortrain.train.preserve import preserved
 from tensortrain.train.task import Task
 
-__all__ = ["Calibration", "are_parked", "calibrate"]
+__all__ = ["Calibration", "are_many", "are_parked", "calibrate"]
 
-_HELD_BYTES = 2**27  # of all statistics, that are kept in memory
+_MANY_BYTES = 2**27  # of all statistics: from here on memory is thought of
+_HELD_BYTES = 2**30  # of them, that are kept in memory of a model that is not large itself, if the machine has 16 times
 
 
 def calibrate(
@@ -80,7 +83,7 @@ def calibrate(
     heads = {layer.name: _head_of(layer) for layer in layers if layer.head is not None}
     spreads = {name: Spread() for name in heads}
     layers = [*layers, *heads.values()]
-    parks = are_parked(layers)
+    parks = are_parked(model, layers)
     found = Calibration({layer.name: LayerMoments(parks=parks) for layer in layers}, with_labels=with_labels)
     seen = _Pass(model, layers, found, judge if grams else None, Spreads(Metric(model, task)))
     kept = max(1, keep_batches, gradient_batches if grams else 0)
@@ -107,9 +110,19 @@ def calibrate(
     return found
 
 
-def are_parked(layers: Sequence[FoundLayer]) -> bool:
+def are_many(layers: Sequence[FoundLayer]) -> bool:
+    """Whether the statistics of some layers together are so large that formats are spared that take most memory."""
+    return _n_bytes(layers) > _MANY_BYTES
+
+
+def are_parked(model: nn.Module, layers: Sequence[FoundLayer]) -> bool:
     """Whether the statistics of some layers together are so large that they lie in files."""
-    return 8 * sum(n_moments(layer.weight.fan_in, layer.weight.out_features) for layer in layers) > _HELD_BYTES
+    most = _MANY_BYTES if are_large(model.parameters()) else memory_bytes() // 16
+    return _n_bytes(layers) > min(most, _HELD_BYTES)
+
+
+def _n_bytes(layers: Sequence[FoundLayer]) -> int:
+    return 8 * sum(n_moments(layer.weight.fan_in, layer.weight.out_features) for layer in layers)
 
 
 def _head_of(layer: FoundLayer) -> FoundLayer:

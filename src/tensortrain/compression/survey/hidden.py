@@ -151,7 +151,8 @@ class Trace:
     def _makers(self, x: Tensor, axis: int) -> list[str]:
         """The layers whose outputs a tensor depends on, if every channel of it on the same channel of theirs alone."""
         some = some_channels(x.shape[axis], x.device)
-        first, second = self._reached(x, axis, some), self._reached(x, axis, ~some)
+        first = self._reached(x, axis, some)
+        second = None if first is None else self._reached(x, axis, ~some)
         if first is None or second is None:
             return []
         return [name for name in self.leaves if name in first or name in second]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from tensortrain.compression.survey.span import Span
 from tensortrain.formats import PLAIN, Weighting
 from tensortrain.formats.whitening import DAMPING
-from tensortrain.system.parking import is_parked, let_go, park, tidy
+from tensortrain.system.parking import is_parked, let_go, park, parked_zeros, tidy
 from tensortrain.system.processes import n_processes
 from tensortrain.train.task import Task
 
@@ -86,6 +86,13 @@ class LayerMoments:
         if self.parks:
             tidy()
 
+    def forget_shapes(self) -> None:
+        """Drop what formats made of the moments; where these lie in memory, what was found of the weight stays."""
+        if self.parks:
+            self.forget_derived()
+        else:
+            self.weighting.forget_shapes()
+
     def park(self) -> None:
         """Put large moments into files, where that is asked for."""
         self.gram, self.output_gram = self._parked(self.gram), self._parked(self.output_gram)
@@ -109,6 +116,9 @@ class LayerMoments:
     def add(self, gram: Tensor, mean: Tensor | None, n_rows: int) -> None:
         """Take in the sums over the rows of one call."""
         self.gram = self._added(self.gram, gram)
+        self._count(mean, n_rows)
+
+    def _count(self, mean: Tensor | None, n_rows: int) -> None:
         if mean is not None:
             self.mean = mean if self.mean is None else self.mean + mean
         self.n_rows = (self.n_rows or 0) + n_rows
@@ -141,15 +151,33 @@ class LayerMoments:
 
     def _sum_up(self, calls: Sequence[Tensor], *, exact: bool) -> None:
         rows = torch.cat(list(calls)) if len(calls) > 1 else calls[0]
-        gram = second_moment(rows.double() if exact else rows)
-        self.add(gram, rows.sum(dim=0, dtype=torch.float64), rows.shape[0])
+        self.gram = self._with_products(self.gram, rows.double() if exact else rows)
+        self._count(rows.sum(dim=0, dtype=torch.float64), rows.shape[0])
 
     def _copied(self, rows: Tensor) -> Tensor:
         return park(rows) if self._is_to_park(rows) else rows.detach().clone()
 
-    def add_gradients(self, moment: Tensor) -> None:
-        """Take in the second moment of the gradients of one call."""
-        self.output_gram = self._added(self.output_gram, moment)
+    def add_gradients(self, rows: Tensor) -> None:
+        """Take in the gradients of one call, ``(n, M)``."""
+        self.output_gram = self._with_products(self.output_gram, rows)
+
+    def _with_products(self, total: Tensor | None, rows: Tensor) -> Tensor:
+        """A sum of outer products with those of some rows; of many columns, at and below the diagonal alone."""
+        n = rows.shape[1]
+        if not _goes_in_blocks(n):
+            return self._added(total, second_moment(rows))
+        rows = _at_least_float32(rows)
+        if total is None:
+            total = self._zeros(n, rows)
+        for start, end in _blocks(n):
+            total[start:end, :end].add_(rows[:, start:end].T @ rows[:, :end])
+            let_go(total)
+        return total
+
+    def _zeros(self, n: int, rows: Tensor) -> Tensor:
+        if self.parks and rows.device.type == "cpu" and n * n >= _WORTH_PARKING:
+            return parked_zeros(torch.Size((n, n)), torch.float64)
+        return torch.zeros(n, n, dtype=torch.float64, device=rows.device)
 
     def _added(self, total: Tensor | None, more: Tensor) -> Tensor:
         """A sum in float64, which is nobody else's."""
@@ -188,8 +216,13 @@ class LayerMoments:
             if _trace(gram) <= _CONSTANT * second / n_rows:
                 return
             self.mean = mean
-        self.gram = gram
+        self.gram = _mirrored_(gram)
         let_go(gram)
+
+    def finish_gradients(self, n: int) -> None:
+        """The sum of the moments of gradients to their mean over some examples."""
+        if self.output_gram is not None:
+            let_go(_mirrored_(self.output_gram.div_(n)))
 
     def _settle_span(self) -> None:
         """How much of what is to come lies outside of the directions seen, spread over all others."""
@@ -287,6 +320,11 @@ class Calibration:
         if any(moments.parks for moments in self.layers.values()):
             tidy()
 
+    def forget_derived(self) -> None:
+        """Drop what was computed from the moments of all layers."""
+        for moments in self.layers.values():
+            moments.forget_derived()
+
     def of(self, name: str) -> LayerMoments:
         """What is known of a layer; an empty record for one that was not there."""
         return self.layers.get(name, LayerMoments())
@@ -314,21 +352,30 @@ def second_moment(rows: Tensor) -> Tensor:
     """Sum over rows of the outer products, in float32 or float64; of wide rows the squares alone."""
     if rows.shape[1] > LARGEST_FULL_GRAM:
         return rows.double().square().sum(dim=0)
-    rows = rows.float() if rows.dtype in (torch.float16, torch.bfloat16) else rows
-    return _inner_products(rows)
+    rows = _at_least_float32(rows)
+    return rows.T @ rows
 
 
-def _inner_products(rows: Tensor) -> Tensor:
-    """``X^T X``, of many columns block by block below the diagonal and mirrored: little more than half the flops."""
-    n = rows.shape[1]
-    if n < _MANY_COLUMNS:
-        return rows.T @ rows
-    found, step = rows.new_empty(n, n), -(-n // _BLOCKS)
-    for start in range(0, n, step):
-        end = min(start + step, n)
-        torch.mm(rows[:, start:end].T, rows[:, :end], out=found[start:end, :end])
-        found[:start, start:end] = found[start:end, :start].T
-    return found
+def _mirrored_(moment: Tensor) -> Tensor:
+    """Fill in what stands above the diagonal, where products of blocks at and below it were summed up alone."""
+    if moment.ndim == 2 and _goes_in_blocks(len(moment)):
+        for start, end in _blocks(len(moment)):
+            moment[:start, start:end] = moment[start:end, :start].T
+    return moment
+
+
+def _goes_in_blocks(n: int) -> bool:
+    """Whether products with itself are made in blocks: little more than half the flops, and half the sums."""
+    return _MANY_COLUMNS <= n <= LARGEST_FULL_GRAM
+
+
+def _blocks(n: int) -> Iterator[tuple[int, int]]:
+    step = -(-n // _BLOCKS)
+    return ((start, min(start + step, n)) for start in range(0, n, step))
+
+
+def _at_least_float32(rows: Tensor) -> Tensor:
+    return rows.float() if rows.dtype in (torch.float16, torch.bfloat16) else rows
 
 
 def _trace(gram: Tensor) -> float:

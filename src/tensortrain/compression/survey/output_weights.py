@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,11 +14,11 @@ from torch import Tensor, nn
 from tensortrain.compression.survey.fisher import Metric
 from tensortrain.compression.survey.joined import join_gradients
 from tensortrain.compression.survey.layers import FoundLayer
-from tensortrain.compression.survey.moments import Calibration, n_moments, second_moment
+from tensortrain.compression.survey.moments import Calibration, LayerMoments, n_moments
 from tensortrain.errors import KindError
 from tensortrain.system.observer import Observer
 from tensortrain.system.offloading import let_go_of_weights
-from tensortrain.system.parking import activations_parked, let_go
+from tensortrain.system.parking import activations_parked
 from tensortrain.system.processes import gathered, n_processes, own_rank, own_share
 from tensortrain.train.batches import device_of, run
 from tensortrain.train.outputs import CONSTANT, OutputFunction
@@ -139,7 +138,7 @@ def weigh_outputs(
         return drawn
 
     def taken(layer: FoundLayer, x: Any, result: Tensor) -> Take:
-        return lambda gradient: found.layers[layer.name].add_gradients(_moment(layer, gradient))
+        return lambda gradient: _add(found.layers[layer.name], layer, gradient)
 
     observer.on_start("gradients", len(batches))
     try:
@@ -166,9 +165,8 @@ def weigh_outputs(
         return
     join_gradients(found, device_of(model))
     count = sum(n for n, _ in parts)
-    for name, total in found.output_grams.items():
-        found.layers[name].output_gram = total.div_(max(1, count))
-        let_go(total)
+    for moments in found.layers.values():
+        moments.finish_gradients(max(1, count))
 
 
 @contextmanager
@@ -256,10 +254,11 @@ def along_random_directions(
     return [values for values, _ in pairs], [direction for _, direction in pairs]
 
 
-def _moment(layer: FoundLayer, gradient: Tensor) -> Tensor:
+def _add(moments: LayerMoments, layer: FoundLayer, gradient: Tensor) -> None:
+    """Take in the gradients of one call; of many outputs, whose squares alone count, some at a time."""
     if layer.weight.kind == "conv":
         gradient = gradient.movedim(-len(layer.weight.kernel) - 1, -1)
     rows = gradient.detach().reshape(-1, gradient.shape[-1])
     parts = rows.split(max(1, len(rows) if n_moments(rows.shape[1]) > rows.shape[1] else _AT_ONCE // rows.shape[1]))
-    moments = (second_moment(some.float().nan_to_num(0.0, 0.0, 0.0)) for some in parts)
-    return functools.reduce(torch.Tensor.add_, moments)
+    for some in parts:
+        moments.add_gradients(some.float().nan_to_num(0.0, 0.0, 0.0))

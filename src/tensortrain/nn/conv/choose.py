@@ -51,6 +51,7 @@ _MARGIN = 0.7  # untimed, a way has to be predicted so much faster than the dens
 _DISTURBED_S = 600  # after so long a trial beside other programs is made again
 _NOTES = Notebook("convolutions-5")  # since training takes a short way
 _KNOWN: dict[Any, _Trial] = {}
+_DENSE_S: dict[Any, float] = {}  # of dense kernels that were timed for rough answers
 _IS_ROUGH: ContextVar[bool] = ContextVar("_IS_ROUGH", default=False)
 
 
@@ -196,9 +197,8 @@ def _tried(ways: Sequence[Way], request: Request, maker: Maker, key: Any) -> _Tr
     watch = Watch()
     try:
         with torch.autocast(request.device.type, enabled=False):
-            calls = _calls(tried, small, maker)
-            find = _fastest_once if is_rough else _fastest
-            best, found = find(calls, lambda call: timed(call, request.device) + call.more_s)
+            find = _fastest_once if is_rough else _fastest_of
+            best, found = find(tried, small, maker)
     except torch.OutOfMemoryError:
         return None
     earlier = _recalled(ways, request, key)  # another process was at it at the same time
@@ -225,11 +225,38 @@ def _fastest(calls: Sequence[Callable[[], object]], timer: Callable[[Any], float
     return best, 0
 
 
-def _fastest_once(calls: Sequence[Callable[[], object]], timer: Callable[[Any], float]) -> tuple[list[float], int]:
-    """The same from less of each, which luck may decide where two are nearly equal."""
-    best = roughly_in_use(calls, timer)
-    found = min(range(len(calls)), key=best.__getitem__)
+def _fastest_of(ways: Sequence[Way], request: Request, maker: Maker) -> tuple[list[float], int]:
+    return _fastest(_calls(ways, request, maker), _timer(request))
+
+
+def _fastest_once(ways: Sequence[Way], request: Request, maker: Maker) -> tuple[list[float], int]:
+    """The same from less of each, which luck may decide where two are nearly equal.
+
+    At inference the dense kernel takes as long whatever cores it was made from: it is timed for the first of them.
+    """
+    keys = [_dense_key(way, request) for way in ways]
+    new = [k for k, key in enumerate(keys) if key is None or key not in _DENSE_S]
+    seconds = roughly_in_use(_calls([ways[k] for k in new], request, maker), _timer(request)) if new else []
+    best = [math.inf if key is None else _DENSE_S.get(key, math.inf) for key in keys]
+    for k, each in zip(new, seconds, strict=True):
+        best[k] = each
+        if keys[k] is not None and each < math.inf:
+            _DENSE_S[keys[k]] = each
+    found = min(range(len(ways)), key=best.__getitem__)
     return best, found if best[found] < _CLEARLY * best[0] else 0
+
+
+def _dense_key(way: Way, request: Request) -> Any | None:
+    """What the time of a dense kernel depends on; None of other ways, and in training, where it is made every time."""
+    if not way.uses_dense or request.training:
+        return None
+    size = request.batch, request.spatial, request.channels_last, request.has_bias
+    weight = request.spec.weight
+    return way.name, weight, request.options, size, request.dtype, request.device, torch.get_num_threads()
+
+
+def _timer(request: Request) -> Callable[[Any], float]:
+    return lambda call: timed(call, request.device) + call.more_s
 
 
 def _likely(ways: Sequence[Way], most: int = _MOST_TRIED) -> list[Way]:

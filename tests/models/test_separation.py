@@ -197,3 +197,14 @@ def test_exact_ranks_of_large_matrices_are_those_of_their_factors(modulus: int, 
     rows = torch.randperm(90, generator=generator)
     assert separation_rank(product[rows], (0,), modulus=modulus) == rank
     assert separation_rank(product[rows].T, (0,), modulus=modulus) == rank
+
+
+def test_grids_and_trees_that_are_none_are_refused() -> None:
+    grid = torch.eye(4).reshape(2, 2, 2, 2)
+    for bad in (lambda: separation_rank(grid * torch.nan, (0,)), lambda: separation_rank(grid.long(), (0,), modulus=9)):
+        with pytest.raises(DataError):
+            bad()
+    assert separation_rank(grid.bfloat16(), (0, 1)) == 4
+    for tree in ((1, (2, 0), (2, 0)), (1, (-2, 0), (2, 1))):
+        with pytest.raises(KindError):
+            min_cut_rank(tree, (0,))

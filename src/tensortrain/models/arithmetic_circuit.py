@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from tensortrain.cores.scaling import split_pow2, work_dtype
 from tensortrain.errors import DataError, KindError
 from tensortrain.models.base import TensorModel, held
-from tensortrain.models.checks import checked_dtype, checked_inputs, checked_labels, checked_sizes
+from tensortrain.models.checks import checked_dtype, checked_inputs, checked_labels, checked_sizes, whole
+from tensortrain.models.separation import check_prime
 from tensortrain.models.supervised import Supervised
 from tensortrain.networks import register
 from tensortrain.system.history import History
@@ -194,10 +195,9 @@ class RecurrentArithmeticCircuit(TensorModel):
 
         Cost: O(depth M^T T width^2).
         """
-        if n_steps < 1 or not 2 <= modulus < 2**31:
-            raise DataError(
-                f"a grid must have steps and a prime below 2**31: n_steps has {n_steps} and modulus {modulus}."
-            )
+        if (whole(n_steps) or 0) < 1:
+            raise DataError(f"a grid must have steps: n_steps has {n_steps!r}, expected 1 or more. Pass a number.")
+        check_prime(modulus)
 
         def draw(like: Tensor) -> Tensor:
             return torch.randint(modulus, like.shape, generator=generator, device="cpu")

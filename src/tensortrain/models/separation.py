@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import isqrt
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from tensortrain.cores.scaling import work_dtype
 from tensortrain.errors import DataError, KindError, ModeIndexError
+from tensortrain.models.checks import check_finite, whole
 
-__all__ = ["min_cut_rank", "modular_rank", "separation_rank"]
+__all__ = ["check_prime", "min_cut_rank", "modular_rank", "separation_rank"]
 
 _LARGEST_MODULUS = 2**31  # products of two residues must fit into int64
 _PANEL = 32  # rows that are eliminated at once
@@ -39,6 +42,8 @@ def separation_rank(grid: Tensor, rows: Sequence[int], *, modulus: int | None = 
         >>> separation_rank(torch.eye(4).reshape(2, 2, 2, 2), (0, 1))
         4
     """
+    if not isinstance(grid, Tensor):
+        raise KindError(f"a rank is that of a tensor: grid is a {type(grid).__name__}. Pass torch.as_tensor(grid).")
     side = [int(row) for row in rows]
     if len(set(side)) != len(side) or any(not 0 <= row < grid.ndim for row in side):
         raise ModeIndexError(
@@ -51,9 +56,9 @@ def separation_rank(grid: Tensor, rows: Sequence[int], *, modulus: int | None = 
         n_rows *= grid.shape[row]
     matrix = grid.permute(*side, *others).reshape(n_rows, -1)
     if modulus is None:
-        return int(
-            torch.linalg.matrix_rank(matrix if matrix.is_floating_point() or matrix.is_complex() else matrix.double())
-        )
+        matrix = matrix if matrix.is_floating_point() or matrix.is_complex() else matrix.double()
+        check_finite(matrix, "grid", "Draw residues and pass a modulus, where numbers leave the range")
+        return int(torch.linalg.matrix_rank(matrix.to(work_dtype(matrix.dtype))))
     return modular_rank(matrix, modulus)
 
 
@@ -63,11 +68,11 @@ def modular_rank(matrix: Tensor, modulus: int) -> int:
     Raises:
         DataError: The matrix is not of whole numbers, or the modulus out of range.
     """
-    if matrix.is_floating_point() or matrix.is_complex() or not 2 <= modulus < _LARGEST_MODULUS:
+    if matrix.is_floating_point() or matrix.is_complex():
         raise DataError(
-            f"an exact rank needs whole numbers and a prime below 2**31: the entries are {matrix.dtype} and modulus is "
-            f"{modulus}. Pass residues, or leave modulus out."
+            f"an exact rank needs whole numbers: the entries are {matrix.dtype}. Pass residues, or leave modulus out."
         )
+    check_prime(modulus)
     rest = matrix.long() % modulus
     rest = rest if rest.shape[0] <= rest.shape[1] else rest.T
     rank = 0
@@ -79,6 +84,21 @@ def modular_rank(matrix: Tensor, modulus: int) -> int:
         below = rest[_PANEL:]
         rest = (below[:, kept] - _times(below[:, columns], solved[:, kept], modulus)) % modulus
     return rank
+
+
+def check_prime(modulus: int) -> None:
+    """Refuse a modulus in which some numbers have no inverse, or whose products leave int64.
+
+    Raises:
+        DataError: It is no prime below 2**31.
+    """
+    number = whole(modulus)
+    if (
+        number is None
+        or not 2 <= number < _LARGEST_MODULUS
+        or any(number % k == 0 for k in range(2, isqrt(number) + 1))
+    ):
+        raise DataError(f"a modulus must be a prime below 2**31: it is {modulus!r}. Pass 2**31 - 1, for instance.")
 
 
 def _reduced(rows: Tensor, modulus: int) -> tuple[Tensor, list[int]]:
@@ -128,6 +148,8 @@ def min_cut_rank(tree: Any, leaves: Sequence[int]) -> int:
         (3, 4)
     """
     sites = _sites_of(tree)
+    if len(set(sites)) < len(sites):
+        raise KindError(f"sites of a tree must be different: its leaves have {sites}. Number them from 0.")
     missing = sorted(set(leaves) - set(sites))
     if missing:
         raise ModeIndexError(
@@ -141,10 +163,10 @@ def _is_leaf(node: Any) -> bool:
 
 
 def _checked(node: Any) -> Any:
-    if not isinstance(node, tuple) or len(node) < 2 or not isinstance(node[0], int):
+    if not isinstance(node, tuple) or len(node) < 2 or not isinstance(node[0], int) or node[0] < 1:
         raise KindError(
-            f"a tree must be nested tuples: a node is {node!r:.60}, expected (bond, child, ..) or (size, site number). "
-            "The root has bond 1."
+            f"a tree must be nested tuples: a node is {node!r:.60}, expected (bond, child, ..) or (size, site number), "
+            "sizes of 1 or more. The root has bond 1."
         )
     return node
 

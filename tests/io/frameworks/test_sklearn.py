@@ -21,6 +21,7 @@ from tensortrain.errors import OptionalDependencyError
     [
         tt.sklearn.MPSClassifier(bond_dim=4, n_sweeps=1),
         tt.sklearn.ExponentialClassifier(rank=2, n_sweeps=15),
+        tt.sklearn.ExponentialClassifier(rank=2, n_sweeps=10, method="gradient"),
         tt.sklearn.BornDensity(bond_dim=3, n_bins=3, n_sweeps=1),
     ]
 )
@@ -47,6 +48,28 @@ def test_interactions_and_names_as_labels() -> None:
     assert list(model.classes_[shares.argmax(1)]) == list(model.predict(x))
     again = pickle.loads(pickle.dumps(model))
     np.testing.assert_array_equal(again.predict_proba(x), shares)
+
+
+def test_products_of_two_features_are_found_along_the_gradient() -> None:
+    random = np.random.RandomState(0)
+    x = random.normal(size=(900, 10))
+    y = np.where(x[:, 7] * x[:, 1] + x[:, 4] * x[:, 2] + 0.3 * x[:, 9] > 0, "above", "below")
+    found = {}
+    for method in ("riemannian", "gradient"):
+        model = tt.sklearn.ExponentialClassifier(method=method, n_sweeps=15, random_state=0).fit(x[:600], y[:600])
+        found[method] = model.score(x[600:], y[600:])
+    assert found["gradient"] >= max(0.92, found["riemannian"])
+    with pytest.raises(ValueError, match="method"):
+        tt.sklearn.ExponentialClassifier(method="magic").fit(x, y)
+
+
+def test_features_of_any_size_are_scaled_and_bins_are_counted() -> None:
+    x, y = load_wine(return_X_y=True)
+    for size in (1e-200, 1e200):
+        model = tt.sklearn.ExponentialClassifier(rank=2, n_sweeps=10, random_state=0)
+        assert model.fit(x * size, y).score(x * size, y) > 0.9
+    with pytest.raises(ValueError, match="n_bins"):
+        tt.sklearn.BornDensity(n_bins=0).fit(x)
 
 
 def test_a_density_of_two_clouds() -> None:

@@ -68,8 +68,9 @@ def test_gates_that_a_version_lacks_are_written_by_those_it_has(name: str, versi
     gate = Operation(
         name, tuple(range(GATES[name].n_qubits))[::-1], tuple(0.4 + k for k in range(GATES[name].n_params))
     )
-    start = tuple(Operation("ry", (q,), (0.5 + q,)) for q in range(3))
-    made = Circuit(3, (*start, gate))
+    n_qubits = max(3, GATES[name].n_qubits)
+    start = tuple(Operation("ry", (q,), (0.5 + q,)) for q in range(n_qubits))
+    made = Circuit(n_qubits, (*start, gate))
     text = made.to_qasm(version)
     assert overlap(from_qasm(text).statevector(), made.statevector()) == pytest.approx(1, abs=1e-12)
     if name in ("cswap", "swap", "ch", "ccx", "ryy", "cu", "sx"):
@@ -195,3 +196,23 @@ def test_what_is_not_known_is_refused(text: str, words: str) -> None:
         from_qasm(text)
     with pytest.raises(DataError, match="must be text"):
         from_qasm(3)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("gate", ["rccx q[0],q[1],q[2]", "c3x q[0],q[1],q[2],q[3]", "rc3x q[0],q[1],q[2],q[3]"])
+def test_gates_of_the_standard_file_turn_bits_where_all_controls_are_on(gate: str) -> None:
+    """Up to phases they are controlled nots; those are looked at by undoing them with themselves."""
+    *controls, target = [int(k) for k in re.findall(r"\d", gate.split(" ")[1])]
+    for n_on in range(len(controls) + 1):
+        ready = "".join(f"x q[{k}];" for k in controls[:n_on])
+        state = from_qasm(f"OPENQASM 2.0; opaque idle a; qreg q[4]; {ready} {gate};").statevector()
+        on = [*controls[:n_on], *([target] if n_on == len(controls) else [])]
+        assert float(state[sum(1 << (3 - k) for k in on)].abs()) == pytest.approx(1, abs=1e-12)
+    again = from_qasm(from_qasm(f"qreg q[4]; h q; rz(0.3) q[1]; {gate};").to_qasm(3)).statevector()
+    once = from_qasm(f"qreg q[4]; h q; rz(0.3) q[1]; {gate};").statevector()
+    assert float((again.conj() * once).sum().abs()) == pytest.approx(1, abs=1e-10)
+
+
+def test_bits_are_declared_with_what_is_measured_into_them() -> None:
+    circuit = from_qasm("\ufeffOPENQASM 3.0; qubit[2] q; x q[1]; bit[2] c = measure q;")
+    assert circuit.n_bits == 2
+    assert circuit.sample(3).tolist() == [[0, 1]] * 3

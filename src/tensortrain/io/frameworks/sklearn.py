@@ -14,6 +14,7 @@ from tensortrain.errors import DataError, OptionalDependencyError
 from tensortrain.models import BornMachine
 from tensortrain.models import ExponentialMachine as _ExponentialMachine
 from tensortrain.models import MPSClassifier as _MPSClassifier
+from tensortrain.models.checks import check_choice, checked_sizes
 
 try:
     from sklearn.base import BaseEstimator, ClassifierMixin, DensityMixin
@@ -128,7 +129,7 @@ class MPSClassifier(_Classifier):
         model = _MPSClassifier(
             x.shape[1],
             len(self.classes_),
-            bond_dim=min(4, self.bond_dim),
+            bond_dim=min(4, *checked_sizes(bond_dim=self.bond_dim)),
             feature_map=self.feature_map,
             generator=generator,
             dtype=torch.float64,
@@ -144,17 +145,35 @@ class ExponentialClassifier(_Classifier):
 
     Parameters:
         rank: TT ranks of the weights.
-        n_sweeps: Steps over all examples on the manifold of the ranks.
-        penalty: Weight of half the squared norm of all weights.
+        n_sweeps: Steps over all examples.
+        penalty: Weight of half the squared norm of all weights; not with ``"gradient"``.
+        method: ``"riemannian"``: on the manifold of the ranks. ``"gradient"``: along the gradient by all weights of up
+            to ``order`` features, less what may be noise, with a machine for each class: for labels that a few products
+            of features decide, which it finds sooner and without fitting the rest; where all features count a little,
+            the other is better.
+        order: Features in an interaction at most, with ``"gradient"``.
         random_state: Of the first parameters.
     """
 
-    def __init__(self, rank: int = 4, *, n_sweeps: int = 40, penalty: float = 1e-3, random_state: Any = None) -> None:
-        self.rank, self.n_sweeps, self.penalty, self.random_state = rank, n_sweeps, penalty, random_state
+    def __init__(
+        self,
+        rank: int = 4,
+        *,
+        n_sweeps: int = 40,
+        penalty: float = 1e-3,
+        method: str = "riemannian",
+        order: int = 2,
+        random_state: Any = None,
+    ) -> None:
+        self.rank, self.n_sweeps, self.penalty = rank, n_sweeps, penalty
+        self.method, self.order, self.random_state = method, order, random_state
 
     def _learn_scale(self, X: np.ndarray) -> None:
-        self.mean_ = X.mean(axis=0)
-        spread = X.std(axis=0)
+        # Squares of features far from 1 leave the range.
+        peak = np.abs(X).max(axis=0)
+        peak = np.where(peak > 0, peak, 1.0)
+        self.mean_ = (X / peak).mean(axis=0) * peak
+        spread = (X / peak).std(axis=0) * peak
         self.spread_ = np.where(spread > 0, spread, 1.0)
 
     def _scaled(self, X: np.ndarray) -> torch.Tensor:
@@ -162,11 +181,36 @@ class ExponentialClassifier(_Classifier):
         return torch.from_numpy(np.clip((X - self.mean_) / self.spread_, -4.0, 4.0))
 
     def _fitted(self, x: torch.Tensor, labels: torch.Tensor, generator: torch.Generator) -> torch.nn.Module:
+        check_choice(self.method, ("riemannian", "gradient"), "method")
+        if self.method == "gradient" and x.shape[1] > 1:
+            return self._one_for_each(x, labels, generator)
         model = _ExponentialMachine(
             x.shape[1], rank=self.rank, n_outputs=len(self.classes_), generator=generator, dtype=torch.float64
         )
         model.fit(x, labels, loss="cross-entropy", n_sweeps=self.n_sweeps, penalty=self.penalty)
         return model
+
+    def _one_for_each(self, x: torch.Tensor, labels: torch.Tensor, generator: torch.Generator) -> _OneForEach:
+        """A machine for each class but, of two, the first."""
+        machines = []
+        for label in range(len(self.classes_))[0 if len(self.classes_) > 2 else 1 :]:
+            machine = _ExponentialMachine(x.shape[1], rank=self.rank, generator=generator, dtype=torch.float64)
+            is_label = (labels == label).double()
+            machine.fit(x, is_label, loss="logistic", method="gradient", order=self.order, n_sweeps=self.n_sweeps)
+            machines.append(machine)
+        return _OneForEach(machines)
+
+
+class _OneForEach(torch.nn.Module):
+    """Scores of machines with one output, side by side; one machine alone tells two classes apart."""
+
+    def __init__(self, machines: list[_ExponentialMachine]) -> None:
+        super().__init__()
+        self.machines = torch.nn.ModuleList(machines)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        scores = torch.stack([machine(x) for machine in self.machines], dim=1)
+        return scores if scores.shape[1] > 1 else torch.cat((-scores / 2, scores / 2), dim=1)
 
 
 class BornDensity(DensityMixin, BaseEstimator):
@@ -188,7 +232,8 @@ class BornDensity(DensityMixin, BaseEstimator):
     def fit(self, X: Any, y: Any = None) -> Any:
         """Learn from examples ``(n_samples, n_features)``."""
         X = validate_data(self, X, dtype=np.float64)
-        self.edges_ = [_edges_of(column, self.n_bins) for column in X.T]
+        (n_bins,) = checked_sizes(n_bins=self.n_bins)
+        self.edges_ = [_edges_of(column, n_bins) for column in X.T]
         seed = int(check_random_state(self.random_state).randint(2**31 - 1))
         n_values = max(len(edges) - 1 for edges in self.edges_)
         model = BornMachine(

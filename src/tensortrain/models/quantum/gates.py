@@ -134,9 +134,13 @@ _CONSTANT = {
     "ccx": _controlled(_controlled(_X)),
     "ccz": _controlled(_controlled(_Z)),
     "cswap": _controlled(_SWAP),
+    "c3x": _controlled(_controlled(_controlled(_X))),
+    "c4x": _controlled(_controlled(_controlled(_controlled(_X)))),
+    "c3sqrtx": _controlled(_controlled(_controlled(_SX))),
 }
 
 _TURNED: dict[str, tuple[int, int, Callable[..., Matrix]]] = {
+    "u0": (1, 1, lambda _: np.eye(2, dtype=np.complex128)),  # waits
     "rx": (1, 1, _rx),
     "ry": (1, 1, _ry),
     "rz": (1, 1, _rz),

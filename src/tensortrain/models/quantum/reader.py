@@ -24,6 +24,13 @@ _CALL = re.compile(r"(\w+)\s*(?:\((.*)\))?\s*((?:\w+(?:\s*\[\s*\d+\s*\])?\s*,\s*
 _PLACE = re.compile(r"(\w+)\s*(?:\[\s*(\d+)\s*\])?")
 _PHASE = re.compile(r"gphase\s*\([^;]*\)")
 _NUMBER = re.compile(r"\s*-?\d+(\.\d*)?(e[-+]?\d{1,2})?\s*")  # which float reads faster than a parser
+_MEASURED = re.compile(r"(bit\b.*?(\w+))\s*=\s*(measure\b.+)", re.DOTALL)
+# Of the standard file of version 2: controlled nots up to phases, which take fewer gates.
+_STANDARD = (
+    "gate rccx a, b, c { h c; t c; cx b, c; tdg c; cx a, c; t c; cx b, c; tdg c; h c; }",
+    "gate rc3x a, b, c, d { h d; t d; cx c, d; tdg d; h d; cx a, d; t d; cx b, d; tdg d; cx a, d; t d; cx b, d; tdg d; "
+    "h d; t d; cx c, d; tdg d; h d; }",
+)
 _MOST_EXPANDED = 10_000_000  # operations; definitions that call each other may ask for any number
 
 _CONSTANTS = {"pi": math.pi, "π": math.pi, "tau": math.tau, "τ": math.tau, "euler": math.e, "ℇ": math.e}
@@ -64,7 +71,7 @@ def from_qasm(text: str) -> Circuit:
     if not isinstance(text, str):
         raise DataError(f"a program must be text: it has {type(text).__name__}, expected a str. Read the file first.")
     reader = _Reader()
-    plain = _COMMENT.sub(lambda found: "\n" * found[0].count("\n"), text)
+    plain = _COMMENT.sub(lambda found: "\n" * found[0].count("\n"), text.removeprefix("\ufeff"))
     line, upto = 1, 0
     for piece in _PIECE.finditer(plain):
         start = piece.end() - len(piece[0].lstrip())
@@ -118,6 +125,8 @@ class _Reader:
         self.qubits, self.bits = _Registers("qubit"), _Registers("bit")
         self.operations: list[Operation] = []
         self.definitions: dict[str, _Definition] = {}
+        for text in _STANDARD:
+            self._define(text)
 
     def read(self, statement: str, line: int) -> None:
         try:
@@ -131,7 +140,7 @@ class _Reader:
             ) from None
 
     def _read(self, words: str, statement: str) -> None:
-        if not words or words.startswith("include"):
+        if not words or words.startswith(("include", "opaque ")):  # what is opaque has no gates, and may not be called
             return
         if re.fullmatch(_PHASE, words):  # of the whole state: it changes no outcome
             return
@@ -140,6 +149,9 @@ class _Reader:
         keyword = re.split(r"[\s(\[]", words, maxsplit=1)[0]
         if keyword == "OPENQASM":
             self._check_version(words)
+        elif found := _MEASURED.fullmatch(words):
+            self._declare(found[1])
+            self._measure(f"{found[2]} = {found[3]}")
         elif keyword in ("qreg", "creg", "qubit", "bit"):
             self._declare(words)
         elif keyword == "gate":

@@ -109,6 +109,8 @@ def _of_train(x: TensorTrain) -> Tensor:
         )
     d, found = x.order, torch.zeros(x.order, x.order, dtype=torch.float64, device=x.device)
     wide = compute_dtype(x.dtype)
+    if not all(bool(torch.isfinite(core).all()) for core in x.cores):
+        raise DataError("a train must be finite: x has NaN or Inf, expected numbers. Build it anew.")
     train = Gauged.of([core.to(wide) for core in x.cores], x.center if wide == x.dtype else None)
     for i in range(d):
         core = train.local(i)

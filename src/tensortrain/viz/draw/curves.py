@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tensortrain.cores.ranks import max_ranks
-from tensortrain.errors import KindError, ShapeError
+from tensortrain.errors import KindError, NonFiniteError, ShapeError
 from tensortrain.models import MPSClassifier
 from tensortrain.nn.base import FactorizedLayer
 from tensortrain.tensor import TensorTrain, TTMatrix
@@ -37,6 +37,7 @@ def plot_spectrum(obj: Any, *, path: Path | None = None) -> Figure:
 
     Raises:
         KindError: There is no train behind the object, or the ending is not known.
+        NonFiniteError: It is empty, or has NaN or Inf.
         ShapeError: It is a batch.
     """
     train = _train_of(obj)
@@ -129,6 +130,11 @@ def _train_of(obj: Any) -> TensorTrain | TTMatrix:
         raise KindError(
             f"a plot of bonds needs a train: found {type(obj).__name__}, expected a train, a layer whose cores are a "
             "chain, or a model that is one. Take tensortrain.draw for the others."
+        )
+    if 0 in found.shape or not all(bool(torch.isfinite(core).all()) for core in found.cores):
+        raise NonFiniteError(
+            f"a plot is that of numbers: found a train of shape {found.shape} that is empty, or has NaN or Inf. Build "
+            "it anew."
         )
     if found.batch_shape:
         raise ShapeError(

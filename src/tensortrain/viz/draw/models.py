@@ -118,7 +118,7 @@ def state_of(model: Any) -> TensorTrain | None:
 
 def operations_of(circuit: Any) -> list[tuple[str, tuple[int, ...]]] | None:
     """Names and qubits of what a circuit does, of any object with ``gates`` or ``operations``; else None."""
-    found = getattr(circuit, "operations", None) or getattr(circuit, "gates", None)
+    found = getattr(circuit, "operations", getattr(circuit, "gates", None))
     if found is None or isinstance(found, str) or not hasattr(circuit, "n_qubits"):
         return None
     return [(one.name, tuple(one.qubits)) if hasattr(one, "qubits") else (one[0], tuple(one[1])) for one in found]

@@ -41,7 +41,7 @@ class PlainCell(nn.LSTMCell):
         return state[0]
 
 
-def forecaster(shape: dict[str, int], n_in: int, n_out: int, seed: int) -> Forecaster:
+def forecaster(shape: dict[str, Any], n_in: int, n_out: int, seed: int) -> Forecaster:
     """Of an LSTM where no lags are given."""
     torch.manual_seed(seed)
     width = shape["hidden"]
@@ -49,7 +49,7 @@ def forecaster(shape: dict[str, int], n_in: int, n_out: int, seed: int) -> Forec
     if "lags" in shape:
         options = {"n_lags": shape["lags"], "degree": shape["degree"], "rank": shape["rank"]}
         cell = HOTTLSTMCell(n_in, width, **options, generator=seeded(seed))
-    return Forecaster(cell, n_out, generator=seeded(seed))
+    return Forecaster(cell, n_out, linear=shape.get("linear"), generator=seeded(seed))
 
 
 def n_params(model: nn.Module) -> int:
@@ -310,7 +310,8 @@ def _demand_learnt(seed: int, end: int, one: dict[str, Any], options: dict[str, 
         y,
         known=calendar,
         n_sweeps=one["n_sweeps"],
-        lr=options["lr"],
+        lr=one.get("lr", options["lr"]),
+        ridge=one.get("ridge"),
         batch_size=options["batch_size"],
         generator=seeded(seed),
     )
@@ -323,31 +324,58 @@ def _said(model: Forecaster, data: Demand, first: int, end: int, n_in: int) -> t
         return model(x, 7, known=calendar)[..., :DAY], days
 
 
+def _of_start(model: Forecaster, data: Demand, first: int, end: int, n_in: int) -> dict[str, Any]:
+    """The errors of its linear start alone."""
+    if model.linear is None:
+        return {}
+    x, _, calendar, days = data.windows(first, end, n_in, 7)
+    return {"start": data.errors(model.linear(x, 7, calendar)[..., :DAY], days)}
+
+
 def demand_choices(seed: int, options: dict[str, Any]) -> dict[str, Any]:
-    """Sizes and penalties, judged on the last 52 days before the test; the test days are not looked at."""
-    first, end, n_in = options["held_back_from"], options["test_from"], options["n_in"]
+    """Sizes and penalties, judged on seven weeks in each of three seasons before the test, from the days before each.
+
+    The test days are not looked at.
+    """
+    n_in, blocks = options["n_in"], options["held_back"]
     found: dict[str, Any] = {"cells": [], "ridge": []}
     for one in options["choices"]:
-        model, data = _demand_learnt(seed, first, one, options)
-        said, days = _said(model, data, first, end, n_in)
-        found["cells"].append(one | {"n_params": n_params(model)} | data.errors(said, days))
+        errors = []
+        for first, end in blocks:
+            model, data = _demand_learnt(seed, first, one, options)
+            said, days = _said(model, data, first, end, n_in)
+            errors.append(data.errors(said, days) | _of_start(model, data, first, end, n_in))
+        found["cells"].append(one | {"n_params": n_params(model)} | _over_blocks(errors))
         print(found["cells"][-1], flush=True)
     for penalty in options["penalties"]:
-        data = Demand.of(first)
-        days = data.windows(first, end, n_in, 7)[3]
-        found["ridge"].append({"penalty": penalty} | data.errors(ridge(data, first, days, penalty, n_in), days))
+        errors = []
+        for first, end in blocks:
+            data = Demand.of(first)
+            days = data.windows(first, end, n_in, 7)[3]
+            errors.append(data.errors(ridge(data, first, days, penalty, n_in), days))
+        found["ridge"].append({"penalty": penalty} | _over_blocks(errors))
     return found
+
+
+def _over_blocks(errors: list[dict[str, Any]]) -> dict[str, Any]:
+    found = {name: statistics.mean(one[name] for one in errors) for name in ("day", "week")}
+    if "start" in errors[0]:
+        found["start"] = statistics.mean(one["start"]["week"] for one in errors)
+    return found | {"by_block": [one["week"] for one in errors]}
 
 
 def demand(seed: int, options: dict[str, Any]) -> dict[str, Any]:
     """The last fifth of the year: forecasts at every midnight for the next day and the next seven."""
     end, n_in, start = options["test_from"], options["n_in"], time.process_time()
     found: dict[str, Any] = {}
+    models: dict[str, Forecaster] = {}
     for name, one in options["chosen"].items():
         model, data = _demand_learnt(seed, end, one, options)
+        models[name] = model
         # The first week of the test lies behind the first origin: so the naive forecast is the one of 0.346.
         said, days = _said(model, data, end + 7, data.demand.shape[0], n_in)
         found[name] = data.errors(said, days) | {"n_params": n_params(model)}
+        found[name] |= _of_start(model, data, end + 7, data.demand.shape[0], n_in)
     found["cpu_seconds"] = time.process_time() - start
     found["ridge"] = data.errors(ridge(data, end, days, options["penalty"], n_in), days)
     found["weekly_naive"] = data.naive(days)
@@ -356,12 +384,13 @@ def demand(seed: int, options: dict[str, Any]) -> dict[str, Any]:
     found["weekly_naive"]["all_test_days"] = float((whole[every] - whole[every - 7]).abs().mean())
     if seed == 0:
         shown = options["shown"]
+        shown_said, _ = _said(models["TLSTM, linear start"], data, end + 7, data.demand.shape[0], n_in)
         at = int((days == shown).nonzero())
         week = torch.arange(shown, shown + 7)
         found["shown"] = {
             "first_day": shown,
             "true": (data.demand + data.base)[week].flatten().tolist(),
-            "said": (said[at] + data.base[week]).flatten().tolist(),
+            "said": (shown_said[at] + data.base[week]).flatten().tolist(),
             "naive": (data.demand + data.base)[week - 7].flatten().tolist(),
         }
     return found
@@ -396,7 +425,13 @@ def draw(runs: dict[str, Any], folder: Path) -> None:
         days = [k / DAY for k in range(len(shown["true"]))]
         axes.plot(days, shown["naive"], color=MUTED, linewidth=1, linestyle="--", label="a week before")
         axes.plot(days, shown["true"], color=INK, linewidth=1.2, label="demand")
-        axes.plot(days, shown["said"], color=COMPRESSED, linewidth=2, label="TLSTM, said at the start")
+        axes.plot(
+            days,
+            shown["said"],
+            color=COMPRESSED,
+            linewidth=2,
+            label="TLSTM with a linear start, said on the first midnight",
+        )
         axes.set(xlabel="days", ylabel="standard deviations")
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, ncols=3, loc="upper center", bbox_to_anchor=(0.5, 1.18))

@@ -247,3 +247,79 @@ def test_cells_start_as_linear_ones(degree: int) -> None:
     once, twice = ((cell.gates(nothing, k * lags) - at_rest).detach() for k in (1, 2))
     assert 0.1 < float(once.std()) < 0.6  # as that of a linear layer of usual variance
     assert float((twice - 2 * once).square().mean()) < 0.1 * float(twice.square().mean())
+
+
+class TestLinearStart(TestKnownAhead):
+    """The same with a linear map of the last steps beside the cell."""
+
+    def make(self, dtype: torch.dtype) -> Forecaster:
+        generator = torch.Generator().manual_seed(3)
+        cell = HOTTRNNCell(3, H, n_lags=L, degree=2, rank=2, dtype=dtype, generator=generator)
+        model = Forecaster(cell, 1, linear=(2, 3), generator=generator)
+        with torch.no_grad():
+            model.output.weight.copy_(torch.randn(1, H, generator=generator, dtype=torch.float64))
+            model.linear.weight.copy_(torch.randn(3, 4, 1, generator=generator, dtype=torch.float64))
+            model.linear.bias.fill_(0.2)
+        return model
+
+    def exact(self, model: Forecaster, data: Tensor) -> Tensor:
+        x, known = data[:, :4].double(), data[:, 4:, 1:].double()
+        state, said = None, []
+        for step in x.unbind(1):
+            state = model.cell(step, state)
+        for k in range(3):
+            seen = torch.cat((x[:, 2:, :1].flatten(1), known[:, k - 1] if k else x[:, -1, 1:]), dim=1)
+            start = seen @ model.linear.weight[k].double() + model.linear.bias[k].double()
+            said.append(state[:, 0] @ model.output.weight.T + model.output.bias + start)
+            state = model.cell(torch.cat((said[-1], known[:, k]), dim=1), state)
+        return torch.stack(said, dim=1).detach()
+
+    def bad(self, model: Forecaster):
+        x = self.data(torch.float32)
+        before, after, known = x[:, :4], x[:, 4:, :1], x[:, 4:, 1:]
+        yield DataError, model, (before[:, :1], 3), {"known": known}
+        yield DataError, model, (before, 4), {"known": torch.cat((known, known[:, :1]), dim=1)}
+        yield DataError, model.fit, (before, after[:, :2]), {"known": known[:, :2]}
+        yield RankError, model.fit, (before, after), {"known": known, "ridge": -1.0}
+        yield KindError, model.fit, (before, after), {"known": known, "method": "als"}
+
+
+def autoregression(n: int) -> Tensor:
+    """Series that a linear map says exactly, ten steps long: ``x_t = 1.2 x_{t-1} - 0.5 x_{t-2}``."""
+    steps = list(torch.randn(2, n, generator=torch.Generator().manual_seed(0), dtype=torch.float64))
+    for _ in range(8):
+        steps.append(1.2 * steps[-1] - 0.5 * steps[-2])
+    return torch.stack(steps, dim=1)[..., None]
+
+
+@pytest.mark.parametrize("ridge", [0.0, 1e-9])
+def test_a_linear_start_is_exact(ridge: float) -> None:
+    series = autoregression(30)
+    cell = HOTTLSTMCell(1, 4, n_lags=2, degree=2, rank=2, dtype=torch.float64)
+    model = Forecaster(cell, 1, linear=(2, 4))
+    model.fit(series[:20], horizon=4, n_sweeps=1, lr=1e-12, ridge=ridge)
+    torch.testing.assert_close(model(series[20:, :6], 4), series[20:, 6:], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("n", [8, 60])  # fewer series than numbers that the maps see, and more
+def test_a_linear_start_is_ridge_regression(n: int) -> None:
+    x = torch.randn(n, 6, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    y = torch.randn(n, 3, 2, generator=torch.Generator().manual_seed(2), dtype=torch.float64) + 1
+    cell = HOTTRNNCell(2, 4, n_lags=2, degree=2, rank=2, dtype=torch.float64)
+    model = Forecaster(cell, 2, linear=(5, 3))
+    model.fit(x, y, n_sweeps=1, lr=1e-12, ridge=0.7)
+    seen = x[:, 1:].flatten(1)
+    centred, left = seen - seen.mean(0), y[:, 1] - y[:, 1].mean(0)
+    weight = torch.linalg.solve(centred.T @ centred + 0.7 * torch.eye(10, dtype=torch.float64), centred.T @ left)
+    torch.testing.assert_close(model(x, 3)[:, 1].detach(), centred @ weight + y[:, 1].mean(0))
+
+
+def test_a_linear_start_stays_where_it_is_asked_to(tmp_path) -> None:
+    series = autoregression(20)
+    model = Forecaster(HOTTLSTMCell(1, 4, n_lags=2, degree=2, rank=2, dtype=torch.float64), 1, linear=[2, 4])
+    model.fit(series, horizon=4, n_sweeps=1)
+    before = model.linear.weight.clone()
+    model.fit(series * 2 + torch.rand(series.shape), horizon=4, n_sweeps=1, ridge=None)
+    assert torch.equal(model.linear.weight, before)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(Forecaster.from_pretrained(tmp_path)(series, 4), model(series, 4))

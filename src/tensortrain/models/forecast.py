@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +18,7 @@ from tensortrain.models.cell_fit import fitted_cores
 from tensortrain.models.cell_steps import Course, serves, taken
 from tensortrain.models.cells import HOTTLSTMCell, HOTTRNNCell
 from tensortrain.models.checks import check_between, check_choice, checked_inputs, checked_sizes, whole
+from tensortrain.models.linear_forecast import LinearForecast
 from tensortrain.models.supervised import Supervised
 from tensortrain.networks import build, register
 from tensortrain.nn.composite import is_plain, is_watched
@@ -39,6 +40,9 @@ class Forecaster(TensorModel):
             ``config`` of one with its ``name``.
         output_size: Numbers of a step that are forecast. Where they are as many as the cell reads, they are read next;
             else the cell reads zeros.
+        linear: ``(lags, horizon)``: a linear map of the last so many steps, one for each step ahead and of what is
+            known of it, is added to what the cell says, which then starts from zero: an exact linear start. ``fit``
+            sets the maps by least squares in closed form.
         generator: Of the first parameters of the map from state to output; a cell that is linear in its output and as
             large as it needs no such map, and starts with the identity.
 
@@ -50,10 +54,22 @@ class Forecaster(TensorModel):
         >>> model = Forecaster(HOTTLSTMCell(2, 8, n_lags=2, degree=2, rank=3), 2)
         >>> model(torch.rand(5, 12, 2), horizon=7).shape
         torch.Size([5, 7, 2])
+
+        A forecast that is a linear map of the last four steps, and of what a cell adds to it:
+
+        >>> model = Forecaster(HOTTLSTMCell(2, 8, n_lags=2, degree=2, rank=3), 2, linear=(4, 7))
+        >>> len(model.fit(torch.rand(20, 19, 2), horizon=7, n_sweeps=1, ridge=0.1))
+        1
     """
 
     def __init__(
-        self, cell: Any, output_size: int, *, holds_data: bool = False, generator: torch.Generator | None = None
+        self,
+        cell: Any,
+        output_size: int,
+        *,
+        linear: Sequence[int] | None = None,
+        holds_data: bool = False,
+        generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
         if isinstance(cell, Mapping):
@@ -63,8 +79,14 @@ class Forecaster(TensorModel):
         self.cell, self.output_size, self.holds_data = cell, output_size, bool(holds_data)
         like = next(cell.parameters())
         self.output = nn.Linear(cell.hidden_size, output_size, device=like.device, dtype=like.dtype)
+        self.linear: LinearForecast | None = None
+        if linear is not None:
+            self.linear = LinearForecast(output_size, cell.input_size - output_size, linear, like)
         with torch.no_grad():
-            if getattr(cell, "activation", "tanh") is None and cell.hidden_size == output_size:
+            if self.linear is not None:
+                self.output.weight.zero_()
+                self.output.bias.zero_()
+            elif getattr(cell, "activation", "tanh") is None and cell.hidden_size == output_size:
                 self.output.weight.copy_(torch.eye(output_size))
                 self.output.bias.zero_()
             else:
@@ -83,6 +105,7 @@ class Forecaster(TensorModel):
         return {
             "cell": {"name": name, **self.cell.config},
             "output_size": self.output_size,
+            "linear": None if self.linear is None else [self.linear.n_lags, self.linear.horizon],
             "holds_data": self.holds_data,
         }
 
@@ -118,14 +141,17 @@ class Forecaster(TensorModel):
             raise DataError(f"a forecast must have steps: horizon has {horizon!r}, expected 1 or more. Pass a number.")
         horizon = n_steps
         self._check_known(known, x.shape[0], horizon)
+        start = None if self.linear is None else self.linear(x, horizon, known)
         if self._goes_in_one(x):
-            return self._said_in_one(x, horizon, known, following, share)
+            return self._said_in_one(x, horizon, start, known, following, share)
         state = self._read_beginning(x)
-        said = [self.output(self.cell.newest(state))]
-        for k in range(1, horizon):
-            ahead = None if known is None else known[:, k - 1]
-            state = self.cell(self._read(said[-1], ahead, following, k - 1, share), state)
-            said.append(self.output(self.cell.newest(state)))
+        said: list[Tensor] = []
+        for k in range(horizon):
+            if k > 0:
+                ahead = None if known is None else known[:, k - 1]
+                state = self.cell(self._read(said[-1], ahead, following, k - 1, share), state)
+            one = self.output(self.cell.newest(state))
+            said.append(one if start is None else one + start[:, k])
         return torch.stack(said, dim=1)
 
     def fit(
@@ -141,6 +167,7 @@ class Forecaster(TensorModel):
         batch_size: int = 64,
         share: float = 0.0,
         grad_clip: float | None = 1.0,
+        ridge: float | None = 1.0,
         validation: tuple[Tensor, ...] | None = None,
         checkpoint: str | Path | None = None,
         observer: Callable[[History], object] | None = None,
@@ -160,6 +187,8 @@ class Forecaster(TensorModel):
             lr, batch_size: Of Adam.
             share: Of true steps that are read while training; 0: always what was said.
             grad_clip: Largest norm of a gradient: through many steps some are huge.
+            ridge: Of a ``linear`` start: its maps are fitted first, on the same series, with so much times the squares
+                of their weights; None leaves them as they are. The steps then train the cell on what is left.
             validation: ``(x, y)`` that is held back, or ``(x, y, known)``.
             checkpoint, observer, generator: As for ``MPSClassifier.fit``.
 
@@ -173,6 +202,8 @@ class Forecaster(TensorModel):
         """
         check_choice(method, ("adam", "als"), "method")
         check_between(0.0, 1.0, share=share)
+        if ridge is not None:
+            check_between(0.0, ridge=ridge)
         if y is None:
             x, y = self._parted(x, horizon)
         if method == "als":
@@ -191,6 +222,8 @@ class Forecaster(TensorModel):
         )
         if method == "als":
             return self._fit_steps(job)
+        if self.linear is not None and ridge is not None:
+            self.linear.fit(job.x[:, :n_in, : self.cell.input_size], job.y, known, ridge)
         return job.by_steps(lr, batch_size, grad_clip=grad_clip)
 
     def _joined(self, x: Tensor, y: Tensor, known: Tensor | None = None, *, n_in: int) -> tuple[Tensor, Tensor]:
@@ -220,12 +253,13 @@ class Forecaster(TensorModel):
         if (
             known is not None
             or getattr(cell, "activation", "tanh") is not None
+            or self.linear is not None
             or not cell.hidden_size == size == cell.input_size
         ):
             raise KindError(
                 "alternating least squares needs a cell that says what it holds: expected a HOTTRNNCell with "
-                f"activation=None and input_size = hidden_size = output_size = {size}, and nothing known ahead. Use "
-                "method='adam'."
+                f"activation=None and input_size = hidden_size = output_size = {size}, nothing known ahead and no "
+                "linear start. Use method='adam'."
             )
 
     @torch.no_grad()
@@ -256,7 +290,13 @@ class Forecaster(TensorModel):
         return serves(x, (cell.weight, cell.bias, *list_cores(cell.cores), self.output.weight, self.output.bias))
 
     def _said_in_one(
-        self, x: Tensor, horizon: int, known: Tensor | None, following: Tensor | None, share: float
+        self,
+        x: Tensor,
+        horizon: int,
+        start: Tensor | None,
+        known: Tensor | None,
+        following: Tensor | None,
+        share: float,
     ) -> Tensor:
         """All steps at once: what the inputs give is known ahead, and what is said is linear in the state before."""
         cell, size = self.cell, self.output_size
@@ -264,7 +304,7 @@ class Forecaster(TensorModel):
         if self.holds_data:
             x, lags = self._data_held(x)
         c = torch.zeros_like(lags[:, 0]) if cell.kind == "lstm" else None
-        after, own = self._read_ahead(x, horizon - 1, known, following, share)
+        after, own = self._read_ahead(x, horizon - 1, start, known, following, share)
         gates = F.linear(torch.cat((x, after), dim=1), cell.weight, cell.bias)
         feed = None
         if horizon > 1 and self._reads_itself(known):
@@ -272,15 +312,23 @@ class Forecaster(TensorModel):
         course = Course(cell.kind, x.shape[1])
         states = taken(course, gates, lags, c, list_cores(cell.cores), feed, own).states
         said: Tensor = self.output(states[-horizon:].transpose(0, 1))
-        return said
+        return said if start is None else said + start
 
     def _read_ahead(
-        self, x: Tensor, n_steps: int, known: Tensor | None, following: Tensor | None, share: float
+        self,
+        x: Tensor,
+        n_steps: int,
+        start: Tensor | None,
+        known: Tensor | None,
+        following: Tensor | None,
+        share: float,
     ) -> tuple[Tensor, Tensor | None]:
         """What is read after ``x``, what the states say left out; and, ``(n_steps, b)``, where it is not left out."""
         if not self._reads_itself(known) or n_steps == 0:
             return x.new_zeros(x.shape[0], n_steps, x.shape[2]), None
         said, own = self.output.bias.expand(x.shape[0], n_steps, -1), None
+        if start is not None:
+            said = said + start[:, :n_steps]
         if following is not None and share > 0:
             is_true = torch.stack([self._is_true(x, share) for _ in range(n_steps)], dim=1)
             said = torch.where(is_true, following[:, :n_steps].to(x.dtype), said)

@@ -307,16 +307,21 @@ Matrix<T> unfolded(const Core<T>& core) {
   return core.turned ? Matrix<T>{core.data, core.r * core.n, true} : Matrix<T>{core.data, core.s};
 }
 
-// env (t, r) past bra (t, n, u) and ket (r, n, s) to (u, s). One of them is multiplied by its rows, which a core that
-// lies column by column does not have: of two such cores one is turned.
+// One core of a pair is multiplied by its rows, which a core that lies column by column does not have: the ket of two
+// such cores is turned.
 template <typename T>
-void past_pair(Buffer<T>& env, const Core<T>& bra, Core<T> ket, PairRoom<T>& room) {
+Core<T> beside(const Core<T>& bra, const Core<T>& ket, PairRoom<T>& room) {
+  if (!bra.turned || !ket.turned) return ket;
+  room.rows.resize(ket.size());
+  on_rows(ket.r * ket.n, ket.s, [&](Int from, Int to) { turn_rows(ket, from, to, room.rows.data()); });
+  return {room.rows.data(), ket.r, ket.n, ket.s};
+}
+
+// env (t, r) past bra (t, n, u) and ket (r, n, s) to (u, s).
+template <typename T>
+void past_pair(Buffer<T>& env, const Core<T>& bra, const Core<T>& given, PairRoom<T>& room) {
+  const auto ket = beside(bra, given, room);
   const Int t = bra.r, r = ket.r, n = ket.n, u = bra.s, s = ket.s;
-  if (bra.turned && ket.turned) {
-    room.rows.resize(ket.size());
-    on_rows(r * n, s, [&](Int from, Int to) { turn_rows(ket, from, to, room.rows.data()); });
-    ket = {room.rows.data(), r, n, s};
-  }
   room.next.resize(u * s);
   if (ket.turned) {
     room.half.resize(r * n * u);
@@ -334,13 +339,9 @@ void past_pair(Buffer<T>& env, const Core<T>& bra, Core<T> ket, PairRoom<T>& roo
 
 // env (u, s) past bra (t, n, u) and ket (r, n, s) to (t, r): the same from the right.
 template <typename T>
-void before_pair(Buffer<T>& env, const Core<T>& bra, Core<T> ket, PairRoom<T>& room) {
+void before_pair(Buffer<T>& env, const Core<T>& bra, const Core<T>& given, PairRoom<T>& room) {
+  const auto ket = beside(bra, given, room);
   const Int t = bra.r, r = ket.r, n = ket.n, u = bra.s, s = ket.s;
-  if (bra.turned && ket.turned) {
-    room.rows.resize(ket.size());
-    on_rows(r * n, s, [&](Int from, Int to) { turn_rows(ket, from, to, room.rows.data()); });
-    ket = {room.rows.data(), r, n, s};
-  }
   room.next.resize(t * r);
   if (ket.turned) {
     room.half.resize(r * n * u);

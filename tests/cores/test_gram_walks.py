@@ -8,6 +8,7 @@ from tensortrain.cores.algebra import add_cores, dot_parts
 from tensortrain.cores.canonical import norm_parts, orthogonalize_cores
 from tensortrain.cores.rounding import round_cores
 from tensortrain.cores.scaling import times_pow2
+from tensortrain.cores.sizes import root_sum
 from tensortrain.system.native import library, python_only
 
 pytestmark = pytest.mark.skipif(library() is None, reason="kernels are not built: tensortrain build-kernels")
@@ -134,7 +135,7 @@ def test_what_squares_leave_unseen_is_less_than_promised(generator):
         for size in (1e-5, 1e-6, 3e-7, 1e-7):
             cores = add_cores(cores, unit_train(modes, 4, generator, size))
         found = check(cores, 2e-6, twin=False)
-        shown = float(torch.stack(found.sweep.tails).square().sum().sqrt())
+        shown = float(root_sum(found.sweep.tails))
         unseen = max(0.0, distance(found.cores, cores) ** 2 - shown**2) ** 0.5
         assert unseen <= float(found.sweep.unseen)
     assert rounding._WALK_UNIT < rounding.SQUARED_UNIT

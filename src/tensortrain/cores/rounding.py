@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -16,6 +17,7 @@ from tensortrain.cores.linalg import choose_rank, cut, cut_along, cut_basis, gra
 from tensortrain.cores.ranks import RankLike, count_params, max_ranks, ranks_within, resolve_ranks
 from tensortrain.cores.roots import Roots, Scaled, gram_roots, left_sizes, triangles
 from tensortrain.cores.scaling import in_dtype, split_pow2, times_pow2
+from tensortrain.cores.sizes import BondSizes, Size, any_above, larger, root_sum
 from tensortrain.cores.sketch import OVERSAMPLING, Plain, sketched_cores
 from tensortrain.cores.tolerance import (
     ErrorBudget,
@@ -66,7 +68,8 @@ def round_cores(
     dtype = dtype or cores[0].dtype
     modes = [core.shape[-2] for core in cores]
     with torch.no_grad():
-        wide = in_dtype([core.detach() for core in cores], compute_dtype(cores[0].dtype))
+        plain = [core.detach() if core.requires_grad else core for core in cores]
+        wide = in_dtype(plain, compute_dtype(cores[0].dtype))
         limits = max_ranks(modes) if max_rank is None else resolve_ranks(modes, max_rank)
         ranks = (*(core.shape[-3] for core in cores), 1)
         eps = checked_eps(eps, dtype, len(cores))
@@ -97,7 +100,7 @@ def _is_held_by(found: Finished, caps: Sequence[int]) -> bool:
     """Whether it is a cap that makes the bound what it is, not what squares cannot show."""
     assert found.sweep is not None  # of zeros the bound is zero
     is_capped = any(core.shape[-1] >= cap for core, cap in zip(found.cores[:-1], caps[1:], strict=False))
-    return is_capped and bool((found.sweep.unseen <= 0.02 * found.bounds).all())
+    return is_capped and bool(torch.as_tensor(found.sweep.unseen <= 0.02 * found.bounds).all())
 
 
 @dataclass(frozen=True)
@@ -135,12 +138,12 @@ class _Problem:
     def cores(self) -> list[Tensor]:
         return self.train.cores
 
-    def budget(self, caps: Sequence[int], past: _Past, growth: Tensor | None = None) -> ErrorBudget:
+    def budget(self, caps: Sequence[int], past: _Past, growth: BondSizes | None = None) -> ErrorBudget:
         return ErrorBudget.of(self.eps, self.dtype, self.ranks, caps, growth, past.before)
 
 
 def _round_svd(problem: _Problem, caps: Sequence[int]) -> Finished:
-    walk, exponent = problem.walk, torch.zeros((), dtype=torch.int32)
+    walk, exponent = problem.walk, 0
     if walk is not None and problem.may_square:
         found = _swept_by(partial(_cut_by_squares, problem, caps, walk), problem, caps, _Past())
         # Where rounding grows a little the cuts give way; where it grows more, triangles see better.
@@ -148,35 +151,37 @@ def _round_svd(problem: _Problem, caps: Sequence[int]) -> Finished:
             return found
         walk = rounding_walk(problem.given, problem.center[1])
     if walk is None:
-        walk, exponent = rounding_walk(problem.cores, problem.train.center[1]), problem.train.exponent
+        walk = rounding_walk(problem.cores, problem.train.center[1])
+        exponent = 0 if walk is None else int(problem.train.exponent)
     if walk is None:
         return _swept(problem, caps, triangles(problem.train), cut_basis)
     return _swept_by(partial(_cut_by_walk, problem, caps, walk, exponent), problem, caps, _Past())
 
 
-def _cut_by_squares(problem: _Problem, caps: Sequence[int], walk: Any, tolerance: Tensor | float) -> Sweep:
+def _cut_by_squares(problem: _Problem, caps: Sequence[int], walk: Any, tolerance: Size) -> Sweep:
     """``_cut_by_walk`` of a walk by Gram matrices: the cuts get what these leave."""
-    nothing = torch.zeros((), dtype=torch.int32)
     left = math.sqrt(max(0.0, float(tolerance) ** 2 - problem.least_unseen**2))
-    sweep = _cut_by_walk(problem, caps, walk, nothing, left)
+    sweep = _cut_by_walk(problem, caps, walk, 0, left)
     assert sweep.growth is not None
     unseen = math.sqrt(2.0) * _unseen(sweep.growth, _WALK_UNIT)
-    return replace(sweep, unseen=torch.hypot(unseen, _missing(sweep)))
+    return replace(sweep, unseen=root_sum([unseen, _missing(sweep)]))
 
 
-def _missing(sweep: Sweep) -> Tensor:
+def _missing(sweep: Sweep) -> float:
     """What of the norm is neither in the result nor cut away, as a share: rounding that passed for a part of the train.
 
     Squares of cores of very different scales may hold nothing else, and sizes beside such a norm show no growth. The
     result, behind orthonormal cores, is what the train itself holds there.
     """
-    kept = sweep.cores[-1].norm().double() / sweep.norm
-    lost = torch.stack([torch.zeros_like(kept), *sweep.tails]).square().sum()
-    known = 2 * torch.finfo(torch.float64).eps * len(sweep.cores)  # the comparison is no better than its own rounding
-    return ((1.0 - kept.square() - lost).abs() - known).clamp_min(0.0).sqrt()
+    if not sweep.norm:
+        return 0.0
+    size = float(torch.linalg.vector_norm(sweep.cores[-1])) if sweep.last is None else sweep.last[0]
+    kept, lost = size / float(sweep.norm), float(root_sum(sweep.tails)) ** 2
+    known = 2 * sys.float_info.epsilon * len(sweep.cores)  # the comparison is no better than its own rounding
+    return math.sqrt(max(0.0, abs(1.0 - kept**2 - lost) - known))
 
 
-def _cut_by_walk(problem: _Problem, caps: Sequence[int], walk: Any, before: Tensor, tolerance: Tensor | float) -> Sweep:
+def _cut_by_walk(problem: _Problem, caps: Sequence[int], walk: Any, before: int, tolerance: Size) -> Sweep:
     """``_cut_all`` in one call, of a train times ``2**before``.
 
     Where nothing is cut a basis need not be one of singular vectors, unless casting asks for their values.
@@ -185,9 +190,9 @@ def _cut_by_walk(problem: _Problem, caps: Sequence[int], walk: Any, before: Tens
     found = walk.cut(share, list(caps), problem.dtype != problem.given[0].dtype)
     if found is None:  # an SVD did not converge: the steps in Python know other ways
         return _cut_all(problem, caps, triangles(problem.train), cut_basis, tolerance, _Past())
-    cores, spectra, tails, least, growth = found
+    cores, spectra, tails, least, growth, last = found
     norm, exponent = walk.norm()
-    return Sweep(cores, spectra, list(tails.unbind()), norm, exponent + before, growth=growth, least=least)
+    return Sweep(cores, spectra, tails, norm, exponent + before, growth=growth, least=least, last=last)
 
 
 def _round_gram(problem: _Problem, caps: Sequence[int]) -> Finished:
@@ -197,9 +202,9 @@ def _round_gram(problem: _Problem, caps: Sequence[int]) -> Finished:
     return _swept(problem, caps, roots, _gram_cut, _Past(unseen=_unseen(growth), growth=growth))
 
 
-def _unseen(growth: Tensor, unit: float = SQUARED_UNIT) -> Tensor:
+def _unseen(growth: BondSizes, unit: float = SQUARED_UNIT) -> Size:
     """Relative size of what squares cannot show."""
-    return unit * growth.square().sum(0).sqrt()
+    return unit * root_sum(growth)
 
 
 def _round_randomized(problem: _Problem, caps: Sequence[int]) -> Finished | None:
@@ -212,8 +217,8 @@ def _round_randomized(problem: _Problem, caps: Sequence[int]) -> Finished | None
     left, whole = left_sizes(problem.train, problem.cores)
     right = left_sizes(problem.train, mirrored.cores)[0][::-1]
     growth = growths(problem.cores, left, right, whole)
-    unseen = _unseen(growth)
-    if bool((unseen > 0.3).any()):
+    unseen = torch.as_tensor(_unseen(growth))
+    if any_above(unseen, 0.3):
         return None
     sketch = _sketch_that_shows_all(problem, caps, mirrored, whole, unseen)
     if sketch is None:
@@ -257,9 +262,9 @@ def _lost(whole: Sizes, cores: Sequence[Tensor], exponent: Tensor) -> Tensor:
 class _Past:
     """What happened to a train before a sweep: see ``Sweep``."""
 
-    before: Tensor | float = 0.0
-    unseen: Tensor | float = 0.0
-    growth: Tensor | None = None
+    before: Size = 0.0
+    unseen: Size = 0.0
+    growth: BondSizes | None = None
 
 
 def _swept(problem: _Problem, caps: Sequence[int], roots: Roots, cut_with: Cut, past: _Past | None = None) -> Finished:
@@ -272,12 +277,13 @@ def _swept(problem: _Problem, caps: Sequence[int], roots: Roots, cut_with: Cut, 
     return _swept_by(partial(_cut_all, problem, caps, roots, cut_with, past=past), problem, caps, past)
 
 
-def _swept_by(make: Callable[[Tensor | float], Sweep], problem: _Problem, caps: Sequence[int], past: _Past) -> Finished:
+def _swept_by(make: Callable[[Size], Sweep], problem: _Problem, caps: Sequence[int], past: _Past) -> Finished:
     """A sweep that ``make`` makes at a tolerance: at the one that the rounding it turns out to have leaves."""
     budget = problem.budget(caps, past)
     sweep = make(budget.cut)
-    grown = _largest_growth(sweep, past.growth)
-    if bool((grown > 1.5).any()):
+    assert sweep.growth is not None
+    grown = sweep.growth if past.growth is None or not len(past.growth) else larger(sweep.growth, past.growth)
+    if any_above(grown, 1.5):
         # Rounding weighs more than was thought: where the cuts leave it no room, or leave what it made, they are
         # made anew.
         budget = problem.budget(caps, past, grown)
@@ -286,21 +292,17 @@ def _swept_by(make: Callable[[Tensor | float], Sweep], problem: _Problem, caps: 
     return settled(sweep, make, dtype=problem.dtype, budget=budget, caps=caps)
 
 
-def _largest_growth(sweep: Sweep, before: Tensor | None) -> Tensor:
-    assert sweep.growth is not None
-    if before is None or not before.numel():
-        return sweep.growth
-    return torch.maximum(sweep.growth, before)
-
-
-def _calls_for_other_cuts(sweep: Sweep, tolerance: Tensor | float, caps: Sequence[int]) -> bool:
+def _calls_for_other_cuts(sweep: Sweep, tolerance: Size, caps: Sequence[int]) -> bool:
     if all(core.shape[-1] >= cap for core, cap in zip(sweep.cores, caps[1:], strict=True)):
         return False  # the caps decide every rank
     share = tolerance / math.sqrt(max(1, len(sweep.tails)))
-    is_too_much = _total(sweep.tails) > tolerance
+    if any_above([root_sum(sweep.tails) - tolerance], 0.0):
+        return True
+    if sweep.least is not None and not isinstance(sweep.least, Tensor):
+        return any(value <= share for value in sweep.least)
     least = torch.stack([s[..., -1] for s in sweep.spectra]) if sweep.least is None else sweep.least
     has_noise = (least <= share).flatten(1).all(1) if least.ndim > 1 else least <= share
-    return bool(is_too_much.any()) or bool(has_noise.any())
+    return bool(has_noise.any())
 
 
 def _cut_all(
@@ -339,11 +341,6 @@ def _cut_all(
     return Sweep(
         [*done, last], spectra, tails, norm, exponent + problem.train.exponent, past.before, past.unseen, growth
     )
-
-
-def _total(tails: Sequence[Tensor]) -> Tensor:
-    """Root-sum-square of the cuts."""
-    return torch.stack(list(tails)).square().sum(0).sqrt()
 
 
 def _gram_cut(a: Tensor, delta: Tensor, cap: int) -> tuple[Tensor, Tensor, Tensor]:

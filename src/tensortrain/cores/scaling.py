@@ -149,16 +149,21 @@ def place_pow2(
 
 
 def shares_pow2(
-    cores: Sequence[Tensor], exponent: Tensor | int, at: int, dtype: torch.dtype
+    cores: Sequence[Tensor], exponent: Tensor | int, at: int, dtype: torch.dtype, largest: float | None = None
 ) -> tuple[list[Tensor | int], bool]:
     """How ``2**exponent`` is shared out among the cores, so that ``dtype`` can hold their entries.
 
-    Entries of core ``at`` may be of any size, those of the others are taken to be at most about 1.
+    Entries of core ``at`` may be of any size, those of the others are taken to be at most about 1. Its ``largest`` may
+    be known already.
 
     Returns:
         An exponent for each core, and whether core ``at`` gets it all.
     """
-    top = math.floor(math.log2(torch.finfo(dtype).max)) - 2
+    top = _top(dtype) - 3
+    if largest is not None and isinstance(exponent, int):
+        bits = math.frexp(largest)[1] if largest else 0
+        if -top // 2 <= exponent + bits <= top:
+            return [exponent if k == at else 0 for k in range(len(cores))], True
     size = _exponent_of(cores[at])
     total = torch.where(size.isfinite(), exponent + size, 0).to(torch.int32)
     lowest, highest = (int(e) for e in torch.aminmax(total)) if total.numel() else (0, 0)  # the one host sync

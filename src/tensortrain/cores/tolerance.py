@@ -22,6 +22,7 @@ from torch import Tensor
 from tensortrain.cores.algebra import add_cores
 from tensortrain.cores.canonical import norm_parts
 from tensortrain.cores.scaling import in_dtype, multiplied_pow2, shares_pow2, times_pow2
+from tensortrain.cores.sizes import BondSizes, Size, least_of, nothing_like, root_sum, worst_of
 from tensortrain.cores.unfold import over_core
 from tensortrain.errors import RankError
 
@@ -88,8 +89,8 @@ class ErrorBudget:
     """
 
     eps: float
-    cut: Tensor | float
-    arithmetic: Tensor | float
+    cut: Size
+    arithmetic: Size
 
     @classmethod
     def of(
@@ -98,8 +99,8 @@ class ErrorBudget:
         dtype: torch.dtype,
         sizes: Sequence[int],
         caps: Sequence[int],
-        growth: Tensor | None = None,
-        before: Tensor | float = 0.0,
+        growth: BondSizes | None = None,
+        before: Size = 0.0,
     ) -> ErrorBudget:
         """ErrorBudget for a decomposition.
 
@@ -114,12 +115,10 @@ class ErrorBudget:
         # Roundings at different bonds do not conspire, so their squares add. Sweeps over random tensors
         # erred by 26 units at sides of 64, 77 at 256 and 124 at 512: less than half of this.
         units = [max(16.0, 12.0 * math.sqrt(n)) for n in sizes[1:-1]]
-        arithmetic: Tensor | float = _UNIT * math.hypot(*units)
+        arithmetic: Size = _UNIT * math.hypot(*units)
         if growth is not None and units:
             # Where it grew, rounding came to a third of this in the worst of 15,000 trains.
-            like = growth.new_tensor([units, [4.0 * math.sqrt(n) for n in sizes[1:-1]]])
-            plain, more = (row.reshape(-1, *(1,) * (growth.ndim - 1)) for row in like)
-            arithmetic = _UNIT * (plain + more * (growth - 1.0)).square().sum(0).sqrt()
+            arithmetic = _UNIT * root_sum(_grown(units, [4.0 * math.sqrt(n) for n in sizes[1:-1]], growth))
         casting = stored = 0.0
         if dtype != compute_dtype(dtype):
             # see _casting_error: a unit of the whole per core, and what a basis feels of later cuts
@@ -129,19 +128,33 @@ class ErrorBudget:
         reserve = arithmetic + casting + _evaluation_error(dtype, caps) + before
         # Where rounding alone is beyond eps, no cut can keep the promise; half of eps still finds the ranks. And
         # singular values that rounding makes are never worth keeping.
-        noise = torch.clamp(0.5 * torch.as_tensor(arithmetic, dtype=torch.float64), max=_LARGEST_NOISE) + stored
-        cut = torch.clamp(torch.as_tensor(eps - reserve, dtype=torch.float64), min=eps / 2).maximum(noise)
+        if not isinstance(reserve, Tensor):
+            noise = min(0.5 * least_of(arithmetic), _LARGEST_NOISE) + stored
+            return cls(eps, max(eps - reserve, eps / 2, noise), arithmetic)
+        noises = torch.clamp(0.5 * torch.as_tensor(arithmetic, dtype=torch.float64), max=_LARGEST_NOISE) + stored
+        cut = torch.clamp(eps - reserve, min=eps / 2).maximum(noises)
         return cls(eps, cut if cut.ndim else float(cut), arithmetic)
+
+
+def _grown(units: Sequence[float], more: Sequence[float], growth: BondSizes) -> BondSizes:
+    """Roundings at every bond, and by how much more they are for what they grew."""
+    if not isinstance(growth, Tensor):
+        return [unit + step * (grown - 1.0) for unit, step, grown in zip(units, more, growth, strict=True)]
+    like = growth.new_tensor([units, more])
+    plain, steps = (row.reshape(-1, *(1,) * (growth.ndim - 1)) for row in like)
+    return plain + steps * (growth - 1.0)
 
 
 @dataclass(frozen=True)
 class Sweep:
     """Cores from a left-to-right sweep: all but the last are left-orthogonal. Sizes are relative to the whole.
 
+    They are numbers of Python where kernels made them, of a train without a batch.
+
     Attributes:
         cores: ``(.., r, n, s)`` each, in the compute dtype; times ``2**exponent`` the last one is that of the train.
         spectra: The kept singular values at each of the ``d - 1`` bonds, ``(.., r)``, relative to the norm; an empty
-            tensor where they are not known.
+            tensor where they are not known, an empty list where none are.
         tails: Relative root-sum-square of what was cut at each bond, ``batch_shape``.
         norm: Frobenius norm of what was swept is ``norm * 2**exponent``, ``batch_shape``; 0 only where all is zero.
         exponent: Integers, ``batch_shape``.
@@ -149,17 +162,19 @@ class Sweep:
         unseen: Relative size of what may have been cut without showing in ``tails``.
         growth: By how much rounding grew at each bond, ``(d - 1, ..)``; ``None`` for not at all.
         least: The least of the kept singular values at each bond, or less, ``(d - 1, ..)``; left out: see ``spectra``.
+        last: Frobenius norm and largest modulus of the last core, where they are known.
     """
 
     cores: list[Tensor]
     spectra: list[Tensor]
-    tails: list[Tensor]
-    norm: Tensor
-    exponent: Tensor
-    before: Tensor | float = 0.0
-    unseen: Tensor | float = 0.0
-    growth: Tensor | None = None
-    least: Tensor | None = None
+    tails: Sequence[Size]
+    norm: Size
+    exponent: Tensor | int
+    before: Size = 0.0
+    unseen: Size = 0.0
+    growth: BondSizes | None = None
+    least: BondSizes | None = None
+    last: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -174,7 +189,7 @@ class Finished:
     center: tuple[int, int]
     bound: float
     bond_errors: tuple[float, ...]
-    bounds: Tensor
+    bounds: Size
     eps: float
     sweep: Sweep | None = None
     shares: Sequence[Tensor | int] = ()
@@ -195,7 +210,8 @@ class Finished:
     @property
     def info(self) -> dict[str, Any]:
         """How it came about, as an ``Approximation`` tells it."""
-        batch = {"rel_error_bounds": self.bounds} if self.bounds.ndim else {}
+        has_batch = isinstance(self.bounds, Tensor) and self.bounds.ndim > 0
+        batch = {"rel_error_bounds": self.bounds} if has_batch else {}
         pieces = {} if self.n_pieces is None else {"n_pieces": self.n_pieces}
         return {"method": self.method, "eps": self.eps, "bond_errors": self.bond_errors, **batch, **pieces}
 
@@ -217,16 +233,15 @@ def settled(
     if done.bound <= budget.eps or is_capped or not math.isfinite(done.bound):
         return done
     cuts = _total(sweep) - sweep.before
-    left = float((budget.eps - (done.bounds - cuts)).amin())
+    left = least_of(budget.eps - (done.bounds - cuts))
     if left < 0.1 * budget.eps:
         return done
     closer = finish(again(0.95 * left), dtype=dtype, budget=budget)
     return closer if closer.bound < done.bound else done
 
 
-def _total(sweep: Sweep) -> Tensor:
-    tails = torch.stack([*sweep.tails, torch.zeros_like(sweep.norm)])
-    return (tails.square().sum(0) + sweep.unseen**2).sqrt() + sweep.before
+def _total(sweep: Sweep) -> Size:
+    return root_sum([*sweep.tails, sweep.unseen, nothing_like(sweep.norm)]) + sweep.before
 
 
 def finish(sweep: Sweep, *, dtype: torch.dtype, budget: ErrorBudget) -> Finished:
@@ -238,21 +253,22 @@ def finish(sweep: Sweep, *, dtype: torch.dtype, budget: ErrorBudget) -> Finished
         budget: Gives the rounding of the sweep itself.
     """
     last = len(sweep.cores) - 1
-    shares, single = shares_pow2(sweep.cores, sweep.exponent, last, dtype)
+    largest = None if sweep.last is None else sweep.last[1]
+    shares, single = shares_pow2(sweep.cores, sweep.exponent, last, dtype, largest)
     stored = in_dtype(multiplied_pow2(sweep.cores, shares), dtype)
     ranks = [*(core.shape[-3] for core in sweep.cores), 1]
     others = _total(sweep) + budget.arithmetic + _evaluation_error(dtype, ranks)
-    casting: Tensor | float = 0.0
+    casting: Size = 0.0
     if dtype != compute_dtype(dtype) or not single:
         casting = _casting_error(sweep, stored, shares, budget.eps - others)
-    bounds = _relative_to_exact(others + casting, budget.arithmetic).where(sweep.norm > 0, 0.0)
-    tails = torch.stack([*sweep.tails, torch.zeros_like(sweep.norm)])
-    worst = torch.cat((sweep.norm.reshape(1, -1), bounds.reshape(1, -1), tails[:-1].reshape(last, sweep.norm.numel())))
-    numbers = worst.amax(1).tolist() if worst.shape[1] else [0.0] * (last + 2)  # one sync for all
-    center = (last, last) if single else (0, last)
-    if numbers[0] == 0.0:
+    bounds = _relative_to_exact(others + casting, budget.arithmetic)
+    if isinstance(sweep.norm, Tensor) and isinstance(bounds, Tensor):
+        bounds = bounds.where(sweep.norm > 0, 0.0)
+    norm, bound, *tails = worst_of([sweep.norm, bounds, *sweep.tails])
+    if norm == 0.0:
         return Finished.zero([core.shape[-2] for core in stored], stored[0].shape[:-3], stored[0], budget.eps)
-    return Finished(tuple(stored), center, numbers[1], tuple(numbers[2:]), bounds, budget.eps, sweep, shares)
+    center = (last, last) if single else (0, last)
+    return Finished(tuple(stored), center, bound, tuple(tails), bounds, budget.eps, sweep, shares)
 
 
 def with_derivatives(done: Finished, cores: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -261,13 +277,16 @@ def with_derivatives(done: Finished, cores: Sequence[Tensor]) -> tuple[Tensor, .
     return tuple(kept + (core - core.detach()) for core, kept in zip(placed, done.cores, strict=True))
 
 
-def _relative_to_exact(bounds: Tensor, arithmetic: Tensor | float) -> Tensor:
+def _relative_to_exact(bounds: Size, arithmetic: Size) -> Size:
     """Bounds relative to the norm that was computed, made relative to the norm itself.
 
     The two differ by the rounding of the arithmetic; where that may be half of it, nothing is known.
     """
-    rounding = torch.as_tensor(arithmetic, dtype=bounds.dtype, device=bounds.device)
-    return torch.where(rounding < 0.5, bounds / (1.0 - rounding.clamp_max(0.5)), math.inf)
+    if not isinstance(bounds, Tensor):
+        rounding = least_of(arithmetic)
+        return bounds / (1.0 - rounding) if rounding < 0.5 else math.inf
+    roundings = torch.as_tensor(arithmetic, dtype=bounds.dtype, device=bounds.device)
+    return torch.where(roundings < 0.5, bounds / (1.0 - roundings.clamp_max(0.5)), math.inf)
 
 
 Sizes = tuple[Tensor, Tensor]  # positive numbers m ``(.., r)`` and integers e ``(..)``, for m 2^e
@@ -319,9 +338,7 @@ def _evaluation_error(dtype: torch.dtype, ranks: Sequence[int]) -> float:
     return unit * of_products * max(apart, min(30, len(ranks) - 2))
 
 
-def _casting_error(
-    sweep: Sweep, stored: Sequence[Tensor], shares: Sequence[Tensor | int], spare: Tensor
-) -> Tensor | float:
+def _casting_error(sweep: Sweep, stored: Sequence[Tensor], shares: Sequence[Tensor | int], spare: Size) -> Size:
     """Bound on what rounding the cores to storage changes, relative to the whole, ``batch_shape``.
 
     Where the sum of the worst cases is more than there is to spare, the change is measured.
@@ -329,11 +346,12 @@ def _casting_error(
     wide = [core.to(sweep.cores[0].dtype) for core in stored]
     back = multiplied_pow2(wide, [-share for share in shares])
     total = _sum_of_changes(sweep, [a - b for a, b in zip(back, sweep.cores, strict=True)])
-    if len(stored) == 1 or bool((total <= spare).all()) or not bool(total.isfinite().all()):
-        return total
-    difference = add_cores(back, [-sweep.cores[0], *sweep.cores[1:]])
-    measured = times_pow2(*norm_parts(difference, (0, len(stored) - 1))) / sweep.norm.where(sweep.norm > 0, 1.0)
-    return torch.minimum(total, measured + 1e-14)
+    if len(stored) > 1 and not bool((total <= spare).all()) and bool(total.isfinite().all()):
+        difference = add_cores(back, [-sweep.cores[0], *sweep.cores[1:]])
+        norm = torch.as_tensor(sweep.norm)
+        measured = times_pow2(*norm_parts(difference, (0, len(stored) - 1))) / norm.where(norm > 0, 1.0)
+        total = torch.minimum(total, measured + 1e-14)
+    return total if isinstance(sweep.norm, Tensor) else float(total)
 
 
 def _sum_of_changes(sweep: Sweep, changes: Sequence[Tensor]) -> Tensor:
@@ -343,15 +361,16 @@ def _sum_of_changes(sweep: Sweep, changes: Sequence[Tensor]) -> Tensor:
     left is orthonormal. At the time of the cut ``W W^H`` was the square of the kept singular values;
     later cuts move W by no more than their tails.
     """
-    later = total = torch.zeros_like(sweep.norm)
+    norm = torch.as_tensor(sweep.norm)
+    later = total = torch.zeros_like(norm)
     for k in range(len(changes) - 1, -1, -1):
         change = changes[k]
         if k < len(changes) - 1:
             total = total + later * torch.linalg.vector_norm(change, dim=(-3, -2, -1))
-            later = torch.hypot(later, sweep.tails[k])
-            spectrum = sweep.spectra[k]
-            change = change * spectrum[..., None, None, :] if spectrum.numel() else change  # they are at most 1
+            later = torch.hypot(later, torch.as_tensor(sweep.tails[k], dtype=later.dtype))
+            is_known = bool(sweep.spectra) and sweep.spectra[k].numel() > 0
+            change = change * sweep.spectra[k][..., None, None, :] if is_known else change  # they are at most 1
         else:
-            change = change / over_core(sweep.norm.where(sweep.norm > 0, 1.0))
+            change = change / over_core(norm.where(norm > 0, 1.0))
         total = total + torch.linalg.vector_norm(change, dim=(-3, -2, -1))
     return total

@@ -90,9 +90,9 @@ def rounding_walk(cores: Sequence[Tensor], hi: int, *, squares: bool = False) ->
 
     With ``squares`` by Gram matrices, which show nothing below some 1e-8 of the whole.
 
-    Its ``norm()`` is a pair of a number and a power of two. ``cut(share, caps, needs_values)`` gives cores, lists of
-    kept singular values, tails, the least values kept, and growth; ``None`` where a factorization failed. Without
-    ``needs_values`` a bond at which nothing is cut has no list, and a lower bound of its least value.
+    Its ``norm()`` is a pair of a number and a power of two. ``cut(share, caps, needs_values)`` gives cores, kept
+    singular values, tails, the least values kept, growth, and norm and largest modulus of the last core; ``None`` where
+    a factorization failed. Without ``needs_values`` no values are given, and some of the least are lower bounds.
     """
     kernels = _kernels(cores)
     return None if kernels is None else kernels.chain_rounding(list(cores), hi, squares)

@@ -214,6 +214,10 @@ template <typename T>
 std::vector<Tensor> matrices_of(const Given& left, const Given& right) {
   std::vector<Tensor> out;
   Buffer<T> rows, made;
+  double work = 0;
+  for (size_t k = 0; k < left.held.size(); ++k)
+    work += static_cast<double>(left.held[k].numel()) * right.held[k].numel() / right.held[k].size(1);
+  const OneThread alone(work < 2e7);
   for (size_t k = 0; k < left.held.size(); ++k) {
     const auto a = left.matrix<T>(k), b = right.matrix<T>(k);
     out.push_back(at::empty({a.r * b.r, a.i, b.j, a.s * b.s}, left.held[k].options()));
@@ -271,23 +275,28 @@ struct Walked {
 
   Walked(const Given& cores, Int hi, bool squares) : given(cores), rounding(given.cores<double>(), hi, squares) {}
 
-  using Made_ = std::tuple<std::vector<Tensor>, std::vector<Tensor>, Tensor, Tensor, Tensor>;
+  using Numbers = std::vector<double>;
+  using Made_ =
+      std::tuple<std::vector<Tensor>, std::vector<Tensor>, Numbers, Numbers, Numbers, std::pair<double, double>>;
 
-  // Cores, kept singular values, tails, the least of the kept values, and growth; nothing where a step failed.
+  static Numbers numbers_of(const Buffer<double>& found) { return {found.begin(), found.end()}; }
+
+  // Cores, kept singular values, tails, the least of the kept values, growth, and norm and largest modulus of the last
+  // core; nothing where a step failed.
   std::optional<Made_> cut(double share, const std::vector<Int>& caps, bool needs_values) {
     const py::gil_scoped_release unlocked;
     auto found = rounding.cut(share, caps, needs_values);
     if (!rounding.is_safe) return std::nullopt;
     std::vector<Tensor> values;
-    for (const auto& one : found.values) values.push_back(tensor_of(one));
-    return Made_(tensors_of(found.cores), std::move(values), tensor_of(found.tails), tensor_of(found.smallest),
-                 tensor_of(found.growth));
+    if (needs_values)
+      for (const auto& one : found.values) values.push_back(tensor_of(one));
+    const auto& last = found.cores.back().data;
+    const std::pair<double, double> sizes{std::sqrt(squares(last.data(), last.size())), ends_of(last.data(), last.size()).high};
+    return Made_(tensors_of(found.cores), std::move(values), numbers_of(found.tails), numbers_of(found.smallest),
+                 numbers_of(found.growth), sizes);
   }
 
-  std::pair<Tensor, Tensor> norm() const {
-    const int32_t exponent = static_cast<int32_t>(rounding.exponent);
-    return {tensor_of(&rounding.norm, {}), tensor_of(&exponent, {})};
-  }
+  std::pair<double, Int> norm() const { return {rounding.norm, rounding.exponent}; }
 };
 
 inline std::unique_ptr<Walked> walk(const py::list& cores, Int hi, bool squares) {

@@ -150,12 +150,40 @@ class Cuts {
     }
   }
 
-  // Singular values of what gram_ (q, q) is the square of, f^T f = v s^2 v^T, but for what is far below `delta`, from
-  // f f^T = w s^2 w^T; w is left in columns of u_, the last one first.
-  void decompose_gram(Int q, double delta) {
+  // Rows of factor_ (k, q) whose products are gram_ (q, q), but for what is far below `delta`.
+  Int reveal_gram(Int q, double delta) {
     double whole = 0;
     for (Int j = 0; j < q; ++j) whole += gram_[j * q + j];
-    const Int k = factor_largest_first(gram_, q, 0.0, std::max(0.0025 * delta * delta, 16 * unit * whole));
+    return factor_largest_first(gram_, q, 0.0, std::max(0.0025 * delta * delta, 16 * unit * whole));
+  }
+
+  // After `reveal_gram`: whether none of the values of its k rows f is to be cut. Then they are a basis once they are
+  // orthonormal, in scaled_: by the inverse of their triangle, or of its square.
+  bool keeps_revealed(Cut& out, Int k, Int q, double delta, int power) {
+    if (k == q) return false;  // that none of all is cut was looked for before
+    small_gram_.resize(k * k);
+    multiply(false, true, k, k, q, factor_.data(), factor_.data(), small_gram_.data());
+    double whole = 0;
+    for (Int j = 0; j < k; ++j) whole += small_gram_[j * (k + 1)];
+    const int side = k, columns = q;
+    int info = 0;
+    lapack::Of<double>::potrf_of("U", &side, small_gram_.data(), &side, &info);
+    if (info != 0) return false;
+    const double least = 1.0 / norm_of_inverse(small_gram_, k);
+    if (!(least > delta && least > 1e-6 * std::sqrt(whole))) return false;
+    // factor_ holds its rows one after the other: columns (q, k) to LAPACK, times inverses from the right
+    const double one = 1.0;
+    scaled_.assign(factor_.begin(), factor_.begin() + k * q);
+    for (int step = 0; step < power; ++step)
+      lapack::Of<double>::trsm_of("R", "U", step ? "T" : "N", "N", &columns, &side, &one, small_gram_.data(), &side,
+                                  scaled_.data(), &columns);
+    out.rank = k, out.tail = dropped_, out.smallest = least;
+    return true;
+  }
+
+  // Singular values of what gram_ (q, q) is the square of, f^T f = v s^2 v^T with k rows from `reveal_gram`, from
+  // f f^T = w s^2 w^T; w is left in columns of u_, the last one first.
+  void decompose_revealed(Int k, Int q) {
     u_.resize(k * k), s_.resize(k);
     multiply(false, true, k, k, q, factor_.data(), factor_.data(), u_.data());
     if (!eigen(k)) is_safe = false;
@@ -163,7 +191,7 @@ class Cuts {
     for (auto& x : s_) x = std::sqrt(std::max(x, 0.0));
   }
 
-  // After `decompose_gram`: the leading rows of v^T, by the values to one power less, in scaled_.
+  // After `decompose_revealed`: the leading rows of v^T, by the values to one power less, in scaled_.
   void map_of_gram(Int rank, Int q, int power) {
     const Int k = static_cast<Int>(s_.size());
     Buffer<double> turns(rank * k);
@@ -280,14 +308,18 @@ class Cuts {
     if (!is_triangle_) return 0.0;
     for (Int j = 0; j < q; ++j)
       if (square_[j * q + j] == 0) return 0.0;
+    const double norm = norm_of_inverse(square_, q);
+    return std::isfinite(norm) && norm > 0 ? 1.0 / norm : 0.0;
+  }
+
+  // Of an upper triangle (q, q) in columns, whose inverse stays in inverse_.
+  double norm_of_inverse(const Buffer<double>& triangle, Int q) {
     inverse_.assign(q * q, 0.0);
     for (Int j = 0; j < q; ++j) inverse_[j * q + j] = 1.0;
     const int side = q;
     const double one = 1.0;
-    lapack::Of<double>::trsm_of("L", "U", "N", "N", &side, &side, &one, square_.data(), &side, inverse_.data(), &side);
-    double sum = 0;
-    for (const double x : inverse_) sum += x * x;
-    return std::isfinite(sum) && sum > 0 ? 1.0 / std::sqrt(sum) : 0.0;
+    lapack::Of<double>::trsm_of("L", "U", "N", "N", &side, &side, &one, triangle.data(), &side, inverse_.data(), &side);
+    return std::sqrt(squares(inverse_.data(), q * q));
   }
 
   // Rows of u (k, p) that are nearly orthonormal: orthonormal to rounding, and not turned.
@@ -369,7 +401,7 @@ class Cuts {
 
   lapack::Desk<double> desk_;
   Buffer<double> triangle_, square_, inverse_, scaled_, gram_, s_, u_, vt_, reduced_, turned_, scales_, factor_,
-      unit_gram_;
+      unit_gram_, small_gram_;
   bool is_triangle_ = true;
   double dropped_ = 0;
 };

@@ -25,80 +25,81 @@ struct Part {
 // A core of a sum is zero but for its blocks, and half of every product with it need not be made.
 class CoreParts {
  public:
-  CoreParts(const Core<double>& core, bool may_split, double limit) : core_(core) {
-    if (may_split && core.r >= 2 * least && core.s >= 2 * least) find_rows();
-    split(limit);
-  }
+  explicit CoreParts(bool may_split) : may_split_(may_split) {}
 
   const std::vector<Part>& all() const { return parts_; }
 
-  // Whether the exponents of all entries stay within the limit.
-  bool is_moderate() const { return is_moderate_; }
+  // The parts can be read from here on: from the core, or from the room, where several lie one after the other. False
+  // where the exponent of an entry goes beyond the limit, which is looked at once.
+  bool load(const Core<double>& core, Buffer<double>& room, double limit) {
+    const bool is_new = parts_.empty();
+    if (is_new) split(core);
+    const double most = is_new ? std::ldexp(1.0, static_cast<int>(limit)) : 0.0;
+    if (parts_.size() > 1) return pack(core, room, most);
+    parts_[0].data = core.data;
+    return !is_new || is_moderate(core, limit);
+  }
 
  private:
   static constexpr Int least = 16;  // below this a product takes no less time than that of the whole
 
   // The first and last column of every row that holds anything.
-  void find_rows() {
-    const Int n = core_.n, s = core_.s;
-    first_.assign(core_.r, s), last_.assign(core_.r, -1);
-    on_rows(core_.r, n * s, [&](Int from, Int to) {
+  static void find_rows(const Core<double>& core, std::vector<Int>& first, std::vector<Int>& last) {
+    const Int n = core.n, s = core.s;
+    first.assign(core.r, s), last.assign(core.r, -1);
+    on_rows(core.r, n * s, [&](Int from, Int to) {
       for (Int i = from; i < to; ++i)
         for (Int j = 0; j < n; ++j) {
-          const double* const row = core_.data + (i * n + j) * s;
+          const double* const row = core.data + (i * n + j) * s;
           Int k = 0;
-          while (k < first_[i] && row[k] == 0) ++k;
-          first_[i] = k;
-          for (k = s - 1; k > last_[i] && row[k] == 0;) --k;
-          last_[i] = k;
+          while (k < first[i] && row[k] == 0) ++k;
+          first[i] = k;
+          for (k = s - 1; k > last[i] && row[k] == 0;) --k;
+          last[i] = k;
         }
     });
   }
 
-  void split(double limit) {
-    const Int r = core_.r, s = core_.s;
+  void split(const Core<double>& core) {
+    const Int r = core.r, s = core.s;
+    std::vector<Int> first, last;
+    if (may_split_ && r >= 2 * least && s >= 2 * least) find_rows(core, first, last);
     Int from_r = 0, from_s = 0, end = 0;
-    std::vector<Int> later(first_);  // the first column of this row and all after it
+    std::vector<Int> later(first);  // the first column of this row and all after it
     for (Int i = static_cast<Int>(later.size()) - 1; i-- > 0;) later[i] = std::min(later[i], later[i + 1]);
-    for (Int i = 0; i < static_cast<Int>(first_.size()); ++i) {
+    for (Int i = 0; i < static_cast<Int>(first.size()); ++i) {
       const bool is_apart = end <= later[i] && i - from_r >= least && end - from_s >= least;
       if (is_apart && r - i >= least && s - end >= least) {
         parts_.push_back({nullptr, from_r, i - from_r, from_s, end - from_s});
         from_r = i, from_s = end;
       }
-      end = std::max(end, last_[i] + 1);
+      end = std::max(end, last[i] + 1);
     }
-    parts_.push_back({core_.data, from_r, r - from_r, from_s, s - from_s});
-    if (parts_.size() > 1) pack();
-    const double most = std::ldexp(1.0, static_cast<int>(limit));
-    for (const auto& part : parts_)
-      on_rows(part.r, core_.n * part.s, [&](Int from, Int to) {
-        const Int size = core_.n * part.s;
-        if (!lies_between(part.data + from * size, (to - from) * size, 1.0 / most, most)) is_moderate_ = false;
-      });
+    parts_.push_back({nullptr, from_r, r - from_r, from_s, s - from_s});
   }
 
-  void pack() {
+  // The parts one after the other; with `most` above zero whether all entries but zeros lie within it and its inverse.
+  bool pack(const Core<double>& core, Buffer<double>& room, double most) {
+    std::atomic<bool> holds{true};
     Int size = 0;
-    const Int n = core_.n;
-    for (const auto& part : parts_) size += part.r * n * part.s;
-    packed_.resize(size);
-    double* out = packed_.data();
+    for (const auto& part : parts_) size += part.r * core.n * part.s;
+    room.resize(size);
+    double* out = room.data();
     for (auto& part : parts_) {
       part.data = out;
-      on_rows(part.r * n, part.s, [&](Int from, Int to) {
-        for (Int row = from; row < to; ++row)
-          std::copy_n(core_.data + (part.from_r * n + row) * core_.s + part.from_s, part.s, out + row * part.s);
+      on_rows(part.r, core.n * part.s, [&](Int from, Int to) {
+        for (Int row = from * core.n; row < to * core.n; ++row)
+          std::copy_n(core.data + (part.from_r * core.n + row) * core.s + part.from_s, part.s, out + row * part.s);
+        const Int each = core.n * part.s;
+        if (most > 0 && !lies_between(out + from * each, (to - from) * each, 1.0 / most, most)) holds = false;
       });
-      out += part.r * n * part.s;
+      out += part.r * core.n * part.s;
     }
+    return holds;
   }
 
-  Core<double> core_;
-  std::atomic<bool> is_moderate_{true};
+  bool may_split_;
   std::vector<Part> parts_;
-  std::vector<Int> first_, last_;
-  Buffer<double> packed_;
 };
 
 }  // namespace tensortrain::chain

@@ -5,7 +5,7 @@
 #include "cuts.h"
 #include "parts.h"
 
-#include <deque>
+#include <functional>
 
 #ifndef TENSORTRAIN_WITHOUT_BLAS
 extern "C" TENSORTRAIN_WEAK void dormqr_(const char*, const char*, const int*, const int*, const int*, const double*,
@@ -25,19 +25,21 @@ struct Root {
 
 class Rounding : public Cuts {
  public:
+  using Make = std::function<void(Int, double*)>;
+
   // Cores after `hi` are right-orthogonal. With `squares` Gram matrices take the place of triangles and of what is cut:
   // products of matrices alone meet the cores, which is several times faster and shows nothing below some 1e-8 of the
   // whole. See Al Daas, Ballard, Benner, "Parallel algorithms for tensor train arithmetic", 2022.
-  Rounding(Cores<double> cores, Int hi, bool squares) : cores_(std::move(cores)), hi_(hi), squares_(squares && can_square()) {
-    const Int last = static_cast<Int>(cores_.size()) - 1;
+  // `make` forms the cores that have no data, each where it is needed: cores of a product, which need not all be held.
+  Rounding(Cores<double> cores, Int hi, bool squares, Make make = nullptr)
+      : cores_(std::move(cores)), make_(std::move(make)), hi_(hi), squares_(squares && can_square()) {
     roots_.resize(cores_.size() + 1);
-    for (Int k = 0; k <= last && is_safe; ++k) {
-      parts_.emplace_back(cores_[k], k > 0 && k < last, limit);
-      is_safe = parts_.back().is_moderate();
-    }
-    if (!is_safe) return;
-    const OneThread alone(are_small(cores_));
-    squares_ ? find_squares() : find_roots();
+    const Int last = static_cast<Int>(cores_.size()) - 1;
+    for (Int k = 0; k <= last; ++k) parts_.emplace_back(k > 0 && k < last);
+    const OneThread alone(is_small());
+    const LoneLoops loops(is_small());
+    for (Int k = last; k > hi_ && is_safe; --k) load(k);
+    if (is_safe) squares_ ? find_squares() : find_roots();
   }
 
   double norm = 0;
@@ -53,8 +55,10 @@ class Rounding : public Cuts {
   // values come along; else a bond at which nothing is to be cut gets any basis.
   Result cut(double share, const std::vector<Int>& caps, bool needs_values) {
     const Int d = static_cast<Int>(cores_.size());
-    const OneThread alone(are_small(cores_));
+    const OneThread alone(is_small());
+    const LoneLoops loops(is_small());
     Result out;
+    load(0);
     current_.assign(cores_[0].data, cores_[0].data + cores_[0].size());
     Buffer<double> left{1.0};
     Int t = cores_[0].r;
@@ -93,9 +97,31 @@ class Rounding : public Cuts {
  private:
   static constexpr double limit = 0.9 * std::numeric_limits<double>::max_exponent / 3;  // squares are taken, too
 
+  // Whether all products together take less than ten milliseconds or so. Two threads would gain a third of that, and to wake
+  // one that has fallen asleep may take longer.
+  bool is_small() const {
+    constexpr double most = 1.5e8;
+    double all = 0;
+    for (const auto& core : cores_) all += static_cast<double>(core.size() * std::max(core.r, core.s));
+    return all <= most;
+  }
+
+  // Core k and its parts can be read from here on, until the next one is loaded.
+  void load(Int k) {
+    auto& core = cores_[k];
+    if (make_) {
+      formed_.resize(core.size());
+      make_(k, formed_.data());
+      core.data = formed_.data();
+    }
+    if (!parts_[k].load(core, packed_, limit)) is_safe = false;
+  }
+
   // -- roots, from the right ----------------------------------------------------------------------------
 
   void find_roots() {
+    load(hi_);
+    if (!is_safe) return;
     Buffer<double> carried(cores_[hi_].data, cores_[hi_].data + cores_[hi_].size());
     Int width = cores_[hi_].s;  // carried is (r, n, width)
     for (Int at = hi_; at > 0; --at) {
@@ -107,6 +133,8 @@ class Rounding : public Cuts {
       root.exponent = exponent;
       root.sizes = column_norms(root.rows.data(), root.rank, core.r);
       drop(root, core.r);
+      load(at - 1);
+      if (!is_safe) return;
       carry_left(at - 1, root, carried);
       width = root.rank;
     }
@@ -239,6 +267,7 @@ class Rounding : public Cuts {
         put_product(carry_.data() + part.from_s, s, {found.basis.data(), found.is_turned ? t : p, found.is_turned},
                       {mine, part.s}, t, part.s, p);
     }
+    load(k + 1);
     current_.resize(t * n * cores_[k + 1].s);
     for (const auto& part : parts_[k + 1].all())
       put_product(current_.data() + t * n * part.from_s, n * part.s, {carry_.data() + part.from_r, s},
@@ -396,6 +425,8 @@ class Rounding : public Cuts {
   void find_squares() {
     for (Int at = hi_; at > 0; --at) {
       auto& root = roots_[at];
+      load(at);
+      if (!is_safe) return;
       square_past(at, at < hi_ ? &roots_[at + 1] : nullptr, root.rows);
       root.rank = cores_[at].r;
       if (!settle_square(root.rows, root.rank * root.rank)) is_safe = false;
@@ -403,6 +434,8 @@ class Rounding : public Cuts {
       for (Int i = 0; i < root.rank; ++i) root.sizes.push_back(std::sqrt(std::max(0.0, root.rows[i * (root.rank + 1)])));
     }
     Buffer<double> whole;
+    load(0);
+    if (!is_safe) return;
     square_past(0, hi_ > 0 ? &roots_[1] : nullptr, whole);
     double sum = 0;  // of all rows of the first core: there may be several
     for (Int i = 0; i < cores_[0].r; ++i) sum += std::max(0.0, whole[i * (cores_[0].r + 1)]);
@@ -472,11 +505,7 @@ class Rounding : public Cuts {
       gram_ = products_;
     }
     Cut out;
-    if (!map_all(out, q, delta, !needs_values && cap >= q)) {
-      decompose_gram(q, delta);
-      choose(out, delta, cap);
-      map_of_gram(out.rank, q, 2);
-    }
+    if (!map_all(out, q, delta, !needs_values && cap >= q)) map_kept(out, q, delta, cap, needs_values, 2);
     if (root) {
       half_.resize(out.rank * s);
       multiply(false, false, out.rank, s, q, scaled_.data(), right_.data(), half_.data());
@@ -504,6 +533,15 @@ class Rounding : public Cuts {
     keeps_by_squares_ = shows_all(out, q, delta);  // nor at the bonds behind, as a rule
     if (keeps_by_squares_) scaled_ = inverse_;     // it holds columns: its rows are those of the transpose
     return keeps_by_squares_;
+  }
+
+  // What is kept of gram_ (q, q): rows in scaled_, by singular values to one power less where these are needed.
+  void map_kept(Cut& out, Int q, double delta, Int cap, bool needs_values, int power) {
+    const Int k = reveal_gram(q, delta);
+    if (!needs_values && cap >= k && keeps_revealed(out, k, q, delta, power)) return;
+    decompose_revealed(k, q);
+    choose(out, delta, cap);
+    map_of_gram(out.rank, q, power);
   }
 
   // The basis (p, rank), row by row, of what is carried times the transpose of scaled_ (rank, s).
@@ -544,9 +582,7 @@ class Rounding : public Cuts {
       triangle_of_gram(p);
       if (keeps_rows(out, p, delta)) return out;
     }
-    decompose_gram(p, delta);
-    choose(out, delta, cap);
-    map_of_gram(out.rank, p, 1);
+    map_kept(out, p, delta, cap, needs_values, 1);
     out.basis = scaled_;
     orthonormalize(out.basis, p, out.rank);
     return out;
@@ -605,13 +641,14 @@ class Rounding : public Cuts {
   }
 
   Cores<double> cores_;
-  std::deque<CoreParts> parts_;
+  Make make_;
+  std::vector<CoreParts> parts_;
   Int hi_;
   bool squares_;
   bool terms_depend_ = true, keeps_by_squares_ = true;  // until a bond shows otherwise
   std::vector<Root> roots_;
   lapack::Desk<double> small_desk_;
-  Buffer<double> matrix_, ones_, current_, carry_, products_, right_, half_;
+  Buffer<double> matrix_, ones_, current_, carry_, products_, right_, half_, packed_, formed_;
 };
 
 }  // namespace tensortrain::chain

@@ -16,13 +16,30 @@ __attribute__((weak)) int omp_in_parallel(void);
 
 namespace tensortrain {
 
+// While it lives, loops stay on the thread that asked: to wake another may take longer than all of a small job.
+class LoneLoops {
+ public:
+  explicit LoneLoops(bool are_small) : before_(are_asked()) { are_asked() = before_ || are_small; }
+  ~LoneLoops() { are_asked() = before_; }
+  LoneLoops(const LoneLoops&) = delete;
+  LoneLoops& operator=(const LoneLoops&) = delete;
+
+  static bool& are_asked() {
+    static thread_local bool asked = false;
+    return asked;
+  }
+
+ private:
+  bool before_;
+};
+
 // Calls work(first, last) for parts of 0 .. n that threads take as they come; a part is `grain` long.
 template <typename Work>
 void on_threads(int64_t n, int64_t grain, bool is_large, const Work& work) {
   grain = std::max<int64_t>(grain, 1);
   const auto n_threads = std::min<int64_t>(at::get_num_threads(), (n + grain - 1) / grain);
   const bool can_share = GOMP_parallel != nullptr && omp_in_parallel != nullptr;
-  if (!is_large || n_threads < 2 || !can_share || omp_in_parallel() != 0) {
+  if (!is_large || n_threads < 2 || !can_share || LoneLoops::are_asked() || omp_in_parallel() != 0) {
     if (n > 0) work(int64_t{0}, n);
     return;
   }

@@ -296,7 +296,7 @@ def _calls_for_other_cuts(sweep: Sweep, tolerance: Size, caps: Sequence[int]) ->
     if all(core.shape[-1] >= cap for core, cap in zip(sweep.cores, caps[1:], strict=True)):
         return False  # the caps decide every rank
     share = tolerance / math.sqrt(max(1, len(sweep.tails)))
-    if any_above([root_sum(sweep.tails) - tolerance], 0.0):
+    if any_above(root_sum(sweep.tails) - tolerance, 0.0):
         return True
     if sweep.least is not None and not isinstance(sweep.least, Tensor):
         return any(value <= share for value in sweep.least)

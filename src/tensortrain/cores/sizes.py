@@ -38,11 +38,11 @@ def larger(a: BondSizes, b: BondSizes) -> BondSizes:
     return [max(x, y) for x, y in zip(a, b, strict=True)]
 
 
-def any_above(sizes: BondSizes, limit: float) -> bool:
-    """Whether one of them is larger than the limit."""
+def any_above(sizes: Size | Sequence[Size], limit: float) -> bool:
+    """Whether one of them is larger than the limit, for any member."""
     if isinstance(sizes, Tensor):
         return bool((sizes > limit).any())
-    return any(size > limit for size in sizes)
+    return sizes > limit if isinstance(sizes, float | int) else any(any_above(size, limit) for size in sizes)
 
 
 def least_of(size: Size) -> float:

@@ -1,6 +1,8 @@
 // Products of plain matrices in memory, by the BLAS that comes with torch: without a tensor around each of them.
 #pragma once
 
+#include "threads.h"
+
 #include <ATen/Parallel.h>
 
 #include <cstdint>
@@ -33,6 +35,7 @@ namespace tensortrain {
 inline bool has_blas() { return false; }
 struct OneThread {
   explicit OneThread(bool) {}
+  static bool is_asked() { return true; }
 };
 template <typename T>
 void blas_gemm(char, char, int, int, int, T, const T*, int, const T*, int, T, T*, int) {}
@@ -46,15 +49,21 @@ class OneThread {
   explicit OneThread(bool is_small) : is_set_(is_small && MKL_Set_Num_Threads_Local != nullptr) {
     if (!is_set_) return;
     at::get_num_threads();  // torch asks BLAS how many threads there are when it is first asked itself: not in here
-    before_ = MKL_Set_Num_Threads_Local(1);
+    before_ = MKL_Set_Num_Threads_Local(1), ++depth();
   }
   ~OneThread() {
-    if (is_set_) MKL_Set_Num_Threads_Local(before_);
+    if (is_set_) MKL_Set_Num_Threads_Local(before_), --depth();
   }
+  static bool is_asked() { return depth() > 0; }
   OneThread(const OneThread&) = delete;
   OneThread& operator=(const OneThread&) = delete;
 
  private:
+  static int& depth() {
+    static thread_local int depth = 0;
+    return depth;
+  }
+
   bool is_set_;
   int before_ = 0;
 };
@@ -97,6 +106,7 @@ void multiply_into(T* c, int64_t ldc, const Matrix<T>& a, const Matrix<T>& b, in
   const auto lda = static_cast<int>(a.row), ldb = static_cast<int>(b.row);
   const auto M = static_cast<int>(m), N = static_cast<int>(n), K = static_cast<int>(k);
   const OneThread alone(m * n * k <= products_of_one_thread);
+  if (!OneThread::is_asked()) rouse();
   // BLAS takes columns one after the other: to it, all matrices are their transposes.
   if (m == 1) {
     blas_gemv(b.transposed ? 'T' : 'N', b.transposed ? K : N, b.transposed ? N : K, T(1), b.data, ldb, a.data,

@@ -34,22 +34,29 @@ struct MatrixCore {
   Int r, i, j, s;
 };
 
-// (r, i, j, s) and (t, j, k, u) to (r t, i k, s u).
+// What is made on the way of a product of matrices, kept from core to core.
 template <typename T>
-void times_matrix(const MatrixCore<T>& a, const MatrixCore<T>& b, T* out, Buffer<T>& rows, Buffer<T>& made) {
+struct MatrixRoom {
+  Buffer<T> left, right, made;
+};
+
+// (r, i, j, s) and (t, j, k, u) to (r t, i k, s u): one product (i s, j) (j, t k u) for every row r, then turned.
+template <typename T>
+void times_matrix(const MatrixCore<T>& a, const MatrixCore<T>& b, T* out, MatrixRoom<T>& room) {
   const Int t = b.r, j = b.i, k = b.j, u = b.s, s = a.s, width = t * k * u;
-  rows.resize(j * width), made.resize(s * width);
+  room.right.resize(j * width), room.left.resize(a.i * s * j), room.made.resize(a.i * s * width);
   for (Int l = 0; l < t; ++l)
-    for (Int m = 0; m < j; ++m) std::copy_n(b.data + (l * j + m) * k * u, k * u, rows.data() + (m * t + l) * k * u);
-  for (Int x = 0; x < a.r; ++x)
-    for (Int i = 0; i < a.i; ++i) {
-      multiply(true, false, s, width, j, a.data + (x * a.i + i) * j * s, rows.data(), made.data());
-      for (Int l = 0; l < t; ++l)
-        for (Int n = 0; n < k; ++n) {
-          T* to = out + (((x * t + l) * a.i + i) * k + n) * s * u;
-          for (Int y = 0; y < s; ++y, to += u) std::copy_n(made.data() + (y * t + l) * k * u + n * u, u, to);
-        }
-    }
+    for (Int m = 0; m < j; ++m)
+      std::copy_n(b.data + (l * j + m) * k * u, k * u, room.right.data() + (m * t + l) * k * u);
+  for (Int x = 0; x < a.r; ++x) {
+    for (Int i = 0; i < a.i; ++i) turn(j, s, a.data + (x * a.i + i) * j * s, room.left.data() + i * s * j);
+    multiply(false, false, a.i * s, width, j, room.left.data(), room.right.data(), room.made.data());
+    for (Int l = 0; l < t; ++l)
+      for (Int i = 0; i < a.i; ++i)
+        for (Int n = 0; n < k; ++n)
+          for (Int y = 0; y < s; ++y, out += u)
+            std::copy_n(room.made.data() + (i * s + y) * width + (l * k + n) * u, u, out);
+  }
 }
 
 }  // namespace tensortrain::chain

@@ -213,7 +213,7 @@ std::vector<Tensor> entries_of(const Given& left, const Given& right) {
 template <typename T>
 std::vector<Tensor> matrices_of(const Given& left, const Given& right) {
   std::vector<Tensor> out;
-  Buffer<T> rows, made;
+  MatrixRoom<T> room;
   double work = 0;
   for (size_t k = 0; k < left.held.size(); ++k)
     work += static_cast<double>(left.held[k].numel()) * right.held[k].numel() / right.held[k].size(1);
@@ -221,7 +221,7 @@ std::vector<Tensor> matrices_of(const Given& left, const Given& right) {
   for (size_t k = 0; k < left.held.size(); ++k) {
     const auto a = left.matrix<T>(k), b = right.matrix<T>(k);
     out.push_back(at::empty({a.r * b.r, a.i, b.j, a.s * b.s}, left.held[k].options()));
-    times_matrix(a, b, out.back().mutable_data_ptr<T>(), rows, made);
+    times_matrix(a, b, out.back().mutable_data_ptr<T>(), room);
   }
   return out;
 }

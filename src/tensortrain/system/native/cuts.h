@@ -46,6 +46,12 @@ TENSORTRAIN_WIDE inline void take_away(const double* __restrict a, const double*
     for (Int i = 0; i < n; ++i) x[i] -= f[k * n] * a[k * n + i];
 }
 
+// out = row weights factor, entry by entry.
+TENSORTRAIN_WIDE inline void put_weighed(const double* __restrict row, const double* __restrict weights, double factor,
+                                         Int n, double* __restrict out) {
+  for (Int i = 0; i < n; ++i) out[i] = row[i] * (weights[i] * factor);
+}
+
 // What one cut leaves: the transpose of an orthonormal basis, (rank, p) row by row, and how much was left out.
 struct Cut {
   Buffer<double> basis, values, carry;  // carry: the basis times what was cut, where it is known already
@@ -89,12 +95,10 @@ class Cuts {
   Int factor_gram(Int r) {
     scales_.resize(r);
     for (Int i = 0; i < r; ++i) scales_[i] = std::sqrt(std::max(0.0, gram_[i * r + i]));
-    unit_gram_.resize(r * r);
+    unit_gram_.resize(r * r), inverse_.resize(r);
+    for (Int i = 0; i < r; ++i) inverse_[i] = scales_[i] > 1e-150 ? 1.0 / scales_[i] : 0.0;
     for (Int i = 0; i < r; ++i)
-      for (Int j = 0; j < r; ++j) {
-        const double size = scales_[i] * scales_[j];
-        unit_gram_[i * r + j] = size > 0 ? gram_[i * r + j] / size : 0.0;
-      }
+      put_weighed(gram_.data() + i * r, inverse_.data(), inverse_[i], r, unit_gram_.data() + i * r);
     square_ = unit_gram_;
     const int side = r;
     int info = 0;
@@ -165,18 +169,19 @@ class Cuts {
     multiply(false, true, k, k, q, factor_.data(), factor_.data(), small_gram_.data());
     double whole = 0;
     for (Int j = 0; j < k; ++j) whole += small_gram_[j * (k + 1)];
-    const int side = k, columns = q;
+    const int side = k;
     int info = 0;
     lapack::Of<double>::potrf_of("U", &side, small_gram_.data(), &side, &info);
     if (info != 0) return false;
     const double least = 1.0 / norm_of_inverse(small_gram_, k);
     if (!(least > delta && least > 1e-6 * std::sqrt(whole))) return false;
-    // factor_ holds its rows one after the other: columns (q, k) to LAPACK, times inverses from the right
-    const double one = 1.0;
-    scaled_.assign(factor_.begin(), factor_.begin() + k * q);
-    for (int step = 0; step < power; ++step)
-      lapack::Of<double>::trsm_of("R", "U", step ? "T" : "N", "N", &columns, &side, &one, small_gram_.data(), &side,
-                                  scaled_.data(), &columns);
+    scaled_.resize(k * q);  // BLAS multiplies faster than it solves; inverse_ holds columns
+    multiply(false, false, k, q, k, inverse_.data(), factor_.data(), scaled_.data());
+    if (power == 2) {
+      turned_.resize(k * q);
+      multiply(true, false, k, q, k, inverse_.data(), scaled_.data(), turned_.data());
+      scaled_.swap(turned_);
+    }
     out.rank = k, out.tail = dropped_, out.smallest = least;
     return true;
   }

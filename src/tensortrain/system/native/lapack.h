@@ -106,6 +106,7 @@ void multiply(bool a_turned, bool b_turned, Int m, Int n, Int k, const T* a, con
     std::fill(c, c + m * n, zero);
     return;
   }
+  if (m * n * k > products_of_one_thread && !OneThread::is_asked()) rouse();
   const int rows = n, columns = m, inner = k;  // LAPACK reads columns: the transposed product
   const int of_b = b_turned ? k : n, of_a = a_turned ? m : k;
   Of<T>::gemm_of(b_turned ? "T" : "N", a_turned ? "T" : "N", &rows, &columns, &inner, &one, b, &of_b, a, &of_a, &zero, c,

@@ -5,7 +5,6 @@
 #include "cuts.h"
 #include "parts.h"
 
-#include <functional>
 
 #ifndef TENSORTRAIN_WITHOUT_BLAS
 extern "C" TENSORTRAIN_WEAK void dormqr_(const char*, const char*, const int*, const int*, const int*, const double*,
@@ -25,14 +24,11 @@ struct Root {
 
 class Rounding : public Cuts {
  public:
-  using Make = std::function<void(Int, double*)>;
-
   // Cores after `hi` are right-orthogonal. With `squares` Gram matrices take the place of triangles and of what is cut:
   // products of matrices alone meet the cores, which is several times faster and shows nothing below some 1e-8 of the
   // whole. See Al Daas, Ballard, Benner, "Parallel algorithms for tensor train arithmetic", 2022.
-  // `make` forms the cores that have no data, each where it is needed: cores of a product, which need not all be held.
-  Rounding(Cores<double> cores, Int hi, bool squares, Make make = nullptr)
-      : cores_(std::move(cores)), make_(std::move(make)), hi_(hi), squares_(squares && can_square()) {
+  Rounding(Cores<double> cores, Int hi, bool squares)
+      : cores_(std::move(cores)), hi_(hi), squares_(squares && can_square()) {
     roots_.resize(cores_.size() + 1);
     const Int last = static_cast<Int>(cores_.size()) - 1;
     for (Int k = 0; k <= last; ++k) parts_.emplace_back(k > 0 && k < last);
@@ -100,21 +96,15 @@ class Rounding : public Cuts {
   // Whether all products together take less than ten milliseconds or so. Two threads would gain a third of that, and to wake
   // one that has fallen asleep may take longer.
   bool is_small() const {
-    constexpr double most = 1.5e8;
+    constexpr double most = 5e7;
     double all = 0;
     for (const auto& core : cores_) all += static_cast<double>(core.size() * std::max(core.r, core.s));
     return all <= most;
   }
 
-  // Core k and its parts can be read from here on, until the next one is loaded.
+  // The parts of core k can be read from here on, until another is loaded.
   void load(Int k) {
-    auto& core = cores_[k];
-    if (make_) {
-      formed_.resize(core.size());
-      make_(k, formed_.data());
-      core.data = formed_.data();
-    }
-    if (!parts_[k].load(core, packed_, limit)) is_safe = false;
+    if (!parts_[k].load(cores_[k], packed_, limit)) is_safe = false;
   }
 
   // -- roots, from the right ----------------------------------------------------------------------------
@@ -641,14 +631,13 @@ class Rounding : public Cuts {
   }
 
   Cores<double> cores_;
-  Make make_;
   std::vector<CoreParts> parts_;
   Int hi_;
   bool squares_;
   bool terms_depend_ = true, keeps_by_squares_ = true;  // until a bond shows otherwise
   std::vector<Root> roots_;
   lapack::Desk<double> small_desk_;
-  Buffer<double> matrix_, ones_, current_, carry_, products_, right_, half_, packed_, formed_;
+  Buffer<double> matrix_, ones_, current_, carry_, products_, right_, half_, packed_;
 };
 
 }  // namespace tensortrain::chain

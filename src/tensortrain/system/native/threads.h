@@ -2,6 +2,8 @@
 // library has brought OpenMP's run time along, whichever it is, and GNU's entry is known to all of them.
 #pragma once
 
+#include "crew.h"
+
 #include <ATen/Parallel.h>
 
 #include <algorithm>
@@ -49,10 +51,15 @@ void on_threads(int64_t n, int64_t grain, bool is_large, const Work& work) {
     int64_t n, grain;
     std::atomic<bool> has_failed;
     std::exception_ptr error;
-  } shared{work, {0}, n, grain, {false}, nullptr};
+    Crew* crew;  // to meet, if any
+  } shared{work, {0}, n, grain, {false}, nullptr, nullptr};
+  Crew& crew = Crew::mine();
+  const Crew::Apart apart(crew);
+  if (apart.was_asleep()) shared.crew = &crew;
   GOMP_parallel(
       [](void* data) {
         auto& all = *static_cast<Shared*>(data);
+        if (all.crew) all.crew->meet();
         try {
           for (auto first = all.next.fetch_add(all.grain); first < all.n; first = all.next.fetch_add(all.grain))
             all.work(first, std::min(first + all.grain, all.n));
@@ -63,6 +70,11 @@ void on_threads(int64_t n, int64_t grain, bool is_large, const Work& work) {
       },
       &shared, static_cast<unsigned>(n_threads), 0);
   if (shared.has_failed) std::rethrow_exception(shared.error);
+}
+
+// Wakes the threads for what BLAS is about to give them.
+inline void rouse() {
+  if (Crew::mine().may_sleep()) on_threads(at::get_num_threads(), 1, true, [](int64_t, int64_t) {});
 }
 
 }  // namespace tensortrain

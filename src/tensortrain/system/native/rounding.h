@@ -34,6 +34,7 @@ class Rounding : public Cuts {
     for (Int k = 0; k <= last; ++k) parts_.emplace_back(k > 0 && k < last);
     const OneThread alone(is_small());
     const LoneLoops loops(is_small());
+    if (!is_small()) rouse();
     for (Int k = last; k > hi_ && is_safe; --k) load(k);
     if (is_safe) squares_ ? find_squares() : find_roots();
   }
@@ -53,6 +54,7 @@ class Rounding : public Cuts {
     const Int d = static_cast<Int>(cores_.size());
     const OneThread alone(is_small());
     const LoneLoops loops(is_small());
+    if (!is_small()) rouse();
     Result out;
     load(0);
     current_.assign(cores_[0].data, cores_[0].data + cores_[0].size());
@@ -93,10 +95,9 @@ class Rounding : public Cuts {
  private:
   static constexpr double limit = 0.9 * std::numeric_limits<double>::max_exponent / 3;  // squares are taken, too
 
-  // Whether all products together take less than ten milliseconds or so. Two threads would gain a third of that, and to wake
-  // one that has fallen asleep may take longer.
+  // Whether all products together take less time than it takes to wake another thread.
   bool is_small() const {
-    constexpr double most = 5e7;
+    constexpr double most = 1e7;
     double all = 0;
     for (const auto& core : cores_) all += static_cast<double>(core.size() * std::max(core.r, core.s));
     return all <= most;

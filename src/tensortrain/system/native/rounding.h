@@ -97,7 +97,7 @@ class Rounding : public Cuts {
 
   // Whether all products together take less time than it takes to wake another thread.
   bool is_small() const {
-    constexpr double most = 1e7;
+    constexpr double most = 6e6;
     double all = 0;
     for (const auto& core : cores_) all += static_cast<double>(core.size() * std::max(core.r, core.s));
     return all <= most;
@@ -444,28 +444,45 @@ class Rounding : public Cuts {
     return true;
   }
 
-  // gram (r, r) of what lies right of core `at` and with it, from that behind it: by blocks of what is not zero.
+  // gram (r, r) of what lies right of core `at` and with it, from that behind it: by blocks of what is not zero. Threads
+  // take rows of it, cut the same way however many there are.
   void square_past(Int at, const Root* behind, Buffer<double>& gram) {
     const Int r = cores_[at].r, n = cores_[at].n, s = cores_[at].s;
     gram.assign(r * r, 0.0);
-    const auto& parts = parts_[at].all();
-    for (const auto& a : parts)
-      for (const auto& b : parts) {
-        if (&b > &a || (!behind && &a != &b)) continue;
-        const double* state = a.data;
-        if (behind) {
-          carry_.resize(a.r * n * b.s);
-          put_product(carry_.data(), b.s, {a.data, a.s}, {behind->rows.data() + a.from_s * s + b.from_s, s}, a.r * n,
-                        b.s, a.s);
-          state = carry_.data();
-        }
-        double* const out = gram.data() + a.from_r * r + b.from_r;
-        if (&a == &b)
-          half_product(out, r, state, b.data, 0, b.r, n * b.s);
-        else
-          put_product(out, r, {state, n * b.s}, {b.data, n * b.s, true}, a.r, b.r, n * b.s);
-      }
+    struct Rows {
+      const Part* part;
+      Int first, last;
+    };
+    std::vector<Rows> rows;
+    for (const auto& part : parts_[at].all()) {
+      const Int middle = part.r < 24 ? 0 : (part.r * 9 / 16 + 3) / 4 * 4;  // the first rows need fewer columns
+      if (middle) rows.push_back({&part, 0, middle});
+      rows.push_back({&part, middle, part.r});
+    }
+    std::reverse(rows.begin(), rows.end());  // the longest first
+    on_threads(static_cast<Int>(rows.size()), 1, !is_small() && r * n * s * s > 100000, [&](Int from, Int to) {
+      const OneThread alone(true);
+      Buffer<double> state;
+      for (; from < to; ++from) square_rows(at, behind, *rows[from].part, rows[from].first, rows[from].last, state, gram);
+    });
     mirror(gram, r);
+  }
+
+  // Rows first .. last of a part, of the lower triangle of gram.
+  void square_rows(Int at, const Root* behind, const Part& a, Int first, Int last, Buffer<double>& state,
+                   Buffer<double>& gram) const {
+    const Int r = cores_[at].r, n = cores_[at].n, s = cores_[at].s, m = last - first;
+    for (const auto& b : parts_[at].all()) {
+      if (&b > &a || (!behind && &a != &b)) continue;
+      const double* rows = a.data + first * n * a.s;
+      if (behind) {
+        state.resize(m * n * b.s);
+        put_product(state.data(), b.s, {rows, a.s}, {behind->rows.data() + a.from_s * s + b.from_s, s}, m * n, b.s, a.s);
+        rows = state.data();
+      }
+      put_product(gram.data() + (a.from_r + first) * r + b.from_r, r, {rows, n * b.s}, {b.data, n * b.s, true}, m,
+                  &a == &b ? last : b.r, n * b.s);
+    }
   }
 
   // products_ (s, s) of the columns of what is carried.

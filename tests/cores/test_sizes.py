@@ -26,8 +26,10 @@ def test_numbers_and_tensors_agree(batch):
 
 
 def test_numbers():
-    assert any_above(NUMBERS, 3.5) and not any_above(NUMBERS, 4.0)
-    assert any_above(math.inf, 1e300) and not any_above(math.nan, 0.0)
+    assert any_above(NUMBERS, 3.5)
+    assert not any_above(NUMBERS, 4.0)
+    assert any_above(math.inf, 1e300)
+    assert not any_above(math.nan, 0.0)
     assert larger([1.0, 5.0], [2.0, 4.0]) == [2.0, 5.0]
     assert torch.equal(torch.as_tensor(larger(torch.tensor([1.0, 5.0]), [2.0, 4.0])), torch.tensor([2.0, 5.0]))
     assert least_of(2.0) == 2.0

@@ -49,7 +49,7 @@ class Rounding : public Cuts {
   };
 
   // Cuts to tails of `share` of the norm each. With `needs_values` every basis is one of singular vectors, whose
-  // values come along; else a bond at which nothing is to be cut gets any basis.
+  // values come along; else a bond at which nothing is to be cut, or nothing but rounding, gets any basis.
   Result cut(double share, const std::vector<Int>& caps, bool needs_values) {
     const Int d = static_cast<Int>(cores_.size());
     const OneThread alone(is_small());

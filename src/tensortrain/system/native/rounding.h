@@ -95,12 +95,12 @@ class Rounding : public Cuts {
  private:
   static constexpr double limit = 0.9 * std::numeric_limits<double>::max_exponent / 3;  // squares are taken, too
 
-  // Whether all products together take less time than it takes to wake another thread.
+  // Whether all products together take less time than it takes to wake another thread, or none is worth sharing.
   bool is_small() const {
     constexpr double most = 6e6;
     double all = 0;
     for (const auto& core : cores_) all += static_cast<double>(core.size() * std::max(core.r, core.s));
-    return all <= most;
+    return all <= most || are_small(cores_);
   }
 
   // The parts of core k can be read from here on, until another is loaded.

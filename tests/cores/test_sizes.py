@@ -41,3 +41,8 @@ def test_numbers():
 def test_the_worst_member_counts():
     assert worst_of([torch.tensor([1.0, 3.0]), 2.0]) == [3.0, 2.0]
     assert any_above([torch.tensor([1.0, 3.0]), 0.0], 2.0)
+
+
+def test_numbers_beside_a_tensor_keep_their_digits():
+    found = larger([1.0 + 1e-12, 1e200], torch.ones(2, dtype=torch.float64))
+    assert found.tolist() == [1.0 + 1e-12, 1e200]

@@ -312,3 +312,16 @@ def test_singular_values_have_derivatives() -> None:
     cores = [core.clone().requires_grad_() for core in x.cores]
     TensorTrain(tuple(cores)).singular_values(1).sum().backward()
     assert all(bool(torch.isfinite(core.grad).all()) for core in cores)
+
+
+@pytest.mark.parametrize("power", [-200, 200])
+def test_casting_weighs_alike_whatever_the_norm(power, generator):
+    """The norm of a float32 train may lie far outside of the range of its dtype."""
+    plain = TensorTrain(
+        [torch.randn(1 if k == 0 else 3, 4, 1 if k == 9 else 3, generator=generator) for k in range(10)]
+    )
+    scaled = TensorTrain([core * 2.0 ** (power // 10) for core in plain.cores])
+    expected, found = (round_tt(x + x, eps=1e-3) for x in (plain, scaled))
+    assert found.value.ranks == expected.value.ranks
+    assert found.rel_error_bound >= 0.99 * expected.rel_error_bound
+    keeps_promise(expected, exact(plain + plain))

@@ -176,9 +176,10 @@ def _missing(sweep: Sweep) -> float:
     if not sweep.norm:
         return 0.0
     size = float(torch.linalg.vector_norm(sweep.cores[-1])) if sweep.last is None else sweep.last[0]
-    kept, lost = size / float(sweep.norm), float(root_sum(sweep.tails)) ** 2
+    kept, lost = size / float(sweep.norm), float(root_sum(sweep.tails))
     known = 2 * sys.float_info.epsilon * len(sweep.cores)  # the comparison is no better than its own rounding
-    return math.sqrt(max(0.0, abs(1.0 - kept**2 - lost) - known))
+    gap = abs(1.0 - kept * kept - lost * lost)  # powers of large numbers raise, products do not
+    return math.inf if math.isnan(gap) else math.sqrt(max(0.0, gap - known))
 
 
 def _cut_by_walk(problem: _Problem, caps: Sequence[int], walk: Any, before: int, tolerance: Size) -> Sweep:

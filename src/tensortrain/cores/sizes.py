@@ -34,7 +34,7 @@ def root_sum(sizes: BondSizes) -> Size:
 def larger(a: BondSizes, b: BondSizes) -> BondSizes:
     """The larger of two sizes at every place."""
     if isinstance(a, Tensor) or isinstance(b, Tensor):
-        return torch.maximum(torch.as_tensor(a), torch.as_tensor(b))
+        return torch.maximum(*(torch.as_tensor(sizes, dtype=torch.float64) for sizes in (a, b)))
     return [max(x, y) for x, y in zip(a, b, strict=True)]
 
 

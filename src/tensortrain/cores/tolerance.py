@@ -348,7 +348,7 @@ def _casting_error(sweep: Sweep, stored: Sequence[Tensor], shares: Sequence[Tens
     total = _sum_of_changes(sweep, [a - b for a, b in zip(back, sweep.cores, strict=True)])
     if len(stored) > 1 and not bool((total <= spare).all()) and bool(total.isfinite().all()):
         difference = add_cores(back, [-sweep.cores[0], *sweep.cores[1:]])
-        norm = torch.as_tensor(sweep.norm)
+        norm = torch.as_tensor(sweep.norm, dtype=torch.float64)
         measured = times_pow2(*norm_parts(difference, (0, len(stored) - 1))) / norm.where(norm > 0, 1.0)
         total = torch.minimum(total, measured + 1e-14)
     return total if isinstance(sweep.norm, Tensor) else float(total)
@@ -361,7 +361,7 @@ def _sum_of_changes(sweep: Sweep, changes: Sequence[Tensor]) -> Tensor:
     left is orthonormal. At the time of the cut ``W W^H`` was the square of the kept singular values;
     later cuts move W by no more than their tails.
     """
-    norm = torch.as_tensor(sweep.norm)
+    norm = torch.as_tensor(sweep.norm, dtype=torch.float64)
     later = total = torch.zeros_like(norm)
     for k in range(len(changes) - 1, -1, -1):
         change = changes[k]

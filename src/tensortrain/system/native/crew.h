@@ -20,6 +20,8 @@ namespace tensortrain {
 #if defined(__linux__)
 
 class Crew {
+  static constexpr int most = 16;  // beyond so many there is always a processor that is free
+
  public:
   static Crew& mine() {
     static thread_local Crew crew;
@@ -41,7 +43,8 @@ class Crew {
       if (!crew.may_sleep()) return;
       n_ = std::min(crew.n_.load(), most);
       const int here = sched_getcpu();
-      for (int k = 0; k < n_; ++k) moved_[k] = here >= 0 && move(crew.members_[k], here, before_[k]);
+      members_ = crew.members_;
+      for (int k = 0; k < n_; ++k) moved_[k] = here >= 0 && move(members_[k], here, before_[k]);
       crew.asked_ = static_cast<pid_t>(syscall(SYS_gettid));
       crew.n_ = 0;
       was_asleep_ = true;
@@ -58,8 +61,7 @@ class Crew {
     bool was_asleep() const { return was_asleep_; }
 
    private:
-    bool move(pid_t member, int here, cpu_set_t& before) {
-      members_[&before - before_.data()] = member;
+    static bool move(pid_t member, int here, cpu_set_t& before) {
       // Numbers of threads that have ended are given to others.
       if (syscall(SYS_tgkill, getpid(), member, 0) != 0) return false;
       if (sched_getaffinity(member, sizeof(cpu_set_t), &before) != 0) return false;
@@ -71,9 +73,9 @@ class Crew {
     Crew& crew_;
     int n_ = 0;
     bool was_asleep_ = false;
-    std::array<pid_t, 16> members_{};
-    std::array<bool, 16> moved_{};
-    std::array<cpu_set_t, 16> before_;
+    std::array<pid_t, most> members_{};
+    std::array<bool, most> moved_{};
+    std::array<cpu_set_t, most> before_;
   };
 
   // Threads that have nothing to do look out for more for about so long.
@@ -81,7 +83,6 @@ class Crew {
 
  private:
   using Clock = std::chrono::steady_clock;
-  static constexpr int most = 16;  // beyond so many there is always a processor that is free
 
   pid_t asked_ = 0;
   std::atomic<int> n_{0};
